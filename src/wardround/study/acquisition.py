@@ -1,0 +1,46 @@
+"""What a scanner does, as data: the simulated protocol of each site, part of the study and of every model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from wardround.study.base import Config
+
+
+class Mask(Config):
+    """Which lines of k-space are measured.
+
+    `random` and `equispaced` vary along the phase-encode axis; `poisson` is a two-dimensional Poisson disc.
+    `acceleration` counts the calibration lines: 4 means that a quarter of all lines are measured in total.
+    """
+
+    family: Literal["random", "equispaced", "poisson"] = "random"
+    acceleration: float = Field(4.0, ge=1.0, le=64.0)
+    calibration: float = Field(0.08, gt=0.0, le=1.0, description="fully sampled central fraction of lines")
+    fixed: bool = Field(False, description="one mask for all scans of the site instead of one per patient")
+
+    @model_validator(mode="after")
+    def _room_for_the_calibration(self) -> Mask:
+        if self.family != "poisson" and self.calibration > 1.0 / self.acceleration:
+            raise ValueError(
+                f"calibration={self.calibration} alone exceeds the 1/{self.acceleration} of lines measured in total; "
+                "lower `calibration` or `acceleration`"
+            )
+        return self
+
+
+class MRIAcquisition(Config):
+    """Simulated multi-coil Cartesian acquisition of a magnitude image."""
+
+    kind: Literal["mri"] = "mri"
+    coils: int = Field(8, ge=1, le=128)
+    mask: Mask = Mask()
+    noise: float = Field(0.005, ge=0.0, le=1.0, description="std of complex noise per coil, relative to the image peak")
+    noise_correlation: float = Field(0.0, ge=0.0, lt=1.0, description="correlation of noise between neighbouring coils")
+    phase: float = Field(1.0, ge=0.0, description="strength of the smooth image phase in radians; 0 is real")
+    coil_radius: float = Field(1.5, gt=1.0, description="distance of the coils from the centre, in half fields of view")
+    maps: Literal["estimated", "true"] = Field("estimated", description="`estimated` from the calibration lines")
+
+

@@ -1,0 +1,101 @@
+"""What the federation sees of imaging: a task, its data sets and its metrics.
+
+Nothing here imports torch at run time, so that a coordinator can read metric specifications without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+Split: TypeAlias = Literal["train", "validation", "test"]
+Source: TypeAlias = Path
+# Whatever its own task makes of it: the federation only carries a batch from `Dataset` to `Task`.
+Batch: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """A metric's name and the range and resolution in which fixed-point sums carry it.
+
+    Raises ValueError where the range is empty or the resolution not positive.
+    """
+
+    name: str
+    low: float
+    high: float
+    resolution: float
+    larger_is_better: bool
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high or not 0.0 < self.resolution <= self.high - self.low:
+            raise ValueError(f"metric {self.name!r}: needs low < high and 0 < resolution <= high - low")
+
+    @property
+    def worst(self) -> float:
+        """The bad end of the range."""
+        return self.low if self.larger_is_better else self.high
+
+    def clip(self, value: float) -> float:
+        """The value inside the range; what is not a number counts as the worst."""
+        return self.worst if math.isnan(value) else min(max(value, self.low), self.high)
+
+    def is_better(self, value: float, other: float) -> bool:
+        """Whether `value` beats `other` strictly."""
+        return value > other if self.larger_is_better else value < other
+
+
+class Dataset(Protocol):
+    """One site's data, with patients as numbers and never as names."""
+
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over what training can see; never over names or paths."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of training examples."""
+        ...
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator) -> Batch:
+        """Training examples, augmented with `random` alone, collated."""
+        ...
+
+    def patients(self, split: Split) -> int:
+        """Number of patients in a split."""
+        ...
+
+    def evaluation(self, split: Split) -> Iterator[tuple[int, Batch]]:
+        """Pairs of patient number and batch, patient by patient; a patient may have several batches."""
+        ...
+
+
+class Task(Protocol):
+    """What a study learns."""
+
+    @property
+    def metrics(self) -> tuple[MetricSpec, ...]:
+        """What `score` measures; the first one selects the released round."""
+        ...
+
+    def build_model(self) -> nn.Module:
+        """A freshly initialised network; the caller seeds torch."""
+        ...
+
+    def dataset(self, site: str, source: Source) -> Dataset:
+        """The data of a site."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The scalar that training lowers."""
+        ...
+
+    def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Metric name -> (B,) values, one per example."""
+        ...

@@ -1,0 +1,250 @@
+"""From a YAML file to a validated study, with errors that name the key and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import types
+import typing
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from wardround.errors import StudyError
+from wardround.study.schema import Study
+from wardround.wire.canonical import canonical_json
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def load_study(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Study:
+    """Read, override and validate a study.
+
+    `source` is the path of a YAML file or its content as a mapping. Every override is `a.b.c=value`, the
+    value in YAML; overrides come before validation, hence before hashing. `task`, `model` and `method`
+    without a `kind` are of the default kind. Raises StudyError, which lists every offending key.
+    """
+    data = _copy(source) if isinstance(source, Mapping) else read_yaml(source, "study")
+    for override in overrides:
+        _apply_override(data, override)
+    for name, field in Study.model_fields.items():
+        given, kind = data.get(name), getattr(field.default, "kind", None)
+        if isinstance(given, dict) and kind is not None:
+            given.setdefault("kind", kind)
+    return validate(Study, data, "study")
+
+
+def study_sha256(study: Study) -> str:
+    """Return the sha256 (hex) of the canonical JSON of the study with all defaults filled in."""
+    try:
+        return hashlib.sha256(canonical_json(study.model_dump(mode="json"))).hexdigest()
+    except (TypeError, ValueError) as error:
+        raise StudyError(
+            "the study has an option that JSON cannot hold; use numbers, text, lists and mappings",
+            detail=str(error),
+        ) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads booleans and floats as YAML 1.2 does.
+
+    YAML 1.1 would read a site called `NO` as false and `lr: 1e-3` as text.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    [*"-+0123456789."],
+)
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+def _parse_yaml(text: str, what: str) -> Any:
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+        raise StudyError(
+            f"the {what} is not valid YAML: {error.problem}{where}", detail=str(error)
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise StudyError(f"the {what} is not valid YAML", detail=str(error)) from error
+
+
+def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping; `what` names the file in errors. Raises StudyError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise StudyError(
+            f"the {what} file cannot be read: {error.strerror}; check its path", detail=str(path)
+        ) from error
+    except UnicodeDecodeError as error:
+        raise StudyError(
+            f"the {what} file is not UTF-8 text; is it the right file?", detail=str(path)
+        ) from error
+    data = _parse_yaml(text, f"{what} file")
+    if not isinstance(data, dict):
+        raise StudyError(
+            f"the {what} file must hold `key: value` lines; it is empty or a list", detail=str(path)
+        )
+    return data
+
+
+def _copy(value: Any) -> Any:
+    """Copy nested mappings and sequences so that overrides never touch the caller's."""
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    return value
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise StudyError(f"override {override!r} is not of the form a.b.c=value")
+    if keys[0] == "sites" and len(keys) > 1 and keys[1] not in (data.get("sites") or {}):
+        known = list(data.get("sites") or {})
+        raise StudyError(
+            f"override {path.strip()}: the study has no site {keys[1]!r}{_suggest(keys[1], known)}"
+        )
+    place = data
+    for depth, key in enumerate(keys[:-1]):
+        if place.get(key) is None:
+            place[key] = {}
+        place = place[key]
+        if not isinstance(place, dict):
+            above = ".".join(keys[: depth + 1])
+            raise StudyError(f"override {path.strip()}: `{above}` has no keys below it; set it as a whole")
+    place[keys[-1]] = _parse_yaml(text, f"value of override {path.strip()}")
+
+
+def validate(model: type[_Model], data: dict[str, Any], what: str, *, show_values: bool = True) -> _Model:
+    """Validate `data` or raise one StudyError with a line for each offending key.
+
+    `show_values=False` keeps what was given (paths, say) out of the message.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=True)
+    lines = [_explain(model, data, item, show_values) for item in found]
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    raise StudyError(f"the {what} file has {count}:\n" + "\n".join(f"  - {line}" for line in lines))
+
+
+def _explain(model: type[BaseModel], data: dict[str, Any], error: ErrorDetails, show_value: bool) -> str:
+    location, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    key = ".".join(str(part) for part in _key_path(data, location, kind)) or "study"
+    given = f", not {error['input']!r}" if show_value and not isinstance(error["input"], dict | list) else ""
+    if kind == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        return f"{key}: unknown key{_suggest(str(location[-1]), known)}"
+    if kind == "missing":
+        return f"{key}: is missing; add it"
+    if kind == "union_tag_invalid":
+        tags = re.findall(r"'([^']*)'", str(context["expected_tags"]))
+        return f"{key}.kind: unknown kind {context['tag']!r}{_suggest(str(context['tag']), tags)}"
+    if kind == "union_tag_not_found":
+        return f"{key}.kind: is missing; add `kind: ...`"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        close = _suggest(str(error["input"]), choices, listed=False)
+        return f"{key}: must be {context['expected']}{given}{close}"
+    if kind == "string_pattern_mismatch":
+        return f"{key}: must match {context['pattern']}{given}"
+    if kind == "value_error":
+        return f"{key}: {context['error']}"
+    message = error["msg"].replace("Input should", "must")
+    return f"{key}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _key_path(data: Any, location: Iterable[int | str], kind: str) -> list[int | str]:
+    """Drop from pydantic's location what is not in the file: tags of unions, `[key]`."""
+    parts = list(location)
+    path: list[int | str] = []
+    for position, part in enumerate(parts):
+        missing = kind == "missing" and position == len(parts) - 1
+        inside_mapping = isinstance(data, dict) and part in data
+        if inside_mapping or (isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)):
+            data = data[part]
+        elif not missing:
+            continue
+        path.append(part)
+    return path
+
+
+def _known_keys(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:
+    """Names of the keys allowed at a location of `model`."""
+    candidates: list[Any] = [model]
+    for part in location:
+        below: list[Any] = []
+        for candidate in candidates:
+            if get_origin(candidate) is dict:
+                below += _alternatives(get_args(candidate)[1])
+            elif isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                if part in candidate.model_fields:
+                    below += _alternatives(typing.get_type_hints(candidate, include_extras=True)[str(part)])
+                elif part in _kinds(candidate):
+                    below.append(candidate)
+        candidates = below
+    models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    return sorted({name for candidate in models for name in candidate.model_fields})
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [found for part in get_args(annotation) for found in _alternatives(part)]
+    return [annotation]
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+
+
+def _suggest(word: str, known: Sequence[str], *, listed: bool = True) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known are {', '.join(f'`{name}`' for name in known)}" if listed and known else ""

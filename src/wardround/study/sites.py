@@ -1,0 +1,78 @@
+"""The sites file: where the data of each site lie. It is no part of the study and of no hash."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from wardround.errors import StudyError
+from wardround.study.base import Config
+from wardround.study.load import read_yaml, validate
+from wardround.study.schema import SiteName
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
+
+
+class Egress(Config):
+    """What a site lets out besides summed updates."""
+
+    per_site_results: bool = True
+
+
+class SiteData(Config):
+    """A site's data folder and its rules.
+
+    In the file, `data` may hold `${VARIABLE}` and `~` and is relative to the file; `load_sites` makes it
+    absolute.
+    """
+
+    data: Path
+    egress: Egress = Egress()
+
+
+class SitesFile(Config):
+    """Every site known on this machine."""
+
+    sites: dict[SiteName, SiteData]
+
+    def of(self, site: str) -> SiteData:
+        """Return a site's entry. Raises StudyError where the file does not name the site."""
+        if site not in self.sites:
+            raise StudyError(f"the sites file has no entry for site {site}; add `sites.{site}.data`")
+        return self.sites[site]
+
+
+def load_sites(path: str | Path) -> SitesFile:
+    """Read a sites file and resolve its folders to absolute paths.
+
+    Raises StudyError for unknown keys, a variable that is not set and a folder that does not exist, naming
+    the key.
+    """
+    raw = validate(SitesFile, read_yaml(path, "sites"), "sites", show_values=False)
+    base = Path(path).absolute().parent
+    resolved = {
+        name: entry.model_copy(update={"data": _resolve(entry.data, name, base)})
+        for name, entry in raw.sites.items()
+    }
+    return SitesFile(sites=resolved)
+
+
+def _resolve(data: Path, site: str, base: Path) -> Path:
+    key = f"sites.{site}.data"
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if not os.environ.get(name):
+            raise StudyError(
+                f"{key}: the environment variable {name} is not set; set it or write the folder out"
+            )
+        return os.environ[name]
+
+    try:
+        folder = (base / Path(_VARIABLE.sub(value, str(data))).expanduser()).resolve()
+    except RuntimeError as error:
+        raise StudyError(f"{key}: `~` has no home folder on this machine; write the folder out") from error
+    if not folder.is_dir():
+        raise StudyError(f"{key}: the folder does not exist; correct the path", detail=str(folder))
+    return folder

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from wardround.errors import DataError
 from wardround.study.schema import Split
+from wardround.wire.random import public_generator
 
 SplitName: TypeAlias = Literal["train", "validation", "test"]
 Role: TypeAlias = Literal["train", "unseen"]
@@ -35,8 +35,7 @@ def split_patients(
             "give it `role: unseen` or leave it out"
         )
     validation, test = _sizes(count, split)
-    digest = hashlib.sha256(f"wardround/split/{seed}/{site}/{count}".encode()).digest()
-    order = np.random.default_rng(int.from_bytes(digest, "big")).permutation(count)
+    order = public_generator(seed, "split", site, count).permutation(count)
     parts = np.split(order, [test, test + validation])
     named = {"test": parts[0], "validation": parts[1], "train": parts[2]}
     return {name: tuple(sorted(int(i) for i in named[name])) for name in ("train", "validation", "test")}

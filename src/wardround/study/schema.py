@@ -94,6 +94,7 @@ class MoDL(Config):
     cg_iterations: int | None = Field(None, ge=1, le=100)
     channels: int | None = Field(None, ge=1, le=1024)
     layers: int | None = Field(None, ge=2, le=50)
+    scale: Literal[1, 2, 4] | None = Field(None, description="the denoiser sees images so many times smaller")
     norm: Literal["none", "batch", "instance"] | None = None
 
 

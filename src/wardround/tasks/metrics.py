@@ -1,8 +1,8 @@
 """Image metrics with their range stated, and means over patients that can be merged.
 
 All image metrics take magnitude images (B, H, W) scaled so that the volume's maximum is 1: the data range of
-PSNR and SSIM is therefore 1.0, the maximum of the volume and not of the slice. `*_head` restricts a metric to the
-pixels of a mask, because empty background flatters PSNR and punishes SSIM.
+PSNR and SSIM is therefore 1.0, the maximum of the volume and not of the slice. `*_head` restricts a metric to
+the pixels of a mask, because empty background flatters PSNR and punishes SSIM.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def inner(mask: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the last two axes, weighted by the mask; over all pixels without a mask or with an empty one."""
+    """Mean over the last two axes, weighted by the mask; over all pixels if it is absent or empty."""
     if mask is None:
         return values.mean(dim=(-2, -1))
     weights = mask.to(values.dtype)
@@ -120,10 +120,11 @@ class Estimate:
 class PatientMeans:
     """A metric summed over patients, with bootstrap replicates; states of different patients add.
 
-    `replicates` (R,) holds, for each replicate, the sum over the patients it drew, with multiplicity: so a site
-    shares R sums and no patient's value. Added across sites, replicate r combines every site's own r-th draw: the
-    interval is that of a bootstrap stratified by site (each site resamples its own number of patients; Efron &
-    Tibshirani, An Introduction to the Bootstrap, 1993), valid for these sites and silent about new ones.
+    `replicates` (R,) holds, for each replicate, the sum over the patients it drew, with multiplicity: so a
+    site shares R sums and no patient's value. Added across sites, replicate r combines every site's own
+    r-th draw: the interval is that of a bootstrap stratified by site (each site resamples its own number of
+    patients; Efron & Tibshirani, An Introduction to the Bootstrap, 1993), valid for these sites, silent
+    about new ones.
     """
 
     total: float

@@ -1,0 +1,21 @@
+"""From a study's model section to a network.
+
+Every model has one signature: `forward(operator, data) -> complex images (B, H, W)`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from wardround.models.cnn import PostUNet, unet_shape
+from wardround.models.unrolled import MoDL, modl_shape
+from wardround.study import schema
+
+
+def build_model(config: schema.Model) -> nn.Module:
+    """The network of a study, freshly initialised from torch's global generator: seed it first."""
+    match config:
+        case schema.MoDL():
+            return MoDL(modl_shape(config))
+        case schema.UNet():
+            return PostUNet(unet_shape(config))

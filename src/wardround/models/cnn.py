@@ -1,0 +1,54 @@
+"""Post-processing networks: the zero-filled image in, a better image out, no physics inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from monai.networks.nets import BasicUNet
+from torch import Tensor, nn
+
+from wardround.models.unrolled import as_channels, as_complex
+from wardround.physics.operator import LinearOperator
+from wardround.study import schema
+
+
+@dataclass(frozen=True)
+class UNetShape:
+    """Feature channels of the five levels and of the last decoder, and the normalisation between layers."""
+
+    features: tuple[int, int, int, int, int, int]
+    norm: Literal["none", "batch", "instance"] = "instance"
+
+
+PRESETS = {
+    "tiny": UNetShape((8, 8, 8, 16, 16, 8)),
+    "small": UNetShape((16, 16, 32, 64, 128, 16)),
+    "paper": UNetShape((32, 64, 128, 256, 512, 32)),
+}
+
+
+def unet_shape(config: schema.UNet) -> UNetShape:
+    """The preset of a study with its own choices on top."""
+    shape = PRESETS[config.preset]
+    return shape if config.norm is None else replace(shape, norm=config.norm)
+
+
+class PostUNet(nn.Module):
+    """Adds MONAI's BasicUNet of the zero-filled image to it, as two real channels (residual learning).
+
+    After Jin et al., IEEE TIP 26 (2017), 4509 and Zbontar et al., arXiv:1811.08839. Images are expected on a
+    scale of about [0, 1], with H and W at least 32: four poolings and a normalisation.
+    """
+
+    def __init__(self, shape: UNetShape) -> None:
+        super().__init__()
+        norms = {"none": None, "batch": "batch", "instance": ("instance", {"affine": True})}
+        self.network = BasicUNet(
+            spatial_dims=2, in_channels=2, out_channels=2, features=shape.features, norm=norms[shape.norm]
+        )
+
+    def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
+        """Measured data (B, *data_shape) -> complex images (B, H, W)."""
+        channels = as_channels(operator.A_adjoint(data)).contiguous()
+        return as_complex(channels + self.network(channels))

@@ -1,0 +1,146 @@
+"""Networks: what they are before training, and that they learn through the physics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wardround.models.build import build_model
+from wardround.models.unrolled import PRESETS, Denoiser, modl_shape
+from wardround.models.unrolled import MoDL as MoDLNetwork
+from wardround.physics.mri import CartesianMRI
+from wardround.physics.simulate import simulate
+from wardround.study.acquisition import Mask, MRIAcquisition
+from wardround.study.schema import MoDL, UNet
+
+CONFIGS = [
+    MoDL(preset="tiny"),
+    MoDL(preset="tiny", norm="batch"),
+    MoDL(preset="tiny", norm="instance"),
+    UNet(kind="unet", preset="tiny"),
+    UNet(kind="unet", preset="tiny", norm="batch"),
+]
+
+
+def _scan(size: int = 64) -> tuple[CartesianMRI, Tensor, Tensor]:
+    """Two slices of a phantom of discs: operator, data and target magnitude images (2, H, W)."""
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    head = 0.5 * (x**2 + (y / 1.2) ** 2 < 0.5)
+    images = [(head + 0.4 * ((x - shift) ** 2 + y**2 < 0.05)).astype(np.float32) for shift in (-0.2, 0.3)]
+    acquisition = MRIAcquisition(coils=4, mask=Mask(acceleration=3.0, calibration=0.12))
+    scans = [simulate(image, acquisition, np.random.default_rng(i)) for i, image in enumerate(images)]
+    operator = CartesianMRI(torch.stack([s.maps for s in scans]), torch.stack([s.mask for s in scans]))
+    return operator, torch.stack([s.kspace for s in scans]), torch.from_numpy(np.stack(images))
+
+
+def _build(config: MoDL | UNet) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(config)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_model_turns_data_into_complex_images(config: MoDL | UNet) -> None:
+    operator, data, target = _scan()
+    image = _build(config)(operator, data)
+    assert image.shape == target.shape
+    assert image.dtype == torch.complex64
+    assert torch.isfinite(torch.view_as_real(image)).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_model_learns_in_forty_steps(config: MoDL | UNet) -> None:
+    operator, data, target = _scan()
+    model = _build(config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = (model(operator, data).abs() - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    losses = [step() for _ in range(40)]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    one, other = (_build(MoDL(preset="tiny")).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_untrained_denoiser_is_the_identity_at_every_scale() -> None:
+    image = torch.view_as_complex(torch.randn(2, 16, 24, 2, generator=torch.Generator().manual_seed(0)))
+    for scale in (1, 2, 4):
+        assert torch.equal(Denoiser(8, 3, scale=scale)(image), image)
+
+
+def test_folded_pixels_come_back_where_they_were() -> None:
+    torch.manual_seed(0)
+    denoiser = Denoiser(8, 2, scale=2)
+    for parameter in denoiser.stack.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    image = torch.zeros(1, 32, 32, dtype=torch.complex64)
+    image[0, 16, 20] = 1.0
+    change = (denoiser(image) - denoiser(torch.zeros_like(image))).abs()[0]
+    reach = 5 * 2  # two 3x3 layers at half resolution see five pixels, of two each
+    rows, columns = torch.nonzero(change, as_tuple=True)
+    assert len(rows) > 4
+    assert (rows - 16).abs().max() < reach
+    assert (columns - 20).abs().max() < reach
+
+
+def test_untrained_modl_solves_the_regularised_equations() -> None:
+    """With D = identity, the unrolls are proximal-point steps from A* y, each with its own linear system."""
+    operator, data, _ = _scan()
+    model = MoDLNetwork(modl_shape(MoDL(preset="tiny", unrolls=1, cg_iterations=50)))
+    adjoint = operator.A_adjoint(data)
+    with torch.no_grad():
+        image = model(operator, data)
+        residual = operator.normal(image) + model.weight * image - (1 + model.weight) * adjoint
+    assert float(residual.abs().square().sum().sqrt() / adjoint.abs().square().sum().sqrt()) < 1e-4
+
+
+def test_weight_is_learned_shared_and_stays_positive() -> None:
+    operator, data, target = _scan()
+    model = _build(MoDL(preset="tiny"))
+    assert isinstance(model, MoDLNetwork)
+    assert float(model.weight.detach()) == pytest.approx(PRESETS["tiny"].initial_weight, rel=1e-5)
+    (model(operator, data).abs() - target).square().mean().backward()
+    assert model.log_weight.grad is not None
+    assert model.log_weight.grad.item() != 0.0
+    with torch.no_grad():
+        model.log_weight.fill_(-30.0)
+    assert float(model.weight.detach()) > 0
+
+
+def test_parameters_do_not_grow_with_unrolls() -> None:
+    few, many = (_build(MoDL(preset="tiny", unrolls=n)) for n in (1, 7))
+    assert sum(p.numel() for p in few.parameters()) == sum(p.numel() for p in many.parameters())
+
+
+def test_batch_statistics_exist_where_a_study_wants_them_local() -> None:
+    buffers = {name for name, _ in _build(MoDL(preset="tiny", norm="batch")).named_buffers()}
+    assert any(name.endswith("running_mean") for name in buffers)
+    assert not list(_build(MoDL(preset="tiny")).named_buffers())
+
+
+def test_a_study_overrides_its_preset() -> None:
+    shape = modl_shape(MoDL(preset="paper", unrolls=3, norm="instance"))
+    assert (shape.unrolls, shape.norm, shape.channels) == (3, "instance", PRESETS["paper"].channels)
+
+
+def test_gradients_are_exact() -> None:
+    """The whole network, conjugate gradients included, against finite differences in double precision."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    maps = torch.randn(1, 2, 8, 8, dtype=torch.complex128, generator=generator) / 2
+    operator = CartesianMRI(maps, (torch.rand(1, 1, 8, generator=generator) < 0.6).double())
+    shape = modl_shape(MoDL(preset="tiny", unrolls=2, cg_iterations=2, channels=4, layers=2))
+    model = MoDLNetwork(shape).double()
+    for parameter in model.denoiser.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    data = torch.randn(1, 2, 8, 8, dtype=torch.complex128, generator=generator).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: model(operator, y), (data,))

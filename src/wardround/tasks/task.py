@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,10 +92,48 @@ class Task(Protocol):
         """The data of a site."""
         ...
 
+    def pooled(self, parts: Sequence[Dataset]) -> Dataset:
+        """The union of several sites' data sets; its examples are numbered part after part."""
+        ...
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The scalar that training lowers."""
         ...
 
     def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Metric name -> (B,) values, one per example."""
+        ...
+
+
+@runtime_checkable
+class Imaging(Task, Protocol):
+    """A task whose results are images: it has classical baselines and can show examples."""
+
+    @property
+    def tuning_limit(self) -> int | None:
+        """Examples per patient that tuning a baseline looks at."""
+        ...
+
+    def baseline_weights(self, name: str) -> tuple[float, ...]:
+        """The regularisation weights to choose a baseline's from; none for a baseline without one."""
+        ...
+
+    def baseline(self, name: str, weight: float | None, batch: Batch) -> Tensor:
+        """Magnitude images (B, H, W) by a classical method."""
+        ...
+
+    def reconstruct(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Magnitude images (B, H, W) by the network."""
+        ...
+
+    def reference(self, batch: Batch) -> Tensor:
+        """The true magnitude images (B, H, W)."""
+        ...
+
+    def score_images(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Metric name -> (B,) values of images (B, H, W) against the reference."""
+        ...
+
+    def examples(self, dataset: Dataset) -> Iterator[Batch]:
+        """A few single test examples (B = 1) to show in a picture report, always the same ones."""
         ...

@@ -1,0 +1,40 @@
+"""The engine in one process: sites answer one after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+from wardround.data.deidentify import scrub
+from wardround.federation.exchange import ERROR
+from wardround.federation.site import Site
+from wardround.wire.message import Header, Message
+
+log = logging.getLogger(__name__)
+SiteFinder = Callable[[Header], Site]
+
+
+def answer(find: SiteFinder, message: Message) -> Message:
+    """The site's reply; an `error` reply when the site itself cannot be built."""
+    try:
+        site = find(message.header)
+    except Exception as error:
+        log.warning("a site could not be opened: %s %s", error, getattr(error, "detail", ""))
+        log.debug("details", exc_info=True)
+        return message.reply(ERROR, meta={"reason": scrub(error)})
+    return site.handle(message)
+
+
+class LocalEngine:
+    """Hands each message to its site; `find` makes or finds the site that a header addresses."""
+
+    def __init__(self, find: SiteFinder) -> None:
+        self._find = find
+
+    def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield one reply for each message, in order."""
+        for message in messages:
+            yield answer(self._find, message)
+
+    def close(self) -> None:
+        """Nothing is held."""

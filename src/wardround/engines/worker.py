@@ -1,0 +1,54 @@
+"""A worker process: builds sites from a specification and answers messages on its standard streams."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from wardround.engines.frames import PROGRESS, read_frame, write_frame
+from wardround.engines.local import answer
+from wardround.wire.message import Header, Message
+
+INTERVAL = 0.25
+
+
+def main(factory: str, spec: str) -> None:
+    """Answer until the input ends. `factory` is `module:callable`; it turns the specification into a site finder."""
+    # Ctrl-C in a terminal reaches the whole group; only the coordinator decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    replies = os.fdopen(os.dup(1), "wb")
+    # Whatever a library prints must not end up between two frames.
+    os.dup2(2, 1)
+    module, _, name = factory.partition(":")
+    progress = Reporter(replies)
+    find = getattr(importlib.import_module(module), name)(
+        json.loads(Path(spec).read_text(encoding="utf-8")), progress
+    )
+    while (message := read_frame(sys.stdin.buffer)) is not None:
+        write_frame(replies, answer(find, message))
+
+
+class Reporter:
+    """Sends steps to the parent as frames of their own, at most a few a second."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._next = 0.0
+
+    def __call__(self, arm: str, site: str, number: int, step: int, steps: int) -> None:
+        """Report step `step` of `steps`."""
+        now = time.monotonic()
+        if now >= self._next or step == steps:
+            self._next = now + INTERVAL
+            header = Header(PROGRESS, arm, site, round=number, meta={"step": step, "steps": steps})
+            write_frame(self._stream, Message(header))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,134 @@
+"""The engine with worker processes: one a core, one torch thread each.
+
+Workers take messages from one queue, whichever arm they come from. A worker that dies is started again and its message
+is sent once more: a site answers a message that it has finished from its store, and does an unfinished one again.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from wardround.engines.frames import PROGRESS, read_frame, write_frame
+from wardround.errors import WireError
+from wardround.federation.exchange import ERROR
+from wardround.wire.message import Message
+
+ATTEMPTS = 3
+Progress = Callable[[str, str, int, int, int], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    message: Message
+    replies: queue.SimpleQueue[Message]
+
+
+class WorkersEngine:
+    """`processes` workers, each building its sites with `factory` ("module:callable") from the file `spec`."""
+
+    def __init__(self, processes: int, factory: str, spec: Path, progress: Progress | None = None) -> None:
+        self._progress = progress
+        self._command = [sys.executable, "-m", "wardround.engines.worker", factory, str(spec)]
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(processes)]
+        self._workers: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        for thread in self._threads:
+            thread.start()
+
+    def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield one reply for each message, as they come; may be called from several threads at once."""
+        replies: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        count = 0
+        for message in messages:
+            self._jobs.put(_Job(message, replies))
+            count += 1
+        for _ in range(count):
+            yield replies.get()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The process ids of the living workers."""
+        with self._lock:
+            return tuple(w.pid for w in self._workers if w.poll() is None)
+
+    def close(self) -> None:
+        """Kill all workers; messages under way are answered with `error`."""
+        with self._lock:
+            self._closed = True
+            workers = list(self._workers)
+        for _ in self._threads:
+            self._jobs.put(None)
+        for worker in workers:
+            worker.kill()
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+    def _serve(self) -> None:
+        worker: subprocess.Popen[bytes] | None = None
+        try:
+            while (job := self._jobs.get()) is not None:
+                reply: Message | None = None
+                for _ in range(ATTEMPTS):
+                    if worker is None or worker.poll() is not None:
+                        worker = self._start()
+                    if worker is None:
+                        break
+                    reply = self._ask(worker, job.message)
+                    if reply is not None:
+                        break
+                    self._forget(worker)
+                    worker = None
+                job.replies.put(reply or self._failure(job.message))
+        finally:
+            if worker is not None:
+                self._forget(worker)
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        with self._lock:
+            if self._closed:
+                return None
+            environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+            worker = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            )
+            self._workers.add(worker)
+            return worker
+
+    def _ask(self, worker: subprocess.Popen[bytes], message: Message) -> Message | None:
+        try:
+            write_frame(cast("BinaryIO", worker.stdin), message)
+            while (reply := read_frame(cast("BinaryIO", worker.stdout))) is not None:
+                header = reply.header
+                if header.kind != PROGRESS:
+                    return reply
+                if self._progress is not None:
+                    meta = header.meta
+                    self._progress(header.study, header.site, header.round, meta["step"], meta["steps"])
+        except (OSError, WireError):
+            pass
+        return None
+
+    def _failure(self, message: Message) -> Message:
+        reason = (
+            "the run was stopped" if self._closed else f"its process died {ATTEMPTS} times (out of memory?)"
+        )
+        return message.reply(ERROR, meta={"reason": reason})
+
+    def _forget(self, worker: subprocess.Popen[bytes]) -> None:
+        worker.kill()
+        worker.wait()
+        for stream in (worker.stdin, worker.stdout):
+            if stream is not None:
+                stream.close()
+        with self._lock:
+            self._workers.discard(worker)

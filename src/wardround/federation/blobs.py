@@ -1,0 +1,84 @@
+"""Files named by the hash of their bytes: written beside, then renamed, so that a file that exists is whole."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from wardround.errors import JournalError
+
+
+@dataclass
+class Draft:
+    """A file being written; `name` must be set to the hash of its bytes before the draft is left."""
+
+    file: BinaryIO
+    name: str = ""
+
+
+class Blobs:
+    """A folder of content-addressed files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+        # A killed process leaves its drafts behind; nothing refers to them.
+        for draft in root.glob("*.draft"):
+            draft.unlink(missing_ok=True)
+
+    @contextmanager
+    def draft(self, *, durable: bool) -> Iterator[Draft]:
+        """Write a new file; on leaving it is renamed to its hash, and with `durable` survives a power cut.
+
+        Raises `JournalError` when the disk is full; nothing half written remains.
+        """
+        handle, name = tempfile.mkstemp(suffix=".draft", dir=self.root)
+        path = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                draft = Draft(file)
+                yield draft
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            path.rename(self.root / draft.name)
+            if durable:
+                _sync_folder(self.root)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise disk_error(error) from error
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    def path(self, name: str) -> Path:
+        """Where the file of that hash lies."""
+        return self.root / name
+
+    def keep(self, names: Set[str]) -> None:
+        """Delete every other file."""
+        for path in self.root.iterdir():
+            if path.name not in names and path.suffix != ".draft":
+                path.unlink(missing_ok=True)
+
+
+def disk_error(error: OSError) -> JournalError:
+    """What to tell a person when a record cannot be written."""
+    return JournalError(
+        f"the record of the run could not be written ({os.strerror(error.errno or 0)}); free some space and resume: "
+        "everything up to the last finished round is safe",
+        detail=str(error.filename or ""),
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,273 @@
+"""The coordinator of one arm: opens rounds, adds what comes, commits. It knows no imaging and imports no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wardround.errors import JournalError, NotEnoughSites, WireError
+from wardround.federation.exchange import (
+    ERROR,
+    EVALUATE,
+    TRAIN,
+    Call,
+    Engine,
+    Exchange,
+    ExchangeFactory,
+    PlainSum,
+)
+from wardround.federation.journal import Journal, RoundReport, State
+from wardround.federation.methods.method import Method, Writers
+from wardround.wire.message import FileBody, Message
+from wardround.wire.tensors import TensorFile, TensorWriter
+from wardround.wire.update import Aggregate, Layout, next_scales, scale_key
+
+Array = npt.NDArray[Any]
+
+PATIENTS = "validation_patients"
+LOSS = "loss"
+SECONDS = "seconds"
+VALIDATION = "validation/"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a coordinator must know of a study and an arm."""
+
+    arm: str
+    identity: str
+    sites: tuple[str, ...]
+    rounds: int
+    min_sites: int
+    layout: Layout
+    metrics_layout: Layout
+    initial_scale: float
+    selection: str | None = None
+    larger_is_better: bool = True
+    validate_every: int = 1
+    release: str = "best"
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Release:
+    """The round that an arm releases, and its global state."""
+
+    number: int
+    state: State
+
+
+class Coordinator:
+    """Runs the rounds of one arm; what is committed in the journal is never done again."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        method: Method,
+        engine: Engine,
+        journal: Journal,
+        protocol: ExchangeFactory = PlainSum,
+    ) -> None:
+        self._plan = plan
+        self._method = method
+        self._engine = engine
+        self._journal = journal
+        self._protocol = protocol
+        self._waited = 0.0
+
+    def start(self, initial: Callable[[], tuple[Mapping[str, Array], Mapping[str, Array]]]) -> State:
+        """The state to go on from: the last committed one, or the initial one, which `initial` makes."""
+        state = self._journal.latest()
+        if state is None:
+            scales = {
+                scale_key(group.name, info.name): self._plan.initial_scale
+                for group in self._plan.layout.groups
+                for info in group.tensors
+            }
+            public, private = initial()
+
+            def copy(write: Writers) -> None:
+                for name, tensor in public.items():
+                    write.public(name, tensor)
+                for name, tensor in private.items():
+                    write.private(name, tensor)
+
+            state = self._write(0, scales, copy)
+            self._journal.commit(state, None, {})
+        return state
+
+    def rounds(self, state: State) -> Iterator[RoundReport]:
+        """Run the rounds after `state`, yielding each committed report.
+
+        The last report of all, with the number of the last round, carries its validation. Raises `NotEnoughSites`
+        when fewer than `min_sites` answer; what is committed stays, and the run can be resumed.
+        """
+        plan = self._plan
+        while state.round < plan.rounds:
+            state, report = self._round(state)
+            yield report
+        if plan.validate_every and self._missing_validation(plan.rounds):
+            aggregate, _, _ = self._run(
+                self._call(EVALUATE, state, {"split": "validation"}, plan.metrics_layout)
+            )
+            report = self._amend(plan.rounds, aggregate)
+            yield report
+
+    def release(self) -> Release:
+        """The released round: the best by validation, or the last."""
+        number = self._best() if self._plan.release == "best" else None
+        number = self._plan.rounds if number is None else number
+        return Release(number, self._journal.state(number))
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _call(self, kind: str, state: State, meta: Mapping[str, Any], layout: Layout) -> Call:
+        return Call(
+            kind=kind,
+            study=self._plan.identity,
+            round=state.round + (1 if kind == TRAIN else 0),
+            sites=self._plan.sites,
+            layout=layout,
+            scales=state.scales if layout.groups else {},
+            meta=meta,
+            tensors=state.public.table,
+            body=FileBody(state.public.path, state.public.nbytes),
+            body_sha256=state.public_sha256,
+        )
+
+    def _run(self, call: Call) -> tuple[Exchange, dict[str, str], tuple[int, int]]:
+        exchange = self._protocol(call)
+        missing: dict[str, str] = {}
+        up = down = 0
+        messages = exchange.open()
+        while messages:
+            for message in messages:
+                down += message.nbytes
+            for reply in self._waiting(self._engine.exchange(messages)):
+                up += reply.nbytes
+                site = reply.header.site
+                if reply.header.kind == ERROR:
+                    missing[site] = str(reply.header.meta.get("reason", "no reason given"))
+                    continue
+                try:
+                    exchange.accept(reply)
+                except WireError as error:
+                    missing[site] = str(error)
+            self._require(exchange, missing)
+            messages = exchange.close()
+        return exchange, missing, (up, down)
+
+    def _waiting(self, replies: Iterator[Message]) -> Iterator[Message]:
+        """The replies, with the time spent waiting for them kept apart from the coordinator's own."""
+        while True:
+            began = time.perf_counter()
+            reply = next(replies, None)
+            self._waited += time.perf_counter() - began
+            if reply is None:
+                return
+            yield reply
+
+    def _require(self, exchange: Exchange, missing: Mapping[str, str]) -> None:
+        present = len(exchange.receipts)
+        if present < self._plan.min_sites:
+            reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
+            raise NotEnoughSites(
+                f"{self._plan.arm}: {present} of {len(self._plan.sites)} sites answered and "
+                f"schedule.min_sites is {self._plan.min_sites} ({reasons}). Mend the cause and run again with --resume"
+            )
+
+    def _round(self, state: State) -> tuple[State, RoundReport]:
+        plan, number = self._plan, state.round + 1
+        began, self._waited = time.perf_counter(), 0.0
+        best = self._best()
+        keep = sorted({n for n in (best, state.round) if n is not None})
+        validate = bool(plan.validate_every) and state.round > 0 and state.round % plan.validate_every == 0
+        meta = {"keep": keep, "validate": validate}
+        exchange, missing, (up, down) = self._run(self._call(TRAIN, state, meta, plan.layout))
+        aggregate = exchange.aggregate()
+        if validate:
+            self._amend(state.round, aggregate)
+        scales, saturated = next_scales(aggregate)
+        following = self._write(
+            number, scales, lambda write: self._method.apply(state.public, state.private, aggregate, write)
+        )
+        elements = sum(g.size for g in plan.layout.groups) * aggregate.contributors
+        report = RoundReport(
+            arm=plan.arm,
+            round=number,
+            attempt=0,
+            participants=tuple(sorted(exchange.receipts)),
+            missing=missing,
+            loss=float(aggregate.metrics[LOSS][0]) / aggregate.contributors,
+            validation=None,
+            bytes_up=up,
+            bytes_down=down,
+            seconds=time.perf_counter() - began,
+            coordinator_seconds=time.perf_counter() - began - self._waited,
+            training_seconds=float(aggregate.metrics[SECONDS][0]),
+            saturated_share=sum(aggregate.saturated.values()) / max(1, elements),
+            state_sha256=following.public_sha256,
+            notes=tuple(
+                f"{key}: {share:.2%} of values saturated; its scale doubles"
+                for key, share in saturated.items()
+                if share > 1e-4
+            ),
+        )
+        self._journal.commit(following, report, exchange.receipts)
+        self._forget(number)
+        return following, report
+
+    def _write(self, number: int, scales: Mapping[str, float], fill: Callable[[Writers], None]) -> State:
+        blobs = self._journal.blobs
+        with blobs.draft(durable=True) as private, blobs.draft(durable=True) as public:
+            to_public, to_private = TensorWriter(public.file), TensorWriter(private.file)
+            fill(Writers(to_public.add, to_private.add))
+            public.name, private.name = to_public.sha256, to_private.sha256
+        return State(
+            number,
+            TensorFile(blobs.path(public.name), to_public.table),
+            public.name,
+            TensorFile(blobs.path(private.name), to_private.table),
+            private.name,
+            scales,
+        )
+
+    def _amend(self, number: int, aggregate: Exchange | Aggregate) -> RoundReport:
+        sums = aggregate if isinstance(aggregate, Aggregate) else aggregate.aggregate()
+        reports = {r.round: r for r in self._journal.reports()}
+        if number not in reports:
+            raise JournalError(f"round {number} was validated but never committed")
+        patients = float(sums.metrics[PATIENTS][0])
+        values = {
+            name.removeprefix(VALIDATION): float(np.round(total[0] / patients, 9))
+            for name, total in sums.metrics.items()
+            if name.startswith(VALIDATION)
+        }
+        report = replace(reports[number], validation=values if patients else None)
+        self._journal.amend(report)
+        return report
+
+    def _missing_validation(self, number: int) -> bool:
+        return all(r.validation is None for r in self._journal.reports() if r.round == number)
+
+    def _best(self) -> int | None:
+        name = self._plan.selection
+        scored = [
+            (report.validation[name], report.round)
+            for report in self._journal.reports()
+            if name is not None and report.validation and name in report.validation
+        ]
+        if not scored:
+            return None
+        sign = 1.0 if self._plan.larger_is_better else -1.0
+        return max(scored, key=lambda pair: (sign * pair[0], -pair[1]))[1]
+
+    def _forget(self, number: int) -> None:
+        keep = set(range(number - self._plan.keep + 1, number + 1))
+        best = self._best()
+        self._journal.forget_states(keep if best is None else keep | {best})

@@ -1,0 +1,67 @@
+"""How Wardround opens SQLite: write-ahead log, explicit transactions, clear errors."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wardround.errors import JournalError
+
+
+class Database:
+    """A SQLite file with short transactions.
+
+    A transaction always survives the death of the process; with `durable` also a power cut (one fsync).
+    """
+
+    def __init__(self, path: Path, schema: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Autocommit mode: transactions begin and end where the code says so.
+            self._connection = sqlite3.connect(
+                path, isolation_level=None, timeout=30.0, check_same_thread=False
+            )
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.executescript(schema)
+        except sqlite3.Error as error:
+            raise database_error(error, path) from error
+        self._path = path
+
+    @contextmanager
+    def transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """Begin, then commit, or roll back on any error."""
+        connection = self._connection
+        try:
+            if durable:
+                connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise database_error(error, self._path) from error
+        finally:
+            if durable:
+                connection.execute("PRAGMA synchronous=NORMAL")
+
+    def rows(self, query: str, *values: object) -> list[tuple[object, ...]]:
+        """All rows of a query."""
+        return self._connection.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+
+def database_error(error: sqlite3.Error, path: Path) -> JournalError:
+    """What to tell a person when the record of a run cannot be read or written."""
+    return JournalError(
+        f"the record of the run could not be read or written ({error}); check the disk, then resume",
+        detail=str(path),
+    )

@@ -1,0 +1,156 @@
+"""One attempt of a round, as a sequence of phases.
+
+The coordinator asks an exchange for messages, hands it the replies as they come, and gets a sum at the end. The plain
+sum has one phase. A secure sum has several and another class; the coordinator does not know the difference.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from wardround.errors import Rejected
+from wardround.protection.gates import check_reply, check_update
+from wardround.wire.message import EMPTY_SHA256, Body, EmptyBody, Header, Message
+from wardround.wire.ring import ExactSum
+from wardround.wire.tensors import TensorInfo
+from wardround.wire.update import Aggregate, Layout, Scales
+
+# Kinds of message.
+TRAIN = "train"
+EVALUATE = "evaluate"
+RELEASE = "release"
+UPDATE = "update"
+DONE = "done"
+ERROR = "error"
+
+
+class Engine(Protocol):
+    """Carries messages to sites and yields one reply for each, as they come."""
+
+    def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Every message gets exactly one reply; a site that cannot answer gets an `error` reply."""
+        ...
+
+    def close(self) -> None:
+        """Let go of processes and connections; messages under way are answered with `error`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked of every site in a round: the kind of work, its parameters and the global state as body."""
+
+    kind: str
+    study: str
+    round: int
+    sites: tuple[str, ...]
+    layout: Layout
+    scales: Scales
+    attempt: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    tensors: tuple[TensorInfo, ...] = ()
+    body: Body = EmptyBody()
+    body_sha256: str = EMPTY_SHA256
+
+    def message(self, site: str) -> Message:
+        """The request to one site."""
+        header = Header(
+            kind=self.kind,
+            study=self.study,
+            site=site,
+            round=self.round,
+            attempt=self.attempt,
+            meta={**self.meta, "layout": self.layout.sha256, "scales": dict(self.scales)},
+            tensors=self.tensors,
+            body_nbytes=self.body.nbytes,
+            body_sha256=self.body_sha256,
+        )
+        return Message(header, self.body)
+
+
+class Exchange(ABC):
+    """One attempt of a round."""
+
+    @abstractmethod
+    def open(self) -> list[Message]:
+        """The messages of the first phase."""
+
+    @abstractmethod
+    def accept(self, reply: Message) -> None:
+        """Take one reply; raises `WireError` when it is refused, and then nothing of it counts."""
+
+    @abstractmethod
+    def close(self) -> list[Message]:
+        """End the phase with the replies that came; the messages of the next one, or none when all is done."""
+
+    @property
+    @abstractmethod
+    def receipts(self) -> Mapping[str, str]:
+        """The sites whose updates are in the sum, with the hash of the bytes they sent."""
+
+    @abstractmethod
+    def aggregate(self) -> Aggregate:
+        """The sum; only after the last phase."""
+
+
+ExchangeFactory = Callable[[Call], Exchange]
+
+
+class PlainSum(Exchange):
+    """Each site sends its update in the clear; it is verified whole, then added, then forgotten."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._total = ExactSum(call.layout.segments)
+        self._receipts: dict[str, str] = {}
+        self._requests: dict[str, str] = {}
+
+    def open(self) -> list[Message]:
+        """One message a site."""
+        messages = [self._call.message(site) for site in self._call.sites]
+        self._requests = {m.header.site: m.id for m in messages}
+        return messages
+
+    def accept(self, reply: Message) -> None:
+        """Verify, then add chunk by chunk."""
+        site = reply.header.site
+        check_reply(reply, UPDATE, self._requests)
+        if site in self._receipts:
+            if self._receipts[site] != reply.header.body_sha256:
+                raise Rejected(f"site {site} answered twice, differently; the second answer is refused")
+            return
+        check_update(self._call.layout, reply)
+        offset = 0
+        for chunk in reply.body.chunks():
+            self._total.add(chunk, offset)
+            offset += len(chunk)
+        self._receipts[site] = reply.header.body_sha256
+
+    def close(self) -> list[Message]:
+        """There is no second phase."""
+        return []
+
+    @property
+    def receipts(self) -> Mapping[str, str]:
+        """Site -> hash of its update."""
+        return self._receipts
+
+    def aggregate(self) -> Aggregate:
+        """The sum of all accepted updates."""
+        return Aggregate(self._call.layout, self._total, self._call.scales)
+
+
+def ask_one(engine: Engine, call: Call) -> Aggregate | Message:
+    """Ask the one site of a call for sums of its own; its `error` reply when it declines.
+
+    A sum over one site is that site's own release, which its egress policy decides on: there is nothing to mask.
+    """
+    exchange = PlainSum(call)
+    (reply,) = engine.exchange(exchange.open())
+    if reply.header.kind == ERROR:
+        return reply
+    exchange.accept(reply)
+    return exchange.aggregate()

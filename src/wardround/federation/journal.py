@@ -1,0 +1,183 @@
+"""The coordinator's record of an arm: what was asked, what came, what was committed.
+
+A round exists once its row is committed, together with the hash of the state it made; until then it can be repeated.
+Torch-free, so that restarts are quick.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wardround.errors import JournalError
+from wardround.federation.blobs import Blobs
+from wardround.federation.database import Database
+from wardround.wire.canonical import canonical_json
+from wardround.wire.tensors import TensorFile, parse_table
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS states (
+  round INTEGER PRIMARY KEY, public_sha256 TEXT NOT NULL, public_table TEXT NOT NULL,
+  private_sha256 TEXT NOT NULL, private_table TEXT NOT NULL, scales TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS receipts (
+  round INTEGER, site TEXT, body_sha256 TEXT NOT NULL, UNIQUE (round, site));
+CREATE TABLE IF NOT EXISTS decisions (round INTEGER, attempt INTEGER, name TEXT, value TEXT NOT NULL,
+  UNIQUE (round, attempt, name));
+CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, report TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class State:
+    """The global state after a round: what sites get (`public`), what only the coordinator keeps (`private`)."""
+
+    round: int
+    public: TensorFile
+    public_sha256: str
+    private: TensorFile
+    private_sha256: str
+    scales: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One line of rounds.jsonl: numbers only, none of them from one patient."""
+
+    arm: str
+    round: int
+    attempt: int
+    participants: tuple[str, ...]
+    missing: Mapping[str, str]
+    loss: float | None
+    validation: Mapping[str, float] | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    coordinator_seconds: float
+    training_seconds: float
+    saturated_share: float
+    state_sha256: str
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """The line as JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> RoundReport:
+        """The report from a line."""
+        return RoundReport(
+            **{**value, "participants": tuple(value["participants"]), "notes": tuple(value["notes"])}
+        )
+
+
+class Journal:
+    """Transactions of one arm; `identity` is the hash of study and arm."""
+
+    def __init__(self, root: Path, identity: str) -> None:
+        self.blobs = Blobs(root / "blobs")
+        self._database = Database(root / "journal.sqlite", _SCHEMA)
+        found = self.fact("identity")
+        if found is None:
+            self.set_fact("identity", identity)
+        elif found != identity:
+            raise JournalError(
+                "this folder holds the record of another study: choose another --out, or restore the study file "
+                "as it was when the run began",
+                detail=str(root),
+            )
+
+    def fact(self, name: str) -> str | None:
+        """A fact about the run, if it was ever written."""
+        rows = self._database.rows("SELECT value FROM facts WHERE name = ?", name)
+        return str(rows[0][0]) if rows else None
+
+    def set_fact(self, name: str, value: str) -> None:
+        """Write a fact."""
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    def latest(self) -> State | None:
+        """The state of the last committed round."""
+        rows = self._database.rows("SELECT max(round) FROM states")
+        return None if rows[0][0] is None else self.state(int(str(rows[0][0])))
+
+    def state(self, number: int) -> State:
+        """The state after a round; raises `JournalError` when it was not kept."""
+        rows = self._database.rows("SELECT * FROM states WHERE round = ?", number)
+        if not rows:
+            raise JournalError(f"the state of round {number} was not kept")
+        _, public_sha, public_table, private_sha, private_table, scales = (str(v) for v in rows[0])
+        return State(
+            number,
+            TensorFile(self.blobs.path(public_sha), parse_table(json.loads(public_table))),
+            public_sha,
+            TensorFile(self.blobs.path(private_sha), parse_table(json.loads(private_table))),
+            private_sha,
+            json.loads(scales),
+        )
+
+    def decide(self, number: int, attempt: int, name: str, value: Any) -> Any:
+        """Write a decision before it is announced, durably, once: later calls return what was first decided."""
+        with self._database.transaction(durable=True) as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO decisions VALUES (?,?,?,?)", (number, attempt, name, json.dumps(value))
+            )
+        rows = self._database.rows(
+            "SELECT value FROM decisions WHERE round=? AND attempt=? AND name=?", number, attempt, name
+        )
+        return json.loads(str(rows[0][0]))
+
+    def commit(self, state: State, report: RoundReport | None, receipts: Mapping[str, str]) -> None:
+        """Make a round exist: its state, its report and the hash of what each site sent, in one durable transaction.
+
+        A round that was committed before is refused by its primary key, so no update can count twice.
+        """
+        with self._database.transaction(durable=True) as connection:
+            connection.execute(
+                "INSERT INTO states VALUES (?,?,?,?,?,?)",
+                (
+                    state.round,
+                    state.public_sha256,
+                    canonical_json([i.to_json() for i in state.public.table]).decode(),
+                    state.private_sha256,
+                    canonical_json([i.to_json() for i in state.private.table]).decode(),
+                    canonical_json(dict(state.scales)).decode(),
+                ),
+            )
+            if report is not None:
+                connection.execute(
+                    "INSERT INTO rounds VALUES (?,?)",
+                    (report.round, canonical_json(report.to_json()).decode()),
+                )
+            connection.executemany(
+                "INSERT INTO receipts VALUES (?,?,?)",
+                [(state.round, site, sha) for site, sha in receipts.items()],
+            )
+
+    def amend(self, report: RoundReport) -> None:
+        """Replace a committed report, to add the validation that is only known a round later."""
+        with self._database.transaction() as connection:
+            line = canonical_json(report.to_json()).decode()
+            connection.execute("UPDATE rounds SET report = ? WHERE round = ?", (line, report.round))
+
+    def reports(self) -> list[RoundReport]:
+        """The reports of all committed rounds."""
+        rows = self._database.rows("SELECT report FROM rounds ORDER BY round")
+        return [RoundReport.from_json(json.loads(str(row[0]))) for row in rows]
+
+    def forget_states(self, keep: set[int]) -> None:
+        """Delete the states of other rounds, and what only they refer to."""
+        with self._database.transaction() as connection:
+            marks = ",".join("?" * len(keep))
+            connection.execute(f"DELETE FROM states WHERE round NOT IN ({marks})", tuple(keep))
+        rows = self._database.rows("SELECT public_sha256, private_sha256 FROM states")
+        self.blobs.keep({str(name) for row in rows for name in row})
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()

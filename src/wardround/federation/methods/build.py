@@ -1,0 +1,58 @@
+"""From the study's method to the object."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from wardround.errors import StudyError
+from wardround.federation.methods.method import Method
+from wardround.federation.methods.personal import FedBN
+from wardround.federation.methods.proximal import FedProx
+from wardround.federation.methods.server import FedAdam, FedAvgM
+from wardround.study import schema
+
+ENTRY_POINTS = "wardround.methods"
+
+
+def build_method(config: schema.Method) -> Method:
+    """The method of a study; a custom one comes from an entry point or from `package.module:callable`."""
+    match config:
+        case schema.CustomMethod():
+            return _custom(config)
+        case schema.FedProx():
+            return FedProx(config.weights, mu=config.mu)
+        case schema.FedBN():
+            return FedBN(config.weights)
+        case schema.FedAvgM():
+            return FedAvgM(config.weights, momentum=config.momentum, server_lr=config.server_lr)
+        case schema.FedAdam():
+            return FedAdam(
+                config.weights,
+                server_lr=config.server_lr,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                tau=config.tau,
+            )
+        case schema.FedAvg():
+            return Method(config.weights)
+
+
+def _custom(config: schema.CustomMethod) -> Method:
+    found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    try:
+        if config.factory in found:
+            factory: Any = found[config.factory].load()
+        else:
+            module, _, name = config.factory.partition(":")
+            factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise StudyError(
+            f"method.factory={config.factory!r} cannot be imported; it must be an entry point of the group "
+            f"{ENTRY_POINTS} ({', '.join(sorted(found)) or 'none installed'}) or package.module:callable"
+        ) from error
+    method = factory(**config.options)
+    if not isinstance(method, Method):
+        raise StudyError(f"method.factory={config.factory!r} does not make a wardround Method")
+    return method

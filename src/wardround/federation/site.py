@@ -1,0 +1,293 @@
+"""A site: one object with one entry, `handle(message) -> message`."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from wardround.data.deidentify import scrub
+from wardround.errors import DataError, Rejected, StudyError, WardroundError, WireError
+from wardround.federation.coordinator import LOSS, PATIENTS, SECONDS, VALIDATION
+from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
+from wardround.federation.store import Memory, SiteStore
+from wardround.federation.training import Learner
+from wardround.protection.gates import check_body
+from wardround.tasks.metrics import replicate_weights
+from wardround.tasks.task import Split
+from wardround.wire.message import FileBody, Message
+from wardround.wire.random import public_generator
+from wardround.wire.tensors import TensorFile
+from wardround.wire.update import Layout, encode
+
+Array = npt.NDArray[Any]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply, and the private state that is written together with it."""
+
+    reply: Message
+    memory: Memory | None = None
+    keep: frozenset[int] = frozenset()
+
+
+class SiteProtocol(Protocol):
+    """How an update leaves a site: in the clear, or masked over several phases."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of message it answers."""
+        ...
+
+    def answer(self, request: Message, site: Site) -> Answer:
+        """Answer one message of those kinds."""
+        ...
+
+
+class ClearUpload:
+    """The plain sum: a training request is answered with the update itself."""
+
+    kinds = frozenset({TRAIN})
+
+    def answer(self, request: Message, site: Site) -> Answer:
+        """Train and send."""
+        chunks, memory, keep = site.work(request)
+        return Answer(site.reply_with(request, UPDATE, chunks, site.rules.layout), memory, keep)
+
+
+class Evaluator(Protocol):
+    """Another way to evaluate than with the model of a round: each metric's value for every patient, (n,)."""
+
+    def __call__(
+        self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
+    ) -> dict[str, Array]:
+        """`tensors` is what the request carried; `meta` its parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a site has agreed to: the study and arm it answers for, and what may leave."""
+
+    identity: str
+    layout: Layout
+    metrics_layout: Layout
+    evaluation_layout: Layout
+    replicates: int
+    seed: int
+    per_site_results: bool = True
+
+
+class Site:
+    """Answers messages; idempotent by message id. Exceptions become `error` replies with scrubbed reasons."""
+
+    def __init__(
+        self,
+        name: str,
+        rules: Rules,
+        learner: Callable[[], Learner],
+        store: SiteStore,
+        *,
+        protocol: SiteProtocol | None = None,
+        evaluators: Mapping[str, Evaluator] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.rules = rules
+        self.store = store
+        self.folder = folder
+        self._make_learner = learner
+        self._learner: Learner | None = None
+        self._protocol: SiteProtocol = protocol or ClearUpload()
+        self._evaluators = evaluators or {}
+
+    def handle(self, request: Message) -> Message:
+        """Answer a message: from the store if it was answered before, otherwise by doing what it asks."""
+        try:
+            done = self.store.reply(request.id)
+            if done is not None:
+                return done
+            self._check(request)
+            answer = self._answer(request)
+            self.store.finish(answer.reply, answer.memory, set(answer.keep))
+            return answer.reply
+        except Exception as error:
+            # The cause stays here; what leaves is text that is safe by construction.
+            detail = getattr(error, "detail", "")
+            log.warning("site %s could not answer %r: %s %s", self.name, request.header.kind, error, detail)
+            log.debug("details", exc_info=True)
+            return request.reply(ERROR, meta={"reason": scrub(error)})
+
+    @property
+    def learner(self) -> Learner:
+        """The learner, made when it is first needed: its data must be those the run began with."""
+        if self._learner is None:
+            learner = self._make_learner()
+            found = learner.dataset.fingerprint()
+            known = self.store.fact("fingerprint")
+            if known is None:
+                self.store.set_fact("fingerprint", found)
+            elif known != found:
+                raise DataError(
+                    f"the data of site {self.name} changed since the run began; restore them, or start a new run in "
+                    "another folder"
+                )
+            self._learner = learner
+        return self._learner
+
+    def public_state(self, request: Message) -> TensorFile:
+        """The verified global state that a request carries; raises `WireError` when bytes are not what was signed."""
+        check_body(request)
+        if not isinstance(request.body, FileBody):
+            raise WireError("a global state must arrive as a file")
+        state = TensorFile(request.body.path, request.header.tensors)
+        if state.nbytes != request.header.body_nbytes:
+            raise Rejected("the tensor table does not fit the body")
+        return state
+
+    def work(self, request: Message) -> tuple[Iterator[bytes | memoryview], Memory, frozenset[int]]:
+        """Validate and train as asked; the update's bytes, the new private state, and the rounds to keep."""
+        header = request.header
+        public = self.public_state(request)
+        memory = self.store.memory(header.round - 1)
+        learner = self.learner
+        learner.load(public, memory)
+        metrics: dict[str, Any] = {}
+        if header.meta.get("validate"):
+            metrics |= self._validation(learner)
+        trained = learner.train(header.round, public, memory)
+        metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
+        chunks = encode(
+            self.rules.layout,
+            _scales(header.meta),
+            trained.weights,
+            trained.changes,
+            metrics,
+            public_generator(self.rules.seed, self.name, header.round, "rounding"),
+        )
+        keep = frozenset(int(n) for n in header.meta.get("keep", ()))
+        return chunks, Memory(trained.memory, {}), keep
+
+    def reply_with(
+        self, request: Message, kind: str, chunks: Iterator[bytes | memoryview], layout: Layout
+    ) -> Message:
+        """A reply whose body is streamed to the store first."""
+        total, nbytes = hashlib.sha256(), 0
+        with self.store.blobs.draft(durable=False) as draft:
+            for chunk in chunks:
+                total.update(chunk)
+                nbytes += draft.file.write(chunk)
+            draft.name = total.hexdigest()
+        reply = request.reply(kind, meta={"layout": layout.sha256})
+        header = replace(reply.header, body_nbytes=nbytes, body_sha256=draft.name)
+        return Message(header, FileBody(self.store.blobs.path(draft.name), nbytes))
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _check(self, request: Message) -> None:
+        header = request.header
+        if header.study != self.rules.identity:
+            raise StudyError(f"site {self.name} was asked for another study than the one it agreed to")
+        if header.site != self.name:
+            raise WireError(f"a message for another site reached {self.name}")
+        layout = header.meta.get("layout")
+        known = {
+            self.rules.layout.sha256,
+            self.rules.metrics_layout.sha256,
+            self.rules.evaluation_layout.sha256,
+        }
+        if layout is not None and layout not in known:
+            raise Rejected(f"site {self.name} was asked for a layout that the study does not have")
+
+    def _answer(self, request: Message) -> Answer:
+        if request.header.kind in self._protocol.kinds:
+            return self._protocol.answer(request, self)
+        if request.header.kind == EVALUATE:
+            return self._evaluate(request)
+        if request.header.kind == RELEASE:
+            return self._release(request)
+        raise WireError(f"site {self.name} does not know messages of kind {request.header.kind[:40]!r}")
+
+    def _evaluate(self, request: Message) -> Answer:
+        """Evaluate the model that the request carries: sums over all patients of a split, never a patient's value."""
+        header = request.header
+        split = header.meta.get("split")
+        if split not in ("validation", "test"):
+            raise WireError("an evaluation needs split: validation or test")
+        pooled = header.meta["layout"] == self.rules.metrics_layout.sha256
+        if not pooled and not self.rules.per_site_results:
+            raise WardroundError(
+                f"site {self.name} withholds its own results: egress.per_site_results is false"
+            )
+        learner = self.learner
+        which = header.meta.get("evaluator")
+        if which is None:
+            learner.load(self.public_state(request), self.store.memory(header.round))
+            values = learner.evaluate(split)
+        elif which in self._evaluators:
+            carried = self.public_state(request) if header.body_nbytes else None
+            values = self._evaluators[which](learner, carried, header.meta, split)
+        else:
+            raise WireError(f"site {self.name} has no evaluator of that name")
+        layout = self.rules.metrics_layout if pooled else self.rules.evaluation_layout
+        metrics = _validation_sums(values) if pooled else self._evaluation_sums(values)
+        random = public_generator(self.rules.seed, self.name, "no rounding")
+        return Answer(self.reply_with(request, UPDATE, encode(layout, {}, {}, {}, metrics, random), layout))
+
+    def _release(self, request: Message) -> Answer:
+        """Write the private part of the released model into the site's own folder."""
+        memory = self.store.memory(request.header.round)
+        tensors = self.learner.local_tensors(memory)
+        if tensors and self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft = self.folder / "local.draft"
+            save_file(tensors, draft)
+            draft.rename(self.folder / "local.safetensors")
+        return Answer(request.reply(DONE))
+
+    def _validation(self, learner: Learner) -> dict[str, Any]:
+        return _validation_sums(learner.evaluate("validation"))
+
+    def _evaluation_sums(self, values: Mapping[str, Array]) -> dict[str, Any]:
+        sums: dict[str, Any] = {}
+        for name, per_patient in values.items():
+            sums["patients"] = len(per_patient)
+            sums[f"total/{name}"] = float(per_patient.sum())
+            if self.rules.replicates:
+                # The same draws for every arm, so that intervals of arms can be compared.
+                random = public_generator(self.rules.seed, self.name, "bootstrap")
+                draws = replicate_weights(len(per_patient), self.rules.replicates, random)
+                sums[f"replicates/{name}"] = draws @ per_patient
+        return sums
+
+    def close(self) -> None:
+        """Close the store."""
+        with suppress(WardroundError):
+            self.store.close()
+
+
+def _validation_sums(values: Mapping[str, Array]) -> dict[str, Any]:
+    counts = [len(per_patient) for per_patient in values.values()]
+    return {
+        PATIENTS: counts[0] if counts else 0,
+        **{VALIDATION + name: float(np.sum(per_patient)) for name, per_patient in values.items()},
+    }
+
+
+def _scales(meta: Mapping[str, Any]) -> dict[str, float]:
+    scales = meta.get("scales")
+    if not isinstance(scales, dict) or not all(
+        isinstance(v, float | int) and 0 < float(v) < float("inf") for v in scales.values()
+    ):
+        raise WireError("a training request needs the scale of every tensor")
+    return {str(name): float(value) for name, value in scales.items()}

@@ -1,0 +1,125 @@
+"""What a site keeps between messages: private tensors, replies, facts about its data.
+
+State and the reply that reports it are written in one transaction, so that after a crash a site either has done a
+message, and answers it again from here, or has not, and does it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wardround.federation.blobs import Blobs
+from wardround.federation.database import Database
+from wardround.wire.canonical import canonical_json
+from wardround.wire.message import EMPTY_SHA256, EmptyBody, FileBody, Header, Message
+from wardround.wire.tensors import TensorFile, TensorWriter, parse_table
+
+Array = npt.NDArray[Any]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS memories (
+  round INTEGER PRIMARY KEY, sha256 TEXT NOT NULL, tensors TEXT NOT NULL, meta TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS replies (
+  request TEXT PRIMARY KEY, round INTEGER NOT NULL, header TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Private tensors and small values of a site after a round; never in a message."""
+
+    tensors: Mapping[str, Array]
+    meta: Mapping[str, Any]
+
+
+NOTHING = Memory({}, {})
+
+
+class SiteStore:
+    """The transactional store of one site in one arm."""
+
+    def __init__(self, root: Path) -> None:
+        self.blobs = Blobs(root / "blobs")
+        self._database = Database(root / "store.sqlite", _SCHEMA)
+
+    def fact(self, name: str) -> str | None:
+        """A fact, if it was ever written."""
+        rows = self._database.rows("SELECT value FROM facts WHERE name = ?", name)
+        return str(rows[0][0]) if rows else None
+
+    def set_fact(self, name: str, value: str) -> None:
+        """Write a fact, durably."""
+        with self._database.transaction(durable=True) as connection:
+            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    def memory(self, number: int) -> Memory:
+        """The private state after the last round up to `number` in which the site took part."""
+        rows = self._database.rows(
+            "SELECT sha256, tensors, meta FROM memories WHERE round <= ? ORDER BY round DESC LIMIT 1", number
+        )
+        if not rows:
+            return NOTHING
+        name, table, meta = (str(v) for v in rows[0])
+        return Memory(TensorFile(self.blobs.path(name), parse_table(json.loads(table))), json.loads(meta))
+
+    def reply(self, request: str) -> Message | None:
+        """The reply to a request that was already handled."""
+        rows = self._database.rows("SELECT header FROM replies WHERE request = ?", request)
+        if not rows:
+            return None
+        header = Header.from_bytes(str(rows[0][0]).encode())
+        if not header.body_nbytes:
+            return Message(header, EmptyBody())
+        return Message(header, FileBody(self.blobs.path(header.body_sha256), header.body_nbytes))
+
+    def finish(self, reply: Message, memory: Memory | None, keep: set[int]) -> None:
+        """Record a reply and the state it leaves in one transaction; then forget rounds not in `keep`.
+
+        Replies of earlier rounds are forgotten with it: nobody may ask for them again.
+        """
+        number = reply.header.round
+        with ExitStack() as stack:
+            row: tuple[str, str, str] | None = None
+            if memory is not None and (memory.tensors or memory.meta):
+                with self.blobs.draft(durable=False) as draft:
+                    writer = TensorWriter(draft.file)
+                    for name, tensor in memory.tensors.items():
+                        writer.add(name, np.asarray(tensor))
+                    draft.name = writer.sha256
+                table = canonical_json([i.to_json() for i in writer.table]).decode()
+                row = (writer.sha256, table, canonical_json(dict(memory.meta)).decode())
+            connection = stack.enter_context(self._database.transaction())
+            if row is not None:
+                connection.execute("INSERT OR REPLACE INTO memories VALUES (?,?,?,?)", (number, *row))
+                # A site that missed a round goes on using what it had before: that is what `keep` refers to then.
+                kept = {
+                    connection.execute("SELECT max(round) FROM memories WHERE round <= ?", (k,)).fetchone()[0]
+                    for k in {number, *keep}
+                }
+                marks = ",".join("?" * len(kept))
+                connection.execute(f"DELETE FROM memories WHERE round NOT IN ({marks})", tuple(kept))
+            connection.execute("DELETE FROM replies WHERE round < ?", (number,))
+            connection.execute(
+                "INSERT OR REPLACE INTO replies VALUES (?,?,?)",
+                (reply.header.reply_to, number, reply.header.to_bytes().decode()),
+            )
+        self._sweep()
+
+    def _sweep(self) -> None:
+        names = {str(row[0]) for row in self._database.rows("SELECT sha256 FROM memories")}
+        for row in self._database.rows("SELECT header FROM replies"):
+            names.add(str(json.loads(str(row[0]))["body_sha256"]))
+        self.blobs.keep(names - {EMPTY_SHA256})
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()

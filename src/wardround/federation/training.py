@@ -1,0 +1,362 @@
+"""What happens at a site with torch: load the global model, take steps, evaluate. It sends nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from wardround.errors import WardroundError
+from wardround.federation.methods.method import Facts, LocalRound, Method
+from wardround.federation.policy import Parameter, Policy
+from wardround.federation.store import Memory
+from wardround.study.schema import Local
+from wardround.tasks.task import Batch, Dataset, Split, Task
+from wardround.wire.random import public_generator, public_seed
+from wardround.wire.tensors import TensorInfo
+
+Array = npt.NDArray[Any]
+LOCAL = "local/"
+METHOD = "method/"
+OPTIMIZER = "optimizer/"
+
+
+class TrainingFailed(WardroundError):
+    """A site's training produced something that must not be sent."""
+
+
+def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
+    """Every parameter and persistent buffer of a model, in the order of its state."""
+    owners = {
+        f"{prefix}.{name}" if prefix else name: type(module).__name__
+        for prefix, module in model.named_modules()
+        for name in (*module._parameters, *module._buffers)
+    }
+    trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    return tuple(
+        Parameter(
+            TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)),
+            trainable=trainable.get(name, False),
+            buffer=name not in trainable,
+            layer=owners[name],
+        )
+        for name, tensor in model.state_dict().items()
+    )
+
+
+class Workbench:
+    """The one model of a process, and how it was initialised: public randomness, so the same everywhere."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task = task
+        torch.manual_seed(public_seed(seed, "initialisation") % 2**63)
+        self.model = task.build_model()
+        self.parameters = parameters_of(self.model)
+        self.initial = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+
+    def shared_initial(self, policy: Policy) -> dict[str, Array]:
+        """The initial values of the shared tensors."""
+        return {name: self.initial[name].numpy() for name in policy.names("shared")}
+
+
+class ExampleStream:
+    """An endless shuffled pass over a site's training examples; round r reads its own stretch of it.
+
+    So what a site processes depends on its name, the seed and the round, and not on the arm.
+    """
+
+    def __init__(self, size: int, seed: int, site: str) -> None:
+        self._size, self._seed, self._site = size, seed, site
+
+    def take(self, start: int, count: int) -> list[int]:
+        """The examples at positions [start, start + count)."""
+        taken: list[int] = []
+        position = start
+        while len(taken) < count:
+            epoch, offset = divmod(position, self._size)
+            order = public_generator(self._seed, self._site, epoch, "shuffle").permutation(self._size)
+            part = order[offset : offset + count - len(taken)]
+            taken.extend(int(i) for i in part)
+            position += len(part)
+        return taken
+
+
+class Examples(Protocol):
+    """Which examples a site processes in a round, in order."""
+
+    def of_round(self, number: int, per_round: int) -> list[int]:
+        """The indices of round `number` (from 1)."""
+        ...
+
+
+@dataclass(frozen=True)
+class SiteExamples:
+    """One site's stretch of its own stream."""
+
+    stream: ExampleStream
+
+    def of_round(self, number: int, per_round: int) -> list[int]:
+        """The indices of round `number`."""
+        return self.stream.take((number - 1) * per_round, per_round)
+
+
+@dataclass(frozen=True)
+class UnionExamples:
+    """What all sites process in a round, shuffled together: the pooled arm."""
+
+    streams: tuple[ExampleStream, ...]
+    offsets: tuple[int, ...]
+    seed: int
+
+    def of_round(self, number: int, per_round: int) -> list[int]:
+        """The indices of round `number`; `per_round` counts all sites together."""
+        each = per_round // len(self.streams)
+        union = [
+            offset + index
+            for stream, offset in zip(self.streams, self.offsets, strict=True)
+            for index in stream.take((number - 1) * each, each)
+        ]
+        public_generator(self.seed, "pooled", number, "shuffle").shuffle(union)
+        return union
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round of training leaves: changes by group, their weights, what the site keeps, and numbers to sum."""
+
+    changes: dict[str, dict[str, Array]]
+    weights: dict[str, float]
+    memory: dict[str, Array]
+    loss: float
+    seconds: float
+
+
+class Learner:
+    """Trains and evaluates at one site."""
+
+    def __init__(
+        self,
+        site: str,
+        bench: Workbench,
+        dataset: Dataset,
+        examples: Examples,
+        method: Method,
+        policy: Policy,
+        local: Local,
+        rounds: int,
+        seed: int,
+        groups: tuple[str, ...],
+        progress: Callable[[int, int, int], None] | None = None,
+    ) -> None:
+        self.site = site
+        self.dataset = dataset
+        self.task = bench.task
+        self._bench = bench
+        self._examples = examples
+        self._method = method
+        self._policy = policy
+        self._local = local
+        self._rounds = rounds
+        self._seed = seed
+        self._groups = groups
+        self._progress = progress
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, with whatever was loaded last."""
+        return self._bench.model
+
+    def load(self, public: Mapping[str, Array], memory: Memory) -> None:
+        """Put the shared, local and frozen tensors into the model."""
+        shared = self._method.release_for(self.site, public, {})
+        self.load_tensors(
+            {
+                **{name: shared[name] for name in self._policy.names("shared")},
+                **{
+                    name: memory.tensors[LOCAL + name]
+                    for name in self._policy.names("local")
+                    if LOCAL + name in memory.tensors
+                },
+            }
+        )
+
+    def load_tensors(self, tensors: Mapping[str, Array]) -> None:
+        """Put tensors into the model by name; all others get their initial values."""
+        with torch.no_grad():
+            for name, tensor in self._bench.model.state_dict().items():
+                tensor.copy_(
+                    torch.from_numpy(tensors[name]) if name in tensors else self._bench.initial[name]
+                )
+
+    def local_tensors(self, memory: Memory) -> dict[str, Array]:
+        """The private part of the model, by model name."""
+        return {
+            name: memory.tensors[LOCAL + name]
+            for name in self._policy.names("local")
+            if LOCAL + name in memory.tensors
+        }
+
+    def train(self, number: int, public: Mapping[str, Array], memory: Memory) -> Trained:
+        """One round of training from a loaded model; raises `TrainingFailed` when the loss is not finite."""
+        began = time.perf_counter()
+        local, model = self._local, self._bench.model
+        torch.set_num_threads(local.threads)
+        torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
+        model.train()
+        state = model.state_dict(keep_vars=True)
+        shared = {name: state[name] for name in self._policy.names("shared")}
+        context = LocalRound(
+            model=model,
+            shared=shared,
+            anchor={name: tensor.detach().clone() for name, tensor in shared.items()},
+            public=public,
+            memory={
+                name.removeprefix(METHOD): tensor
+                for name, tensor in memory.tensors.items()
+                if name.startswith(METHOD)
+            },
+            number=number,
+            steps=local.steps,
+            learning_rate=local.lr,
+            facts=Facts(len(self.dataset)),
+        )
+        self._method.begin(context)
+        optimizer = build_optimizer(model, local)
+        if local.optimizer_state == "keep":
+            restore_optimizer(optimizer, memory.tensors)
+        total = torch.zeros(())
+        indices = self._examples.of_round(number, local.steps * local.batch)
+        for step in range(local.steps):
+            random = public_generator(self._seed, self.site, number, step, "augmentation")
+            batch = self.dataset.batch(indices[step * local.batch : (step + 1) * local.batch], random)
+            self._set_rate(optimizer, (number - 1) * local.steps + step)
+            optimizer.zero_grad(set_to_none=True)
+            loss = self._method.objective(context, self.task.loss(model, batch))
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._method.gradients(context)
+            if local.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), local.clip_norm)
+            optimizer.step()
+            total += loss.detach()
+            if self._progress is not None:
+                self._progress(number, step + 1, local.steps)
+        mean = float(total) / local.steps
+        if not math.isfinite(mean):
+            raise TrainingFailed(
+                f"site {self.site}: the training loss of round {number} is not finite; lower local.lr or set "
+                "local.clip_norm"
+            )
+        facts = Facts(len(self.dataset), self._validation_loss())
+        kept = {LOCAL + name: state[name].detach().numpy().copy() for name in self._policy.names("local")}
+        changes = self._method.changes(context)
+        kept |= {METHOD + name: tensor for name, tensor in context.memory.items()}
+        if local.optimizer_state == "keep":
+            kept |= saved_optimizer(optimizer)
+        return Trained(
+            changes=changes,
+            weights=self._method.group_weights(facts, self._groups),
+            memory=kept,
+            loss=mean,
+            seconds=time.perf_counter() - began,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> dict[str, Array]:
+        """Each metric's value for every patient of a split, in patient order: (n,). It never leaves the site as is."""
+        model = self._bench.model
+        torch.set_num_threads(self._local.threads)
+        model.eval()
+        return self.per_patient(split, lambda batch: self.task.score(model, batch))
+
+    def per_patient(
+        self, split: Split, score: Callable[[Batch], dict[str, Tensor]], *, limit: int | None = None
+    ) -> dict[str, Array]:
+        """Average the (B,) scores of every batch over each patient's examples, the first `limit` of them."""
+        collected: dict[str, dict[int, list[float]]] = {spec.name: {} for spec in self.task.metrics}
+        seen: dict[int, int] = {}
+        for patient, batch in self.dataset.evaluation(split):
+            if limit is not None and seen.get(patient, 0) >= limit:
+                continue
+            scores = score(batch)
+            seen[patient] = seen.get(patient, 0) + len(next(iter(scores.values())))
+            for spec in self.task.metrics:
+                values = collected[spec.name].setdefault(patient, [])
+                values.extend(float(v) for v in scores[spec.name])
+        return {
+            spec.name: np.array([spec.clip(float(np.mean(v))) for v in collected[spec.name].values()])
+            for spec in self.task.metrics
+        }
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float | None:
+        if self._method.weights != "validation" or not self.dataset.patients("validation"):
+            return None
+        self._bench.model.eval()
+        losses = [
+            float(self.task.loss(self._bench.model, b)) for _, b in self.dataset.evaluation("validation")
+        ]
+        return sum(losses) / len(losses)
+
+    def _set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        rate = learning_rate(self._local, step, self._rounds * self._local.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def learning_rate(local: Local, step: int, total: int) -> float:
+    """The rate of global step `step` of `total`: linear warm-up, then constant or a half cosine to zero."""
+    if step < local.warmup:
+        return local.lr * (step + 1) / local.warmup
+    if local.schedule == "constant":
+        return local.lr
+    progress = (step - local.warmup) / max(1, total - local.warmup)
+    return local.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, local: Local) -> torch.optim.Optimizer:
+    """The site's optimiser over everything that gradients reach."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    match local.optimizer:
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay
+            )
+        case "adam":
+            return torch.optim.Adam(parameters, lr=local.lr, weight_decay=local.weight_decay)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=local.lr, weight_decay=local.weight_decay)
+
+
+def saved_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Array]:
+    """The optimiser's tensors, by parameter number and slot."""
+    return {
+        f"{OPTIMIZER}{index}/{slot}": value.detach().numpy().copy()
+        for index, slots in optimizer.state_dict()["state"].items()
+        for slot, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Array]) -> None:
+    """Put back what `saved_optimizer` saved; does nothing in the first round."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name in tensors:
+        if name.startswith(OPTIMIZER):
+            index, slot = name.removeprefix(OPTIMIZER).split("/")
+            state.setdefault(int(index), {})[slot] = torch.from_numpy(tensors[name])
+    if state:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def patients_in(
+    dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")
+) -> dict[str, int]:
+    """How many patients each split has."""
+    return {split: dataset.patients(split) for split in splits}

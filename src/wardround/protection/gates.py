@@ -1,0 +1,44 @@
+"""What a message must pass before anything of it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from wardround.errors import Rejected
+from wardround.wire.message import Message, body_sha256
+from wardround.wire.update import Layout, check_range
+
+
+def check_reply(reply: Message, kind: str, requests: Mapping[str, str]) -> None:
+    """Refuse a reply to another request, from another site, or of another kind; raises `Rejected`."""
+    header = reply.header
+    if header.site not in requests:
+        raise Rejected("a reply from a site that was not asked")
+    if header.reply_to != requests[header.site]:
+        raise Rejected(f"site {header.site} answered another request: late, replayed or of another study")
+    if header.kind != kind:
+        raise Rejected(f"site {header.site} sent {header.kind[:40]!r} where {kind!r} was expected")
+
+
+def check_body(message: Message) -> None:
+    """Refuse a body whose length or hash is not what the header says; raises `Rejected`."""
+    header = message.header
+    if message.body.nbytes != header.body_nbytes:
+        raise Rejected(f"a body of {message.body.nbytes} bytes where the header says {header.body_nbytes}")
+    if body_sha256(message.body) != header.body_sha256:
+        raise Rejected("a body whose bytes changed on the way: its hash is not the header's")
+
+
+def check_update(layout: Layout, reply: Message) -> None:
+    """Refuse an update of another size or layout, or with impossible elements; raises `Rejected`.
+
+    The size is checked before anything is read. Values that are not finite cannot be written in the ring at all: the
+    site that meets one refuses to send.
+    """
+    header = reply.header
+    if header.body_nbytes != layout.nbytes:
+        raise Rejected(f"an update of {header.body_nbytes} bytes where the study says {layout.nbytes}")
+    if header.meta.get("layout") != layout.sha256:
+        raise Rejected("an update of another layout: the site runs another study, model or version")
+    check_body(reply)
+    check_range(layout, reply.body)

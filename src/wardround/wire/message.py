@@ -1,0 +1,195 @@
+"""A message: a header in canonical JSON and a body that is read in chunks and never held as one bytes object."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from wardround.errors import WireError
+from wardround.wire.canonical import canonical_json, digest, parse_json
+from wardround.wire.tensors import TensorInfo, parse_table
+
+SCHEMA = 1
+# A multiple of 12 bytes, so that chunks of an update never cut an element of 2, 3 or 4 bytes.
+CHUNK = 12 << 16
+MAX_HEADER = 1 << 22
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+
+
+class Body(Protocol):
+    """Bytes that can be read again from any offset."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+
+    def chunks(self, offset: int = 0) -> Iterator[memoryview]:
+        """The bytes from `offset` on; a chunk is valid until the next one is asked for."""
+
+
+@dataclass(frozen=True)
+class FileBody:
+    """A body in a file."""
+
+    path: Path
+    nbytes: int
+
+    def chunks(self, offset: int = 0) -> Iterator[memoryview]:
+        """The bytes from `offset` on; raises `WireError` when the file is shorter than promised."""
+        buffer = bytearray(min(CHUNK, max(self.nbytes - offset, 1)))
+        view = memoryview(buffer)
+        left = self.nbytes - offset
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while left > 0:
+                read = file.readinto(view[: min(left, len(view))])
+                if not read:
+                    raise WireError(f"a body ends {left} bytes before its length of {self.nbytes}")
+                left -= read
+                yield view[:read]
+
+
+@dataclass(frozen=True)
+class EmptyBody:
+    """No bytes."""
+
+    nbytes: int = 0
+
+    def chunks(self, offset: int = 0) -> Iterator[memoryview]:
+        """Nothing."""
+        return iter(())
+
+
+def body_sha256(body: Body) -> str:
+    """SHA-256 of all bytes of a body, in hex."""
+    total = hashlib.sha256()
+    for chunk in body.chunks():
+        total.update(chunk)
+    return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a message says of itself.
+
+    `study` is the hash of study and arm; `round` and `attempt` say which exchange it belongs to; `phase` which step
+    of it. `meta` holds small values of the kind's own schema. `reply_to` is the id of the request.
+    """
+
+    kind: str
+    study: str
+    site: str
+    round: int = 0
+    attempt: int = 0
+    phase: int = 0
+    reply_to: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    tensors: tuple[TensorInfo, ...] = ()
+    body_nbytes: int = 0
+    body_sha256: str = EMPTY_SHA256
+
+    def to_json(self) -> dict[str, Any]:
+        """The header as JSON values."""
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "study": self.study,
+            "site": self.site,
+            "round": self.round,
+            "attempt": self.attempt,
+            "phase": self.phase,
+            "reply_to": self.reply_to,
+            "meta": dict(self.meta),
+            "tensors": [info.to_json() for info in self.tensors],
+            "body_nbytes": self.body_nbytes,
+            "body_sha256": self.body_sha256,
+        }
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON."""
+        return canonical_json(self.to_json())
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the header: two messages with one id ask for the same thing."""
+        return digest(self.to_json())
+
+    @staticmethod
+    def from_bytes(data: bytes | memoryview) -> Header:
+        """Parse a header; raises `WireError` for unknown or missing keys, wrong types or a foreign schema."""
+        if len(data) > MAX_HEADER:
+            raise WireError(f"a header of {len(data)} bytes is over the limit of {MAX_HEADER}")
+        value = parse_json(bytes(data))
+        if not isinstance(value, dict) or value.keys() != _KEYS.keys():
+            raise WireError("a header's keys are not those of this version's schema")
+        for key, kind in _KEYS.items():
+            if type(value[key]) is not kind:
+                raise WireError(f"header key {key!r} is not of type {kind.__name__}")
+        if value.pop("schema") != SCHEMA:
+            raise WireError(f"a message of another schema version; this side speaks {SCHEMA}")
+        if min(value[k] for k in ("round", "attempt", "phase", "body_nbytes")) < 0:
+            raise WireError("a header counts below zero")
+        value["tensors"] = parse_table(value["tensors"])
+        return Header(**value)
+
+
+_KEYS: dict[str, type] = {
+    "schema": int,
+    "kind": str,
+    "study": str,
+    "site": str,
+    "round": int,
+    "attempt": int,
+    "phase": int,
+    "reply_to": str,
+    "meta": dict,
+    "tensors": list,
+    "body_nbytes": int,
+    "body_sha256": str,
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """A header and its body."""
+
+    header: Header
+    body: Body = EmptyBody()
+
+    @property
+    def id(self) -> str:
+        """The header's id."""
+        return self.header.id
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire: header and body."""
+        return len(self.header.to_bytes()) + self.body.nbytes
+
+    def reply(self, kind: str, *, meta: Mapping[str, Any] | None = None, phase: int | None = None) -> Message:
+        """An answer without a body, addressed by this request."""
+        header = replace(
+            self.header,
+            kind=kind,
+            reply_to=self.id,
+            meta=meta or {},
+            tensors=(),
+            body_nbytes=0,
+            body_sha256=EMPTY_SHA256,
+            phase=self.header.phase if phase is None else phase,
+        )
+        return Message(header)
+
+
+def write_body(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[FileBody, str]:
+    """Write chunks to `path` and return the body with its SHA-256."""
+    total = hashlib.sha256()
+    nbytes = 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            total.update(chunk)
+            nbytes += file.write(chunk)
+    return FileBody(path, nbytes), total.hexdigest()

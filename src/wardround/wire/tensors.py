@@ -1,0 +1,140 @@
+"""Named tensors as one stream of bytes with a table; reading is lazy, writing is one tensor at a time.
+
+The table is a list of {name, dtype, shape}; the bytes of the tensors follow each other in that order, little-endian
+and without gaps. No code is ever loaded from such a stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from wardround.errors import WireError
+
+Array = npt.NDArray[Any]
+DTYPES = ("float32", "float64", "int64", "int32", "uint8", "bool", "complex64")
+MAX_RANK = 8
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, element type and shape of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.size * np.dtype(self.dtype).itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of a message's tensor table."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+def table_of(tensors: Mapping[str, Array]) -> tuple[TensorInfo, ...]:
+    """The table of arrays held in memory, in their order."""
+    return tuple(TensorInfo(name, str(a.dtype), tuple(a.shape)) for name, a in tensors.items())
+
+
+def parse_table(rows: Any) -> tuple[TensorInfo, ...]:
+    """A tensor table from JSON; raises `WireError` for anything that is not one."""
+    if not isinstance(rows, list):
+        raise WireError("a tensor table is not a list")
+    table = []
+    for row in rows:
+        match row:
+            case {"name": str(name), "dtype": str(dtype), "shape": list(shape), **rest} if not rest:
+                if dtype not in DTYPES:
+                    raise WireError(f"tensor {name[:80]!r} has dtype {dtype[:20]!r}, which is not sent")
+                if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+                    raise WireError(f"tensor {name[:80]!r} has an impossible shape")
+                table.append(TensorInfo(name, dtype, tuple(shape)))
+            case _:
+                raise WireError("a row of a tensor table needs name, dtype and shape, and nothing else")
+    if len({row.name for row in table}) != len(table):
+        raise WireError("a tensor table names a tensor twice")
+    return tuple(table)
+
+
+class TensorFile(Mapping[str, Array]):
+    """Tensors in a file, read one at a time so that memory holds one tensor, not the model."""
+
+    def __init__(self, path: Path, table: Iterable[TensorInfo]) -> None:
+        self.path = path
+        self.table = tuple(table)
+        self._where: dict[str, tuple[TensorInfo, int]] = {}
+        offset = 0
+        for info in self.table:
+            self._where[info.name] = (info, offset)
+            offset += info.nbytes
+        self.nbytes = offset
+
+    def __getitem__(self, name: str) -> Array:
+        info, offset = self._where[name]
+        out = np.empty(info.shape, dtype=info.dtype)
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            if file.readinto(out.reshape(-1).view(np.uint8).data if out.size else b"") != info.nbytes:
+                raise WireError(f"the bytes of tensor {name[:80]!r} are missing from its file")
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+class TensorWriter:
+    """Write tensors one after the other to a binary file, keeping the table and the hash of the bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._table: list[TensorInfo] = []
+        self.nbytes = 0
+
+    def add(self, name: str, tensor: Array) -> None:
+        """Append a tensor; its dtype must be one that is sent."""
+        if str(tensor.dtype) not in DTYPES:
+            raise WireError(f"tensor {name[:80]!r} has dtype {tensor.dtype}, which is not sent")
+        self._table.append(TensorInfo(name, str(tensor.dtype), tuple(tensor.shape)))
+        data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+        self._hash.update(data)
+        self._file.write(data)
+        self.nbytes += len(data)
+
+    @property
+    def table(self) -> tuple[TensorInfo, ...]:
+        """The table so far."""
+        return tuple(self._table)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the bytes so far, in hex."""
+        return self._hash.hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Array]) -> str:
+    """SHA-256 over names, types, shapes and bytes, sorted by name: the identity of a model, whatever its file."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        total.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+        total.update(array.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()

@@ -62,6 +62,10 @@ class SiteFolder:
         """Contrasts that at least one patient has, sorted."""
         return tuple(sorted({name for images in self._patients for name in images}))
 
+    def contrasts_of(self, patient: int) -> tuple[str, ...]:
+        """Contrasts of one patient, sorted."""
+        return tuple(sorted(self._patients[patient]))
+
     def lacking(self, contrast: str) -> int:
         """Return how many patients lack a contrast."""
         return sum(contrast not in images for images in self._patients)
@@ -74,8 +78,8 @@ class SiteFolder:
                 folders = ", ".join(str(next(iter(images.values())).parent) for images in missing)
                 raise DataError(
                     f"site {self.site}: {len(missing)} of {len(self)} patients lack the contrast {contrast}; "
-                    f"the site has {', '.join(self.contrasts)}",
-                    detail=folders,
+                    "complete their folders, move them away, or change `task.contrasts`",
+                    detail=f"{folders}; the site has {', '.join(self.contrasts)}",
                 )
 
     def volume(self, patient: int, contrast: str) -> NDArray[np.uint8] | FloatArray:

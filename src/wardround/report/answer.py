@@ -1,0 +1,235 @@
+"""The answer to "was it worth training together?" in plain sentences, as plain when it was not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from wardround.report.results import Arm, Estimate, Metric, Run, estimate_of
+
+Verdict = Literal["better", "same", "worse", "unknown"]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The difference of two arms at a site; `gain` is positive where `arm` is better, in the metric's units.
+
+    `paired` is the bootstrap interval of the paired difference, where the run computed it.
+    """
+
+    site: str
+    value: float
+    reference: float
+    gain: float
+    n: int | None
+    paired: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The headline, what qualifies it, and its verdict."""
+
+    verdict: Verdict
+    headline: str
+    details: tuple[str, ...] = ()
+
+
+def _gain(run: Run, metric: Metric, arm: str, reference: str, site: str) -> Gain | None:
+    mine, other = run.estimate(arm, site, metric.name), run.estimate(reference, site, metric.name)
+    if mine is None or other is None:
+        return None
+    paired = run.paired_gain(arm, reference, site, metric.name)
+    return Gain(site, mine.value, other.value, metric.gain(mine.value, other.value), mine.n, paired)
+
+
+def site_gains(run: Run, metric: Metric, arm: str, reference: str) -> tuple[Gain, ...]:
+    """The gain of an arm over another at every training site that shows both."""
+    found = (_gain(run, metric, arm, reference, site) for site in run.training)
+    return tuple(gain for gain in found if gain is not None)
+
+
+def mean_gain(run: Run, metric: Metric, arm: str, reference: str) -> Gain | None:
+    """The unweighted mean gain over training sites: over those that show both arms where a site withholds."""
+    gains = site_gains(run, metric, arm, reference)
+    whole = _gain(run, metric, arm, reference, "mean")
+    if whole is not None and (not gains or len(gains) == len(run.training)):
+        return whole
+    if not gains:
+        return None
+    count = len(gains)
+    value, other = sum(g.value for g in gains) / count, sum(g.reference for g in gains) / count
+    return Gain("mean", value, other, metric.gain(value, other), None)
+
+
+def verdict_of(metric: Metric, gain: Gain) -> Verdict:
+    """Better or worse only where the difference is worth a claim and no paired interval holds 0."""
+    interval = gain.paired.interval if gain.paired else None
+    if abs(gain.gain) < metric.negligible or (interval and interval[0] <= 0.0 <= interval[1]):
+        return "same"
+    return "better" if gain.gain > 0 else "worse"
+
+
+def best_baseline(run: Run, metric: Metric, site: str = "mean") -> tuple[Arm, float] | None:
+    """The best arm that learned nothing, and its value."""
+    found = [
+        (arm, estimate.value)
+        for arm in run.arms
+        if arm.kind == "baseline" and (estimate := run.estimate(arm.key, site, metric.name)) is not None
+    ]
+    sign = 1.0 if metric.larger_is_better else -1.0
+    return max(found, key=lambda pair: sign * pair[1], default=None)
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """How the federated model does at institutions whose data it never saw, against the best of a kind."""
+
+    where: str
+    value: float
+    against: str = ""
+    gain: float | None = None
+
+
+def left_out_gains(run: Run, metric: Metric) -> tuple[Gain, ...]:
+    """Per left-out site: the model trained without it against the best model of one other site."""
+    gains = []
+    for site, entry in run.left_out.items():
+        mine = estimate_of((entry.get("federated") or {}).get(metric.name))
+        other = estimate_of((entry.get("best_local") or {}).get(metric.name))
+        if mine is not None and other is not None:
+            gain = metric.gain(mine.value, other.value)
+            gains.append(Gain(site, mine.value, other.value, gain, mine.n))
+    return tuple(gains)
+
+
+def unseen_result(run: Run, metric: Metric, arm: str) -> Unseen | None:
+    """The result at institutions that did not take part: left out in turn, or of role `unseen`."""
+    whole = run.estimate(arm, "unseen", metric.name)
+    where = "institutions that did not take part"
+    gains = left_out_gains(run, metric)
+    if gains:
+        value = whole.value if whole else sum(gain.value for gain in gains) / len(gains)
+        gain = sum(gain.gain for gain in gains) / len(gains)
+        return Unseen(where, value, "the best model of a single site", gain)
+    sites = [site for site in run.unseen if run.estimate(arm, site, metric.name)]
+    key = "unseen" if whole else (sites[0] if len(sites) == 1 else "")
+    if not key:
+        return None
+    if key != "unseen":
+        where = f"{key}, which did not take part"
+    mine = run.estimate(arm, key, metric.name)
+    assert mine is not None
+    other = run.estimate("local", key, metric.name)
+    if other is not None:
+        return Unseen(where, mine.value, "models trained alone", metric.gain(mine.value, other.value))
+    baseline = best_baseline(run, metric, key)
+    if baseline is not None:
+        gain = metric.gain(mine.value, baseline[1])
+        return Unseen(where, mine.value, f"the best baseline ({baseline[0].label})", gain)
+    return Unseen(where, mine.value)
+
+
+def _extremes(metric: Metric, gains: Sequence[Gain]) -> str:
+    if len(gains) < 2:
+        return f" (one site, {gains[0].site})" if gains else ""
+    worst = min(gains, key=lambda gain: gain.gain)
+    behind = sum(verdict_of(metric, gain) == "worse" for gain in gains)
+    text = f"worst site {metric.signed(metric.printed(worst.gain))}"
+    if behind:
+        text += f"; {behind} of {len(gains)} sites did worse than alone"
+    return f" ({text})"
+
+
+def _against_alone(metric: Metric, mean: Gain, gains: Sequence[Gain]) -> tuple[Verdict, str]:
+    verdict, amount = verdict_of(metric, mean), metric.amount(abs(mean.gain))
+    signed = metric.signed(metric.printed(mean.gain))
+    average = " on average" if len(gains) != 1 else ""
+    tail = _extremes(metric, gains)
+    if verdict == "better":
+        did = f"gained +{amount} over" if metric.larger_is_better else f"improved on ({signed})"
+        return verdict, f"Training together {did} training alone{average}{tail}"
+    if verdict == "worse":
+        lost = f"it lost {amount} against" if metric.larger_is_better else f"it was worse ({signed}) than"
+        return verdict, f"Training together did not help: {lost} training alone{average}{tail}"
+    return verdict, f"Training together made no clear difference to training alone: {signed}{average}{tail}"
+
+
+def _against_pooled(metric: Metric, mean: Gain) -> str:
+    verdict = verdict_of(metric, mean)
+    if verdict == "same":
+        return "is level with pooling the data"
+    side = "short of" if verdict == "worse" else "ahead of"
+    return f"is {metric.amount(abs(mean.gain))} {side} pooling the data"
+
+
+def _at_unseen(metric: Metric, unseen: Unseen) -> str:
+    text = f"at {unseen.where}, it reaches {metric.amount(unseen.value)}"
+    if unseen.gain is None:
+        return text
+    if abs(unseen.gain) < metric.negligible:
+        return f"{text}, level with {unseen.against}"
+    words = "better" if unseen.gain > 0 else "worse"
+    return f"{text}, {metric.amount(abs(unseen.gain))} {words} than {unseen.against}"
+
+
+def answer(run: Run) -> Answer:
+    """The headline and its qualifications for the study's first metric."""
+    together, alone, pooled = run.arm("federated"), run.arm("local"), run.arm("pooled")
+    if not run.metrics:
+        return Answer("unknown", "This run holds no metrics, so it says nothing about training together.")
+    metric = run.metrics[0]
+    if together is None:
+        return Answer("unknown", "This run has no federated arm, so it says nothing about training together.")
+    mean = mean_gain(run, metric, together.key, alone.key) if alone else None
+    details: list[str] = []
+    if mean is None or alone is None:
+        own = run.estimate(together.key, "mean", metric.name)
+        reached = f": it reached {metric.amount(own.value)} on average" if own else ""
+        verdict: Verdict = "unknown"
+        text = f"Training together was not compared with training alone{reached}"
+    else:
+        gains = site_gains(run, metric, together.key, alone.key)
+        verdict, text = _against_alone(metric, mean, gains)
+        if gains and len(gains) < len(run.training):
+            details.append(
+                f"Over the {len(gains)} of {len(run.training)} training sites that publish both arms."
+            )
+        if mean.paired and mean.paired.interval:
+            details.append(
+                f"The paired difference is {metric.signed(metric.printed(mean.paired.value))} "
+                f"(95% interval {metric.span(mean.paired.interval)})."
+            )
+    to_pooled = mean_gain(run, metric, together.key, pooled.key) if pooled else None
+    if to_pooled is not None:
+        joint = " and " if verdict in ("better", "unknown") else "; it "
+        text += joint + _against_pooled(metric, to_pooled)
+    unseen = unseen_result(run, metric, together.key)
+    if unseen is not None:
+        text += "; " + _at_unseen(metric, unseen)
+    details += _recovered(metric, mean, to_pooled) + _against_baseline(run, metric, together)
+    return Answer(verdict, text + ".", tuple(details))
+
+
+def _recovered(metric: Metric, mean: Gain | None, to_pooled: Gain | None) -> list[str]:
+    if mean is None or to_pooled is None:
+        return []
+    possible = mean.gain - to_pooled.gain
+    if possible < 4 * metric.negligible or mean.gain <= 0:  # a share of next to nothing would mislead
+        return []
+    share = 100 * mean.gain / possible
+    if share >= 100:
+        return []
+    return [f"That is {share:.0f}% of what pooling all data would have gained over training alone."]
+
+
+def _against_baseline(run: Run, metric: Metric, together: Arm) -> list[str]:
+    own, baseline = run.estimate(together.key, "mean", metric.name), best_baseline(run, metric)
+    if own is None or baseline is None:
+        return []
+    arm, value = baseline
+    gain = metric.gain(own.value, value)
+    name = f"the best method without learning, {arm.label} ({metric.amount(value)})"
+    if abs(gain) < metric.negligible:
+        return [f"It is level with {name}."]
+    return [f"It is {metric.amount(abs(gain))} {'better' if gain > 0 else 'worse'} than {name}."]

@@ -1,0 +1,258 @@
+"""Charts as inline SVG that keeps its text readable at any width and its colours in the page's theme.
+
+Horizontal positions are percentages, so a chart stretches with the page while text and marks keep their size.
+Every mark has a shape besides its colour. All text passes through `Markup.format`, which escapes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
+
+from wardround.report.results import MINUS, Round
+
+LANE = 24  # px, the height of a row in a dot chart
+PLOT = 200  # px, the height of a learning curve
+_LABEL_GAP = 15.0  # px between names at the right of a learning curve
+_CROSSED_ROUNDS = 60  # with more rounds a cross no longer fits into its cell
+
+_MARKS = {
+    "zero-filled": Markup('<rect class="hollow" x="-4" y="-4" width="8" height="8"/>'),
+    "cg-sense": Markup('<path class="hollow" d="M0-5.5 5.5 0 0 5.5-5.5 0Z"/>'),
+    "tv": Markup('<path class="hollow" d="M0-5.2 5.4 4.2H-5.4Z"/>'),
+    "local": Markup('<rect x="-4.5" y="-4.5" width="9" height="9"/>'),
+    "federated": Markup('<circle r="5.5"/>'),
+    "pooled": Markup('<path d="M0-6.5 6.5 0 0 6.5-6.5 0Z"/>'),
+    "other-0": Markup('<path d="M0 5.2 5.4-4.2H-5.4Z"/>'),
+    "other-1": Markup('<circle class="hollow" r="5"/>'),
+    "other-2": Markup('<path class="stroke" d="M-4.5-4.5 4.5 4.5M-4.5 4.5 4.5-4.5"/>'),
+    "other-3": Markup('<path class="stroke" d="M-5.5 0H5.5M0-5.5V5.5"/>'),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A linear axis: values between `low` and `high` onto 0..100 percent."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    decimals: int
+
+    def percent(self, value: float) -> float:
+        """The place of a value; what lies outside stays at the edge."""
+        share = (value - self.low) / (self.high - self.low)
+        return round(100 * min(max(share, 0.0), 1.0), 3)
+
+    def label(self, tick: float) -> str:
+        """A tick's text, with as many decimals as the ticks' spacing needs."""
+        text = f"{tick:.{self.decimals}f}"
+        return text if float(text) == 0 else text.replace("-", MINUS)
+
+
+def scale_for(
+    values: Iterable[float], *, include_zero: bool = False, ticks: int = 5, room: float = 0.05
+) -> Scale:
+    """An axis with round ticks that holds all finite values and a little room."""
+    finite = [value for value in values if math.isfinite(value)] + ([0.0] if include_zero else [])
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    span = high - low or abs(high) * 0.1 or 1.0
+    low, high = low - room * span, high + room * span
+    found = [
+        float(tick) for tick in MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    ]
+    step = found[1] - found[0]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:
+        decimals += 1
+    return Scale(low, high, tuple(tick for tick in found if low <= tick <= high), decimals)
+
+
+def mark(style: str) -> Markup:
+    """The mark of an arm as a small image of its own, for legends."""
+    shape = _MARKS.get(style, _MARKS["other-1"])
+    return Markup(
+        '<svg class="key arm-{}" width="16" height="16" aria-hidden="true">'
+        '<g transform="translate(8 8)">{}</g></svg>'
+    ).format(style, shape)
+
+
+def _grid(scale: Scale, height: int) -> Markup:
+    line = Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>')
+    return Markup("").join(line.format(scale.percent(tick), height) for tick in scale.ticks)
+
+
+def lane(
+    scale: Scale,
+    style: str,
+    value: float | None,
+    interval: tuple[float, float] | None = None,
+    guide: float | None = None,
+) -> Markup:
+    """One row of a dot chart: grid, interval and mark; `guide` draws the dashed line one compares with."""
+    parts = [_grid(scale, LANE)]
+    middle = LANE / 2
+    if guide is not None:
+        at = scale.percent(guide)
+        parts.append(Markup('<line class="guide" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>').format(at, LANE))
+    if interval is not None:
+        low, high = scale.percent(interval[0]), scale.percent(interval[1])
+        line = Markup('<line class="interval" x1="{}%" x2="{}%" y1="{}" y2="{}"/>')
+        parts.append(line.format(low, high, middle, middle))
+        for end in (low, high):
+            parts.append(line.format(end, end, middle - 3, middle + 3))
+    if value is not None:
+        shape = Markup('<svg x="{}%" y="{}" overflow="visible">{}</svg>')
+        parts.append(shape.format(scale.percent(value), middle, _MARKS.get(style, _MARKS["other-1"])))
+    return _lane(parts, f"arm-{style}")
+
+
+def bar(scale: Scale, value: float, interval: tuple[float, float] | None = None) -> Markup:
+    """One row of a gain chart: a bar from zero, with the paired interval where there is one."""
+    zero, end = scale.percent(0.0), scale.percent(value)
+    middle = LANE / 2
+    parts = [
+        _grid(scale, LANE),
+        Markup('<rect class="bar" x="{}%" width="{}%" y="6" height="{}" rx="1.5"/>').format(
+            min(zero, end), round(abs(end - zero), 3), LANE - 12
+        ),
+        Markup('<line class="zero" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>').format(zero, LANE),
+    ]
+    if interval is not None:
+        line = Markup('<line class="interval over" x1="{}%" x2="{}%" y1="{}" y2="{}"/>')
+        low, high = scale.percent(interval[0]), scale.percent(interval[1])
+        parts += [line.format(low, high, middle, middle)]
+        parts += [line.format(end, end, middle - 3, middle + 3) for end in (low, high)]
+    return _lane(parts, "gain-up" if value >= 0 else "gain-down")
+
+
+def _lane(parts: Sequence[Markup], style: str) -> Markup:
+    head = Markup('<svg class="lane {}" width="100%" height="{}" aria-hidden="true">{}</svg>')
+    return head.format(style, LANE, Markup("").join(parts))
+
+
+def axis(scale: Scale) -> Markup:
+    """The numbers under a dot chart or a learning curve."""
+    tick = Markup('<text x="{}%" y="13" text-anchor="{}">{}</text>')
+    parts = []
+    for value in scale.ticks:
+        at = scale.percent(value)
+        anchor = "start" if at < 3 else "end" if at > 97 else "middle"
+        parts.append(tick.format(at, anchor, scale.label(value)))
+    return Markup('<svg class="axis" width="100%" height="18" aria-hidden="true">{}</svg>').format(
+        Markup("").join(parts)
+    )
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a learning curve: (round, value) in order; `selected` is the released round."""
+
+    name: str
+    style: str
+    points: tuple[tuple[float, float], ...]
+    selected: int | None = None
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A drawn learning curve: its parts are laid out by the page."""
+
+    title: str
+    summary: str
+    y_axis: Markup
+    plot: Markup
+    names: Markup
+    x_axis: Markup
+
+
+def _spread(wanted: Sequence[float], low: float, high: float) -> list[float]:
+    """Moves labels apart to `_LABEL_GAP`, keeping their order and staying within the plot where they fit."""
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    places = list(wanted)
+    floor = low
+    for index in order:
+        places[index] = max(places[index], floor)
+        floor = places[index] + _LABEL_GAP
+    ceiling = high
+    for index in reversed(order):
+        places[index] = min(places[index], ceiling)
+        ceiling = places[index] - _LABEL_GAP
+    return places
+
+
+def curves(title: str, lines: Sequence[Curve]) -> Curves | None:
+    """Learning curves on shared axes, named at their right ends; None where there is nothing to draw."""
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return None
+    x = scale_for([at for line in lines for at, _ in line.points], ticks=6, room=0.02)
+    whole = tuple(tick for tick in x.ticks if float(tick).is_integer())
+    x = Scale(x.low, x.high, whole or (round((x.low + x.high) / 2),), 0)
+    values = [value for line in lines for _, value in line.points]
+    y = scale_for(values, ticks=5)
+
+    def height(value: float) -> float:
+        return round(PLOT * (1 - y.percent(value) / 100), 2)
+
+    grid = Markup('<line class="grid" x1="0" x2="100%" y1="{0}" y2="{0}"/>')
+    parts = [grid.format(height(tick)) for tick in y.ticks]
+    for line in lines:
+        points = " ".join(f"{x.percent(at)},{height(value)}" for at, value in line.points)
+        parts.append(
+            Markup(
+                '<svg viewBox="0 0 100 {0}" preserveAspectRatio="none" width="100%" height="{0}">'
+                '<polyline class="curve {1}" points="{2}"/></svg>'
+            ).format(PLOT, line.style, points)
+        )
+        dots = [point for point in line.points if point[0] == line.selected or len(line.points) == 1]
+        for at, value in dots:
+            dot = Markup('<circle class="released {}" cx="{}%" cy="{}" r="4.5"/>')
+            parts.append(dot.format(line.style, x.percent(at), height(value)))
+    ends = _spread([height(line.points[-1][1]) for line in lines], 6.0, PLOT - 4.0)
+    name = Markup('<text class="{}" x="4" y="{}" dy="4">{}</text>')
+    first, last = lines[0].points[0], lines[0].points[-1]
+    return Curves(
+        title,
+        f"{title}: "
+        + "; ".join(f"{line.name} ends at {line.points[-1][1]:.4g}" for line in lines)
+        + f". Rounds {first[0]:g} to {last[0]:g}.",
+        Markup("").join(
+            Markup('<text x="100%" dx="-6" y="{}" dy="4" text-anchor="end">{}</text>').format(
+                height(tick), y.label(tick)
+            )
+            for tick in y.ticks
+        ),
+        Markup("").join(parts),
+        Markup("").join(
+            name.format(line.style, end, line.name) for line, end in zip(lines, ends, strict=True)
+        ),
+        axis(x),
+    )
+
+
+def attendance(site: str, history: Sequence[Round]) -> Markup:
+    """A strip of rounds for one site: filled where it took part, crossed where it was missing."""
+    width = 100 / max(len(history), 1)
+    cell = Markup(
+        '<rect class="{}" x="{:.3f}%" y="6" width="{:.3f}%" height="12" rx="1.5"><title>{}</title></rect>'
+    )
+    cross = Markup(
+        '<svg x="{:.3f}%" y="12" overflow="visible"><path class="cross" d="M-3-3 3 3M-3 3 3-3"/></svg>'
+    )
+    gap = width * 0.12
+    parts = []
+    for index, entry in enumerate(history):
+        here = site in entry.participants
+        reason = "" if here else f": missing, {entry.missing.get(site, 'no reason recorded')}"
+        title = f"Round {entry.number}{reason or ': took part'}"
+        parts.append(cell.format("here" if here else "away", index * width, width - gap, title))
+        if not here and len(history) <= _CROSSED_ROUNDS:
+            parts.append(cross.format(index * width + (width - gap) / 2))
+    return Markup('<svg class="strip" width="100%" height="{}" aria-hidden="true">{}</svg>').format(
+        LANE, Markup("").join(parts)
+    )

@@ -1,0 +1,150 @@
+"""A site's example pictures as PNG data URIs: every arm's image, and how far it is from the reference."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from wardround.report.results import Run, arm_of
+
+ERROR_GAIN = 5
+BUDGET = 2_600_000  # characters of all data URIs, so that the page stays below 4 MB
+_FITS = ((3, 320), (2, 320), (1, 320), (1, 192), (1, 128), (1, 64))  # examples a site, longest side
+_REFERENCE = "reference"
+
+Picture = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One arm's picture and error map, with the PSNR of this slice in dB (peak 1: the volume's maximum)."""
+
+    label: str
+    style: str
+    image: str
+    error: str | None = None
+    psnr: float | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """Pictures of one slice: all share a grey window of 0 to `window`, error maps `window / gain`."""
+
+    number: int
+    window: float
+    panels: tuple[Panel, ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures of all sites that have some, and whether they were shrunk to keep the page small."""
+
+    sites: dict[str, tuple[Example, ...]]
+    shrunk: bool = False
+
+
+def read_pictures(path: Path) -> dict[int, dict[str, Picture]]:
+    """Pictures by example and arm from `pictures.npz`; `{}` where there is no readable file.
+
+    Entries that are no 2-D arrays, or have another shape than their reference, are left out.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: np.abs(np.asarray(archive[key])) for key in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return {}
+    examples: dict[int, dict[str, Picture]] = {}
+    for key, array in arrays.items():
+        arm, _, index = key.rpartition("/")
+        if arm and index.isdigit() and array.ndim == 2 and array.size:
+            examples.setdefault(int(index), {})[arm] = np.nan_to_num(array.astype(np.float32))
+    return {
+        index: {arm: image for arm, image in arms.items() if image.shape == arms[_REFERENCE].shape}
+        for index, arms in sorted(examples.items())
+        if _REFERENCE in arms
+    }
+
+
+def psnr(image: Picture, reference: Picture) -> float:
+    """Peak signal-to-noise ratio in dB for a peak of 1, infinite for equal pictures."""
+    error = float(np.mean((image.astype(np.float64) - reference) ** 2))
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def _encode(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _png(array: Picture, window: float, side: int, palette: bytes | None = None) -> str:
+    levels = np.clip(array / window * 255, 0, 255).round().astype(np.uint8)
+    picture = Image.fromarray(levels)
+    picture.thumbnail((side, side), Image.Resampling.BOX)
+    if palette is not None:
+        picture = picture.copy()
+        picture.putpalette(palette)
+    return _encode(picture)
+
+
+def _palette() -> bytes:
+    colours = matplotlib.colormaps["inferno"](np.linspace(0, 1, 256), bytes=True)
+    return bytes(np.asarray(colours)[:, :3].tobytes())
+
+
+def _example(run: Run, number: int, arms: dict[str, Picture], side: int, palette: bytes) -> Example:
+    reference = arms[_REFERENCE]
+    window = float(np.quantile(reference, 0.998)) or 1.0
+    panels = [Panel("Reference", _REFERENCE, _png(reference, window, side))]
+    named = {arm.key: arm for arm in run.arms}
+    order = [key for key in named if key in arms] + [key for key in arms if key not in named]
+    for index, key in enumerate(key for key in order if key != _REFERENCE):
+        arm = named.get(key) or arm_of(key, index)
+        error = np.abs(arms[key] - reference)
+        panels.append(
+            Panel(
+                arm.label,
+                arm.style,
+                _png(arms[key], window, side),
+                _png(error, window / ERROR_GAIN, side, palette),
+                psnr(arms[key], reference),
+            )
+        )
+    return Example(number, window, tuple(panels))
+
+
+def _weight(sites: dict[str, tuple[Example, ...]]) -> int:
+    return sum(
+        len(panel.image) + len(panel.error or "")
+        for examples in sites.values()
+        for example in examples
+        for panel in example.panels
+    )
+
+
+def gallery(run: Run) -> Gallery:
+    """The pictures of every site, fewer and smaller where they would make the page too large."""
+    plain = [site for site in run.sites if Path(site).name == site]  # a name must not lead out of the folder
+    found = {site: read_pictures(run.folder / "sites" / site / "pictures.npz") for site in plain}
+    palette = _palette()
+    sites: dict[str, tuple[Example, ...]] = {}
+    for attempt, (count, side) in enumerate(_FITS):
+        sites = {
+            site: tuple(
+                _example(run, number, arms, side, palette) for number, arms in list(examples.items())[:count]
+            )
+            for site, examples in found.items()
+            if examples
+        }
+        if _weight(sites) <= BUDGET:
+            return Gallery(sites, shrunk=attempt > 2)
+    return Gallery(sites, shrunk=True)

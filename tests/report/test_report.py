@@ -1,0 +1,384 @@
+"""The page as a reader gets it: complete, equal to result.json, safe, and without a network."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from report_runs import PATIENTS, STUDY, TRAINING, UNSEEN, metrics, result, rounds, write_run
+
+from wardround.errors import JournalError
+from wardround.report import write_card, write_report
+from wardround.report.results import load_run, metric_of
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would: elements, text, ids, and whether tags are balanced."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.pieces: list[str] = []
+        self.feed(markup)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.pieces.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.pieces).split())
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def ids(self) -> list[str]:
+        return [attributes["id"] for _, attributes in self.elements if "id" in attributes]
+
+
+def page_of(out: Path) -> Page:
+    page = Page(write_report(out).read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
+    out = write_run(tmp_path_factory.mktemp("run"))
+    return out, page_of(out)
+
+
+def test_sections_are_there_and_linked(whole: tuple[Path, Page]) -> None:
+    page = whole[1]
+    wanted = [
+        *("answer", "sites", "gain", "left-out", "pictures", "learning"),
+        *("rounds", "cost", "limits", "reproduce", "study"),
+    ]
+    assert [name for name in page.ids if name in wanted] == wanted
+    assert len(set(page.ids)) == len(page.ids)
+    links = [attributes["href"] for attributes in page.all("a")]
+    assert links == [f"#{name}" for name in wanted[1:]]
+
+
+def test_every_number_equals_result_json(whole: tuple[Path, Page]) -> None:
+    page = whole[1]
+    for arm, table in metrics().items():
+        for site, entry in table.items():
+            for name, found in entry.items():
+                metric = metric_of(name)
+                assert metric.show(found["value"]) in page.text, (arm, site, name)
+                interval = f"{metric.show(found['ci_low'])} to {metric.show(found['ci_high'])}"
+                assert interval in page.text, (arm, site, name)
+
+
+def test_headline_states_gain_worst_site_distance_to_pooling_and_unseen(whole: tuple[Path, Page]) -> None:
+    text = whole[1].text
+    assert (
+        "Training together gained +1.20 dB over training alone on average (worst site +0.30 dB) "
+        "and is 0.20 dB short of pooling the data; at institutions that did not take part, "
+        "it reaches 32.10 dB, 0.73 dB better than the best model of a single site."
+    ) in text
+    assert "That is 86% of what pooling all data would have gained" in text
+    assert "3.80 dB better than the best method without learning, TV (29.32 dB)" in text
+
+
+def test_nothing_is_fetched(whole: tuple[Path, Page]) -> None:
+    markup = (whole[0] / "report.html").read_text(encoding="utf-8")
+    outside = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", markup)
+    assert re.findall(r"https?:|//[a-z]|@import|url\(", outside) == []
+    page = whole[1]
+    assert not [tag for tag, _ in page.elements if tag in {"script", "link", "iframe", "object", "embed"}]
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
+    policy = [meta["content"] for meta in page.all("meta") if "content" in meta]
+    assert any(content.startswith("default-src 'none'") for content in policy)
+
+
+def test_pictures_of_every_site_with_errors_and_alternative_text(whole: tuple[Path, Page]) -> None:
+    images = whole[1].all("img")
+    sites = len(TRAINING) + len(UNSEEN)
+    assert len(images) == sites * 2 * (6 + 5)
+    assert all(image["alt"] for image in images)
+    assert sum("class" in image for image in images) == sites * 2 * 5
+    assert "amplified ×5" in whole[1].text
+
+
+def test_large_pictures_keep_the_page_small(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run", with_pictures=False)
+    noise = np.random.default_rng(0)
+    for site in TRAINING:
+        folder = out / "sites" / site
+        folder.mkdir(parents=True)
+        arms = {
+            f"{arm}/0": noise.random((256, 256), dtype=np.float32) for arm in ("reference", "tv", "local")
+        }
+        np.savez(folder / "pictures.npz", **arms)  # type: ignore[arg-type]
+    path = write_report(out)
+    assert path.stat().st_size < 4_000_000
+    assert "data:image/png" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("damage", ["absent", "not an archive", "another shape", "no reference"])
+def test_unusable_pictures_are_said_to_be_missing(tmp_path: Path, damage: str) -> None:
+    out = write_run(tmp_path / "run", with_pictures=False)
+    folder = out / "sites" / "CS"
+    folder.mkdir(parents=True)
+    image = np.ones((8, 8), np.float32)
+    if damage == "not an archive":
+        (folder / "pictures.npz").write_bytes(b"PK nonsense")
+    elif damage == "another shape":
+        np.savez(folder / "pictures.npz", **{"reference/0": np.ones(8, np.float32), "local/0": image})
+    elif damage == "no reference":
+        np.savez(folder / "pictures.npz", **{"local/0": image})
+    page = page_of(out)
+    assert page.all("img") == []
+    assert "No pictures in this report" in page.text
+
+
+def test_small_n_saturation_notes_absences_and_last_round_are_warned_about(whole: tuple[Path, Page]) -> None:
+    text = whole[1].text
+    assert "CS (3), FG (4), EZ (1)" in text
+    assert "clipped to the fixed-point range in round 1 (at worst 0.03% of the values)" in text
+    assert "Coil maps were estimated" in text
+    assert "Released in the very last round: Pooled" in text
+    assert "HT 6–8 no reply within 600 s" in text
+    assert "CS 15 update rejected: norm gate" in text
+    assert "17 of 20" in text
+
+
+def test_cost_and_identity(whole: tuple[Path, Page]) -> None:
+    text = whole[1].text
+    assert "34.4 MB" in text
+    assert "452 kB per round and site" in text
+    assert "30 min 43 s" in text
+    assert "5f" * 32 in text
+    assert "2.13.0" in text
+    assert "Simulated acquisition of real anatomy" in text
+    assert "patient-level bootstrap" in text
+
+
+def test_a_federation_that_did_not_help_is_said_so(tmp_path: Path) -> None:
+    table = metrics()
+    for site in (*TRAINING, "mean"):
+        table["federated"][site]["psnr"]["value"] = table["local"][site]["psnr"]["value"] - 0.8
+    text = page_of(write_run(tmp_path / "run", {"metrics": table, "left_out": ...})).text
+    assert "Training together did not help: it lost 0.80 dB against training alone on average" in text
+    assert "4 of 4 sites did worse than alone" in text
+
+
+def test_a_paired_interval_over_zero_makes_no_claim(tmp_path: Path) -> None:
+    gains = {
+        "federated": {"local": {"mean": {"psnr": {"value": 1.2, "ci_low": -0.3, "ci_high": 2.1, "n": 30}}}}
+    }
+    text = page_of(write_run(tmp_path / "run", {"gains": gains})).text
+    assert "Training together made no clear difference to training alone: +1.20 dB on average" in text
+    assert "(95% interval −0.30 to +2.10)" in text
+
+
+def test_smaller_is_better_is_not_turned_around(tmp_path: Path) -> None:
+    def entry(value: float) -> dict[str, Any]:
+        return {"hd95": {"value": value, "ci_low": value - 1, "ci_high": value + 1, "n": 12}}
+
+    arms = {"local": 8.0, "federated": 6.0, "pooled": 5.5}
+    table = {arm: {site: entry(v) for site in (*TRAINING, "mean")} for arm, v in arms.items()}
+    gains = {
+        "federated": {"local": {"mean": {"hd95": {"value": 2, "ci_low": 1.5, "ci_high": 2.25, "n": 48}}}}
+    }
+    changed = {"metrics": table, "left_out": ..., "gains": gains}
+    text = page_of(write_run(tmp_path / "run", changed)).text
+    assert "(95% interval −2.250 to −1.500)" in text
+    assert "Training together improved on (−2.000 hd95) training alone" in text
+    assert "0.500 hd95 short of pooling" in text
+
+
+def test_withheld_sites_say_so_and_why(tmp_path: Path) -> None:
+    table = metrics()
+    for arm in table.values():
+        arm["HT"] = None
+    changed = {"metrics": table, "withheld": {"HT": "egress policy: fewer than 20 patients"}}
+    out = write_run(tmp_path / "run", changed)
+    text = page_of(out).text
+    assert "withheld by the site" in text
+    assert "egress policy: fewer than 20 patients" in text
+    assert "Over the 3 of 4 training sites that publish both arms." in text
+    assert "withheld by the site" in write_card(out).read_text(encoding="utf-8")
+
+
+def test_a_reason_beside_the_null_is_shown(tmp_path: Path) -> None:
+    table = metrics()
+    table["local"] |= {"DU": None, "DU_reason": "not released"}
+    page = page_of(write_run(tmp_path / "run", {"metrics": table}))
+    assert "not released" in [cell.get("title") for cell in page.all("td")]
+    assert "DU_reason" not in page.text
+
+
+def test_null_and_nan_metrics_are_dashes(tmp_path: Path) -> None:
+    table = metrics()
+    table["federated"]["CS"]["psnr"] = None
+    table["federated"]["DU"]["psnr"]["value"] = float("nan")
+    table["federated"]["FG"]["psnr"] |= {"ci_low": None, "ci_high": None}
+    text = page_of(write_run(tmp_path / "run", {"metrics": table})).text
+    assert "nan" not in text.lower().split()
+    assert "Over the 2 of 4 training sites" in text
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    evil = "</pre></style><script>alert(1)</script><img src=x onerror=alert(1)>"
+    table = metrics()
+    for key in ("federated", "local"):
+        table[key] = {evil if site == "CS" else site: entry for site, entry in table[key].items()}
+    table["pooled"]["CS"] = None
+    table["pooled"]["CS_reason"] = evil
+    table[evil] = {"DU": {evil: {"value": 1.0, "ci_low": 0.5, "ci_high": 1.5, "n": 2}}}
+    lines = rounds(3)
+    lines[0] |= {"missing": {evil: evil, "CS": evil}, "validation": {evil: 1.0}}
+    lines.append({"arm": f"local/{evil}", "round": 1, "loss": 1.0})
+    changed = {
+        "study": evil, "metrics": table, "notes": [evil], "fingerprint": {evil: evil},
+        "privacy": {evil: evil},
+        "steps": {evil: 1}, "selected_round": {evil: evil}, "study_sha256": evil, "withheld": {"FG": evil},
+        "participants": [evil, *TRAINING], "local_sha256": {evil: evil}, "primary_metric": evil,
+    }  # fmt: skip
+    study = STUDY | {"description": evil, "name": evil}
+    out = write_run(tmp_path / "run", changed, study=study, lines=lines)
+    page = page_of(out)
+    assert not page.all("script")
+    assert all(image["src"].startswith("data:") for image in page.all("img"))
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert evil in page.text
+    card = write_card(out).read_text(encoding="utf-8")
+    assert "<script" not in card
+    assert "<img" not in card
+
+
+def test_a_site_name_cannot_lead_out_of_the_run(tmp_path: Path) -> None:
+    outside = tmp_path / "elsewhere"
+    write_run(outside)
+    table = {"federated": {"../../elsewhere/sites/CS": metrics()["federated"]["CS"]}}
+    out = write_run(tmp_path / "run", {"metrics": table}, with_pictures=False)
+    assert page_of(out).all("img") == []
+
+
+def test_unknown_arms_and_metrics_are_shown_under_their_names(tmp_path: Path) -> None:
+    table = metrics()
+    table["federated_bn"] = table["federated"]
+    table["dreaming"] = {"CS": {"dice": {"value": 0.8125, "ci_low": 0.7, "ci_high": 0.9, "n": 3}}}
+    text = page_of(write_run(tmp_path / "run", {"metrics": table})).text
+    assert "Together (bn)" in text
+    assert "dreaming" in text
+    assert "0.812" in text
+    assert "dice" in text
+
+
+def test_a_baseline_that_is_no_alias_is_an_arm(tmp_path: Path) -> None:
+    alias = load_run(write_run(tmp_path / "alias", with_pictures=False))
+    assert "baseline" not in [arm.key for arm in alias.arms]
+    table = {key: value for key, value in metrics().items() if key != "zero_filled"}
+    own = load_run(write_run(tmp_path / "own", {"metrics": table}, with_pictures=False))
+    assert "baseline" in [arm.key for arm in own.arms]
+
+
+def test_one_site_alone(tmp_path: Path) -> None:
+    table = {
+        arm: {"CS": entry["CS"], "mean": entry["CS"]}
+        for arm, entry in metrics().items()
+        if arm in ("tv", "local", "federated")
+    }
+    study = STUDY | {"sites": {"CS": {"role": "train"}}}
+    changed = {"metrics": table, "participants": ["CS"], "left_out": ...}
+    lines = [line for line in rounds(1) if line["arm"] in ("federated", "local/CS")]
+    text = page_of(write_run(tmp_path / "run", changed, study=study, lines=lines)).text
+    assert "gained +2.30 dB over training alone (one site, CS)" in text
+
+
+@pytest.mark.parametrize("left", ["federated", "local", "pooled", "tv"])
+def test_any_single_arm_makes_a_page(tmp_path: Path, left: str) -> None:
+    out = write_run(
+        tmp_path / "run", {"metrics": {left: metrics()[left]}, "left_out": ...}, with_pictures=False
+    )
+    text = page_of(out).text
+    assert "gained" not in text.partition("Site by site")[0]
+    if left == "federated":
+        assert "not compared with training alone: it reached 33.12 dB" in text
+
+
+def test_the_barest_run(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}", encoding="utf-8")
+    page = page_of(tmp_path)
+    assert "This run holds no metrics" in page.text
+    assert "The run left no record of its rounds" in page.text
+    assert "Research use only" in write_card(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_half_written_last_round_is_left_out(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run", with_pictures=False)
+    path = out / "rounds.jsonl"
+    count = len(path.read_text(encoding="utf-8").splitlines())
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"arm": "feder')
+    assert len(load_run(out).rounds) == count
+    text = path.read_text(encoding="utf-8")
+    path.write_text("nonsense\n" + text, encoding="utf-8")
+    with pytest.raises(JournalError, match=r"line 1 of rounds\.jsonl"):
+        load_run(out)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no result"), ("{", "not JSON"), ("[]", "not a JSON")]
+)
+def test_errors_name_the_file_and_not_the_folder(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "result.json").write_text(content, encoding="utf-8")
+    with pytest.raises(JournalError, match=message) as caught:
+        write_report(tmp_path)
+    assert str(tmp_path) not in str(caught.value)
+    assert str(tmp_path) in caught.value.detail
+
+
+def test_model_card(whole: tuple[Path, Page]) -> None:
+    card = write_card(whole[0]).read_text(encoding="utf-8")
+    heads = re.findall(r"^## (.*)$", card, re.MULTILINE)
+    assert heads == [
+        "Intended use",
+        "Data",
+        "Results on test patients",
+        "Training",
+        "Limits",
+        "Reproducibility",
+    ]
+    assert "not a medical device" in card.lower()
+    for site in (*TRAINING, *UNSEEN):
+        found = result()["metrics"]["federated"][site]["psnr"]
+        low, high = f"{found['ci_low']:.2f}", f"{found['ci_high']:.2f}"
+        assert f"{found['value']:.2f} ({low} to {high})" in card
+        assert re.search(rf"^\| {site} \| \w.* \| {PATIENTS[site]} \|", card, re.MULTILINE)
+    for table in re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1
+
+
+def test_writing_twice_gives_the_same_bytes(whole: tuple[Path, Page]) -> None:
+    first = write_report(whole[0]).read_bytes()
+    assert write_report(whole[0]).read_bytes() == first
+    assert not list(whole[0].glob("*.part"))
+    json.loads((whole[0] / "result.json").read_text(encoding="utf-8"))

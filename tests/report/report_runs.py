@@ -83,10 +83,7 @@ def rounds(count: int = 20) -> list[dict[str, Any]]:
                     "attempt": int(shared and number == 6),
                     "participants": there if shared else [arm.partition("/")[2] or arm],
                     "missing": away,
-                    "loss": 0.09 * float(np.exp(-number / 6))
-                    + 0.02
-                    + 0.002 * random.random()
-                    + 0.001 * index,
+                    "loss": 0.09 * float(np.exp(-number / 6)) + 0.02 + 0.002 * random.random() + 0.001 * index,
                     "validation": {"psnr": 24 + (top - 24) * progress + 0.15 * random.standard_normal()},
                     "bytes_up": 452_000 * len(there) if shared else 0,
                     "bytes_down": 449_000 * len(there) if shared else 0,

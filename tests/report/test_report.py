@@ -129,9 +129,7 @@ def test_large_pictures_keep_the_page_small(tmp_path: Path) -> None:
     for site in TRAINING:
         folder = out / "sites" / site
         folder.mkdir(parents=True)
-        arms = {
-            f"{arm}/0": noise.random((256, 256), dtype=np.float32) for arm in ("reference", "tv", "local")
-        }
+        arms = {f"{arm}/0": noise.random((256, 256), dtype=np.float32) for arm in ("reference", "tv", "local")}
         np.savez(folder / "pictures.npz", **arms)  # type: ignore[arg-type]
     path = write_report(out)
     assert path.stat().st_size < 4_000_000
@@ -187,9 +185,7 @@ def test_a_federation_that_did_not_help_is_said_so(tmp_path: Path) -> None:
 
 
 def test_a_paired_interval_over_zero_makes_no_claim(tmp_path: Path) -> None:
-    gains = {
-        "federated": {"local": {"mean": {"psnr": {"value": 1.2, "ci_low": -0.3, "ci_high": 2.1, "n": 30}}}}
-    }
+    gains = {"federated": {"local": {"mean": {"psnr": {"value": 1.2, "ci_low": -0.3, "ci_high": 2.1, "n": 30}}}}}
     text = page_of(write_run(tmp_path / "run", {"gains": gains})).text
     assert "Training together made no clear difference to training alone: +1.20 dB on average" in text
     assert "(95% interval −0.30 to +2.10)" in text
@@ -201,9 +197,7 @@ def test_smaller_is_better_is_not_turned_around(tmp_path: Path) -> None:
 
     arms = {"local": 8.0, "federated": 6.0, "pooled": 5.5}
     table = {arm: {site: entry(v) for site in (*TRAINING, "mean")} for arm, v in arms.items()}
-    gains = {
-        "federated": {"local": {"mean": {"hd95": {"value": 2, "ci_low": 1.5, "ci_high": 2.25, "n": 48}}}}
-    }
+    gains = {"federated": {"local": {"mean": {"hd95": {"value": 2, "ci_low": 1.5, "ci_high": 2.25, "n": 48}}}}}
     changed = {"metrics": table, "left_out": ..., "gains": gains}
     text = page_of(write_run(tmp_path / "run", changed)).text
     assert "(95% interval −2.250 to −1.500)" in text
@@ -313,9 +307,7 @@ def test_one_site_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", ["federated", "local", "pooled", "tv"])
 def test_any_single_arm_makes_a_page(tmp_path: Path, left: str) -> None:
-    out = write_run(
-        tmp_path / "run", {"metrics": {left: metrics()[left]}, "left_out": ...}, with_pictures=False
-    )
+    out = write_run(tmp_path / "run", {"metrics": {left: metrics()[left]}, "left_out": ...}, with_pictures=False)
     text = page_of(out).text
     assert "gained" not in text.partition("Site by site")[0]
     if left == "federated":
@@ -343,9 +335,7 @@ def test_a_half_written_last_round_is_left_out(tmp_path: Path) -> None:
         load_run(out)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(None, "no result"), ("{", "not JSON"), ("[]", "not a JSON")]
-)
+@pytest.mark.parametrize(("content", "message"), [(None, "no result"), ("{", "not JSON"), ("[]", "not a JSON")])
 def test_errors_name_the_file_and_not_the_folder(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "result.json").write_text(content, encoding="utf-8")

@@ -192,9 +192,7 @@ def answer(run: Run) -> Answer:
         gains = site_gains(run, metric, together.key, alone.key)
         verdict, text = _against_alone(metric, mean, gains)
         if gains and len(gains) < len(run.training):
-            details.append(
-                f"Over the {len(gains)} of {len(run.training)} training sites that publish both arms."
-            )
+            details.append(f"Over the {len(gains)} of {len(run.training)} training sites that publish both arms.")
         if mean.paired and mean.paired.interval:
             details.append(
                 f"The paired difference is {metric.signed(metric.printed(mean.paired.value))} "

@@ -54,17 +54,13 @@ class Scale:
         return text if float(text) == 0 else text.replace("-", MINUS)
 
 
-def scale_for(
-    values: Iterable[float], *, include_zero: bool = False, ticks: int = 5, room: float = 0.05
-) -> Scale:
+def scale_for(values: Iterable[float], *, include_zero: bool = False, ticks: int = 5, room: float = 0.05) -> Scale:
     """An axis with round ticks that holds all finite values and a little room."""
     finite = [value for value in values if math.isfinite(value)] + ([0.0] if include_zero else [])
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     span = high - low or abs(high) * 0.1 or 1.0
     low, high = low - room * span, high + room * span
-    found = [
-        float(tick) for tick in MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    ]
+    found = [float(tick) for tick in MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
     step = found[1] - found[0]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:
@@ -76,8 +72,7 @@ def mark(style: str) -> Markup:
     """The mark of an arm as a small image of its own, for legends."""
     shape = _MARKS.get(style, _MARKS["other-1"])
     return Markup(
-        '<svg class="key arm-{}" width="16" height="16" aria-hidden="true">'
-        '<g transform="translate(8 8)">{}</g></svg>'
+        '<svg class="key arm-{}" width="16" height="16" aria-hidden="true"><g transform="translate(8 8)">{}</g></svg>'
     ).format(style, shape)
 
 
@@ -137,12 +132,8 @@ def _lane(parts: Sequence[Markup], style: str) -> Markup:
 
 def axis(scale: Scale) -> Markup:
     """The numbers under a dot chart or a learning curve."""
-    tick = Markup('<text x="{}%" y="13" text-anchor="{}">{}</text>')
-    parts = []
-    for value in scale.ticks:
-        at = scale.percent(value)
-        anchor = "start" if at < 3 else "end" if at > 97 else "middle"
-        parts.append(tick.format(at, anchor, scale.label(value)))
+    tick = Markup('<text x="{}%" y="13" text-anchor="middle">{}</text>')
+    parts = [tick.format(scale.percent(value), scale.label(value)) for value in scale.ticks]
     return Markup('<svg class="axis" width="100%" height="18" aria-hidden="true">{}</svg>').format(
         Markup("").join(parts)
     )
@@ -228,9 +219,7 @@ def curves(title: str, lines: Sequence[Curve]) -> Curves | None:
             for tick in y.ticks
         ),
         Markup("").join(parts),
-        Markup("").join(
-            name.format(line.style, end, line.name) for line, end in zip(lines, ends, strict=True)
-        ),
+        Markup("").join(name.format(line.style, end, line.name) for line, end in zip(lines, ends, strict=True)),
         axis(x),
     )
 
@@ -238,12 +227,8 @@ def curves(title: str, lines: Sequence[Curve]) -> Curves | None:
 def attendance(site: str, history: Sequence[Round]) -> Markup:
     """A strip of rounds for one site: filled where it took part, crossed where it was missing."""
     width = 100 / max(len(history), 1)
-    cell = Markup(
-        '<rect class="{}" x="{:.3f}%" y="6" width="{:.3f}%" height="12" rx="1.5"><title>{}</title></rect>'
-    )
-    cross = Markup(
-        '<svg x="{:.3f}%" y="12" overflow="visible"><path class="cross" d="M-3-3 3 3M-3 3 3-3"/></svg>'
-    )
+    cell = Markup('<rect class="{}" x="{:.3f}%" y="6" width="{:.3f}%" height="12" rx="1.5"><title>{}</title></rect>')
+    cross = Markup('<svg x="{:.3f}%" y="12" overflow="visible"><path class="cross" d="M-3-3 3 3M-3 3 3-3"/></svg>')
     gap = width * 0.12
     parts = []
     for index, entry in enumerate(history):

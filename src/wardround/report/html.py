@@ -116,9 +116,7 @@ def _rounds_sentence(run: Run) -> str:
         return "The run left no record of its rounds."
     full = sum(set(run.training) <= set(entry.participants) for entry in history)
     repeated = sorted(entry.number for entry in history if entry.attempt > 0)
-    text = (
-        f"{len(run.training)} training sites, {len(history)} rounds; all sites took part in {full} of them."
-    )
+    text = f"{len(run.training)} training sites, {len(history)} rounds; all sites took part in {full} of them."
     return text + (f" More than one attempt was needed in {in_rounds(repeated)}." if repeated else "")
 
 
@@ -180,9 +178,7 @@ def _training(run: Run) -> tuple[tuple[str, str, str], ...]:
     steps, released = _mapping(run, "steps"), _mapping(run, "selected_round")
     keys = dict.fromkeys([*steps, *released])
     labels = {arm.key: arm.label for arm in run.arms}
-    return tuple(
-        (labels.get(key) or _arm_words(key), _text(steps.get(key)), _text(released.get(key))) for key in keys
-    )
+    return tuple((labels.get(key) or _arm_words(key), _text(steps.get(key)), _text(released.get(key))) for key in keys)
 
 
 def _arm_words(key: str) -> str:

@@ -139,9 +139,7 @@ def gallery(run: Run) -> Gallery:
     sites: dict[str, tuple[Example, ...]] = {}
     for attempt, (count, side) in enumerate(_FITS):
         sites = {
-            site: tuple(
-                _example(run, number, arms, side, palette) for number, arms in list(examples.items())[:count]
-            )
+            site: tuple(_example(run, number, arms, side, palette) for number, arms in list(examples.items())[:count])
             for site, examples in found.items()
             if examples
         }

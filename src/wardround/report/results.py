@@ -57,7 +57,7 @@ class Metric:
         return f"{self.difference(value)}{NO_BREAK}{self.unit or self.label}"
 
     def printed(self, gain: float) -> float:
-        """A gain (positive is better) in the metric's own direction: a better NMSE is a negative difference."""
+        """A gain (positive is better) in the metric's own direction: a better NMSE is negative."""
         return gain if self.larger_is_better else -gain
 
     def span(self, gains: tuple[float, float]) -> str:
@@ -73,13 +73,9 @@ class Metric:
 _KNOWN_METRICS = (
     Metric("psnr", "PSNR", "dB", True, 2, 0.05, "peak signal-to-noise ratio over the whole image"),
     Metric("ssim", "SSIM", "", True, 3, 0.001, "structural similarity over the whole image, at most 1"),
-    Metric(
-        "nmse", "NMSE", "", False, 4, 0.0002, "squared error relative to the image's energy, 0 is perfect"
-    ),
+    Metric("nmse", "NMSE", "", False, 4, 0.0002, "squared error relative to the image's energy, 0 is perfect"),
 )
-_SMALLER_IS_BETTER = frozenset(
-    {"nmse", "mse", "rmse", "mae", "nrmse", "loss", "hd95", "ece", "brier", "lpips"}
-)
+_SMALLER_IS_BETTER = frozenset({"nmse", "mse", "rmse", "mae", "nrmse", "loss", "hd95", "ece", "brier", "lpips"})
 
 
 def metric_of(name: str) -> Metric:
@@ -126,12 +122,8 @@ _KNOWN_ARMS = {
         ),
         Arm("cg_sense", "CG-SENSE", "baseline", "cg-sense", "least squares with coil maps, nothing learned"),
         Arm("tv", "TV", "baseline", "tv", "total variation: compressed sensing, nothing learned"),
-        Arm(
-            "local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"
-        ),
-        Arm(
-            "federated", "Together", "federated", "federated", "federated: scans stay, sums of updates travel"
-        ),
+        Arm("local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"),
+        Arm("federated", "Together", "federated", "federated", "federated: scans stay, sums of updates travel"),
         Arm("pooled", "Pooled", "pooled", "pooled", "all data in one place: the ideal that privacy forbids"),
     )
 }
@@ -187,9 +179,7 @@ def estimate_of(entry: object) -> Estimate | None:
     if value is None:
         return None
     n = _finite(entry.get("n"))
-    return Estimate(
-        value, _finite(entry.get("ci_low")), _finite(entry.get("ci_high")), None if n is None else int(n)
-    )
+    return Estimate(value, _finite(entry.get("ci_low")), _finite(entry.get("ci_high")), None if n is None else int(n))
 
 
 @dataclass(frozen=True)
@@ -250,9 +240,7 @@ class Run:
         """Arms in reading order, from baselines to pooled; `baseline` as an alias is left out."""
         baseline = self._metrics.get("baseline")
         is_alias = any(key != "baseline" and table == baseline for key, table in self._metrics.items())
-        unknown = [
-            key for key in self._metrics if key not in _KNOWN_ARMS and not (key == "baseline" and is_alias)
-        ]
+        unknown = [key for key in self._metrics if key not in _KNOWN_ARMS and not (key == "baseline" and is_alias)]
         known = [_KNOWN_ARMS[key] for key in _KNOWN_ARMS if key in self._metrics]
         arms = known + [arm_of(key, index) for index, key in enumerate(unknown)]
         return tuple(sorted(arms, key=lambda arm: _ARM_ORDER.index(arm.kind)))
@@ -293,10 +281,7 @@ class Run:
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics of any arm and site, best-known first; the first one answers the study's question."""
         names = dict.fromkeys(
-            name
-            for table in self._metrics.values()
-            for entry in _mapping(table).values()
-            for name in _mapping(entry)
+            name for table in self._metrics.values() for entry in _mapping(table).values() for name in _mapping(entry)
         )
         order = [known.name for known in _KNOWN_METRICS]
         order += [f"{name}_head" for name in order]

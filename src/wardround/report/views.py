@@ -65,6 +65,7 @@ class Row:
     n: str
     cells: tuple[Cell, ...]
     aggregate: bool
+    withheld: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ def _chart(run: Run, metric: Metric, key: str, scale: figures.Scale) -> SiteChar
     facts = [f"{patients} test patient{'s' if patients != 1 else ''}" if patients else ""]
     facts += ["did not train"] if key in run.unseen else []
     facts += [protocol(run.acquisition(key))] if key not in AGGREGATES else []
-    if key == "unseen":
-        facts = ["each by a model trained without it"]
+    if key in AGGREGATES:
+        facts = ["every site has the same weight" if key == "mean" else "each by a model trained without it"]
     return SiteChart(
         site_title(key),
         " · ".join(fact for fact in facts if fact),
@@ -176,16 +177,14 @@ def _chart(run: Run, metric: Metric, key: str, scale: figures.Scale) -> SiteChar
         key in AGGREGATES,
         lanes,
         figures.axis(scale),
-        None if lanes else (_withheld(run, key) or "no numbers in this run"),
+        _withheld(run, key),
     )
 
 
 def _row(run: Run, metric: Metric, key: str) -> Row:
     found = {arm.key: run.estimate(arm.key, key, metric.name) for arm in run.arms}
     sign = 1 if metric.larger_is_better else -1
-    rivals = [
-        sign * estimate.value for arm in run.arms if arm.kind != "pooled" and (estimate := found[arm.key])
-    ]
+    rivals = [sign * estimate.value for arm in run.arms if arm.kind != "pooled" and (estimate := found[arm.key])]
     best = metric.show(sign * max(rivals)) if len(rivals) > 1 else None
     cells = []
     for arm in run.arms:
@@ -199,7 +198,13 @@ def _row(run: Run, metric: Metric, key: str) -> Row:
         text = metric.show(estimate.value)
         cells.append(Cell(text, interval, best=arm.kind != "pooled" and text == best))
     patients = run.patients(key)
-    return Row(site_title(key), "–" if patients is None else str(patients), tuple(cells), key in AGGREGATES)
+    return Row(
+        site_title(key),
+        "–" if patients is None else str(patients),
+        tuple(cells),
+        key in AGGREGATES,
+        _withheld(run, key),
+    )
 
 
 def _gain_table(run: Run, metric: Metric, gains: list[Gain], pooled: dict[str, str]) -> GainTable | None:
@@ -259,9 +264,7 @@ def learning_curves(run: Run, metric: Metric | None) -> tuple[Curves, ...]:
     shared = [name for name in names if "/" not in name]
     alone = [name for name in names if name.startswith("local/")]
     others = [name for name in names if "/" in name and name not in alone]
-    quantities: list[tuple[str, Callable[[Round], float | None]]] = [
-        ("training loss", lambda entry: entry.loss)
-    ]
+    quantities: list[tuple[str, Callable[[Round], float | None]]] = [("training loss", lambda entry: entry.loss)]
     measured = list(dict.fromkeys(name for entry in run.rounds for name in entry.validation))
     if measured:
         chosen = metric.name if metric and metric.name in measured else measured[0]

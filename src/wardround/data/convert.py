@@ -48,10 +48,10 @@ class SiteSummary:
         shown = {c: n for c, n in self.contrasts.items() if scrub(c) == c and (n > 1 or self.patients == 1)}
         contrasts = ", ".join(f"{name} ({count})" for name, count in shown.items())
         if len(shown) < len(self.contrasts):
-            contrasts = (
-                f"{contrasts or 'no common names'}; {len(self.contrasts) - len(shown)} names not shown"
-            )
-        sizes = ", ".join(f"{h} x {w} ({count} images)" for (h, w), count in self.sizes.items())
+            contrasts = f"{contrasts or 'no common names'}; {len(self.contrasts) - len(shown)} names not shown"
+        sizes = ", ".join(f"{h} x {w} ({count})" for (h, w), count in list(self.sizes.items())[:4])
+        if len(self.sizes) > 4:
+            sizes += f" and {len(self.sizes) - 4} other sizes"
         low, high = self.intensity
         return [
             f"site {self.name}: {_patients(self.patients)}; with {contrasts}",
@@ -105,9 +105,7 @@ def _inspect_file(path: Path) -> Inspection:
         spacing = " x ".join(f"{s:g}" for s in volume.spacing)
         low, high = volume.data.min(), volume.data.max()
         size = " x ".join(str(n) for n in volume.data.shape)
-        return Inspection(
-            "a NIfTI image", (f"{size} voxels of {spacing} mm", f"intensities {low:g} to {high:g}")
-        )
+        return Inspection("a NIfTI image", (f"{size} voxels of {spacing} mm", f"intensities {low:g} to {high:g}"))
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -301,13 +299,9 @@ def convert_lgg(download: Path, out: Path) -> LGGReport:
     """
     places = (download, *sorted(download.glob("kaggle_3m")), *sorted(download.glob("*/kaggle_3m")))
     roots = [place for place in places if place.is_dir()]
-    cases = {
-        case: m for root in roots for case in sorted(root.iterdir()) if (m := _LGG_CASE.match(case.name))
-    }
+    cases = {case: m for root in roots for case in sorted(root.iterdir()) if (m := _LGG_CASE.match(case.name))}
     if not cases:
-        raise DataError(
-            "no case found; the download must hold kaggle_3m/TCGA_XX_NNNN_DATE", detail=str(download)
-        )
+        raise DataError("no case found; the download must hold kaggle_3m/TCGA_XX_NNNN_DATE", detail=str(download))
     patients: Counter[str] = Counter()
     without = 0
     for case, match in cases.items():
@@ -344,9 +338,7 @@ def _lgg_image(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         with Image.open(path) as image:
             array = np.asarray(image)
     except OSError as error:
-        raise DataError(
-            "a slice of the download is missing or damaged; get it again", detail=str(path)
-        ) from error
+        raise DataError("a slice of the download is missing or damaged; get it again", detail=str(path)) from error
     if array.shape != shape or array.dtype != np.uint8:
         raise DataError(f"a slice of the download is {array.shape}, not {shape} uint8", detail=str(path))
     return array

@@ -118,9 +118,7 @@ class SliceIndex:
         Neither names nor paths have a part; folders renamed so that patients change their split change it.
         """
         digest = self._folder.patient_digest
-        seen = {
-            name: sorted(digest(patient, self._contrasts) for patient in self._split[name]) for name in SPLITS
-        }
+        seen = {name: sorted(digest(patient, self._contrasts) for patient in self._split[name]) for name in SPLITS}
         content = {"patients": seen, "contrasts": sorted(self._contrasts), "size": list(self._size)}
         return hashlib.sha256(canonical_json(content)).hexdigest()
 

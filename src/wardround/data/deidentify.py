@@ -6,9 +6,7 @@ import re
 
 from wardround.errors import WardroundError
 
-_EXTENSIONS = (
-    "nii|gz|dcm|ima|h5|hdf5|mat|npy|npz|cfl|hdr|img|mha|nrrd|tiff?|png|jpe?g|csv|json|ya?ml|db|zip|txt"
-)
+_EXTENSIONS = "nii|gz|dcm|ima|h5|hdf5|mat|npy|npz|cfl|hdr|img|mha|nrrd|tiff?|png|jpe?g|csv|json|ya?ml|db|zip|txt"
 # In this order: a path may hold a date and an identifier.
 _REMOVED = tuple(
     (re.compile(pattern, re.IGNORECASE), mark)

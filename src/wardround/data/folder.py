@@ -47,9 +47,7 @@ class SiteFolder:
         found = [(entry, _images(entry)) for entry in sorted(path.iterdir()) if entry.is_dir()]
         self._patients = [images for entry, images in found if images and not entry.name.startswith(".")]
         if not self._patients:
-            raise DataError(
-                f"site {site}: no patient found; expected SITE/PATIENT/CONTRAST.nii.gz", detail=str(path)
-            )
+            raise DataError(f"site {site}: no patient found; expected SITE/PATIENT/CONTRAST.nii.gz", detail=str(path))
         self._cache: OrderedDict[tuple[int, str], _Stored] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._digests: dict[Path, tuple[int, int, str]] = {}

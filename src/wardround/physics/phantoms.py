@@ -34,8 +34,9 @@ class Tissue:
     density: float
 
 
-# Healthy tissue: BrainWeb (Cocosco et al., 1997), except CSF at its measured 4.3 s (Rooney et al., MRM 2007),
-# which is what a FLAIR's inversion time is set to null. Bone and tumour are plausible values of our own.
+# Healthy tissue: BrainWeb (Cocosco et al., 1997), but CSF with its measured T1 of 4.3 s (Rooney et al., MRM
+# 2007), which a FLAIR's inversion time is set to null, and a T2 to match; grey and white matter at 3 T after
+# Wansapura et al. (JMRI 1999). Bone, skin at 3 T and tumour are plausible values of our own.
 _TISSUES_AT_1_5_TESLA = {
     "csf": Tissue(4300, 1200, 300, 1.0),
     "grey": Tissue(833, 83, 69, 0.86),
@@ -48,15 +49,15 @@ _TISSUES_AT_1_5_TESLA = {
     "tumour": Tissue(1250, 150, 90, 0.92),
     "oedema": Tissue(1050, 140, 90, 0.88),
 }
-_LONGER_AT_3_TESLA = {
-    "grey": Tissue(1607, 83, 66, 0.86),
-    "white": Tissue(838, 70, 53, 0.77),
+_OTHER_AT_3_TESLA = {
+    "grey": Tissue(1331, 110, 66, 0.86),
+    "white": Tissue(832, 80, 53, 0.77),
     "skin": Tissue(1300, 45, 25, 0.9),
-    "rim": Tissue(1700, 105, 60, 0.88),
-    "tumour": Tissue(1900, 145, 80, 0.92),
-    "oedema": Tissue(1600, 135, 80, 0.88),
+    "rim": Tissue(1500, 130, 60, 0.88),
+    "tumour": Tissue(1600, 220, 80, 0.92),
+    "oedema": Tissue(1400, 190, 80, 0.88),
 }
-TISSUES = MappingProxyType({1.5: _TISSUES_AT_1_5_TESLA, 3.0: {**_TISSUES_AT_1_5_TESLA, **_LONGER_AT_3_TESLA}})
+TISSUES = MappingProxyType({1.5: _TISSUES_AT_1_5_TESLA, 3.0: {**_TISSUES_AT_1_5_TESLA, **_OTHER_AT_3_TESLA}})
 _LESION = ("necrosis", "rim", "tumour", "oedema")
 # What gadolinium does to a leaky rim and to blood-rich skin: T1 in ms.
 _ENHANCED_T1 = {"rim": 280.0, "skin": 600.0}
@@ -89,9 +90,7 @@ class PhantomSite:
 
 DEMO_SITES: tuple[PhantomSite, ...] = (
     PhantomSite("Northfield", "T1w spin echo, 1.5 T", Protocol("spin_echo", tr=550, te=12), 230, 0.12),
-    PhantomSite(
-        "Harbour", "FLAIR, 3 T", Protocol("inversion_recovery", 9000, 110, ti=2480, field=3.0), 220, 0.25
-    ),
+    PhantomSite("Harbour", "FLAIR, 3 T", Protocol("inversion_recovery", 9000, 110, ti=2480, field=3.0), 220, 0.25),
     PhantomSite("Valley", "T2w spin echo, 1.5 T", Protocol("spin_echo", tr=4500, te=100), 250, 0.1),
     PhantomSite(
         "Island",
@@ -122,9 +121,7 @@ def signal(protocol: Protocol, tissue: Tissue) -> float:
     return float(tissue.density * longitudinal * np.exp(-protocol.te / decay))
 
 
-def make_site(
-    out: Path, site: PhantomSite, patients: int, seed: int, *, size: int = 128, slices: int = 12
-) -> Path:
+def make_site(out: Path, site: PhantomSite, patients: int, seed: int, *, size: int = 128, slices: int = 12) -> Path:
     """Write a hospital's patients as `out/SITE/PATIENT/{image,seg}.nii.gz` and return `out/SITE`.
 
     Images are uint16 `(size, size, slices)`, front of the head up; `seg` is 1 where the tumour or its oedema
@@ -184,9 +181,7 @@ class _Grid:
     def texture(self, random: np.random.Generator, length: float) -> FloatArray:
         """Return a random field of zero mean and unit variance that varies over `length` mm."""
         sigma = (length / self.pixel, length / self.pixel, length / self.thickness)
-        field = ndimage.gaussian_filter(
-            random.standard_normal(self.shape, dtype=np.float32), sigma, mode="wrap"
-        )
+        field = ndimage.gaussian_filter(random.standard_normal(self.shape, dtype=np.float32), sigma, mode="wrap")
         field -= field.mean()
         return np.asarray(field / field.std(), dtype=np.float32)
 
@@ -315,9 +310,7 @@ def _scan(fractions: Fractions, site: PhantomSite, grid: _Grid, random: np.rando
         tissue = TISSUES[site.protocol.field][name]
         if site.protocol.gadolinium and name in _ENHANCED_T1:
             tissue = replace(tissue, t1=_ENHANCED_T1[name])
-        tissue = replace(
-            tissue, t1=tissue.t1 * random.uniform(0.95, 1.05), t2=tissue.t2 * random.uniform(0.95, 1.05)
-        )
+        tissue = replace(tissue, t1=tissue.t1 * random.uniform(0.95, 1.05), t2=tissue.t2 * random.uniform(0.95, 1.05))
         grain = 1 + 0.03 * grid.texture(random, 2.5)
         image += share * grain * signal(site.protocol, tissue)
     x, y, z = grid.positions() / (site.field_of_view / 2)

@@ -42,7 +42,7 @@ def load_study(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
 def study_sha256(study: Study) -> str:
     """Return the sha256 (hex) of the canonical JSON of the study with all defaults filled in."""
     try:
-        return hashlib.sha256(canonical_json(study.model_dump(mode="json"))).hexdigest()
+        return hashlib.sha256(canonical_json(study.model_dump())).hexdigest()
     except (TypeError, ValueError) as error:
         raise StudyError(
             "the study has an option that JSON cannot hold; use numbers, text, lists and mappings",
@@ -76,9 +76,7 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, A
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
             if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
@@ -97,9 +95,7 @@ def _parse_yaml(text: str, what: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-        raise StudyError(
-            f"the {what} is not valid YAML: {error.problem}{where}", detail=str(error)
-        ) from error
+        raise StudyError(f"the {what} is not valid YAML: {error.problem}{where}", detail=str(error)) from error
     except (yaml.YAMLError, ValueError) as error:
         raise StudyError(f"the {what} is not valid YAML", detail=str(error)) from error
 
@@ -113,14 +109,10 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
             f"the {what} file cannot be read: {error.strerror}; check its path", detail=str(path)
         ) from error
     except UnicodeDecodeError as error:
-        raise StudyError(
-            f"the {what} file is not UTF-8 text; is it the right file?", detail=str(path)
-        ) from error
+        raise StudyError(f"the {what} file is not UTF-8 text; is it the right file?", detail=str(path)) from error
     data = _parse_yaml(text, f"{what} file")
     if not isinstance(data, dict):
-        raise StudyError(
-            f"the {what} file must hold `key: value` lines; it is empty or a list", detail=str(path)
-        )
+        raise StudyError(f"the {what} file must hold `key: value` lines; it is empty or a list", detail=str(path))
     return data
 
 
@@ -142,9 +134,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise StudyError(f"override {override!r} is not of the form a.b.c=value")
     if keys[0] == "sites" and len(keys) > 1 and keys[1] not in (data.get("sites") or {}):
         known = list(data.get("sites") or {})
-        raise StudyError(
-            f"override {path.strip()}: the study has no site {keys[1]!r}{_suggest(keys[1], known)}"
-        )
+        raise StudyError(f"override {path.strip()}: the study has no site {keys[1]!r}{_suggest(keys[1], known)}")
     place = data
     for depth, key in enumerate(keys[:-1]):
         if place.get(key) is None:

@@ -52,8 +52,7 @@ def load_sites(path: str | Path) -> SitesFile:
     raw = validate(SitesFile, read_yaml(path, "sites"), "sites", show_values=False)
     base = Path(path).absolute().parent
     resolved = {
-        name: entry.model_copy(update={"data": _resolve(entry.data, name, base)})
-        for name, entry in raw.sites.items()
+        name: entry.model_copy(update={"data": _resolve(entry.data, name, base)}) for name, entry in raw.sites.items()
     }
     return SitesFile(sites=resolved)
 
@@ -64,9 +63,7 @@ def _resolve(data: Path, site: str, base: Path) -> Path:
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
         if not os.environ.get(name):
-            raise StudyError(
-                f"{key}: the environment variable {name} is not set; set it or write the folder out"
-            )
+            raise StudyError(f"{key}: the environment variable {name} is not set; set it or write the folder out")
         return os.environ[name]
 
     try:

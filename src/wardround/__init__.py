@@ -1,1 +1,42 @@
+"""Wardround: train imaging models across hospitals without moving a scan.
+
+    result = wardround.run("study.yaml", "sites.yaml", "out", compare=["local", "pooled"])
+    result.metric("federated", "mean", "psnr")
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+# On a busy machine OpenMP's default spins and is ten times slower; it must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 __version__ = "0.1.0"
+__all__ = ["Result", "Study", "WardroundError", "__version__", "evaluate", "load_sites", "load_study", "run"]
+
+_HOMES = {
+    "Result": "wardround.runner.session",
+    "run": "wardround.runner.session",
+    "evaluate": "wardround.runner.session",
+    "Study": "wardround.study",
+    "load_study": "wardround.study.load",
+    "load_sites": "wardround.study.sites",
+    "WardroundError": "wardround.errors",
+}
+
+if TYPE_CHECKING:
+    from wardround.errors import WardroundError
+    from wardround.runner.session import Result, evaluate, run
+    from wardround.study import Study
+    from wardround.study.load import load_study
+    from wardround.study.sites import load_sites
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that a coordinator or a command that needs no torch does not wait for it.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'wardround' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
-from wardround.data.deidentify import scrub
+from wardround.data.deidentify import describe_error
 from wardround.federation.exchange import ERROR
 from wardround.federation.site import Site
 from wardround.wire.message import Header, Message
@@ -21,7 +22,7 @@ def answer(find: SiteFinder, message: Message) -> Message:
     except Exception as error:
         log.warning("a site could not be opened: %s %s", error, getattr(error, "detail", ""))
         log.debug("details", exc_info=True)
-        return message.reply(ERROR, meta={"reason": scrub(error)})
+        return message.reply(ERROR, meta={"reason": describe_error(error)})
     return site.handle(message)
 
 
@@ -30,11 +31,15 @@ class LocalEngine:
 
     def __init__(self, find: SiteFinder) -> None:
         self._find = find
+        # One model serves all sites of a process: they take turns, whichever thread asks.
+        self._turn = threading.Lock()
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Yield one reply for each message, in order."""
         for message in messages:
-            yield answer(self._find, message)
+            with self._turn:
+                reply = answer(self._find, message)
+            yield reply
 
     def close(self) -> None:
         """Nothing is held."""

@@ -27,9 +27,7 @@ def main(factory: str, spec: str) -> None:
     os.dup2(2, 1)
     module, _, name = factory.partition(":")
     progress = Reporter(replies)
-    find = getattr(importlib.import_module(module), name)(
-        json.loads(Path(spec).read_text(encoding="utf-8")), progress
-    )
+    find = getattr(importlib.import_module(module), name)(json.loads(Path(spec).read_text(encoding="utf-8")), progress)
     while (message := read_frame(sys.stdin.buffer)) is not None:
         write_frame(replies, answer(find, message))
 

@@ -98,9 +98,7 @@ class WorkersEngine:
             if self._closed:
                 return None
             environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-            worker = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-            )
+            worker = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             self._workers.add(worker)
             return worker
 
@@ -119,9 +117,7 @@ class WorkersEngine:
         return None
 
     def _failure(self, message: Message) -> Message:
-        reason = (
-            "the run was stopped" if self._closed else f"its process died {ATTEMPTS} times (out of memory?)"
-        )
+        reason = "the run was stopped" if self._closed else f"its process died {ATTEMPTS} times (out of memory?)"
         return message.reply(ERROR, meta={"reason": reason})
 
     def _forget(self, worker: subprocess.Popen[bytes]) -> None:

@@ -112,9 +112,7 @@ class Coordinator:
             state, report = self._round(state)
             yield report
         if plan.validate_every and self._missing_validation(plan.rounds):
-            aggregate, _, _ = self._run(
-                self._call(EVALUATE, state, {"split": "validation"}, plan.metrics_layout)
-            )
+            aggregate, _, _ = self._run(self._call(EVALUATE, state, {"split": "validation"}, plan.metrics_layout))
             report = self._amend(plan.rounds, aggregate)
             yield report
 

@@ -20,9 +20,7 @@ class Database:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # Autocommit mode: transactions begin and end where the code says so.
-            self._connection = sqlite3.connect(
-                path, isolation_level=None, timeout=30.0, check_same_thread=False
-            )
+            self._connection = sqlite3.connect(path, isolation_level=None, timeout=30.0, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.executescript(schema)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from wardround.errors import Rejected
 from wardround.protection.gates import check_reply, check_update
-from wardround.wire.message import EMPTY_SHA256, Body, EmptyBody, Header, Message
+from wardround.wire.message import EMPTY, EMPTY_SHA256, Body, Header, Message
 from wardround.wire.ring import ExactSum
 from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import Aggregate, Layout, Scales
@@ -52,7 +52,7 @@ class Call:
     attempt: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
     tensors: tuple[TensorInfo, ...] = ()
-    body: Body = EmptyBody()
+    body: Body = EMPTY
     body_sha256: str = EMPTY_SHA256
 
     def message(self, site: str) -> Message:

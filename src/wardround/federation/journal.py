@@ -70,9 +70,7 @@ class RoundReport:
     @staticmethod
     def from_json(value: dict[str, Any]) -> RoundReport:
         """The report from a line."""
-        return RoundReport(
-            **{**value, "participants": tuple(value["participants"]), "notes": tuple(value["notes"])}
-        )
+        return RoundReport(**{**value, "participants": tuple(value["participants"]), "notes": tuple(value["notes"])})
 
 
 class Journal:

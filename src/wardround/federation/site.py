@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from wardround.data.deidentify import scrub
+from wardround.data.deidentify import describe_error
 from wardround.errors import DataError, Rejected, StudyError, WardroundError, WireError
 from wardround.federation.coordinator import LOSS, PATIENTS, SECONDS, VALIDATION
 from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
@@ -126,7 +126,7 @@ class Site:
             detail = getattr(error, "detail", "")
             log.warning("site %s could not answer %r: %s %s", self.name, request.header.kind, error, detail)
             log.debug("details", exc_info=True)
-            return request.reply(ERROR, meta={"reason": scrub(error)})
+            return request.reply(ERROR, meta={"reason": describe_error(error)})
 
     @property
     def learner(self) -> Learner:
@@ -178,9 +178,7 @@ class Site:
         keep = frozenset(int(n) for n in header.meta.get("keep", ()))
         return chunks, Memory(trained.memory, {}), keep
 
-    def reply_with(
-        self, request: Message, kind: str, chunks: Iterator[bytes | memoryview], layout: Layout
-    ) -> Message:
+    def reply_with(self, request: Message, kind: str, chunks: Iterator[bytes | memoryview], layout: Layout) -> Message:
         """A reply whose body is streamed to the store first."""
         total, nbytes = hashlib.sha256(), 0
         with self.store.blobs.draft(durable=False) as draft:
@@ -226,9 +224,7 @@ class Site:
             raise WireError("an evaluation needs split: validation or test")
         pooled = header.meta["layout"] == self.rules.metrics_layout.sha256
         if not pooled and not self.rules.per_site_results:
-            raise WardroundError(
-                f"site {self.name} withholds its own results: egress.per_site_results is false"
-            )
+            raise WardroundError(f"site {self.name} withholds its own results: egress.per_site_results is false")
         learner = self.learner
         which = header.meta.get("evaluator")
         if which is None:

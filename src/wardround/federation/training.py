@@ -191,16 +191,12 @@ class Learner:
         """Put tensors into the model by name; all others get their initial values."""
         with torch.no_grad():
             for name, tensor in self._bench.model.state_dict().items():
-                tensor.copy_(
-                    torch.from_numpy(tensors[name]) if name in tensors else self._bench.initial[name]
-                )
+                tensor.copy_(torch.from_numpy(tensors[name]) if name in tensors else self._bench.initial[name])
 
     def local_tensors(self, memory: Memory) -> dict[str, Array]:
         """The private part of the model, by model name."""
         return {
-            name: memory.tensors[LOCAL + name]
-            for name in self._policy.names("local")
-            if LOCAL + name in memory.tensors
+            name: memory.tensors[LOCAL + name] for name in self._policy.names("local") if LOCAL + name in memory.tensors
         }
 
     def train(self, number: int, public: Mapping[str, Array], memory: Memory) -> Trained:
@@ -218,9 +214,7 @@ class Learner:
             anchor={name: tensor.detach().clone() for name, tensor in shared.items()},
             public=public,
             memory={
-                name.removeprefix(METHOD): tensor
-                for name, tensor in memory.tensors.items()
-                if name.startswith(METHOD)
+                name.removeprefix(METHOD): tensor for name, tensor in memory.tensors.items() if name.startswith(METHOD)
             },
             number=number,
             steps=local.steps,
@@ -299,9 +293,7 @@ class Learner:
         if self._method.weights != "validation" or not self.dataset.patients("validation"):
             return None
         self._bench.model.eval()
-        losses = [
-            float(self.task.loss(self._bench.model, b)) for _, b in self.dataset.evaluation("validation")
-        ]
+        losses = [float(self.task.loss(self._bench.model, b)) for _, b in self.dataset.evaluation("validation")]
         return sum(losses) / len(losses)
 
     def _set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -325,9 +317,7 @@ def build_optimizer(model: nn.Module, local: Local) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     match local.optimizer:
         case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay
-            )
+            return torch.optim.SGD(parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay)
         case "adam":
             return torch.optim.Adam(parameters, lr=local.lr, weight_decay=local.weight_decay)
         case "adamw":
@@ -355,8 +345,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ar
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def patients_in(
-    dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")
-) -> dict[str, int]:
+def patients_in(dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")) -> dict[str, int]:
     """How many patients each split has."""
     return {split: dataset.patients(split) for split in splits}

@@ -16,9 +16,7 @@ def canonical_json(value: Any) -> bytes:
 
     Raises `ValueError` for NaN or infinity and `TypeError` for anything JSON cannot hold.
     """
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -63,6 +63,9 @@ class EmptyBody:
         return iter(())
 
 
+EMPTY = EmptyBody()
+
+
 def body_sha256(body: Body) -> str:
     """SHA-256 of all bytes of a body, in hex."""
     total = hashlib.sha256()
@@ -157,7 +160,7 @@ class Message:
     """A header and its body."""
 
     header: Header
-    body: Body = EmptyBody()
+    body: Body = EMPTY
 
     @property
     def id(self) -> str:

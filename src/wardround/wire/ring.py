@@ -84,9 +84,7 @@ def levels(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-def quantise(
-    values: Array, scale: float, bits: int, ring: Ring, random: np.random.Generator
-) -> tuple[Array, int]:
+def quantise(values: Array, scale: float, bits: int, ring: Ring, random: np.random.Generator) -> tuple[Array, int]:
     """Fixed-point elements of `values`, flattened, and how many of them were saturated at `scale`.
 
     Rounding is stochastic and unbiased; the randomness used depends on the number of values only.
@@ -134,9 +132,7 @@ class ExactSum:
         Raises `WireError` when the chunk leaves the update or cuts an element.
         """
         if offset < 0 or offset + len(chunk) > self.nbytes:
-            raise WireError(
-                f"a chunk of {len(chunk)} bytes at {offset} lies outside an update of {self.nbytes} bytes"
-            )
+            raise WireError(f"a chunk of {len(chunk)} bytes at {offset} lies outside an update of {self.nbytes} bytes")
         view = memoryview(chunk)
         start = 0
         for (size, ring), array in zip(self._segments, self._arrays, strict=True):
@@ -155,6 +151,4 @@ class ExactSum:
 
     def to_bytes(self) -> bytes:
         """The sum in the form of an update's body, reduced modulo the ring (tests and small sums)."""
-        return b"".join(
-            bytes(ring.pack(a)) for (_, ring), a in zip(self._segments, self._arrays, strict=True)
-        )
+        return b"".join(bytes(ring.pack(a)) for (_, ring), a in zip(self._segments, self._arrays, strict=True))

@@ -36,7 +36,7 @@ TAIL = Ring(32)
 
 @dataclass(frozen=True)
 class Metric:
-    """A number, or `size` of them, that is summed: values in [low, high] in steps of `resolution`; 0 must be in range."""
+    """A number, or `size` of them, that is summed: in [low, high] in steps of `resolution`; 0 must be in range."""
 
     name: str
     low: float
@@ -91,9 +91,7 @@ class Layout:
             raise StudyError("an update's groups and metrics need different names")
         for metric in self.metrics:
             if not metric.low <= 0.0 <= metric.high:
-                raise StudyError(
-                    f"metric {metric.name!r} must have 0 in its range: a site without patients sends 0"
-                )
+                raise StudyError(f"metric {metric.name!r} must have 0 in its range: a site without patients sends 0")
         for group in self.groups:
             value_bits(group.ring_bits, self.max_sites)
 
@@ -157,9 +155,7 @@ class Layout:
         integers, at = [], 0
         for bits in self.entries:
             count = math.ceil(bits / self.digit_bits)
-            integers.append(
-                sum(int(d) << (self.digit_bits * i) for i, d in enumerate(elements[at : at + count]))
-            )
+            integers.append(sum(int(d) << (self.digit_bits * i) for i, d in enumerate(elements[at : at + count])))
             at += count
         return integers
 
@@ -199,9 +195,7 @@ def encode(
         for info in group.tensors:
             delta = tensors[group.name][info.name]
             if tuple(delta.shape) != info.shape:
-                raise Rejected(
-                    f"tensor {info.name!r} has shape {tuple(delta.shape)}, the study says {info.shape}"
-                )
+                raise Rejected(f"tensor {info.name!r} has shape {tuple(delta.shape)}, the study says {info.shape}")
             if not np.isfinite(delta).all():
                 raise Rejected(f"tensor {info.name!r} holds a value that is not finite")
             scale = scales[scale_key(group.name, info.name)]
@@ -244,8 +238,7 @@ class Aggregate:
             for info in group.tensors:
                 self.saturated[scale_key(group.name, info.name)] = next(integers)
         self.metrics: dict[str, Floats] = {
-            m.name: m.decode([next(integers) for _ in range(m.size)], self.contributors)
-            for m in layout.metrics
+            m.name: m.decode([next(integers) for _ in range(m.size)], self.contributors) for m in layout.metrics
         }
 
     def weight(self, group: str) -> float:

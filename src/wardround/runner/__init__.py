@@ -1,0 +1,1 @@
+"""Runs a study: the one place that knows every room."""

@@ -1,0 +1,71 @@
+"""The arms of a run: the federation, and what it is compared with. Every arm runs on the same machinery."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from wardround.errors import StudyError
+from wardround.study.schema import FedAvg, Local, Method, Study
+from wardround.wire.canonical import digest
+
+POOLED = "pooled"
+FEDERATED = "federated"
+Comparison = Literal["local", "pooled"]
+COMPARISONS: tuple[Comparison, ...] = ("local", "pooled")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A training run: who takes part, by which method, with which local schedule.
+
+    A local arm is a federation of one; the pooled arm is one site that has everybody's data and, in a round, processes
+    the union of what the sites process, so that all arms see the same examples.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    members: tuple[str, ...]
+    method: Method
+    local: Local
+
+    def identity(self, study_sha256: str) -> str:
+        """The hash that messages and journals of this arm carry."""
+        return digest([study_sha256, self.name])
+
+    @property
+    def folder(self) -> str:
+        """The arm's name as a folder."""
+        return self.name.replace("/", "-")
+
+
+def arms_of(study: Study, compare: Collection[str]) -> tuple[Arm, ...]:
+    """The federation, the comparisons asked for, and the left-out runs of the study; long ones first.
+
+    Raises `StudyError` for a comparison that does not exist.
+    """
+    unknown = sorted(set(compare) - set(COMPARISONS))
+    if unknown:
+        raise StudyError(f"--compare {unknown[0]}: choose from {', '.join(COMPARISONS)}")
+    training = study.training_sites
+    alone = FedAvg(weights="equal")
+    arms = [Arm(FEDERATED, training, training, study.method, study.local)]
+    if POOLED in compare:
+        union = study.local.model_copy(
+            update={
+                "steps": study.local.steps * len(training),
+                "warmup": study.local.warmup * len(training),
+            }
+        )
+        arms.insert(0, Arm(POOLED, (POOLED,), training, alone, union))
+    evaluation = getattr(study.task, "evaluation", None)
+    if evaluation is not None and evaluation.leave_one_out:
+        if len(training) < 3:
+            raise StudyError("task.evaluation.leave_one_out needs at least 3 training sites")
+        for site in training:
+            rest = tuple(s for s in training if s != site)
+            arms.append(Arm(f"without/{site}", rest, rest, study.method, study.local))
+    if "local" in compare:
+        arms.extend(Arm(f"local/{site}", (site,), (site,), alone, study.local) for site in training)
+    return tuple(arms)

@@ -1,0 +1,122 @@
+"""What a site can evaluate besides the model of a round: a released model, and the classical baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from wardround.errors import WireError
+from wardround.federation.site import Evaluator
+from wardround.federation.training import Learner
+from wardround.tasks.task import Imaging, Split
+from wardround.wire.tensors import TensorFile
+
+Array = npt.NDArray[Any]
+RELEASED = "released"
+BASELINE = "baseline"
+
+
+def evaluators_of(models: Path, pictures: Path) -> dict[str, Evaluator]:
+    """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file."""
+    return {RELEASED: Released(models, pictures), BASELINE: Baseline(pictures)}
+
+
+class Released:
+    """The released model that the request carries, completed by the site's private part of it."""
+
+    def __init__(self, models: Path, pictures: Path) -> None:
+        self._models, self._pictures = models, pictures
+
+    def __call__(
+        self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
+    ) -> dict[str, Array]:
+        """Each metric's value for every patient of the split."""
+        if tensors is None:
+            raise WireError("an evaluation of a released model needs the model")
+        own = self._models / "local.safetensors"
+        private = load_file(own) if own.exists() and not meta.get("unknown_site") else {}
+        learner.load_tensors({**tensors, **private})
+        values = learner.evaluate(split)
+        task = learner.task
+        if meta.get("picture") and isinstance(task, Imaging):
+            model = learner.model
+            _write_pictures(self._pictures, str(meta["picture"]), learner, lambda b: task.reconstruct(model, b))
+        return values
+
+
+class Baseline:
+    """A classical reconstruction, its weight tuned on the site's validation patients by the first metric.
+
+    A site without validation patients uses the middle of the study's list.
+    """
+
+    def __init__(self, pictures: Path) -> None:
+        self._pictures = pictures
+        self._tuned: dict[str, float | None] = {}
+
+    def __call__(
+        self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
+    ) -> dict[str, Array]:
+        """Each metric's value for every patient of the split."""
+        task, name = learner.task, str(meta["baseline"])
+        if not isinstance(task, Imaging):
+            raise WireError("this task has no classical baselines")
+        if name not in self._tuned:
+            self._tuned[name] = self._tune(learner, task, name)
+        weight = self._tuned[name]
+        reconstruct = partial(task.baseline, name, weight)
+        values = learner.per_patient(split, _image_score(task, reconstruct))
+        if meta.get("picture"):
+            _write_pictures(self._pictures, str(meta["picture"]), learner, reconstruct)
+        return values
+
+    @staticmethod
+    def _tune(learner: Learner, task: Imaging, name: str) -> float | None:
+        grid = task.baseline_weights(name)
+        if not grid:
+            return None
+        if not learner.dataset.patients("validation"):
+            return grid[len(grid) // 2]
+        spec = learner.task.metrics[0]
+        best: tuple[float, float] | None = None
+        for weight in grid:
+            score = _image_score(task, partial(task.baseline, name, weight))
+            value = float(np.mean(learner.per_patient("validation", score, limit=task.tuning_limit)[spec.name]))
+            if best is None or spec.is_better(value, best[0]):
+                best = (value, weight)
+        assert best is not None
+        return best[1]
+
+
+def _image_score(task: Imaging, reconstruct: Callable[[Any], Tensor]) -> Callable[[Any], dict[str, Tensor]]:
+    def score(batch: Any) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return task.score_images(reconstruct(batch), batch)
+
+    return score
+
+
+def _write_pictures(path: Path, label: str, learner: Learner, reconstruct: Callable[[Any], Tensor]) -> None:
+    """Add a method's example images to the site's own picture file; they go nowhere else."""
+    task = learner.task
+    assert isinstance(task, Imaging)
+    known: dict[str, Array] = {}
+    if path.exists():
+        with np.load(path) as stored:
+            known = dict(stored)
+    with torch.no_grad():
+        for number, batch in enumerate(task.examples(learner.dataset)):
+            known[f"reference/{number}"] = task.reference(batch)[0].numpy()
+            known[f"{label}/{number}"] = reconstruct(batch)[0].numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft.npz")
+    np.savez_compressed(draft, **known)  # type: ignore[arg-type]
+    draft.rename(path)

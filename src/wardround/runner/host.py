@@ -1,0 +1,220 @@
+"""Builds the sites of a run in whichever process they live in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from wardround.errors import StudyError
+from wardround.federation.coordinator import Plan
+from wardround.federation.layouts import evaluation_metrics, round_metrics, validation_metrics
+from wardround.federation.methods.build import build_method
+from wardround.federation.methods.method import Method
+from wardround.federation.policy import Policy
+from wardround.federation.site import Rules, Site
+from wardround.federation.store import SiteStore
+from wardround.federation.training import ExampleStream, Learner, SiteExamples, UnionExamples, Workbench
+from wardround.runner.arms import POOLED, Arm, arms_of
+from wardround.runner.evaluators import evaluators_of
+from wardround.study.load import study_sha256
+from wardround.study.schema import Study
+from wardround.study.sites import SitesFile
+from wardround.tasks.build import build_task
+from wardround.tasks.task import Dataset, Task
+from wardround.wire.message import Header
+from wardround.wire.update import Layout
+
+Progress = Callable[[str, str, int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """An arm with everything derived from it: method, policy and the layouts of its updates."""
+
+    arm: Arm
+    identity: str
+    method: Method
+    policy: Policy
+    layout: Layout
+    metrics_layout: Layout
+    evaluation_layout: Layout
+
+
+class Host:
+    """Everything that is built from a study on this machine, each part once and only when it is needed.
+
+    `progress` is called with arm, site, round, step and steps.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        sites: SitesFile,
+        out: Path,
+        compare: tuple[str, ...],
+        progress: Progress | None = None,
+    ) -> None:
+        self.study = study
+        self.sites = sites
+        self.out = out
+        self.arms = {arm.name: arm for arm in arms_of(study, compare)}
+        self.study_sha256 = study_sha256(study)
+        self._progress = progress
+        self._by_identity = {arm.identity(self.study_sha256): arm for arm in self.arms.values()}
+        self._compare = compare
+        self._datasets: dict[str, Dataset] = {}
+        self._sites: dict[tuple[str, str], Site] = {}
+        self._blueprints: dict[str, Blueprint] = {}
+
+    @cached_property
+    def task(self) -> Task:
+        """The task of the study."""
+        return build_task(self.study)
+
+    @cached_property
+    def bench(self) -> Workbench:
+        """The model of this process."""
+        return Workbench(self.task, self.study.seed)
+
+    @property
+    def replicates(self) -> int:
+        """Bootstrap replicates of an evaluation."""
+        evaluation = getattr(self.study.task, "evaluation", None)
+        return 0 if evaluation is None else int(evaluation.bootstrap)
+
+    def blueprint(self, name: str) -> Blueprint:
+        """What an arm is made of."""
+        if name not in self._blueprints:
+            arm = self.arms[name]
+            method = build_method(arm.method)
+            policy = method.policy(self.bench.parameters)
+            shared = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "shared")
+            protection = self.study.protection
+            max_weight = protection.max_weight if method.weights == "samples" else 1.0
+            room = protection.max_sites
+            specs = self.task.metrics
+            self._blueprints[name] = Blueprint(
+                arm=arm,
+                identity=arm.identity(self.study_sha256),
+                method=method,
+                policy=policy,
+                layout=Layout(method.groups(shared, protection.ring_bits), round_metrics(specs), room, max_weight),
+                metrics_layout=Layout((), validation_metrics(specs), room),
+                evaluation_layout=Layout((), evaluation_metrics(specs, self.replicates), room),
+            )
+        return self._blueprints[name]
+
+    def plan(self, name: str) -> Plan:
+        """What the coordinator of an arm must know."""
+        blueprint, schedule = self.blueprint(name), self.study.schedule
+        selection = self.task.metrics[0] if self.task.metrics else None
+        return Plan(
+            arm=name,
+            identity=blueprint.identity,
+            sites=blueprint.arm.sites,
+            rounds=schedule.rounds,
+            min_sites=min(schedule.min_sites, len(blueprint.arm.sites)),
+            layout=blueprint.layout,
+            metrics_layout=blueprint.metrics_layout,
+            initial_scale=self.study.protection.initial_scale,
+            selection=None if selection is None else selection.name,
+            larger_is_better=selection is None or selection.larger_is_better,
+            validate_every=schedule.validate_every,
+            release=schedule.release,
+            keep=schedule.keep,
+        )
+
+    def find(self, header: Header) -> Site:
+        """The site that a message addresses; built when it is first asked for."""
+        arm = self._by_identity.get(header.study)
+        if arm is None:
+            raise StudyError("a message of another study, or of an arm that this run does not have")
+        key = (arm.name, header.site)
+        if key not in self._sites:
+            self._sites[key] = self._build(arm.name, header.site)
+        return self._sites[key]
+
+    def dataset(self, site: str) -> Dataset:
+        """A site's data set, shared by all arms of this process."""
+        if site not in self._datasets:
+            self._datasets[site] = self.task.dataset(site, self.sites.of(site).data)
+        return self._datasets[site]
+
+    def spec(self) -> dict[str, Any]:
+        """What another process needs to build the same host."""
+        return {
+            "study": self.study.model_dump(mode="json"),
+            "sites": self.sites.model_dump(mode="json"),
+            "out": str(self.out),
+            "compare": list(self._compare),
+        }
+
+    @staticmethod
+    def from_spec(spec: dict[str, Any], progress: Progress | None = None) -> Host:
+        """The host of a worker process."""
+        return Host(
+            Study.model_validate(spec["study"]),
+            SitesFile.model_validate(spec["sites"]),
+            Path(spec["out"]),
+            tuple(spec["compare"]),
+            progress,
+        )
+
+    def _build(self, arm_name: str, name: str) -> Site:
+        blueprint = self.blueprint(arm_name)
+        known = name == POOLED or name in self.study.sites
+        if not known:
+            raise StudyError(f"the study has no site {name[:40]!r}")
+        rules = Rules(
+            identity=blueprint.identity,
+            layout=blueprint.layout,
+            metrics_layout=blueprint.metrics_layout,
+            evaluation_layout=blueprint.evaluation_layout,
+            replicates=self.replicates,
+            seed=self.study.seed,
+            per_site_results=name == POOLED or self.sites.of(name).egress.per_site_results,
+        )
+        models = self.out / "models" / name / blueprint.arm.folder
+        pictures = self.out / "sites" / name / "pictures.npz"
+        return Site(
+            name,
+            rules,
+            lambda: self._learner(blueprint, name),
+            SiteStore(self.out / "work" / "sites" / name / blueprint.arm.folder),
+            evaluators=evaluators_of(models, pictures),
+            folder=models,
+        )
+
+    def _learner(self, blueprint: Blueprint, name: str) -> Learner:
+        arm, seed = blueprint.arm, self.study.seed
+        if name == POOLED:
+            parts = [self.dataset(member) for member in arm.members]
+            dataset = self.task.pooled(parts)
+            offsets = tuple(sum(len(p) for p in parts[:i]) for i in range(len(parts)))
+            streams = tuple(ExampleStream(len(p), seed, m) for p, m in zip(parts, arm.members, strict=True))
+            examples: SiteExamples | UnionExamples = UnionExamples(streams, offsets, seed)
+        else:
+            dataset = self.dataset(name)
+            examples = SiteExamples(ExampleStream(len(dataset), seed, name))
+        report = self._progress
+        return Learner(
+            site=name,
+            bench=self.bench,
+            dataset=dataset,
+            examples=examples,
+            method=blueprint.method,
+            policy=blueprint.policy,
+            local=arm.local,
+            rounds=self.study.schedule.rounds,
+            seed=seed,
+            groups=tuple(g.name for g in blueprint.layout.groups),
+            progress=None if report is None else (lambda *step: report(arm.name, name, *step)),
+        )
+
+
+def site_finder(spec: dict[str, Any], progress: Progress | None = None) -> Callable[[Header], Site]:
+    """The entry of worker processes (see `wardround.engines.worker`)."""
+    return Host.from_spec(spec, progress).find

@@ -1,0 +1,88 @@
+"""Saves what an arm releases: the model as safetensors, and the private parts in a folder for each site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from wardround.errors import DataError, StudyError
+from wardround.federation.coordinator import Release
+from wardround.runner.host import Blueprint, Host
+from wardround.wire.tensors import TensorFile, TensorWriter, tensors_sha256
+
+Array = npt.NDArray[Any]
+FORMAT = "wardround-model-1"
+
+
+def save_release(host: Host, blueprint: Blueprint, release: Release) -> Path:
+    """Write models/ARM.safetensors: the model as a site that did not take part gets it. Atomic."""
+    shared = blueprint.method.release_for(None, release.state.public, release.state.private)
+    rest = {name: t.numpy() for name, t in host.bench.initial.items() if name not in shared}
+    path = model_path(host.out, blueprint.arm.folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    metadata = {
+        "format": FORMAT,
+        "study": host.study.model_dump_json(),
+        "study_sha256": host.study_sha256,
+        "arm": blueprint.arm.name,
+        "round": str(release.number),
+        "shared": " ".join(sorted(shared)),
+    }
+    save_file({n: np.ascontiguousarray(t) for n, t in {**shared, **rest}.items()}, draft, metadata=metadata)
+    draft.rename(path)
+    return path
+
+
+def model_path(out: Path, folder: str) -> Path:
+    """Where an arm's model lies."""
+    return out / "models" / f"{folder}.safetensors"
+
+
+def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors and the metadata of a released model; raises `DataError` for anything else."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            "the model file cannot be read: it must be a .safetensors file that `wardround run` wrote",
+            detail=f"{path}: {error}",
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise DataError("the file holds tensors, but it is not a model that `wardround run` wrote", detail=str(path))
+    return tensors, metadata
+
+
+def model_of_study(path: Path, study_sha256: str) -> dict[str, Array]:
+    """The tensors of a model of this very study; raises `StudyError` for a model of another one."""
+    tensors, metadata = load_model(path)
+    if metadata.get("study_sha256") != study_sha256:
+        raise StudyError(
+            f"models/{path.name} belongs to another study; evaluate it with the study it was trained by, or train again"
+        )
+    return tensors
+
+
+def shared_sha256(path: Path) -> str:
+    """The identity of a released model: the hash of its shared tensors."""
+    tensors, metadata = load_model(path)
+    names = metadata["shared"].split(" ")
+    return tensors_sha256({name: tensors[name] for name in names})
+
+
+def as_tensor_file(tensors: Mapping[str, Array], path: Path) -> tuple[TensorFile, str]:
+    """The tensors as a message's body, and its hash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        writer = TensorWriter(file)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    return TensorFile(path, writer.table), writer.sha256

@@ -1,0 +1,354 @@
+"""One run from a study to its result files: trains every arm, releases, measures, reports. Resumes by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import yaml
+
+from wardround.engines.local import LocalEngine
+from wardround.engines.workers import WorkersEngine
+from wardround.errors import Interrupted, JournalError, StudyError, WardroundError
+from wardround.federation.blobs import disk_error
+from wardround.federation.coordinator import Coordinator, Release
+from wardround.federation.exchange import RELEASE, Call, Engine
+from wardround.federation.journal import Journal, RoundReport
+from wardround.federation.training import patients_in
+from wardround.report import write_card, write_report
+from wardround.runner.arms import FEDERATED, POOLED
+from wardround.runner.evaluation import measure, tables
+from wardround.runner.host import Host
+from wardround.runner.release import save_release, shared_sha256
+from wardround.study.load import load_study
+from wardround.study.schema import Study
+from wardround.study.sites import SitesFile, load_sites
+from wardround.wire.tensors import tensors_sha256
+
+EngineName = Literal["local", "workers"]
+SPEC = "spec.json"
+
+
+class Watcher(Protocol):
+    """Sees a run go on; every call may come from another thread."""
+
+    def arms(self, names: Sequence[str], rounds: int) -> None:
+        """The run will train these arms."""
+
+    def step(self, arm: str, site: str, number: int, step: int, steps: int) -> None:
+        """A site took a step."""
+
+    def round(self, report: RoundReport) -> None:
+        """A round was committed, or its validation became known."""
+
+    def evaluated(self, finished: int, total: int) -> None:
+        """So many of the final evaluations are done."""
+
+
+class Silent:
+    """A watcher that says nothing."""
+
+    def arms(self, names: Sequence[str], rounds: int) -> None:
+        """Say nothing."""
+
+    def step(self, arm: str, site: str, number: int, step: int, steps: int) -> None:
+        """Say nothing."""
+
+    def round(self, report: RoundReport) -> None:
+        """Say nothing."""
+
+    def evaluated(self, finished: int, total: int) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a run's files are, and what result.json says."""
+
+    out: Path
+    values: Mapping[str, Any]
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.out / "report.html"
+
+    def metric(self, arm: str, site: str = "mean", name: str = "psnr") -> float:
+        """A metric's value; raises `KeyError` for one that was not measured."""
+        return float(self.values["metrics"][arm][site][name]["value"])
+
+
+def run(
+    study: Study | str | Path | Mapping[str, Any],
+    sites: SitesFile | str | Path,
+    out: str | Path,
+    *,
+    compare: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    engine: EngineName | None = None,
+    processes: int | None = None,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+) -> Result:
+    """Train a study, compare it with training alone and on pooled data, and write the result files into `out`.
+
+    A run that was stopped, by whatever, goes on where it was when the same call is made again; `resume` insists that
+    there is something to go on with. Raises `StudyError`, `DataError`, `JournalError`, `NotEnoughSites`, and
+    `Interrupted` after Ctrl-C.
+    """
+    host = open_host(study, sites, out, compare, overrides, watcher)
+    began = time.perf_counter()
+    try:
+        _claim(host, resume=resume)
+        watcher = watcher or Silent()
+        with _Carrier(host, engine, processes, watcher) as carrier:
+            releases = _train(host, carrier, watcher)
+            _release(host, carrier.engine, releases)
+            measured = tables(host, measure(host, carrier.engine, watcher.evaluated))
+        return _conclude(host, releases, measured, time.perf_counter() - began)
+    except OSError as error:
+        raise disk_error(error) from error
+
+
+def evaluate(
+    out: str | Path,
+    sites: SitesFile | str | Path,
+    *,
+    engine: EngineName | None = None,
+    processes: int | None = None,
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Recompute the metrics of result.json from the saved models of a finished run and the sites' data."""
+    out = Path(out)
+    if not (out / "result.json").exists():
+        raise StudyError("the folder holds no finished run (no result.json)", detail=str(out))
+    before = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    host = open_host(out / "study.yaml", sites, out, before["compare"], (), watcher)
+    if host.study_sha256 != before["study_sha256"]:
+        raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
+    watcher = watcher or Silent()
+    with _Carrier(host, engine, processes, watcher) as carrier:
+        return tables(host, measure(host, carrier.engine, watcher.evaluated))
+
+
+def open_host(
+    study: Study | str | Path | Mapping[str, Any],
+    sites: SitesFile | str | Path,
+    out: str | Path,
+    compare: Sequence[str],
+    overrides: Sequence[str],
+    watcher: Watcher | None,
+) -> Host:
+    """The host of a run: study and sites loaded, and fitting each other."""
+    if not isinstance(study, Study):
+        study = load_study(study, overrides)
+    elif overrides:
+        study = load_study(study.model_dump(mode="json"), overrides)
+    if not isinstance(sites, SitesFile):
+        sites = load_sites(sites)
+    for name in study.sites:
+        sites.of(name)
+    return Host(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step)
+
+
+class _Carrier:
+    """The engine of a run, closed when the run ends however it ends."""
+
+    def __init__(self, host: Host, name: EngineName | None, processes: int | None, watcher: Watcher) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = processes or max(1, cores // host.study.local.threads)
+        if (name or ("workers" if count > 1 else "local")) == "local":
+            self.engine: Engine = LocalEngine(host.find)
+            self.parallel = 1
+            return
+        spec = host.out / "work" / SPEC
+        spec.parent.mkdir(parents=True, exist_ok=True)
+        spec.write_text(json.dumps(host.spec()), encoding="utf-8")
+        self.engine = WorkersEngine(count, "wardround.runner.host:site_finder", spec, watcher.step)
+        self.parallel = count + 1
+
+    def __enter__(self) -> _Carrier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+
+def _claim(host: Host, *, resume: bool) -> None:
+    """Take the folder for this study, or find that it holds a run of the same study to go on with."""
+    out = host.out
+    written = out / "study.yaml"
+    if written.exists():
+        known = load_study(written)
+        if known != host.study:
+            raise JournalError(
+                "the folder holds a run of another study: choose another --out, or restore the study as it was",
+                detail=str(out),
+            )
+        previous = out / "work" / "compare.json"
+        if previous.exists() and json.loads(previous.read_text(encoding="utf-8")) != sorted(host.arms):
+            raise JournalError("the folder holds a run with another --compare: choose another --out", detail=str(out))
+    elif resume:
+        raise JournalError("--resume: the folder holds no run to go on with", detail=str(out))
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    (out / "work" / "compare.json").write_text(json.dumps(sorted(host.arms)), encoding="utf-8")
+    _write(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release]:
+    """Train all arms, several at once where there are several workers."""
+    stop = threading.Event()
+    watcher.arms(list(host.arms), host.study.schedule.rounds)
+    blueprints = {name: host.blueprint(name) for name in host.arms}
+    journals: dict[str, Journal] = {}
+
+    def train(name: str) -> Release:
+        blueprint, plan = blueprints[name], host.plan(name)
+        journal = Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)
+        journals[name] = journal
+        coordinator = Coordinator(plan, blueprint.method, carrier.engine, journal)
+        state = coordinator.start(
+            lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.shared_initial(blueprint.policy))
+        )
+        for report in journal.reports():
+            watcher.round(report)
+        for report in coordinator.rounds(state):
+            watcher.round(report)
+            if stop.is_set():
+                raise Interrupted("stopped; run the same command again to go on from here")
+        return coordinator.release()
+
+    with ThreadPoolExecutor(carrier.parallel) as pool:
+        futures: dict[str, Future[Release]] = {name: pool.submit(train, name) for name in host.arms}
+        try:
+            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+            failed = next((f for f in done if f.exception() is not None), None)
+            if failed is not None:
+                failed.result()
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; run the same command again to go on from here") from None
+        finally:
+            if not all(f.done() and f.exception() is None for f in futures.values()):
+                stop.set()
+                for future in futures.values():
+                    future.cancel()
+                carrier.engine.close()
+    releases = {name: future.result() for name, future in futures.items()}
+    lines = [line for name in host.arms for line in journals[name].reports()]
+    _write(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
+    return releases
+
+
+def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> None:
+    for name, release in releases.items():
+        blueprint = host.blueprint(name)
+        save_release(host, blueprint, release)
+        if not blueprint.policy.names("local"):
+            continue
+        call = Call(
+            kind=RELEASE,
+            study=blueprint.identity,
+            round=release.number,
+            sites=tuple(s for s in blueprint.arm.sites if s != POOLED),
+            layout=blueprint.metrics_layout,
+            scales={},
+        )
+        for reply in engine.exchange(call.message(site) for site in call.sites):
+            if "reason" in reply.header.meta:
+                raise WardroundError(f"site {reply.header.site} could not save its part: {reply.header.meta['reason']}")
+
+
+def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, Any], seconds: float) -> Result:
+    out = host.out
+    lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    federated = [line for line in lines if line["arm"] == FEDERATED]
+    local = host.study.local
+    local_sha256 = {
+        path.parent.parent.name: tensors_sha256(_load(path))
+        for path in sorted(out.glob(f"models/*/{FEDERATED}/local.safetensors"))
+    }
+    values = {
+        "study": host.study.name,
+        "study_sha256": host.study_sha256,
+        "model_sha256": shared_sha256(out / "models" / f"{FEDERATED}.safetensors"),
+        "local_sha256": local_sha256,
+        "rounds": host.study.schedule.rounds,
+        "participants": sorted({site for line in federated for site in line["participants"]}),
+        "compare": sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"}),
+        **measured,
+        "patients": {site: patients_in(host.dataset(site)) for site in host.study.sites},
+        "traffic": {
+            "bytes_up": sum(line["bytes_up"] for line in federated),
+            "bytes_down": sum(line["bytes_down"] for line in federated),
+        },
+        "seconds": {
+            "total": round(seconds, 3),
+            "training": round(sum(line["training_seconds"] for line in lines), 3),
+            "overhead": round(sum(line["coordinator_seconds"] for line in lines), 3),
+        },
+        "privacy": None,
+        "steps": {name: arm.local.steps * host.study.schedule.rounds for name, arm in host.arms.items()},
+        "examples": {
+            name: arm.local.steps * local.batch * host.study.schedule.rounds * len(arm.sites)
+            for name, arm in host.arms.items()
+        },
+        "selected_round": {name: release.number for name, release in releases.items()},
+        "fingerprint": fingerprint(),
+        "notes": _notes(lines),
+    }
+    _write(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_card(out)
+    write_report(out)
+    return Result(out, values)
+
+
+def _notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = []
+    for line in lines:
+        for site, reason in line["missing"].items():
+            notes.append(f"{line['arm']}, round {line['round']}: without {site} ({reason})")
+        notes.extend(f"{line['arm']}, round {line['round']}: {note}" for note in line["notes"])
+    return notes
+
+
+def _load(path: Path) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
+    return dict(load_file(path))
+
+
+def fingerprint() -> dict[str, str]:
+    """What must be the same for the same bits: versions and the kind of processor."""
+    import numpy
+    import torch
+
+    import wardround
+
+    return {
+        "wardround": wardround.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.rename(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

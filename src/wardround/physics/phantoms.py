@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 
 from wardround.data.volume import FloatArray, Volume, write_nifti
 from wardround.errors import MissingExtra

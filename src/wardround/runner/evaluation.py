@@ -148,13 +148,13 @@ def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
         sites = [entry[key] for entry in left_out.values() if key in entry]
         if sites and row in metrics:
             metrics[row][UNSEEN] = _json(specs, {s.name: mean_of_sites([m[s.name] for m in sites]) for s in specs})
-    rows = {row: {site: means(row, site) for site in training} for row in metrics if row != "baseline"}
-    if "local" in rows:
-        rows["local"] = alone
+    compared = {row: {site: means(row, site) for site in training} for row in rows}
+    if any(alone.values()):
+        compared["local"] = alone
     withheld = {m.site: m.reason for m in measurements if m.means is None}
     return {
         "metrics": metrics,
-        "gains": _gains(specs, rows, training),
+        "gains": _gains(specs, compared, training),
         "left_out": {
             site: {key: _json(specs, _estimates(specs, value)) for key, value in entry.items()}
             for site, entry in left_out.items()

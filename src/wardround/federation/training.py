@@ -269,17 +269,11 @@ class Learner:
         model.eval()
         return self.per_patient(split, lambda batch: self.task.score(model, batch))
 
-    def per_patient(
-        self, split: Split, score: Callable[[Batch], dict[str, Tensor]], *, limit: int | None = None
-    ) -> dict[str, Array]:
-        """Average the (B,) scores of every batch over each patient's examples, the first `limit` of them."""
+    def per_patient(self, split: Split, score: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Array]:
+        """Average the (B,) scores of every batch over each patient's examples."""
         collected: dict[str, dict[int, list[float]]] = {spec.name: {} for spec in self.task.metrics}
-        seen: dict[int, int] = {}
         for patient, batch in self.dataset.evaluation(split):
-            if limit is not None and seen.get(patient, 0) >= limit:
-                continue
             scores = score(batch)
-            seen[patient] = seen.get(patient, 0) + len(next(iter(scores.values())))
             for spec in self.task.metrics:
                 values = collected[spec.name].setdefault(patient, [])
                 values.extend(float(v) for v in scores[spec.name])

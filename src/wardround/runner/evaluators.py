@@ -80,16 +80,14 @@ class Baseline:
 
     @staticmethod
     def _tune(learner: Learner, task: Imaging, name: str) -> float | None:
-        grid = task.baseline_weights(name)
-        if not grid:
-            return None
-        if not learner.dataset.patients("validation"):
+        grid = task.baseline_parameters(name)
+        if len(grid) == 1 or not learner.dataset.patients("validation"):
             return grid[len(grid) // 2]
         spec = learner.task.metrics[0]
-        best: tuple[float, float] | None = None
+        best: tuple[float, float | None] | None = None
         for weight in grid:
             score = _image_score(task, partial(task.baseline, name, weight))
-            value = float(np.mean(learner.per_patient("validation", score, limit=task.tuning_limit)[spec.name]))
+            value = float(np.mean(learner.per_patient("validation", score)[spec.name]))
             if best is None or spec.is_better(value, best[0]):
                 best = (value, weight)
         assert best is not None

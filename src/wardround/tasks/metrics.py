@@ -147,9 +147,7 @@ class PatientMeans:
     def __add__(self, other: PatientMeans) -> PatientMeans:
         if self.replicates.shape != other.replicates.shape:
             raise ValueError(f"{self.replicates.size} replicates do not add to {other.replicates.size}")
-        return PatientMeans(
-            self.total + other.total, self.count + other.count, self.replicates + other.replicates
-        )
+        return PatientMeans(self.total + other.total, self.count + other.count, self.replicates + other.replicates)
 
     def compute(self, level: float = 0.95) -> Estimate:
         """The mean over all patients and its percentile interval; NaN without patients."""

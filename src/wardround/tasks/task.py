@@ -109,16 +109,11 @@ class Task(Protocol):
 class Imaging(Task, Protocol):
     """A task whose results are images: it has classical baselines and can show examples."""
 
-    @property
-    def tuning_limit(self) -> int | None:
-        """Examples per patient that tuning a baseline looks at."""
+    def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
+        """The weights among which validation patients choose; `(None,)` where there is nothing to choose."""
         ...
 
-    def baseline_weights(self, name: str) -> tuple[float, ...]:
-        """The regularisation weights to choose a baseline's from; none for a baseline without one."""
-        ...
-
-    def baseline(self, name: str, weight: float | None, batch: Batch) -> Tensor:
+    def baseline(self, name: str, parameter: float | None, batch: Batch) -> Tensor:
         """Magnitude images (B, H, W) by a classical method."""
         ...
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,20 @@ class _Job:
     call: Call
 
 
-def measure(host: Host, engine: Engine, done: Callable[[int, int], None] | None = None) -> list[Measurement]:
+def measure(
+    host: Host, engine: Engine, done: Callable[[int, int], None] | None = None, *, again: str = ""
+) -> list[Measurement]:
     """Evaluate every released model and baseline at every site where the comparison needs it.
 
-    `done` is called with the number of finished and of all evaluations. Raises `DataError` when a model is missing.
+    `done` is called with the number of finished and of all evaluations. Sites answer what they were asked before from
+    their stores, unless `again` is a new text. Raises `DataError` when a model is missing.
     """
     jobs = list(_jobs(host))
     finished = 0
 
     def run(job: _Job) -> Measurement:
         nonlocal finished
-        answer = ask_one(engine, job.call)
+        answer = ask_one(engine, replace(job.call, meta={**job.call.meta, "again": again}) if again else job.call)
         finished += 1
         if done is not None:
             done(finished, len(jobs))
@@ -72,7 +75,12 @@ def measure(host: Host, engine: Engine, done: Callable[[int, int], None] | None 
 
     longest_first = sorted(by_site.values(), key=len, reverse=True)
     with ThreadPoolExecutor(len(by_site)) as pool:
-        return [m for measurements in pool.map(run_site, longest_first) for m in measurements]
+        try:
+            return [m for measurements in pool.map(run_site, longest_first) for m in measurements]
+        except BaseException:
+            # Leaving the pool waits for its threads, and they wait for the engine.
+            engine.close()
+            raise
 
 
 def _jobs(host: Host) -> Iterator[_Job]:

@@ -35,7 +35,7 @@ def save_release(host: Host, blueprint: Blueprint, release: Release) -> Path:
         "round": str(release.number),
         "shared": " ".join(sorted(shared)),
     }
-    save_file({n: np.ascontiguousarray(t) for n, t in {**shared, **rest}.items()}, draft, metadata=metadata)
+    save_file({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, draft, metadata=metadata)
     draft.rename(path)
     return path
 

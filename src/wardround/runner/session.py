@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
-from wardround.engines.local import LocalEngine
+from wardround.engines.local import STOPPED, LocalEngine
 from wardround.engines.workers import WorkersEngine
 from wardround.errors import Interrupted, JournalError, StudyError, WardroundError
 from wardround.federation.blobs import disk_error
@@ -114,6 +115,8 @@ def run(
             _release(host, carrier.engine, releases)
             measured = tables(host, measure(host, carrier.engine, watcher.evaluated))
         return _conclude(host, releases, measured, time.perf_counter() - began)
+    except KeyboardInterrupt:
+        raise Interrupted(STOPPED) from None
     except OSError as error:
         raise disk_error(error) from error
 
@@ -136,7 +139,9 @@ def evaluate(
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
     watcher = watcher or Silent()
     with _Carrier(host, engine, processes, watcher) as carrier:
-        return tables(host, measure(host, carrier.engine, watcher.evaluated))
+        # A number of its own: sites answer a request that they know from their store, and here they must measure.
+        again = secrets.token_hex(16)
+        return tables(host, measure(host, carrier.engine, watcher.evaluated, again=again))
 
 
 def open_host(
@@ -199,7 +204,7 @@ def _claim(host: Host, *, resume: bool) -> None:
     elif resume:
         raise JournalError("--resume: the folder holds no run to go on with", detail=str(out))
     (out / "work").mkdir(parents=True, exist_ok=True)
-    (out / "work" / "compare.json").write_text(json.dumps(sorted(host.arms)), encoding="utf-8")
+    _write(out / "work" / "compare.json", json.dumps(sorted(host.arms)))
     _write(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
@@ -223,7 +228,7 @@ def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release
         for report in coordinator.rounds(state):
             watcher.round(report)
             if stop.is_set():
-                raise Interrupted("stopped; run the same command again to go on from here")
+                raise Interrupted(STOPPED)
         return coordinator.release()
 
     with ThreadPoolExecutor(carrier.parallel) as pool:
@@ -234,7 +239,7 @@ def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release
             if failed is not None:
                 failed.result()
         except KeyboardInterrupt:
-            raise Interrupted("stopped; run the same command again to go on from here") from None
+            raise Interrupted(STOPPED) from None
         finally:
             if not all(f.done() and f.exception() is None for f in futures.values()):
                 stop.set()

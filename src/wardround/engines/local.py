@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from wardround.data.deidentify import describe_error
+from wardround.errors import Interrupted
 from wardround.federation.exchange import ERROR
 from wardround.federation.site import Site
 from wardround.wire.message import Header, Message
 
 log = logging.getLogger(__name__)
+STOPPED = "stopped; run the same command again to go on from here"
 SiteFinder = Callable[[Header], Site]
 
 
@@ -33,13 +35,17 @@ class LocalEngine:
         self._find = find
         # One model serves all sites of a process: they take turns, whichever thread asks.
         self._turn = threading.Lock()
+        self._closed = False
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
-        """Yield one reply for each message, in order."""
+        """Yield one reply for each message, in order; raises `Interrupted` once the engine is closed."""
         for message in messages:
             with self._turn:
+                if self._closed:
+                    raise Interrupted(STOPPED)
                 reply = answer(self._find, message)
             yield reply
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Let the site that is at work finish, and ask no other."""
+        self._closed = True

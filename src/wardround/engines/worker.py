@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +23,7 @@ def main(factory: str, spec: str) -> None:
     """Answer until the input ends. `factory` is `module:callable`; it turns the specification into a site finder."""
     # Ctrl-C in a terminal reaches the whole group; only the coordinator decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "wb")
     # Whatever a library prints must not end up between two frames.
     os.dup2(2, 1)
@@ -30,6 +32,14 @@ def main(factory: str, spec: str) -> None:
     find = getattr(importlib.import_module(module), name)(json.loads(Path(spec).read_text(encoding="utf-8")), progress)
     while (message := read_frame(sys.stdin.buffer)) is not None:
         write_frame(replies, answer(find, message))
+
+
+def _end_with(parent: int) -> None:
+    # A coordinator that was killed cannot stop its workers, and one that is started again has workers of its own:
+    # the old ones must not go on writing into the same stores.
+    while os.getppid() == parent:
+        time.sleep(INTERVAL)
+    os._exit(1)
 
 
 class Reporter:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from wardround.engines.frames import PROGRESS, read_frame, write_frame
-from wardround.errors import WireError
+from wardround.engines.local import STOPPED
+from wardround.errors import Interrupted, WireError
 from wardround.federation.exchange import ERROR
 from wardround.wire.message import Message
 
@@ -28,7 +29,7 @@ Progress = Callable[[str, str, int, int, int], None]
 @dataclass(frozen=True)
 class _Job:
     message: Message
-    replies: queue.SimpleQueue[Message]
+    replies: queue.SimpleQueue[Message | None]
 
 
 class WorkersEngine:
@@ -46,14 +47,27 @@ class WorkersEngine:
             thread.start()
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
-        """Yield one reply for each message, as they come; may be called from several threads at once."""
-        replies: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        """Yield one reply for each message, as they come; may be called from several threads at once.
+
+        Raises `Interrupted` once the engine is closed.
+        """
+        replies: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         count = 0
         for message in messages:
-            self._jobs.put(_Job(message, replies))
+            self._put(_Job(message, replies))
             count += 1
         for _ in range(count):
-            yield replies.get()
+            reply = replies.get()
+            if reply is None:
+                raise Interrupted(STOPPED)
+            yield reply
+
+    def _put(self, job: _Job) -> None:
+        with self._lock:
+            if not self._closed:
+                self._jobs.put(job)
+                return
+        job.replies.put(None)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -62,7 +76,7 @@ class WorkersEngine:
             return tuple(w.pid for w in self._workers if w.poll() is None)
 
     def close(self) -> None:
-        """Kill all workers; messages under way are answered with `error`."""
+        """Kill all workers; exchanges under way raise `Interrupted`."""
         with self._lock:
             self._closed = True
             workers = list(self._workers)
@@ -79,8 +93,10 @@ class WorkersEngine:
             while (job := self._jobs.get()) is not None:
                 reply: Message | None = None
                 for _ in range(ATTEMPTS):
-                    if worker is None or worker.poll() is not None:
-                        worker = self._start()
+                    if worker is not None and worker.poll() is not None:
+                        self._forget(worker)
+                        worker = None
+                    worker = worker or self._start()
                     if worker is None:
                         break
                     reply = self._ask(worker, job.message)
@@ -88,7 +104,7 @@ class WorkersEngine:
                         break
                     self._forget(worker)
                     worker = None
-                job.replies.put(reply or self._failure(job.message))
+                job.replies.put(reply or (None if self._closed else self._failure(job.message)))
         finally:
             if worker is not None:
                 self._forget(worker)
@@ -117,7 +133,7 @@ class WorkersEngine:
         return None
 
     def _failure(self, message: Message) -> Message:
-        reason = "the run was stopped" if self._closed else f"its process died {ATTEMPTS} times (out of memory?)"
+        reason = f"its process died {ATTEMPTS} times (out of memory?)"
         return message.reply(ERROR, meta={"reason": reason})
 
     def _forget(self, worker: subprocess.Popen[bytes]) -> None:

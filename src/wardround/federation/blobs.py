@@ -60,6 +60,11 @@ class Blobs:
         """Where the file of that hash lies."""
         return self.root / name
 
+    def holds(self, name: str, nbytes: int) -> bool:
+        """Whether the file is there, with that many bytes."""
+        path = self.path(name)
+        return path.is_file() and path.stat().st_size == nbytes
+
     def keep(self, names: Set[str]) -> None:
         """Delete every other file."""
         for path in self.root.iterdir():

@@ -171,7 +171,7 @@ class Coordinator:
             yield reply
 
     def _require(self, exchange: Exchange, missing: Mapping[str, str]) -> None:
-        present = len(exchange.receipts)
+        present = len(exchange.present)
         if present < self._plan.min_sites:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
             raise NotEnoughSites(

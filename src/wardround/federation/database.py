@@ -50,7 +50,10 @@ class Database:
 
     def rows(self, query: str, *values: object) -> list[tuple[object, ...]]:
         """All rows of a query."""
-        return self._connection.execute(query, values).fetchall()
+        try:
+            return self._connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise database_error(error, self._path) from error
 
     def close(self) -> None:
         """Close the file."""

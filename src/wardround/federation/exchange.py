@@ -7,7 +7,7 @@ sum has one phase. A secure sum has several and another class; the coordinator d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,11 +31,14 @@ class Engine(Protocol):
     """Carries messages to sites and yields one reply for each, as they come."""
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
-        """Every message gets exactly one reply; a site that cannot answer gets an `error` reply."""
+        """Every message gets exactly one reply; a site that cannot answer gets an `error` reply.
+
+        Raises `Interrupted` once the engine is closed: whoever stops a run must not change who took part in a round.
+        """
         ...
 
     def close(self) -> None:
-        """Let go of processes and connections; messages under way are answered with `error`."""
+        """Let go of processes and connections; an exchange under way raises `Interrupted`."""
         ...
 
 
@@ -85,6 +88,11 @@ class Exchange(ABC):
     @abstractmethod
     def close(self) -> list[Message]:
         """End the phase with the replies that came; the messages of the next one, or none when all is done."""
+
+    @property
+    def present(self) -> Set[str]:
+        """The sites that answered the phase under way; a round with fewer than `min_sites` of them stops."""
+        return self.receipts.keys()
 
     @property
     @abstractmethod

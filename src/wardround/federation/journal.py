@@ -105,19 +105,21 @@ class Journal:
         return None if rows[0][0] is None else self.state(int(str(rows[0][0])))
 
     def state(self, number: int) -> State:
-        """The state after a round; raises `JournalError` when it was not kept."""
+        """The state after a round; raises `JournalError` when it was not kept, or its files are gone."""
         rows = self._database.rows("SELECT * FROM states WHERE round = ?", number)
         if not rows:
             raise JournalError(f"the state of round {number} was not kept")
         _, public_sha, public_table, private_sha, private_table, scales = (str(v) for v in rows[0])
-        return State(
-            number,
-            TensorFile(self.blobs.path(public_sha), parse_table(json.loads(public_table))),
-            public_sha,
-            TensorFile(self.blobs.path(private_sha), parse_table(json.loads(private_table))),
-            private_sha,
-            json.loads(scales),
-        )
+        public = TensorFile(self.blobs.path(public_sha), parse_table(json.loads(public_table)))
+        private = TensorFile(self.blobs.path(private_sha), parse_table(json.loads(private_table)))
+        for sha, file in ((public_sha, public), (private_sha, private)):
+            if not self.blobs.holds(sha, file.nbytes):
+                raise JournalError(
+                    f"the record of the run has lost the model of round {number}; restore the folder, or start again "
+                    "in another one",
+                    detail=str(file.path),
+                )
+        return State(number, public, public_sha, private, private_sha, json.loads(scales))
 
     def decide(self, number: int, attempt: int, name: str, value: Any) -> Any:
         """Write a decision before it is announced, durably, once: later calls return what was first decided."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wardround.errors import JournalError
 from wardround.federation.blobs import Blobs
 from wardround.federation.database import Database
 from wardround.wire.canonical import canonical_json
@@ -62,23 +63,35 @@ class SiteStore:
             connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
     def memory(self, number: int) -> Memory:
-        """The private state after the last round up to `number` in which the site took part."""
+        """The private state after the last round up to `number` in which the site took part.
+
+        Raises `JournalError` when its file is gone.
+        """
         rows = self._database.rows(
             "SELECT sha256, tensors, meta FROM memories WHERE round <= ? ORDER BY round DESC LIMIT 1", number
         )
         if not rows:
             return NOTHING
         name, table, meta = (str(v) for v in rows[0])
-        return Memory(TensorFile(self.blobs.path(name), parse_table(json.loads(table))), json.loads(meta))
+        tensors = TensorFile(self.blobs.path(name), parse_table(json.loads(table)))
+        if not self.blobs.holds(name, tensors.nbytes):
+            raise JournalError(
+                "a site's store has lost the private part of its model; restore the folder, or start again in another "
+                "one",
+                detail=str(tensors.path),
+            )
+        return Memory(tensors, json.loads(meta))
 
     def reply(self, request: str) -> Message | None:
-        """The reply to a request that was already handled."""
+        """The reply to a request that was already handled; nothing when its body is gone, so that it is made anew."""
         rows = self._database.rows("SELECT header FROM replies WHERE request = ?", request)
         if not rows:
             return None
         header = Header.from_bytes(str(rows[0][0]).encode())
         if not header.body_nbytes:
             return Message(header, EmptyBody())
+        if not self.blobs.holds(header.body_sha256, header.body_nbytes):
+            return None
         return Message(header, FileBody(self.blobs.path(header.body_sha256), header.body_nbytes))
 
     def finish(self, reply: Message, memory: Memory | None, keep: set[int]) -> None:

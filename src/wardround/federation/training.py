@@ -209,6 +209,7 @@ class Learner:
         state = model.state_dict(keep_vars=True)
         shared = {name: state[name] for name in self._policy.names("shared")}
         context = LocalRound(
+            site=self.site,
             model=model,
             shared=shared,
             anchor={name: tensor.detach().clone() for name, tensor in shared.items()},

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -108,13 +110,14 @@ def run(
     host = open_host(study, sites, out, compare, overrides, watcher)
     began = time.perf_counter()
     try:
-        _claim(host, resume=resume)
-        watcher = watcher or Silent()
-        with _Carrier(host, engine, processes, watcher) as carrier:
-            releases = _train(host, carrier, watcher)
-            _release(host, carrier.engine, releases)
-            measured = tables(host, measure(host, carrier.engine, watcher.evaluated))
-        return _conclude(host, releases, measured, time.perf_counter() - began)
+        with _alone(host.out):
+            _claim(host, resume=resume)
+            watcher = watcher or Silent()
+            with _Carrier(host, engine, processes, watcher) as carrier:
+                releases = _train(host, carrier, watcher)
+                _release(host, carrier.engine, releases)
+                measured = tables(host, measure(host, carrier.engine, watcher.evaluated))
+            return _conclude(host, releases, measured, time.perf_counter() - began)
     except KeyboardInterrupt:
         raise Interrupted(STOPPED) from None
     except OSError as error:
@@ -187,6 +190,18 @@ class _Carrier:
         self.engine.close()
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second run out of the folder: two of them would delete each other's files."""
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    with (out / "work" / "lock").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JournalError("another run is at work in this folder; wait for it, or choose another --out") from None
+        yield
+
+
 def _claim(host: Host, *, resume: bool) -> None:
     """Take the folder for this study, or find that it holds a run of the same study to go on with."""
     out = host.out
@@ -203,7 +218,6 @@ def _claim(host: Host, *, resume: bool) -> None:
             raise JournalError("the folder holds a run with another --compare: choose another --out", detail=str(out))
     elif resume:
         raise JournalError("--resume: the folder holds no run to go on with", detail=str(out))
-    (out / "work").mkdir(parents=True, exist_ok=True)
     _write(out / "work" / "compare.json", json.dumps(sorted(host.arms)))
     _write(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 

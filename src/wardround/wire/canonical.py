@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from wardround.errors import WireError
@@ -20,9 +21,9 @@ def canonical_json(value: Any) -> bytes:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Parse JSON from the outside: duplicate keys, NaN and nesting deeper than 16 are refused with `WireError`."""
+    """Parse JSON from the outside; raises `WireError` for duplicate keys, NaN, infinity and nesting deeper than 16."""
     try:
-        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise WireError(f"a header is not JSON: {type(error).__name__}") from None
     if _depth(value, MAX_DEPTH) > MAX_DEPTH:
@@ -44,6 +45,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(name)
+
+
+def _finite(text: str) -> float:
+    # 1e999 is written as a number and read as infinity.
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("infinity")
+    return value
 
 
 def _depth(value: Any, limit: int) -> int:

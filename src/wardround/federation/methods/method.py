@@ -50,6 +50,7 @@ class LocalRound:
     is kept for the next round and never sent.
     """
 
+    site: str
     model: nn.Module
     shared: dict[str, Tensor]
     anchor: dict[str, Tensor]

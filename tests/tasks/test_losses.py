@@ -34,9 +34,7 @@ def test_only_a_masked_loss_is_blind_outside_the_head(kind: Kind) -> None:
     head[:, :16] = 1
     wrong_outside = target.clone()
     wrong_outside[:, 22:] += 0.5  # farther from the head than half an SSIM window
-    assert build_loss(Loss(kind=kind, masked=True))(wrong_outside, target, head).item() == pytest.approx(
-        0, abs=1e-6
-    )
+    assert build_loss(Loss(kind=kind, masked=True))(wrong_outside, target, head).item() == pytest.approx(0, abs=1e-6)
     assert build_loss(Loss(kind=kind))(wrong_outside, target, head).item() > 0.01
 
 

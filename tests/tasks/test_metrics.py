@@ -51,9 +51,7 @@ def test_whole_image_metrics_agree_with_scikit_image() -> None:
         assert scores["ssim"][index].item() == pytest.approx(
             structural_similarity(target, image, win_size=7, data_range=1.0), abs=1e-9
         )
-        assert scores["nmse"][index].item() == pytest.approx(
-            normalized_root_mse(target, image) ** 2, rel=1e-9
-        )
+        assert scores["nmse"][index].item() == pytest.approx(normalized_root_mse(target, image) ** 2, rel=1e-9)
 
 
 def test_head_metrics_use_the_pixels_of_the_mask_only() -> None:
@@ -93,9 +91,7 @@ values = st.lists(st.floats(-100, 100), min_size=1, max_size=12)
 
 
 @given(st.lists(values, min_size=3, max_size=3), st.integers(0, 2**32))
-def test_merging_is_associative_and_equals_the_direct_computation(
-    sites: list[list[float]], seed: int
-) -> None:
+def test_merging_is_associative_and_equals_the_direct_computation(sites: list[list[float]], seed: int) -> None:
     random = np.random.default_rng(seed)
     weights = [replicate_weights(len(site), 30, random) for site in sites]
     a, b, c = (PatientMeans.of(site, drawn) for site, drawn in zip(sites, weights, strict=True))

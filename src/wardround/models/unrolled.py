@@ -75,9 +75,7 @@ class MoDL(nn.Module):
         image = adjoint
         for _ in range(self.unrolls):
             prior = self.denoiser(image)
-            image = operator.solve(
-                adjoint + weight * prior, weight, iterations=self.cg_iterations, start=prior
-            )
+            image = operator.solve(adjoint + weight * prior, weight, iterations=self.cg_iterations, start=prior)
         return image
 
 
@@ -86,23 +84,20 @@ class Denoiser(nn.Module):
 
     `scale` s folds s x s pixels into channels first and back last (pixel shuffle), so the stack runs on
     images s times smaller in each direction: on a processor that is the cheaper way to the same field of
-    view. The last layer starts at zero: an untrained denoiser is the identity. `norm` stands between the
-    inner layers.
+    view. Weights start at He's scale, which keeps the size of the signal through the stack, those of the
+    last layer at zero: an untrained denoiser is the identity. `norm` stands between the inner layers.
     """
 
     def __init__(self, channels: int, layers: int, *, scale: int = 1, norm: Norm = "none") -> None:
         super().__init__()
         self.scale = scale
         folded = 2 * scale * scale
-        stack: list[nn.Module] = [nn.Conv2d(folded, channels, 3, padding=1), nn.ReLU()]
+        stack: list[nn.Module] = [_convolution(folded, channels), nn.ReLU()]
         for _ in range(layers - 2):
             # A bias in front of a normalisation would be subtracted again.
-            stack += [nn.Conv2d(channels, channels, 3, padding=1, bias=norm == "none")]
-            stack += [*_norm(norm, channels), nn.ReLU()]
-        last = nn.Conv2d(channels, folded, 3, padding=1)
+            stack += [_convolution(channels, channels, bias=norm == "none"), *_norm(norm, channels), nn.ReLU()]
+        last = _convolution(channels, folded)
         nn.init.zeros_(last.weight)
-        if last.bias is not None:
-            nn.init.zeros_(last.bias)
         self.stack = nn.Sequential(*stack, last)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -120,6 +115,15 @@ def as_channels(image: Tensor) -> Tensor:
 def as_complex(channels: Tensor) -> Tensor:
     """Real (B, 2, H, W) -> complex (B, H, W)."""
     return torch.view_as_complex(channels.permute(0, 2, 3, 1).contiguous())
+
+
+def _convolution(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
+    """He et al., ICCV 2015: with torch's default, half a decibel is lost in the first minutes of training."""
+    layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _norm(kind: Norm, channels: int) -> tuple[nn.Module, ...]:

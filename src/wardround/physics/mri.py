@@ -43,9 +43,7 @@ class CartesianMRI(LinearOperator):
                 "add the batch axis with maps[None]"
             )
         if mask.is_complex() or mask.dtype == torch.bool:
-            raise GeometryError(
-                f"the mask must be real floating point, got {mask.dtype}; convert with mask.float()"
-            )
+            raise GeometryError(f"the mask must be real floating point, got {mask.dtype}; convert with mask.float()")
         batch, _, height, width = maps.shape
         mask = mask[(None,) * (3 - mask.ndim)]
         fits = mask.ndim == 3 and mask.shape[1] in (1, height) and mask.shape[2] in (1, width)
@@ -115,9 +113,7 @@ class CartesianMRI(LinearOperator):
             return _normal(x, self.maps, self._conjugate_maps, self._weights)
         parts = (slice(i, i + items) for i in range(0, batch, items))
         arguments = (self.maps, self._conjugate_maps, self._weights)
-        return torch.cat(
-            [_normal(x[part], *(a if a.shape[0] == 1 else a[part] for a in arguments)) for part in parts]
-        )
+        return torch.cat([_normal(x[part], *(a if a.shape[0] == 1 else a[part] for a in arguments)) for part in parts])
 
 
 def _normal(x: Tensor, maps: Tensor, conjugate_maps: Tensor, weights: Tensor) -> Tensor:

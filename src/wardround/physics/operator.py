@@ -49,9 +49,7 @@ class LinearOperator(ABC):
         tolerance: float = 0.0,
     ) -> Tensor:
         """Solve (A* A + weight I) x = rhs by `conjugate_gradients`; weight >= 0, may be learned."""
-        return conjugate_gradients(
-            self.normal, rhs, weight, iterations=iterations, start=start, tolerance=tolerance
-        )
+        return conjugate_gradients(self.normal, rhs, weight, iterations=iterations, start=start, tolerance=tolerance)
 
     def norm(self, like: Tensor, *, iterations: int = 30) -> Tensor:
         """Estimate the largest singular value of A by power iteration on A* A.
@@ -64,7 +62,7 @@ class LinearOperator(ABC):
         with torch.no_grad():
             eigenvalue = torch.zeros(())
             for _ in range(iterations):
-                length = _dot(_real(x), _real(x)).sqrt()
+                length = _dot(_real(x), _real(x)).sqrt().clamp_min(torch.finfo(eigenvalue.dtype).tiny)
                 x = self.normal(x / _image_like(length, x))
                 eigenvalue = _dot(_real(x), _real(x)).sqrt()
             return eigenvalue.reshape(-1).sqrt()
@@ -82,9 +80,9 @@ def conjugate_gradients(
     """Solve (N + weight I) x = rhs for a self-adjoint, positive semidefinite N, each batch item on its own.
 
     rhs, start and the result: (B, ...), real or complex. weight: a number or a 0-d tensor, which may require
-    grad. An item stops changing once its residual is below `tolerance` times the norm of its rhs (or below what
-    its dtype can resolve), so a result does not depend on what else is in the batch; with a tolerance the loop
-    ends when all items have stopped. Autograd differentiates the iterations as they were run.
+    grad. An item stops changing once its residual is below `tolerance` times the norm of its rhs (or below
+    what its dtype can resolve), so a result does not depend on what else is in the batch; with a tolerance
+    the loop ends when all items have stopped. Autograd differentiates the iterations as they were run.
     Hestenes and Stiefel, J. Res. NBS 49 (1952), 409.
     """
     if start is None:
@@ -103,7 +101,8 @@ def conjugate_gradients(
         step_image = _image(p, rhs)
         q = _real(normal(step_image))
         q = q.add(p, alpha=weight) if isinstance(weight, float | int) else torch.addcmul(q, p, weight)
-        alpha = _ratio(residual, _dot(p, q), active)
+        curvature = _dot(p, q)
+        alpha = _ratio(residual, curvature, active & (curvature > 0))
         x = alpha * p if x is None else torch.addcmul(x, alpha, p)
         if iteration == iterations - 1:
             break

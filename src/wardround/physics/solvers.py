@@ -10,9 +10,7 @@ from torch import Tensor
 
 from wardround.physics.operator import LinearOperator, conjugate_gradients
 
-_CG_STEPS = (
-    4  # per iteration of `tv`, warm-started; measured: fewer cost more iterations, more cost more time
-)
+_CG_STEPS = 4  # per iteration of `tv`, warm-started; measured: fewer cost more iterations, more cost more time
 _RELAXATION = 1.6  # over-relaxation in [1.5, 1.8], Boyd et al., section 3.4.3
 
 
@@ -94,11 +92,7 @@ def _penalty(operator: LinearOperator, rhs: Tensor, weight: float) -> Tensor:
     """
     peak = rhs.abs().amax((-2, -1), keepdim=True)
     tiny = torch.finfo(peak.dtype).tiny
-    return (
-        1.6
-        * operator.norm(rhs).square()[:, None, None]
-        * (weight / peak.clamp_min(tiny)).clamp(1e-8, 1.0).sqrt()
-    )
+    return 1.6 * operator.norm(rhs).square()[:, None, None] * (weight / peak.clamp_min(tiny)).clamp(1e-8, 1.0).sqrt()
 
 
 def _project(g: Tensor, radius: Tensor) -> Tensor:

@@ -1,0 +1,258 @@
+"""The reconstruction task on a made-up hospital: what a batch holds, what is repeatable, what is never shared."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from wardround.errors import DataError, StudyError
+from wardround.models.unrolled import MoDL
+from wardround.study import Study
+from wardround.tasks.build import build_task
+from wardround.tasks.metrics import RECONSTRUCTION_METRICS
+from wardround.tasks.reconstruction import MRIBatch, PooledDataset, ReconstructionDataset, ReconstructionTask
+
+SIZE = 64
+
+
+def _volume(seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    y, x, z = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j, -0.4:0.4:4j]
+    head = 90.0 * (x**2 + (y / 1.2) ** 2 + z**2 < 0.5)
+    for centre in random.uniform(-0.4, 0.4, (5, 3)):
+        head += 25.0 * (((x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2) < 0.02)
+    return head.astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("hospitals")
+    for site, count in (("A", 5), ("B", 4), ("C", 3)):
+        for number in range(count):
+            folder = root / site / f"patient-{number}"
+            folder.mkdir(parents=True)
+            image = nib.Nifti1Image(_volume(10 * ord(site) + number), np.eye(4))  # type: ignore[no-untyped-call]
+            nib.save(image, folder / "flair.nii.gz")
+    return {site: root / site for site in "ABC"}
+
+
+def _study(**changes: Any) -> Study:
+    study: dict[str, Any] = {
+        "name": "test",
+        "seed": 5,
+        "sites": {
+            "A": {},
+            "B": {"acquisition": {"coils": 4, "mask": {"family": "equispaced", "calibration": 0.12}}},
+            "C": {"role": "unseen"},
+        },
+        "acquisition": {"coils": 4, "mask": {"calibration": 0.12}},
+        "task": {"kind": "reconstruction", "contrasts": ["flair"], "size": [SIZE, SIZE]},
+        "model": {"kind": "modl", "preset": "tiny"},
+    }
+    return Study.model_validate(study | changes)
+
+
+def _task(**changes: Any) -> ReconstructionTask:
+    task = build_task(_study(**changes))
+    assert isinstance(task, ReconstructionTask)
+    return task
+
+
+def _same(one: MRIBatch, other: MRIBatch) -> bool:
+    return all(torch.equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(MRIBatch))
+
+
+@pytest.fixture
+def dataset(folders: dict[str, Path]) -> ReconstructionDataset:
+    return _task().dataset("A", folders["A"])
+
+
+def test_a_batch_holds_scans_that_fit_their_target(dataset: ReconstructionDataset) -> None:
+    batch = dataset.batch([0, 1, 2], np.random.default_rng(0))
+    assert len(batch) == 3
+    assert batch.kspace.shape == batch.maps.shape == (3, 4, SIZE, SIZE)
+    assert batch.mask.shape == batch.target.shape == batch.head.shape == (3, SIZE, SIZE)
+    assert batch.kspace.dtype == batch.maps.dtype == torch.complex64
+    assert float(batch.target.max()) <= 1.0
+    assert batch.mask[0].mean().item() == pytest.approx(0.25, abs=0.02)
+    assert not batch.kspace[batch.mask[:, None].expand_as(batch.kspace) == 0].any()
+    signal = batch.operator.A(batch.target.to(torch.complex64)).abs().square().sum()
+    assert batch.kspace.abs().square().sum().item() == pytest.approx(signal.item(), rel=0.2)
+
+
+def test_the_same_random_state_gives_the_same_batch_in_every_arm(folders: dict[str, Path]) -> None:
+    one, other = (_task().dataset("A", folders["A"]) for _ in range(2))
+    first = one.batch([3, 1], np.random.default_rng(2))
+    assert _same(first, other.batch([3, 1], np.random.default_rng(2)))
+    assert _same(first, one.batch([3, 1], np.random.default_rng(2)))  # from the memory of scans
+
+
+def test_a_memory_too_small_for_scans_changes_nothing(folders: dict[str, Path]) -> None:
+    roomy = _task().dataset("A", folders["A"])
+    tight = ReconstructionDataset(roomy._index, roomy.acquisition, _task().config, seed=5, cache_bytes=1000)
+    for _ in range(2):
+        assert _same(roomy.batch([0], np.random.default_rng(1)), tight.batch([0], np.random.default_rng(1)))
+
+
+def test_flips_come_before_the_scan_and_only_in_training(folders: dict[str, Path]) -> None:
+    dataset = _task().dataset("A", folders["A"])
+    seen = [dataset.batch([0], np.random.default_rng(seed)) for seed in range(8)]
+    plain = next(b for b in seen if torch.equal(b.target, seen[0].target))
+    flipped = next(b for b in seen if not torch.equal(b.target, seen[0].target))
+    assert torch.equal(flipped.target.flip(-1), plain.target)
+    assert torch.equal(flipped.head.flip(-1), plain.head)
+    assert torch.equal(flipped.mask, plain.mask)  # the patient's, whichever way round
+    never = _task(task={"contrasts": ["flair"], "size": [SIZE, SIZE], "flips": False})
+    still = never.dataset("A", folders["A"])
+    assert len({still.batch([0], np.random.default_rng(s)).target.sum().item() for s in range(4)}) == 1
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_masks_belong_to_patients_or_to_the_site(folders: dict[str, Path], fixed: bool) -> None:
+    mask = {"calibration": 0.12, "fixed": fixed}
+    dataset = _task(acquisition={"coils": 4, "mask": mask}).dataset("A", folders["A"])
+    batch = dataset.batch(range(len(dataset)), np.random.default_rng(0))
+    patients = [example.patient for example in dataset._train]
+    masks = {(patient, batch.mask[i].numpy().tobytes()) for i, patient in enumerate(patients)}
+    assert len(masks) == len(set(patients))
+    assert len({key for _, key in masks}) == (1 if fixed else len(set(patients)))
+
+
+def test_evaluation_goes_patient_by_patient_and_counts_agree(dataset: ReconstructionDataset) -> None:
+    for split in ("train", "validation", "test"):
+        numbers = [patient for patient, _ in dataset.evaluation(split)]  # type: ignore[arg-type]
+        assert numbers == sorted(numbers)
+        assert len(set(numbers)) == dataset.patients(split)  # type: ignore[arg-type]
+    tuned = [len(batch) for _, batch in dataset.evaluation("validation")]
+    assert sum(tuned) == 2 * dataset.patients("validation")
+
+
+def test_an_unseen_site_is_only_tested(folders: dict[str, Path]) -> None:
+    dataset = _task().dataset("C", folders["C"])
+    assert len(dataset) == 0
+    assert (dataset.patients("train"), dataset.patients("test")) == (0, 3)
+
+
+def test_every_site_scans_with_its_own_protocol(folders: dict[str, Path]) -> None:
+    task = _task()
+    masks = {site: task.dataset(site, folders[site]).batch([0], np.random.default_rng(0)).mask for site in "AB"}
+    gaps = {site: np.diff(np.flatnonzero(mask[0, 0].numpy())) for site, mask in masks.items()}
+    assert gaps["B"].max() < gaps["A"].max()
+
+
+def test_pooled_examples_run_over_all_sites_in_order(folders: dict[str, Path]) -> None:
+    task = _task()
+    parts = [task.dataset(site, folders[site]) for site in "AB"]
+    pooled = task.pooled(parts)
+    assert isinstance(pooled, PooledDataset)
+    assert len(pooled) == len(parts[0]) + len(parts[1])
+    batch = pooled.batch([len(parts[0]), 0], np.random.default_rng(0))
+    targets = [parts[1]._index.image(parts[1]._train[0]), parts[0]._index.image(parts[0]._train[0])]
+    for found, target in zip(batch.target.numpy(), targets, strict=True):
+        assert np.array_equal(found, target) or np.array_equal(found, target[:, ::-1])
+    numbers = [patient for patient, _ in pooled.evaluation("test")]
+    assert sorted(set(numbers)) == list(range(pooled.patients("test")))
+    assert pooled.fingerprint() != task.pooled(parts[:1]).fingerprint()
+    with pytest.raises(IndexError):
+        pooled.batch([len(pooled)], np.random.default_rng(0))
+
+
+def test_sites_with_other_coils_do_not_share_a_batch(folders: dict[str, Path]) -> None:
+    task = _task(sites={"A": {}, "B": {"acquisition": {"coils": 5, "mask": {"calibration": 0.12}}}})
+    pooled = task.pooled([task.dataset(site, folders[site]) for site in "AB"])
+    assert len(pooled.batch([len(pooled) - 1], np.random.default_rng(0))) == 1
+    with pytest.raises(StudyError, match=r"acquisition\.coils"):
+        pooled.batch([0, len(pooled) - 1], np.random.default_rng(0))
+
+
+def test_scoring_leaves_the_model_as_it_was(folders: dict[str, Path]) -> None:
+    task = _task(model={"kind": "modl", "preset": "tiny", "norm": "batch"})
+    model = task.build_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = task.dataset("A", folders["A"]).batch([0, 1], np.random.default_rng(0))
+    scores = task.score(model, batch)
+    assert tuple(scores) == tuple(spec.name for spec in RECONSTRUCTION_METRICS)
+    assert all(values.shape == (2,) and not values.requires_grad for values in scores.values())
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_training_beats_where_it_began(folders: dict[str, Path]) -> None:
+    torch.manual_seed(0)
+    task = _task()
+    dataset = task.dataset("A", folders["A"])
+    model = task.build_model()
+    assert isinstance(model, MoDL)
+    (_, held_out), *_ = dataset.evaluation("test")
+    before = task.score(model, held_out)["psnr"].mean()
+    optimizer, random = torch.optim.Adam(model.parameters(), lr=3e-3), np.random.default_rng(0)
+    for _ in range(40):
+        optimizer.zero_grad()
+        task.loss(model, dataset.batch(random.integers(len(dataset), size=2).tolist(), random)).backward()
+        optimizer.step()
+    zero_filled = task.score_images(task.baseline("zero_filled", None, held_out), held_out)["psnr"].mean()
+    after = task.score(model, held_out)["psnr"].mean()
+    assert after > before + 0.3
+    assert after > zero_filled + 1.0
+
+
+def test_baselines_have_weights_to_choose_from(dataset: ReconstructionDataset) -> None:
+    task = _task()
+    batch = dataset.batch([0], np.random.default_rng(0))
+    best = {}
+    for name in task.config.evaluation.baselines:
+        images = [task.baseline(name, weight, batch) for weight in task.baseline_parameters(name)]
+        best[name] = max(task.score_images(image, batch)["psnr"].item() for image in images)
+    assert best["tv"] > best["cg_sense"] > best["zero_filled"]
+    with pytest.raises(ValueError, match="needs a weight"):
+        task.baseline("tv", None, batch)
+
+
+def test_examples_are_single_test_slices_of_every_contrast(dataset: ReconstructionDataset) -> None:
+    task = _task()
+    examples = list(task.examples(dataset))
+    assert len(examples) == len(task.config.contrasts)
+    assert all(task.reference(batch).shape == (1, SIZE, SIZE) for batch in examples)
+
+
+def test_wrong_sites_and_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="no site 'Z'"):
+        _task().dataset("Z", folders["A"])
+    with pytest.raises(DataError, match="site A"):
+        _task().dataset("A", tmp_path / "nowhere")
+
+
+def test_a_custom_task_comes_from_its_factory() -> None:
+    study = _study(task={"kind": "custom", "factory": "types:SimpleNamespace", "options": {"metrics": ()}})
+    with pytest.raises(StudyError, match="build_model, dataset"):
+        build_task(study)
+    for factory in ("no_such_package:make", "types:no_such_name"):
+        with pytest.raises(StudyError, match="cannot be imported"):
+            build_task(_study(task={"kind": "custom", "factory": factory}))
+
+
+@pytest.mark.data
+def test_real_images_come_back_better_than_zero_filled() -> None:
+    root = os.environ.get("WARDROUND_DATA")
+    if not root:
+        pytest.skip("WARDROUND_DATA names no folder of real images")
+    task = _task(
+        sites={"CS": {}},
+        task={"contrasts": ["flair"], "evaluation": {"slices": {"per_patient": 1}}},
+        acquisition={},
+    )
+    dataset = task.dataset("CS", Path(root) / "lgg" / "CS")
+    _, batch = next(iter(dataset.evaluation("test")))
+    scores = {
+        name: task.score_images(task.baseline(name, weight, batch), batch)["psnr"].mean().item()
+        for name, weight in (("zero_filled", None), ("tv", 0.001))
+    }
+    assert scores["zero_filled"] > 20
+    assert scores["tv"] > scores["zero_filled"] + 4

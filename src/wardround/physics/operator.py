@@ -60,12 +60,10 @@ class LinearOperator(ABC):
         random = torch.Generator().manual_seed(0)
         x = torch.randn(like.shape, generator=random, dtype=like.dtype).to(like.device)
         with torch.no_grad():
-            eigenvalue = torch.zeros(())
             for _ in range(iterations):
-                length = _dot(_real(x), _real(x)).sqrt().clamp_min(torch.finfo(eigenvalue.dtype).tiny)
-                x = self.normal(x / _image_like(length, x))
-                eigenvalue = _dot(_real(x), _real(x)).sqrt()
-            return eigenvalue.reshape(-1).sqrt()
+                length = _length(x)
+                x = self.normal(x / length.clamp_min(torch.finfo(length.dtype).tiny))
+            return _length(x).flatten().sqrt()
 
 
 def conjugate_gradients(
@@ -98,8 +96,7 @@ def conjugate_gradients(
         active = residual > floor
         if tolerance > 0 and not bool(active.any()):
             break
-        step_image = _image(p, rhs)
-        q = _real(normal(step_image))
+        q = _real(normal(_image(p, rhs)))
         q = q.add(p, alpha=weight) if isinstance(weight, float | int) else torch.addcmul(q, p, weight)
         curvature = _dot(p, q)
         alpha = _ratio(residual, curvature, active & (curvature > 0))
@@ -145,8 +142,9 @@ def _image(x: Tensor, like: Tensor) -> Tensor:
     return torch.view_as_complex(x.view(*like.shape, 2)) if like.is_complex() else x.view(like.shape)
 
 
-def _image_like(x: Tensor, like: Tensor) -> Tensor:
-    return x.reshape(-1, *(1 for _ in like.shape[1:]))
+def _length(x: Tensor) -> Tensor:
+    """Norm of each item, shaped to divide images."""
+    return _dot(_real(x), _real(x)).sqrt().reshape(-1, *(1 for _ in x.shape[1:]))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

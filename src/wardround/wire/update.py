@@ -45,9 +45,9 @@ class Metric:
     size: int = 1
 
     @property
-    def bits(self) -> int:
-        """Bits of one site's integer."""
-        return max(1, math.ceil((self.high - self.low) / self.resolution)).bit_length()
+    def largest(self) -> int:
+        """The largest integer that one site may send."""
+        return max(1, math.ceil((self.high - self.low) / self.resolution))
 
     def encode(self, values: Any) -> list[int]:
         """Non-negative integers of the values, clipped to the range; raises `Rejected` for NaN."""
@@ -101,15 +101,20 @@ class Layout:
         return value_bits(TAIL.bits, self.max_sites)
 
     @cached_property
+    def largest(self) -> tuple[int, ...]:
+        """The largest value that one site may send of every integer of the tail, in order."""
+        largest = [1]
+        for group in self.groups:
+            largest.append(1 << WEIGHT_BITS)
+            largest.extend(t.size for t in group.tensors)
+        for metric in self.metrics:
+            largest.extend([metric.largest] * metric.size)
+        return tuple(largest)
+
+    @cached_property
     def entries(self) -> tuple[int, ...]:
         """Bits of every integer of the tail, in order."""
-        bits = [1]
-        for group in self.groups:
-            bits.append(WEIGHT_BITS + 1)
-            bits.extend(t.size.bit_length() for t in group.tensors)
-        for metric in self.metrics:
-            bits.extend([metric.bits] * metric.size)
-        return tuple(bits)
+        return tuple(n.bit_length() for n in self.largest)
 
     @cached_property
     def segments(self) -> tuple[tuple[int, Ring], ...]:
@@ -144,8 +149,8 @@ class Layout:
         base = self.digit_bits
         mask = (1 << base) - 1
         digits: list[int] = []
-        for value, bits in zip(integers, self.entries, strict=True):
-            if value < 0 or value >> bits:
+        for value, bits, largest in zip(integers, self.entries, self.largest, strict=True):
+            if not 0 <= value <= largest:
                 raise WireError("an integer of an update's tail is out of its declared range")
             digits.extend((value >> (base * i)) & mask for i in range(math.ceil(bits / base)))
         return np.array(digits, dtype=TAIL.dtype)
@@ -325,5 +330,5 @@ def check_range(layout: Layout, body: Body) -> None:
     integers = layout.from_digits(digits)
     if integers[0] != 1:
         raise Rejected(f"an update counts itself {integers[0]} times")
-    if any(n >> bits for n, bits in zip(integers, layout.entries, strict=True)):
+    if any(n > largest for n, largest in zip(integers, layout.largest, strict=True)):
         raise Rejected("the tail of an update holds a number out of its declared range")

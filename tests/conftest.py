@@ -1,0 +1,17 @@
+"""What every test shares: quiet threads, worker processes that find the toys, and no deadline for slow machines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hypothesis import settings
+
+# Before torch is imported, here and in every process that a test starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+settings.register_profile("wardround", deadline=None, max_examples=50)
+settings.load_profile("wardround")

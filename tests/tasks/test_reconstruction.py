@@ -109,7 +109,7 @@ def test_flips_come_before_the_scan_and_only_in_training(folders: dict[str, Path
     assert torch.equal(flipped.target.flip(-1), plain.target)
     assert torch.equal(flipped.head.flip(-1), plain.head)
     assert torch.equal(flipped.mask, plain.mask)  # the patient's, whichever way round
-    never = _task(task={"contrasts": ["flair"], "size": [SIZE, SIZE], "flips": False})
+    never = _task(task={"kind": "reconstruction", "contrasts": ["flair"], "size": [SIZE, SIZE], "flips": False})
     still = never.dataset("A", folders["A"])
     assert len({still.batch([0], np.random.default_rng(s)).target.sum().item() for s in range(4)}) == 1
 
@@ -144,7 +144,9 @@ def test_every_site_scans_with_its_own_protocol(folders: dict[str, Path]) -> Non
     task = _task()
     masks = {site: task.dataset(site, folders[site]).batch([0], np.random.default_rng(0)).mask for site in "AB"}
     gaps = {site: np.diff(np.flatnonzero(mask[0, 0].numpy())) for site, mask in masks.items()}
-    assert gaps["B"].max() < gaps["A"].max()
+    # Away from the calibration lines, equispaced lines keep one distance, give or take the grid; random ones do not.
+    outer = {site: np.ptp([*between[:2], *between[-2:]]) for site, between in gaps.items()}
+    assert outer["B"] <= 1 < outer["A"]
 
 
 def test_pooled_examples_run_over_all_sites_in_order(folders: dict[str, Path]) -> None:
@@ -245,14 +247,16 @@ def test_real_images_come_back_better_than_zero_filled() -> None:
         pytest.skip("WARDROUND_DATA names no folder of real images")
     task = _task(
         sites={"CS": {}},
-        task={"contrasts": ["flair"], "evaluation": {"slices": {"per_patient": 1}}},
+        task={"kind": "reconstruction", "contrasts": ["flair"], "evaluation": {"slices": {"per_patient": 1}}},
         acquisition={},
     )
     dataset = task.dataset("CS", Path(root) / "lgg" / "CS")
-    _, batch = next(iter(dataset.evaluation("test")))
-    scores = {
-        name: task.score_images(task.baseline(name, weight, batch), batch)["psnr"].mean().item()
-        for name, weight in (("zero_filled", None), ("tv", 0.001))
-    }
-    assert scores["zero_filled"] > 20
-    assert scores["tv"] > scores["zero_filled"] + 4
+    scans = [batch for _, batch in dataset.evaluation("test")]
+
+    def mean_psnr(name: str, weight: float | None) -> float:
+        scores = [task.score_images(task.baseline(name, weight, batch), batch)["psnr"].mean() for batch in scans]
+        return float(np.mean(scores))
+
+    zero_filled = mean_psnr("zero_filled", None)
+    assert zero_filled > 20
+    assert mean_psnr("tv", 0.001) > zero_filled + 4

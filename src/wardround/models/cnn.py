@@ -38,7 +38,8 @@ class PostUNet(nn.Module):
     """Adds MONAI's BasicUNet of the zero-filled image to it, as two real channels (residual learning).
 
     After Jin et al., IEEE TIP 26 (2017), 4509 and Zbontar et al., arXiv:1811.08839. Images are expected on a
-    scale of about [0, 1], with H and W at least 32: four poolings and a normalisation.
+    scale of about [0, 1], with H and W at least 32: four poolings and a normalisation. The last layer starts at zero,
+    so that an untrained network gives the zero-filled image.
     """
 
     def __init__(self, shape: UNetShape) -> None:
@@ -47,6 +48,8 @@ class PostUNet(nn.Module):
         self.network = BasicUNet(
             spatial_dims=2, in_channels=2, out_channels=2, features=shape.features, norm=norms[shape.norm]
         )
+        nn.init.zeros_(self.network.final_conv.weight)
+        nn.init.zeros_(self.network.final_conv.bias)
 
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
         """Measured data (B, *data_shape) -> complex images (B, H, W)."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from wardround.physics.operator import LinearOperator
 from wardround.study import schema
@@ -101,10 +101,12 @@ class Denoiser(nn.Module):
         self.stack = nn.Sequential(*stack, last)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Complex (B, H, W) -> complex (B, H, W), for H and W divisible by `scale`."""
+        """Complex (B, H, W) -> complex (B, H, W); sizes that `scale` does not divide are padded with zeros inside."""
         channels = as_channels(image)
-        change = pixel_shuffle(self.stack(pixel_unshuffle(channels, self.scale)), self.scale)
-        return as_complex(channels + change)
+        height, width = image.shape[-2:]
+        whole = pad(channels, (0, -width % self.scale, 0, -height % self.scale))
+        change = pixel_shuffle(self.stack(pixel_unshuffle(whole, self.scale)), self.scale)
+        return as_complex(channels + change[..., :height, :width])
 
 
 def as_channels(image: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""The classical baselines: they converge, and they are better than doing nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from wardround.physics.mri import CartesianMRI
+from wardround.physics.operator import LinearOperator
+from wardround.physics.simulate import simulate
+from wardround.physics.solvers import (
+    cg_sense,
+    gradient,
+    gradient_adjoint,
+    total_variation,
+    tv,
+    tv_objective,
+    zero_filled,
+)
+from wardround.study import Mask, MRIAcquisition
+
+WEIGHT = 0.004
+
+
+def _images(size: int = 64) -> Tensor:
+    rows, columns = np.mgrid[:size, :size] / size - 0.5
+    head = (np.hypot(rows / 0.9, columns) < 0.42) * 0.6
+    inner = (np.hypot(rows + 0.1, columns - 0.1) < 0.12) * 0.4 - (np.abs(rows) + np.abs(columns) < 0.08) * 0.5
+    stripes = 0.1 * (np.sin(40 * columns) > 0) * (rows > 0.1) * (head > 0)
+    return torch.from_numpy(np.stack([head + inner, head + stripes]).astype(np.float32)).clamp_min(0)
+
+
+def _case(family: str) -> tuple[CartesianMRI, Tensor, Tensor]:
+    images = _images()
+    acquisition = MRIAcquisition(coils=4, mask=Mask(family=family, acceleration=4, calibration=0.12))
+    scans = [simulate(x.numpy(), acquisition, np.random.default_rng(i)) for i, x in enumerate(images)]
+    operator = CartesianMRI(torch.stack([s.maps for s in scans]), torch.stack([s.mask for s in scans]))
+    return operator, torch.stack([s.kspace for s in scans]), images
+
+
+def _error(x: Tensor, images: Tensor) -> Tensor:
+    return (x.abs() - images).flatten(1).norm(dim=1)
+
+
+def test_gradient_and_its_adjoint() -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 7, 6, generator=random, dtype=torch.complex128)
+    g = torch.randn(2, 2, 7, 6, generator=random, dtype=torch.complex128)
+    torch.testing.assert_close((gradient(x) * g.conj()).sum(), (x * gradient_adjoint(g).conj()).sum())
+
+
+def test_total_variation_of_a_square_is_nearly_its_perimeter() -> None:
+    x = torch.zeros(1, 20, 20)
+    x[:, 5:15, 5:15] = 2.0
+    # Of four corners, one lies in a single pixel's forward differences.
+    assert float(total_variation(x)) == pytest.approx(2 * (38 + 2**0.5))
+    torch.testing.assert_close(total_variation(1j * x), total_variation(x))
+
+
+@pytest.mark.parametrize("family", ["random", "poisson"])
+def test_tv_decreases_its_objective_to_the_minimum(family: str) -> None:
+    operator, data, _ = _case(family)
+    values = torch.stack([tv_objective(operator, data, WEIGHT, tv(operator, data, WEIGHT, n)) for n in (2, 5, 10, 40)])
+    start = tv_objective(operator, data, WEIGHT, zero_filled(operator, data))
+    assert (values.diff(dim=0) < 0).all()
+    assert (values[0] < start).all()
+    least = tv_objective(operator, data, WEIGHT, tv(operator, data, WEIGHT, 400))
+    assert (values[-1] <= 1.01 * least).all()
+
+
+def test_tv_minimum_satisfies_the_optimality_condition() -> None:
+    """For slope = A*(y - A x) at the minimum, <slope, z> <= weight TV(z) for all z, and equal for z = x."""
+    operator, data, images = _case("poisson")
+    x = tv(operator, data, WEIGHT, 400)
+    slope = operator.A_adjoint(data) - operator.normal(x)
+    for z in (x, 1j * x, images + 0j, zero_filled(operator, data)):
+        inner = (slope * z.conj()).sum((1, 2)).real
+        assert (inner <= WEIGHT * total_variation(z) * 1.01).all()
+    inner = (slope * x.conj()).sum((1, 2)).real
+    torch.testing.assert_close(inner, WEIGHT * total_variation(x), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("family", ["random", "equispaced", "poisson"])
+def test_baselines_beat_zero_filling_in_order(family: str) -> None:
+    operator, data, images = _case(family)
+    nothing = _error(zero_filled(operator, data), images)
+    sense = _error(cg_sense(operator, data, 0.01), images)
+    variation = _error(tv(operator, data, WEIGHT), images)
+    assert (sense < nothing).all()
+    assert (variation < 0.8 * nothing).all()
+    assert (variation < sense).all()
+
+
+def test_slices_do_not_influence_each_other() -> None:
+    operator, data, _ = _case("random")
+    together = tv(operator, data, WEIGHT, 10)
+    alone = tv(CartesianMRI(operator.maps[1:], operator.mask[1:]), data[1:], WEIGHT, 10)
+    torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_tv_does_not_depend_on_units() -> None:
+    operator, data, _ = _case("random")
+    torch.testing.assert_close(
+        tv(operator, 100 * data, 100 * WEIGHT, 20) / 100, tv(operator, data, WEIGHT, 20), atol=1e-4, rtol=1e-3
+    )
+
+
+def test_an_empty_slice_stays_empty() -> None:
+    operator, data, _ = _case("random")
+    empty = CartesianMRI(torch.zeros_like(operator.maps), operator.mask)
+    for solved in (tv(empty, 0 * data, WEIGHT, 5), cg_sense(empty, 0 * data, 0.01), tv(operator, 0 * data, WEIGHT, 5)):
+        assert (solved == 0).all()
+
+
+class _Identity(LinearOperator):
+    """Real images, no physics: the solvers must not assume complex ones."""
+
+    image_shape = data_shape = (16, 16)
+
+    def A(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return y.clone()
+
+
+def test_tv_denoises_real_images_on_any_operator() -> None:
+    clean = torch.zeros(1, 16, 16)
+    clean[:, 4:12, 4:12] = 1
+    noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    x = tv(_Identity(), noisy, 0.1)
+    assert x.dtype == torch.float32
+    assert (x - clean).norm() < 0.6 * (noisy - clean).norm()

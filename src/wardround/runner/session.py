@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import secrets
@@ -18,13 +19,15 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
+from wardround.data.deidentify import describe_error
 from wardround.engines.local import STOPPED, LocalEngine
 from wardround.engines.workers import WorkersEngine
 from wardround.errors import Interrupted, JournalError, StudyError, WardroundError
 from wardround.federation.blobs import disk_error
 from wardround.federation.coordinator import Coordinator, Release
-from wardround.federation.exchange import RELEASE, Call, Engine
+from wardround.federation.exchange import RELEASE, Call, Engine, ExchangeFactory, PlainSum
 from wardround.federation.journal import Journal, RoundReport
+from wardround.federation.secure import secure_sum
 from wardround.federation.training import patients_in
 from wardround.report import write_card, write_report
 from wardround.runner.arms import FEDERATED, POOLED
@@ -36,6 +39,7 @@ from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
 from wardround.wire.tensors import tensors_sha256
 
+log = logging.getLogger(__name__)
 EngineName = Literal["local", "workers"]
 SPEC = "spec.json"
 
@@ -233,7 +237,11 @@ def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release
         blueprint, plan = blueprints[name], host.plan(name)
         journal = Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)
         journals[name] = journal
-        coordinator = Coordinator(plan, blueprint.method, carrier.engine, journal)
+        threshold = blueprint.arm.threshold(host.study)
+        protocol: ExchangeFactory = PlainSum
+        if threshold is not None:
+            protocol = secure_sum(host.enrol(blueprint.arm), threshold, journal)
+        coordinator = Coordinator(plan, blueprint.method, carrier.engine, journal, protocol)
         state = coordinator.start(
             lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.shared_initial(blueprint.policy))
         )
@@ -303,7 +311,7 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
         "participants": sorted({site for line in federated for site in line["participants"]}),
         "compare": sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"}),
         **measured,
-        "patients": {site: patients_in(host.dataset(site)) for site in host.study.sites},
+        "patients": {site: _patients(host, site) for site in host.study.sites},
         "traffic": {
             "bytes_up": sum(line["bytes_up"] for line in federated),
             "bytes_down": sum(line["bytes_down"] for line in federated),
@@ -327,6 +335,15 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
     write_card(out)
     write_report(out)
     return Result(out, values)
+
+
+def _patients(host: Host, site: str) -> dict[str, int] | None:
+    """A site's patients by split; nothing where its data cannot be used, which the run has survived."""
+    try:
+        return patients_in(host.dataset(site))
+    except Exception as error:
+        log.warning("the data of site %s cannot be counted: %s", site, describe_error(error))
+        return None
 
 
 def _notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,129 @@
+"""A federation without a runner: coordinator, sites and engine put together by hand, every part replaceable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.toys import toy_sites
+from wardround.engines.local import LocalEngine
+from wardround.federation.coordinator import Coordinator
+from wardround.federation.exchange import Engine, ExchangeFactory, PlainSum
+from wardround.federation.journal import Journal, State
+from wardround.federation.site import Rules, Site, SiteProtocol
+from wardround.federation.store import SiteStore
+from wardround.federation.training import ExampleStream, Learner, SiteExamples
+from wardround.runner.host import Host
+from wardround.study.schema import Study
+from wardround.wire.message import Message
+
+ARM = "federated"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One message as bytes: its header, and everything that went over the seam."""
+
+    message: Message
+    body: bytes
+
+    @property
+    def data(self) -> bytes:
+        return self.message.header.to_bytes() + self.body
+
+
+class Recorder:
+    """An engine that hands on what it carries and keeps a copy of every byte, in both directions."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.sent: list[Sent] = []
+
+    def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
+        for message in messages:
+            self._record(message)
+            for reply in self._engine.exchange([message]):
+                self._record(reply)
+                yield reply
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _record(self, message: Message) -> None:
+        self.sent.append(Sent(message, b"".join(bytes(c) for c in message.body.chunks())))
+
+
+class Rig:
+    """The federated arm of a study in one process; what a session would build, in the open."""
+
+    def __init__(
+        self,
+        study: Study,
+        folder: Path,
+        *,
+        protocol: ExchangeFactory = PlainSum,
+        site_protocol: Callable[[str], SiteProtocol] | None = None,
+        task: Any = None,
+    ) -> None:
+        self.host = Host(study, toy_sites(folder / "data", tuple(study.sites)), folder / "out", ())
+        if task is not None:
+            self.host.__dict__["task"] = task
+        self.study = study
+        self.blueprint = self.host.blueprint(ARM)
+        self.method = self.blueprint.method
+        self.sites = {
+            name: Site(
+                name,
+                Rules(
+                    identity=self.blueprint.identity,
+                    layout=self.blueprint.layout,
+                    metrics_layout=self.blueprint.metrics_layout,
+                    evaluation_layout=self.blueprint.evaluation_layout,
+                    replicates=0,
+                    seed=study.seed,
+                ),
+                lambda name=name: self.learner(name),
+                SiteStore(folder / "sites" / name),
+                protocol=None if site_protocol is None else site_protocol(name),
+            )
+            for name in study.sites
+        }
+        self.engine = Recorder(LocalEngine(lambda header: self.sites[header.site]))
+        self.journal = Journal(folder / "coordinator", self.blueprint.identity)
+        self.coordinator = Coordinator(self.host.plan(ARM), self.method, self.engine, self.journal, protocol)
+
+    def learner(self, site: str) -> Learner:
+        dataset = self.host.dataset(site)
+        return Learner(
+            site=site,
+            bench=self.host.bench,
+            dataset=dataset,
+            examples=SiteExamples(ExampleStream(len(dataset), self.study.seed, site)),
+            method=self.method,
+            policy=self.blueprint.policy,
+            local=self.study.local,
+            rounds=self.study.schedule.rounds,
+            seed=self.study.seed,
+            groups=tuple(g.name for g in self.blueprint.layout.groups),
+        )
+
+    def start(self) -> State:
+        shared = self.host.bench.shared_initial(self.blueprint.policy)
+        return self.coordinator.start(lambda: self.method.initial(self.blueprint.layout.groups, shared))
+
+    def train(self) -> State:
+        """All rounds; the last global state."""
+        for _ in self.coordinator.rounds(self.start()):
+            pass
+        state = self.journal.latest()
+        assert state is not None
+        return state
+
+    def states(self) -> Iterator[State]:
+        """The state before the first round, and after every round."""
+        yield self.start()
+        for report in self.coordinator.rounds(self.start()):
+            if report.validation is None:
+                yield self.journal.state(report.round)

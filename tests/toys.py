@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,12 @@ def make_task(**options: Any) -> Regression:
     return FailingRegression(**options) if options.get("fail") else Regression(**options)
 
 
-def toy_study(sites: Sequence[str] = ("A", "B", "C"), **changes: Any) -> Study:
-    """A study of the toy task; `changes` replace top-level parts."""
+def toy_study(sites: Sequence[str] | Mapping[str, Any] = ("A", "B", "C"), **changes: Any) -> Study:
+    """A study of the toy task; `sites` may say more of each than its name, `changes` replace top-level parts."""
     values: dict[str, Any] = {
         "name": "toy",
         "seed": 3,
-        "sites": {name: {} for name in sites},
+        "sites": dict(sites) if isinstance(sites, Mapping) else {name: {} for name in sites},
         "task": {"kind": "custom", "factory": "tests.toys:make_task", "options": {}},
         "local": {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.1},
         "schedule": {"rounds": 4},

@@ -1,0 +1,205 @@
+"""The law of silence: nothing private is in any byte that crosses the seam, in either direction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.federation.rig import Recorder, Rig, Sent
+from tests.toys import toy_sites, toy_study
+from wardround.engines.local import LocalEngine
+from wardround.federation.exchange import ERROR, EVALUATE, Call
+from wardround.federation.store import SiteStore
+from wardround.runner import session
+from wardround.runner.session import Result, evaluate, run
+from wardround.study.schema import Study
+from wardround.study.sites import Egress
+from wardround.wire.message import Message
+
+HEADER = {
+    "schema", "kind", "study", "site", "round", "attempt", "phase", "reply_to", "meta", "tensors",
+    "body_nbytes", "body_sha256",
+}  # fmt: skip
+META = {
+    "keep", "validate", "void", "layout", "scales", "split", "evaluator", "picture", "unknown_site", "model", "again",
+    "reason",
+}  # fmt: skip
+SITES = ("Alpha", "Beta", "Gamma")
+# A window of 8 bytes with fewer different ones is a pair of zeros, ones or small counters: it says nothing.
+TELLING = 6
+
+
+def private_study(optimizer: str = "adam", **changes: Any) -> Study:
+    return toy_study(
+        SITES,
+        method={"kind": "fedbn"},
+        task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}},
+        local={"steps": 3, "batch": 4, "optimizer": optimizer, "lr": 0.05, "optimizer_state": "keep"}
+        | ({"momentum": 0.9} if optimizer == "sgd" else {}),
+        schedule={"rounds": 3},
+        **changes,
+    )
+
+
+def record(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
+    """Every message of the sessions that follow."""
+    sent: list[Sent] = []
+
+    class Recording(Recorder):
+        def __init__(self, find: Any) -> None:
+            super().__init__(LocalEngine(find))
+            self.sent = sent
+
+    monkeypatch.setattr(session, "LocalEngine", Recording)
+    return sent
+
+
+def windows(data: bytes, size: int = 8) -> Iterator[bytes]:
+    """All telling windows of whole float32 values."""
+    for start in range(0, len(data) - size + 1, 4):
+        window = data[start : start + size]
+        if len(set(window)) >= min(TELLING, size - 1):
+            yield window
+
+
+def leaks(sent: Iterable[Sent], secrets: Iterable[bytes]) -> list[bytes]:
+    """The secrets that lie somewhere in the bytes of a message."""
+    stream = b"\0".join(s.data for s in sent)
+    return [secret for secret in secrets if secret in stream]
+
+
+def memories(out: Path) -> dict[str, bytes]:
+    """Every tensor that a site of the federation keeps, in all rounds kept."""
+    found: dict[str, bytes] = {}
+    for site in SITES:
+        store = SiteStore(out / "work" / "sites" / site / "federated")
+        for number in range(4):
+            for name, tensor in store.memory(number).tensors.items():
+                found[f"{site}/{number}/{name}"] = np.ascontiguousarray(tensor).tobytes()
+        store.close()
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_no_private_tensor_and_no_example_is_in_any_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    sent = record(monkeypatch)
+    folder = tmp_path / "Archive-Doe-Jane"
+    sites = toy_sites(folder, SITES)
+    study = private_study(optimizer)
+    result = run(study, sites, tmp_path / "out", engine="local")
+    evaluate(tmp_path / "out", sites, engine="local")
+    assert {s.message.header.kind for s in sent} == {"train", "update", "evaluate", "release", "done"}
+
+    kept = memories(tmp_path / "out")
+    assert {name.split("/")[2] for name in kept} == {"local", "optimizer"}
+    local = [w for name, data in kept.items() for w in windows(data)]
+    assert len(local) > 50
+    rig = Rig(study, tmp_path / "rig")
+    examples = [w for s in SITES for t in (rig.host.dataset(s).x, rig.host.dataset(s).y)  # type: ignore[attr-defined]
+                for w in windows(t.numpy().tobytes(), 4)]  # fmt: skip
+    assert len(examples) > 200
+    # What is searched for can be found: the shared model is in the messages, window by window.
+    shared = (tmp_path / "out" / "work" / "released" / "federated").read_bytes()
+    assert len(leaks(sent, windows(shared))) == len(list(windows(shared)))
+
+    names = [str(folder).encode(), str(tmp_path).encode(), b"Archive-Doe-Jane"]
+    assert leaks(sent, {*local, *examples, *names}) == []
+    assert set(result.values["local_sha256"]) == set(SITES)
+
+
+def test_headers_say_only_what_their_schema_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = record(monkeypatch)
+    run(private_study(), toy_sites(tmp_path, SITES), tmp_path / "out", engine="local")
+    shared = {"0.weight", "0.bias", "3.weight", "3.bias"}
+    for one in sent:
+        header = json.loads(one.message.header.to_bytes())
+        assert header.keys() == HEADER
+        assert header["meta"].keys() <= META
+        if header["meta"].get("evaluator") != "released":
+            assert {row["name"].split("/", 1)[1] for row in header["tensors"]} <= shared
+        scales = header["meta"].get("scales", {})
+        assert {name.split("/", 1)[1] for name in scales} <= shared
+        if one.message.header.reply_to:
+            assert header["meta"].keys() <= {"layout", "reason"}
+
+
+def test_a_released_model_carries_the_initial_values_of_what_stays_at_the_sites(tmp_path: Path) -> None:
+    result = run(private_study(), toy_sites(tmp_path, SITES), tmp_path / "out", engine="local")
+    released = load_file(result.out / "models" / "federated.safetensors")
+    initial = Rig(private_study(), tmp_path / "rig").host.bench.initial
+    private = {name for name in released if name.startswith("1.")}
+    assert len(private) == 5
+    assert all(np.array_equal(released[name], initial[name].numpy()) for name in private)
+
+
+def test_nothing_frozen_or_private_is_in_an_update_even_where_all_is_shared(tmp_path: Path) -> None:
+    """A reply's body is fixed point throughout: not even the shared weights are in it as they are."""
+    rig = Rig(toy_study(method={"kind": "fedavg", "weights": "equal"}), tmp_path)
+    state = rig.train()
+    replies = [s for s in rig.engine.sent if s.message.header.kind == "update"]
+    assert leaks(replies, windows(state.public.path.read_bytes())) == []
+
+
+def test_an_error_at_a_site_leaves_no_trace_of_whose_scan_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = record(monkeypatch)
+    study = toy_study(task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"fail": "B"}})
+    sites = toy_sites(tmp_path / "MEIER", tuple(study.sites))
+    result = run(study, sites, tmp_path / "out", engine="local")
+    replies = [s for s in sent if s.message.header.kind == ERROR]
+    assert {s.message.header.site for s in replies} == {"B"}
+    assert {s.message.header.meta["reason"] for s in replies} == {"RuntimeError"}
+    told = [b"DOE", b"JANE", b"1960", b".nii", b"cannot read", b"MEIER", str(tmp_path).encode()]
+    assert leaks(sent, told) == []
+    files = [(result.out / name).read_bytes() for name in ("result.json", "rounds.jsonl")]
+    assert not [secret for secret in told for data in files if secret in data]
+
+
+class _Nosy(LocalEngine):
+    """Sites whose every answer fails with an error of our own that quotes a path."""
+
+    def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
+        for message in messages:
+            yield from super().exchange([replace(message, header=replace(message.header, kind="/data/DOE^JANE.nii"))])
+
+
+def test_a_request_that_quotes_a_path_is_not_quoted_back(tmp_path: Path) -> None:
+    rig = Rig(toy_study(), tmp_path)
+    engine = Recorder(_Nosy(lambda header: rig.sites[header.site]))
+    call = Call(EVALUATE, rig.blueprint.identity, 0, ("A",), rig.blueprint.metrics_layout, {})
+    (reply,) = engine.exchange([call.message("A")])
+    assert reply.header.kind == ERROR
+    assert b"DOE" not in reply.header.to_bytes()
+
+
+def test_a_site_that_withholds_its_results_says_nothing_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = record(monkeypatch)
+    sites = toy_sites(tmp_path, SITES)
+    closed = sites.sites["Beta"].model_copy(update={"egress": Egress(per_site_results=False)})
+    sites = sites.model_copy(update={"sites": {**sites.sites, "Beta": closed}})
+    result: Result = run(private_study(), sites, tmp_path / "out", engine="local")
+    evaluations = {
+        s.message.header.reply_to: s for s in sent if s.message.header.site == "Beta" and s.message.header.reply_to
+    }
+    asked = [s for s in sent if s.message.header.meta.get("evaluator") and s.message.header.site == "Beta"]
+    assert asked
+    for request in asked:
+        reply = evaluations[request.message.id]
+        assert reply.message.header.kind == ERROR
+        assert reply.body == b""
+        assert reply.message.header.meta.keys() == {"reason"}
+        assert not any(c.isdigit() for c in reply.message.header.meta["reason"])
+    assert result.values["metrics"]["federated"]["Beta"] is None
+    assert "per_site_results" in result.values["withheld"]["Beta"]

@@ -1,0 +1,85 @@
+"""Five real institutions: is training a reconstruction network together worth it?
+
+Runs examples/lgg-mri.yaml with all arms: federated, each site alone, pooled, and each institution left out once. The
+images are real; the acquisition is simulated from them. PSNR is of magnitude images, its peak the volume's maximum.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from common import arguments, conditions, finish, table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--out", type=Path, help="keep the run here (default: a temporary folder)")
+    options = parser.parse_args()
+    if "WARDROUND_DATA" not in os.environ:
+        raise SystemExit("set WARDROUND_DATA to the folder that holds lgg/ (docs/data.md says how to get it)")
+    state = conditions(size="128x128", seed=2026, repeats=1, quick=options.quick)
+
+    import wardround
+
+    folder = options.out or Path(tempfile.mkdtemp(prefix="mri-sites-"))
+    began = time.perf_counter()
+    result = wardround.run(
+        ROOT / "examples" / "lgg-mri.yaml",
+        ROOT / "examples" / "lgg-sites.yaml",
+        folder,
+        compare=["local", "pooled"],
+        # Quick leaves out the left-out arms, never a size.
+        overrides=["task.evaluation.leave_one_out=false"] if options.quick else [],
+    )
+    seconds = time.perf_counter() - began
+    values = result.values
+    metrics, training = values["metrics"], values["participants"]
+    columns = [*training, "EZ", "mean"]
+    print("patients:", {site: values["patients"][site] for site in columns if site != "mean"})
+    for metric in ("psnr", "psnr_head", "ssim", "ssim_head"):
+        rows = []
+        for arm in ("zero_filled", "cg_sense", "tv", "local", "federated", "pooled"):
+            cells = [metrics[arm].get(site) for site in columns]
+            rows.append([arm, *(cell[metric]["value"] if cell else "-" for cell in cells)])
+        print(f"\n{metric} on test patients")
+        table(["", *columns], rows)
+
+    def psnr(arm: str, site: str = "mean", metric: str = "psnr") -> float:
+        return float(metrics[arm][site][metric]["value"])
+
+    unseen = {
+        site: entry["federated"]["psnr"]["value"] - entry["best_local"]["psnr"]["value"]
+        for site, entry in values["left_out"].items()
+    }
+    if unseen:
+        print("\nleft out: trained without it, minus the best other site's own model (dB)")
+        table(list(unseen), [list(unseen.values())])
+    gains = {site: psnr("federated", site) - psnr("local", site) for site in training}
+    finish(
+        {
+            "baseline_psnr": psnr("zero_filled"),
+            "tv_psnr": psnr("tv"),
+            "local_psnr": psnr("local"),
+            "federated_psnr": psnr("federated"),
+            "pooled_psnr": psnr("pooled"),
+            "gain_over_baseline_db": psnr("federated") - psnr("zero_filled"),
+            "gain_over_tv_db": psnr("federated") - psnr("tv"),
+            "gap_to_pooled_db": psnr("pooled") - psnr("federated"),
+            "worst_site_gain_over_local_db": min(gains.values()),
+            "unseen_gain_over_best_local_db": sum(unseen.values()) / len(unseen) if unseen else None,
+            "seconds": seconds,
+            "conditions": {**state, "selected_round": values["selected_round"], "steps": values["steps"]},
+        }
+    )
+    if options.out is None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

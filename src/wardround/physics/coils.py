@@ -43,8 +43,8 @@ def birdcage_maps(
     offset = z - (radius * positions).astype(np.complex64)[:, None, None]
     square = np.maximum(offset.real**2 + offset.imag**2, np.float32(1 / max(shape)) ** 2)
     maps = (np.conj(offset) / square) * (gains * positions).astype(np.complex64)[:, None, None]
-    maps /= np.sqrt((1 / square).sum(0))
-    result: NDArray[np.complex64] = maps.astype(np.complex64, copy=False)
+    power = (maps.real**2 + maps.imag**2).sum(0)
+    result: NDArray[np.complex64] = maps / np.sqrt(np.maximum(power, np.finfo(np.float32).tiny))
     return result
 
 

@@ -61,7 +61,7 @@ def equispaced_lines(size: int, measured: int, calibration: int, random: np.rand
         if miss == 0:
             break
         line = centre.copy()
-        line[((np.arange(lines) + phase) * size / lines).astype(np.intp)] = 1
+        line[((np.arange(lines) + phase) * size / lines).astype(np.intp) % size] = 1
         if abs(line.sum() - measured) < miss:
             best, miss = line, abs(int(line.sum()) - measured)
     return best

@@ -135,7 +135,7 @@ class _SelfAdjoint(torch.autograd.Function):
 
 
 def _real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x).flatten(1) if x.is_complex() else x.flatten(1)
+    return torch.view_as_real(x.resolve_conj()).flatten(1) if x.is_complex() else x.flatten(1)
 
 
 def _image(x: Tensor, like: Tensor) -> Tensor:

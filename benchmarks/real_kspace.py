@@ -71,9 +71,10 @@ def main() -> None:
     images = {}
     for name, solver in SOLVERS.items():
         weights = WEIGHTS.get(name, (0.0,))
+        if quick and name in WEIGHTS:
+            weights = weights[1:-1:2]
         errors = {
-            weight: relative(predict.A(solver(training, kspace * seen, weight)), kspace * held)
-            for weight in (weights[1:-1:2] if quick else weights)
+            weight: relative(predict.A(solver(training, kspace * seen, weight)), kspace * held) for weight in weights
         }
         weight = min(errors, key=lambda w: errors[w])
         seconds = []

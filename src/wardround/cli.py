@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
 from wardround import __version__
 from wardround.errors import Interrupted, WardroundError
@@ -19,7 +22,28 @@ from wardround.errors import Interrupted, WardroundError
 if TYPE_CHECKING:
     from wardround.runner.session import Result, Watcher
 
+
+class _Commands(TyperGroup):
+    """Every error raised on purpose, or by the disk, becomes one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; 2 stands for an error, 130 for a run that was stopped."""
+        try:
+            return super().invoke(ctx)
+        except Interrupted as error:
+            errors.print(Text(str(error), style="yellow"), soft_wrap=True)
+            raise typer.Exit(130) from None
+        except WardroundError as error:
+            _explain(str(error), error.detail)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _explain(os.strerror(error.errno) if error.errno else str(error), str(error.filename or ""))
+        raise typer.Exit(2)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Train imaging models across hospitals without moving a scan.",
     no_args_is_help=True,
     add_completion=False,
@@ -34,28 +58,19 @@ StudyFile = Annotated[Path, typer.Argument(help="The study file (YAML).", show_d
 SitesOption = Annotated[Path, typer.Option("--sites", help="Where each site's data lie (YAML).")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Where to write the results [runs/NAME].")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the study: a.b=value.")]
-EngineOption = Annotated[str | None, typer.Option("--engine", help="local (one process) or workers.")]
+CompareOption = Annotated[str, typer.Option("--compare", help="What to compare with: local,pooled.")]
+EngineName = Literal["local", "workers"]
+EngineOption = Annotated[
+    EngineName | None, typer.Option("--engine", help="One process or several [workers where there are cores].")
+]
 ProcessesOption = Annotated[int | None, typer.Option("--processes", min=1, help="Worker processes [one a core].")]
 
 
 def main() -> None:
-    """The entry of the `wardround` command: every error raised on purpose becomes one line."""
+    """The entry of the `wardround` command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("wardround").setLevel(logging.ERROR)
-    try:
-        app()
-    except Interrupted as error:
-        errors.print(f"[yellow]{error}[/]")
-        sys.exit(130)
-    except WardroundError as error:
-        _fail(error)
-
-
-def _fail(error: WardroundError) -> NoReturn:
-    errors.print("[bold red]error:[/]", str(error), highlight=False, soft_wrap=True)
-    if error.detail:
-        errors.print(f"       ({error.detail})", style="dim", highlight=False, markup=False, soft_wrap=True)
-    sys.exit(2)
+    app()
 
 
 @app.command()
@@ -63,25 +78,27 @@ def run(
     study: StudyFile,
     sites: SitesOption,
     out: OutOption = None,
-    compare: Annotated[str, typer.Option("--compare", help="local,pooled: what to compare with.")] = "",
+    compare: CompareOption = "",
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Insist on going on with an earlier run.")] = False,
     engine: EngineOption = None,
     processes: ProcessesOption = None,
 ) -> None:
     """Train a study, measure it, and write the report. Run it again to go on after any interruption."""
+    from wardround.runner.explain import look_at_data
     from wardround.runner.session import run as run_study
     from wardround.study.load import load_study
 
     loaded = load_study(study, overrides or [])
     folder = out or Path("runs") / loaded.name
+    look_at_data(loaded, sites)
     with _watcher() as watcher:
         result = run_study(
             loaded,
             sites,
             folder,
             compare=_words(compare),
-            engine=_engine(engine),
+            engine=engine,
             processes=processes,
             resume=resume,
             watcher=watcher,
@@ -118,12 +135,17 @@ def evaluate(
     from wardround.runner.session import evaluate as evaluate_run
 
     with _watcher() as watcher:
-        found = evaluate_run(out, sites, engine=_engine(engine), processes=processes, watcher=watcher)
+        found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher)
     written = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    _table(found["metrics"], written["participants"])
-    if found["metrics"] != written["metrics"]:
-        raise WardroundError("the recomputed metrics differ from result.json: other data, models, or another machine?")
-    console.print("Every metric agrees with result.json.")
+    _table(found["metrics"])
+    now, then = _numbers(found["metrics"]), _numbers(written["metrics"])
+    differing = [key for key in {**now, **then} if now.get(key) != then.get(key)]
+    if differing:
+        raise WardroundError(
+            f"{len(differing)} of {len(then)} numbers differ from result.json, the first is {differing[0]}: "
+            f"{then.get(differing[0])} there, {now.get(differing[0])} now. Other data, other models, another machine?"
+        )
+    console.print(f"All {len(then)} numbers agree with result.json.", highlight=False)
 
 
 @app.command()
@@ -136,8 +158,7 @@ def reconstruct(
     """Reconstruct with a released model. A NIfTI image is scanned by the study's simulated scanner first."""
     from wardround.runner.apply import reconstruct as apply
 
-    said = apply(model, source, output, site=site)
-    console.print(said)
+    _say(apply(model, source, output, site=site))
 
 
 @app.command()
@@ -149,27 +170,31 @@ def init(
     from wardround.data.convert import propose_study
 
     study, sites = propose_study(folder)
-    targets = {out / "study.yaml": study, out / "sites.yaml": sites}
+    study_file, sites_file = out / "study.yaml", out / "sites.yaml"
+    targets = {study_file: study, sites_file: sites}
     for path in targets:
         if path.exists():
             raise WardroundError(f"{path.name} exists already; choose another --out", detail=str(path))
     out.mkdir(parents=True, exist_ok=True)
     for path, text in targets.items():
         path.write_text(text, encoding="utf-8")
-    console.print(f"Wrote {out / 'study.yaml'} and {out / 'sites.yaml'}. Next: wardround check {out / 'study.yaml'}")
+    _say(f"Wrote {study_file} and {sites_file}. Look through them, then:")
+    _say(f"  wardround check {study_file} --sites {sites_file}")
+    _say(f"  wardround run {study_file} --sites {sites_file} --compare local,pooled")
 
 
 @app.command()
 def check(
     study: StudyFile,
     sites: Annotated[Path | None, typer.Option("--sites", help="Also look at the data.")] = None,
-    compare: Annotated[str, typer.Option("--compare", help="local,pooled")] = "",
+    compare: CompareOption = "",
     overrides: SetOption = None,
+    full: Annotated[bool, typer.Option("--full", help="Only print the study with every default filled in.")] = False,
 ) -> None:
     """Explain what a study would do, without doing it."""
-    from wardround.runner.explain import explain
+    from wardround.runner.explain import explain, full_study
 
-    console.print(explain(study, sites, _words(compare), overrides or []), highlight=False, markup=False)
+    _say(full_study(study, overrides or []) if full else explain(study, sites, _words(compare), overrides or []))
 
 
 @app.command()
@@ -177,13 +202,13 @@ def inspect(path: Annotated[Path, typer.Argument(help="A file or folder.")]) -> 
     """Say what a file or folder holds, without naming a patient."""
     from wardround.data.convert import inspect_path
 
-    console.print(str(inspect_path(path)), highlight=False, markup=False)
+    _say(str(inspect_path(path)))
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
-    console.print(__version__)
+    _say(__version__)
 
 
 @convert_app.command("lgg")
@@ -196,7 +221,7 @@ def convert_lgg(
 
     report = convert(download, out)
     patients = ", ".join(f"{site} {count}" for site, count in sorted(report.patients.items()))
-    console.print(f"Patients by site: {patients}; {report.without_t1ce} without t1ce (FLAIR stands in).")
+    _say(f"Patients by site: {patients}; {report.without_t1ce} without t1ce (FLAIR stands in).")
 
 
 # What several commands share ---------------------------------------------------------------------------------------
@@ -206,10 +231,15 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _engine(name: str | None) -> Any:
-    if name not in (None, "local", "workers"):
-        raise WardroundError(f"--engine {name}: choose local or workers")
-    return name
+def _say(text: str) -> None:
+    """Print a text as it is: no colours guessed, no line broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _explain(message: str, detail: str) -> None:
+    errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    if detail:
+        errors.print(Text(f"       ({detail})", style="dim"), soft_wrap=True)
 
 
 @contextmanager
@@ -224,24 +254,52 @@ def _watcher() -> Iterator[Watcher | None]:
 
 
 def _summary(result: Result) -> None:
-    _table(result.values["metrics"], result.values["participants"])
-    console.print(f"Report: {result.report}", soft_wrap=True)
+    _table(result.values["metrics"])
+    _say(f"Report: {result.report}")
+    _say(f"Model:  {result.out / 'models' / 'federated.safetensors'}")
 
 
-def _table(metrics: dict[str, Any], participants: list[str]) -> None:
-    first = next((m for rows in metrics.values() for m in rows.values() if m), None)
-    if not first:
+def _table(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """The first metric of every arm, a row for each site: there may be many sites, but few arms."""
+    from wardround.report.results import arm_of, metric_of
+
+    rows = {arm: row for arm, row in metrics.items() if arm != "baseline"}
+    names = [name for row in rows.values() for cell in row.values() if cell for name in cell]
+    if not names:
         return
-    name = next(iter(first))
-    name = "psnr" if "psnr" in first else name
-    columns = [*participants, *sorted({s for row in metrics.values() for s in row} - {*participants})]
-    columns.sort(key=lambda s: (s in ("mean", "unseen"), s == "unseen"))
-    table = Table(title=f"{name} on test patients")
+    metric = metric_of("psnr" if "psnr" in names else names[0])
+    better = "higher" if metric.larger_is_better else "lower"
+    unit = f" in {metric.unit}" if metric.unit else ""
+    table = Table(title=f"{metric.label}{unit} on test patients, {better} is better")
     table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for arm, row in metrics.items():
-        if arm != "baseline":
-            cells = (row.get(c) for c in columns)
-            table.add_row(arm, *(f"{cell[name]['value']:.2f}" if cell else "-" for cell in cells))
+    arms = sorted(rows, key=_place)
+    for arm in arms:
+        table.add_column(arm_of(arm).label, justify="right")
+    for site in _sites_of(rows):
+        cells = (rows[arm].get(site) for arm in arms)
+        table.add_row(site, *(metric.show(cell[metric.name]["value"]) if cell else "-" for cell in cells))
     console.print(table)
+
+
+def _place(arm: str) -> int:
+    """Baselines first, then from alone to pooled, as in the report."""
+    order = ("local", "federated", "pooled")
+    return order.index(arm) if arm in order else -1
+
+
+def _sites_of(rows: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """Sites in the order of the study, then the aggregates."""
+    last = ("mean", "unseen")
+    sites = dict.fromkeys(site for row in rows.values() for site in row)
+    return [*(site for site in sites if site not in last), *(site for site in last if site in sites)]
+
+
+def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every number of nested tables by its dotted key."""
+    found: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            found.update(_numbers(value, f"{prefix}{key}."))
+        elif value is not None:
+            found[prefix + key] = value
+    return found

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wardround.errors import GeometryError
 from wardround.models.build import build_model
 from wardround.models.unrolled import PRESETS, Denoiser, modl_shape
 from wardround.models.unrolled import MoDL as MoDLNetwork
@@ -95,6 +96,12 @@ def test_odd_sizes_pass_through_every_model(config: MoDL | UNet) -> None:
     image = model(operator, torch.randn(1, 2, 45, 39, dtype=torch.complex64, generator=generator))
     assert image.shape == (1, 45, 39)
     assert torch.isfinite(torch.view_as_real(image)).all()
+
+
+def test_a_unet_says_that_images_are_too_small() -> None:
+    operator = CartesianMRI(torch.ones(1, 1, 16, 40, dtype=torch.complex64), torch.ones(1, 1, 40))
+    with pytest.raises(GeometryError, match="at least 32 x 32 pixels, not 16 x 40"):
+        _build(CONFIGS[3])(operator, torch.ones(1, 1, 16, 40, dtype=torch.complex64))
 
 
 def test_what_is_padded_does_not_move_the_image() -> None:

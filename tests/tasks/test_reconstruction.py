@@ -231,10 +231,24 @@ def test_wrong_sites_and_folders_are_named(folders: dict[str, Path], tmp_path: P
         _task().dataset("A", tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("patient", range(3))
+def test_a_bad_image_of_any_patient_is_found_before_training(patient: int, tmp_path: Path) -> None:
+    for number in range(3):
+        image = _volume(number).astype(np.float32)
+        image[5, 5, 1] = np.nan if number == patient else 0.0
+        (tmp_path / f"patient-{number}").mkdir()
+        nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / f"patient-{number}" / "flair.nii.gz")  # type: ignore[no-untyped-call]
+    with pytest.raises(DataError, match="site A, contrast flair: an image holds NaN") as raised:
+        _task().dataset("A", tmp_path)
+    assert "patient-" not in str(raised.value)
+
+
 def test_a_custom_task_comes_from_its_factory() -> None:
     study = _study(task={"kind": "custom", "factory": "types:SimpleNamespace", "options": {"metrics": ()}})
     with pytest.raises(StudyError, match="build_model, dataset"):
         build_task(study)
+    with pytest.raises(StudyError, match=r"task\.options.*cannot be called"):
+        build_task(_study(task={"kind": "custom", "factory": "textwrap:dedent", "options": {"depth": 3}}))
     for factory in ("no_such_package:make", "types:no_such_name"):
         with pytest.raises(StudyError, match="cannot be imported"):
             build_task(_study(task={"kind": "custom", "factory": factory}))

@@ -8,9 +8,13 @@ from typing import Literal
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
+from wardround.errors import GeometryError
 from wardround.models.unrolled import as_channels, as_complex
 from wardround.physics.operator import LinearOperator
 from wardround.study import schema
+
+# Four poolings leave 2 x 2 of it, the least that a normalisation over an image can work with.
+SMALLEST = 32
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class PostUNet(nn.Module):
     """Adds MONAI's BasicUNet of the zero-filled image to it, as two real channels (residual learning).
 
     After Jin et al., IEEE TIP 26 (2017), 4509 and Zbontar et al., arXiv:1811.08839. Images are expected on a
-    scale of about [0, 1], with H and W at least 32: four poolings and a normalisation. The last layer starts at zero,
-    so that an untrained network gives the zero-filled image.
+    scale of about [0, 1], with H and W at least 32. The last layer starts at zero: an untrained network gives the
+    zero-filled image.
     """
 
     def __init__(self, shape: UNetShape) -> None:
@@ -52,6 +56,11 @@ class PostUNet(nn.Module):
         nn.init.zeros_(self.network.final_conv.bias)
 
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
-        """Measured data (B, *data_shape) -> complex images (B, H, W)."""
+        """Measured data (B, *data_shape) -> complex images (B, H, W). Raises GeometryError for tiny images."""
         channels = as_channels(operator.A_adjoint(data)).contiguous()
+        if min(channels.shape[-2:]) < SMALLEST:
+            raise GeometryError(
+                f"the U-Net needs images of at least {SMALLEST} x {SMALLEST} pixels, "
+                f"not {channels.shape[-2]} x {channels.shape[-1]}; use larger images, or the model `modl`"
+            )
         return as_complex(channels + self.network(channels))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from wardround.data.volume import Volume, read_volume, write_nifti
 from wardround.errors import DataError, StudyError
@@ -19,77 +21,149 @@ from wardround.physics.mri import CartesianMRI
 from wardround.physics.simulate import simulate
 from wardround.runner.release import load_model
 from wardround.study.acquisition import MRIAcquisition
+from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.wire.random import public_generator
 
 Array = npt.NDArray[Any]
+# Interpolation leaves small undershoots; anything lower is no magnitude image.
+_UNDERSHOOT = 0.05
 
 
 def reconstruct(model_file: Path, source: Path, output: Path, *, site: str | None = None) -> str:
     """Reconstruct `source` with a released model and write NIfTI to `output`; returns what was done, in a sentence.
 
     `source` is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
-    or a magnitude image in NIfTI, which is first scanned by the study's simulated scanner. Raises `DataError` and
-    `StudyError`.
+    or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`. The
+    output appears whole or not at all. Raises `DataError`, `StudyError` and `GeometryError`.
     """
     if not output.name.endswith((".nii", ".nii.gz")):
-        raise StudyError("the output must be a NIfTI file: NAME.nii.gz")
-    tensors, metadata = load_model(model_file)
-    study = Study.model_validate(json.loads(metadata["study"]))
-    if study.task.kind != "reconstruction":
-        raise StudyError("this model does not reconstruct images")
-    if site is not None and site not in study.sites:
-        raise StudyError(f"--site {site}: the model's study has {', '.join(study.sites)}")
-    acquisition = study.acquisition if site is None else study.acquisition_of(site)
-    torch.manual_seed(0)
-    network = build_model(study.model)
-    network.load_state_dict({name: torch.from_numpy(t) for name, t in tensors.items()})
-    network.eval()
+        raise StudyError("the output must be a NIfTI file: NAME.nii.gz", detail=str(output))
+    if output.exists() and source.exists() and output.samefile(source):
+        raise StudyError("the output would overwrite the input; choose another name", detail=str(output))
+    model = _open(model_file, site)
     if source.suffix == ".npy":
-        images, affine, spacing = _from_kspace(network, source), np.eye(4), (1.0, 1.0, 1.0)
-        said = f"Reconstructed {images.shape[2]} slices from k-space"
+        kspace = _read_kspace(source, model.coils)
+        images = _from_kspace(model.network, kspace)
+        volume = Volume(images, (1.0, 1.0, 1.0), np.eye(4))
+        said = (
+            f"Reconstructed {_slices(images)} from k-space of {kspace.shape[1]} coils; "
+            "k-space holds no voxel size, so 1 mm is written."
+        )
     else:
-        volume = read_volume(source)
-        images = _from_image(network, volume, acquisition, study.seed)
-        affine, spacing = volume.affine, volume.spacing
-        factor = acquisition.mask.acceleration
-        said = f"Simulated the acquisition of {images.shape[2]} slices (R={factor:g}) and reconstructed them"
-    write_nifti(Volume(images, spacing, affine), output)
-    return f"{said}. Research use only. {output}"
+        image = read_volume(source)
+        volume = Volume(_from_image(model, image), image.spacing, image.affine)
+        said = (
+            f"Simulated a scan of {_slices(image.data)} by the scanner of {site or 'the study'} "
+            f"(R = {model.acquisition.mask.acceleration:g}, {model.acquisition.coils} coils) and reconstructed it."
+        )
+    try:
+        write_nifti(volume, output)
+    except OSError as error:
+        raise DataError(f"the output cannot be written: {error.strerror}", detail=str(output)) from error
+    return f"{said}\nWrote {output}. Research use only."
 
 
-@torch.no_grad()
-def _from_kspace(network: torch.nn.Module, source: Path) -> Array:
+@dataclass(frozen=True)
+class _Model:
+    """A released network, the scanner to simulate, and the numbers of coils it was trained with."""
+
+    network: nn.Module
+    acquisition: MRIAcquisition
+    coils: tuple[int, ...]
+    seed: int
+
+
+def _open(path: Path, site: str | None) -> _Model:
+    tensors, metadata = load_model(path)
+    try:
+        study = load_study(json.loads(metadata["study"]))
+    except (KeyError, ValueError, StudyError) as error:
+        raise DataError(
+            "the model file holds no study that this version of Wardround reads; use the version that wrote it",
+            detail=f"{path}: {_one_line(error)}",
+        ) from error
+    if study.task.kind != "reconstruction":
+        raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
+    if site is not None and site not in study.sites:
+        raise StudyError(f"--site {site}: the model's study has no such site, only {', '.join(study.sites)}")
+    network = build_model(study.model)
+    try:
+        network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        raise DataError(
+            "the model file's tensors do not fit the network of its study; get it again from where it was released",
+            detail=f"{path}: {_one_line(error)}",
+        ) from error
+    acquisition = study.acquisition if site is None else study.acquisition_of(site)
+    return _Model(network.eval(), acquisition, _trained_coils(study, site), study.seed)
+
+
+def _trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
+    sites = study.training_sites if site is None else (site,)
+    return tuple(sorted({study.acquisition_of(name).coils for name in sites}))
+
+
+def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
     try:
         kspace = np.load(source, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError("the k-space file is not a .npy array", detail=f"{source}: {error}") from error
-    if kspace.ndim == 3:
-        kspace = kspace[None]
-    if kspace.ndim != 4 or not np.iscomplexobj(kspace):
-        raise DataError(f"k-space must be complex (slices, coils, H, W); this is {kspace.dtype} {kspace.shape}")
+    except FileNotFoundError as error:
+        raise DataError("the k-space file does not exist; check its path", detail=str(source)) from error
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError("the k-space file is not a NumPy array (.npy)", detail=f"{source}: {error}") from error
+    if not isinstance(kspace, np.ndarray):
+        raise DataError("the k-space file holds several arrays; store one array as .npy", detail=str(source))
+    if kspace.ndim not in (3, 4) or not np.iscomplexobj(kspace) or 0 in kspace.shape:
+        raise DataError(
+            "k-space must be complex, (coils, H, W) or (slices, coils, H, W); "
+            f"this is {kspace.dtype} of shape {kspace.shape}"
+        )
+    if kspace.shape[-3] not in coils:
+        known = " or ".join(map(str, coils))
+        raise DataError(
+            f"k-space of shape {kspace.shape} has {kspace.shape[-3]} coils, but the model was trained with {known}; "
+            f"its axes must be (coils, H, W) or (slices, coils, H, W), its coils compressed to {known}"
+        )
     if not np.isfinite(kspace).all():
-        raise DataError("the k-space holds values that are not finite")
-    slices = []
-    for data in torch.from_numpy(kspace.astype(np.complex64)):
-        mask = (data.abs().sum(dim=0) > 0).float()[None]
-        maps = low_resolution_maps(data[None], mask)
-        operator = CartesianMRI(maps, mask)
-        # Networks learn images of about [0, 1]: scale by the zero-filled peak, and back.
-        scale = operator.A_adjoint(data[None]).abs().amax().clamp_min(1e-12)
-        slices.append((network(operator, data[None] / scale).abs() * scale)[0].numpy())
-    return np.stack(slices, axis=-1)
+        raise DataError("the k-space holds NaN or infinite values; replace them at the source")
+    whole: Array = kspace.astype(np.complex64)
+    return whole if whole.ndim == 4 else whole[None]
 
 
 @torch.no_grad()
-def _from_image(network: torch.nn.Module, volume: Volume, acquisition: MRIAcquisition, seed: int) -> Array:
+def _from_kspace(network: nn.Module, kspace: Array) -> Array:
+    slices = [torch.from_numpy(data)[None] for data in kspace]
+    operators = []
+    for data in slices:
+        mask = (data.abs().sum(dim=1) > 0).float()
+        operators.append(CartesianMRI(low_resolution_maps(data, mask), mask))
+    # Networks learn volumes whose maximum is 1: scale by the zero-filled peak of the volume, and back.
+    peaks = [operator.A_adjoint(data).abs().amax() for operator, data in zip(operators, slices, strict=True)]
+    scale = torch.stack(peaks).amax()
+    images = [network(operator, data / scale)[0].abs() for operator, data in zip(operators, slices, strict=True)]
+    return np.stack([(image * scale).numpy() for image in images], axis=-1)
+
+
+@torch.no_grad()
+def _from_image(model: _Model, volume: Volume) -> Array:
     peak = float(volume.data.max())
+    if peak <= 0 or float(volume.data.min()) < -_UNDERSHOOT * peak:
+        raise DataError("the image has negative values, so it is no magnitude image")
     height, width, count = volume.data.shape
-    mask = sampling_mask(acquisition.mask, (height, width), public_generator(seed, "reconstruct", "mask"))
+    mask = sampling_mask(model.acquisition.mask, (height, width), public_generator(model.seed, "reconstruct", "mask"))
     slices = []
     for number in range(count):
-        image = np.ascontiguousarray(volume.data[..., number] / peak, dtype=np.float32)
-        measured = simulate(image, acquisition, public_generator(seed, "reconstruct", number), mask)
+        image = np.clip(volume.data[..., number] / peak, 0.0, 1.0).astype(np.float32)
+        measured = simulate(image, model.acquisition, public_generator(model.seed, "reconstruct", number), mask)
         operator = CartesianMRI(measured.maps[None], measured.mask[None])
-        slices.append(network(operator, measured.kspace[None]).abs()[0].numpy() * peak)
+        slices.append(model.network(operator, measured.kspace[None]).abs()[0].numpy() * peak)
     return np.stack(slices, axis=-1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _slices(images: Array) -> str:
+    count = images.shape[-1]
+    return f"{count} slice{'s' if count != 1 else ''} of {images.shape[0]} x {images.shape[1]}"

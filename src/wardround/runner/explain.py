@@ -2,63 +2,220 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import yaml
+
 from wardround.federation.training import patients_in
+from wardround.report.units import human_bytes, protocol
+from wardround.runner.host import Blueprint, Host
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256
+from wardround.study.schema import ReconstructionTask, Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
+
+_WIDTH = 100
+_LABEL = 15
 
 
 def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], overrides: Sequence[str]) -> str:
-    """Arms, steps, what travels and how much of it; with a sites file also the patients of every site.
+    """Sites, what is learned, arms, what travels and how much of it; with a sites file also every site's patients.
 
-    Raises `StudyError` and `DataError` for whatever would stop the run.
+    Reads the study and the data, writes nothing. Raises `StudyError` and `DataError` for whatever would stop the run.
     """
     study = load_study(study_file, overrides)
-    sites = (
-        load_sites(sites_file)
-        if sites_file is not None
-        else SitesFile(sites={name: SiteData(data=Path()) for name in study.sites})
-    )
-    host = open_host(study, sites, Path(), compare, (), None)
+    if sites_file is None:
+        nowhere = SitesFile(sites={name: SiteData(data=Path()) for name in study.sites})
+        host = open_host(study, nowhere, Path(), compare, (), None)
+        sites, mind = _sites(host), "Data: not looked at; add --sites SITES to see every site's patients."
+    else:
+        host = open_host(study, load_sites(sites_file), Path(), compare, (), None)
+        sites, mind = _sites_with_data(host), "\n".join(_cautions(host))
     blueprint = host.blueprint("federated")
-    policy, parameters = blueprint.policy, host.bench.parameters
-    sizes = {p.name: p.info.size for p in parameters}
-    rounds = study.schedule.rounds
-    up = blueprint.layout.nbytes
-    down = sum(sizes[name] * 4 for name in policy.names("shared"))
-    lines = [
-        f"Study {study.name}, {study_sha256(study)[:12]}: {len(study.training_sites)} sites train"
-        + (f", {', '.join(study.unseen_sites)} only evaluated" if study.unseen_sites else ""),
-        f"Model: {sum(sizes.values()):,} values; "
-        + ", ".join(
-            f"{sum(sizes[n] for n in policy.names(role)):,} {role}"
-            for role in ("shared", "local", "frozen")
-            if policy.names(role)
-        ),
-        f"Each round, each site: {study.local.steps} steps of {study.local.batch} examples; "
-        f"{_megabytes(down)} down, {_megabytes(up)} up",
-        f"In all {rounds} rounds: {_megabytes(rounds * len(study.training_sites) * (up + down))} between sites and "
-        "coordinator",
-        "What leaves a site: the sum of weighted changes of every shared tensor, its weight, the sum of its losses and "
-        "seconds, and sums of validation metrics over patients"
-        + ("; its own test results" if sites_file is None else ""),
-        "Arms: " + ", ".join(f"{name} ({arm.local.steps * rounds:,} steps a site)" for name, arm in host.arms.items()),
+    sections = (
+        _study(host, blueprint),
+        f"Sites\n{sites}",
+        f"Training\n{_training(host, blueprint)}",
+        f"Arms\n{_arms(host)}",
+        f"What leaves a site\n{_egress(host)}",
+        mind,
+    )
+    return "\n\n".join(section for section in sections if section)
+
+
+def look_at_data(study: Study, sites: SitesFile | Path) -> None:
+    """Open every site's data once; raises `StudyError` and `DataError` for whatever a site could not train with.
+
+    Across hospitals a round goes on without a site that fails. On one machine that would hide a mistake.
+    """
+    host = open_host(study, sites, Path(), (), (), None)
+    for name in study.sites:
+        host.dataset(name)
+
+
+def full_study(study_file: Path, overrides: Sequence[str]) -> str:
+    """The study as YAML with overrides applied and every default filled in. Raises `StudyError`."""
+    study = load_study(study_file, overrides)
+    return str(
+        yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=_WIDTH)
+    ).rstrip()
+
+
+def _study(host: Host, blueprint: Blueprint) -> str:
+    study, model = host.study, host.study.model
+    sizes = {p.name: p.info.size for p in host.bench.parameters}
+    parts = {role: sum(sizes[name] for name in blueprint.policy.names(role)) for role in ("shared", "local", "frozen")}
+    meaning = {"shared": "shared", "local": "stay at each site", "frozen": "never change"}
+    roles = ", ".join(f"{count:,} {meaning[role]}" for role, count in parts.items() if count)
+    entries = [
+        _entry("sha256", study_sha256(study)),
+        _entry("learns", _task(study)),
+        _entry("model", f"{model.kind}, preset {model.preset}: {sum(sizes.values()):,} values"),
+        _entry("method", f"{study.method.kind}: {roles}"),
     ]
-    if sites_file is not None:
-        for name in study.sites:
-            counts = patients_in(host.dataset(name))
-            egress = sites.of(name).egress.per_site_results
-            lines.append(
-                f"Site {name}: "
-                + ", ".join(f"{count} {split}" for split, count in counts.items())
-                + f" patients, {len(host.dataset(name))} training examples; own results "
-                + ("leave the site" if egress else "stay at the site")
-            )
-    return "\n".join(lines)
+    if study.description:
+        entries.insert(0, _entry("about", study.description))
+    return "\n".join([f"Study {study.name}", *entries])
 
 
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.2f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:,.2f} GB"
+def _task(study: Study) -> str:
+    task = study.task
+    if not isinstance(task, ReconstructionTask):
+        return f"a task of your own ({task.factory})"
+    masked = " inside the head" if task.loss.masked else ""
+    size = f"{task.size[0]} x {task.size[1]} pixels"
+    return f"reconstruction of {', '.join(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+
+
+def _sites(host: Host) -> str:
+    study = host.study
+    rows = [(name, _role(study, name), protocol(study.acquisition_of(name).model_dump())) for name in study.sites]
+    return _table(("site", "role", "simulated scanner"), rows)
+
+
+def _sites_with_data(host: Host) -> str:
+    study, rows = host.study, []
+    for name in study.sites:
+        dataset = host.dataset(name)
+        counts = [str(count) for count in patients_in(dataset).values()]
+        own = "leave the site" if host.sites.of(name).egress.per_site_results else "stay there"
+        scanner = protocol(study.acquisition_of(name).model_dump())
+        rows.append((name, _role(study, name), *counts, str(len(dataset)), own, scanner))
+    header = ("site", "role", "train", "validation", "test", "examples", "own results", "simulated scanner")
+    note = "(train, validation, test: patients; examples: training slices)"
+    return f"{_table(header, rows)}\n{_wrapped(note, '  ')}"
+
+
+def _role(study: Study, site: str) -> str:
+    return "trains" if study.sites[site].role == "train" else "unseen: only tested"
+
+
+def _training(host: Host, blueprint: Blueprint) -> str:
+    study, local, schedule = host.study, host.study.local, host.study.schedule
+    nbytes = {p.name: p.info.nbytes for p in host.bench.parameters}
+    down, up = sum(nbytes[name] for name in blueprint.policy.names("shared")), blueprint.layout.nbytes
+    total = schedule.rounds * len(study.training_sites) * (down + up)
+    examples = f"{local.batch} example{'s' if local.batch != 1 else ''}"
+    released = "the last"
+    if schedule.release == "best" and host.task.metrics and schedule.validate_every:
+        released = f"the one with the best validation {host.task.metrics[0].name}"
+    return "\n".join(
+        (
+            _entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
+            _entry("rounds", f"{schedule.rounds}; released is {released}"),
+            _entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
+            _entry("", f"all rounds, all sites: {human_bytes(total)}"),
+        )
+    )
+
+
+def _arms(host: Host) -> str:
+    rounds, batch = host.study.schedule.rounds, host.study.local.batch
+    rows = []
+    for name, arm in host.arms.items():
+        steps = arm.local.steps * rounds
+        data = ", ".join(arm.members) if len(arm.sites) == len(arm.members) else f"all of {', '.join(arm.members)}"
+        rows.append((name, f"{steps:,}", f"{steps * batch * len(arm.sites):,}", data))
+    notes = []
+    baselines = getattr(getattr(host.study.task, "evaluation", None), "baselines", ())
+    if baselines:
+        notes.append(f"Compared with, nothing learned: {', '.join(baselines)}.")
+    if len(rows) == 1:
+        notes.append("Add --compare local,pooled to learn whether training together is worth it.")
+    return "\n".join(
+        [_table(("arm", "steps a site", "examples in all", "data"), rows), *(f"  {note}" for note in notes)]
+    )
+
+
+def _egress(host: Host) -> str:
+    names = ", ".join(spec.name for spec in host.task.metrics)
+    seen = "the coordinator learns their sum over sites and nothing of any site"
+    if not host.study.protection.secure:
+        seen = "the coordinator only adds them up, but could read each: `protection.secure` is false"
+    replicates = f", and of {host.replicates} bootstrap replicates" if host.replicates else ""
+    return "\n".join(
+        (
+            _entry("every round", "its weight and its weighted change of the shared values, as integers"),
+            _entry("", f"({seen})"),
+            _entry("", f"its loss and seconds, and sums over validation patients of {names}"),
+            _entry("at the end", f"sums over test patients of the same metrics{replicates}"),
+            _entry("never", "images, raw data, pictures, names, paths; what the method keeps at the site"),
+        )
+    )
+
+
+def _cautions(host: Host) -> Iterator[str]:
+    """What somebody should know before pressing the button."""
+    lonely: dict[str, list[str]] = {"validation": [], "test": []}
+    absent: dict[str, list[str]] = {"validation": [], "test": []}
+    few: list[str] = []
+    for name, site in host.study.sites.items():
+        counts = patients_in(host.dataset(name))
+        for split in ("validation", "test"):
+            if counts[split] == 1:
+                lonely[split].append(name)
+            if counts[split] == 0 and site.role == "train":
+                absent[split].append(name)
+        if 1 < counts["test"] < 10:
+            few.append(f"{name} {counts['test']}")
+    lines = [
+        f"One {split} patient at {', '.join(names)}: what is sent as a sum is this patient's value."
+        for split, names in lonely.items()
+        if names
+    ]
+    lines += [f"No {split} patient at {', '.join(names)}." for split, names in absent.items() if names]
+    if few:
+        lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals.")
+    if lines:
+        yield "Mind"
+    for line in lines:
+        yield _wrapped(line, "  - ")
+
+
+# Layout -----------------------------------------------------------------------------------------------------------
+
+
+def _entry(label: str, text: str) -> str:
+    return _wrapped(text, f"  {label:<{_LABEL - 2}}")
+
+
+def _wrapped(text: str, first: str) -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; numbers to the right."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(cell.replace(",", "").isdigit() for cell in column[1:]) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(cells, widths, right, strict=True)
+        )
+        return "  " + "  ".join(aligned).rstrip()
+
+    return "\n".join(line(cells) for cells in (header, *rows))

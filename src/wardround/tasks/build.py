@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 
 from wardround.errors import StudyError
@@ -9,7 +10,7 @@ from wardround.study import schema
 from wardround.tasks.reconstruction import ReconstructionTask
 from wardround.tasks.task import Task
 
-_PARTS = ("metrics", "build_model", "dataset", "loss", "score")
+_PARTS = ("metrics", "build_model", "dataset", "pooled", "loss", "score")
 
 
 def build_task(study: schema.Study) -> Task:
@@ -31,6 +32,12 @@ def _custom(config: schema.CustomTask) -> Task:
             "and that its package is installed in this environment",
             detail=str(error),
         ) from error
+    try:
+        inspect.signature(factory).bind(**config.options)
+    except TypeError as error:
+        raise StudyError(f"task.options: {config.factory!r} cannot be called with them: {error}") from error
+    except ValueError:
+        pass  # A callable in C has no signature; it says itself what it does not take.
     task: Task = factory(**config.options)
     lacking = [part for part in _PARTS if not hasattr(task, part)]
     if lacking:

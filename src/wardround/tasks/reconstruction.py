@@ -30,6 +30,7 @@ from wardround.wire.random import public_generator
 
 _CACHE_BYTES = 2**28
 _EVALUATION_BATCH = 8
+_SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,8 @@ class ReconstructionDataset:
 
     What a slice's scan looks like is public randomness: the mask is drawn for a patient (for the site where
     `mask.fixed`), coils, phase and noise for a slice. So every arm of a study sees the same raw data, and
-    scans may be kept: in memory up to `cache_bytes`, measured samples only.
+    scans may be kept: in memory up to `cache_bytes`, measured samples only. Raises DataError where any image of the
+    site, of whichever split, cannot be used.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class ReconstructionDataset:
         self._task = task
         self._seed = seed
         self._train = index.examples("train")
+        # All images are looked at now: one that cannot be used must not stop a run at its end.
+        self._evaluated: dict[Split, dict[int, list[Example]]] = {s: self._by_patient(s) for s in _SPLITS}
         self._cache = _ScanCache(cache_bytes)
 
     def fingerprint(self) -> str:
@@ -111,14 +115,14 @@ class ReconstructionDataset:
         Slices follow `task.evaluation.slices`; validation, which runs after every round and tunes
         baselines, takes `tuning_slices` of each volume.
         """
-        for patient, examples in self._by_patient(split).items():
+        for patient, examples in self._evaluated[split].items():
             for start in range(0, len(examples), _EVALUATION_BATCH):
                 scans = [self._scan(example, False) for example in examples[start : start + _EVALUATION_BATCH]]
                 yield patient, MRIBatch.joined(scans)
 
     def middle(self, split: Split) -> Iterator[tuple[int, str, MRIBatch]]:
         """(patient number, contrast, batch of 1): the middle evaluated slice of each patient and contrast."""
-        for patient, examples in self._by_patient(split).items():
+        for patient, examples in self._evaluated[split].items():
             for contrast in self._task.contrasts:
                 of_contrast = [example for example in examples if example.contrast == contrast]
                 if of_contrast:

@@ -1,0 +1,68 @@
+"""What a CT scanner does, as data: its geometry and its dose, part of the study and of every model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from wardround.study.base import Config
+
+# Attenuation of water in 1/mm at about 70 keV, the effective energy of a diagnostic tube.
+MU_WATER = 0.0192
+
+
+class CTGeometry(Config):
+    """Where source, detector and image lie; lengths in mm, angles in degrees.
+
+    The image's middle is the isocentre. View k stands at start + k * sweep / views. For fan beams, `bin` is measured
+    at the detector: along a flat detector, or along the arc around the source.
+    """
+
+    kind: Literal["parallel", "fan_flat", "fan_arc"] = "fan_flat"
+    size: tuple[int, int] = Field((256, 256), description="rows and columns of the image")
+    pixel: float = Field(1.0, gt=0.0, description="edge of a pixel")
+    views: int = Field(180, ge=1, le=100_000)
+    start: float = Field(0.0, description="angle of the first view")
+    sweep: float | None = Field(None, gt=0.0, le=360.0, description="default 180 for parallel beams, 360 for fans")
+    bins: int = Field(368, ge=1, le=100_000)
+    bin: float = Field(2.5716, gt=0.0, description="distance between the middles of neighbouring bins")
+    offset: float = Field(0.0, description="where the central ray falls, in bins beyond the detector's middle")
+    source_distance: float | None = Field(None, gt=0.0, description="source to isocentre; fans only")
+    detector_distance: float | None = Field(None, ge=0.0, description="isocentre to detector; fans only")
+    body_radius: float | None = Field(
+        None, gt=0.0, description="the detector must see this circle in every view; default the image's inscribed one"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> CTGeometry:
+        distances = (self.source_distance, self.detector_distance)
+        if self.kind == "parallel" and distances != (None, None):
+            raise ValueError("parallel beams have no source; remove `source_distance` and `detector_distance`")
+        if self.kind != "parallel" and None in distances:
+            raise ValueError(f"kind={self.kind} needs `source_distance` and `detector_distance` in mm")
+        if min(self.size) < 1:
+            raise ValueError(f"size={self.size} has no pixels; give rows and columns, at least 1")
+        return self
+
+    @property
+    def sweep_degrees(self) -> float:
+        """Angle that all views cover together: as configured, or 180 for parallel beams and 360 for fans."""
+        return self.sweep or (180.0 if self.kind == "parallel" else 360.0)
+
+
+class CTAcquisition(Config):
+    """Simulated acquisition of a slice in Hounsfield units.
+
+    `kvp`, `slice_thickness` and `kernel` describe the scan; only beam hardening computes with `kvp`.
+    """
+
+    kind: Literal["ct"] = "ct"
+    geometry: CTGeometry = CTGeometry(source_distance=595.0, detector_distance=490.6)
+    photons: float = Field(1e5, gt=0.0, le=1e9, description="photons I0 that reach a bin through air, per view")
+    electronic_noise: float = Field(3.2, ge=0.0, description="standard deviation of read-out noise, in photons")
+    mu_water: float = Field(MU_WATER, gt=0.0, description="attenuation of water in 1/mm")
+    beam_hardening: bool = Field(False, description="a tube's spectrum, corrected for water, instead of one energy")
+    kvp: float = Field(120.0, ge=60.0, le=150.0, description="tube voltage in kV")
+    slice_thickness: float | None = Field(None, gt=0.0, description="mm")
+    kernel: str | None = Field(None, description="the vendor's name of the reconstruction kernel")

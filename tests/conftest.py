@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+from tests.faults.victims import Nursery
 
 # Before torch is imported, here and in every process that a test starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,3 +19,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.g
 
 settings.register_profile("wardround", deadline=None, max_examples=50)
 settings.load_profile("wardround")
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Starts runs that can be killed; one for the whole session, for its start-up is that of torch."""
+    started = Nursery()
+    yield started
+    started.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,13 +80,15 @@ class Union:
 
 @dataclass(frozen=True)
 class Regression:
-    """y = tanh(W x) with site-specific shifts; `norm` adds a batch-norm layer; `fail` names a site that raises."""
+    """y = tanh(W x) with site-specific shifts; `norm` adds a batch-norm layer; `fail` names a site that raises, `nan` one
+    whose targets are no numbers; `pause` are seconds that every loss takes."""
 
     features: int = 6
     patients: int = 8
     norm: bool = False
     fail: str = ""
     nan: str = ""
+    pause: float = 0.0
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -113,6 +116,7 @@ class Regression:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
+        time.sleep(self.pause)
         return (model(x) - y).square().mean()
 
     def score(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

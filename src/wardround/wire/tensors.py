@@ -87,9 +87,11 @@ class TensorFile(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         info, offset = self._where[name]
         out = np.empty(info.shape, dtype=info.dtype)
+        if not out.size:
+            return out
         with self.path.open("rb") as file:
             file.seek(offset)
-            if file.readinto(out.reshape(-1).view(np.uint8).data if out.size else b"") != info.nbytes:
+            if file.readinto(out.reshape(-1).view(np.uint8).data) != info.nbytes:
                 raise WireError(f"the bytes of tensor {name[:80]!r} are missing from its file")
         return out
 

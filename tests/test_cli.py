@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -235,6 +236,14 @@ def test_inspect_describes_folders_and_files(data: Path, tmp_path: Path) -> None
 def test_convert_says_what_it_looks_for(tmp_path: Path) -> None:
     assert "kaggle_3m/TCGA_XX_NNNN_DATE" in _refused("convert", "lgg", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "demo", "evaluate", "reconstruct", "init", "check", "inspect"])
+def test_help_is_whole(command: str) -> None:
+    """Rich reads square brackets as markup and swallows them."""
+    said = _ok(command, "--help")
+    assert not re.search(r" \.\s", said)
+    assert "default: " in said or command not in ("run", "reconstruct")
 
 
 # Bad input --------------------------------------------------------------------------------------------------------

@@ -54,16 +54,18 @@ app.add_typer(convert_app, name="convert")
 console = Console()
 errors = Console(stderr=True)
 
-StudyFile = Annotated[Path, typer.Argument(help="The study file (YAML).", show_default=False)]
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file (YAML).")]
 SitesOption = Annotated[Path, typer.Option("--sites", help="Where each site's data lie (YAML).")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Where to write the results [runs/NAME].")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Where to write the results (default: runs/NAME).")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the study: a.b=value.")]
 CompareOption = Annotated[str, typer.Option("--compare", help="What to compare with: local,pooled.")]
 EngineName = Literal["local", "workers"]
 EngineOption = Annotated[
-    EngineName | None, typer.Option("--engine", help="One process or several [workers where there are cores].")
+    EngineName | None, typer.Option("--engine", help="One process, or several (default where there are cores).")
 ]
-ProcessesOption = Annotated[int | None, typer.Option("--processes", min=1, help="Worker processes [one a core].")]
+ProcessesOption = Annotated[
+    int | None, typer.Option("--processes", min=1, help="Worker processes (default: one a core).")
+]
 
 
 def main() -> None:
@@ -124,7 +126,7 @@ def demo(
 
 @app.command()
 def evaluate(
-    out: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a finished run.")],
     sites: SitesOption,
     engine: EngineOption = None,
     processes: ProcessesOption = None,
@@ -150,10 +152,12 @@ def evaluate(
 
 @app.command()
 def reconstruct(
-    model: Annotated[Path, typer.Argument(help="A released model (models/ARM.safetensors).")],
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="A NIfTI image, or k-space (.npy, coils x H x W).")],
-    output: Annotated[Path, typer.Argument(help="The NIfTI file to write.")],
-    site: Annotated[str | None, typer.Option("--site", help="Whose protocol to use [the study's].")] = None,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A released model (models/ARM.safetensors).")],
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A NIfTI image, or k-space (.npy: slices x coils x H x W).")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The NIfTI file to write.")],
+    site: Annotated[str | None, typer.Option("--site", help="Whose scanner and coils (default: the study's).")] = None,
 ) -> None:
     """Reconstruct with a released model. A NIfTI image is scanned by the study's simulated scanner first."""
     from wardround.runner.apply import reconstruct as apply
@@ -163,7 +167,7 @@ def reconstruct(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="A folder of sites: SITE/PATIENT/CONTRAST.nii.gz.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of sites: SITE/PATIENT/CONTRAST.nii.gz.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write study.yaml and sites.yaml.")] = Path("."),
 ) -> None:
     """Propose a commented study file and a sites file for a folder of scans."""
@@ -198,7 +202,7 @@ def check(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="A file or folder.")]) -> None:
+def inspect(path: Annotated[Path, typer.Argument(metavar="PATH", help="A file or folder.")]) -> None:
     """Say what a file or folder holds, without naming a patient."""
     from wardround.data.convert import inspect_path
 
@@ -213,8 +217,10 @@ def version() -> None:
 
 @convert_app.command("lgg")
 def convert_lgg(
-    download: Annotated[Path, typer.Argument(help="The unpacked public download (it holds kaggle_3m/).")],
-    out: Annotated[Path, typer.Argument(help="The folder to write SITE/PATIENT/*.nii.gz into.")],
+    download: Annotated[
+        Path, typer.Argument(metavar="DOWNLOAD", help="The unpacked public download (it holds kaggle_3m/).")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write SITE/PATIENT/*.nii.gz into.")],
 ) -> None:
     """Convert the public LGG MRI segmentation collection."""
     from wardround.data.convert import convert_lgg as convert

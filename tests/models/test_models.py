@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,15 @@ def test_batch_statistics_exist_where_a_study_wants_them_local() -> None:
     buffers = {name for name, _ in _build(MoDL(preset="tiny", norm="batch")).named_buffers()}
     assert any(name.endswith("running_mean") for name in buffers)
     assert not list(_build(MoDL(preset="tiny")).named_buffers())
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("kind", [MoDL, UNet])
+def test_the_documentation_counts_parameters_right(kind: type[MoDL] | type[UNet], preset: str) -> None:
+    config = kind.model_validate({"kind": kind.__name__.lower(), "preset": preset})
+    count = sum(p.numel() for p in build_model(config).parameters())
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    assert f"| `{config.kind}` | `{preset}` | {count:,} |" in page.read_text(encoding="utf-8")
 
 
 def test_a_study_overrides_its_preset() -> None:

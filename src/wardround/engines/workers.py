@@ -2,6 +2,9 @@
 
 Workers take messages from one queue, whichever arm they come from. A worker that dies is started again and its message
 is sent once more: a site answers a message that it has finished from its store, and does an unfinished one again.
+
+Messages of an exchange with several phases all go to the worker that got the site's first one: the keys of a secure sum
+live in one process and are never written down.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +42,13 @@ class WorkersEngine:
     def __init__(self, processes: int, factory: str, spec: Path, progress: Progress | None = None) -> None:
         self._progress = progress
         self._command = [sys.executable, "-m", "wardround.engines.worker", factory, str(spec)]
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(processes)]
+        self._shared: deque[_Job] = deque()
+        self._own: list[deque[_Job]] = [deque() for _ in range(processes)]
+        self._owners: dict[tuple[str, str], deque[_Job]] = {}
+        self._threads = [threading.Thread(target=self._serve, args=(own,), daemon=True) for own in self._own]
         self._workers: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
+        self._ready = threading.Condition(self._lock)
         self._closed = False
         for thread in self._threads:
             thread.start()
@@ -63,11 +70,27 @@ class WorkersEngine:
             yield reply
 
     def _put(self, job: _Job) -> None:
-        with self._lock:
+        header = job.message.header
+        with self._ready:
             if not self._closed:
-                self._jobs.put(job)
+                waiting = self._shared
+                if header.phase:
+                    next_own = self._own[len(self._owners) % len(self._own)]
+                    waiting = self._owners.setdefault((header.study, header.site), next_own)
+                waiting.append(job)
+                self._ready.notify_all()
                 return
         job.replies.put(None)
+
+    def _take(self, own: deque[_Job]) -> _Job | None:
+        """The next job of a worker, or nothing once the engine is closed."""
+        with self._ready:
+            while not self._closed:
+                for waiting in (own, self._shared):
+                    if waiting:
+                        return waiting.popleft()
+                self._ready.wait()
+        return None
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -77,20 +100,22 @@ class WorkersEngine:
 
     def close(self) -> None:
         """Kill all workers; exchanges under way raise `Interrupted`."""
-        with self._lock:
+        with self._ready:
             self._closed = True
             workers = list(self._workers)
-        for _ in self._threads:
-            self._jobs.put(None)
+            for waiting in (self._shared, *self._own):
+                while waiting:
+                    waiting.popleft().replies.put(None)
+            self._ready.notify_all()
         for worker in workers:
             worker.kill()
         for thread in self._threads:
             thread.join(timeout=10)
 
-    def _serve(self) -> None:
+    def _serve(self, own: deque[_Job]) -> None:
         worker: subprocess.Popen[bytes] | None = None
         try:
-            while (job := self._jobs.get()) is not None:
+            while (job := self._take(own)) is not None:
                 reply: Message | None = None
                 for _ in range(ATTEMPTS):
                     if worker is not None and worker.poll() is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from wardround.federation.exchange import (
     Exchange,
     ExchangeFactory,
     PlainSum,
+    Void,
 )
 from wardround.federation.journal import Journal, RoundReport, State
 from wardround.federation.methods.method import Method, Writers
@@ -33,6 +35,8 @@ PATIENTS = "validation_patients"
 LOSS = "loss"
 SECONDS = "seconds"
 VALIDATION = "validation/"
+# Rounds in a row that may come to nothing before somebody has to look.
+MAX_VOID = 3
 
 
 @dataclass(frozen=True)
@@ -108,27 +112,43 @@ class Coordinator:
         when fewer than `min_sites` answer; what is committed stays, and the run can be resumed.
         """
         plan = self._plan
-        while state.round < plan.rounds:
-            state, report = self._round(state)
+        reasons: list[str] = []
+        # The number of a void round is used up: the study ends that many numbers later.
+        while state.round < plan.rounds + len(self._journal.void(TRAIN)):
+            try:
+                state, report = self._round(state)
+            except Void as void:
+                reasons.append(str(void))
+                if len(reasons) == MAX_VOID:
+                    raise NotEnoughSites(
+                        f"{plan.arm}: {MAX_VOID} rounds in a row were void ({'; '.join(reasons)}). Mend the cause and "
+                        "run again with --resume"
+                    ) from void
+                continue
+            reasons.clear()
             yield report
-        if plan.validate_every and self._missing_validation(plan.rounds):
-            aggregate, _, _ = self._run(self._call(EVALUATE, state, {"split": "validation"}, plan.metrics_layout))
-            report = self._amend(plan.rounds, aggregate)
-            yield report
+        if plan.validate_every and self._missing_validation(state.round):
+            evaluate = self._call(EVALUATE, state, state.round, {"split": "validation"}, plan.metrics_layout)
+            try:
+                exchange, _, _ = self._run(evaluate)
+            except Void:
+                # It may not be repeated: the last round goes without its validation.
+                return
+            yield self._amend(state.round, exchange)
 
     def release(self) -> Release:
         """The released round: the best by validation, or the last."""
         number = self._best() if self._plan.release == "best" else None
-        number = self._plan.rounds if number is None else number
+        number = self._plan.rounds + len(self._journal.void(TRAIN)) if number is None else number
         return Release(number, self._journal.state(number))
 
     # ---------------------------------------------------------------------------------------------------------------
 
-    def _call(self, kind: str, state: State, meta: Mapping[str, Any], layout: Layout) -> Call:
+    def _call(self, kind: str, state: State, number: int, meta: Mapping[str, Any], layout: Layout) -> Call:
         return Call(
             kind=kind,
             study=self._plan.identity,
-            round=state.round + (1 if kind == TRAIN else 0),
+            round=number,
             sites=self._plan.sites,
             layout=layout,
             scales=state.scales if layout.groups else {},
@@ -180,13 +200,20 @@ class Coordinator:
             )
 
     def _round(self, state: State) -> tuple[State, RoundReport]:
-        plan, number = self._plan, state.round + 1
+        plan, void = self._plan, self._journal.void(TRAIN)
+        number = next(n for n in count(state.round + 1) if n not in void)
         began, self._waited = time.perf_counter(), 0.0
-        best = self._best()
+        skipped = sorted(n for n in void if n > state.round)
+        # What was known when the round was first asked for, so that a resumed run asks the very same.
+        best = self._best(before=state.round)
         keep = sorted({n for n in (best, state.round) if n is not None})
-        validate = bool(plan.validate_every) and state.round > 0 and state.round % plan.validate_every == 0
-        meta = {"keep": keep, "validate": validate}
-        exchange, missing, (up, down) = self._run(self._call(TRAIN, state, meta, plan.layout))
+        due = bool(plan.validate_every) and state.round > 0 and state.round % plan.validate_every == 0
+        # Two validations of one model by different sites would differ by what one of them measured.
+        validate = due and number == state.round + 1
+        meta: dict[str, Any] = {"keep": keep, "validate": validate}
+        if void:
+            meta["void"] = sorted(void)
+        exchange, missing, (up, down) = self._run(self._call(TRAIN, state, number, meta, plan.layout))
         aggregate = exchange.aggregate()
         if validate:
             self._amend(state.round, aggregate)
@@ -198,7 +225,7 @@ class Coordinator:
         report = RoundReport(
             arm=plan.arm,
             round=number,
-            attempt=0,
+            attempt=exchange.attempt,
             participants=tuple(sorted(exchange.receipts)),
             missing=missing,
             loss=float(aggregate.metrics[LOSS][0]) / aggregate.contributors,
@@ -210,10 +237,13 @@ class Coordinator:
             training_seconds=float(aggregate.metrics[SECONDS][0]),
             saturated_share=sum(aggregate.saturated.values()) / max(1, elements),
             state_sha256=following.public_sha256,
-            notes=tuple(
-                f"{key}: {share:.2%} of values saturated; its scale doubles"
-                for key, share in saturated.items()
-                if share > 1e-4
+            notes=(
+                *(f"round {n} is void: not all of it came after its survivors were named" for n in skipped),
+                *(
+                    f"{key}: {share:.2%} of values saturated; its scale doubles"
+                    for key, share in saturated.items()
+                    if share > 1e-4
+                ),
             ),
         )
         self._journal.commit(following, report, exchange.receipts)
@@ -253,12 +283,15 @@ class Coordinator:
     def _missing_validation(self, number: int) -> bool:
         return all(r.validation is None for r in self._journal.reports() if r.round == number)
 
-    def _best(self) -> int | None:
+    def _best(self, before: int | None = None) -> int | None:
         name = self._plan.selection
         scored = [
             (report.validation[name], report.round)
             for report in self._journal.reports()
-            if name is not None and report.validation and name in report.validation
+            if name is not None
+            and report.validation
+            and name in report.validation
+            and (before is None or report.round < before)
         ]
         if not scored:
             return None

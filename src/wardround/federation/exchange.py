@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from wardround.errors import Rejected
+from wardround.errors import Rejected, WardroundError
 from wardround.protection.gates import check_reply, check_update
 from wardround.wire.message import EMPTY, EMPTY_SHA256, Body, Header, Message
 from wardround.wire.ring import ExactSum
@@ -25,6 +25,10 @@ RELEASE = "release"
 UPDATE = "update"
 DONE = "done"
 ERROR = "error"
+
+
+class Void(WardroundError):
+    """A round must be given up, and its number with it: repeating it could give away what a single site sent."""
 
 
 class Engine(Protocol):
@@ -77,6 +81,8 @@ class Call:
 class Exchange(ABC):
     """One attempt of a round."""
 
+    attempt = 0
+
     @abstractmethod
     def open(self) -> list[Message]:
         """The messages of the first phase."""
@@ -87,7 +93,10 @@ class Exchange(ABC):
 
     @abstractmethod
     def close(self) -> list[Message]:
-        """End the phase with the replies that came; the messages of the next one, or none when all is done."""
+        """End the phase with the replies that came; the messages of the next one, or none when all is done.
+
+        Raises `NotEnoughSites` or `Void` when it cannot go on.
+        """
 
     @property
     def present(self) -> Set[str]:

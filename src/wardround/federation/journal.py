@@ -31,6 +31,11 @@ CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, report TEXT NOT NU
 """
 
 
+def survivors_of(kind: str) -> str:
+    """The name of the decision whose updates are in a secure sum; once it is written, its round cannot be repeated."""
+    return f"survivors/{kind}"
+
+
 @dataclass(frozen=True)
 class State:
     """The global state after a round: what sites get (`public`), what only the coordinator keeps (`private`)."""
@@ -131,6 +136,19 @@ class Journal:
             "SELECT value FROM decisions WHERE round=? AND attempt=? AND name=?", number, attempt, name
         )
         return json.loads(str(rows[0][0]))
+
+    def rounds_with(self, name: str) -> frozenset[int]:
+        """The rounds in which a decision of that name was taken, in any attempt."""
+        rows = self._database.rows("SELECT DISTINCT round FROM decisions WHERE name = ?", name)
+        return frozenset(int(str(row[0])) for row in rows)
+
+    def void(self, kind: str) -> frozenset[int]:
+        """The rounds whose survivor list was announced and which were never committed: their numbers are used up.
+
+        Repeating one with other survivors would give away, by difference, what a single site sent.
+        """
+        rows = self._database.rows("SELECT round FROM rounds")
+        return self.rounds_with(survivors_of(kind)) - {int(str(row[0])) for row in rows}
 
     def commit(self, state: State, report: RoundReport | None, receipts: Mapping[str, str]) -> None:
         """Make a round exist: its state, its report and the hash of what each site sent, in one durable transaction.

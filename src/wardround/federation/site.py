@@ -159,7 +159,7 @@ class Site:
         """Validate and train as asked; the update's bytes, the new private state, and the rounds to keep."""
         header = request.header
         public = self.public_state(request)
-        memory = self.store.memory(header.round - 1)
+        memory = self.store.memory(header.round - 1, without=[int(n) for n in header.meta.get("void", ())])
         learner = self.learner
         learner.load(public, memory)
         metrics: dict[str, Any] = {}
@@ -211,13 +211,18 @@ class Site:
         if request.header.kind in self._protocol.kinds:
             return self._protocol.answer(request, self)
         if request.header.kind == EVALUATE:
-            return self._evaluate(request)
+            return self.evaluate(request)
         if request.header.kind == RELEASE:
             return self._release(request)
         raise WireError(f"site {self.name} does not know messages of kind {request.header.kind[:40]!r}")
 
-    def _evaluate(self, request: Message) -> Answer:
+    def evaluate(self, request: Message) -> Answer:
         """Evaluate the model that the request carries: sums over all patients of a split, never a patient's value."""
+        chunks, layout = self.measure(request)
+        return Answer(self.reply_with(request, UPDATE, chunks, layout))
+
+    def measure(self, request: Message) -> tuple[Iterator[bytes | memoryview], Layout]:
+        """The bytes of an evaluation's sums, and their layout: the one that is pooled over sites, or the site's own."""
         header = request.header
         split = header.meta.get("split")
         if split not in ("validation", "test"):
@@ -238,7 +243,7 @@ class Site:
         layout = self.rules.metrics_layout if pooled else self.rules.evaluation_layout
         metrics = _validation_sums(values) if pooled else self._evaluation_sums(values)
         random = public_generator(self.rules.seed, self.name, "no rounding")
-        return Answer(self.reply_with(request, UPDATE, encode(layout, {}, {}, {}, metrics, random), layout))
+        return encode(layout, {}, {}, {}, metrics, random), layout
 
     def _release(self, request: Message) -> Answer:
         """Write the private part of the released model into the site's own folder."""

@@ -7,7 +7,7 @@ message, and answers it again from here, or has not, and does it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +62,36 @@ class SiteStore:
         with self._database.transaction(durable=True) as connection:
             connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
-    def memory(self, number: int) -> Memory:
+    def promise(self, name: str, number: int, value: str) -> str:
+        """Give one's word for round `number`, durably, unless it was given for that round or a later one.
+
+        Returns the word that stands. It is what keeps a site from signing two things for one round.
+        """
+        with self._database.transaction(durable=True) as connection:
+            row = connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+            known, standing = json.loads(str(row[0])) if row else (-1, "")
+            if number <= known:
+                return str(standing)
+            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps([number, value])))
+        return value
+
+    def promised(self, name: str) -> int:
+        """The last round for which a promise of that name was given; -1 when there is none."""
+        fact = self.fact(name)
+        return -1 if fact is None else int(json.loads(fact)[0])
+
+    def memory(self, number: int, *, without: Collection[int] = ()) -> Memory:
         """The private state after the last round up to `number` in which the site took part.
 
-        Raises `JournalError` when its file is gone.
+        Rounds in `without` are void: what the site learned in them never entered the global model. Raises
+        `JournalError` when its file is gone.
         """
+        marks = ",".join("?" * len(without))
         rows = self._database.rows(
-            "SELECT sha256, tensors, meta FROM memories WHERE round <= ? ORDER BY round DESC LIMIT 1", number
+            f"SELECT sha256, tensors, meta FROM memories WHERE round <= ? AND round NOT IN ({marks}) "
+            "ORDER BY round DESC LIMIT 1",
+            number,
+            *without,
         )
         if not rows:
             return NOTHING

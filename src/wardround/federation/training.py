@@ -303,7 +303,8 @@ def learning_rate(local: Local, step: int, total: int) -> float:
         return local.lr * (step + 1) / local.warmup
     if local.schedule == "constant":
         return local.lr
-    progress = (step - local.warmup) / max(1, total - local.warmup)
+    # Rounds that take the place of void ones come after the last step of the schedule.
+    progress = min(1.0, (step - local.warmup) / max(1, total - local.warmup))
     return local.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

@@ -32,8 +32,16 @@ def check_body(message: Message) -> None:
 def check_update(layout: Layout, reply: Message) -> None:
     """Refuse an update of another size or layout, or with impossible elements; raises `Rejected`.
 
-    The size is checked before anything is read. Values that are not finite cannot be written in the ring at all: the
-    site that meets one refuses to send.
+    Values that are not finite cannot be written in the ring at all: the site that meets one refuses to send.
+    """
+    check_masked(layout, reply)
+    check_range(layout, reply.body)
+
+
+def check_masked(layout: Layout, reply: Message) -> None:
+    """Refuse an update of another size or layout, or other bytes than were sent; raises `Rejected`.
+
+    The size is checked before anything is read. A masked update is uniform: it has no range to check.
     """
     header = reply.header
     if header.body_nbytes != layout.nbytes:
@@ -41,4 +49,3 @@ def check_update(layout: Layout, reply: Message) -> None:
     if header.meta.get("layout") != layout.sha256:
         raise Rejected("an update of another layout: the site runs another study, model or version")
     check_body(reply)
-    check_range(layout, reply.body)

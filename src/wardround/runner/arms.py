@@ -34,6 +34,17 @@ class Arm:
         """The hash that messages and journals of this arm carry."""
         return digest([study_sha256, self.name])
 
+    def threshold(self, study: Study) -> int | None:
+        """The threshold of the arm's secure sum; `None` where it sums in the clear.
+
+        An arm of one site has nobody to hide from. Raises `StudyError` for a left-out arm that is too small.
+        """
+        if not study.protection.secure or len(self.sites) == 1:
+            return None
+        asked = study.protection.threshold
+        fitting = study.protection.model_copy(update={"threshold": asked and min(asked, len(self.sites))})
+        return fitting.threshold_for(len(self.sites))
+
     @property
     def folder(self) -> str:
         """The arm's name as a folder."""
@@ -63,6 +74,11 @@ def arms_of(study: Study, compare: Collection[str]) -> tuple[Arm, ...]:
     if evaluation is not None and evaluation.leave_one_out:
         if len(training) < 3:
             raise StudyError("task.evaluation.leave_one_out needs at least 3 training sites")
+        if study.protection.secure and len(training) < 4:
+            raise StudyError(
+                "task.evaluation.leave_one_out with protection.secure needs at least 4 training sites: a sum of two "
+                "hides nothing"
+            )
         for site in training:
             rest = tuple(s for s in training if s != site)
             arms.append(Arm(f"without/{site}", rest, rest, study.method, study.local))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from wardround.errors import StudyError
+from wardround.errors import JournalError, StudyError
 from wardround.federation.coordinator import Plan
 from wardround.federation.layouts import evaluation_metrics, round_metrics, validation_metrics
 from wardround.federation.methods.build import build_method
 from wardround.federation.methods.method import Method
 from wardround.federation.policy import Policy
+from wardround.federation.secure import SecureUpload, enrol
 from wardround.federation.site import Rules, Site
 from wardround.federation.store import SiteStore
 from wardround.federation.training import ExampleStream, Learner, SiteExamples, UnionExamples, Workbench
+from wardround.protection.identity import Roster
 from wardround.runner.arms import POOLED, Arm, arms_of
 from wardround.runner.evaluators import evaluators_of
 from wardround.study.load import study_sha256
@@ -177,16 +180,52 @@ class Host:
             seed=self.study.seed,
             per_site_results=name == POOLED or self.sites.of(name).egress.per_site_results,
         )
+        threshold = blueprint.arm.threshold(self.study)
         models = self.out / "models" / name / blueprint.arm.folder
         pictures = self.out / "sites" / name / "pictures.npz"
         return Site(
             name,
             rules,
             lambda: self._learner(blueprint, name),
-            SiteStore(self.out / "work" / "sites" / name / blueprint.arm.folder),
+            self._store(blueprint.arm, name),
+            protocol=None if threshold is None else SecureUpload(threshold, lambda: self.roster(blueprint.arm)),
             evaluators=evaluators_of(models, pictures),
             folder=models,
         )
+
+    def roster(self, arm: Arm) -> Roster:
+        """The public keys of an arm's sites, as the sites enrolled them; raises `JournalError` when they did not."""
+        path = self._roster_path(arm)
+        try:
+            return Roster.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            raise JournalError(
+                "the roster of the run is lost; start again in another folder", detail=str(path)
+            ) from None
+
+    def enrol(self, arm: Arm) -> Roster:
+        """Let every site of an arm make its signing key in its own store, and write down the public ones.
+
+        On one machine only: across hospitals, a roster is what the sites agree on beforehand.
+        """
+        path = self._roster_path(arm)
+        if not path.exists():
+            keys: dict[str, bytes] = {}
+            for site in arm.sites:
+                store = self._store(arm, site)
+                keys[site] = enrol(store).public
+                store.close()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name("roster.draft")
+            draft.write_text(json.dumps(Roster(keys).to_json()), encoding="utf-8")
+            draft.rename(path)
+        return self.roster(arm)
+
+    def _roster_path(self, arm: Arm) -> Path:
+        return self.out / "work" / "arms" / arm.folder / "roster.json"
+
+    def _store(self, arm: Arm, site: str) -> SiteStore:
+        return SiteStore(self.out / "work" / "sites" / site / arm.folder)
 
     def _learner(self, blueprint: Blueprint, name: str) -> Learner:
         arm, seed = blueprint.arm, self.study.seed

@@ -1,0 +1,362 @@
+"""The secure sum between coordinator and site: glues the state machines of `protection` to exchange and protocol.
+
+phase   request           reply
+1       sum/advertise     sum/advert
+2       sum/share         sum/shares
+3       train, evaluate   update         (the masked one; this is the request that carries the global state)
+4       sum/sign          sum/consent
+5       sum/reveal        sum/revealed
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import replace
+from typing import Any
+
+from wardround.errors import JournalError, Rejected, WireError
+from wardround.federation.exchange import EVALUATE, TRAIN, UPDATE, Call, Exchange, ExchangeFactory, Void
+from wardround.federation.journal import Journal, survivors_of
+from wardround.federation.site import Answer, Site
+from wardround.federation.store import SiteStore
+from wardround.protection.gates import check_masked, check_reply
+from wardround.protection.secure_coordinator import CoordinatorSession, Unrecoverable
+from wardround.protection.secure_site import SiteSession
+from wardround.protection.secure_sum import (
+    Advert,
+    Announcement,
+    Consent,
+    Context,
+    Deal,
+    Identity,
+    MaskStream,
+    Quorum,
+    Reveal,
+    Roll,
+    Roster,
+    Shares,
+)
+from wardround.wire.canonical import digest
+from wardround.wire.message import Header, Message
+from wardround.wire.ring import ExactSum
+from wardround.wire.update import Aggregate
+
+log = logging.getLogger(__name__)
+
+ADVERTISE, ADVERT = "sum/advertise", "sum/advert"
+SHARE, SHARES = "sum/share", "sum/shares"
+SIGN, CONSENT = "sum/sign", "sum/consent"
+REVEAL, REVEALED = "sum/reveal", "sum/revealed"
+# Where the third request carries what the secure sum adds to it.
+DEAL = "deal"
+# Every other request names the context of its attempt.
+CONTEXT = "context"
+
+
+def secure_sum(roster: Roster, threshold: int, journal: Journal) -> ExchangeFactory:
+    """What makes a coordinator sum securely."""
+    return lambda call: SecureSum(call, roster, threshold, journal)
+
+
+def context_of(header: Header, roster: Roster, threshold: int) -> Context:
+    """What an attempt is about, from the request for an update: the same for all sites that are asked the same."""
+    meta = {name: value for name, value in header.meta.items() if name != DEAL}
+    return Context(
+        study=header.study,
+        round=header.round,
+        attempt=header.attempt,
+        request=digest({"kind": header.kind, "meta": meta, "tensors": [info.to_json() for info in header.tensors]}),
+        model=header.body_sha256,
+        layout=str(header.meta.get("layout")),
+        roster=roster.sha256,
+        threshold=threshold,
+    )
+
+
+class SecureSum(Exchange):
+    """The coordinator's side of one attempt. Masked updates are added as they come and are never kept."""
+
+    def __init__(self, call: Call, roster: Roster, threshold: int, journal: Journal) -> None:
+        self._call = call
+        self._roster = roster
+        self._threshold = threshold
+        self._journal = journal
+        self._total = ExactSum(call.layout.segments)
+        self._receipts: dict[str, str] = {}
+        self._requests: dict[str, str] = {}
+        self._answered: set[str] = set()
+        self._phase = 0
+
+    def open(self) -> list[Message]:
+        """Ask for keys, under an attempt number that was never used before; raises `Void` for a consumed round."""
+        name, number = survivors_of(self._call.kind), self._call.round
+        if number in self._journal.rounds_with(name):
+            raise Void(f"round {number} is void: its survivor list was announced and the round was not finished")
+        self._call = replace(self._call, attempt=self._new_attempt())
+        self.attempt = self._call.attempt
+        context = context_of(self._call.message(self._call.sites[0]).header, self._roster, self._threshold)
+        self._session = CoordinatorSession(self._roster, context)
+        told = {
+            "kind": self._call.kind,
+            "request": context.request,
+            "model": context.model,
+            "layout": context.layout,
+        }
+        return self._ask(ADVERTISE, dict.fromkeys(self._call.sites, told))
+
+    def accept(self, reply: Message) -> None:
+        """Take one reply; raises `WireError` naming the site when it is refused."""
+        site, meta = reply.header.site, reply.header.meta
+        kind = (ADVERT, SHARES, UPDATE, CONSENT, REVEALED)[self._phase - 1]
+        check_reply(reply, kind, self._requests)
+        if site in self._answered:
+            raise Rejected(f"site {site} answered twice; the second answer is refused")
+        if kind != UPDATE and meta.get("site") != site:
+            raise Rejected(f"site {site} speaks for another site")
+        match kind:
+            case "sum/advert":
+                self._session.advert(Advert.from_json(meta))
+            case "sum/shares":
+                self._session.shares(Shares.from_json(meta))
+            case "sum/consent":
+                self._session.consent(Consent.from_json(meta))
+            case "sum/revealed":
+                self._session.reveal(Reveal.from_json(meta))
+            case _:
+                self._add(reply)
+        self._answered.add(site)
+
+    def close(self) -> list[Message]:
+        """Go on to the next phase; raises `NotEnoughSites` before the survivor list is announced, `Void` after."""
+        self._answered = set()
+        try:
+            match self._phase:
+                case 1:
+                    roll = self._session.roll().to_json()
+                    return self._ask(SHARE, dict.fromkeys(self._session.adverts, roll))
+                case 2:
+                    return self._ask_updates(self._session.deals())
+                case 3:
+                    return self._announce()
+                case 4:
+                    quorum = self._session.quorum().to_json()
+                    return self._ask(REVEAL, dict.fromkeys(self._session.consents, quorum))
+                case _:
+                    self._unmask()
+                    return []
+        except Unrecoverable as error:
+            raise Void(str(error)) from error
+
+    @property
+    def present(self) -> Set[str]:
+        """Who may still be in the sum."""
+        match self._phase:
+            case 1:
+                return self._session.adverts.keys()
+            case 2:
+                return self._session.dealt.keys()
+            case _:
+                return self._receipts.keys()
+
+    @property
+    def receipts(self) -> Mapping[str, str]:
+        """Survivor -> hash of its masked update."""
+        return self._receipts
+
+    def aggregate(self) -> Aggregate:
+        """The sum, unmasked."""
+        return Aggregate(self._call.layout, self._total, self._call.scales)
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _new_attempt(self) -> int:
+        """The first attempt of this round that nobody opened, on record before any site hears of it."""
+        token, attempt = secrets.token_hex(16), 0
+        while self._journal.decide(self._call.round, attempt, f"opened/{self._call.kind}", token) != token:
+            attempt += 1
+        return attempt
+
+    def _ask(self, kind: str, metas: Mapping[str, Mapping[str, Any]]) -> list[Message]:
+        self._phase += 1
+        call, phase = self._call, self._phase
+        # The context makes a request of one attempt differ from any other's: sites answer a known one from their store.
+        about = self._session.context.sha256.hex()
+        return self._sent(
+            Message(Header(kind, call.study, site, call.round, call.attempt, phase, meta={**meta, CONTEXT: about}))
+            for site, meta in metas.items()
+        )
+
+    def _ask_updates(self, deals: Mapping[str, Deal]) -> list[Message]:
+        self._phase += 1
+        messages = []
+        for site, deal in deals.items():
+            plain = self._call.message(site)
+            meta = {**plain.header.meta, DEAL: deal.to_json()}
+            messages.append(Message(replace(plain.header, phase=self._phase, meta=meta), plain.body))
+        return self._sent(messages)
+
+    def _sent(self, messages: Iterable[Message]) -> list[Message]:
+        sent = list(messages)
+        self._requests = {message.header.site: message.id for message in sent}
+        return sent
+
+    def _add(self, reply: Message) -> None:
+        check_masked(self._call.layout, reply)
+        self._session.uploaded(reply.header.site)
+        offset = 0
+        for chunk in reply.body.chunks():
+            self._total.add(chunk, offset)
+            offset += len(chunk)
+        self._receipts[reply.header.site] = reply.header.body_sha256
+
+    def _announce(self) -> list[Message]:
+        announcement, call = self._session.announce(), self._call
+        value = announcement.to_json()
+        # On record first: from here on the round ends with exactly this list, or not at all.
+        if self._journal.decide(call.round, call.attempt, survivors_of(call.kind), value) != value:
+            raise Void(f"round {call.round} is void: another survivor list is on record for this attempt")
+        return self._ask(SIGN, dict.fromkeys(announcement.survivors, value))
+
+    def _unmask(self) -> None:
+        MaskStream(self._session.unmask(), self._call.layout.segments).add_to(self._total)
+        for lie in self._session.liars.values():
+            log.warning("secure sum, round %d: %s; the round does without it", self._call.round, lie)
+        count = self.aggregate().contributors
+        if count != len(self._receipts):
+            raise Void(
+                f"round {self._call.round} is void: the unmasked sum counts {count} contributors where "
+                f"{len(self._receipts)} sites are in it; a site masked with other keys than it advertised"
+            )
+
+
+# At a site ---------------------------------------------------------------------------------------------------------
+
+
+def enrol(store: SiteStore) -> Identity:
+    """The site's signing key, made on first use and kept in its own store."""
+    return Identity(bytes.fromhex(store.promise("identity", 0, Identity.generate().private.hex())))
+
+
+class SecureUpload:
+    """A site whose updates leave masked, and in no other way.
+
+    The keys of an attempt live in this object only: a site that was restarted cannot go on with the attempt and drops
+    out of it.
+    """
+
+    kinds = frozenset({ADVERTISE, SHARE, TRAIN, EVALUATE, SIGN, REVEAL})
+
+    def __init__(self, threshold: int, roster: Callable[[], Roster]) -> None:
+        self._threshold = threshold
+        self._load_roster = roster
+        self._roster: Roster | None = None
+        self._session: SiteSession | None = None
+        self._kind = ""
+
+    def answer(self, request: Message, site: Site) -> Answer:
+        """Answer one phase."""
+        header = request.header
+        meta = {name: value for name, value in header.meta.items() if name != CONTEXT}
+        match header.kind:
+            case "sum/advertise":
+                return self._advertise(request, site)
+            case "sum/share":
+                shares = self._attempt(header).share(Roll.from_json(meta))
+                return Answer(request.reply(SHARES, meta=shares.to_json()))
+            case "sum/sign":
+                session, record = self._attempt(header), survivors_of(self._kind)
+                announcement = Announcement.from_json(meta)
+                consent = session.sign(announcement, lambda value: site.store.promise(record, header.round, value))
+                return Answer(request.reply(CONSENT, meta=consent.to_json()))
+            case "sum/reveal":
+                reveal = self._attempt(header).reveal(Quorum.from_json(meta))
+                return Answer(request.reply(REVEALED, meta=reveal.to_json()))
+            case _:
+                return self._upload(request, site)
+
+    def _advertise(self, request: Message, site: Site) -> Answer:
+        header, roster = request.header, self._pinned(site)
+        told = {name: header.meta.get(name) for name in ("kind", "request", "model", "layout")}
+        if not all(isinstance(value, str) for value in told.values()):
+            raise WireError("a request to open a secure sum must say kind, request, model and layout")
+        kind = str(told["kind"])
+        if kind not in (TRAIN, EVALUATE):
+            raise WireError("a secure sum is of updates or of validation sums")
+        if header.round <= site.store.promised(survivors_of(kind)):
+            raise Rejected(
+                f"site {site.name} has signed the survivor list of round {header.round} or a later one; the round is "
+                "over, and its sites must train anew under a new number"
+            )
+        context = Context(
+            study=header.study,
+            round=header.round,
+            attempt=header.attempt,
+            request=str(told["request"]),
+            model=str(told["model"]),
+            layout=str(told["layout"]),
+            roster=roster.sha256,
+            threshold=self._threshold,
+        )
+        if header.meta.get(CONTEXT) != context.sha256.hex():
+            raise Rejected(
+                f"site {site.name} and the coordinator do not agree on what the secure sum is about: another roster, "
+                "threshold or version"
+            )
+        if self._session is not None:
+            self._session.abort()
+        self._session, self._kind = SiteSession(site.name, enrol(site.store), roster, context), kind
+        return Answer(request.reply(ADVERT, meta=self._session.advertise().to_json()))
+
+    def _upload(self, request: Message, site: Site) -> Answer:
+        header = request.header
+        if header.kind == EVALUATE and header.meta.get("layout") == site.rules.evaluation_layout.sha256:
+            # A site's own results are a release of their own, which its egress policy decides on.
+            return site.evaluate(request)
+        if DEAL not in header.meta:
+            raise Rejected(f"site {site.name} sums securely (protection.secure); a clear update is not given")
+        expected = site.rules.metrics_layout if header.kind == EVALUATE else site.rules.layout
+        if header.meta.get("layout") != expected.sha256:
+            raise Rejected(f"site {site.name} is asked for another layout than the study's for {header.kind!r}")
+        session = self._attempt(header)
+        try:
+            if context_of(header, self._pinned(site), self._threshold) != session.context:
+                raise Rejected(f"site {site.name} is asked for something else than was announced for this attempt")
+            masks = session.mask(Deal.from_json(header.meta[DEAL]))
+            memory, keep = None, frozenset[int]()
+            if header.kind == EVALUATE:
+                update, layout = site.measure(request)
+            else:
+                (update, memory, keep), layout = site.work(request), site.rules.layout
+            chunks = MaskStream(masks, layout.segments).masked(update)
+            return Answer(site.reply_with(request, UPDATE, chunks, layout), memory, keep)
+        except BaseException:
+            # What was masked in part must never be masked again with the same keys.
+            session.abort()
+            raise
+
+    def _attempt(self, header: Header) -> SiteSession:
+        session = self._session
+        if session is None or not _belongs(header, session.context):
+            raise Rejected(
+                f"site {header.site} holds no keys for this attempt: it was restarted, or the attempt is over; it "
+                "drops out of it"
+            )
+        return session
+
+    def _pinned(self, site: Site) -> Roster:
+        if self._roster is None:
+            roster = self._load_roster()
+            if site.store.promise("roster", 0, roster.sha256) != roster.sha256:
+                raise JournalError(
+                    f"the study's roster is not the one site {site.name} began with; restore it, or start a new run"
+                )
+            self._roster = roster
+        return self._roster
+
+
+def _belongs(header: Header, context: Context) -> bool:
+    """Whether a request is of that attempt; the one for the update, which names no context, is compared as a whole."""
+    about = header.meta.get(CONTEXT, context.sha256.hex())
+    return (header.round, header.attempt, about) == (context.round, context.attempt, context.sha256.hex())

@@ -301,6 +301,11 @@ def test_bad_studies_name_the_key(command: str, data: Path, tmp_path: Path) -> N
         result = _run(command, study, "--sites", sites, *out, "--set", override)
         assert (result.exit_code, result.stdout) == (2, "")
         assert message in result.stderr
+    needs_norm = ["--set", "method.kind=fedbn"]
+    assert "set model.norm: batch" in _refused(command, study, "--sites", sites, *out, *needs_norm)
+    for size in ("[0, 64]", "[64, -5]", "[6, 6]"):
+        said = _refused(command, study, "--sites", sites, *out, "--set", f"task.size={size}")
+        assert "task.size: images must have at least 7 x 7 pixels" in said
     assert "--compare alone: choose from local, pooled" in _refused(
         command, study, "--sites", sites, *out, "--compare", "alone"
     )

@@ -45,14 +45,16 @@ def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], o
     return "\n\n".join(section for section in sections if section)
 
 
-def look_at_data(study: Study, sites: SitesFile | Path) -> None:
-    """Open every site's data once; raises `StudyError` and `DataError` for whatever a site could not train with.
+def preflight(study: Study, sites: Path, compare: Sequence[str]) -> None:
+    """Build every arm and open every site's data; raises what would stop a run, before the run has written anything.
 
     Across hospitals a round goes on without a site that fails. On one machine that would hide a mistake.
     """
-    host = open_host(study, sites, Path(), (), (), None)
-    for name in study.sites:
-        host.dataset(name)
+    host = open_host(study, sites, Path(), compare, (), None)
+    for arm in host.arms:
+        host.blueprint(arm)
+    for site in study.sites:
+        host.dataset(site)
 
 
 def full_study(study_file: Path, overrides: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from wardround.physics.simulate import simulate
 from wardround.physics.solvers import cg_sense, tv, zero_filled
 from wardround.study import MRIAcquisition, schema
 from wardround.tasks.losses import build_loss
-from wardround.tasks.metrics import RECONSTRUCTION_METRICS, reconstruction_scores
+from wardround.tasks.metrics import RECONSTRUCTION_METRICS, SSIM_WINDOW, reconstruction_scores
 from wardround.tasks.task import Dataset, MetricSpec, Source, Split
 from wardround.wire.random import public_generator
 
@@ -237,11 +237,16 @@ class PooledDataset:
 
 
 class ReconstructionTask:
-    """The reconstruction task of a study; see `wardround.tasks.task.Task`."""
+    """The reconstruction task of a study; see `wardround.tasks.task.Imaging`. Raises StudyError for tiny images."""
 
     def __init__(self, study: schema.Study) -> None:
         if not isinstance(study.task, schema.ReconstructionTask):
             raise StudyError(f"task.kind is {study.task.kind!r}; a reconstruction needs `kind: reconstruction`")
+        if min(study.task.size) < SSIM_WINDOW:
+            raise StudyError(
+                f"task.size: images must have at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, a window of SSIM, "
+                f"not {study.task.size[0]} x {study.task.size[1]}"
+            )
         self.config = study.task
         self._study = study
         self._loss = build_loss(study.task.loss)

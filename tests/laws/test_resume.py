@@ -138,7 +138,7 @@ def training(victim: Victim) -> bool:
 
 @pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(nursery: Nursery, slow: dict[str, Any], tmp_path: Path) -> None:
-    victim = nursery.start(tmp_path / "out", study=SLOW, engine="workers", processes=2)
+    victim = nursery.start(tmp_path / "out", study=SLOW, engine="workers", processes=1)
     until(lambda: training(victim))
     time.sleep(0.1)
     os.kill(children(victim.pid)[0], signal.SIGKILL)

@@ -1,0 +1,107 @@
+"""Comparisons are fair: every arm sees the same examples, on the same schedule, from the same start."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.toys import toy_sites, toy_study
+from wardround.errors import StudyError
+from wardround.federation.training import ExampleStream, SiteExamples, UnionExamples, learning_rate
+from wardround.runner.arms import arms_of
+from wardround.runner.host import Host
+from wardround.runner.session import open_host, run
+from wardround.study.schema import Local
+from wardround.wire.message import Header
+
+SITES = {"A": {}, "B": {}, "C": {}, "D": {"role": "unseen"}}
+
+
+def test_arms_are_the_federation_and_what_was_asked_for() -> None:
+    study = toy_study(SITES, method={"kind": "fedprox", "mu": 0.5}, local={"steps": 4, "batch": 2, "warmup": 2})
+    arms = {arm.name: arm for arm in arms_of(study, ("local", "pooled"))}
+    assert set(arms) == {"federated", "pooled", "local/A", "local/B", "local/C"}
+    assert arms["federated"].sites == ("A", "B", "C")
+    assert (arms["pooled"].sites, arms["pooled"].members) == (("pooled",), ("A", "B", "C"))
+    # One pooled round takes the steps of all sites, so that it sees as many examples.
+    assert (arms["pooled"].local.steps, arms["pooled"].local.warmup) == (12, 6)
+    assert arms["local/B"].local == study.local
+    # A proximal term towards oneself would only be a slower optimiser.
+    assert arms["local/B"].method.kind == arms["pooled"].method.kind == "fedavg"
+    assert len({arm.identity("x") for arm in arms.values()}) == 5
+    with pytest.raises(StudyError, match="choose from local, pooled"):
+        arms_of(study, ("global",))
+
+
+def test_the_pooled_arm_sees_the_union_of_what_the_sites_see() -> None:
+    sizes = {"A": 7, "B": 10, "C": 4}
+    streams = tuple(ExampleStream(size, 3, site) for site, size in sizes.items())
+    union = UnionExamples(streams, (0, 7, 17), 3)
+    for number in range(1, 6):
+        pooled = union.of_round(number, 18)
+        alone = [
+            offset + index
+            for stream, offset in zip(streams, (0, 7, 17), strict=True)
+            for index in SiteExamples(stream).of_round(number, 6)
+        ]
+        assert sorted(pooled) == sorted(alone)
+        assert pooled != alone
+
+
+def test_a_stream_shows_every_example_once_an_epoch_and_depends_on_names_only() -> None:
+    stream = ExampleStream(7, 3, "A")
+    assert sorted(stream.take(14, 7)) == list(range(7))
+    assert stream.take(0, 40)[5:25] == stream.take(5, 20)
+    assert ExampleStream(7, 3, "A").take(0, 30) == stream.take(0, 30)
+    assert ExampleStream(7, 3, "B").take(0, 30) != stream.take(0, 30)
+    assert ExampleStream(7, 4, "A").take(0, 30) != stream.take(0, 30)
+
+
+def test_learning_rates_follow_the_global_step() -> None:
+    local = Local(lr=1.0, schedule="cosine", warmup=4)
+    rates = [learning_rate(local, step, 20) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[12] == pytest.approx(0.5)
+    assert all(a > b for a, b in pairwise(rates[4:]))
+    assert learning_rate(Local(lr=0.3), 19, 20) == 0.3
+
+
+def test_a_host_builds_each_part_once_and_only_sites_of_its_study(tmp_path: Path) -> None:
+    study = toy_study(SITES)
+    host = Host(study, toy_sites(tmp_path, tuple(SITES)), tmp_path / "out", ("local",))
+    header = Header("train", host.blueprint("federated").identity, "A")
+    assert host.find(header) is host.find(header)
+    assert host.find(Header("train", host.blueprint("local/A").identity, "A")) is not host.find(header)
+    with pytest.raises(StudyError, match="another study"):
+        host.find(Header("train", "0" * 64, "A"))
+    with pytest.raises(StudyError, match="no site 'Z'"):
+        host.find(Header("train", header.study, "Z"))
+    again = Host.from_spec(host.spec())
+    assert again.study_sha256 == host.study_sha256
+    assert again.blueprint("federated").layout.sha256 == host.blueprint("federated").layout.sha256
+
+
+def test_a_site_without_data_is_named_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"no entry for site C"):
+        open_host(toy_study(), toy_sites(tmp_path, ("A", "B")), tmp_path / "out", (), (), None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_released_round_is_the_best_or_the_last(tmp_path: Path) -> None:
+    schedule = {"rounds": 6}
+    sites = toy_sites(tmp_path, ("A", "B", "C"))
+    local = {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.6}
+    best = run(toy_study(schedule=schedule, local=local), sites, tmp_path / "best", engine="local")
+    last = run(
+        toy_study(schedule={**schedule, "release": "last"}, local=local), sites, tmp_path / "last", engine="local"
+    )
+    lines = [json.loads(line) for line in (best.out / "rounds.jsonl").read_text().splitlines()]
+    scores = {line["round"]: line["validation"]["r"] for line in lines}
+    assert best.values["selected_round"] == {"federated": max(scores, key=lambda n: scores[n])}
+    assert last.values["selected_round"] == {"federated": 6}
+    assert best.values["steps"] == {"federated": 18}
+    assert best.values["examples"] == {"federated": 18 * 2 * 3}

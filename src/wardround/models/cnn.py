@@ -9,7 +9,7 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
-from wardround.models.unrolled import as_channels, as_complex
+from wardround.models.unrolled import as_channels, from_channels
 from wardround.physics.operator import LinearOperator
 from wardround.study import schema
 
@@ -63,4 +63,4 @@ class PostUNet(nn.Module):
                 f"the U-Net needs images of at least {SMALLEST} x {SMALLEST} pixels, "
                 f"not {channels.shape[-2]} x {channels.shape[-1]}; use larger images, or the model `modl`"
             )
-        return as_complex(channels + self.network(channels))
+        return from_channels(channels + self.network(channels))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from wardround.physics.operator import LinearOperator
+from wardround.physics.operator import LinearOperator, RealImage
 from wardround.study import schema
 
 Norm = Literal["none", "batch", "instance"]
@@ -32,12 +32,13 @@ class MoDLShape:
     layers: int
     scale: int = 1
     norm: Norm = "none"
+    image: Literal["complex", "real"] = "complex"
     initial_weight: float = 0.05
 
 
 PRESETS = {
     "tiny": MoDLShape(unrolls=2, cg_iterations=4, channels=8, layers=3, scale=2),
-    "small": MoDLShape(unrolls=4, cg_iterations=6, channels=32, layers=5, scale=2),
+    "small": MoDLShape(unrolls=6, cg_iterations=4, channels=32, layers=5, scale=2, image="real", initial_weight=0.1),
     "paper": MoDLShape(unrolls=10, cg_iterations=10, channels=64, layers=5, norm="batch"),
 }
 
@@ -49,18 +50,22 @@ def modl_shape(config: schema.MoDL) -> MoDLShape:
 
 
 class MoDL(nn.Module):
-    """Reconstructs complex images from measurements through any linear operator.
+    """Reconstructs images from measurements through any linear operator.
 
     Images are expected on a scale of about [0, 1]. `weight`, the lambda of the equation, is
     exp(log_weight), so it stays positive; every conjugate-gradient solve starts from the denoised image, so
-    few iterations suffice.
+    few iterations suffice. With `image="real"` a complex operator is constrained to real images (`RealImage`):
+    for coil maps estimated from the scan itself, which carry its smooth phase.
     """
 
     def __init__(self, shape: MoDLShape) -> None:
         super().__init__()
         self.unrolls = shape.unrolls
         self.cg_iterations = shape.cg_iterations
-        self.denoiser = Denoiser(shape.channels, shape.layers, scale=shape.scale, norm=shape.norm)
+        self.real = shape.image == "real"
+        self.denoiser = Denoiser(
+            shape.channels, shape.layers, parts=1 if self.real else 2, scale=shape.scale, norm=shape.norm
+        )
         self.log_weight = nn.Parameter(torch.tensor(math.log(shape.initial_weight)))
 
     @property
@@ -69,7 +74,9 @@ class MoDL(nn.Module):
         return self.log_weight.exp()
 
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
-        """Measured data (B, *data_shape) -> complex images (B, H, W)."""
+        """Measured data (B, *data_shape) -> images (B, H, W), complex or real."""
+        if self.real and data.is_complex():
+            operator = RealImage(operator)
         adjoint = operator.A_adjoint(data)
         weight = self.weight
         image = adjoint
@@ -80,18 +87,19 @@ class MoDL(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """A stack of 3x3 convolutions that predicts what to add to a complex image (DnCNN, Zhang et al. 2017).
+    """A stack of 3x3 convolutions that predicts what to add to an image (DnCNN, Zhang et al. 2017).
 
+    `parts` is 2 for complex images and 1 for real ones.
     `scale` s folds s x s pixels into channels first and back last (pixel shuffle), so the stack runs on
     images s times smaller in each direction: on a processor that is the cheaper way to the same field of
     view. Weights start at He's scale, which keeps the size of the signal through the stack, those of the
     last layer at zero: an untrained denoiser is the identity. `norm` stands between the inner layers.
     """
 
-    def __init__(self, channels: int, layers: int, *, scale: int = 1, norm: Norm = "none") -> None:
+    def __init__(self, channels: int, layers: int, *, parts: int = 2, scale: int = 1, norm: Norm = "none") -> None:
         super().__init__()
         self.scale = scale
-        folded = 2 * scale * scale
+        folded = parts * scale * scale
         stack: list[nn.Module] = [_convolution(folded, channels), nn.ReLU()]
         for _ in range(layers - 2):
             # A bias in front of a normalisation would be subtracted again.
@@ -101,26 +109,28 @@ class Denoiser(nn.Module):
         self.stack = nn.Sequential(*stack, last)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Complex (B, H, W) -> complex (B, H, W); sizes that `scale` does not divide are padded with zeros inside."""
+        """Images (B, H, W) of the same type in and out; sizes that `scale` does not divide are padded inside."""
         channels = as_channels(image)
         height, width = image.shape[-2:]
         whole = pad(channels, (0, -width % self.scale, 0, -height % self.scale))
         change = pixel_shuffle(self.stack(pixel_unshuffle(whole, self.scale)), self.scale)
-        return as_complex(channels + change[..., :height, :width])
+        return from_channels(channels + change[..., :height, :width])
 
 
 def as_channels(image: Tensor) -> Tensor:
-    """Complex (B, H, W) -> real (B, 2, H, W)."""
-    return torch.view_as_real(image).permute(0, 3, 1, 2)
+    """Complex (B, H, W) -> real (B, 2, H, W); real (B, H, W) -> (B, 1, H, W)."""
+    return torch.view_as_real(image).permute(0, 3, 1, 2) if image.is_complex() else image.unsqueeze(1)
 
 
-def as_complex(channels: Tensor) -> Tensor:
-    """Real (B, 2, H, W) -> complex (B, H, W)."""
+def from_channels(channels: Tensor) -> Tensor:
+    """Real (B, 2, H, W) -> complex (B, H, W); (B, 1, H, W) -> real (B, H, W)."""
+    if channels.shape[1] == 1:
+        return channels.squeeze(1)
     return torch.view_as_complex(channels.permute(0, 2, 3, 1).contiguous())
 
 
 def _convolution(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
-    """He et al., ICCV 2015: with torch's default, half a decibel is lost in the first minutes of training."""
+    """A convolution at He's scale (ICCV 2015), which trains much faster here than torch's default."""
     layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     if layer.bias is not None:

@@ -37,10 +37,13 @@ class MRIAcquisition(Config):
     kind: Literal["mri"] = "mri"
     coils: int = Field(8, ge=1, le=128)
     mask: Mask = Mask()
-    noise: float = Field(0.005, ge=0.0, le=1.0, description="std of complex noise per coil, relative to the image peak")
+    noise: float = Field(
+        0.005,
+        ge=0.0,
+        le=1.0,
+        description="std of the noise in each coil's real and imaginary part, relative to the image peak",
+    )
     noise_correlation: float = Field(0.0, ge=0.0, lt=1.0, description="correlation of noise between neighbouring coils")
     phase: float = Field(1.0, ge=0.0, description="strength of the smooth image phase in radians; 0 is real")
     coil_radius: float = Field(1.5, gt=1.0, description="distance of the coils from the centre, in half fields of view")
     maps: Literal["estimated", "true"] = Field("estimated", description="`estimated` from the calibration lines")
-
-

@@ -57,7 +57,7 @@ class Evaluation(Config):
     """What is measured on test patients."""
 
     baselines: tuple[Literal["zero_filled", "cg_sense", "tv"], ...] = ("zero_filled", "cg_sense", "tv")
-    tv_weights: tuple[float, ...] = (0.001, 0.002, 0.004, 0.008, 0.016)
+    tv_weights: tuple[float, ...] = (0.0005, 0.001, 0.002, 0.004, 0.008)
     cg_weights: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
     slices: Slices = Slices(per_patient=8)
     tuning_slices: int = Field(2, ge=1, description="slices per validation patient used to tune a baseline")
@@ -97,6 +97,9 @@ class MoDL(Config):
     layers: int | None = Field(None, ge=2, le=50)
     scale: Literal[1, 2, 4] | None = Field(None, description="the denoiser sees images so many times smaller")
     norm: Literal["none", "batch", "instance"] | None = None
+    image: Literal["complex", "real"] | None = Field(
+        None, description="`real` constrains the phase to that of the estimated coil maps"
+    )
 
 
 class UNet(Config):

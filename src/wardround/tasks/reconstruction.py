@@ -17,6 +17,7 @@ from wardround.data.dataset import Example, SliceIndex
 from wardround.data.folder import SiteFolder
 from wardround.errors import StudyError
 from wardround.models.build import build_model
+from wardround.models.unrolled import modl_shape
 from wardround.physics.coils import low_resolution_maps
 from wardround.physics.masks import sampling_mask
 from wardround.physics.mri import CartesianMRI
@@ -247,6 +248,8 @@ class ReconstructionTask:
                 f"task.size: images must have at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, a window of SSIM, "
                 f"not {study.task.size[0]} x {study.task.size[1]}"
             )
+        if isinstance(study.model, schema.MoDL) and modl_shape(study.model).image == "real":
+            _require_estimated_maps(study)
         self.config = study.task
         self._study = study
         self._loss = build_loss(study.task.loss)
@@ -340,6 +343,16 @@ class ReconstructionTask:
             role=self._study.sites[site].role,
         )
         return ReconstructionDataset(index, self._study.acquisition_of(site), self.config, seed=self._study.seed)
+
+
+def _require_estimated_maps(study: schema.Study) -> None:
+    for site in study.sites:
+        acquisition = study.acquisition_of(site)
+        if acquisition.maps == "true" and acquisition.phase > 0.0:
+            raise StudyError(
+                f"model.image: real needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
+                "with acquisition.phase above 0; set model.image: complex, or maps: estimated"
+            )
 
 
 def _unknown_baseline(name: str) -> StudyError:

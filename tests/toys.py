@@ -80,8 +80,11 @@ class Union:
 
 @dataclass(frozen=True)
 class Regression:
-    """y = tanh(W x) with site-specific shifts; `norm` adds a batch-norm layer; `fail` names a site that raises, `nan` one
-    whose targets are no numbers; `pause` are seconds that every loss takes."""
+    """y = tanh(W x) with site-specific shifts.
+
+    `norm` adds a batch-norm layer; `fail` names a site that raises, `nan` one whose targets are no numbers; `pause` are
+    the seconds that every loss takes.
+    """
 
     features: int = 6
     patients: int = 8

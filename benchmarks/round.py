@@ -1,9 +1,9 @@
 """What a round costs when nobody trains, and how much memory the coordinator needs for large models.
 
-*Empty round*: 10 sites with a model of 1 MB through the real coordinator, sites, stores and journal, with a learner that
-returns at once. The floor is what no protocol can do without, timed alone in the same run: quantising every update,
-hashing it at the site and again at the coordinator, verifying the global state at each site, hashing the new state, and
-one durable commit.
+*Empty round*: 10 sites with a model of 1 MB through the real coordinator, sites, stores and journal, with a learner
+that returns at once. The floor is what no protocol can do without, timed alone in the same run: quantising every
+update, hashing it at the site and again at the coordinator, verifying the global state at each site, hashing the new
+state, and one durable commit.
 
 *Peak*: the coordinator in a process of its own, FedAvg, 32 sites x 200 MB, updates arriving as files; its peak resident
 memory minus that after import, over the size of one update.

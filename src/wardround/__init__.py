@@ -1,7 +1,7 @@
 """Wardround: train imaging models across hospitals without moving a scan.
 
-    result = wardround.run("study.yaml", "sites.yaml", "out", compare=["local", "pooled"])
-    result.metric("federated", "mean", "psnr")
+result = wardround.run("study.yaml", "sites.yaml", "out", compare=["local", "pooled"])
+result.metric("federated", "mean", "psnr")
 """
 
 from __future__ import annotations

@@ -87,13 +87,11 @@ def run(
     processes: ProcessesOption = None,
 ) -> None:
     """Train a study, measure it, and write the report. Run it again to go on after any interruption."""
-    from wardround.runner.explain import preflight
     from wardround.runner.session import run as run_study
     from wardround.study.load import load_study
 
     loaded = load_study(study, overrides or [])
     folder = out or Path("runs") / loaded.name
-    preflight(loaded, sites, _words(compare))
     with _watcher() as watcher:
         result = run_study(
             loaded,

@@ -217,7 +217,7 @@ class Coordinator:
         aggregate = exchange.aggregate()
         if validate:
             self._amend(state.round, aggregate)
-        scales, saturated = next_scales(aggregate)
+        scales, saturated = next_scales(aggregate, first=state.round == 0)
         following = self._write(
             number, scales, lambda write: self._method.apply(state.public, state.private, aggregate, write)
         )

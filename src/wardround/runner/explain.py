@@ -45,18 +45,6 @@ def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], o
     return "\n\n".join(section for section in sections if section)
 
 
-def preflight(study: Study, sites: Path, compare: Sequence[str]) -> None:
-    """Build every arm and open every site's data; raises what would stop a run, before the run has written anything.
-
-    Across hospitals a round goes on without a site that fails. On one machine that would hide a mistake.
-    """
-    host = open_host(study, sites, Path(), compare, (), None)
-    for arm in host.arms:
-        host.blueprint(arm)
-    for site in study.sites:
-        host.dataset(site)
-
-
 def full_study(study_file: Path, overrides: Sequence[str]) -> str:
     """The study as YAML with overrides applied and every default filled in. Raises `StudyError`."""
     study = load_study(study_file, overrides)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from wardround.errors import JournalError, StudyError
+from wardround.errors import JournalError, StudyError, WardroundError
 from wardround.federation.coordinator import Plan
 from wardround.federation.layouts import evaluation_metrics, round_metrics, validation_metrics
 from wardround.federation.methods.build import build_method
@@ -30,6 +31,7 @@ from wardround.tasks.task import Dataset, Task
 from wardround.wire.message import Header
 from wardround.wire.update import Layout
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str, str, int, int, int], None]
 
 
@@ -145,6 +147,22 @@ class Host:
         if site not in self._datasets:
             self._datasets[site] = self.task.dataset(site, self.sites.of(site).data)
         return self._datasets[site]
+
+    def preflight(self) -> None:
+        """Build every arm and open every site's data; raises what would stop a run, before it has written anything.
+
+        Across hospitals a round goes on without a site that fails. On one machine that would hide a mistake in the
+        study or the data; whatever else goes wrong at a site is left to the round.
+        """
+        for name in self.arms:
+            self.blueprint(name)
+        for site in self.study.sites:
+            try:
+                self.dataset(site)
+            except WardroundError:
+                raise
+            except Exception:
+                log.debug("a site's data could not be opened", exc_info=True)
 
     def spec(self) -> dict[str, Any]:
         """What another process needs to build the same host."""

@@ -113,6 +113,7 @@ def run(
     """
     host = open_host(study, sites, out, compare, overrides, watcher)
     began = time.perf_counter()
+    host.preflight()
     try:
         with _alone(host.out):
             _claim(host, resume=resume)

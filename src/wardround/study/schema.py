@@ -83,7 +83,7 @@ class CustomTask(Config):
 
     kind: Literal["custom"]
     factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class MoDL(Config):
@@ -161,7 +161,7 @@ class CustomMethod(Config):
 
     kind: Literal["custom"]
     factory: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 Method = Annotated[FedAvg | FedProx | FedBN | FedAvgM | FedAdam | CustomMethod, Field(discriminator="kind")]
@@ -198,7 +198,9 @@ class Protection(Config):
 
     ring_bits: Literal[16, 24, 32] = 32
     max_sites: int = Field(64, ge=1, le=4096, description="sites the sum leaves room for")
-    max_weight: float = Field(1e6, gt=0.0, description="largest weight a site may claim")
+    max_weight: float = Field(
+        4096.0, gt=0.0, description="largest weight a site may claim, in training examples; use it up for precision"
+    )
     initial_scale: float = Field(0.05, gt=0.0, description="largest change of a parameter expected in round 1")
     secure: bool = Field(False, description="the coordinator learns the sum of the updates and nothing of any site")
     threshold: int | None = Field(

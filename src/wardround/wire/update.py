@@ -31,6 +31,7 @@ Floats = npt.NDArray[np.float64]
 WEIGHT_BITS = 30
 # Elements have 2, 3 or 4 bytes; a body's chunks are a multiple of this (see wire.message.CHUNK).
 ALIGNMENT = 12
+FIRST_HEADROOM = 64.0
 TAIL = Ring(32)
 
 
@@ -277,11 +278,13 @@ class Aggregate:
         raise KeyError(scale_key(group, tensor))
 
 
-def next_scales(aggregate: Aggregate) -> tuple[dict[str, float], dict[str, float]]:
+def next_scales(aggregate: Aggregate, *, first: bool = False) -> tuple[dict[str, float], dict[str, float]]:
     """The scales of the next round, and the share of saturated values of each tensor where there were any.
 
     A scale follows four times the peak of the summed change, and never falls by more than half in a round; a share of
-    saturated values above 1e-4 doubles it instead. It is a function of public values only, masked or clear.
+    saturated values above 1e-4 doubles it instead. The scale of the `first` round is the study's guess, far too large
+    where weights are small: it may fall to 64 times the peak at once. A function of public values only, masked or
+    clear.
     """
     scales = aggregate.scales
     following: dict[str, float] = {}
@@ -297,7 +300,10 @@ def next_scales(aggregate: Aggregate) -> tuple[dict[str, float], dict[str, float
                 continue
             total = aggregate.total(group.name, info.name)
             peak = float(max(total.max(), -total.min())) if total.size else 0.0
-            following[key] = max(4.0 * peak, 0.5 * scales[key], 1e-12)
+            if first:
+                following[key] = min(scales[key], FIRST_HEADROOM * peak) or scales[key]
+            else:
+                following[key] = max(4.0 * peak, 0.5 * scales[key], 1e-12)
     return following, saturated
 
 

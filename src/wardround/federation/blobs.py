@@ -15,7 +15,7 @@ from wardround.errors import JournalError
 
 @dataclass
 class Draft:
-    """A file being written; `name` must be set to the hash of its bytes before the draft is left."""
+    """A file being written; `name`, set before it is left, is the hash of its bytes. Without one it is dropped."""
 
     file: BinaryIO
     name: str = ""
@@ -44,8 +44,11 @@ class Blobs:
                 draft = Draft(file)
                 yield draft
                 file.flush()
-                if durable:
+                if durable and draft.name:
                     os.fsync(file.fileno())
+            if not draft.name:
+                path.unlink()
+                return
             path.rename(self.root / draft.name)
             if durable:
                 _sync_folder(self.root)
@@ -61,9 +64,13 @@ class Blobs:
         return self.root / name
 
     def holds(self, name: str, nbytes: int) -> bool:
-        """Whether the file is there, with that many bytes."""
+        """Whether the file is there, with that many bytes; nothing at all is always there."""
         path = self.path(name)
-        return path.is_file() and path.stat().st_size == nbytes
+        return nbytes == 0 or (path.is_file() and path.stat().st_size == nbytes)
+
+    def drop(self, name: str) -> None:
+        """Delete one file, if it is there."""
+        self.path(name).unlink(missing_ok=True)
 
     def keep(self, names: Set[str]) -> None:
         """Delete every other file."""

@@ -255,13 +255,15 @@ class Coordinator:
         with blobs.draft(durable=True) as private, blobs.draft(durable=True) as public:
             to_public, to_private = TensorWriter(public.file), TensorWriter(private.file)
             fill(Writers(to_public.add, to_private.add))
-            public.name, private.name = to_public.sha256, to_private.sha256
+            public.name = to_public.sha256
+            # Most methods keep nothing at the coordinator: no file, no sync.
+            private.name = to_private.sha256 if to_private.nbytes else ""
         return State(
             number,
-            TensorFile(blobs.path(public.name), to_public.table),
-            public.name,
-            TensorFile(blobs.path(private.name), to_private.table),
-            private.name,
+            TensorFile(blobs.path(to_public.sha256), to_public.table),
+            to_public.sha256,
+            TensorFile(blobs.path(to_private.sha256), to_private.table),
+            to_private.sha256,
             scales,
         )
 

@@ -20,7 +20,7 @@ from wardround.errors import JournalError
 from wardround.federation.blobs import Blobs
 from wardround.federation.database import Database
 from wardround.wire.canonical import canonical_json
-from wardround.wire.message import EMPTY_SHA256, EmptyBody, FileBody, Header, Message
+from wardround.wire.message import EmptyBody, FileBody, Header, Message
 from wardround.wire.tensors import TensorFile, TensorWriter, parse_table
 
 Array = npt.NDArray[Any]
@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS memories (
   round INTEGER PRIMARY KEY, sha256 TEXT NOT NULL, tensors TEXT NOT NULL, meta TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS replies (
-  request TEXT PRIMARY KEY, round INTEGER NOT NULL, header TEXT NOT NULL);
+  request TEXT PRIMARY KEY, round INTEGER NOT NULL, header TEXT NOT NULL, sha256 TEXT NOT NULL);
 """
 
 
@@ -51,6 +51,8 @@ class SiteStore:
     def __init__(self, root: Path) -> None:
         self.blobs = Blobs(root / "blobs")
         self._database = Database(root / "store.sqlite", _SCHEMA)
+        # What a killed process wrote before its transaction: nothing refers to it.
+        self.blobs.keep(self._named())
 
     def fact(self, name: str) -> str | None:
         """A fact, if it was ever written."""
@@ -123,6 +125,7 @@ class SiteStore:
         Replies of earlier rounds are forgotten with it: nobody may ask for them again.
         """
         number = reply.header.round
+        dropped: set[str] = set()
         with ExitStack() as stack:
             row: tuple[str, str, str] | None = None
             if memory is not None and (memory.tensors or memory.meta):
@@ -142,19 +145,22 @@ class SiteStore:
                     for k in {number, *keep}
                 }
                 marks = ",".join("?" * len(kept))
-                connection.execute(f"DELETE FROM memories WHERE round NOT IN ({marks})", tuple(kept))
-            connection.execute("DELETE FROM replies WHERE round < ?", (number,))
+                gone = f"DELETE FROM memories WHERE round NOT IN ({marks}) RETURNING sha256"
+                dropped |= {str(row[0]) for row in connection.execute(gone, tuple(kept)).fetchall()}
+            gone = "DELETE FROM replies WHERE round < ? RETURNING sha256"
+            dropped |= {str(row[0]) for row in connection.execute(gone, (number,)).fetchall()}
             connection.execute(
-                "INSERT OR REPLACE INTO replies VALUES (?,?,?)",
-                (reply.header.reply_to, number, reply.header.to_bytes().decode()),
+                "INSERT OR REPLACE INTO replies VALUES (?,?,?,?)",
+                (reply.header.reply_to, number, reply.header.to_bytes().decode(), reply.header.body_sha256),
             )
-        self._sweep()
+        if dropped:
+            for name in dropped - self._named():
+                self.blobs.drop(name)
 
-    def _sweep(self) -> None:
-        names = {str(row[0]) for row in self._database.rows("SELECT sha256 FROM memories")}
-        for row in self._database.rows("SELECT header FROM replies"):
-            names.add(str(json.loads(str(row[0]))["body_sha256"]))
-        self.blobs.keep(names - {EMPTY_SHA256})
+    def _named(self) -> set[str]:
+        """The files that something refers to."""
+        rows = self._database.rows("SELECT sha256 FROM memories UNION SELECT sha256 FROM replies")
+        return {str(row[0]) for row in rows}
 
     def close(self) -> None:
         """Close the database."""

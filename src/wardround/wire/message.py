@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from wardround.errors import WireError
-from wardround.wire.canonical import canonical_json, digest, parse_json
+from wardround.wire.canonical import canonical_json, parse_json
 from wardround.wire.tensors import TensorInfo, parse_table
 
 SCHEMA = 1
@@ -113,12 +114,16 @@ class Header:
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
-        return canonical_json(self.to_json())
+        return self._bytes
 
-    @property
+    @cached_property
     def id(self) -> str:
         """SHA-256 of the header: two messages with one id ask for the same thing."""
-        return digest(self.to_json())
+        return hashlib.sha256(self._bytes).hexdigest()
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        return canonical_json(self.to_json())
 
     @staticmethod
     def from_bytes(data: bytes | memoryview) -> Header:

@@ -64,6 +64,12 @@ class Ring:
         shift = 64 - self.bits
         return (elements.astype(np.int64) << shift) >> shift
 
+    def extremes(self, elements: Array) -> tuple[int, int]:
+        """The smallest and the largest of at least one signed element."""
+        narrow = {16: "<i2", 32: "<i4"}.get(self.bits)
+        signed = self.signed(elements) if narrow is None else elements.view(narrow)
+        return int(signed.min()), int(signed.max())
+
 
 def value_bits(ring_bits: int, max_sites: int) -> int:
     """Bits left for one site's value when `max_sites` of them must add up without wrapping.

@@ -52,6 +52,10 @@ class Metric:
 
     def encode(self, values: Any) -> list[int]:
         """Non-negative integers of the values, clipped to the range; raises `Rejected` for NaN."""
+        if self.size == 1 and isinstance(values, float | int):
+            if not math.isfinite(values):
+                raise Rejected(f"metric {self.name!r} is not a finite number")
+            return [round((min(max(values, self.low), self.high) - self.low) / self.resolution)]
         array = np.broadcast_to(np.asarray(values, dtype=np.float64), (self.size,))
         if not np.isfinite(array).all():
             raise Rejected(f"metric {self.name!r} is not a finite number")
@@ -96,7 +100,7 @@ class Layout:
         for group in self.groups:
             value_bits(group.ring_bits, self.max_sites)
 
-    @property
+    @cached_property
     def digit_bits(self) -> int:
         """Value bits of one digit of the tail."""
         return value_bits(TAIL.bits, self.max_sites)
@@ -124,7 +128,7 @@ class Layout:
         digits = sum(math.ceil(bits / self.digit_bits) for bits in self.entries)
         return (*parts, (digits * TAIL.itemsize, TAIL))
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of an update."""
         return sum(size for size, _ in self.segments)
@@ -253,10 +257,17 @@ class Aggregate:
 
     def total(self, group: str, tensor: str) -> Floats:
         """The sum over sites of w / max_weight x delta, exact in the sites' integers."""
-        index, offset, info, found = self._find(group, tensor)
+        elements, info, found = self._elements(group, tensor)
         ring, bits = Ring(found.ring_bits), self.layout.bits_of(found)
-        elements = self._total.segment(index)[offset : offset + info.size]
         return dequantise(elements, self.scales[scale_key(group, tensor)], bits, ring).reshape(info.shape)
+
+    def peak(self, group: str, tensor: str) -> float:
+        """The largest magnitude in `total`."""
+        elements, info, found = self._elements(group, tensor)
+        if not info.size:
+            return 0.0
+        smallest, largest = Ring(found.ring_bits).extremes(elements)
+        return max(largest, -smallest) * self.scales[scale_key(group, tensor)] / levels(self.layout.bits_of(found))
 
     def mean(self, group: str, tensor: str) -> Floats:
         """The weighted mean of the sites' changes; raises `Rejected` when all weights are zero."""
@@ -267,13 +278,13 @@ class Aggregate:
         mean /= share
         return mean
 
-    def _find(self, group: str, tensor: str) -> tuple[int, int, TensorInfo, Group]:
+    def _elements(self, group: str, tensor: str) -> tuple[Array, TensorInfo, Group]:
         for index, candidate in enumerate(self.layout.groups):
             if candidate.name == group:
                 offset = 0
                 for info in candidate.tensors:
                     if info.name == tensor:
-                        return index, offset, info, candidate
+                        return self._total.segment(index)[offset : offset + info.size], info, candidate
                     offset += info.size
         raise KeyError(scale_key(group, tensor))
 
@@ -298,8 +309,7 @@ def next_scales(aggregate: Aggregate, *, first: bool = False) -> tuple[dict[str,
             if share > 1e-4:
                 following[key] = 2.0 * scales[key]
                 continue
-            total = aggregate.total(group.name, info.name)
-            peak = float(max(total.max(), -total.min())) if total.size else 0.0
+            peak = aggregate.peak(group.name, info.name)
             if first:
                 following[key] = min(scales[key], FIRST_HEADROOM * peak) or scales[key]
             else:
@@ -324,8 +334,8 @@ def check_range(layout: Layout, body: Body) -> None:
         for low, high, ring, top, name in bounds:
             begin, stop = max(low, offset), min(high, end)
             if begin < stop:
-                elements = ring.signed(ring.unpack(chunk[begin - offset : stop - offset]))
-                if elements.max() > top or elements.min() < -top:
+                smallest, largest = ring.extremes(ring.unpack(chunk[begin - offset : stop - offset]))
+                if largest > top or smallest < -top:
                     raise Rejected(f"group {name!r} holds an element that no site can have sent")
         if end > tail_at:
             tail += chunk[max(0, tail_at - offset) :]

@@ -17,9 +17,9 @@ from wardround.study.sites import SitesFile
 PAGE = Path(__file__).parent / "study.md"
 INTRO = """# The study file
 
-A study is one YAML file that holds everything that decides the result. Unknown keys are refused; errors name the key and
-the fix. `--set a.b=value` overrides a key before the study is hashed; `wardround check STUDY --full` prints every default.
-Where a site's data lie is never in it: the [sites file](#sitesfile) says that.
+A study is one YAML file that holds everything that decides the result. Unknown keys are refused; errors name the key
+and the fix. `--set a.b=value` overrides a key before the study is hashed; `wardround check STUDY --full` prints every
+default. Where a site's data lie is never in it: the [sites file](#sitesfile) says that.
 
 This page is generated from the schema (`docs/study_reference.py`).
 """

@@ -26,8 +26,8 @@ def test_arms_are_the_federation_and_what_was_asked_for() -> None:
     assert set(arms) == {"federated", "pooled", "local/A", "local/B", "local/C"}
     assert arms["federated"].sites == ("A", "B", "C")
     assert (arms["pooled"].sites, arms["pooled"].members) == (("pooled",), ("A", "B", "C"))
-    # One pooled round takes the steps of all sites, so that it sees as many examples.
-    assert (arms["pooled"].local.steps, arms["pooled"].local.warmup) == (12, 6)
+    # A pooled step takes a batch of every site, so that the arm sees as many examples in as many steps.
+    assert (arms["pooled"].local.steps, arms["pooled"].local.batch) == (4, 6)
     assert arms["local/B"].local == study.local
     # A proximal term towards oneself would only be a slower optimiser.
     assert arms["local/B"].method.kind == arms["pooled"].method.kind == "fedavg"

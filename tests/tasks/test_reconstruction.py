@@ -166,12 +166,17 @@ def test_pooled_examples_run_over_all_sites_in_order(folders: dict[str, Path]) -
         pooled.batch([len(pooled)], np.random.default_rng(0))
 
 
-def test_sites_with_other_coils_do_not_share_a_batch(folders: dict[str, Path]) -> None:
+def test_sites_with_other_coils_share_a_batch_and_nothing_changes(folders: dict[str, Path]) -> None:
     task = _task(sites={"A": {}, "B": {"acquisition": {"coils": 5, "mask": {"calibration": 0.12}}}})
-    pooled = task.pooled([task.dataset(site, folders[site]) for site in "AB"])
-    assert len(pooled.batch([len(pooled) - 1], np.random.default_rng(0))) == 1
-    with pytest.raises(StudyError, match=r"acquisition\.coils"):
-        pooled.batch([0, len(pooled) - 1], np.random.default_rng(0))
+    parts = [task.dataset(site, folders[site]) for site in ("A", "B")]
+    flips = np.random.default_rng(0)
+    alone = [part.batch([0], flips) for part in parts]
+    together = task.pooled(parts).batch([0, len(parts[0])], np.random.default_rng(0))
+    assert together.maps.shape[:2] == (2, 5)
+    for number, batch in enumerate(alone):
+        image = batch.operator.normal(batch.operator.A_adjoint(batch.kspace))
+        joint = together.operator.normal(together.operator.A_adjoint(together.kspace))[number : number + 1]
+        torch.testing.assert_close(joint, image, rtol=1e-5, atol=1e-6)
 
 
 def test_scoring_leaves_the_model_as_it_was(folders: dict[str, Path]) -> None:

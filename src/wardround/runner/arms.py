@@ -20,8 +20,8 @@ COMPARISONS: tuple[Comparison, ...] = ("local", "pooled")
 class Arm:
     """A training run: who takes part, by which method, with which local schedule.
 
-    A local arm is a federation of one; the pooled arm is one site that has everybody's data and, in a round, processes
-    the union of what the sites process, so that all arms see the same examples.
+    A local arm is a federation of one; the pooled arm is one site that has everybody's data and takes as many
+    steps as each site, on batches as large as all sites' together: it processes the union of what the sites process.
     """
 
     name: str
@@ -63,12 +63,8 @@ def arms_of(study: Study, compare: Collection[str]) -> tuple[Arm, ...]:
     alone = FedAvg(weights="equal")
     arms = [Arm(FEDERATED, training, training, study.method, study.local)]
     if POOLED in compare:
-        union = study.local.model_copy(
-            update={
-                "steps": study.local.steps * len(training),
-                "warmup": study.local.warmup * len(training),
-            }
-        )
+        # One step of every site in the federation is one step on the union of their batches here (law of the centre).
+        union = study.local.model_copy(update={"batch": study.local.batch * len(training)})
         arms.insert(0, Arm(POOLED, (POOLED,), training, alone, union))
     evaluation = getattr(study.task, "evaluation", None)
     if evaluation is not None and evaluation.leave_one_out:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 
@@ -58,13 +58,19 @@ class MRIBatch:
 
     @classmethod
     def joined(cls, batches: Sequence[MRIBatch]) -> MRIBatch:
-        """One batch of all slices, in order. Raises StudyError where numbers of coils differ."""
-        if len({batch.maps.shape[1:] for batch in batches}) > 1:
-            raise StudyError(
-                "sites with different numbers of coils cannot share a batch; "
-                "set the same `acquisition.coils` at every site, or `local.batch: 1`"
-            )
-        return cls(*(torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(cls)))
+        """One batch of all slices, in order; scans with fewer coils get more that see nothing, which changes nothing."""
+        coils = max(batch.maps.shape[1] for batch in batches)
+        padded = [
+            replace(batch, kspace=_with_coils(batch.kspace, coils), maps=_with_coils(batch.maps, coils))
+            for batch in batches
+        ]
+        return cls(*(torch.cat([getattr(batch, field.name) for batch in padded]) for field in fields(cls)))
+
+
+def _with_coils(x: Tensor, coils: int) -> Tensor:
+    """(B, C, H, W) -> (B, coils, H, W), zeros behind."""
+    missing = coils - x.shape[1]
+    return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1) if missing else x
 
 
 class ReconstructionDataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from wardround.errors import Rejected
-from wardround.wire.message import Message, body_sha256
+from wardround.wire.message import HashingBody, Message, body_sha256
 from wardround.wire.update import Layout, check_range
 
 
@@ -22,30 +22,51 @@ def check_reply(reply: Message, kind: str, requests: Mapping[str, str]) -> None:
 
 def check_body(message: Message) -> None:
     """Refuse a body whose length or hash is not what the header says; raises `Rejected`."""
-    header = message.header
-    if message.body.nbytes != header.body_nbytes:
-        raise Rejected(f"a body of {message.body.nbytes} bytes where the header says {header.body_nbytes}")
-    if body_sha256(message.body) != header.body_sha256:
-        raise Rejected("a body whose bytes changed on the way: its hash is not the header's")
+    _check_length(message)
+    if body_sha256(message.body) != message.header.body_sha256:
+        raise Rejected(_CHANGED)
 
 
 def check_update(layout: Layout, reply: Message) -> None:
-    """Refuse an update of another size or layout, or with impossible elements; raises `Rejected`.
+    """Refuse an update of another size or layout, other bytes than were sent, or impossible elements: `Rejected`.
 
     Values that are not finite cannot be written in the ring at all: the site that meets one refuses to send.
     """
-    check_masked(layout, reply)
-    check_range(layout, reply.body)
+    _check_layout(layout, reply)
+    _check_length(reply)
+    body = HashingBody(reply.body)
+    try:
+        check_range(layout, body)
+    except Rejected:
+        # Bytes that changed on the way would explain it.
+        check_body(reply)
+        raise
+    if body.sha256 != reply.header.body_sha256:
+        raise Rejected(_CHANGED)
 
 
 def check_masked(layout: Layout, reply: Message) -> None:
     """Refuse an update of another size or layout, or other bytes than were sent; raises `Rejected`.
 
-    The size is checked before anything is read. A masked update is uniform: it has no range to check.
+    A masked update is uniform: it has no range to check.
     """
+    _check_layout(layout, reply)
+    check_body(reply)
+
+
+_CHANGED = "a body whose bytes changed on the way: its hash is not the header's"
+
+
+def _check_length(message: Message) -> None:
+    header = message.header
+    if message.body.nbytes != header.body_nbytes:
+        raise Rejected(f"a body of {message.body.nbytes} bytes where the header says {header.body_nbytes}")
+
+
+def _check_layout(layout: Layout, reply: Message) -> None:
+    # The size is checked before anything is read.
     header = reply.header
     if header.body_nbytes != layout.nbytes:
         raise Rejected(f"an update of {header.body_nbytes} bytes where the study says {layout.nbytes}")
     if header.meta.get("layout") != layout.sha256:
         raise Rejected("an update of another layout: the site runs another study, model or version")
-    check_body(reply)

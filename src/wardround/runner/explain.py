@@ -122,12 +122,12 @@ def _training(host: Host, blueprint: Blueprint) -> str:
 
 
 def _arms(host: Host) -> str:
-    rounds, batch = host.study.schedule.rounds, host.study.local.batch
+    rounds = host.study.schedule.rounds
     rows = []
     for name, arm in host.arms.items():
         steps = arm.local.steps * rounds
         data = ", ".join(arm.members) if len(arm.sites) == len(arm.members) else f"all of {', '.join(arm.members)}"
-        rows.append((name, f"{steps:,}", f"{steps * batch * len(arm.sites):,}", data))
+        rows.append((name, f"{steps:,}", f"{steps * arm.local.batch * len(arm.sites):,}", data))
     notes = []
     baselines = getattr(getattr(host.study.task, "evaluation", None), "baselines", ())
     if baselines:

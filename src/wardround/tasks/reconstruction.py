@@ -58,7 +58,7 @@ class MRIBatch:
 
     @classmethod
     def joined(cls, batches: Sequence[MRIBatch]) -> MRIBatch:
-        """One batch of all slices, in order; scans with fewer coils get more that see nothing, which changes nothing."""
+        """One batch of all slices, in order; scans with fewer coils get more, which see nothing and change nothing."""
         coils = max(batch.maps.shape[1] for batch in batches)
         padded = [
             replace(batch, kspace=_with_coils(batch.kspace, coils), maps=_with_coils(batch.maps, coils))

@@ -14,8 +14,9 @@ from wardround.wire.canonical import canonical_json, parse_json
 from wardround.wire.tensors import TensorInfo, parse_table
 
 SCHEMA = 1
-# A multiple of 12 bytes, so that chunks of an update never cut an element of 2, 3 or 4 bytes.
-CHUNK = 12 << 16
+# A multiple of 12 bytes, so that chunks of an update never cut an element of 2, 3 or 4 bytes; small enough to stay in
+# the cache while it is hashed, checked and added.
+CHUNK = 12 << 14
 MAX_HEADER = 1 << 22
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
@@ -65,6 +66,30 @@ class EmptyBody:
 
 
 EMPTY = EmptyBody()
+
+
+class HashingBody:
+    """A body that is hashed while somebody else reads it, once and from the start."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._total = hashlib.sha256()
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self._body.nbytes
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what was read so far, in hex."""
+        return self._total.hexdigest()
+
+    def chunks(self, offset: int = 0) -> Iterator[memoryview]:
+        """The bytes from `offset` on."""
+        for chunk in self._body.chunks(offset):
+            self._total.update(chunk)
+            yield chunk
 
 
 def body_sha256(body: Body) -> str:

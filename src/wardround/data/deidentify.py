@@ -25,6 +25,10 @@ _REMOVED = tuple(
 )
 
 
+# A reason is read by people and kept in every record of the round.
+_LONGEST = 500
+
+
 def scrub(text: str) -> str:
     """Return `text` without paths, file names, dates, DICOM names and identifiers, each replaced by its kind.
 
@@ -45,4 +49,4 @@ def describe_error(error: BaseException) -> str:
     name = type(error).__name__
     if not isinstance(error, WardroundError):
         return name
-    return f"{name}: {scrub(str(error))}"
+    return f"{name}: {scrub(str(error))[:_LONGEST]}"

@@ -201,7 +201,7 @@ class Protection(Config):
     max_weight: float = Field(
         4096.0, gt=0.0, description="largest weight a site may claim, in training examples; use it up for precision"
     )
-    initial_scale: float = Field(0.05, gt=0.0, description="largest change of a parameter expected in round 1")
+    initial_scale: float = Field(0.2, gt=0.0, description="largest change of a parameter expected in round 1")
     secure: bool = Field(False, description="the coordinator learns the sum of the updates and nothing of any site")
     threshold: int | None = Field(
         None, ge=2, description="sites that must stay to the end of a secure sum; default: two thirds of them and one"

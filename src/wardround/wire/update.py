@@ -311,7 +311,7 @@ def next_scales(aggregate: Aggregate, *, first: bool = False) -> tuple[dict[str,
                 continue
             peak = aggregate.peak(group.name, info.name)
             if first:
-                following[key] = min(scales[key], FIRST_HEADROOM * peak) or scales[key]
+                following[key] = max(4.0 * peak, min(scales[key], FIRST_HEADROOM * peak)) or scales[key]
             else:
                 following[key] = max(4.0 * peak, 0.5 * scales[key], 1e-12)
     return following, saturated

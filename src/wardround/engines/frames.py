@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -45,8 +44,3 @@ def _read(stream: BinaryIO, size: int, *, required: bool = False) -> bytes:
             return b""
         data += part
     return data
-
-
-def write_spec(path: Path, spec: dict[str, object]) -> None:
-    """Write what a worker needs to build its sites."""
-    path.write_text(json.dumps(spec), encoding="utf-8")

@@ -134,7 +134,7 @@ class Coordinator:
             except Void:
                 # It may not be repeated: the last round goes without its validation.
                 return
-            yield self._amend(state.round, exchange)
+            yield self._amend(state.round, exchange.aggregate())
 
     def release(self) -> Release:
         """The released round: the best by validation, or the last."""
@@ -267,8 +267,7 @@ class Coordinator:
             scales,
         )
 
-    def _amend(self, number: int, aggregate: Exchange | Aggregate) -> RoundReport:
-        sums = aggregate if isinstance(aggregate, Aggregate) else aggregate.aggregate()
+    def _amend(self, number: int, sums: Aggregate) -> RoundReport:
         reports = {r.round: r for r in self._journal.reports()}
         if number not in reports:
             raise JournalError(f"round {number} was validated but never committed")

@@ -164,7 +164,7 @@ class Site:
         learner.load(public, memory)
         metrics: dict[str, Any] = {}
         if header.meta.get("validate"):
-            metrics |= self._validation(learner)
+            metrics |= _validation_sums(learner.evaluate("validation"))
         trained = learner.train(header.round, public, memory)
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
         chunks = encode(
@@ -255,9 +255,6 @@ class Site:
             save_file(tensors, draft)
             draft.rename(self.folder / "local.safetensors")
         return Answer(request.reply(DONE))
-
-    def _validation(self, learner: Learner) -> dict[str, Any]:
-        return _validation_sums(learner.evaluate("validation"))
 
     def _evaluation_sums(self, values: Mapping[str, Array]) -> dict[str, Any]:
         sums: dict[str, Any] = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from wardround.errors import DataError
@@ -251,8 +250,3 @@ def _json(specs: Sequence[MetricSpec], estimates: Mapping[str, Estimate]) -> dic
         }
         for s in specs
     }
-
-
-def pictures_of(out: Path, site: str) -> Path:
-    """A site's own picture file."""
-    return out / "sites" / site / "pictures.npz"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import yaml
+from safetensors.numpy import load_file
 
 from wardround.data.deidentify import describe_error
 from wardround.engines.local import STOPPED, LocalEngine
@@ -300,7 +301,7 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
     federated = [line for line in lines if line["arm"] == FEDERATED]
     local = host.study.local
     local_sha256 = {
-        path.parent.parent.name: tensors_sha256(_load(path))
+        path.parent.parent.name: tensors_sha256(load_file(path))
         for path in sorted(out.glob(f"models/*/{FEDERATED}/local.safetensors"))
     }
     values = {
@@ -354,12 +355,6 @@ def _notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
             notes.append(f"{line['arm']}, round {line['round']}: without {site} ({reason})")
         notes.extend(f"{line['arm']}, round {line['round']}: {note}" for note in line["notes"])
     return notes
-
-
-def _load(path: Path) -> dict[str, Any]:
-    from safetensors.numpy import load_file
-
-    return dict(load_file(path))
 
 
 def fingerprint() -> dict[str, str]:

@@ -138,7 +138,7 @@ def at_the_seam(count: int, values: int) -> dict[str, float]:
     from wardround.federation.store import SiteStore
     from wardround.federation.training import Trained
     from wardround.protection.identity import Roster
-    from wardround.study.schema import Protection
+    from wardround.study.protection import Protection
     from wardround.wire.message import Message
     from wardround.wire.tensors import TensorInfo
     from wardround.wire.update import Group, Layout

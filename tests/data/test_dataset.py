@@ -15,7 +15,7 @@ from wardround.data.dataset import SPLITS, Example, SliceIndex, fit_to_size, hea
 from wardround.data.folder import SiteFolder
 from wardround.data.volume import Volume, write_nifti
 from wardround.errors import DataError
-from wardround.study.schema import Slices, Split
+from wardround.study.tasks import Slices, Split
 
 MakeSite = Callable[..., Path]
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from wardround.data.split import split_patients
 from wardround.errors import DataError
-from wardround.study.schema import Split
+from wardround.study.tasks import Split
 
 SHARES = st.tuples(st.floats(0, 0.95, allow_nan=False), st.floats(0, 0.95, allow_nan=False)).filter(
     lambda shares: sum(shares) < 1

@@ -20,7 +20,7 @@ from wardround.federation.methods.method import Facts, Method
 from wardround.federation.methods.personal import FedBN
 from wardround.federation.methods.proximal import FedProx
 from wardround.federation.training import Trained, parameters_of
-from wardround.study import schema
+from wardround.study import methods as methods_config
 
 Array = npt.NDArray[Any]
 ROUNDS = 4
@@ -173,7 +173,7 @@ def test_fedprox_adds_the_gradient_of_the_proximal_term(tmp_path: Path) -> None:
         for key, p in model.state_dict().items():
             assert np.allclose(trained.changes["model"][key], (p - public[key]).numpy(), atol=1e-6)
     follow(rig, lambda name, mean: mean)
-    assert build_method(schema.FedProx(kind="fedprox", mu=mu)) == FedProx("samples", mu=mu)
+    assert build_method(methods_config.FedProx(kind="fedprox", mu=mu)) == FedProx("samples", mu=mu)
 
 
 def test_fedbn_shares_all_but_the_batch_norm_layers(tmp_path: Path) -> None:
@@ -218,8 +218,8 @@ def test_floating_buffers_are_averaged_and_counters_stay(tmp_path: Path) -> None
 
 
 def test_a_custom_method_must_be_one() -> None:
-    custom = schema.CustomMethod(kind="custom", factory="tests.toys:make_task", options={})
+    custom = methods_config.CustomMethod(kind="custom", factory="tests.toys:make_task", options={})
     with pytest.raises(StudyError, match="does not make"):
         build_method(custom)
     with pytest.raises(StudyError, match="cannot be imported"):
-        build_method(schema.CustomMethod(kind="custom", factory="tests.toys:nothing"))
+        build_method(methods_config.CustomMethod(kind="custom", factory="tests.toys:nothing"))

@@ -16,7 +16,7 @@ from wardround.models.unrolled import MoDL as MoDLNetwork
 from wardround.physics.mri import CartesianMRI
 from wardround.physics.simulate import simulate
 from wardround.study.acquisition import Mask, MRIAcquisition
-from wardround.study.schema import MoDL, UNet
+from wardround.study.models import MoDL, UNet
 
 CONFIGS = [
     MoDL(preset="tiny"),

@@ -15,7 +15,7 @@ from wardround.data.volume import Volume, read_volume
 from wardround.errors import MissingExtra
 from wardround.physics import phantoms
 from wardround.physics.phantoms import DEMO_SITES, TISSUES, Protocol, Tissue, make_patient, make_site, signal
-from wardround.study.schema import Slices, Split
+from wardround.study.tasks import Slices, Split
 
 SMALL = {"size": 64, "slices": 4}
 

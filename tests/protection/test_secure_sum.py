@@ -16,7 +16,7 @@ from tests.protection.parties import PHASES, Play, Segments, fixed_entropy, name
 from wardround.errors import NotEnoughSites, StudyError
 from wardround.protection.agreement import implied_peers
 from wardround.protection.secure_coordinator import Unrecoverable
-from wardround.study.schema import Protection
+from wardround.study.protection import Protection
 from wardround.wire.ring import Ring
 
 VECTORS = Path(__file__).with_name("vectors.json")

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from wardround.errors import StudyError
 from wardround.study.load import load_study, study_sha256
-from wardround.study.schema import FedAvg, MoDL, Study, UNet
+from wardround.study.methods import FedAvg
+from wardround.study.models import MoDL, UNet
+from wardround.study.schema import Study
 
 MINIMAL: dict[str, Any] = {"name": "trial", "sites": {"CS": {}, "DU": {}, "EZ": {"role": "unseen"}}}
 

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from wardround.study.schema import Loss
+from wardround.study.tasks import Loss
 from wardround.tasks.losses import build_loss
 
 KINDS = ("l1", "mse", "ssim", "l1_ssim")

@@ -14,7 +14,7 @@ from wardround.data.folder import SiteFolder
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray
 from wardround.errors import DataError
-from wardround.study.schema import Slices, Split
+from wardround.study.tasks import Slices, Split
 from wardround.wire.canonical import canonical_json
 
 BoolArray = NDArray[np.bool_]

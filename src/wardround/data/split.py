@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from wardround.errors import DataError
-from wardround.study.schema import Split
+from wardround.study.tasks import Split
 from wardround.wire.random import public_generator
 
 SplitName: TypeAlias = Literal["train", "validation", "test"]

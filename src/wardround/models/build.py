@@ -9,13 +9,13 @@ from torch import nn
 
 from wardround.models.cnn import PostUNet, unet_shape
 from wardround.models.unrolled import MoDL, modl_shape
-from wardround.study import schema
+from wardround.study import models as models_config
 
 
-def build_model(config: schema.Model) -> nn.Module:
+def build_model(config: models_config.Model) -> nn.Module:
     """The network of a study, freshly initialised from torch's global generator: seed it first."""
     match config:
-        case schema.MoDL():
+        case models_config.MoDL():
             return MoDL(modl_shape(config))
-        case schema.UNet():
+        case models_config.UNet():
             return PostUNet(unet_shape(config))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wardround.errors import GeometryError
 from wardround.models.unrolled import as_channels, from_channels
 from wardround.physics.operator import LinearOperator
-from wardround.study import schema
+from wardround.study import models as models_config
 
 # Four poolings leave 2 x 2 of it, the least that a normalisation over an image can work with.
 SMALLEST = 32
@@ -32,7 +32,7 @@ PRESETS = {
 }
 
 
-def unet_shape(config: schema.UNet) -> UNetShape:
+def unet_shape(config: models_config.UNet) -> UNetShape:
     """The preset of a study with its own choices on top."""
     shape = PRESETS[config.preset]
     return shape if config.norm is None else replace(shape, norm=config.norm)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from wardround.physics.operator import LinearOperator, RealImage
-from wardround.study import schema
+from wardround.study import models as models_config
 
 Norm = Literal["none", "batch", "instance"]
 
@@ -43,7 +43,7 @@ PRESETS = {
 }
 
 
-def modl_shape(config: schema.MoDL) -> MoDLShape:
+def modl_shape(config: models_config.MoDL) -> MoDLShape:
     """The preset of a study with its own choices on top."""
     chosen = config.model_dump(exclude={"kind", "preset"}, exclude_none=True)
     return replace(PRESETS[config.preset], **chosen)

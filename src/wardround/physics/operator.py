@@ -35,6 +35,15 @@ class LinearOperator(ABC):
     def A_adjoint(self, y: Tensor) -> Tensor:
         """Apply the exact adjoint: data (B, *data_shape) to images (B, *image_shape)."""
 
+    @property
+    def protocol(self) -> Tensor | None:
+        """What tells a network which scanner this is: features (F,) in [0, 1], where there are any."""
+        return None
+
+    def initial(self, y: Tensor) -> Tensor:
+        """A first image from data (B, *data_shape), where a network starts: A* y unless something better is known."""
+        return self.A_adjoint(y)
+
     def normal(self, x: Tensor) -> Tensor:
         """Apply A* A to images (B, *image_shape); overridden where a shortcut exists."""
         return self.A_adjoint(self.A(x))

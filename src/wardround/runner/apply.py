@@ -96,12 +96,14 @@ def _open(path: Path, site: str | None) -> _Model:
             detail=f"{path}: {_one_line(error)}",
         ) from error
     acquisition = study.acquisition if site is None else study.acquisition_of(site)
+    assert isinstance(acquisition, MRIAcquisition)
     return _Model(network.eval(), acquisition, _trained_coils(study, site), study.seed)
 
 
 def _trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
     sites = study.training_sites if site is None else (site,)
-    return tuple(sorted({study.acquisition_of(name).coils for name in sites}))
+    found = (study.acquisition_of(name) for name in sites)
+    return tuple(sorted({a.coils for a in found if isinstance(a, MRIAcquisition)}))
 
 
 def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wardround.errors import StudyError
-from wardround.study.schema import FedAvg, Local, Method, Study
+from wardround.study.methods import FedAvg, Method
+from wardround.study.schema import Local, Study
 from wardround.wire.canonical import digest
 
 POOLED = "pooled"

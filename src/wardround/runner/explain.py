@@ -13,8 +13,9 @@ from wardround.report.units import human_bytes, protocol
 from wardround.runner.host import Blueprint, Host
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256
-from wardround.study.schema import ReconstructionTask, Study
+from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
+from wardround.study.tasks import ReconstructionTask
 
 _WIDTH = 100
 _LABEL = 15
@@ -27,7 +28,7 @@ def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], o
     """
     study = load_study(study_file, overrides)
     if sites_file is None:
-        nowhere = SitesFile(sites={name: SiteData(data=Path()) for name in study.sites})
+        nowhere = SitesFile(sites={name: SiteData(data=(Path(),)) for name in study.sites})
         host = open_host(study, nowhere, Path(), compare, (), None)
         sites, mind = _sites(host), "Data: not looked at; add --sites SITES to see every site's patients."
     else:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
 
 from wardround.errors import StudyError
 from wardround.study.base import Config
@@ -21,14 +24,19 @@ class Egress(Config):
 
 
 class SiteData(Config):
-    """A site's data folder and its rules.
+    """A site's data folders, one or several, and its rules.
 
     In the file, `data` may hold `${VARIABLE}` and `~` and is relative to the file; `load_sites` makes it
     absolute.
     """
 
-    data: Path
+    data: tuple[Path, ...] = Field(min_length=1, description="a folder, or a list of them")
     egress: Egress = Egress()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
 
 
 class SitesFile(Config):
@@ -52,7 +60,8 @@ def load_sites(path: str | Path) -> SitesFile:
     raw = validate(SitesFile, read_yaml(path, "sites"), "sites", show_values=False)
     base = Path(path).absolute().parent
     resolved = {
-        name: entry.model_copy(update={"data": _resolve(entry.data, name, base)}) for name, entry in raw.sites.items()
+        name: entry.model_copy(update={"data": tuple(_resolve(folder, name, base) for folder in entry.data)})
+        for name, entry in raw.sites.items()
     }
     return SitesFile(sites=resolved)
 

@@ -7,6 +7,7 @@ from importlib import import_module
 
 from wardround.errors import StudyError
 from wardround.study import schema
+from wardround.study import tasks as tasks_config
 from wardround.tasks.reconstruction import ReconstructionTask
 from wardround.tasks.task import Task
 
@@ -16,13 +17,13 @@ _PARTS = ("metrics", "build_model", "dataset", "pooled", "loss", "score")
 def build_task(study: schema.Study) -> Task:
     """The task of a study. Raises StudyError where a custom factory cannot be imported or makes no task."""
     match study.task:
-        case schema.ReconstructionTask():
+        case tasks_config.ReconstructionTask():
             return ReconstructionTask(study)
-        case schema.CustomTask() as custom:
+        case tasks_config.CustomTask() as custom:
             return _custom(custom)
 
 
-def _custom(config: schema.CustomTask) -> Task:
+def _custom(config: tasks_config.CustomTask) -> Task:
     module, _, name = config.factory.partition(":")
     try:
         factory = getattr(import_module(module), name)

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from wardround.study import schema
+from wardround.study import tasks as tasks_config
 from wardround.tasks.metrics import masked_mean, ssim
 
 ImageLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -39,7 +39,7 @@ def l1_ssim(image: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor
 _LOSSES: dict[str, ImageLoss] = {"l1": l1, "mse": mse, "ssim": ssim_loss, "l1_ssim": l1_ssim}
 
 
-def build_loss(config: schema.Loss) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def build_loss(config: tasks_config.Loss) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The study's loss as a function of image, target and head mask, each (B, H, W)."""
     return partial(_evaluate, _LOSSES[config.kind], config.masked)
 

@@ -24,6 +24,8 @@ from wardround.physics.mri import CartesianMRI
 from wardround.physics.simulate import simulate
 from wardround.physics.solvers import cg_sense, tv, zero_filled
 from wardround.study import MRIAcquisition, schema
+from wardround.study import models as models_config
+from wardround.study import tasks as tasks_config
 from wardround.tasks.losses import build_loss
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, SSIM_WINDOW, reconstruction_scores
 from wardround.tasks.task import Dataset, MetricSpec, Source, Split
@@ -86,7 +88,7 @@ class ReconstructionDataset:
         self,
         index: SliceIndex,
         acquisition: MRIAcquisition,
-        task: schema.ReconstructionTask,
+        task: tasks_config.ReconstructionTask,
         *,
         seed: int,
         cache_bytes: int = _CACHE_BYTES,
@@ -247,14 +249,14 @@ class ReconstructionTask:
     """The reconstruction task of a study; see `wardround.tasks.task.Imaging`. Raises StudyError for tiny images."""
 
     def __init__(self, study: schema.Study) -> None:
-        if not isinstance(study.task, schema.ReconstructionTask):
+        if not isinstance(study.task, tasks_config.ReconstructionTask):
             raise StudyError(f"task.kind is {study.task.kind!r}; a reconstruction needs `kind: reconstruction`")
         if min(study.task.size) < SSIM_WINDOW:
             raise StudyError(
                 f"task.size: images must have at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, a window of SSIM, "
                 f"not {study.task.size[0]} x {study.task.size[1]}"
             )
-        if isinstance(study.model, schema.MoDL) and modl_shape(study.model).image == "real":
+        if isinstance(study.model, models_config.MoDL) and modl_shape(study.model).image == "real":
             _require_estimated_maps(study)
         self.config = study.task
         self._study = study
@@ -340,7 +342,7 @@ class ReconstructionTask:
 
     def _open(self, site: str, source: Source) -> ReconstructionDataset:
         index = SliceIndex(
-            SiteFolder(source, site),
+            SiteFolder(source[0], site),
             contrasts=self.config.contrasts,
             size=self.config.size,
             slices=self.config.slices,
@@ -348,13 +350,15 @@ class ReconstructionTask:
             seed=self._study.seed,
             role=self._study.sites[site].role,
         )
-        return ReconstructionDataset(index, self._study.acquisition_of(site), self.config, seed=self._study.seed)
+        acquisition = self._study.acquisition_of(site)
+        assert isinstance(acquisition, MRIAcquisition)
+        return ReconstructionDataset(index, acquisition, self.config, seed=self._study.seed)
 
 
 def _require_estimated_maps(study: schema.Study) -> None:
     for site in study.sites:
         acquisition = study.acquisition_of(site)
-        if acquisition.maps == "true" and acquisition.phase > 0.0:
+        if isinstance(acquisition, MRIAcquisition) and acquisition.maps == "true" and acquisition.phase > 0.0:
             raise StudyError(
                 f"model.image: real needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
                 "with acquisition.phase above 0; set model.image: complex, or maps: estimated"

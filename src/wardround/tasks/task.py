@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Split: TypeAlias = Literal["train", "validation", "test"]
-Source: TypeAlias = Path
+# A site's data folders.
+Source: TypeAlias = tuple[Path, ...]
 # Whatever its own task makes of it: the federation only carries a batch from `Dataset` to `Task`.
 Batch: TypeAlias = Any
 

@@ -11,23 +11,23 @@ from wardround.federation.methods.method import Method
 from wardround.federation.methods.personal import FedBN
 from wardround.federation.methods.proximal import FedProx
 from wardround.federation.methods.server import FedAdam, FedAvgM
-from wardround.study import schema
+from wardround.study import methods as methods_config
 
 ENTRY_POINTS = "wardround.methods"
 
 
-def build_method(config: schema.Method) -> Method:
+def build_method(config: methods_config.Method) -> Method:
     """The method of a study; a custom one comes from an entry point or from `package.module:callable`."""
     match config:
-        case schema.CustomMethod():
+        case methods_config.CustomMethod():
             return _custom(config)
-        case schema.FedProx():
+        case methods_config.FedProx():
             return FedProx(config.weights, mu=config.mu)
-        case schema.FedBN():
+        case methods_config.FedBN():
             return FedBN(config.weights)
-        case schema.FedAvgM():
+        case methods_config.FedAvgM():
             return FedAvgM(config.weights, momentum=config.momentum, server_lr=config.server_lr)
-        case schema.FedAdam():
+        case methods_config.FedAdam():
             return FedAdam(
                 config.weights,
                 server_lr=config.server_lr,
@@ -35,11 +35,11 @@ def build_method(config: schema.Method) -> Method:
                 beta2=config.beta2,
                 tau=config.tau,
             )
-        case schema.FedAvg():
+        case methods_config.FedAvg():
             return Method(config.weights)
 
 
-def _custom(config: schema.CustomMethod) -> Method:
+def _custom(config: methods_config.CustomMethod) -> Method:
     found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     try:
         if config.factory in found:

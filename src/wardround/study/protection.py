@@ -1,0 +1,55 @@
+"""What happens to an update between a site and the sum."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from wardround.errors import StudyError
+from wardround.study.base import Config
+
+
+class Protection(Config):
+    """The ring in which updates are summed, and whether the coordinator sees more than the sum."""
+
+    ring_bits: Literal[16, 24, 32] = 32
+    max_sites: int = Field(64, ge=1, le=4096, description="sites the sum leaves room for")
+    max_weight: float = Field(
+        4096.0, gt=0.0, description="largest weight a site may claim, in training examples; use it up for precision"
+    )
+    initial_scale: float = Field(0.2, gt=0.0, description="largest change of a parameter expected in round 1")
+    secure: bool = Field(False, description="the coordinator learns the sum of the updates and nothing of any site")
+    threshold: int | None = Field(
+        None, ge=2, description="sites that must stay to the end of a secure sum; default: two thirds of them and one"
+    )
+    honest_but_curious: bool = Field(
+        False, description="allow a threshold that is safe only while the coordinator follows the protocol"
+    )
+
+    def threshold_for(self, sites: int) -> int:
+        """Sites that must stay to the end of a secure sum of so many; raises `StudyError` for an unsafe one.
+
+        Above two thirds, any two groups of so many share an honest site even when a third of all collude with the
+        coordinator; above one half, they share one where nobody does.
+        """
+        if sites < 3:
+            raise StudyError(
+                f"protection.secure needs at least 3 training sites, not {sites}: in a sum of two, each site reads the "
+                "other's update"
+            )
+        safe, least = 2 * sites // 3 + 1, sites // 2 + 1
+        wanted = self.threshold or (least if self.honest_but_curious else safe)
+        lowest = least if self.honest_but_curious else safe
+        if not lowest <= wanted <= sites:
+            way = "" if self.honest_but_curious else " (protection.honest_but_curious: true allows less)"
+            raise StudyError(
+                f"protection.threshold={wanted} for {sites} training sites: choose {lowest} to {sites}{way}"
+            )
+        return wanted
+
+    @model_validator(mode="after")
+    def _only_with_secure(self) -> Protection:
+        if not self.secure and (self.threshold is not None or self.honest_but_curious):
+            raise ValueError("`threshold` and `honest_but_curious` mean something with `secure: true` only")
+        return self

@@ -1,0 +1,73 @@
+"""What a study can learn, and how that is measured."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from wardround.study.base import Config
+
+
+class Slices(Config):
+    """Which slices of a volume are examples."""
+
+    every: int = Field(1, ge=1, description="take every n-th slice")
+    minimum_foreground: float = Field(0.05, ge=0.0, lt=1.0, description="skip slices with less tissue than this")
+    per_patient: int | None = Field(None, ge=1, description="at most so many, evenly spread")
+
+
+class Split(Config):
+    """Shares of a site's patients for validation and test; the rest trains. Drawn from the seed, by patient."""
+
+    validation: float = Field(0.15, ge=0.0, lt=1.0)
+    test: float = Field(0.2, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _someone_trains(self) -> Split:
+        if self.validation + self.test >= 1.0:
+            raise ValueError("`validation` and `test` leave no patient to train on; their sum must stay below 1")
+        return self
+
+
+class Loss(Config):
+    """The training loss, on magnitude images scaled to the range of the acquisition."""
+
+    kind: Literal["l1", "mse", "ssim", "l1_ssim"] = "l1"
+    masked: bool = Field(False, description="inside the head mask only")
+
+
+class Evaluation(Config):
+    """What is measured on test patients."""
+
+    baselines: tuple[Literal["zero_filled", "cg_sense", "tv"], ...] = ("zero_filled", "cg_sense", "tv")
+    tv_weights: tuple[float, ...] = (0.0005, 0.001, 0.002, 0.004, 0.008)
+    cg_weights: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    slices: Slices = Slices(per_patient=8)
+    tuning_slices: int = Field(2, ge=1, description="slices per validation patient used to tune a baseline")
+    bootstrap: int = Field(200, ge=0, le=10_000, description="patient-level bootstrap replicates")
+    leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
+
+
+class ReconstructionTask(Config):
+    """From undersampled raw data to an image."""
+
+    kind: Literal["reconstruction"] = "reconstruction"
+    contrasts: tuple[str, ...] = Field(("image",), min_length=1)
+    size: tuple[int, int] = (128, 128)
+    slices: Slices = Slices()
+    split: Split = Split()
+    flips: bool = Field(True, description="random left-right flips of training examples")
+    loss: Loss = Loss()
+    evaluation: Evaluation = Evaluation()
+
+
+class CustomTask(Config):
+    """Your own task: `factory` is `package.module:callable`, called with `options`, returning a `Task`."""
+
+    kind: Literal["custom"]
+    factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+Task = Annotated[ReconstructionTask | CustomTask, Field(discriminator="kind")]

@@ -105,7 +105,7 @@ class Regression:
 
     def dataset(self, site: str, source: Source) -> Points:
         random = public_generator(5, site, "toy")
-        changed = source / "changed"
+        changed = source[0] / "changed"
         shift = 0.1 * sum(map(ord, site)) % 1.0 + (1.0 if changed.exists() else 0.0)
         x = torch.from_numpy(random.standard_normal((2 * self.patients, self.features)).astype(np.float32))
         y = torch.tanh(x.sum(dim=1, keepdim=True) * 0.5 + shift)
@@ -134,7 +134,7 @@ class FailingRegression(Regression):
     def dataset(self, site: str, source: Source) -> Points:
         points = super().dataset(site, source)
         if site == self.fail:
-            raise RuntimeError(f"cannot read {source}/DOE^JANE_19600101.nii.gz")
+            raise RuntimeError(f"cannot read {source[0]}/DOE^JANE_19600101.nii.gz")
         return points
 
 

@@ -132,7 +132,7 @@ def test_the_proposed_study_and_sites_are_valid(make_site: MakeSite, tmp_path: P
     assert study.unseen_sites == ("S-1-mean",)
     assert study.task.model_dump()["contrasts"] == ("flair",)
     assert study.task.model_dump()["size"] == (32, 32)
-    assert sites.of("S-1-mean").data == (tmp_path / "1 mean").resolve()
+    assert sites.of("S-1-mean").data == ((tmp_path / "1 mean").resolve(),)
     assert "MUELLER" not in study_text + sites_text
     assert study_text.count("#") >= 5
 

@@ -67,7 +67,7 @@ def test_one_site_is_a_plain_training_loop(tmp_path: Path, name: str, ring_bits:
     torch.manual_seed(public_seed(SEED, "initialisation") % 2**63)
     task = Regression()
     model = task.build_model()
-    data = task.dataset("A", tmp_path)
+    data = task.dataset("A", (tmp_path,))
     infos = tuple(TensorInfo(n, "float32", tuple(p.shape)) for n, p in model.state_dict().items())
     layout = Layout((Group("model", infos, ring_bits),), (), max_sites=4, max_weight=16.0)
     scales = {f"model/{n}": 0.1 for n in model.state_dict()}

@@ -34,7 +34,7 @@ def test_paths_are_relative_to_the_file_and_know_variables_and_home(
             f"  D: {{data: {tmp_path}/data/four}}\n",
         )
     )
-    folders = [sites.of(name).data for name in "ABCD"]
+    folders = [folder for name in "ABCD" for folder in sites.of(name).data]
     assert folders == [tmp_path / "data" / name for name in ("one", "two", "three", "four")]
     assert sites.of("A").egress.per_site_results
     assert not sites.of("C").egress.per_site_results

@@ -71,7 +71,7 @@ def _same(one: MRIBatch, other: MRIBatch) -> bool:
 
 @pytest.fixture
 def dataset(folders: dict[str, Path]) -> ReconstructionDataset:
-    return _task().dataset("A", folders["A"])
+    return _task().dataset("A", (folders["A"],))
 
 
 def test_a_batch_holds_scans_that_fit_their_target(dataset: ReconstructionDataset) -> None:
@@ -88,21 +88,21 @@ def test_a_batch_holds_scans_that_fit_their_target(dataset: ReconstructionDatase
 
 
 def test_the_same_random_state_gives_the_same_batch_in_every_arm(folders: dict[str, Path]) -> None:
-    one, other = (_task().dataset("A", folders["A"]) for _ in range(2))
+    one, other = (_task().dataset("A", (folders["A"],)) for _ in range(2))
     first = one.batch([3, 1], np.random.default_rng(2))
     assert _same(first, other.batch([3, 1], np.random.default_rng(2)))
     assert _same(first, one.batch([3, 1], np.random.default_rng(2)))  # from the memory of scans
 
 
 def test_a_memory_too_small_for_scans_changes_nothing(folders: dict[str, Path]) -> None:
-    roomy = _task().dataset("A", folders["A"])
+    roomy = _task().dataset("A", (folders["A"],))
     tight = ReconstructionDataset(roomy._index, roomy.acquisition, _task().config, seed=5, cache_bytes=1000)
     for _ in range(2):
         assert _same(roomy.batch([0], np.random.default_rng(1)), tight.batch([0], np.random.default_rng(1)))
 
 
 def test_flips_come_before_the_scan_and_only_in_training(folders: dict[str, Path]) -> None:
-    dataset = _task().dataset("A", folders["A"])
+    dataset = _task().dataset("A", (folders["A"],))
     seen = [dataset.batch([0], np.random.default_rng(seed)) for seed in range(8)]
     plain = next(b for b in seen if torch.equal(b.target, seen[0].target))
     flipped = next(b for b in seen if not torch.equal(b.target, seen[0].target))
@@ -110,14 +110,14 @@ def test_flips_come_before_the_scan_and_only_in_training(folders: dict[str, Path
     assert torch.equal(flipped.head.flip(-1), plain.head)
     assert torch.equal(flipped.mask, plain.mask)  # the patient's, whichever way round
     never = _task(task={"kind": "reconstruction", "contrasts": ["flair"], "size": [SIZE, SIZE], "flips": False})
-    still = never.dataset("A", folders["A"])
+    still = never.dataset("A", (folders["A"],))
     assert len({still.batch([0], np.random.default_rng(s)).target.sum().item() for s in range(4)}) == 1
 
 
 @pytest.mark.parametrize("fixed", [True, False])
 def test_masks_belong_to_patients_or_to_the_site(folders: dict[str, Path], fixed: bool) -> None:
     mask = {"calibration": 0.12, "fixed": fixed}
-    dataset = _task(acquisition={"coils": 4, "mask": mask}).dataset("A", folders["A"])
+    dataset = _task(acquisition={"coils": 4, "mask": mask}).dataset("A", (folders["A"],))
     batch = dataset.batch(range(len(dataset)), np.random.default_rng(0))
     patients = [example.patient for example in dataset._train]
     masks = {(patient, batch.mask[i].numpy().tobytes()) for i, patient in enumerate(patients)}
@@ -135,14 +135,14 @@ def test_evaluation_goes_patient_by_patient_and_counts_agree(dataset: Reconstruc
 
 
 def test_an_unseen_site_is_only_tested(folders: dict[str, Path]) -> None:
-    dataset = _task().dataset("C", folders["C"])
+    dataset = _task().dataset("C", (folders["C"],))
     assert len(dataset) == 0
     assert (dataset.patients("train"), dataset.patients("test")) == (0, 3)
 
 
 def test_every_site_scans_with_its_own_protocol(folders: dict[str, Path]) -> None:
     task = _task()
-    masks = {site: task.dataset(site, folders[site]).batch([0], np.random.default_rng(0)).mask for site in "AB"}
+    masks = {site: task.dataset(site, (folders[site],)).batch([0], np.random.default_rng(0)).mask for site in "AB"}
     gaps = {site: np.diff(np.flatnonzero(mask[0, 0].numpy())) for site, mask in masks.items()}
     # Away from the calibration lines, equispaced lines keep one distance, give or take the grid; random ones do not.
     outer = {site: np.ptp([*between[:2], *between[-2:]]) for site, between in gaps.items()}
@@ -151,7 +151,7 @@ def test_every_site_scans_with_its_own_protocol(folders: dict[str, Path]) -> Non
 
 def test_pooled_examples_run_over_all_sites_in_order(folders: dict[str, Path]) -> None:
     task = _task()
-    parts = [task.dataset(site, folders[site]) for site in "AB"]
+    parts = [task.dataset(site, (folders[site],)) for site in "AB"]
     pooled = task.pooled(parts)
     assert isinstance(pooled, PooledDataset)
     assert len(pooled) == len(parts[0]) + len(parts[1])
@@ -168,7 +168,7 @@ def test_pooled_examples_run_over_all_sites_in_order(folders: dict[str, Path]) -
 
 def test_sites_with_other_coils_share_a_batch_and_nothing_changes(folders: dict[str, Path]) -> None:
     task = _task(sites={"A": {}, "B": {"acquisition": {"coils": 5, "mask": {"calibration": 0.12}}}})
-    parts = [task.dataset(site, folders[site]) for site in ("A", "B")]
+    parts = [task.dataset(site, (folders[site],)) for site in ("A", "B")]
     flips = np.random.default_rng(0)
     alone = [part.batch([0], flips) for part in parts]
     together = task.pooled(parts).batch([0, len(parts[0])], np.random.default_rng(0))
@@ -183,7 +183,7 @@ def test_scoring_leaves_the_model_as_it_was(folders: dict[str, Path]) -> None:
     task = _task(model={"kind": "modl", "preset": "tiny", "norm": "batch"})
     model = task.build_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    batch = task.dataset("A", folders["A"]).batch([0, 1], np.random.default_rng(0))
+    batch = task.dataset("A", (folders["A"],)).batch([0, 1], np.random.default_rng(0))
     scores = task.score(model, batch)
     assert tuple(scores) == tuple(spec.name for spec in RECONSTRUCTION_METRICS)
     assert all(values.shape == (2,) and not values.requires_grad for values in scores.values())
@@ -194,7 +194,7 @@ def test_scoring_leaves_the_model_as_it_was(folders: dict[str, Path]) -> None:
 def test_training_beats_where_it_began(folders: dict[str, Path]) -> None:
     torch.manual_seed(0)
     task = _task()
-    dataset = task.dataset("A", folders["A"])
+    dataset = task.dataset("A", (folders["A"],))
     model = task.build_model()
     assert isinstance(model, MoDL)
     (_, held_out), *_ = dataset.evaluation("test")
@@ -231,9 +231,9 @@ def test_examples_are_single_test_slices_of_every_contrast(dataset: Reconstructi
 
 def test_wrong_sites_and_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no site 'Z'"):
-        _task().dataset("Z", folders["A"])
+        _task().dataset("Z", (folders["A"],))
     with pytest.raises(DataError, match="site A"):
-        _task().dataset("A", tmp_path / "nowhere")
+        _task().dataset("A", (tmp_path / "nowhere",))
 
 
 @pytest.mark.parametrize("patient", range(3))
@@ -244,7 +244,7 @@ def test_a_bad_image_of_any_patient_is_found_before_training(patient: int, tmp_p
         (tmp_path / f"patient-{number}").mkdir()
         nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / f"patient-{number}" / "flair.nii.gz")  # type: ignore[no-untyped-call]
     with pytest.raises(DataError, match="site A, contrast flair: an image holds NaN") as raised:
-        _task().dataset("A", tmp_path)
+        _task().dataset("A", (tmp_path,))
     assert "patient-" not in str(raised.value)
 
 
@@ -269,7 +269,7 @@ def test_real_images_come_back_better_than_zero_filled() -> None:
         task={"kind": "reconstruction", "contrasts": ["flair"], "evaluation": {"slices": {"per_patient": 1}}},
         acquisition={},
     )
-    dataset = task.dataset("CS", Path(root) / "lgg" / "CS")
+    dataset = task.dataset("CS", (Path(root) / "lgg" / "CS",))
     scans = [batch for _, batch in dataset.evaluation("test")]
 
     def mean_psnr(name: str, weight: float | None) -> float:

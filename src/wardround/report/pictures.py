@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +20,36 @@ from wardround.report.results import Run, arm_of
 ERROR_GAIN = 5
 BUDGET = 2_600_000  # characters of all data URIs, so that the page stays below 4 MB
 _FITS = ((3, 320), (2, 320), (1, 320), (1, 192), (1, 128), (1, 64))  # examples a site, longest side
-_REFERENCE = "reference"
+_REFERENCE, _WINDOW = "reference", "window"
 
 Picture = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class Frame:
+    """Grey from `low` to `high`; a value counts `scale` of `unit`, or is of no unit."""
+
+    name: str
+    low: float
+    high: float
+    unit: str = ""
+    scale: float = 1.0
+
+    @property
+    def grey(self) -> str:
+        """What black and white stand for."""
+        return self.name or f"grey {self.low:g} to {self.high:.2f}"
+
+    @property
+    def error(self) -> str:
+        """What white stands for in an error map."""
+        top = (self.high - self.low) / ERROR_GAIN * self.scale
+        return f"{top:.0f} {self.unit}" if self.unit else f"{top:.3f}"
+
+
+@dataclass(frozen=True)
 class Panel:
-    """One arm's picture and error map, with the PSNR of this slice in dB (peak 1: the volume's maximum)."""
+    """One arm's picture and error map, with the PSNR of this slice in dB: see `psnr`."""
 
     label: str
     style: str
@@ -37,10 +60,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Example:
-    """Pictures of one slice: all share a grey window of 0 to `window`, error maps `window / gain`."""
+    """Pictures of one slice in one window, which all share; error maps are amplified in it."""
 
     number: int
-    window: float
+    window: Frame
     panels: tuple[Panel, ...]
 
 
@@ -51,32 +74,63 @@ class Gallery:
     sites: dict[str, tuple[Example, ...]]
     shrunk: bool = False
 
+    @property
+    def framed(self) -> bool:
+        """Whether pictures are shown in named windows."""
+        return any(example.window.name for examples in self.sites.values() for example in examples)
 
-def read_pictures(path: Path) -> dict[int, dict[str, Picture]]:
-    """Pictures by example and arm from `pictures.npz`; `{}` where there is no readable file.
+
+@dataclass(frozen=True)
+class Shown:
+    """What a site's picture file holds: pictures by example and arm, and the windows to show them in."""
+
+    examples: dict[int, dict[str, Picture]]
+    frames: tuple[Frame, ...] = ()
+
+
+def read_pictures(path: Path) -> Shown:
+    """A site's `pictures.npz`; nothing where there is no readable file.
 
     Entries that are no 2-D arrays, or have another shape than their reference, are left out.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: np.abs(np.asarray(archive[key])) for key in archive.files}
+            stored = {key: np.asarray(archive[key]) for key in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile):
-        return {}
+        return Shown({})
+    arrays = {key: np.abs(array) if np.iscomplexobj(array) else array for key, array in stored.items()}
     examples: dict[int, dict[str, Picture]] = {}
     for key, array in arrays.items():
         arm, _, index = key.rpartition("/")
         if arm and index.isdigit() and array.ndim == 2 and array.size:
             examples.setdefault(int(index), {})[arm] = np.nan_to_num(array.astype(np.float32))
-    return {
+    whole = {
         index: {arm: image for arm, image in arms.items() if image.shape == arms[_REFERENCE].shape}
         for index, arms in sorted(examples.items())
         if _REFERENCE in arms
     }
+    return Shown(whole, tuple(_frames(arrays)))
 
 
-def psnr(image: Picture, reference: Picture) -> float:
-    """Peak signal-to-noise ratio in dB for a peak of 1, infinite for equal pictures."""
-    error = float(np.mean((image.astype(np.float64) - reference) ** 2))
+def _frames(arrays: dict[str, NDArray[np.generic]]) -> Iterator[Frame]:
+    for key, array in arrays.items():
+        kind, _, rest = key.partition("/")
+        if kind == _WINDOW and array.shape == (3,):
+            low, high, scale = (float(value) for value in array)
+            name, _, unit = rest.partition("/")
+            if high > low:
+                yield Frame(name, low, high, unit, scale)
+
+
+def psnr(image: Picture, reference: Picture, frame: Frame | None = None) -> float:
+    """Peak signal-to-noise ratio in dB, infinite for equal pictures.
+
+    For a peak of 1, or of pictures cut off at a window's ends, for the window's width.
+    """
+    first, second = image.astype(np.float64), reference.astype(np.float64)
+    if frame is not None:
+        first, second = (np.clip((x - frame.low) / (frame.high - frame.low), 0, 1) for x in (first, second))
+    error = float(np.mean((first - second) ** 2))
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
@@ -86,8 +140,8 @@ def _encode(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _png(array: Picture, window: float, side: int, palette: bytes | None = None) -> str:
-    levels = np.clip(array / window * 255, 0, 255).round().astype(np.uint8)
+def _png(array: Picture, low: float, high: float, side: int, palette: bytes | None = None) -> str:
+    levels = np.clip((array - low) / (high - low) * 255, 0, 255).round().astype(np.uint8)
     picture = Image.fromarray(levels)
     picture.thumbnail((side, side), Image.Resampling.BOX)
     if palette is not None:
@@ -101,10 +155,12 @@ def _palette() -> bytes:
     return bytes(np.asarray(colours)[:, :3].tobytes())
 
 
-def _example(run: Run, number: int, arms: dict[str, Picture], side: int, palette: bytes) -> Example:
+def _example(
+    run: Run, number: int, arms: dict[str, Picture], given: Frame | None, side: int, palette: bytes
+) -> Example:
     reference = arms[_REFERENCE]
-    window = float(np.quantile(reference, 0.998)) or 1.0
-    panels = [Panel("Reference", _REFERENCE, _png(reference, window, side))]
+    frame = given or Frame("", 0.0, float(np.quantile(reference, 0.998)) or 1.0)
+    panels = [Panel("Reference", _REFERENCE, _png(reference, frame.low, frame.high, side))]
     named = {arm.key: arm for arm in run.arms}
     order = [key for key in named if key in arms] + [key for key in arms if key not in named]
     for index, key in enumerate(key for key in order if key != _REFERENCE):
@@ -114,12 +170,12 @@ def _example(run: Run, number: int, arms: dict[str, Picture], side: int, palette
             Panel(
                 arm.label,
                 arm.style,
-                _png(arms[key], window, side),
-                _png(error, window / ERROR_GAIN, side, palette),
-                psnr(arms[key], reference),
+                _png(arms[key], frame.low, frame.high, side),
+                _png(error, 0.0, (frame.high - frame.low) / ERROR_GAIN, side, palette),
+                psnr(arms[key], reference, given),
             )
         )
-    return Example(number, window, tuple(panels))
+    return Example(number, frame, tuple(panels))
 
 
 def _weight(sites: dict[str, tuple[Example, ...]]) -> int:
@@ -139,9 +195,13 @@ def gallery(run: Run) -> Gallery:
     sites: dict[str, tuple[Example, ...]] = {}
     for attempt, (count, side) in enumerate(_FITS):
         sites = {
-            site: tuple(_example(run, number, arms, side, palette) for number, arms in list(examples.items())[:count])
-            for site, examples in found.items()
-            if examples
+            site: tuple(
+                _example(run, number, arms, frame, side, palette)
+                for number, arms in list(shown.examples.items())[:count]
+                for frame in shown.frames or (None,)
+            )
+            for site, shown in found.items()
+            if shown.examples
         }
         if _weight(sites) <= BUDGET:
             return Gallery(sites, shrunk=attempt > 2)

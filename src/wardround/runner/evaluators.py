@@ -22,6 +22,8 @@ from wardround.wire.tensors import TensorFile
 Array = npt.NDArray[Any]
 RELEASED = "released"
 BASELINE = "baseline"
+# In a picture file: window/NAME/UNIT is (low, high, units a value).
+WINDOW = "window"
 
 
 def evaluators_of(models: Path, pictures: Path) -> dict[str, Evaluator]:
@@ -110,6 +112,7 @@ def _write_pictures(path: Path, label: str, learner: Learner, reconstruct: Calla
     if path.exists():
         with np.load(path) as stored:
             known = dict(stored)
+    known |= {f"{WINDOW}/{w.name}/{w.unit}": np.array([w.low, w.high, w.scale]) for w in task.windows}
     with torch.no_grad():
         for number, batch in enumerate(task.examples(learner.dataset)):
             known[f"reference/{number}"] = task.reference(batch)[0].numpy()

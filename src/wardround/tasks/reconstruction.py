@@ -28,7 +28,7 @@ from wardround.study import models as models_config
 from wardround.study import tasks as tasks_config
 from wardround.tasks.losses import build_loss
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, SSIM_WINDOW, reconstruction_scores
-from wardround.tasks.task import Dataset, MetricSpec, Source, Split
+from wardround.tasks.task import Dataset, MetricSpec, Source, Split, Window
 from wardround.wire.random import public_generator
 
 _CACHE_BYTES = 2**28
@@ -333,6 +333,11 @@ class ReconstructionTask:
     def reference(self, batch: MRIBatch) -> Tensor:
         """The magnitude images the acquisitions were simulated from: (B, H, W)."""
         return batch.target
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """None: a magnitude image has its own range."""
+        return ()
 
     def examples(self, dataset: Dataset) -> Iterator[MRIBatch]:
         """The middle slice of each contrast of the first test patient, for a site's own picture report."""

@@ -53,6 +53,20 @@ class MetricSpec:
         return value > other if self.larger_is_better else value < other
 
 
+@dataclass(frozen=True)
+class Window:
+    """A grey window in which a radiologist looks at an image: values from `low` (black) to `high` (white).
+
+    A value counts `scale` of `unit`, so that an error can be named in it.
+    """
+
+    name: str
+    low: float
+    high: float
+    unit: str = ""
+    scale: float = 1.0
+
+
 class Dataset(Protocol):
     """One site's data, with patients as numbers and never as names."""
 
@@ -128,6 +142,11 @@ class Imaging(Task, Protocol):
 
     def score_images(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Metric name -> (B,) values of images (B, H, W) against the reference."""
+        ...
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The windows that a report shows images in; none leaves it to each image's own range."""
         ...
 
     def examples(self, dataset: Dataset) -> Iterator[Batch]:

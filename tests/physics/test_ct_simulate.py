@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from wardround.data.dicom import read_slice
 from wardround.errors import GeometryError
 from wardround.physics.ct import CTProjector
 from wardround.physics.ct_noise import hu_to_mu, mu_to_hu
@@ -111,11 +112,8 @@ def test_total_variation_beats_filtered_back_projection() -> None:
 @pytest.mark.data
 @pytest.mark.skipif("WARDROUND_DATA" not in os.environ, reason="WARDROUND_DATA names no folder of real images")
 def test_a_real_chest_comes_back() -> None:
-    pydicom = pytest.importorskip("pydicom", reason="reading DICOM needs pydicom")
     path = sorted((Path(os.environ["WARDROUND_DATA"]) / "luad-ct").glob("*/*/*.dcm"))[0]
-    file = pydicom.dcmread(path)
-    hu = (file.pixel_array * float(file.RescaleSlope) + float(file.RescaleIntercept)).astype(np.float32)
-    hu = hu.reshape(256, 2, 256, 2).mean((1, 3))
+    hu = read_slice(path).hu.reshape(256, 2, 256, 2).mean((1, 3))
     geometry = GEOMETRY.model_copy(update={"size": (128, 128), "pixel": 1.95, "views": 180, "bins": 300, "bin": 2.0})
     scan: CTMeasurement = simulate_ct(hu, SCAN.model_copy(update={"geometry": geometry}), _random())
     assert _psnr(FBP(geometry, "hann")(scan.sinogram[None])[0], scan.reference) > 25

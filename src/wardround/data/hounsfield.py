@@ -1,0 +1,100 @@
+"""Stored CT pixels to Hounsfield units, refusing a rescale that cannot be right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from wardround.data.dicom_file import number, path_of, text
+from wardround.data.volume import FloatArray
+from wardround.errors import DataError
+
+# Where CT values end below; scanners cut off here.
+AIR = -1024.0
+_LOWEST = -1100.0
+_HIGHEST = 32767.0
+_NOISE = 0.01  # share of pixels that noise of a sharp kernel may push below the lowest value
+_THIN = -700.0  # the thinnest thing in any slice of a patient is air, outside or inside
+
+
+def to_hounsfield(stored: NDArray[np.generic], header: Dataset) -> tuple[FloatArray, float]:
+    """Return an image in HU, float32 (rows, columns), cut off at -1024, and its lowest value (permille 1).
+
+    Padding outside the circle of reconstruction becomes -1024, whether the header declares it (GE: -2000, also
+    written 63536) or not. Raises DataError ("wrong rescale") where the slope or intercept is missing or the values
+    lie outside [-1100, 32767]. Whether there is air is for `check_air` to say.
+    """
+    path = path_of(header)
+    slope, intercept = number(header, "RescaleSlope"), number(header, "RescaleIntercept")
+    if slope is None or intercept is None:
+        raise DataError(
+            "wrong rescale: a CT header has no RescaleSlope or RescaleIntercept, so its values are no HU; "
+            "export it again",
+            detail=str(path),
+        )
+    if slope <= 0:
+        raise _wrong(f"its slope is {slope:g}", path)
+    if (text(header, "RescaleType") or "HU").upper() != "HU":
+        raise _wrong("its values are said to be something else than HU", path)
+    hu = (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+    padding = _padding(stored, hu, header)
+    scanned = hu[~padding]
+    if not scanned.size:
+        raise _wrong("every pixel is padding", path)
+    below = float((scanned < _LOWEST).mean())
+    if below > _NOISE:
+        raise _wrong(f"{below:.0%} of its pixels lie below {_LOWEST:g}", path)
+    if scanned.max() > _HIGHEST:
+        raise _wrong(f"its values reach {scanned.max():g}", path)
+    return np.maximum(hu, np.float32(AIR)), float(np.percentile(scanned, 0.1))
+
+
+def check_air(lowest: Sequence[float], path: Path) -> None:
+    """Raise DataError ("wrong rescale") unless some of the slices' lowest values is that of air."""
+    if min(lowest) > _THIN:
+        raise _wrong(f"it shows no air near -1000, its lowest value is {min(lowest):g}", path)
+
+
+def _padding(stored: NDArray[np.generic], hu: FloatArray, header: Dataset) -> NDArray[np.bool_]:
+    """Pixels that hold no measurement: (rows, columns)."""
+    # Padding in the range of real values does no harm, and vendors declare real values as padding.
+    impossible = hu < _LOWEST
+    value, limit = number(header, "PixelPaddingValue"), number(header, "PixelPaddingRangeLimit")
+    declared = np.zeros(hu.shape, dtype=np.bool_)
+    if value is not None:
+        ends = [_as_stored(end, stored.dtype) for end in (value, value if limit is None else limit)]
+        values = stored.astype(np.float64)
+        declared = impossible & (values >= min(ends)) & (values <= max(ends))
+    rest = impossible & ~declared
+    if not rest.any():
+        return declared
+    constant = rest & (hu == hu[rest].min())
+    if np.array_equal(constant, rest) and _outside(constant) and float(np.percentile(hu[~rest], 99)) > -300:
+        return declared | rest
+    return declared
+
+
+def _outside(padding: NDArray[np.bool_]) -> bool:
+    """Whether pixels lie as padding does: in a corner, and not much beyond what a circle leaves of a square (21 %).
+
+    Air around a patient whose intercept was subtracted twice may be constant, too, but there is more of it.
+    """
+    corners = padding[[0, 0, -1, -1], [0, -1, 0, -1]]
+    return bool(corners.any()) and float(padding.mean()) < 0.35
+
+
+def _as_stored(value: float, kind: np.dtype[np.generic]) -> int:
+    """A padding value as the pixels store it: -2000 may stand as 63536 for signed pixels, or the other way round."""
+    if kind.kind not in "iu":
+        return int(value)
+    bits = 8 * int(kind.itemsize)
+    wrapped = int(value) % (1 << bits)
+    return wrapped - (1 << bits) if kind.kind == "i" and wrapped >= 1 << (bits - 1) else wrapped
+
+
+def _wrong(what: str, path: Path) -> DataError:
+    return DataError(f"wrong rescale: a CT image is not in HU, {what}; export it again", detail=str(path))

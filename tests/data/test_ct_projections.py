@@ -1,0 +1,218 @@
+"""DICOM-CT-PD: a simulated scan written as the public collections are, read, and reconstructed."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pydicom.dataset import FileDataset
+from tests.ct_files import PATIENT_ID, ct_header
+
+from wardround.data.ct_projections import read_projections
+from wardround.errors import DataError
+from wardround.physics.ct_phantom import HEAD, ellipse_image, ellipse_sinogram
+from wardround.physics.fbp import FBP
+from wardround.study.ct import CTGeometry
+
+SCAN = CTGeometry(
+    kind="fan_arc",
+    size=(64, 64),
+    pixel=3.5,
+    views=120,
+    start=50.0,
+    bins=160,
+    bin=3.2,
+    offset=1.125,
+    source_distance=595.0,
+    detector_distance=490.6,
+)
+
+Elements = dict[tuple[int, int], tuple[str, object]]
+Spoil = Callable[[int, FileDataset, Elements], None]
+
+
+def _elements(geometry: CTGeometry, rows: int, view: int) -> Elements:
+    source, detector = geometry.source_distance or 0.0, geometry.detector_distance or 0.0
+    angle = math.pi - math.radians(geometry.start + 360 * view / geometry.views)
+    shape = "CYLINDRICAL" if geometry.kind == "fan_arc" else "FLAT"
+    return {
+        (0x7029, 0x1010): ("US", rows),
+        (0x7029, 0x1011): ("US", geometry.bins),
+        (0x7029, 0x1002): ("FL", geometry.bin),
+        (0x7029, 0x1006): ("FL", 1.0947),
+        (0x7029, 0x100B): ("CS", shape),
+        (0x7031, 0x1001): ("FL", angle % (2 * math.pi)),
+        (0x7031, 0x1002): ("FL", -200.0),
+        (0x7031, 0x1003): ("FL", source),
+        (0x7031, 0x1031): ("FL", source + detector),
+        (0x7031, 0x1033): ("FL", [geometry.offset + (geometry.bins + 1) / 2, (rows + 1) / 2]),
+        (0x7033, 0x100B): ("FL", 0.0),
+        (0x7033, 0x100C): ("FL", 0.0),
+        (0x7033, 0x100D): ("FL", 0.0),
+        (0x7033, 0x100E): ("CS", "FFSNONE"),
+        (0x7033, 0x1013): ("US", geometry.views),
+        (0x7033, 0x1065): ("FL", [1e5 + bin for bin in range(geometry.bins)]),
+        (0x7037, 0x1009): ("CS", "AXIAL"),
+        (0x7037, 0x100A): ("CS", "FANBEAM"),
+        (0x7041, 0x1001): ("FL", 0.0195),
+    }
+
+
+def _raw(kind: str, value: object) -> bytes:
+    values = value if isinstance(value, list) else [value]
+    if kind == "CS":
+        text = str(value)
+        return (text + " " * (len(text) % 2)).encode()
+    return b"".join(struct.pack("<f" if kind == "FL" else "<H", part) for part in values)
+
+
+def write_projections(
+    folder: Path,
+    sinogram: NDArray[np.float32],
+    geometry: CTGeometry = SCAN,
+    *,
+    raw: bool = False,
+    spoil: Spoil = lambda view, header, elements: None,
+) -> Path:
+    """Write line integrals (views, rows, bins), views in reverse, as one file each; `raw` writes unknown VRs."""
+    folder.mkdir(parents=True)
+    slope = float(np.float32(sinogram.max() / 60000))
+    for view, data in enumerate(sinogram):
+        header = ct_header(number=view)
+        for keyword in ("PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"):
+            delattr(header, keyword)
+        elements = _elements(geometry, sinogram.shape[1], view)
+        header.Rows, header.Columns = geometry.bins, sinogram.shape[1]
+        header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+        header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 16, 15, 0
+        header.RescaleSlope, header.RescaleIntercept = f"{slope:.9g}", "-0.01"
+        header.PixelData = np.rint((data.T + 0.01) / slope).astype("<u2").tobytes()
+        spoil(view, header, elements)
+        for group in {group for group, _ in elements}:
+            header.add_new((group, 0x0010), "LO", "AN UNKNOWN CREATOR")
+        for tag, (kind, value) in elements.items():
+            header.add_new(tag, "UN" if raw else kind, _raw(kind, value) if raw else value)
+        header.save_as(folder / f"view_{geometry.views - view:05d}.dcm", enforce_file_format=True)
+    return folder
+
+
+def scan(geometry: CTGeometry = SCAN, rows: int = 1) -> NDArray[np.float32]:
+    sinogram = np.asarray(ellipse_sinogram(HEAD, geometry), dtype=np.float32)
+    return np.repeat(sinogram[:, None], rows, axis=1)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("kind", ["fan_arc", "fan_flat"])
+def test_a_scan_comes_back_and_can_be_reconstructed(tmp_path: Path, kind: str, raw: bool) -> None:
+    geometry = SCAN.model_copy(update={"kind": kind})
+    sinogram = scan(geometry)
+    found = read_projections(write_projections(tmp_path / "pd", sinogram, geometry, raw=raw), size=(64, 64))
+    assert found.sinogram.shape == (120, 1, 160)
+    # The view of the least angle comes first.
+    first = np.argmin((SCAN.start + 3 * np.arange(120)) % 360)
+    expected = np.roll(sinogram, -first, axis=0)
+    assert abs(found.sinogram - expected).max() < 1e-4
+    assert found.geometry.start == pytest.approx((SCAN.start + 3 * first) % 360, abs=1e-3)
+    for name in ("kind", "views", "bins"):
+        assert getattr(found.geometry, name) == getattr(geometry, name)
+    for name in ("bin", "offset", "source_distance", "detector_distance"):
+        assert getattr(found.geometry, name) == pytest.approx(getattr(geometry, name), rel=1e-5)
+    assert found.mu_water == pytest.approx(0.0195)
+    assert found.photons is not None
+    np.testing.assert_allclose(found.photons[7], 1e5 + np.arange(160))
+    assert found.protocol.kvp == 120
+
+    grid = found.row_geometry(0).model_copy(update={"size": (64, 64), "pixel": SCAN.pixel})
+    image = FBP(grid, "hann")(torch.from_numpy(found.sinogram[:, 0])[None])[0].numpy()
+    truth = np.asarray(ellipse_image(HEAD, SCAN))
+    error = np.sqrt(np.mean((image - truth) ** 2))
+    assert error < 0.2 * np.sqrt(np.mean(truth**2))
+    # Mirrored or turned it would not fit: the phantom is not symmetric.
+    for wrong in (image[:, ::-1], image[::-1], np.rot90(image)):
+        assert np.sqrt(np.mean((wrong - truth) ** 2)) > error
+
+
+def test_rows_far_from_the_plane_of_the_source_are_refused(tmp_path: Path) -> None:
+    found = read_projections(write_projections(tmp_path / "pd", scan(rows=16)))
+    assert found.sinogram.shape == (120, 16, 160)
+    assert found.central_row == 7.5
+    assert found.row_geometry(7) == found.row_geometry(8) == found.geometry
+    for row, message in ((0, "cone beams are not supported"), (16, "no detector row 16")):
+        with pytest.raises(DataError, match=message):
+            found.row_geometry(row)
+
+
+def _put(tag: tuple[int, int], value: object, view: int | None = None) -> Spoil:
+    def spoil(number: int, header: FileDataset, elements: Elements) -> None:
+        if view is None or number == view:
+            elements[tag] = (elements[tag][0], value)
+
+    return spoil
+
+
+def _drop(tag: tuple[int, int]) -> Spoil:
+    return lambda number, header, elements: elements.pop(tag) and None
+
+
+def _climb(number: int, header: FileDataset, elements: Elements) -> None:
+    elements[0x7031, 0x1002] = ("FL", 0.3 * number)
+
+
+def _unscaled(number: int, header: FileDataset, elements: Elements) -> None:
+    header.RescaleSlope = "1"
+
+
+def _no_rescale(number: int, header: FileDataset, elements: Elements) -> None:
+    del header.RescaleIntercept
+
+
+FAULTS: dict[str, tuple[Spoil, str]] = {
+    "helical": (_put((0x7037, 0x1009), "HELICAL"), "a helical scan is not supported yet"),
+    "table moves": (_climb, "the table moves by .*helical"),
+    "flying focal spot": (_put((0x7033, 0x100E), "FFSXY"), "a flying focal spot is not supported yet"),
+    "focal spot shifts": (_put((0x7033, 0x100B), 0.002, 5), "a flying focal spot is not supported yet"),
+    "cone": (_put((0x7037, 0x100A), "CONEBEAM"), "other than that of fan beams is not supported"),
+    "sphere": (_put((0x7029, 0x100B), "SPHERICAL"), "neither cylindrical nor flat"),
+    "mixed distance": (_put((0x7031, 0x1003), 541.0, 9), "differ in geometry"),
+    "mixed water": (_put((0x7041, 0x1001), 0.0192, 9), "differ in geometry"),
+    "doubled view": (_put((0x7031, 0x1001), 1.0, 9), "stand where another does|uneven"),
+    "several turns": (_put((0x7033, 0x1013), 60), "2.00 turns"),
+    "missing views": (_put((0x7033, 0x1013), 240), "120 of 240 views of a turn are missing"),
+    "negative photons": (_put((0x7033, 0x1065), [-1.0] * 160), "photon statistics are not positive"),
+    "few photons": (_put((0x7033, 0x1065), [1.0] * 3), "not one value a bin"),
+    "unscaled": (_unscaled, "counts were not positive, or its rescale is wrong"),
+    "no rescale": (_no_rescale, "wrong rescale"),
+    "no angle": (_drop((0x7031, 0x1001)), r"lacks the element \(7031,1001\)"),
+    "no centre": (_drop((0x7031, 0x1033)), "which detector element is central"),
+    "other detector": (_put((0x7029, 0x1011), 80), "its detector 1 rows of 80 bins"),
+    "distances": (_put((0x7031, 0x1031), 300.0), "no possible scanner"),
+    "not a number": (_put((0x7031, 0x1001), math.nan, 3), "does not hold numbers"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_scans_have_one_clear_error(tmp_path: Path, fault: str) -> None:
+    spoil, message = FAULTS[fault]
+    folder = write_projections(tmp_path / PATIENT_ID, scan(), raw=fault == "no angle", spoil=spoil)
+    with pytest.raises(DataError, match=message) as caught:
+        read_projections(folder)
+    assert PATIENT_ID not in str(caught.value)
+
+
+def test_a_view_that_is_lost_or_no_projection_is_noticed(tmp_path: Path) -> None:
+    folder = write_projections(tmp_path / "pd", scan())
+    (folder / "view_00033.dcm").unlink()
+    with pytest.raises(DataError, match="1 of 120 views of a turn are missing"):
+        read_projections(folder)
+    ct_header().save_as(folder / "image.dcm", enforce_file_format=True)
+    with pytest.raises(DataError, match="holds no CT projections"):
+        read_projections(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no DICOM file"):
+        read_projections(tmp_path / "empty")

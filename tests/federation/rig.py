@@ -78,11 +78,12 @@ class Rig:
                 name,
                 Rules(
                     identity=self.blueprint.identity,
-                    layout=self.blueprint.layout,
+                    layout=self.blueprint.codec.sent(self.blueprint.layout),
                     metrics_layout=self.blueprint.metrics_layout,
                     evaluation_layout=self.blueprint.evaluation_layout,
                     replicates=0,
                     seed=study.seed,
+                    codec=self.blueprint.codec,
                 ),
                 lambda name=name: self.learner(name),
                 SiteStore(folder / "sites" / name),

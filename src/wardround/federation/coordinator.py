@@ -25,6 +25,7 @@ from wardround.federation.exchange import (
 )
 from wardround.federation.journal import Journal, RoundReport, State
 from wardround.federation.methods.method import Method, Writers
+from wardround.protection.compression import PLAIN, Codec
 from wardround.wire.message import FileBody, Message
 from wardround.wire.tensors import TensorFile, TensorWriter
 from wardround.wire.update import Aggregate, Layout, next_scales, scale_key
@@ -41,7 +42,7 @@ MAX_VOID = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """What a coordinator must know of a study and an arm."""
+    """What a coordinator must know of a study and an arm; `layout` is the method's, before `codec`."""
 
     arm: str
     identity: str
@@ -51,6 +52,7 @@ class Plan:
     layout: Layout
     metrics_layout: Layout
     initial_scale: float
+    codec: Codec = PLAIN
     selection: str | None = None
     larger_is_better: bool = True
     validate_every: int = 1
@@ -83,6 +85,7 @@ class Coordinator:
         self._journal = journal
         self._protocol = protocol
         self._waited = 0.0
+        self._sent = plan.codec.sent(plan.layout)
 
     def start(self, initial: Callable[[], tuple[Mapping[str, Array], Mapping[str, Array]]]) -> State:
         """The state to go on from: the last committed one, or the initial one, which `initial` makes."""
@@ -90,7 +93,7 @@ class Coordinator:
         if state is None:
             scales = {
                 scale_key(group.name, info.name): self._plan.initial_scale
-                for group in self._plan.layout.groups
+                for group in self._sent.groups
                 for info in group.tensors
             }
             public, private = initial()
@@ -156,6 +159,7 @@ class Coordinator:
             tensors=state.public.table,
             body=FileBody(state.public.path, state.public.nbytes),
             body_sha256=state.public_sha256,
+            form=self._plan.codec.form,
         )
 
     def _run(self, call: Call) -> tuple[Exchange, dict[str, str], tuple[int, int]]:
@@ -213,15 +217,18 @@ class Coordinator:
         meta: dict[str, Any] = {"keep": keep, "validate": validate}
         if void:
             meta["void"] = sorted(void)
-        exchange, missing, (up, down) = self._run(self._call(TRAIN, state, number, meta, plan.layout))
+        exchange, missing, (up, down) = self._run(self._call(TRAIN, state, number, meta, self._sent))
         aggregate = exchange.aggregate()
         if validate:
             self._amend(state.round, aggregate)
-        scales, saturated = next_scales(aggregate, first=state.round == 0)
+        scales, saturated = next_scales(aggregate, plan.codec.count, first=state.round == 0)
+        restored = plan.codec.restore(number, plan.layout, aggregate)
         following = self._write(
-            number, scales, lambda write: self._method.apply(state.public, state.private, aggregate, write)
+            number, scales, lambda write: self._method.apply(state.public, state.private, restored, write)
         )
-        elements = sum(g.size for g in plan.layout.groups) * aggregate.contributors
+        elements = aggregate.contributors * sum(
+            plan.codec.count(group.name, info.size) for group in self._sent.groups for info in group.tensors
+        )
         report = RoundReport(
             arm=plan.arm,
             round=number,

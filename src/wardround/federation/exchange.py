@@ -15,6 +15,7 @@ from wardround.errors import Rejected, WardroundError
 from wardround.protection.gates import check_reply, check_update
 from wardround.wire.message import EMPTY, EMPTY_SHA256, Body, Header, Message
 from wardround.wire.ring import ExactSum
+from wardround.wire.sparse import DENSE, Form
 from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import Aggregate, Layout, Scales
 
@@ -48,7 +49,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked of every site in a round: the kind of work, its parameters and the global state as body."""
+    """What is asked of every site in a round: the kind of work, its parameters and the global state as body.
+
+    `form` is how a clear update comes back.
+    """
 
     kind: str
     study: str
@@ -61,6 +65,7 @@ class Call:
     tensors: tuple[TensorInfo, ...] = ()
     body: Body = EMPTY
     body_sha256: str = EMPTY_SHA256
+    form: Form = DENSE
 
     def message(self, site: str) -> Message:
         """The request to one site."""
@@ -139,9 +144,9 @@ class PlainSum(Exchange):
             if self._receipts[site] != reply.header.body_sha256:
                 raise Rejected(f"site {site} answered twice, differently; the second answer is refused")
             return
-        check_update(self._call.layout, reply)
+        check_update(self._call.layout, reply, self._call.form)
         offset = 0
-        for chunk in reply.body.chunks():
+        for chunk in self._call.form.unpack(self._call.layout, reply.body).chunks():
             self._total.add(chunk, offset)
             offset += len(chunk)
         self._receipts[site] = reply.header.body_sha256

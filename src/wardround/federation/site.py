@@ -20,13 +20,14 @@ from wardround.federation.coordinator import LOSS, PATIENTS, SECONDS, VALIDATION
 from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.store import Memory, SiteStore
 from wardround.federation.training import Learner
+from wardround.protection.compression import PLAIN, Codec
 from wardround.protection.gates import check_body
 from wardround.tasks.metrics import replicate_weights
 from wardround.tasks.task import Split
 from wardround.wire.message import FileBody, Message
 from wardround.wire.random import public_generator
 from wardround.wire.tensors import TensorFile
-from wardround.wire.update import Layout, encode
+from wardround.wire.update import Layout, encode, limits
 
 Array = npt.NDArray[Any]
 log = logging.getLogger(__name__)
@@ -62,7 +63,9 @@ class ClearUpload:
     def answer(self, request: Message, site: Site) -> Answer:
         """Train and send."""
         chunks, memory, keep = site.work(request)
-        return Answer(site.reply_with(request, UPDATE, chunks, site.rules.layout), memory, keep)
+        rules = site.rules
+        body = rules.codec.form.pack(rules.layout, chunks)
+        return Answer(site.reply_with(request, UPDATE, body, rules.layout), memory, keep)
 
 
 class Evaluator(Protocol):
@@ -77,7 +80,7 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class Rules:
-    """What a site has agreed to: the study and arm it answers for, and what may leave."""
+    """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`."""
 
     identity: str
     layout: Layout
@@ -86,6 +89,7 @@ class Rules:
     replicates: int
     seed: int
     per_site_results: bool = True
+    codec: Codec = PLAIN
 
 
 class Site:
@@ -167,16 +171,19 @@ class Site:
             metrics |= _validation_sums(learner.evaluate("validation"))
         trained = learner.train(header.round, public, memory)
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
+        layout, scales = self.rules.layout, _scales(header.meta)
+        largest = limits(layout, scales, trained.weights)
+        changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
         chunks = encode(
-            self.rules.layout,
-            _scales(header.meta),
+            layout,
+            scales,
             trained.weights,
-            trained.changes,
+            changes,
             metrics,
             public_generator(self.rules.seed, self.name, header.round, "rounding"),
         )
         keep = frozenset(int(n) for n in header.meta.get("keep", ()))
-        return chunks, Memory(trained.memory, {}), keep
+        return chunks, Memory({**trained.memory, **residual}, {}), keep
 
     def reply_with(self, request: Message, kind: str, chunks: Iterator[bytes | memoryview], layout: Layout) -> Message:
         """A reply whose body is streamed to the store first."""

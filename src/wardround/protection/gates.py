@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from wardround.errors import Rejected
 from wardround.wire.message import HashingBody, Message, body_sha256
+from wardround.wire.sparse import DENSE, Form
 from wardround.wire.update import Layout, check_range
 
 
@@ -27,16 +28,17 @@ def check_body(message: Message) -> None:
         raise Rejected(_CHANGED)
 
 
-def check_update(layout: Layout, reply: Message) -> None:
+def check_update(layout: Layout, reply: Message, form: Form = DENSE) -> None:
     """Refuse an update of another size or layout, other bytes than were sent, or impossible elements: `Rejected`.
 
+    A form that leaves values out has a length of its own, and must be one that expands to the layout.
     Values that are not finite cannot be written in the ring at all: the site that meets one refuses to send.
     """
-    _check_layout(layout, reply)
+    _check_layout(layout, reply, form)
     _check_length(reply)
     body = HashingBody(reply.body)
     try:
-        check_range(layout, body)
+        check_range(layout, form.unpack(layout, body))
     except Rejected:
         # Bytes that changed on the way would explain it.
         check_body(reply)
@@ -63,10 +65,10 @@ def _check_length(message: Message) -> None:
         raise Rejected(f"a body of {message.body.nbytes} bytes where the header says {header.body_nbytes}")
 
 
-def _check_layout(layout: Layout, reply: Message) -> None:
+def _check_layout(layout: Layout, reply: Message, form: Form = DENSE) -> None:
     # The size is checked before anything is read.
-    header = reply.header
-    if header.body_nbytes != layout.nbytes:
-        raise Rejected(f"an update of {header.body_nbytes} bytes where the study says {layout.nbytes}")
+    header, nbytes = reply.header, form.nbytes(layout)
+    if header.body_nbytes != nbytes:
+        raise Rejected(f"an update of {header.body_nbytes} bytes where the study says {nbytes}")
     if header.meta.get("layout") != layout.sha256:
         raise Rejected("an update of another layout: the site runs another study, model or version")

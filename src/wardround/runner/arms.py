@@ -8,6 +8,7 @@ from typing import Literal
 
 from wardround.errors import StudyError
 from wardround.study.methods import FedAvg, Method
+from wardround.study.protection import Compression, NoCompression
 from wardround.study.schema import Local, Study
 from wardround.wire.canonical import digest
 
@@ -45,6 +46,11 @@ class Arm:
         asked = study.protection.threshold
         fitting = study.protection.model_copy(update={"threshold": asked and min(asked, len(self.sites))})
         return fitting.threshold_for(len(self.sites))
+
+    def compression(self, study: Study) -> Compression:
+        """How the arm's updates are compressed: not at all in a comparison of one site, which has nobody to send to."""
+        alone = len(self.sites) == 1 and self.name != FEDERATED
+        return NoCompression() if alone else study.protection.compression
 
     @property
     def folder(self) -> str:

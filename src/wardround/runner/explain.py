@@ -13,9 +13,11 @@ from wardround.report.units import human_bytes, protocol
 from wardround.runner.host import Blueprint, Host
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256
+from wardround.study.protection import Rotation, Subspace, TopK
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
 from wardround.study.tasks import ReconstructionTask
+from wardround.wire.ring import value_bits
 
 _WIDTH = 100
 _LABEL = 15
@@ -106,7 +108,8 @@ def _role(study: Study, site: str) -> str:
 def _training(host: Host, blueprint: Blueprint) -> str:
     study, local, schedule = host.study, host.study.local, host.study.schedule
     nbytes = {p.name: p.info.nbytes for p in host.bench.parameters}
-    down, up = sum(nbytes[name] for name in blueprint.policy.names("shared")), blueprint.layout.nbytes
+    sent = blueprint.codec.sent(blueprint.layout)
+    down, up = sum(nbytes[name] for name in blueprint.policy.names("shared")), blueprint.codec.form.nbytes(sent)
     total = schedule.rounds * len(study.training_sites) * (down + up)
     examples = f"{local.batch} example{'s' if local.batch != 1 else ''}"
     released = "the last"
@@ -116,10 +119,26 @@ def _training(host: Host, blueprint: Blueprint) -> str:
         (
             _entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
             _entry("rounds", f"{schedule.rounds}; released is {released}"),
+            _entry("an update", _update(study)),
             _entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
             _entry("", f"all rounds, all sites: {human_bytes(total)}"),
         )
     )
+
+
+def _update(study: Study) -> str:
+    protection, compression = study.protection, study.protection.compression
+    bits = value_bits(protection.ring_bits, protection.max_sites)
+    text = f"{protection.ring_bits}-bit integers: {bits} bits a value, so that {protection.max_sites} sites add up"
+    match compression:
+        case Rotation():
+            return f"{text}; each tensor is rotated first"
+        case Subspace():
+            return f"{text}; {compression.ratio:.3g} of each tensor's rotated values, the rest waits at the site"
+        case TopK():
+            return f"{text}; the largest {compression.ratio:.3g} of each tensor's values, the rest waits at the site"
+        case _:
+            return text
 
 
 def _arms(host: Host) -> str:

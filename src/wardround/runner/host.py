@@ -14,12 +14,13 @@ from wardround.errors import JournalError, StudyError, WardroundError
 from wardround.federation.coordinator import Plan
 from wardround.federation.layouts import evaluation_metrics, round_metrics, validation_metrics
 from wardround.federation.methods.build import build_method
-from wardround.federation.methods.method import Method
+from wardround.federation.methods.method import BUFFERS, Method
 from wardround.federation.policy import Policy
 from wardround.federation.secure import SecureUpload, enrol
 from wardround.federation.site import Rules, Site
 from wardround.federation.store import SiteStore
 from wardround.federation.training import ExampleStream, Learner, SiteExamples, UnionExamples, Workbench
+from wardround.protection.compression import Codec, build_codec
 from wardround.protection.identity import Roster
 from wardround.runner.arms import POOLED, Arm, arms_of
 from wardround.runner.evaluators import evaluators_of
@@ -37,7 +38,10 @@ Progress = Callable[[str, str, int, int, int], None]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """An arm with everything derived from it: method, policy and the layouts of its updates."""
+    """An arm with everything derived from it: method, policy and the layouts of its updates, and their codec.
+
+    `layout` is the method's; `codec.sent(layout)` is what travels.
+    """
 
     arm: Arm
     identity: str
@@ -46,6 +50,7 @@ class Blueprint:
     layout: Layout
     metrics_layout: Layout
     evaluation_layout: Layout
+    codec: Codec
 
 
 class Host:
@@ -109,6 +114,7 @@ class Host:
                 layout=Layout(method.groups(shared, protection.ring_bits), round_metrics(specs), room, max_weight),
                 metrics_layout=Layout((), validation_metrics(specs), room),
                 evaluation_layout=Layout((), evaluation_metrics(specs, self.replicates), room),
+                codec=build_codec(arm.compression(self.study), self.study.seed, frozenset({BUFFERS})),
             )
         return self._blueprints[name]
 
@@ -125,6 +131,7 @@ class Host:
             layout=blueprint.layout,
             metrics_layout=blueprint.metrics_layout,
             initial_scale=self.study.protection.initial_scale,
+            codec=blueprint.codec,
             selection=None if selection is None else selection.name,
             larger_is_better=selection is None or selection.larger_is_better,
             validate_every=schedule.validate_every,
@@ -191,12 +198,13 @@ class Host:
             raise StudyError(f"the study has no site {name[:40]!r}")
         rules = Rules(
             identity=blueprint.identity,
-            layout=blueprint.layout,
+            layout=blueprint.codec.sent(blueprint.layout),
             metrics_layout=blueprint.metrics_layout,
             evaluation_layout=blueprint.evaluation_layout,
             replicates=self.replicates,
             seed=self.study.seed,
             per_site_results=name == POOLED or self.sites.of(name).egress.per_site_results,
+            codec=blueprint.codec,
         )
         threshold = blueprint.arm.threshold(self.study)
         models = self.out / "models" / name / blueprint.arm.folder

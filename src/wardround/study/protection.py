@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from wardround.errors import StudyError
 from wardround.study.base import Config
+
+
+class NoCompression(Config):
+    """Every value of the change is sent."""
+
+    kind: Literal["none"] = "none"
+
+
+class Rotation(Config):
+    """A seeded random rotation of every tensor; for `ring_bits` 16 and 24 (Suresh et al., 2017)."""
+
+    kind: Literal["rotation"]
+
+
+class Subspace(Config):
+    """A random part of the rotated change, new every round; what is not sent stays at the site for the next one."""
+
+    kind: Literal["subspace"]
+    ratio: float = Field(0.1, gt=0.0, le=1.0, description="part of each tensor's values that is sent")
+
+
+class TopK(Config):
+    """The largest values of the change; what is not sent stays at the site. Not with `secure`."""
+
+    kind: Literal["top_k"]
+    ratio: float = Field(0.01, gt=0.0, le=0.25, description="part of each tensor's values that is sent")
+
+
+Compression = Annotated[NoCompression | Rotation | Subspace | TopK, Field(discriminator="kind")]
 
 
 class Protection(Config):
@@ -18,6 +47,7 @@ class Protection(Config):
     max_weight: float = Field(
         4096.0, gt=0.0, description="largest weight a site may claim, in training examples; use it up for precision"
     )
+    compression: Compression = NoCompression()
     initial_scale: float = Field(0.2, gt=0.0, description="largest change of a parameter expected in round 1")
     secure: bool = Field(False, description="the coordinator learns the sum of the updates and nothing of any site")
     threshold: int | None = Field(
@@ -47,6 +77,15 @@ class Protection(Config):
                 f"protection.threshold={wanted} for {sites} training sites: choose {lowest} to {sites}{way}"
             )
         return wanted
+
+    @model_validator(mode="after")
+    def _compression_fits(self) -> Protection:
+        if self.secure and isinstance(self.compression, TopK):
+            raise ValueError(
+                "`compression.kind: top_k` cannot be summed under masks, as every site sends other places; use "
+                "`subspace`, or `secure: false`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_with_secure(self) -> Protection:

@@ -12,7 +12,7 @@ A site sends y = (w / max_weight) x delta and w; the coordinator divides the sum
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -232,6 +232,17 @@ def quantised_weight(weight: float, max_weight: float) -> int:
     return round(weight / max_weight * (1 << WEIGHT_BITS))
 
 
+def limits(layout: Layout, scales: Scales, weights: Mapping[str, float]) -> dict[str, float]:
+    """The largest change of each tensor that a site of these weights can say; 0 where its weight is none."""
+    found = {}
+    for group in layout.groups:
+        share = quantised_weight(weights[group.name], layout.max_weight) / (1 << WEIGHT_BITS)
+        for info in group.tensors:
+            key = scale_key(group.name, info.name)
+            found[key] = scales[key] / share if share > 0.0 else 0.0
+    return found
+
+
 class Aggregate:
     """What the sum of updates says: counts, weights, metrics, and tensors one at a time."""
 
@@ -289,13 +300,19 @@ class Aggregate:
         raise KeyError(scale_key(group, tensor))
 
 
-def next_scales(aggregate: Aggregate, *, first: bool = False) -> tuple[dict[str, float], dict[str, float]]:
+def _all(group: str, size: int) -> int:
+    return size
+
+
+def next_scales(
+    aggregate: Aggregate, count: Callable[[str, int], int] = _all, *, first: bool = False
+) -> tuple[dict[str, float], dict[str, float]]:
     """The scales of the next round, and the share of saturated values of each tensor where there were any.
 
     A scale follows four times the peak of the summed change, and never falls by more than half in a round; a share of
     saturated values above 1e-4 doubles it instead. The scale of the `first` round is the study's guess, far too large
-    where weights are small: it may fall to 64 times the peak at once. A function of public values only, masked or
-    clear.
+    where weights are small: it may fall to 64 times the peak at once. `count` says how many values a site sends of a
+    group's tensor of a size. A function of public values only, masked or clear.
     """
     scales = aggregate.scales
     following: dict[str, float] = {}
@@ -303,7 +320,7 @@ def next_scales(aggregate: Aggregate, *, first: bool = False) -> tuple[dict[str,
     for group in aggregate.layout.groups:
         for info in group.tensors:
             key = scale_key(group.name, info.name)
-            share = aggregate.saturated[key] / max(1, info.size * aggregate.contributors)
+            share = aggregate.saturated[key] / max(1, count(group.name, info.size) * aggregate.contributors)
             if share > 0.0:
                 saturated[key] = share
             if share > 1e-4:

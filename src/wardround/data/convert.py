@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wardround.data.deidentify import scrub
+from wardround.data.dicom_inspect import find_dicom, summarise_dicom
 from wardround.data.folder import SiteFolder
 from wardround.data.volume import Volume, read_volume, write_nifti
 from wardround.errors import DataError
@@ -80,7 +81,7 @@ class Inspection:
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Say what `path` is: a NIfTI image, an array of k-space, a site's folder or a folder of sites.
+    """Say what `path` is: a NIfTI image, an array of k-space, CT in DICOM, a site's folder or a folder of sites.
 
     Reads every image, names no patient. Raises DataError where the path does not exist.
     """
@@ -93,7 +94,17 @@ def inspect_path(path: Path) -> Inspection:
     found = [child for child in sorted(path.iterdir()) if child.is_dir() and _is_site(child)]
     if found:
         return Inspection(f"a folder of {len(found)} sites", sites={s.name: _summarise(s) for s in found})
-    return Inspection("unknown", problems=("expected SITE/PATIENT/CONTRAST.nii.gz below this folder",))
+    if dicom := _inspect_dicom(path):
+        return dicom
+    return Inspection("unknown", problems=("expected SITE/PATIENT/CONTRAST.nii.gz, or DICOM, below this folder",))
+
+
+def _inspect_dicom(path: Path) -> Inspection | None:
+    files = find_dicom(path)
+    if not files:
+        return None
+    summary = summarise_dicom(files)
+    return Inspection(summary.kind, summary.facts, summary.problems)
 
 
 def _inspect_file(path: Path) -> Inspection:
@@ -118,7 +129,9 @@ def _inspect_file(path: Path) -> Inspection:
         peak = float(np.abs(array).max(initial=0.0))
         facts += (f"{measured:.1%} of samples measured, peak {peak:g}",)
         return Inspection("complex k-space", facts)
-    return Inspection("unknown", problems=("neither NIfTI (.nii, .nii.gz) nor a NumPy array (.npy)",))
+    if dicom := _inspect_dicom(path):
+        return dicom
+    return Inspection("unknown", problems=("neither NIfTI (.nii, .nii.gz), DICOM, nor a NumPy array (.npy)",))
 
 
 def _is_site(folder: Path) -> bool:

@@ -51,6 +51,8 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(help="Convert public downloads into Wardround's folder layout.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
+log_app = typer.Typer(help="Look at the logs that every party of a run keeps.", no_args_is_help=True)
+app.add_typer(log_app, name="log")
 console = Console()
 errors = Console(stderr=True)
 
@@ -211,6 +213,23 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="PATH", help="A file or
 def version() -> None:
     """Print the version."""
     _say(__version__)
+
+
+@log_app.command("verify")
+def verify_log(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run's folder, or one log.jsonl.")],
+) -> None:
+    """Find what was edited, deleted, reordered or cut off in the logs of a run; exit code 1 where something was."""
+    from wardround.federation.verify import verify
+
+    found = verify(folder)
+    for log in found.logs:
+        _say(f"{log.name}: {len(log.entries)} records" + (f" ({log.note})" if log.note else ""))
+    for damage in found.damages:
+        errors.print(Text(damage, style="red"), soft_wrap=True)
+    if found.damages:
+        raise typer.Exit(1)
+    _say(f"Whole: {found.anchors} anchors in other parties' logs agree.")
 
 
 @convert_app.command("lgg")

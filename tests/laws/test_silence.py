@@ -29,7 +29,7 @@ HEADER = {
 }  # fmt: skip
 META = {
     "keep", "validate", "void", "layout", "scales", "split", "evaluator", "picture", "unknown_site", "model", "again",
-    "reason",
+    "reason", "anchor", "heads", "log",
 }  # fmt: skip
 SITES = ("Alpha", "Beta", "Gamma")
 # A window of 8 bytes with fewer different ones is a pair of zeros, ones or small counters: it says nothing.
@@ -129,7 +129,7 @@ def test_headers_say_only_what_their_schema_knows(tmp_path: Path, monkeypatch: p
         scales = header["meta"].get("scales", {})
         assert {name.split("/", 1)[1] for name in scales} <= shared
         if one.message.header.reply_to:
-            assert header["meta"].keys() <= {"layout", "reason"}
+            assert header["meta"].keys() <= {"layout", "log", "reason"}
 
 
 def test_a_released_model_carries_the_initial_values_of_what_stays_at_the_sites(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Blobs:
                 return
             path.rename(self.root / draft.name)
             if durable:
-                _sync_folder(self.root)
+                sync_folder(self.root)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise disk_error(error) from error
@@ -88,7 +88,8 @@ def disk_error(error: OSError) -> JournalError:
     )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names of new files survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

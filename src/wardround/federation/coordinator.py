@@ -25,6 +25,7 @@ from wardround.federation.exchange import (
 )
 from wardround.federation.journal import Journal, RoundReport, State
 from wardround.federation.methods.method import Method, Writers
+from wardround.federation.minutes import CoordinatorMinutes
 from wardround.protection.compression import PLAIN, Codec
 from wardround.wire.message import FileBody, Message
 from wardround.wire.tensors import TensorFile, TensorWriter
@@ -84,6 +85,7 @@ class Coordinator:
         self._engine = engine
         self._journal = journal
         self._protocol = protocol
+        self._minutes = CoordinatorMinutes(journal)
         self._waited = 0.0
         self._sent = plan.codec.sent(plan.layout)
 
@@ -106,6 +108,7 @@ class Coordinator:
 
             state = self._write(0, scales, copy)
             self._journal.commit(state, None, {})
+        self._minutes.settle()
         return state
 
     def rounds(self, state: State) -> Iterator[RoundReport]:
@@ -122,6 +125,7 @@ class Coordinator:
                 state, report = self._round(state)
             except Void as void:
                 reasons.append(str(void))
+                self._minutes.void(max(self._journal.void(TRAIN), default=state.round + 1), str(void))
                 if len(reasons) == MAX_VOID:
                     raise NotEnoughSites(
                         f"{plan.arm}: {MAX_VOID} rounds in a row were void ({'; '.join(reasons)}). Mend the cause and "
@@ -143,7 +147,9 @@ class Coordinator:
         """The released round: the best by validation, or the last."""
         number = self._best() if self._plan.release == "best" else None
         number = self._plan.rounds + len(self._journal.void(TRAIN)) if number is None else number
-        return Release(number, self._journal.state(number))
+        released = Release(number, self._journal.state(number))
+        self._minutes.released(number, released.state.public_sha256)
+        return released
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -167,6 +173,7 @@ class Coordinator:
         missing: dict[str, str] = {}
         up = down = 0
         messages = exchange.open()
+        self._minutes.opened(call, exchange)
         while messages:
             for message in messages:
                 down += message.nbytes
@@ -175,11 +182,16 @@ class Coordinator:
                 site = reply.header.site
                 if reply.header.kind == ERROR:
                     missing[site] = str(reply.header.meta.get("reason", "no reason given"))
+                    self._minutes.refused(call, reply, missing[site])
                     continue
                 try:
+                    self._minutes.check(reply)
                     exchange.accept(reply)
                 except WireError as error:
                     missing[site] = str(error)
+                    self._minutes.refused(call, reply, missing[site])
+                else:
+                    self._minutes.accepted(call, reply)
             self._require(exchange, missing)
             messages = exchange.close()
         return exchange, missing, (up, down)
@@ -214,7 +226,7 @@ class Coordinator:
         due = bool(plan.validate_every) and state.round > 0 and state.round % plan.validate_every == 0
         # Two validations of one model by different sites would differ by what one of them measured.
         validate = due and number == state.round + 1
-        meta: dict[str, Any] = {"keep": keep, "validate": validate}
+        meta: dict[str, Any] = {"keep": keep, "validate": validate, **self._minutes.anchor()}
         if void:
             meta["void"] = sorted(void)
         exchange, missing, (up, down) = self._run(self._call(TRAIN, state, number, meta, self._sent))
@@ -254,6 +266,7 @@ class Coordinator:
             ),
         )
         self._journal.commit(following, report, exchange.receipts)
+        self._minutes.committed(number)
         self._forget(number)
         return following, report
 
@@ -282,7 +295,8 @@ class Coordinator:
         values = {
             name.removeprefix(VALIDATION): float(np.round(total[0] / patients, 9))
             for name, total in sums.metrics.items()
-            if name.startswith(VALIDATION)
+            # Without a patient, sites have none or keep what they measured to themselves.
+            if patients and name.startswith(VALIDATION)
         }
         report = replace(reports[number], validation=values if patients else None)
         self._journal.amend(report)

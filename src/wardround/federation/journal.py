@@ -15,6 +15,7 @@ from typing import Any
 from wardround.errors import JournalError
 from wardround.federation.blobs import Blobs
 from wardround.federation.database import Database
+from wardround.federation.record import LOG, Record
 from wardround.wire.canonical import canonical_json
 from wardround.wire.tensors import TensorFile, parse_table
 
@@ -79,10 +80,11 @@ class RoundReport:
 
 
 class Journal:
-    """Transactions of one arm; `identity` is the hash of study and arm."""
+    """Transactions of one arm, and its log; `identity` is the hash of study and arm."""
 
     def __init__(self, root: Path, identity: str) -> None:
         self.blobs = Blobs(root / "blobs")
+        self.record = Record(root / LOG, "coordinator", {"study": identity})
         self._database = Database(root / "journal.sqlite", _SCHEMA)
         found = self.fact("identity")
         if found is None:
@@ -187,6 +189,11 @@ class Journal:
         """The reports of all committed rounds."""
         rows = self._database.rows("SELECT report FROM rounds ORDER BY round")
         return [RoundReport.from_json(json.loads(str(row[0]))) for row in rows]
+
+    def receipts(self, number: int) -> dict[str, str]:
+        """The sites whose updates a committed round holds, with the hash of what each sent."""
+        rows = self._database.rows("SELECT site, body_sha256 FROM receipts WHERE round = ? ORDER BY site", number)
+        return {str(site): str(sha) for site, sha in rows}
 
     def forget_states(self, keep: set[int]) -> None:
         """Delete the states of other rounds, and what only they refer to."""

@@ -217,6 +217,9 @@ class SecureSum(Exchange):
         # On record first: from here on the round ends with exactly this list, or not at all.
         if self._journal.decide(call.round, call.attempt, survivors_of(call.kind), value) != value:
             raise Void(f"round {call.round} is void: another survivor list is on record for this attempt")
+        self._journal.record.note(
+            "survivors", {"kind": call.kind, "round": call.round, "attempt": call.attempt, "list": digest(value)}
+        )
         return self._ask(SIGN, dict.fromkeys(announcement.survivors, value))
 
     def _unmask(self) -> None:
@@ -269,6 +272,8 @@ class SecureUpload:
                 session, record = self._attempt(header), survivors_of(self._kind)
                 announcement = Announcement.from_json(meta)
                 consent = session.sign(announcement, lambda value: site.store.promise(record, header.round, value))
+                about = {"kind": self._kind, "round": header.round, "attempt": header.attempt}
+                site.minutes.note("signed", {**about, "list": digest(announcement.to_json())})
                 return Answer(request.reply(CONSENT, meta=consent.to_json()))
             case "sum/reveal":
                 reveal = self._attempt(header).reveal(Quorum.from_json(meta))

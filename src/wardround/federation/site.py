@@ -15,9 +15,11 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from wardround.data.deidentify import describe_error
-from wardround.errors import DataError, Rejected, StudyError, WardroundError, WireError
+from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError
 from wardround.federation.coordinator import LOSS, PATIENTS, SECONDS, VALIDATION
 from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
+from wardround.federation.minutes import SiteMinutes
+from wardround.federation.record import LOG, Record
 from wardround.federation.store import Memory, SiteStore
 from wardround.federation.training import Learner
 from wardround.protection.compression import PLAIN, Codec
@@ -110,6 +112,7 @@ class Site:
         self.rules = rules
         self.store = store
         self.folder = folder
+        self.minutes = SiteMinutes(name, _record(name, rules.identity, store))
         self._make_learner = learner
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
@@ -123,14 +126,18 @@ class Site:
                 return done
             self._check(request)
             answer = self._answer(request)
-            self.store.finish(answer.reply, answer.memory, set(answer.keep))
-            return answer.reply
+            # On record before it can leave; told again after a crash in between, it is the same record.
+            reply = self.minutes.sent(request, answer.reply)
+            self.store.finish(reply, answer.memory, set(answer.keep))
+            return reply
         except Exception as error:
             # The cause stays here; what leaves is text that is safe by construction.
             detail = getattr(error, "detail", "")
             log.warning("site %s could not answer %r: %s %s", self.name, request.header.kind, error, detail)
             log.debug("details", exc_info=True)
-            return request.reply(ERROR, meta={"reason": describe_error(error)})
+            reason = describe_error(error)
+            self.minutes.declined(request, error, reason)
+            return request.reply(ERROR, meta={"reason": reason})
 
     @property
     def learner(self) -> Learner:
@@ -213,6 +220,13 @@ class Site:
         }
         if layout is not None and layout not in known:
             raise Rejected(f"site {self.name} was asked for a layout that the study does not have")
+        last = self.store.last_round
+        if header.kind == TRAIN and header.round < last:
+            raise JournalError(
+                f"site {self.name} has gone on to round {last} and is asked for round {header.round}: the coordinator "
+                "was restored from an older copy, or is not the one it was. Restore its newest copy"
+            )
+        self.minutes.check(header, last)
 
     def _answer(self, request: Message) -> Answer:
         if request.header.kind in self._protocol.kinds:
@@ -279,6 +293,13 @@ class Site:
         """Close the store."""
         with suppress(WardroundError):
             self.store.close()
+
+
+def _record(name: str, identity: str, store: SiteStore) -> Record:
+    begun = {"study": identity, "site": name}
+    if (key := store.identity) is not None:
+        begun["key"] = key.public.hex()
+    return Record(store.root / LOG, f"site {name}", begun, lambda: store.identity)
 
 
 def _validation_sums(values: Mapping[str, Array]) -> dict[str, Any]:

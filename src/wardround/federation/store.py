@@ -19,6 +19,7 @@ import numpy.typing as npt
 from wardround.errors import JournalError
 from wardround.federation.blobs import Blobs
 from wardround.federation.database import Database
+from wardround.protection.identity import Identity
 from wardround.wire.canonical import canonical_json
 from wardround.wire.message import EmptyBody, FileBody, Header, Message
 from wardround.wire.tensors import TensorFile, TensorWriter, parse_table
@@ -49,6 +50,7 @@ class SiteStore:
     """The transactional store of one site in one arm."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self.blobs = Blobs(root / "blobs")
         self._database = Database(root / "store.sqlite", _SCHEMA)
         # What a killed process wrote before its transaction: nothing refers to it.
@@ -118,6 +120,18 @@ class SiteStore:
         if not self.blobs.holds(header.body_sha256, header.body_nbytes):
             return None
         return Message(header, FileBody(self.blobs.path(header.body_sha256), header.body_nbytes))
+
+    @property
+    def last_round(self) -> int:
+        """The last round of which an answer is kept; -1 when there is none."""
+        number = self._database.rows("SELECT max(round) FROM replies")[0][0]
+        return -1 if number is None else int(str(number))
+
+    @property
+    def identity(self) -> Identity | None:
+        """The site's signing key, if it was ever given one."""
+        fact = self.fact("identity")
+        return None if fact is None else Identity(bytes.fromhex(json.loads(fact)[1]))
 
     def finish(self, reply: Message, memory: Memory | None, keep: set[int]) -> None:
         """Record a reply and the state it leaves in one transaction; then forget rounds not in `keep`.

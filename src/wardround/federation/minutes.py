@@ -1,0 +1,164 @@
+"""What coordinator and site write into their logs, and what of it they show each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from wardround.errors import JournalError, Rejected, StudyError, WardroundError, WireError
+from wardround.federation.exchange import DONE, ERROR, TRAIN, UPDATE, Call, Exchange
+from wardround.federation.journal import Journal
+from wardround.federation.record import Entry, Record, is_hash
+from wardround.wire.canonical import digest
+from wardround.wire.message import Header, Message
+
+# In an update: the head of the site's log after it noted the update.
+HEAD = "log"
+# In a request to train: the coordinator's head after its last commit, and the last head it saw of every site.
+ANCHOR, HEADS = "anchor", "heads"
+
+
+class CoordinatorMinutes:
+    """The coordinator's log of an arm."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._record = journal.record
+        self._heads: dict[str, str] = {}
+
+    def settle(self) -> None:
+        """After a start: log and journal must tell the same rounds.
+
+        A process that died between the journal's commit and the log's leaves the log one round behind, which is made
+        up for. Raises `JournalError` for any other difference: one of them was restored from an older copy.
+        """
+        committed = self._record.last("committed")
+        noted = 0 if committed is None else committed.round
+        self._heads = {} if committed is None else dict(committed.payload["heads"])
+        rounds = [report.round for report in self._journal.reports()]
+        if noted > max(rounds, default=0):
+            raise JournalError(
+                f"the log of the coordinator knows round {noted} and its journal does not: the journal was restored "
+                "from an older copy. Restore the newest one of both",
+                detail=str(self._record.path),
+            )
+        behind = [number for number in rounds if number > noted]
+        if len(behind) > 1:
+            raise JournalError(
+                f"the log of the coordinator ends at round {noted} and its journal at round {behind[-1]}: the log was "
+                "shortened or restored from an older copy. Restore the newest one of both",
+                detail=str(self._record.path),
+            )
+        for number in behind:
+            for entry in self._record.entries():
+                if entry.event == "accepted" and entry.round == number and entry.payload["kind"] == TRAIN:
+                    self._heads[entry.payload["site"]] = entry.payload["head"]
+            self.committed(number)
+
+    def anchor(self) -> dict[str, Any]:
+        """What a request shows of all logs: a pure function of what is committed, so that it can be asked again."""
+        committed: Entry | None = self._record.last("committed")
+        if committed is None:
+            return {}
+        return {ANCHOR: committed.hash, HEADS: dict(committed.payload["heads"])}
+
+    def opened(self, call: Call, exchange: Exchange) -> None:
+        """An exchange begins."""
+        self._record.note("opened", {"kind": call.kind, "round": call.round, "attempt": exchange.attempt})
+
+    def check(self, reply: Message) -> None:
+        """Refuse an update that does not show the end of its site's log; raises `Rejected`."""
+        if reply.header.kind == UPDATE and not is_hash(reply.header.meta.get(HEAD)):
+            raise Rejected("an update without the head of its site's log")
+
+    def accepted(self, call: Call, reply: Message) -> None:
+        """An update is in the sum."""
+        header = reply.header
+        if header.kind != UPDATE:
+            return
+        head = str(header.meta[HEAD])
+        self._heads[header.site] = head
+        about = {**_about(header), "kind": call.kind}
+        self._record.note("accepted", {**about, "body_sha256": header.body_sha256, "head": head})
+
+    def refused(self, call: Call, reply: Message, reason: str) -> None:
+        """An answer does not count: it was refused, or the site declined."""
+        event = "declined" if reply.header.kind == ERROR else "refused"
+        about = {"kind": call.kind, "site": reply.header.site, "round": call.round, "attempt": reply.header.attempt}
+        self._record.note(event, {**about, "reason": reason})
+
+    def committed(self, number: int) -> None:
+        """A round is in the journal."""
+        payload = {
+            "round": number,
+            "state_sha256": self._journal.state(number).public_sha256,
+            "receipts": digest(self._journal.receipts(number)),
+            "heads": dict(sorted(self._heads.items())),
+        }
+        self._record.note("committed", payload, sync=True)
+
+    def void(self, number: int, reason: str) -> None:
+        """A round came to nothing."""
+        self._record.note("void", {"round": number, "reason": reason}, sync=True)
+
+    def released(self, number: int, state_sha256: str) -> None:
+        """A round's model is the one that is released."""
+        self._record.note("released", {"round": number, "state_sha256": state_sha256}, sync=True)
+
+
+class SiteMinutes:
+    """The log of a site in an arm."""
+
+    def __init__(self, site: str, record: Record) -> None:
+        self._site = site
+        self.record = record
+
+    def check(self, header: Header, last: int) -> None:
+        """Note what a request shows of the other logs; raises `JournalError` when this site's own is older than that.
+
+        `last` is the last round that the site's store holds an answer of.
+        """
+        meta = header.meta
+        if ANCHOR not in meta:
+            return
+        heads = meta.get(HEADS)
+        if not is_hash(meta[ANCHOR]) or not isinstance(heads, dict) or not all(map(is_hash, heads.values())):
+            raise WireError("a request shows heads of logs that are none")
+        own = heads.get(self._site)
+        if own is not None:
+            number = self.record.round_of(own)
+            if number is None or number > last:
+                raise JournalError(
+                    f"the store of site {self._site} is older than what the coordinator has seen of it: it was "
+                    "restored from an older copy. Restore the newest one"
+                )
+        self.record.note("anchored", {"round": header.round, "anchor": meta[ANCHOR], "heads": digest(heads)})
+
+    def sent(self, request: Message, reply: Message) -> Message:
+        """Note an answer before it leaves; an update shows the log's head from then on."""
+        header = reply.header
+        if header.kind == UPDATE:
+            about = {**_about(header), "kind": request.header.kind}
+            self.record.note("sent", {**about, "request": request.id, "body_sha256": header.body_sha256}, sync=True)
+            return Message(replace(header, meta={**header.meta, HEAD: self.record.head}), reply.body)
+        if header.kind == DONE:
+            self.record.note("released", {"round": header.round}, sync=True)
+        return reply
+
+    def declined(self, request: Message, error: Exception, reason: str) -> None:
+        """Note that a request got no answer, and why; a full disk must not hide the reason."""
+        event = "failed"
+        if isinstance(error, WireError | JournalError | StudyError):
+            event = "security"
+        with suppress(WardroundError):
+            self.record.note(event, {**_about(request.header), "reason": reason}, sync=True)
+
+    def note(self, event: str, payload: Mapping[str, Any]) -> None:
+        """Note something else, durably."""
+        self.record.note(event, payload, sync=True)
+
+
+def _about(header: Header) -> dict[str, Any]:
+    return {"kind": header.kind, "site": header.site, "round": header.round, "attempt": header.attempt}

@@ -1,0 +1,250 @@
+"""What a party did and saw, as a chain of hashes in a file: it can be added to, and not changed unnoticed.
+
+    hash = SHA-256(prev || canonical JSON of the record without `hash`)
+
+Every party keeps its own, and they hold each other's ends: an update carries the head of its site's log, the next
+request carries the head of the coordinator's and the last one it saw of every site. `federation.verify` compares them.
+The log is no part of any result: a record's time decides nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from wardround.errors import JournalError
+from wardround.federation.blobs import disk_error, sync_folder
+from wardround.protection.identity import Identity
+from wardround.wire.canonical import canonical_json, digest
+
+LOG = "log.jsonl"
+START = "0" * 64
+# With a key, every record of such a number is a signature over the one before it.
+CHECKPOINT_EVERY = 100
+CHECKPOINT = "checkpoint"
+PURPOSE = "wardround log checkpoint"
+_HASH = re.compile(r"[0-9a-f]{64}")
+_KEYS = {"seq", "time", "actor", "event", "payload", "payload_sha256", "prev", "hash"}
+
+
+def is_hash(value: object) -> bool:
+    """Whether a value is a SHA-256 in hex."""
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
+
+
+class Damaged(Exception):
+    """A record that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record. `payload` holds names of sites, numbers and hashes: nothing of a patient."""
+
+    seq: int
+    time: str
+    actor: str
+    event: str
+    payload: Mapping[str, Any]
+    payload_sha256: str
+    prev: str
+    hash: str
+
+    @staticmethod
+    def make(seq: int, actor: str, event: str, payload: Mapping[str, Any], prev: str) -> Entry:
+        """A new record after the one of hash `prev`."""
+        now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
+        plain = Entry(seq, now, actor, event, payload, digest(dict(payload)), prev, "")
+        return Entry(**{**plain.__dict__, "hash": plain.expected})
+
+    @property
+    def expected(self) -> str:
+        """The hash that these contents must have."""
+        values = {**self.__dict__, "payload": dict(self.payload)}
+        del values["hash"]
+        return hashlib.sha256(self.prev.encode() + canonical_json(values)).hexdigest()
+
+    @property
+    def round(self) -> int:
+        """The round it belongs to; -1 for none."""
+        return int(self.payload.get("round", -1))
+
+    def line(self) -> bytes:
+        """The record as a line."""
+        return canonical_json({**self.__dict__, "payload": dict(self.payload)}) + b"\n"
+
+    @staticmethod
+    def of_line(line: bytes) -> Entry:
+        """The record of a line; raises `Damaged` where it does not fit its own hashes."""
+        try:
+            value = json.loads(line)
+        except ValueError:
+            raise Damaged("is not JSON") from None
+        if not isinstance(value, dict) or value.keys() != _KEYS or not isinstance(value["payload"], dict):
+            raise Damaged("is not a record")
+        entry = Entry(**value)
+        try:
+            whole = entry.expected == entry.hash and digest(value["payload"]) == entry.payload_sha256
+        except (TypeError, ValueError, AttributeError):
+            whole = False
+        # Another way to write the same values would be another file with the same hashes.
+        if not whole or entry.line() != line:
+            raise Damaged("was edited")
+        return entry
+
+
+class Record:
+    """The log of one party in one arm.
+
+    `begun` says in its first record whose it is. A fact is written once: one that is noted again, after a restart that
+    came between log and journal, is found and not repeated. Several processes may write, in turn.
+
+    Raises `JournalError` when the file is not the chain it was, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        actor: str,
+        begun: Mapping[str, Any],
+        signer: Callable[[], Identity | None] = lambda: None,
+    ) -> None:
+        self.path = path
+        self._actor = actor
+        self._begun = begun
+        self._signer = signer
+        self._offset = 0
+        self._next = 0
+        self._unsynced, self._named = False, path.exists()
+        self.head = START
+        self._facts: dict[str, str] = {}
+        self._rounds: dict[str, int] = {}
+        self._last: dict[str, Entry] = {}
+
+    def note(self, event: str, payload: Mapping[str, Any], *, sync: bool = False) -> str:
+        """Write a fact unless the log holds it, with `sync` so that it survives a power cut; the hash of its record."""
+        with self._open() as file:
+            known = self._facts.get(_key(event, digest(dict(payload))))
+            if known is None:
+                if not self._next:
+                    self._append(file, "begun", self._begun)
+                self._checkpoint(file)
+                known = self._append(file, event, payload)
+            if sync and self._unsynced:
+                os.fsync(file)
+                if not self._named:
+                    sync_folder(self.path.parent)
+                self._unsynced, self._named = False, True
+            return known
+
+    def last(self, event: str) -> Entry | None:
+        """The last record of an event."""
+        self._look()
+        return self._last.get(event)
+
+    def round_of(self, known: str) -> int | None:
+        """The round of the record with that hash (-1: of no round); nothing when the log does not hold it."""
+        self._look()
+        return self._rounds.get(known)
+
+    def entries(self) -> Iterator[Entry]:
+        """All records, read from the file."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                for line in file:
+                    if line.endswith(b"\n"):
+                        yield Entry.of_line(line)
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        if self.path.exists():
+            with self._open():
+                pass
+        elif self._offset:
+            raise self._broken("is gone")
+
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        """The file, locked, with everything read that others wrote."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._catch_up(file)
+                yield file
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise disk_error(error) from error
+
+    def _catch_up(self, file: int) -> None:
+        size = os.fstat(file).st_size
+        if size < self._offset:
+            raise self._broken("became shorter")
+        if size == self._offset:
+            return
+        os.lseek(file, self._offset, os.SEEK_SET)
+        with os.fdopen(os.dup(file), "rb") as stream:
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    # A process died while it wrote; nobody was told of what it did not finish.
+                    os.ftruncate(file, self._offset)
+                    return
+                self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            entry = Entry.of_line(line)
+        except Damaged as damage:
+            raise self._broken(f"{damage} in record {self._next}") from None
+        if (entry.seq, entry.prev) != (self._next, self.head):
+            raise self._broken(f"does not go on at record {self._next}")
+        self._remember(entry, len(line))
+
+    def _remember(self, entry: Entry, nbytes: int) -> None:
+        self._offset += nbytes
+        self._next, self.head = entry.seq + 1, entry.hash
+        self._facts[_key(entry.event, entry.payload_sha256)] = entry.hash
+        self._rounds[entry.hash] = entry.round
+        self._last[entry.event] = entry
+
+    def _append(self, file: int, event: str, payload: Mapping[str, Any]) -> str:
+        entry = Entry.make(self._next, self._actor, event, payload, self.head)
+        line = entry.line()
+        try:
+            written = os.write(file, line)
+            if written < len(line):
+                os.write(file, line[written:])
+        except OSError:
+            os.ftruncate(file, self._offset)
+            raise
+        self._unsynced = True
+        self._remember(entry, len(line))
+        return entry.hash
+
+    def _checkpoint(self, file: int) -> None:
+        if self._next % CHECKPOINT_EVERY == 0 and (identity := self._signer()) is not None:
+            signature = identity.sign(PURPOSE, self._actor, self._next, self.head).hex()
+            self._append(file, CHECKPOINT, {"signature": signature, "key": identity.public.hex()})
+
+    def _broken(self, what: str) -> JournalError:
+        return JournalError(
+            f"the log of {self._actor} {what}: it was changed by something else. `wardround log verify` says where; "
+            "restore the file to go on",
+            detail=str(self.path),
+        )
+
+
+def _key(event: str, payload_sha256: str) -> str:
+    return f"{event}/{payload_sha256}"

@@ -90,7 +90,7 @@ def test_hashes_are_those_of_the_saved_models(finished: Result) -> None:
 
 def test_evaluating_measures_and_does_not_remember(finished: Result, sites: SitesFile) -> None:
     """Data that changed since are noticed: no number comes from a cached answer."""
-    changed = sites.of("B").data / "changed"
+    changed = sites.of("B").data[0] / "changed"
     changed.touch()
     try:
         measured = evaluate(finished.out, sites, engine="local")

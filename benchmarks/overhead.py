@@ -89,7 +89,7 @@ def ours(engine_name: str) -> dict[str, float]:
             host.plan("federated"), blueprint.method, engine, Journal(out / "arm", blueprint.identity)
         )
         state = coordinator.start(
-            lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.shared_initial(blueprint.policy))
+            lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.initial_values())
         )
         marks = [(time.process_time(), time.perf_counter()) for _ in coordinator.rounds(state)]
         engine.close()

@@ -111,8 +111,8 @@ class Rig:
         )
 
     def start(self) -> State:
-        shared = self.host.bench.shared_initial(self.blueprint.policy)
-        return self.coordinator.start(lambda: self.method.initial(self.blueprint.layout.groups, shared))
+        values = self.host.bench.initial_values()
+        return self.coordinator.start(lambda: self.method.initial(self.blueprint.layout.groups, values))
 
     def train(self) -> State:
         """All rounds; the last global state."""

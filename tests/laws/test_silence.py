@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.federation.rig import Recorder, Rig, Sent
+from tests.scanners import scanner_study
 from tests.toys import toy_sites, toy_study
 from wardround.engines.local import LocalEngine
 from wardround.federation.exchange import ERROR, EVALUATE, Call
@@ -21,7 +22,9 @@ from wardround.runner import session
 from wardround.runner.session import Result, evaluate, run
 from wardround.study.schema import Study
 from wardround.study.sites import Egress
-from wardround.wire.message import Message
+from wardround.wire.message import Header, Message
+from wardround.wire.ring import ExactSum
+from wardround.wire.update import Aggregate
 
 HEADER = {
     "schema", "kind", "study", "site", "round", "attempt", "phase", "reply_to", "meta", "tensors",
@@ -139,6 +142,64 @@ def test_a_released_model_carries_the_initial_values_of_what_stays_at_the_sites(
     private = {name for name in released if name.startswith("1.")}
     assert len(private) == 5
     assert all(np.array_equal(released[name], initial[name].numpy()) for name in private)
+
+
+@pytest.mark.parametrize("stranger", ["initial", "mean"])
+def test_private_parts_are_in_the_sum_only_where_the_study_declares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: str
+) -> None:
+    """Declared, how far a site's part is from its start is a group of its updates; their mean goes to no site."""
+    sent = record(monkeypatch)
+    study = scanner_study({"kind": "hyperfed", "stranger": stranger}, SITES)
+    out = run(study, toy_sites(tmp_path, SITES), tmp_path / "out", engine="local").out
+    kept = memories(out)
+    rig = Rig(study, tmp_path / "rig")
+    blueprint, initial = rig.blueprint, rig.host.bench.initial_values()
+
+    def trained(name: str, data: bytes) -> Iterator[bytes]:
+        """Pairs of values that training moved; others are the initial ones, which everybody knows, but for an ulp."""
+        values = np.frombuffer(data, dtype=np.float32)
+        moved = np.abs(values - initial[name].ravel()) > 1e-5
+        yield from (values[i : i + 2].tobytes() for i in range(len(values) - 1) if moved[i : i + 2].all())
+
+    private = {
+        window
+        for name, data in kept.items()
+        if "hypernetwork" in name
+        for window in trained(name.partition("/local/")[2], data)
+    }
+    assert len(private) > 100
+    assert leaks(sent, private) == []
+
+    declared = {g.name for g in blueprint.layout.groups} - {"model", "buffers"}
+    assert declared == ({"stranger"} if stranger == "mean" else set())
+    updates = [s for s in sent if s.message.header.kind == "update" and asked(sent, s).kind == "train"]
+    assert len(updates) == 9
+    for update in updates:
+        assert len(update.body) == blueprint.layout.nbytes
+        total = ExactSum(blueprint.layout.segments)
+        total.add(update.body, 0)
+        said = Aggregate(blueprint.layout, total, asked(sent, update).meta["scales"])
+        header = update.message.header
+        for name in (n for n in initial if n.startswith("hypernetwork.") and declared):
+            data = kept[f"{header.site}/{header.round}/local/{name}"]
+            change = np.frombuffer(data, dtype=np.float32).reshape(initial[name].shape) - initial[name]
+            assert np.allclose(said.mean("stranger", name), change, atol=1e-6)
+
+    # Downwards: never in a round, and at the end only in the released model.
+    mean = {n: t for n, t in load_file(out / "models" / "federated.safetensors").items() if "hypernetwork" in n}
+    moved = [n for n in mean if not np.array_equal(mean[n], initial[n])]
+    assert len(moved) == (len(mean) if declared else 0)
+    secrets = {w for n in moved for w in trained(n, mean[n].tobytes())}
+    downwards = [s for s in sent if s.message.header.meta.get("evaluator") != "released"]
+    assert leaks(downwards, secrets) == []
+    assert len(leaks(sent, secrets)) == len(secrets)
+
+
+def asked(sent: Iterable[Sent], reply: Sent) -> Header:
+    """The header of the request that a message answers."""
+    (request,) = (s for s in sent if s.message.id == reply.message.header.reply_to)
+    return request.message.header
 
 
 def test_nothing_frozen_or_private_is_in_an_update_even_where_all_is_shared(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,9 +62,9 @@ class Workbench:
         self.parameters = parameters_of(self.model)
         self.initial = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
 
-    def shared_initial(self, policy: Policy) -> dict[str, Array]:
-        """The initial values of the shared tensors."""
-        return {name: self.initial[name].numpy() for name in policy.names("shared")}
+    def initial_values(self) -> dict[str, Array]:
+        """The initial values of the whole model, shared and private parts alike."""
+        return {name: tensor.numpy() for name, tensor in self.initial.items()}
 
 
 class ExampleStream:
@@ -193,6 +194,10 @@ class Learner:
             for name, tensor in self._bench.model.state_dict().items():
                 tensor.copy_(torch.from_numpy(tensors[name]) if name in tensors else self._bench.initial[name])
 
+    def serving_stranger(self) -> AbstractContextManager[Any]:
+        """From now until the context is left, the loaded model is what a hospital that did not train gets."""
+        return self._method.serving_stranger(self._bench.model)
+
     def local_tensors(self, memory: Memory) -> dict[str, Array]:
         """The private part of the model, by model name."""
         return {
@@ -221,6 +226,9 @@ class Learner:
             steps=local.steps,
             learning_rate=local.lr,
             facts=Facts(len(self.dataset)),
+            private={name: state[name] for name in self._policy.names("local")},
+            initial=self._bench.initial,
+            seed=self._seed,
         )
         self._method.begin(context)
         optimizer = build_optimizer(model, local)
@@ -233,6 +241,7 @@ class Learner:
             batch = self.dataset.batch(indices[step * local.batch : (step + 1) * local.batch], random)
             self._set_rate(optimizer, (number - 1) * local.steps + step)
             optimizer.zero_grad(set_to_none=True)
+            context.step = step
             loss = self._method.objective(context, self.task.loss(model, batch))
             loss.backward()  # type: ignore[no-untyped-call]
             self._method.gradients(context)

@@ -19,7 +19,7 @@ from wardround.physics.coils import low_resolution_maps
 from wardround.physics.masks import sampling_mask
 from wardround.physics.mri import CartesianMRI
 from wardround.physics.simulate import simulate
-from wardround.runner.release import load_model
+from wardround.runner.release import load_model, personal_part, serve
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.load import load_study
 from wardround.study.schema import Study
@@ -87,6 +87,7 @@ def _open(path: Path, site: str | None) -> _Model:
         raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
     if site is not None and site not in study.sites:
         raise StudyError(f"--site {site}: the model's study has no such site, only {', '.join(study.sites)}")
+    tensors |= personal_part(path, site)
     network = build_model(study.model)
     try:
         network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
@@ -95,6 +96,7 @@ def _open(path: Path, site: str | None) -> _Model:
             "the model file's tensors do not fit the network of its study; get it again from where it was released",
             detail=f"{path}: {_one_line(error)}",
         ) from error
+    serve(network, study, metadata, site)
     acquisition = study.acquisition if site is None else study.acquisition_of(site)
     assert isinstance(acquisition, MRIAcquisition)
     return _Model(network.eval(), acquisition, _trained_coils(study, site), study.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,15 @@ class Released:
         if tensors is None:
             raise WireError("an evaluation of a released model needs the model")
         own = self._models / "local.safetensors"
-        private = load_file(own) if own.exists() and not meta.get("unknown_site") else {}
+        stranger = bool(meta.get("unknown_site"))
+        private = load_file(own) if own.exists() and not stranger else {}
         learner.load_tensors({**tensors, **private})
-        values = learner.evaluate(split)
         task = learner.task
-        if meta.get("picture") and isinstance(task, Imaging):
-            model = learner.model
-            _write_pictures(self._pictures, str(meta["picture"]), learner, lambda b: task.reconstruct(model, b))
+        with learner.serving_stranger() if stranger else nullcontext():
+            values = learner.evaluate(split)
+            if meta.get("picture") and isinstance(task, Imaging):
+                model = learner.model
+                _write_pictures(self._pictures, str(meta["picture"]), learner, lambda b: task.reconstruct(model, b))
         return values
 
 

@@ -42,7 +42,7 @@ def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], o
         f"Sites\n{sites}",
         f"Training\n{_training(host, blueprint)}",
         f"Arms\n{_arms(host)}",
-        f"What leaves a site\n{_egress(host)}",
+        f"What leaves a site\n{_egress(host, blueprint)}",
         mind,
     )
     return "\n\n".join(section for section in sections if section)
@@ -159,19 +159,22 @@ def _arms(host: Host) -> str:
     )
 
 
-def _egress(host: Host) -> str:
+def _egress(host: Host, blueprint: Blueprint) -> str:
     names = ", ".join(spec.name for spec in host.task.metrics)
     seen = "the coordinator learns their sum over sites and nothing of any site"
     if not host.study.protection.secure:
         seen = "the coordinator only adds them up, but could read each: `protection.secure` is false"
     replicates = f", and of {host.replicates} bootstrap replicates" if host.replicates else ""
+    discloses = blueprint.method.discloses
+    kept = "images, raw data, pictures, names, paths" + ("" if discloses else "; what the method keeps at the site")
     return "\n".join(
         (
             _entry("every round", "its weight and its weighted change of the shared values, as integers"),
             _entry("", f"({seen})"),
+            *([_entry("", discloses)] if discloses else []),
             _entry("", f"its loss and seconds, and sums over validation patients of {names}"),
             _entry("at the end", f"sums over test patients of the same metrics{replicates}"),
-            _entry("never", "images, raw data, pictures, names, paths; what the method keeps at the site"),
+            _entry("never", kept),
         )
     )
 

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from wardround.errors import JournalError, StudyError, WardroundError
 from wardround.federation.coordinator import Plan
 from wardround.federation.layouts import evaluation_metrics, round_metrics, validation_metrics
 from wardround.federation.methods.build import build_method
 from wardround.federation.methods.method import BUFFERS, Method
+from wardround.federation.methods.personal import STRANGER
 from wardround.federation.policy import Policy
 from wardround.federation.secure import SecureUpload, enrol
 from wardround.federation.site import Rules, Site
 from wardround.federation.store import SiteStore
 from wardround.federation.training import ExampleStream, Learner, SiteExamples, UnionExamples, Workbench
+from wardround.physics.scanners import protocol_features
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.identity import Roster
 from wardround.runner.arms import POOLED, Arm, arms_of
 from wardround.runner.evaluators import evaluators_of
+from wardround.study.ct import CTAcquisition
 from wardround.study.load import study_sha256
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
@@ -99,22 +105,27 @@ class Host:
         """What an arm is made of."""
         if name not in self._blueprints:
             arm = self.arms[name]
-            method = build_method(arm.method)
+            method = build_method(arm.method, protocols_of(self.study, arm.members))
             policy = method.policy(self.bench.parameters)
             shared = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "shared")
+            private = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "local")
             protection = self.study.protection
             max_weight = protection.max_weight if method.weights == "samples" else 1.0
             room = protection.max_sites
             specs = self.task.metrics
+            groups = (
+                *method.groups(shared, protection.ring_bits),
+                *method.side_channel(private, protection.ring_bits),
+            )
             self._blueprints[name] = Blueprint(
                 arm=arm,
                 identity=arm.identity(self.study_sha256),
                 method=method,
                 policy=policy,
-                layout=Layout(method.groups(shared, protection.ring_bits), round_metrics(specs), room, max_weight),
+                layout=Layout(groups, round_metrics(specs), room, max_weight),
                 metrics_layout=Layout((), validation_metrics(specs), room),
                 evaluation_layout=Layout((), evaluation_metrics(specs, self.replicates), room),
-                codec=build_codec(arm.compression(self.study), self.study.seed, frozenset({BUFFERS})),
+                codec=build_codec(arm.compression(self.study), self.study.seed, frozenset({BUFFERS, STRANGER})),
             )
         return self._blueprints[name]
 
@@ -278,6 +289,12 @@ class Host:
             groups=tuple(g.name for g in blueprint.layout.groups),
             progress=None if report is None else (lambda *step: report(arm.name, name, *step)),
         )
+
+
+def protocols_of(study: Study, sites: Iterable[str]) -> dict[str, npt.NDArray[np.float32]]:
+    """The public features of the sites' scanners; MRI has none."""
+    scanners = {site: study.acquisition_of(site) for site in sites}
+    return {site: protocol_features(a) for site, a in scanners.items() if isinstance(a, CTAcquisition)}
 
 
 def site_finder(spec: dict[str, Any], progress: Progress | None = None) -> Callable[[Header], Site]:

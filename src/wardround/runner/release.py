@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,15 @@ from safetensors.numpy import load_file, save_file
 
 from wardround.errors import DataError, StudyError
 from wardround.federation.coordinator import Release
-from wardround.runner.host import Blueprint, Host
+from wardround.federation.methods.build import build_method
+from wardround.runner.arms import COMPARISONS, FEDERATED, arms_of
+from wardround.runner.host import Blueprint, Host, protocols_of
+from wardround.study.methods import CustomMethod
+from wardround.study.schema import Study
 from wardround.wire.tensors import TensorFile, TensorWriter, tensors_sha256
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Array = npt.NDArray[Any]
 FORMAT = "wardround-model-1"
@@ -33,7 +40,7 @@ def save_release(host: Host, blueprint: Blueprint, release: Release) -> Path:
         "study_sha256": host.study_sha256,
         "arm": blueprint.arm.name,
         "round": str(release.number),
-        "shared": " ".join(sorted(shared)),
+        "shared": " ".join(sorted(blueprint.policy.names("shared"))),
     }
     save_file({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, draft, metadata=metadata)
     draft.rename(path)
@@ -69,6 +76,43 @@ def model_of_study(path: Path, study_sha256: str) -> dict[str, Array]:
             f"models/{path.name} belongs to another study; evaluate it with the study it was trained by, or train again"
         )
     return tensors
+
+
+def personal_part(path: Path, site: str | None) -> dict[str, Array]:
+    """The private part that a site keeps beside a released model, models/SITE/ARM/local.safetensors.
+
+    Empty where there is none: another hospital's copy of the model, or a method that keeps nothing. Raises `DataError`
+    for a file of another model.
+    """
+    own = path.parent / (site or "") / path.stem / "local.safetensors"
+    if site is None or not own.exists():
+        return {}
+    try:
+        private: dict[str, Array] = load_file(own)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"the private part of site {site} cannot be read; restore it, or move it away to use the model without it",
+            detail=f"{own}: {error}",
+        ) from error
+    tensors, _ = load_model(path)
+    if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in private.items()):
+        raise DataError(
+            f"the private part of site {site} belongs to another model; keep the two together as `wardround run` "
+            "wrote them",
+            detail=str(own),
+        )
+    return private
+
+
+def serve(network: nn.Module, study: Study, metadata: Mapping[str, str], site: str | None) -> None:
+    """Let a loaded network serve a site as the method of its study says: as a stranger unless it trained the model.
+
+    A custom method is left out: who has nothing but the model may lack its package.
+    """
+    arms = {arm.name: arm for arm in arms_of(study, COMPARISONS)}
+    arm = arms[metadata.get("arm", FEDERATED)]
+    if site not in arm.members and not isinstance(arm.method, CustomMethod):
+        build_method(arm.method, protocols_of(study, arm.members)).serving_stranger(network)
 
 
 def shared_sha256(path: Path) -> str:

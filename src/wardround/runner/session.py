@@ -245,7 +245,7 @@ def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release
             protocol = secure_sum(host.enrol(blueprint.arm), threshold, journal)
         coordinator = Coordinator(plan, blueprint.method, carrier.engine, journal, protocol)
         state = coordinator.start(
-            lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.shared_initial(blueprint.policy))
+            lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.initial_values())
         )
         for report in journal.reports():
             watcher.round(report)

@@ -34,6 +34,47 @@ class FedBN(_Weighted):
     kind: Literal["fedbn"]
 
 
+class _Personal(Config):
+    weights: Literal["samples", "equal", "validation"] = Field(
+        "equal", description="`validation` is exp(-validation loss), clamped"
+    )
+    stranger: Literal["initial", "mean"] = Field(
+        "initial",
+        description="what a hospital that did not train gets for the private part: its initial values, or the mean of "
+        "the sites' private parts. `mean` is a side channel: every round, each site's private part travels as well, "
+        "as a further group of the sum; `protection.secure` hides it in the sum like the rest",
+    )
+
+
+class HyperFed(_Personal):
+    """The hypernetwork stays at the site, the network that it conditions is shared (Yang et al., 2023)."""
+
+    kind: Literal["hyperfed"]
+
+
+class ScanPhysFed(_Personal):
+    """Encoder and hypernetwork are shared, the decoder stays at the site (SCAN-PhysFed, Yang et al., 2025).
+
+    The level of scanners only: no anatomy prompts.
+    """
+
+    kind: Literal["scan_physfed"]
+    repulsion: float = Field(1e-4, ge=0.0, description="weight of |cos| between the codes of two sites' scanners")
+
+
+class FedFDD(_Personal):
+    """One frequency band is shared, the other stays at the site (after FedFDD, 2024)."""
+
+    kind: Literal["fedfdd"]
+    private: Literal["low", "high"] = Field("low", description="the band that stays at the site")
+
+
+class FedCT(_Personal):
+    """The projection-domain part stays at the site, the conditioned image-domain part is shared (FedCT, 2024)."""
+
+    kind: Literal["fedct"]
+
+
 class FedAvgM(_Weighted):
     """Server momentum (Hsu et al., 2019)."""
 
@@ -60,4 +101,7 @@ class CustomMethod(Config):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-Method = Annotated[FedAvg | FedProx | FedBN | FedAvgM | FedAdam | CustomMethod, Field(discriminator="kind")]
+Method = Annotated[
+    FedAvg | FedProx | FedBN | HyperFed | ScanPhysFed | FedFDD | FedCT | FedAvgM | FedAdam | CustomMethod,
+    Field(discriminator="kind"),
+]

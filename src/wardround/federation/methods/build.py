@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any
 
 from wardround.errors import StudyError
-from wardround.federation.methods.method import Method
-from wardround.federation.methods.personal import FedBN
+from wardround.federation.methods.method import Array, Method
+from wardround.federation.methods.personal import FedBN, FedCT, FedFDD, HyperFed
 from wardround.federation.methods.proximal import FedProx
+from wardround.federation.methods.scan import ScanPhysFed
 from wardround.federation.methods.server import FedAdam, FedAvgM
 from wardround.study import methods as methods_config
 
 ENTRY_POINTS = "wardround.methods"
+NO_PROTOCOLS: Mapping[str, Array] = MappingProxyType({})
 
 
-def build_method(config: methods_config.Method) -> Method:
-    """The method of a study; a custom one comes from an entry point or from `package.module:callable`."""
+def build_method(config: methods_config.Method, protocols: Mapping[str, Array] = NO_PROTOCOLS) -> Method:
+    """The method of a study; a custom one comes from an entry point or from `package.module:callable`.
+
+    `protocols` are the features (7,) of the training sites' scanners, public as the study is.
+    """
     match config:
         case methods_config.CustomMethod():
             return _custom(config)
@@ -25,6 +32,15 @@ def build_method(config: methods_config.Method) -> Method:
             return FedProx(config.weights, mu=config.mu)
         case methods_config.FedBN():
             return FedBN(config.weights)
+        case methods_config.HyperFed():
+            return HyperFed(config.weights, config.stranger)
+        case methods_config.ScanPhysFed():
+            scanners = tuple((site, tuple(float(v) for v in g)) for site, g in protocols.items())
+            return ScanPhysFed(config.weights, config.stranger, repulsion=config.repulsion, scanners=scanners)
+        case methods_config.FedFDD():
+            return FedFDD(config.weights, config.stranger, private=config.private)
+        case methods_config.FedCT():
+            return FedCT(config.weights, config.stranger)
         case methods_config.FedAvgM():
             return FedAvgM(config.weights, momentum=config.momentum, server_lr=config.server_lr)
         case methods_config.FedAdam():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -47,7 +48,8 @@ class LocalRound:
 
     `shared` are the live tensors of the model that are shared, `anchor` their values at the round's start, `public`
     everything the coordinator broadcast, `memory` the site's private tensors of this method: what a hook leaves there
-    is kept for the next round and never sent.
+    is kept for the next round and never sent. `private` are the live tensors that stay at the site, `initial` the
+    initial values of the whole model; `step` counts from 0, and with `seed` names public randomness.
     """
 
     site: str
@@ -60,6 +62,10 @@ class LocalRound:
     steps: int
     learning_rate: float
     facts: Facts = field(default_factory=lambda: Facts(0))
+    private: Mapping[str, Tensor] = field(default_factory=dict)
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+    step: int = 0
 
     def trainable(self) -> dict[str, Tensor]:
         """The shared tensors that gradients reach."""
@@ -81,6 +87,11 @@ class Method:
     weights: Weights = "samples"
     #: `sum`: works on the sum of updates. `updates`: needs each site's update, so the secure sum is refused.
     needs: ClassVar[Literal["sum", "updates"]] = "sum"
+
+    @property
+    def discloses(self) -> str:
+        """What leaves a site by `side_channel`, for people to read; empty when nothing does."""
+        return ""
 
     # What belongs to whom ------------------------------------------------------------------------------------------
 
@@ -104,11 +115,15 @@ class Method:
         groups = (Group(MODEL, trainable, ring_bits), Group(BUFFERS, buffers, ring_bits))
         return tuple(group for group in groups if group.tensors)
 
+    def side_channel(self, private: tuple[Parameter, ...], ring_bits: int) -> tuple[Group, ...]:
+        """Groups that tell of what stays at the sites; none, unless the study declares it (see `Personal`)."""
+        return ()
+
     def initial(
-        self, groups: tuple[Group, ...], shared: Mapping[str, Array]
+        self, groups: tuple[Group, ...], values: Mapping[str, Array]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """The public and the private state before round 1."""
-        return {state_name(g.name, info.name): shared[info.name] for g in groups for info in g.tensors}, {}
+        """The public and the private state before round 1, from the model's initial values."""
+        return {state_name(g.name, info.name): values[info.name] for g in groups for info in g.tensors}, {}
 
     # At the site ---------------------------------------------------------------------------------------------------
 
@@ -155,13 +170,24 @@ class Method:
     ) -> None:
         """Write the next state from the old one and the sum, a tensor at a time."""
         for group in aggregate.layout.groups:
-            for info in group.tensors:
-                name = state_name(group.name, info.name)
-                old = public[name]
-                step = self.server_step(name, aggregate.mean(group.name, info.name), private, write.private)
-                # The step is applied in double precision and rounded once.
-                step += old
-                write.public(name, step.astype(old.dtype))
+            self.apply_group(group, public, private, aggregate, write)
+
+    def apply_group(
+        self,
+        group: Group,
+        public: Mapping[str, Array],
+        private: Mapping[str, Array],
+        aggregate: Aggregate,
+        write: Writers,
+    ) -> None:
+        """Write the next state of one group."""
+        for info in group.tensors:
+            name = state_name(group.name, info.name)
+            old = public[name]
+            step = self.server_step(name, aggregate.mean(group.name, info.name), private, write.private)
+            # The step is applied in double precision and rounded once.
+            step += old
+            write.public(name, step.astype(old.dtype))
 
     def server_step(
         self,
@@ -183,3 +209,9 @@ class Method:
             for group in (MODEL, BUFFERS)
             if name.startswith(state_name(group, ""))
         }
+
+    # At a hospital that did not train ------------------------------------------------------------------------------
+
+    def serving_stranger(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """From now until the context is left, the released model serves a hospital that did not train."""
+        return nullcontext()

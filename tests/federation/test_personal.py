@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import yaml
 from safetensors.numpy import load_file
 
 from tests.federation.rig import Rig, Sent
@@ -21,6 +22,7 @@ from wardround.federation.methods.personal import STRANGER, FedCT, FedFDD, Hyper
 from wardround.federation.methods.scan import ScanPhysFed, scanner_code
 from wardround.federation.training import parameters_of
 from wardround.physics.scanners import protocol_features
+from wardround.runner.explain import explain
 from wardround.runner.host import protocols_of
 from wardround.runner.session import run
 from wardround.wire.ring import ExactSum, levels
@@ -357,3 +359,12 @@ def test_compression_leaves_the_side_channel_whole(tmp_path: Path) -> None:
     released, kept = rig.method.release_for(None, state.public, state.private), kept_by(rig, 3)
     for name in (n for n in kept[0] if n.startswith("hypernetwork.")):
         assert np.allclose(released[name], np.mean([t[name] for t in kept], axis=0), atol=1e-6)
+
+
+@STRANGERS
+def test_check_says_what_leaves(tmp_path: Path, stranger: str) -> None:
+    study = scanner_study({"kind": "hyperfed", "stranger": stranger})
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json")))
+    said = " ".join(explain(tmp_path / "study.yaml", None, (), ()).split())
+    assert ("its private part as well" in said) == (stranger == "mean")
+    assert ("what the method keeps at the site" in said) == (stranger == "initial")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.faults.victims import Nursery, Victim
+from tests.scanners import PROTOCOLS
 
 # Everything that a site or the coordinator must not lose: private layers, optimiser state, server momentum.
 STUDIES: dict[str, dict[str, Any]] = {
@@ -23,12 +24,20 @@ STUDIES: dict[str, dict[str, Any]] = {
         "local": {"steps": 2, "batch": 2, "optimizer": "adam", "lr": 0.02, "optimizer_state": "keep"},
         "schedule": {"rounds": 3, "min_sites": 3},
     },
+    # The coordinator's mean of private parts, and each site's own.
+    "stranger": {
+        "method": {"kind": "hyperfed", "stranger": "mean"},
+        "task": {"kind": "custom", "factory": "tests.scanners:make_scans", "options": {}},
+        "sites": {name: {"acquisition": PROTOCOLS[name].model_dump()} for name in ("Alpha", "Beta", "Gamma")},
+        "acquisition": {"kind": "ct"},
+        "schedule": {"rounds": 3, "min_sites": 3},
+    },
     "momentum": {
         "method": {"kind": "fedavgm", "momentum": 0.8},
         "schedule": {"rounds": 3, "min_sites": 3, "release": "last"},
     },
 }
-COMPARE = {"personal": ["local"], "momentum": []}
+COMPARE = {"personal": ["local"], "stranger": [], "momentum": []}
 SLOW = {
     "task": {"kind": "custom", "factory": "tests.toys:make_task", "options": {"pause": 0.04}},
     "schedule": {"rounds": 4, "min_sites": 1},

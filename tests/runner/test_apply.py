@@ -225,3 +225,26 @@ def test_models_that_cannot_be_used_say_why(model: Path, study: Study, image: Pa
     with pytest.raises(DataError, match="cannot be read"):
         reconstruct(tmp_path, image, tmp_path / "out.nii.gz")
     assert not (tmp_path / "out.nii.gz").exists()
+
+
+def test_a_site_has_its_own_part_of_the_model(tmp_path: Path, study: Study, model: Path, image: Path) -> None:
+    """What `wardround run` left beside the model: models/SITE/ARM/local.safetensors."""
+    reconstruct(model, image, tmp_path / "plain.nii.gz", site="Alpha")
+    tensors = load_file(model)
+    last = next(name for name in reversed(tensors) if name.endswith("bias") and "denoiser" in name)
+    own = tmp_path / "Alpha" / "model" / "local.safetensors"
+    own.parent.mkdir(parents=True)
+    save_file({last: tensors[last] + 0.3}, own)
+    reconstruct(model, image, tmp_path / "own.nii.gz", site="Alpha")
+    reconstruct(model, image, tmp_path / "other.nii.gz", site="Beta")
+    reconstruct(model, image, tmp_path / "nobody.nii.gz")
+    plain, ours = (_read(tmp_path / f"{name}.nii.gz").get_fdata() for name in ("plain", "own"))
+    assert _error(ours, plain) > 0.01
+    # The study's scanner is that of Alpha, so without its part this is what Alpha had before.
+    assert np.array_equal(_read(tmp_path / "nobody.nii.gz").get_fdata(), plain)
+    save_file({last: np.zeros(7, np.float32)}, own)
+    with pytest.raises(DataError, match="belongs to another model"):
+        reconstruct(model, image, tmp_path / "own.nii.gz", site="Alpha")
+    own.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="private part of site Alpha cannot be read"):
+        reconstruct(model, image, tmp_path / "own.nii.gz", site="Alpha")

@@ -67,7 +67,7 @@ def test_images_are_scaled_by_the_maximum_of_their_volume(make_site: MakeSite) -
 
 def test_the_head_mask_is_the_filled_disc(make_site: MakeSite) -> None:
     site = index(make_site(patients=3))
-    mask = site.head_mask(site.examples("train")[0])
+    mask = site.mask(site.examples("train")[0])
     y, x = np.indices((32, 32)) - 16
     np.testing.assert_array_equal(mask, np.hypot(y, x) / 32 < 0.35)
 
@@ -153,7 +153,7 @@ def test_real_heads_are_found() -> None:
     site = SliceIndex(folder, contrasts=("flair", "t1ce"), size=(128, 128), slices=Slices(), split=Split(), seed=0)
     assert sum(len(site.patients(split)) for split in SPLITS) == len(folder)
     for example in site.examples("test", Slices(per_patient=4)):
-        image, mask = site.image(example), site.head_mask(example)
+        image, mask = site.image(example), site.mask(example)
         assert 0.05 <= mask.mean() <= 0.9
         assert 0 <= image.min() <= image.max() <= 1
         assert image[mask].mean() > 4 * image[~mask].mean()

@@ -15,9 +15,11 @@ import torch
 from wardround.errors import DataError, StudyError
 from wardround.models.unrolled import MoDL
 from wardround.study import Study
+from wardround.study.tasks import BASELINES
 from wardround.tasks.build import build_task
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS
-from wardround.tasks.reconstruction import MRIBatch, PooledDataset, ReconstructionDataset, ReconstructionTask
+from wardround.tasks.mri import MRIBatch, MRIDataset, MRIReconstruction
+from wardround.tasks.reconstruction import PooledDataset
 
 SIZE = 64
 
@@ -59,9 +61,9 @@ def _study(**changes: Any) -> Study:
     return Study.model_validate(study | changes)
 
 
-def _task(**changes: Any) -> ReconstructionTask:
+def _task(**changes: Any) -> MRIReconstruction:
     task = build_task(_study(**changes))
-    assert isinstance(task, ReconstructionTask)
+    assert isinstance(task, MRIReconstruction)
     return task
 
 
@@ -70,11 +72,11 @@ def _same(one: MRIBatch, other: MRIBatch) -> bool:
 
 
 @pytest.fixture
-def dataset(folders: dict[str, Path]) -> ReconstructionDataset:
+def dataset(folders: dict[str, Path]) -> MRIDataset:
     return _task().dataset("A", (folders["A"],))
 
 
-def test_a_batch_holds_scans_that_fit_their_target(dataset: ReconstructionDataset) -> None:
+def test_a_batch_holds_scans_that_fit_their_target(dataset: MRIDataset) -> None:
     batch = dataset.batch([0, 1, 2], np.random.default_rng(0))
     assert len(batch) == 3
     assert batch.kspace.shape == batch.maps.shape == (3, 4, SIZE, SIZE)
@@ -96,7 +98,7 @@ def test_the_same_random_state_gives_the_same_batch_in_every_arm(folders: dict[s
 
 def test_a_memory_too_small_for_scans_changes_nothing(folders: dict[str, Path]) -> None:
     roomy = _task().dataset("A", (folders["A"],))
-    tight = ReconstructionDataset(roomy._index, roomy.acquisition, _task().config, seed=5, cache_bytes=1000)
+    tight = MRIDataset(roomy._index, roomy.acquisition, _task().config, seed=5, cache_bytes=1000)
     for _ in range(2):
         assert _same(roomy.batch([0], np.random.default_rng(1)), tight.batch([0], np.random.default_rng(1)))
 
@@ -125,7 +127,7 @@ def test_masks_belong_to_patients_or_to_the_site(folders: dict[str, Path], fixed
     assert len({key for _, key in masks}) == (1 if fixed else len(set(patients)))
 
 
-def test_evaluation_goes_patient_by_patient_and_counts_agree(dataset: ReconstructionDataset) -> None:
+def test_evaluation_goes_patient_by_patient_and_counts_agree(dataset: MRIDataset) -> None:
     for split in ("train", "validation", "test"):
         numbers = [patient for patient, _ in dataset.evaluation(split)]  # type: ignore[arg-type]
         assert numbers == sorted(numbers)
@@ -210,11 +212,11 @@ def test_training_beats_where_it_began(folders: dict[str, Path]) -> None:
     assert after > zero_filled + 1.0
 
 
-def test_baselines_have_weights_to_choose_from(dataset: ReconstructionDataset) -> None:
+def test_baselines_have_weights_to_choose_from(dataset: MRIDataset) -> None:
     task = _task()
     batch = dataset.batch([0], np.random.default_rng(0))
     best = {}
-    for name in task.config.evaluation.baselines:
+    for name in BASELINES["mri"]:
         images = [task.baseline(name, weight, batch) for weight in task.baseline_parameters(name)]
         best[name] = max(task.score_images(image, batch)["psnr"].item() for image in images)
     assert best["tv"] > best["cg_sense"] > best["zero_filled"]
@@ -222,7 +224,7 @@ def test_baselines_have_weights_to_choose_from(dataset: ReconstructionDataset) -
         task.baseline("tv", None, batch)
 
 
-def test_examples_are_single_test_slices_of_every_contrast(dataset: ReconstructionDataset) -> None:
+def test_examples_are_single_test_slices_of_every_contrast(dataset: MRIDataset) -> None:
     task = _task()
     examples = list(task.examples(dataset))
     assert len(examples) == len(task.config.contrasts)

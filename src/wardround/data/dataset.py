@@ -93,7 +93,7 @@ class SliceIndex:
             Example(patient, contrast, int(number))
             for patient in self._split[split]
             for contrast in self._contrasts
-            for number in _chosen(self._survey(patient, contrast).shares, rule)
+            for number in chosen(self._survey(patient, contrast).shares, rule)
         )
         if self._split[split] and not found:
             raise DataError(
@@ -108,7 +108,7 @@ class SliceIndex:
         scaled = self._slice(example) / np.float32(survey.peak)
         return np.asarray(np.clip(scaled, 0, 1), dtype=np.float32)
 
-    def head_mask(self, example: Example) -> BoolArray:
+    def mask(self, example: Example) -> BoolArray:
         """Return where the head is, bool `(H, W)`: see `head_mask`."""
         return head_mask(self._slice(example), self._survey(example.patient, example.contrast).air)
 
@@ -165,10 +165,10 @@ def head_mask(image: FloatArray, air: float) -> BoolArray:
     sizes = np.bincount(labels.ravel())
     large = sizes >= 0.1 * sizes[1:].max()
     large[0] = False
-    return _fill_holes(np.asarray(large[labels], dtype=np.bool_))
+    return fill_holes(np.asarray(large[labels], dtype=np.bool_))
 
 
-def _fill_holes(mask: BoolArray) -> BoolArray:
+def fill_holes(mask: BoolArray) -> BoolArray:
     """Fill every hole: background that does not reach the border (`binary_fill_holes`, but faster)."""
     labels, pieces = ndimage.label(~mask)
     outside = np.zeros(pieces + 1, dtype=np.bool_)
@@ -193,7 +193,7 @@ def fit_to_size(image: NDArray[np.uint8] | FloatArray, size: tuple[int, int]) ->
     return fitted
 
 
-def _chosen(shares: FloatArray, rule: Slices) -> NDArray[np.intp]:
+def chosen(shares: FloatArray, rule: Slices) -> NDArray[np.intp]:
     numbers = np.arange(0, len(shares), rule.every)
     numbers = numbers[shares[numbers] >= rule.minimum_foreground]
     if rule.per_patient is not None and len(numbers) > rule.per_patient:

@@ -33,21 +33,19 @@ class _Stored:
 
 
 class SiteFolder:
-    """The images of one site, `FOLDER/PATIENT/CONTRAST.nii.gz` (or `.nii`).
+    """The images of one site, `FOLDER/PATIENT/CONTRAST.nii.gz` (or `.nii`), from one folder or several.
 
-    Patients are numbered in the order of their folders' names; nothing outside this class sees those names.
+    Patients are numbered folder by folder in the order of their names; nothing outside this class sees those names.
     Volumes are read when asked for and kept in memory up to `cache_bytes`. Raises DataError for a missing
-    folder and for one without patients.
+    folder, for one without patients, and for a patient who is in two of them.
     """
 
-    def __init__(self, path: Path, site: str, *, cache_bytes: int = 2**29) -> None:
+    def __init__(self, source: Path | Sequence[Path], site: str, *, cache_bytes: int = 2**29) -> None:
         self.site = site
-        if not path.is_dir():
-            raise DataError(f"site {site}: its data folder does not exist", detail=str(path))
-        found = [(entry, _images(entry)) for entry in sorted(path.iterdir()) if entry.is_dir()]
-        self._patients = [images for entry, images in found if images and not entry.name.startswith(".")]
-        if not self._patients:
-            raise DataError(f"site {site}: no patient found; expected SITE/PATIENT/CONTRAST.nii.gz", detail=str(path))
+        found = [images for folder in patient_folders(source, site, "CONTRAST.nii.gz") if (images := _images(folder))]
+        if not found:
+            raise no_patient(site, "CONTRAST.nii.gz", source)
+        self._patients = found
         self._cache: OrderedDict[tuple[int, str], _Stored] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._digests: dict[Path, tuple[int, int, str]] = {}
@@ -126,6 +124,37 @@ class SiteFolder:
             return digest
         except OSError as error:
             raise DataError(f"site {self.site}: an image file cannot be read", detail=str(error)) from error
+
+
+def patient_folders(source: Path | Sequence[Path], site: str, expected: str) -> list[Path]:
+    """The folders that may be patients of a site, by data folder and name; `expected` is a file of a patient.
+
+    Raises DataError for a data folder that is missing or without such folders, and where two data folders have one of
+    the same name: that patient could both train and test.
+    """
+    found: list[Path] = []
+    for path in (source,) if isinstance(source, Path) else source:
+        if not path.is_dir():
+            raise DataError(f"site {site}: its data folder does not exist", detail=str(path))
+        here = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+        if not here:
+            raise no_patient(site, expected, path)
+        found += here
+    doubled = len(found) - len({folder.name for folder in found})
+    if doubled:
+        raise DataError(
+            f"site {site}: {doubled} patients are in several of its data folders; keep each patient in one",
+            detail=", ".join(str(folder) for folder in found),
+        )
+    return found
+
+
+def no_patient(site: str, expected: str, source: Path | Sequence[Path]) -> DataError:
+    """The error of a site without patients."""
+    where = (source,) if isinstance(source, Path) else source
+    return DataError(
+        f"site {site}: no patient found; expected SITE/PATIENT/{expected}", detail=", ".join(map(str, where))
+    )
 
 
 def _images(folder: Path) -> dict[str, Path]:

@@ -39,25 +39,26 @@ def unet_shape(config: models_config.UNet) -> UNetShape:
 
 
 class PostUNet(nn.Module):
-    """Adds MONAI's BasicUNet of the zero-filled image to it, as two real channels (residual learning).
+    """Adds MONAI's BasicUNet of the first image to it (residual learning): the zero-filled one, as two real channels
+    (`parts` 2), or for real images (`parts` 1) the filtered back projection.
 
     After Jin et al., IEEE TIP 26 (2017), 4509 and Zbontar et al., arXiv:1811.08839. Images are expected on a
     scale of about [0, 1], with H and W at least 32. The last layer starts at zero: an untrained network gives the
-    zero-filled image.
+    first image.
     """
 
-    def __init__(self, shape: UNetShape) -> None:
+    def __init__(self, shape: UNetShape, *, parts: Literal[1, 2] = 2) -> None:
         super().__init__()
         norms = {"none": None, "batch": "batch", "instance": ("instance", {"affine": True})}
         self.network = BasicUNet(
-            spatial_dims=2, in_channels=2, out_channels=2, features=shape.features, norm=norms[shape.norm]
+            spatial_dims=2, in_channels=parts, out_channels=parts, features=shape.features, norm=norms[shape.norm]
         )
         nn.init.zeros_(self.network.final_conv.weight)
         nn.init.zeros_(self.network.final_conv.bias)
 
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
-        """Measured data (B, *data_shape) -> complex images (B, H, W). Raises GeometryError for tiny images."""
-        channels = as_channels(operator.A_adjoint(data)).contiguous()
+        """Measured data (B, *data_shape) -> images (B, H, W). Raises GeometryError for tiny images."""
+        channels = as_channels(operator.initial(data)).contiguous()
         if min(channels.shape[-2:]) < SMALLEST:
             raise GeometryError(
                 f"the U-Net needs images of at least {SMALLEST} x {SMALLEST} pixels, "

@@ -55,9 +55,13 @@ def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def protocol(acquisition: Mapping[str, Any]) -> str:
-    """A simulated MRI protocol in a few words: `4× random, 8 coils, noise 0.005`."""
-    mask = acquisition.get("mask")
+    """A simulated protocol in a few words: `4× random, 8 coils, noise 0.005`, `fan_arc, 96 views, 30000 photons`."""
+    mask, geometry = acquisition.get("mask"), acquisition.get("geometry")
     parts = []
+    if isinstance(geometry, Mapping):
+        parts += [str(geometry.get("kind")), f"{geometry.get('views')} views"]
+    if "photons" in acquisition:
+        parts.append(f"{_plain(acquisition['photons'])} photons")
     if isinstance(mask, Mapping) and "acceleration" in mask:
         parts.append(f"{_plain(mask['acceleration'])}× {mask.get('family', '')}".strip())
     if "coils" in acquisition:

@@ -85,9 +85,9 @@ def measure(
 def _jobs(host: Host) -> Iterator[_Job]:
     study = host.study
     everywhere = tuple(study.sites)
-    for name in getattr(getattr(study.task, "evaluation", None), "baselines", ()):
+    for name in study.baselines:
         for site in everywhere:
-            meta = {"evaluator": BASELINE, "baseline": name, "split": "test", "picture": name}
+            meta: dict[str, Any] = {"evaluator": BASELINE, "baseline": name, "split": "test", "picture": name}
             yield _Job(name, site, _call(host, FEDERATED, site, meta, None))
     for name, arm in host.arms.items():
         folder = arm.folder
@@ -146,7 +146,7 @@ def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
     alone = {site: means(f"local/{site}", site) for site in training}
     if any(alone.values()):
         metrics["local"] = _row(specs, training, alone)
-    baselines = getattr(getattr(host.study.task, "evaluation", None), "baselines", ())
+    baselines = host.study.baselines
     if baselines:
         metrics["baseline"] = metrics[baselines[0]]
     left_out = _left_out(specs, training, means)

@@ -77,9 +77,10 @@ def _task(study: Study) -> str:
     task = study.task
     if not isinstance(task, ReconstructionTask):
         return f"a task of your own ({task.factory})"
-    masked = " inside the head" if task.loss.masked else ""
+    ct = study.modality == "ct"
+    masked = (" inside the body" if ct else " inside the head") if task.loss.masked else ""
     size = f"{task.size[0]} x {task.size[1]} pixels"
-    return f"reconstruction of {', '.join(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+    return f"reconstruction of {'CT' if ct else ', '.join(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
 
 
 def _sites(host: Host) -> str:
@@ -93,7 +94,7 @@ def _sites_with_data(host: Host) -> str:
     for name in study.sites:
         dataset = host.dataset(name)
         counts = [str(count) for count in patients_in(dataset).values()]
-        own = "leave the site" if host.sites.of(name).egress.per_site_results else "stay there"
+        own = "leave the site" if host.per_site_results(name) else "stay there"
         scanner = protocol(study.acquisition_of(name).model_dump())
         rows.append((name, _role(study, name), *counts, str(len(dataset)), own, scanner))
     header = ("site", "role", "train", "validation", "test", "examples", "own results", "simulated scanner")
@@ -102,6 +103,8 @@ def _sites_with_data(host: Host) -> str:
 
 
 def _role(study: Study, site: str) -> str:
+    if study.sites[site].scans:
+        return "unseen: others' test patients"
     return "trains" if study.sites[site].role == "train" else "unseen: only tested"
 
 
@@ -149,7 +152,7 @@ def _arms(host: Host) -> str:
         data = ", ".join(arm.members) if len(arm.sites) == len(arm.members) else f"all of {', '.join(arm.members)}"
         rows.append((name, f"{steps:,}", f"{steps * arm.local.batch * len(arm.sites):,}", data))
     notes = []
-    baselines = getattr(getattr(host.study.task, "evaluation", None), "baselines", ())
+    baselines = host.study.baselines
     if baselines:
         notes.append(f"Compared with, nothing learned: {', '.join(baselines)}.")
     if len(rows) == 1:

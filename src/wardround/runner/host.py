@@ -34,7 +34,7 @@ from wardround.study.load import study_sha256
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 from wardround.tasks.build import build_task
-from wardround.tasks.task import Dataset, Task
+from wardround.tasks.task import Dataset, Task, Visited
 from wardround.wire.message import Header
 from wardround.wire.update import Layout
 
@@ -161,10 +161,26 @@ class Host:
         return self._sites[key]
 
     def dataset(self, site: str) -> Dataset:
-        """A site's data set, shared by all arms of this process."""
+        """A site's data set, shared by all arms of this process.
+
+        A site that scans the patients of others has no folder: it gets their test patients and theirs alone.
+        """
         if site not in self._datasets:
-            self._datasets[site] = self.task.dataset(site, self.sites.of(site).data)
+            members = self._scanned_by(site)
+            if not members:
+                self._datasets[site] = self.task.dataset(site, self.sites.of(site).data)
+            elif isinstance(self.task, Visited):
+                self._datasets[site] = self.task.visits(site, {name: self.sites.of(name).data for name in members})
+            else:
+                raise StudyError(f"sites.{site}.scans: the study's task cannot show one site's patients to another")
         return self._datasets[site]
+
+    def per_site_results(self, site: str) -> bool:
+        """Whether a site lets its own results out; one that scans the patients of others, if all of those do."""
+        return all(self.sites.of(name).egress.per_site_results for name in self._scanned_by(site) or (site,))
+
+    def _scanned_by(self, site: str) -> tuple[str, ...]:
+        return self.study.sites[site].scans if site in self.study.sites else ()
 
     def preflight(self) -> None:
         """Build every arm and open every site's data; raises what would stop a run, before it has written anything.
@@ -214,7 +230,7 @@ class Host:
             evaluation_layout=blueprint.evaluation_layout,
             replicates=self.replicates,
             seed=self.study.seed,
-            per_site_results=name == POOLED or self.sites.of(name).egress.per_site_results,
+            per_site_results=name == POOLED or self.per_site_results(name),
             codec=blueprint.codec,
         )
         threshold = blueprint.arm.threshold(self.study)

@@ -168,8 +168,9 @@ def open_host(
         study = load_study(study.model_dump(mode="json"), overrides)
     if not isinstance(sites, SitesFile):
         sites = load_sites(sites)
-    for name in study.sites:
-        sites.of(name)
+    for name, site in study.sites.items():
+        if not site.scans:
+            sites.of(name)
     return Host(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step)
 
 

@@ -16,7 +16,7 @@ from wardround.study.ct import CTAcquisition
 from wardround.study.methods import FedAvg, Method
 from wardround.study.models import Model, MoDL
 from wardround.study.protection import Protection
-from wardround.study.tasks import ReconstructionTask, Task
+from wardround.study.tasks import BASELINES, Modality, ReconstructionTask, Task
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
 # Names of arms, of aggregates in result.json and of the pooled site.
@@ -110,6 +110,8 @@ class Study(Config):
             )
         if len({self.acquisition_of(site).kind for site in self.sites}) > 1:
             raise ValueError("some sites are MRI and some are CT; a study has one modality: give all the same `kind`")
+        if isinstance(self.task, ReconstructionTask):
+            self._task_fits(self.task)
         for name, site in self.sites.items():
             wrong = [other for other in site.scans if other not in training]
             if site.scans and (site.role == "train" or wrong):
@@ -122,6 +124,34 @@ class Study(Config):
             except StudyError as error:
                 raise ValueError(str(error)) from None
         return self
+
+    def _task_fits(self, task: ReconstructionTask) -> None:
+        known = BASELINES[self.modality]
+        for name in task.evaluation.baselines or ():
+            if name not in known:
+                raise ValueError(
+                    f"task.evaluation.baselines: {name!r} is none of {self.modality.upper()}; choose from "
+                    f"{', '.join(known)}"
+                )
+        if task.augment and self.modality != "ct":
+            raise ValueError("task.augment: only for CT; remove it")
+        for site in self.sites:
+            acquisition = self.acquisition_of(site)
+            if isinstance(acquisition, CTAcquisition) and acquisition.geometry.size != task.size:
+                raise ValueError(
+                    f"the geometry of site {site} has size {list(acquisition.geometry.size)} and the task "
+                    f"{list(task.size)}; give `geometry.size` and `task.size` the same rows and columns"
+                )
+
+    @property
+    def modality(self) -> Modality:
+        """What the study's acquisitions are of."""
+        return self.acquisition_of(next(iter(self.sites))).kind
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The classical methods that the study compares with."""
+        return self.task.evaluation.baselines_for(self.modality) if isinstance(self.task, ReconstructionTask) else ()
 
     @property
     def training_sites(self) -> tuple[str, ...]:

@@ -8,6 +8,13 @@ from pydantic import Field, model_validator
 
 from wardround.study.base import Config
 
+Modality = Literal["mri", "ct"]
+BASELINES: dict[Modality, tuple[str, ...]] = {"mri": ("zero_filled", "cg_sense", "tv"), "ct": ("fbp", "tv")}
+_TV_WEIGHTS: dict[Modality, tuple[float, ...]] = {
+    "mri": (0.0005, 0.001, 0.002, 0.004, 0.008),
+    "ct": (0.0001, 0.0002, 0.0003, 0.0004, 0.0006, 0.0008, 0.0012),
+}
+
 
 class Slices(Config):
     """Which slices of a volume are examples."""
@@ -40,13 +47,25 @@ class Loss(Config):
 class Evaluation(Config):
     """What is measured on test patients."""
 
-    baselines: tuple[Literal["zero_filled", "cg_sense", "tv"], ...] = ("zero_filled", "cg_sense", "tv")
-    tv_weights: tuple[float, ...] = (0.0005, 0.001, 0.002, 0.004, 0.008)
+    baselines: tuple[Literal["zero_filled", "cg_sense", "fbp", "tv"], ...] | None = Field(
+        None, description="default zero_filled, cg_sense and tv for MRI, fbp and tv for CT"
+    )
+    tv_weights: tuple[float, ...] | None = Field(
+        None, description="default 0.0005 to 0.008 for MRI, 0.0001 to 0.0012 for CT"
+    )
     cg_weights: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
     slices: Slices = Slices(per_patient=8)
     tuning_slices: int = Field(2, ge=1, description="slices per validation patient used to tune a baseline")
     bootstrap: int = Field(200, ge=0, le=10_000, description="patient-level bootstrap replicates")
     leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
+
+    def baselines_for(self, modality: Modality) -> tuple[str, ...]:
+        """What a study compares with: as configured, or all that its modality has."""
+        return BASELINES[modality] if self.baselines is None else self.baselines
+
+    def tv_weights_for(self, modality: Modality) -> tuple[float, ...]:
+        """The weights among which validation patients choose one for total variation."""
+        return _TV_WEIGHTS[modality] if self.tv_weights is None else self.tv_weights
 
 
 class ReconstructionTask(Config):
@@ -58,6 +77,7 @@ class ReconstructionTask(Config):
     slices: Slices = Slices()
     split: Split = Split()
     flips: bool = Field(True, description="random left-right flips of training examples")
+    augment: bool = Field(False, description="CT: random rotation and scale before each training scan, with new noise")
     loss: Loss = Loss()
     evaluation: Evaluation = Evaluation()
 

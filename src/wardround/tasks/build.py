@@ -8,7 +8,8 @@ from importlib import import_module
 from wardround.errors import StudyError
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
-from wardround.tasks.reconstruction import ReconstructionTask
+from wardround.tasks.ct import CTReconstruction
+from wardround.tasks.mri import MRIReconstruction
 from wardround.tasks.task import Task
 
 _PARTS = ("metrics", "build_model", "dataset", "pooled", "loss", "score")
@@ -18,7 +19,7 @@ def build_task(study: schema.Study) -> Task:
     """The task of a study. Raises StudyError where a custom factory cannot be imported or makes no task."""
     match study.task:
         case tasks_config.ReconstructionTask():
-            return ReconstructionTask(study)
+            return CTReconstruction(study) if study.modality == "ct" else MRIReconstruction(study)
         case tasks_config.CustomTask() as custom:
             return _custom(custom)
 

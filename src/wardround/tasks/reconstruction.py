@@ -1,106 +1,100 @@
-"""Reconstruction: from simulated raw data of a site's own images back to the images."""
+"""What reconstructions of all modalities share: from simulated raw data of a site's own images back to the images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from itertools import islice
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wardround.data.dataset import Example, SliceIndex
-from wardround.data.folder import SiteFolder
+from wardround.data.dataset import Example
+from wardround.data.visits import Index
 from wardround.errors import StudyError
 from wardround.models.build import build_model
-from wardround.models.unrolled import modl_shape
-from wardround.physics.coils import low_resolution_maps
-from wardround.physics.masks import sampling_mask
-from wardround.physics.mri import CartesianMRI
-from wardround.physics.simulate import simulate
-from wardround.physics.solvers import cg_sense, tv, zero_filled
-from wardround.study import MRIAcquisition, schema
-from wardround.study import models as models_config
+from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.tasks.losses import build_loss
-from wardround.tasks.metrics import RECONSTRUCTION_METRICS, SSIM_WINDOW, reconstruction_scores
+from wardround.tasks.metrics import SSIM_WINDOW
 from wardround.tasks.task import Dataset, MetricSpec, Source, Split, Window
-from wardround.wire.random import public_generator
 
-_CACHE_BYTES = 2**28
+CACHE_BYTES = 2**28
 _EVALUATION_BATCH = 8
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-@dataclass(frozen=True, eq=False)
-class MRIBatch:
-    """Slices with what a scanner would have measured of them.
+class ScanBatch(Protocol):
+    """Slices with what a scanner measured of them; `target` (B, H, W) is what was scanned."""
 
-    kspace, maps: complex64 (B, C, H, W). mask, target, head: float32 (B, H, W); `target` is the magnitude
-    image the acquisition was simulated from, 1 being its volume's maximum, `head` is 1 inside the head.
-    """
+    @property
+    def target(self) -> Tensor:
+        """The true images."""
+        ...
 
-    kspace: Tensor
-    maps: Tensor
-    mask: Tensor
-    target: Tensor
-    head: Tensor
-
-    def __len__(self) -> int:
-        return self.target.shape[0]
-
-    @cached_property
-    def operator(self) -> CartesianMRI:
-        """The acquisition as the reconstruction knows it."""
-        return CartesianMRI(self.maps, self.mask)
-
-    @classmethod
-    def joined(cls, batches: Sequence[MRIBatch]) -> MRIBatch:
-        """One batch of all slices, in order; scans with fewer coils get more, which see nothing and change nothing."""
-        coils = max(batch.maps.shape[1] for batch in batches)
-        padded = [
-            replace(batch, kspace=_with_coils(batch.kspace, coils), maps=_with_coils(batch.maps, coils))
-            for batch in batches
-        ]
-        return cls(*(torch.cat([getattr(batch, field.name) for batch in padded]) for field in fields(cls)))
+    def __len__(self) -> int: ...
 
 
-def _with_coils(x: Tensor, coils: int) -> Tensor:
-    """(B, C, H, W) -> (B, coils, H, W), zeros behind."""
-    missing = coils - x.shape[1]
-    return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1) if missing else x
+BatchT = TypeVar("BatchT", bound=ScanBatch)
+Joined = Callable[[Sequence[BatchT]], BatchT]
 
 
-class ReconstructionDataset:
+class Sized(Protocol):
+    """A stored scan."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory."""
+        ...
+
+
+ScanT = TypeVar("ScanT", bound=Sized)
+
+
+class ScanCache(Generic[ScanT]):
+    """Keeps what fits: examples come in random order, so nothing is worth throwing out for another."""
+
+    def __init__(self, capacity: int) -> None:
+        self._room = capacity
+        self._scans: dict[Hashable, ScanT] = {}
+
+    def get(self, key: Hashable, make: Callable[[], ScanT]) -> ScanT:
+        """The scan of a key, made where it is not there."""
+        scan = self._scans.get(key)
+        if scan is None:
+            scan = make()
+            if scan.nbytes <= self._room:
+                self._room -= scan.nbytes
+                self._scans[key] = scan
+        return scan
+
+
+class ReconstructionDataset(ABC, Generic[BatchT]):
     """One site's slices and their simulated acquisitions; see `wardround.tasks.task.Dataset`.
 
-    What a slice's scan looks like is public randomness: the mask is drawn for a patient (for the site where
-    `mask.fixed`), coils, phase and noise for a slice. So every arm of a study sees the same raw data, and
-    scans may be kept: in memory up to `cache_bytes`, measured samples only. Raises DataError where any image of the
-    site, of whichever split, cannot be used.
+    What a slice's scan looks like is public randomness, so every arm of a study sees the same raw data. Raises
+    DataError where any image of the site, of whichever split, cannot be used.
     """
 
-    def __init__(
-        self,
-        index: SliceIndex,
-        acquisition: MRIAcquisition,
-        task: tasks_config.ReconstructionTask,
-        *,
-        seed: int,
-        cache_bytes: int = _CACHE_BYTES,
-    ) -> None:
-        self.acquisition = acquisition
+    def __init__(self, index: Index, task: tasks_config.ReconstructionTask, joined: Joined[BatchT]) -> None:
+        self.site = index.site
+        self.task = task
+        self.joined = joined
         self._index = index
-        self._task = task
-        self._seed = seed
         self._train = index.examples("train")
         # All images are looked at now: one that cannot be used must not stop a run at its end.
         self._evaluated: dict[Split, dict[int, list[Example]]] = {s: self._by_patient(s) for s in _SPLITS}
-        self._cache = _ScanCache(cache_bytes)
+
+    @abstractmethod
+    def scan(self, example: Example, flip: bool) -> BatchT:
+        """A batch of one slice, flipped left-right before its scan where `flip` says so."""
+
+    def augmented(self, example: Example, flip: bool, random: np.random.Generator) -> BatchT:
+        """A batch of one slice for training, changed further with `random` where the study wants it."""
+        return self.scan(example, flip)
 
     def fingerprint(self) -> str:
         """Sha256 (hex) over the content of the images and who trains, never over names or paths."""
@@ -109,16 +103,17 @@ class ReconstructionDataset:
     def __len__(self) -> int:
         return len(self._train)
 
-    def batch(self, indices: Sequence[int], random: np.random.Generator) -> MRIBatch:
+    def batch(self, indices: Sequence[int], random: np.random.Generator) -> BatchT:
         """Training slices, each flipped left-right before its scan where `random` says so."""
-        flips = random.random(len(indices)) < 0.5 if self._task.flips else np.zeros(len(indices), dtype=bool)
-        return MRIBatch.joined([self._scan(self._train[i], bool(flip)) for i, flip in zip(indices, flips, strict=True)])
+        flips = random.random(len(indices)) < 0.5 if self.task.flips else np.zeros(len(indices), dtype=bool)
+        pairs = zip(indices, flips, strict=True)
+        return self.joined([self.augmented(self._train[i], bool(flip), random) for i, flip in pairs])
 
     def patients(self, split: Split) -> int:
         """Number of patients in a split."""
         return len(self._index.patients(split))
 
-    def evaluation(self, split: Split) -> Iterator[tuple[int, MRIBatch]]:
+    def evaluation(self, split: Split) -> Iterator[tuple[int, BatchT]]:
         """(patient number, batch of at most 8 slices), patient by patient, never flipped.
 
         Slices follow `task.evaluation.slices`; validation, which runs after every round and tunes
@@ -126,93 +121,32 @@ class ReconstructionDataset:
         """
         for patient, examples in self._evaluated[split].items():
             for start in range(0, len(examples), _EVALUATION_BATCH):
-                scans = [self._scan(example, False) for example in examples[start : start + _EVALUATION_BATCH]]
-                yield patient, MRIBatch.joined(scans)
+                scans = [self.scan(example, False) for example in examples[start : start + _EVALUATION_BATCH]]
+                yield patient, self.joined(scans)
 
-    def middle(self, split: Split) -> Iterator[tuple[int, str, MRIBatch]]:
+    def middle(self, split: Split) -> Iterator[tuple[int, str, BatchT]]:
         """(patient number, contrast, batch of 1): the middle evaluated slice of each patient and contrast."""
         for patient, examples in self._evaluated[split].items():
-            for contrast in self._task.contrasts:
+            for contrast in dict.fromkeys(example.contrast for example in examples):
                 of_contrast = [example for example in examples if example.contrast == contrast]
-                if of_contrast:
-                    yield patient, contrast, self._scan(of_contrast[len(of_contrast) // 2], False)
+                yield patient, contrast, self.scan(of_contrast[len(of_contrast) // 2], False)
 
     def _by_patient(self, split: Split) -> dict[int, list[Example]]:
-        rule = self._task.evaluation.slices
+        rule = self.task.evaluation.slices
         if split == "validation":
-            rule = rule.model_copy(update={"per_patient": self._task.evaluation.tuning_slices})
+            rule = rule.model_copy(update={"per_patient": self.task.evaluation.tuning_slices})
         patients: dict[int, list[Example]] = {}
         for example in self._index.examples(split, rule):
             patients.setdefault(example.patient, []).append(example)
         return patients
 
-    def _scan(self, example: Example, flip: bool) -> MRIBatch:
-        key = (example, flip)
-        image, head = self._index.image(example), self._index.head_mask(example)
-        if flip:
-            image, head = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(head[:, ::-1])
-        scan = self._cache.get(key)
-        if scan is None:
-            scan = self._simulate(example, image)
-            self._cache.put(key, scan)
-        kspace, mask, maps = scan.unpacked()
-        target, inside = torch.from_numpy(image), torch.from_numpy(head.astype(np.float32))
-        return MRIBatch(kspace[None], maps[None], mask[None], target[None], inside[None])
 
-    def _simulate(self, example: Example, image: NDArray[np.float32]) -> _Scan:
-        site = self._index.site
-        whose = () if self.acquisition.mask.fixed else (example.patient,)
-        shape = (image.shape[0], image.shape[1])
-        mask = sampling_mask(self.acquisition.mask, shape, public_generator(self._seed, site, "mask", *whose))
-        scanner = public_generator(self._seed, site, "scan", example.patient, example.contrast, example.slice)
-        measured = simulate(image, self.acquisition, scanner, mask)
-        where = measured.mask != 0
-        maps = measured.maps if self.acquisition.maps == "true" else None
-        return _Scan(measured.kspace[:, where], where, maps)
-
-
-@dataclass(frozen=True, eq=False)
-class _Scan:
-    """A scan without its zeros, and without maps that can be estimated again: a fifth of the memory."""
-
-    samples: Tensor
-    measured: Tensor
-    maps: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        return self.samples.nbytes + self.measured.nbytes + (0 if self.maps is None else self.maps.nbytes)
-
-    def unpacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """K-space (C, H, W), mask (H, W) and maps (C, H, W)."""
-        kspace = self.samples.new_zeros(self.samples.shape[0], *self.measured.shape)
-        kspace[:, self.measured] = self.samples
-        mask = self.measured.float()
-        maps = low_resolution_maps(kspace[None], mask[None])[0] if self.maps is None else self.maps
-        return kspace, mask, maps
-
-
-class _ScanCache:
-    """Keeps what fits: examples come in random order, so nothing is worth throwing out for another."""
-
-    def __init__(self, capacity: int) -> None:
-        self._room = capacity
-        self._scans: dict[tuple[Example, bool], _Scan] = {}
-
-    def get(self, key: tuple[Example, bool]) -> _Scan | None:
-        return self._scans.get(key)
-
-    def put(self, key: tuple[Example, bool], scan: _Scan) -> None:
-        if scan.nbytes <= self._room:
-            self._room -= scan.nbytes
-            self._scans[key] = scan
-
-
-class PooledDataset:
+class PooledDataset(Generic[BatchT]):
     """Several sites' data as one: training indices and patients run over all sites, in site order."""
 
-    def __init__(self, datasets: Sequence[Dataset]) -> None:
+    def __init__(self, datasets: Sequence[Dataset], joined: Joined[BatchT]) -> None:
         self._datasets = tuple(datasets)
+        self._joined = joined
         self._starts = np.cumsum([0, *(len(dataset) for dataset in self._datasets)])
 
     def fingerprint(self) -> str:
@@ -222,30 +156,30 @@ class PooledDataset:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def batch(self, indices: Sequence[int], random: np.random.Generator) -> MRIBatch:
+    def batch(self, indices: Sequence[int], random: np.random.Generator) -> BatchT:
         """Training slices of any sites, in the order of `indices`."""
-        return MRIBatch.joined([self._one(index, random) for index in indices])
+        return self._joined([self._one(index, random) for index in indices])
 
     def patients(self, split: Split) -> int:
         """Number of patients of all sites in a split."""
         return sum(dataset.patients(split) for dataset in self._datasets)
 
-    def evaluation(self, split: Split) -> Iterator[tuple[int, MRIBatch]]:
+    def evaluation(self, split: Split) -> Iterator[tuple[int, BatchT]]:
         """Like a site's, with patients numbered anew over all sites."""
         numbers: dict[tuple[int, int], int] = {}
         for site, dataset in enumerate(self._datasets):
             for patient, batch in dataset.evaluation(split):
                 yield numbers.setdefault((site, patient), len(numbers)), batch
 
-    def _one(self, index: int, random: np.random.Generator) -> MRIBatch:
+    def _one(self, index: int, random: np.random.Generator) -> BatchT:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} training examples")
         site = int(np.searchsorted(self._starts, index, side="right")) - 1
-        batch: MRIBatch = self._datasets[site].batch([index - int(self._starts[site])], random)
+        batch: BatchT = self._datasets[site].batch([index - int(self._starts[site])], random)
         return batch
 
 
-class ReconstructionTask:
+class ReconstructionTask(ABC, Generic[BatchT]):
     """The reconstruction task of a study; see `wardround.tasks.task.Imaging`. Raises StudyError for tiny images."""
 
     def __init__(self, study: schema.Study) -> None:
@@ -256,132 +190,126 @@ class ReconstructionTask:
                 f"task.size: images must have at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, a window of SSIM, "
                 f"not {study.task.size[0]} x {study.task.size[1]}"
             )
-        if isinstance(study.model, models_config.MoDL) and modl_shape(study.model).image == "real":
-            _require_estimated_maps(study)
         self.config = study.task
-        self._study = study
+        self.study = study
         self._loss = build_loss(study.task.loss)
-        self._datasets: dict[tuple[str, Source], ReconstructionDataset] = {}
+        self._datasets: dict[tuple[str, Source], ReconstructionDataset[BatchT]] = {}
 
     @property
+    @abstractmethod
     def metrics(self) -> tuple[MetricSpec, ...]:
         """PSNR first: it selects the released round."""
-        return RECONSTRUCTION_METRICS
+
+    @property
+    @abstractmethod
+    def windows(self) -> tuple[Window, ...]:
+        """The windows that a report shows images in."""
+
+    @abstractmethod
+    def index(self, site: str, source: Source, scanner: str) -> Index:
+        """The slices of a site's folders, as the scanner of the site `scanner` takes them."""
+
+    @abstractmethod
+    def scans(self, index: Index) -> ReconstructionDataset[BatchT]:
+        """The acquisitions of an index's slices by its site's scanner."""
+
+    @abstractmethod
+    def joined(self, batches: Sequence[BatchT]) -> BatchT:
+        """One batch of all slices, in order."""
+
+    @abstractmethod
+    def images(self, model: nn.Module, batch: BatchT) -> Tensor:
+        """What the loss sees of the model's reconstruction: real (B, H, W)."""
+
+    @abstractmethod
+    def inside(self, batch: BatchT) -> Tensor:
+        """Where the head or the body is: (B, H, W)."""
+
+    @abstractmethod
+    def score_images(self, images: Tensor, batch: BatchT) -> dict[str, Tensor]:
+        """All metrics of images (B, H, W), from whatever method: name -> (B,)."""
+
+    @abstractmethod
+    def baseline(self, name: str, parameter: float | None, batch: BatchT) -> Tensor:
+        """Images (B, H, W) of a method that learns nothing; `parameter` is its weight, if any."""
+
+    @abstractmethod
+    def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
+        """The weights among which validation patients choose; (None,) where there is nothing to choose."""
 
     def build_model(self) -> nn.Module:
         """The study's network, initialised from torch's global generator."""
-        return build_model(self._study.model)
+        return build_model(self.study.model, self.study.modality)
 
-    def dataset(self, site: str, source: Source) -> ReconstructionDataset:
-        """The slices of a site's folder; asked twice, the same object, so that arms share simulated scans.
+    def dataset(self, site: str, source: Source) -> ReconstructionDataset[BatchT]:
+        """The slices of a site's folders; asked twice, the same object, so that arms share simulated scans.
 
-        Raises StudyError for a site the study does not name and DataError where the folder cannot be used.
+        Raises StudyError for a site the study does not name and DataError where a folder cannot be used.
         """
-        if site not in self._study.sites:
-            raise StudyError(f"the study has no site {site!r}; it has {', '.join(self._study.sites)}")
+        self._require(site)
         key = (site, source)
         if key not in self._datasets:
-            self._datasets[key] = self._open(site, source)
+            self._datasets[key] = self.scans(self.index(site, source, site))
         return self._datasets[key]
 
-    def pooled(self, parts: Sequence[Dataset]) -> PooledDataset:
+    def visits(self, site: str, sources: Mapping[str, Source]) -> ReconstructionDataset[BatchT]:
+        """The test patients of other sites, each by its own site's split, in the scanner of an unseen site.
+
+        `sources` are the folders of those sites. Raises StudyError and DataError as `dataset` does.
+        """
+        for name in (site, *sources):
+            self._require(name)
+        return self.scans(self.visitors(site, sources))
+
+    @abstractmethod
+    def visitors(self, site: str, sources: Mapping[str, Source]) -> Index:
+        """The test patients of other sites, as an index of `site`."""
+
+    def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[BatchT]:
         """The union of several sites' data sets, for the arm that pools what a federation keeps apart."""
-        return PooledDataset(parts)
+        return PooledDataset(parts, self.joined)
 
-    def loss(self, model: nn.Module, batch: MRIBatch) -> Tensor:
-        """The study's loss between the reconstructed magnitude and the target; scalar."""
-        image: Tensor = model(batch.operator, batch.kspace)
-        return self._loss(image.abs(), batch.target, batch.head)
+    def loss(self, model: nn.Module, batch: BatchT) -> Tensor:
+        """The study's loss between the reconstruction and the target; scalar."""
+        return self._loss(self.images(model, batch), batch.target, self.inside(batch))
 
-    def score(self, model: nn.Module, batch: MRIBatch) -> dict[str, Tensor]:
+    def score(self, model: nn.Module, batch: BatchT) -> dict[str, Tensor]:
         """All metrics of the model's reconstruction: name -> (B,)."""
         return self.score_images(self.reconstruct(model, batch), batch)
 
-    def score_images(self, images: Tensor, batch: MRIBatch) -> dict[str, Tensor]:
-        """All metrics of magnitude images (B, H, W), from whatever method: name -> (B,)."""
-        return reconstruction_scores(images, batch.target, batch.head)
+    def reconstruct(self, model: nn.Module, batch: BatchT) -> Tensor:
+        """Real images (B, H, W), in evaluation mode and without gradients."""
+        with evaluating(model), torch.no_grad():
+            return self.images(model, batch)
 
-    def reconstruct(self, model: nn.Module, batch: MRIBatch) -> Tensor:
-        """Magnitude images (B, H, W), in evaluation mode and without gradients."""
-        with _evaluating(model), torch.no_grad():
-            image: Tensor = model(batch.operator, batch.kspace)
-            return image.abs()
-
-    def baseline(self, name: str, parameter: float | None, batch: MRIBatch) -> Tensor:
-        """Magnitude images (B, H, W) of a method that learns nothing; `parameter` is its weight, if any."""
-        with torch.no_grad():
-            match name:
-                case "zero_filled":
-                    return zero_filled(batch.operator, batch.kspace).abs()
-                case "cg_sense":
-                    return cg_sense(batch.operator, batch.kspace, _required(name, parameter)).abs()
-                case "tv":
-                    return tv(batch.operator, batch.kspace, _required(name, parameter)).abs()
-        raise _unknown_baseline(name)
-
-    def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
-        """The weights among which validation patients choose; (None,) where there is nothing to choose."""
-        match name:
-            case "zero_filled":
-                return (None,)
-            case "cg_sense":
-                return self.config.evaluation.cg_weights
-            case "tv":
-                return self.config.evaluation.tv_weights
-        raise _unknown_baseline(name)
-
-    def reference(self, batch: MRIBatch) -> Tensor:
-        """The magnitude images the acquisitions were simulated from: (B, H, W)."""
+    def reference(self, batch: BatchT) -> Tensor:
+        """The images the acquisitions were simulated from: (B, H, W)."""
         return batch.target
 
-    @property
-    def windows(self) -> tuple[Window, ...]:
-        """None: a magnitude image has its own range."""
-        return ()
-
-    def examples(self, dataset: Dataset) -> Iterator[MRIBatch]:
+    def examples(self, dataset: Dataset) -> Iterator[BatchT]:
         """The middle slice of each contrast of the first test patient, for a site's own picture report."""
         if isinstance(dataset, ReconstructionDataset):
-            count = len(self.config.contrasts)
-            yield from islice((batch for _, _, batch in dataset.middle("test")), count)
+            yield from islice((batch for _, _, batch in dataset.middle("test")), self._shown)
 
-    def _open(self, site: str, source: Source) -> ReconstructionDataset:
-        index = SliceIndex(
-            SiteFolder(source[0], site),
-            contrasts=self.config.contrasts,
-            size=self.config.size,
-            slices=self.config.slices,
-            split=self.config.split,
-            seed=self._study.seed,
-            role=self._study.sites[site].role,
-        )
-        acquisition = self._study.acquisition_of(site)
-        assert isinstance(acquisition, MRIAcquisition)
-        return ReconstructionDataset(index, acquisition, self.config, seed=self._study.seed)
+    @property
+    def _shown(self) -> int:
+        """How many examples a picture report shows."""
+        return len(self.config.contrasts)
+
+    def _require(self, site: str) -> None:
+        if site not in self.study.sites:
+            raise StudyError(f"the study has no site {site!r}; it has {', '.join(self.study.sites)}")
 
 
-def _require_estimated_maps(study: schema.Study) -> None:
-    for site in study.sites:
-        acquisition = study.acquisition_of(site)
-        if isinstance(acquisition, MRIAcquisition) and acquisition.maps == "true" and acquisition.phase > 0.0:
-            raise StudyError(
-                f"model.image: real needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
-                "with acquisition.phase above 0; set model.image: complex, or maps: estimated"
-            )
-
-
-def _unknown_baseline(name: str) -> StudyError:
-    return StudyError(f"there is no baseline {name!r}; choose zero_filled, cg_sense or tv")
-
-
-def _required(name: str, parameter: float | None) -> float:
+def weight_of(name: str, parameter: float | None) -> float:
+    """The weight of a baseline. Raises ValueError where there is none."""
     if parameter is None:
         raise ValueError(f"the baseline {name} needs a weight")
     return parameter
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, so that batch normalisation uses what it learned and learns nothing."""
     training = model.training
     model.eval()

@@ -6,7 +6,7 @@ Nothing here imports torch at run time, so that a coordinator can read metric sp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -117,6 +117,15 @@ class Task(Protocol):
 
     def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Metric name -> (B,) values, one per example."""
+        ...
+
+
+@runtime_checkable
+class Visited(Protocol):
+    """A task that can show a scanner the patients of other sites."""
+
+    def visits(self, site: str, sources: Mapping[str, Source]) -> Dataset:
+        """The test patients of the sites in `sources`, by the splits of those sites, as the data of `site`."""
         ...
 
 

@@ -1,0 +1,304 @@
+"""The CT examples of one site: slices in Hounsfield units on the grid that a scanner is simulated on. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_holes
+from wardround.data.dicom import AIR, read_slice
+from wardround.data.folder import no_patient, patient_folders
+from wardround.data.split import Role, SplitName, split_patients
+from wardround.data.volume import FloatArray, read_volume
+from wardround.errors import DataError
+from wardround.study.tasks import Slices, Split
+from wardround.wire.canonical import canonical_json
+
+CONTRAST = "ct"
+_EXPECTED = "*.dcm or SITE/PATIENT/ct.nii.gz"
+_NIFTI = ("ct.nii.gz", "ct.nii")
+_DICOM_SUFFIXES = frozenset({"", ".dcm", ".dicom", ".ima"})
+_BODY = -500.0  # halfway between air and tissue
+_BLANKET = 2.0  # mm; thinner things than twice that, as blankets and table tops, are no body
+_THIN = -700.0  # the thinnest thing in a volume is air
+# Hounsfield units below these are no padding of any vendor; above, no 16-bit image.
+_LOWEST, _HIGHEST = -4096.0, 32767.0
+_CACHE_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A square grid around the isocentre: (rows, columns), edge of a pixel in mm, radius in mm that a scanner sees."""
+
+    size: tuple[int, int]
+    pixel: float
+    radius: float
+
+    def inside(self) -> BoolArray:
+        """Where the middle of a pixel lies within the radius: (rows, columns)."""
+        y, x = ((np.arange(count) - (count - 1) / 2) * self.pixel for count in self.size)
+        return np.asarray(np.hypot(y[:, None], x[None]) <= self.radius, dtype=np.bool_)
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """An axial image in HU, at least -1024, (rows, columns), with the distance of its rows and columns in mm."""
+
+    hu: FloatArray
+    spacing: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """The body in a slice: its mask, the middle of its bounding box in pixels, its reach from there in mm."""
+
+    mask: BoolArray
+    middle: tuple[float, float]
+    reach: float
+
+    @classmethod
+    def of(cls, image: Slice) -> Body:
+        """The largest connected piece of tissue with everything inside; without any, the middle of the image."""
+        rows, columns = (max(1, round(_BLANKET / step)) for step in image.spacing)
+        tissue = ndimage.binary_opening(image.hu > _BODY, np.ones((2 * rows + 1, 2 * columns + 1), dtype=bool))
+        labels, pieces = ndimage.label(tissue)
+        if not pieces:
+            middle = ((image.hu.shape[0] - 1) / 2, (image.hu.shape[1] - 1) / 2)
+            return cls(np.zeros(image.hu.shape, dtype=np.bool_), middle, 0.0)
+        mask = fill_holes(np.asarray(labels == 1 + np.argmax(np.bincount(labels.ravel())[1:]), dtype=np.bool_))
+        y, x = np.nonzero(mask)
+        middle = ((y.min() + y.max()) / 2, (x.min() + x.max()) / 2)
+        reach = np.hypot((y - middle[0]) * image.spacing[0], (x - middle[1]) * image.spacing[1]).max()
+        return cls(mask, middle, float(reach))
+
+
+class CTFolder:
+    """The slices of one site, `FOLDER/PATIENT/*.dcm` or `FOLDER/PATIENT/ct.nii.gz`, from one folder or several.
+
+    Every DICOM file is a slice of its own, whatever series it is of, in the order of file names; a NIfTI volume in HU
+    gives axial slices, turned as DICOM shows them (rows to the back, columns to the left). Patients are numbered folder
+    by folder in the order of their names; nothing outside this class sees those names. Raises DataError for a missing
+    folder, for one without patients, and for a patient who is in two of them.
+    """
+
+    def __init__(self, source: Path | Sequence[Path], site: str) -> None:
+        self.site = site
+        found = [files for folder in patient_folders(source, site, _EXPECTED) if (files := _files(folder))]
+        if not found:
+            raise no_patient(site, _EXPECTED, source)
+        self._patients = found
+
+    def __len__(self) -> int:
+        return len(self._patients)
+
+    def slices(self, patient: int) -> list[Slice]:
+        """Return a patient's slices. Raises DataError for files that cannot be used and for values that are no HU."""
+        files = self._patients[patient]
+        try:
+            if files[0].name in _NIFTI:
+                return _volume_slices(files[0])
+            read = [read_slice(path) for path in files]
+            return [Slice(slice_.hu, slice_.spacing) for slice_ in read]
+        except DataError as error:
+            raise DataError(f"site {self.site}: {error}", detail=error.detail) from error
+
+    def digest(self, patient: int) -> str:
+        """Return the sha256 (hex) over the content of a patient's files. Raises DataError."""
+        try:
+            contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self._patients[patient]]
+        except OSError as error:
+            raise DataError(f"site {self.site}: an image file cannot be read", detail=str(error)) from error
+        return hashlib.sha256("/".join(contents).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """A slice on the grid: HU and the body's mask."""
+
+    hu: FloatArray
+    body: BoolArray
+
+
+class CTIndex:
+    """The slices of a site as examples on a simulation's grid, split by patient.
+
+    Slices are resampled by area to the grid by their physical spacing, the body's bounding box in the middle; what lies
+    outside the circle that the scanner sees (a table, a blanket) is air. All files are read once here, and again
+    when asked for, with images kept in memory up to `cache_bytes`. Raises DataError where a file cannot be used,
+    where a body does not fit the circle, and where a training site is left without training examples.
+    """
+
+    def __init__(
+        self,
+        folder: CTFolder,
+        grid: Grid,
+        *,
+        slices: Slices,
+        split: Split,
+        seed: int,
+        role: Role = "train",
+        cache_bytes: int = _CACHE_BYTES,
+    ) -> None:
+        self._folder = folder
+        self._grid = grid
+        self._slices = slices
+        self._split = split_patients(len(folder), split, seed, folder.site, role)
+        self._room = cache_bytes
+        self._cache: OrderedDict[tuple[int, int], _Placed] = OrderedDict()
+        self._inside = grid.inside()
+        self._shares = {patient: self._survey(patient) for patient in range(len(folder))}
+        self._check_fit()
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+        return self._folder.site
+
+    def patients(self, split: SplitName) -> tuple[int, ...]:
+        """Return the numbers of the patients of a split, ascending."""
+        return self._split[split]
+
+    def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[Example, ...]:
+        """Return the examples of a split by patient and slice; `slices` replaces the own rule.
+
+        `minimum_foreground` is the body's share of the field of view.
+        """
+        rule = slices or self._slices
+        found = tuple(
+            Example(patient, CONTRAST, int(number))
+            for patient in self._split[split]
+            for number in chosen(self._shares[patient][0], rule)
+        )
+        if self._split[split] and not found:
+            raise DataError(
+                f"site {self.site}: in no {split} slice does the body fill {rule.minimum_foreground:.0%} of the field "
+                "of view; lower `slices.minimum_foreground`"
+            )
+        return found
+
+    def image(self, example: Example) -> FloatArray:
+        """Return a slice in HU on the grid, float32 (rows, columns), at least -1024."""
+        return self._placed(example).hu
+
+    def mask(self, example: Example) -> BoolArray:
+        """Return where the body is, bool (rows, columns) on the grid."""
+        return self._placed(example).body
+
+    def fingerprint(self) -> str:
+        """Return a sha256 (hex) over what training can see: image content, split, the grid.
+
+        Neither names nor paths have a part; folders renamed so that patients change their split change it.
+        """
+        seen = {name: sorted(self._folder.digest(patient) for patient in self._split[name]) for name in SPLITS}
+        grid = {"size": list(self._grid.size), "pixel": self._grid.pixel, "radius": self._grid.radius}
+        return hashlib.sha256(canonical_json({"patients": seen, "grid": grid})).hexdigest()
+
+    def _survey(self, patient: int) -> tuple[FloatArray, FloatArray]:
+        """The body's share of the field of view and its reach in mm, of every slice."""
+        area = np.pi * self._grid.radius**2
+        shares, reaches = [], []
+        for number, image in enumerate(self._folder.slices(patient)):
+            body = Body.of(image)
+            shares.append(body.mask.sum() * image.spacing[0] * image.spacing[1] / area)
+            reaches.append(body.reach)
+            self._keep((patient, number), self._place(image, body))
+        return np.array(shares, dtype=np.float32), np.array(reaches, dtype=np.float32)
+
+    def _check_fit(self) -> None:
+        reaches = np.concatenate([reach for _, reach in self._shares.values()])
+        room = self._grid.radius + self._grid.pixel
+        outside = int((reaches > room).sum())
+        if outside:
+            raise DataError(
+                f"site {self.site}: in {outside} of {len(reaches)} slices the body does not fit the field of view: it "
+                f"reaches {reaches.max():.0f} mm from its middle, the scanner sees {self._grid.radius:.0f} mm; enlarge "
+                "`geometry.pixel`, or `geometry.size` with `task.size`, and the detector with it"
+            )
+
+    def _placed(self, example: Example) -> _Placed:
+        key = (example.patient, example.slice)
+        found = self._cache.get(key)
+        if found is None:
+            image = self._folder.slices(example.patient)[example.slice]
+            found = self._place(image, Body.of(image))
+            self._keep(key, found)
+        return found
+
+    def _place(self, image: Slice, body: Body) -> _Placed:
+        hu = np.where(self._inside, on_grid(image.hu, image.spacing, body.middle, self._grid, AIR), AIR)
+        mask = on_grid(body.mask, image.spacing, body.middle, self._grid, 0.0) > 0.5
+        return _Placed(np.asarray(hu, dtype=np.float32), np.asarray(mask & self._inside, dtype=np.bool_))
+
+    def _keep(self, key: tuple[int, int], placed: _Placed) -> None:
+        size = placed.hu.nbytes + placed.body.nbytes
+        if key not in self._cache and size <= self._room:
+            self._room -= size
+            self._cache[key] = placed
+
+
+def on_grid(
+    image: NDArray[np.generic], spacing: tuple[float, float], middle: tuple[float, float], grid: Grid, outside: float
+) -> FloatArray:
+    """Resample an image (h, w) to a grid whose centre is the point `middle` (pixel indices): float32 (rows, columns).
+
+    Each value is the mean over a pixel's area, at least one source pixel wide: antialiased when the grid is coarser,
+    linear interpolation when it is finer. What the image does not cover is `outside`.
+    """
+    axes = zip(grid.size, image.shape, spacing, middle, strict=True)
+    down, across = (_overlaps(count, grid.pixel, have, step, centre) for count, have, step, centre in axes)
+    covered = down.sum(1)[:, None] * across.sum(1)[None]
+    mean = down @ image.astype(np.float64) @ across.T
+    return np.asarray(mean + (1.0 - covered) * outside, dtype=np.float32)
+
+
+def _overlaps(count: int, pixel: float, have: int, step: float, centre: float) -> NDArray[np.float64]:
+    """Share of each source pixel in each pixel of the grid along one axis: (count, have); rows sum to 1 if covered."""
+    width = max(pixel, step)
+    middles = (np.arange(count) - (count - 1) / 2)[:, None] * pixel
+    sources = (np.arange(have) - centre)[None] * step
+    low = np.maximum(middles - width / 2, sources - step / 2)
+    high = np.minimum(middles + width / 2, sources + step / 2)
+    return np.asarray(np.maximum(high - low, 0.0) / width)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The NIfTI volume of a patient, or all DICOM files."""
+    found = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    volumes = [path for path in found if path.name in _NIFTI]
+    if volumes:
+        return volumes[:1]
+    return [p for p in found if p.name.upper() != "DICOMDIR" and _is_dicom(p)]
+
+
+def _is_dicom(path: Path) -> bool:
+    # Names of exported files may end in a number, as identifiers with dots do.
+    suffix = path.suffix.lower()
+    return suffix in _DICOM_SUFFIXES or re.fullmatch(r"\.\d+", suffix) is not None
+
+
+def _volume_slices(path: Path) -> list[Slice]:
+    volume = read_volume(path)
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.io_orientation(volume.affine), nibabel.orientations.axcodes2ornt(("P", "L", "S"))
+    )
+    data = np.asarray(nibabel.orientations.apply_orientation(volume.data, turn), dtype=np.float32)
+    order = np.argsort(turn[:, 0])
+    rows, columns = (volume.spacing[int(order[axis])] for axis in (0, 1))
+    low, high = float(np.percentile(data, 0.1)), float(data.max())
+    if low > _THIN or low < _LOWEST or high > _HIGHEST:
+        raise DataError(
+            f"wrong rescale: a CT volume is not in HU, its values reach from {low:g} to {high:g} where air is -1000; "
+            "convert it again",
+            detail=str(path),
+        )
+    data = np.maximum(data, np.float32(AIR))
+    return [Slice(np.ascontiguousarray(data[:, :, z]), (rows, columns)) for z in range(data.shape[2])]

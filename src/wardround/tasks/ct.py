@@ -1,0 +1,320 @@
+"""CT reconstruction: noisy sinograms of few views, simulated from a site's own images in Hounsfield units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor, nn
+
+from wardround.data.ct_dataset import CTFolder, CTIndex, Grid
+from wardround.data.dataset import Example
+from wardround.data.hounsfield import AIR
+from wardround.data.visits import Index, Visits
+from wardround.errors import GeometryError, StudyError
+from wardround.physics.ct_geometry import check_geometry
+from wardround.physics.ct_simulate import CTSimulator
+from wardround.physics.ct_system import CTSystem
+from wardround.physics.solvers import tv
+from wardround.study import schema
+from wardround.study import tasks as tasks_config
+from wardround.study.ct import CTAcquisition
+from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows
+from wardround.tasks.reconstruction import (
+    CACHE_BYTES,
+    ReconstructionDataset,
+    ReconstructionTask,
+    ScanCache,
+    weight_of,
+)
+from wardround.tasks.task import MetricSpec, Source, Window
+from wardround.wire.random import public_generator
+
+_REFINEMENT = 2  # of the simulation's grid, see `wardround.physics.ct_simulate`
+_SCALES = (0.9, 1.1)
+_TV_PENALTY = 0.4  # see `wardround.physics.solvers.tv`
+_PICTURES = 2
+
+
+@dataclass(frozen=True, eq=False)
+class CTScans:
+    """Slices of one scanner: data (B, views, bins) of `operator`; target (attenuation relative to water) and body
+    (1 inside), each float32 (B, H, W)."""
+
+    operator: CTSystem
+    data: Tensor
+    target: Tensor
+    body: Tensor
+
+    def __len__(self) -> int:
+        return self.target.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class CTBatch:
+    """Slices of one scanner or several, whose sinograms differ in shape: one part for each run of one scanner."""
+
+    parts: tuple[CTScans, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @cached_property
+    def target(self) -> Tensor:
+        """What was scanned, attenuation relative to water: float32 (B, H, W)."""
+        return torch.cat([part.target for part in self.parts])
+
+    @cached_property
+    def body(self) -> Tensor:
+        """1 inside the body: float32 (B, H, W)."""
+        return torch.cat([part.body for part in self.parts])
+
+    @classmethod
+    def joined(cls, batches: Sequence[CTBatch]) -> CTBatch:
+        """One batch of all slices, in order; neighbours of one scanner become one part."""
+        runs: list[list[CTScans]] = []
+        for part in (part for batch in batches for part in batch.parts):
+            if runs and runs[-1][0].operator is part.operator:
+                runs[-1].append(part)
+            else:
+                runs.append([part])
+        return cls(tuple(run[0] if len(run) == 1 else _one_part(run) for run in runs))
+
+
+def _one_part(parts: Sequence[CTScans]) -> CTScans:
+    data, target, body = (torch.cat([getattr(p, name) for p in parts]) for name in ("data", "target", "body"))
+    return CTScans(parts[0].operator, data, target, body)
+
+
+class Scanner:
+    """One acquisition: the simulator of its scans and the operator that reconstruction knows, built when first used.
+
+    Raises GeometryError at once where the detector misses the patient.
+    """
+
+    def __init__(self, acquisition: CTAcquisition) -> None:
+        check_geometry(acquisition.geometry)
+        self.acquisition = acquisition
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that slices are scanned on: finer than the image's."""
+        geometry = self.acquisition.geometry
+        rows, columns = geometry.size
+        radius = min(rows, columns) * geometry.pixel / 2
+        return Grid(
+            (rows * _REFINEMENT, columns * _REFINEMENT),
+            geometry.pixel / _REFINEMENT,
+            min(radius, geometry.body_radius or radius),
+        )
+
+    @cached_property
+    def system(self) -> CTSystem:
+        """The operator of reconstruction."""
+        return CTSystem(self.acquisition)
+
+    @cached_property
+    def _simulator(self) -> CTSimulator:
+        return CTSimulator(self.acquisition, refinement=_REFINEMENT)
+
+    def scan(self, hu: NDArray[np.float32], random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Data (views, bins) of `system` and the true image (H, W) of a slice in HU on `grid`."""
+        measured = self._simulator(hu, random)
+        return self.system.scaled(measured.sinogram), measured.reference / self.acquisition.mu_water
+
+
+@dataclass(frozen=True, eq=False)
+class _Scan:
+    data: Tensor
+    target: Tensor
+    body: Tensor  # bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.target.nbytes + self.body.nbytes
+
+
+class CTDataset(ReconstructionDataset[CTBatch]):
+    """One site's slices and their simulated CT scans.
+
+    Noise is drawn for a slice. Scans are kept in memory up to `cache_bytes`; augmented ones, which never come again,
+    are not. Raises DataError where an image cannot be used.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        scanner: Scanner,
+        task: tasks_config.ReconstructionTask,
+        *,
+        seed: int,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        super().__init__(index, task, CTBatch.joined)
+        self.scanner = scanner
+        self._seed = seed
+        self._cache = ScanCache[_Scan](cache_bytes)
+
+    def scan(self, example: Example, flip: bool) -> CTBatch:
+        """A batch of one slice, flipped left-right before its scan where `flip` says so."""
+
+        def simulated() -> _Scan:
+            random = public_generator(self._seed, self.site, "scan", example.patient, example.contrast, example.slice)
+            return self._simulate(*self._image(example, flip), random)
+
+        return self._batch(self._cache.get((example, flip), simulated))
+
+    def augmented(self, example: Example, flip: bool, random: np.random.Generator) -> CTBatch:
+        """With `task.augment`, turned by any angle and scaled by 0.9 to 1.1 before a scan with noise of its own."""
+        if not self.task.augment:
+            return self.scan(example, flip)
+        image, body = self._image(example, flip)
+        turned = _turned(image, body, random, self.scanner.grid)
+        return self._batch(self._simulate(*turned, random))
+
+    def _image(self, example: Example, flip: bool) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        image, body = self._index.image(example), self._index.mask(example)
+        if flip:
+            image, body = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(body[:, ::-1])
+        return image, body
+
+    def _simulate(self, image: NDArray[np.float32], body: NDArray[np.bool_], random: np.random.Generator) -> _Scan:
+        data, target = self.scanner.scan(image, random)
+        rows, columns = target.shape
+        share = body.reshape(rows, _REFINEMENT, columns, _REFINEMENT).mean((1, 3))
+        return _Scan(data, target, torch.from_numpy(share >= 0.5))
+
+    def _batch(self, scan: _Scan) -> CTBatch:
+        part = CTScans(self.scanner.system, scan.data[None], scan.target[None], scan.body[None].float())
+        return CTBatch((part,))
+
+
+def _turned(
+    image: NDArray[np.float32], body: NDArray[np.bool_], random: np.random.Generator, grid: Grid
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """An image and its mask turned around the middle by any angle, and scaled so far as the body stays in view."""
+    angle, scale = random.uniform(0.0, 2 * math.pi), random.uniform(*_SCALES)
+    y, x = np.nonzero(body)
+    centre = (np.array(image.shape) - 1) / 2
+    reach = np.hypot(y - centre[0], x - centre[1]).max() * grid.pixel if len(y) else 0.0
+    scale = min(scale, max(1.0, grid.radius / reach)) if reach else scale
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    matrix = np.array([[cos, -sin], [sin, cos]])
+    offset = centre - matrix @ centre
+    turned = ndimage.affine_transform(image, matrix, offset, order=1, cval=AIR)
+    mask = ndimage.affine_transform(body.astype(np.float32), matrix, offset, order=1) > 0.5
+    inside = grid.inside()
+    return np.where(inside, turned, np.float32(AIR)), np.asarray(mask & inside, dtype=np.bool_)
+
+
+class CTReconstruction(ReconstructionTask[CTBatch]):
+    """Images in attenuation relative to water from noisy sinograms of few views.
+
+    Raises StudyError for tiny images, for a geometry of another size than the task's, and for a geometry that cannot
+    be measured with.
+    """
+
+    def __init__(self, study: schema.Study) -> None:
+        super().__init__(study)
+        self._scanners: dict[str, Scanner] = {}
+        for site in study.sites:
+            self.scanner(site)
+
+    @property
+    def metrics(self) -> tuple[MetricSpec, ...]:
+        """PSNR of the full range first: it selects the released round."""
+        return CT_METRICS
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Lung and soft tissue."""
+        return ct_windows()
+
+    def scanner(self, site: str) -> Scanner:
+        """The scanner of a site; sites of one acquisition share it. Raises StudyError for an impossible geometry."""
+        acquisition = self.study.acquisition_of(site)
+        assert isinstance(acquisition, CTAcquisition)
+        key = acquisition.model_dump_json()
+        if key not in self._scanners:
+            try:
+                self._scanners[key] = Scanner(acquisition)
+            except GeometryError as error:
+                raise StudyError(f"site {site}, acquisition.geometry: {error}") from error
+        return self._scanners[key]
+
+    def index(self, site: str, source: Source, scanner: str) -> CTIndex:
+        """The slices of a site's folders on the grid of the scanner of the site `scanner`."""
+        return CTIndex(
+            CTFolder(source, site),
+            self.scanner(scanner).grid,
+            slices=self.config.slices,
+            split=self.config.split,
+            seed=self.study.seed,
+            role=self.study.sites[site].role,
+        )
+
+    def visitors(self, site: str, sources: Mapping[str, Source]) -> Visits[CTIndex]:
+        """The test patients of other sites, as an index of `site`."""
+        return Visits(site, [self.index(member, source, site) for member, source in sources.items()])
+
+    def scans(self, index: Index) -> CTDataset:
+        """The acquisitions of an index's slices by its site's scanner."""
+        return CTDataset(index, self.scanner(index.site), self.config, seed=self.study.seed)
+
+    def joined(self, batches: Sequence[CTBatch]) -> CTBatch:
+        """One batch of all slices, in order."""
+        return CTBatch.joined(batches)
+
+    def images(self, model: nn.Module, batch: CTBatch) -> Tensor:
+        """The model's reconstruction (B, H, W), scanner by scanner."""
+        images: list[Tensor] = [model(part.operator, part.data) for part in batch.parts]
+        return torch.cat(images)
+
+    def reconstruct(self, model: nn.Module, batch: CTBatch) -> Tensor:
+        """Attenuation (B, H, W), at least 0, in evaluation mode and without gradients."""
+        return super().reconstruct(model, batch).clamp_min(0.0)
+
+    def inside(self, batch: CTBatch) -> Tensor:
+        """Where the body is: (B, H, W)."""
+        return batch.body
+
+    def score_images(self, images: Tensor, batch: CTBatch) -> dict[str, Tensor]:
+        """All metrics of images in attenuation relative to water (B, H, W): name -> (B,)."""
+        return ct_scores(images, batch.target, batch.body)
+
+    def baseline(self, name: str, parameter: float | None, batch: CTBatch) -> Tensor:
+        """Attenuation (B, H, W), at least 0, by a method that learns nothing; `parameter` is its weight, if any."""
+        with torch.no_grad():
+            return torch.cat([_baseline(name, parameter, part) for part in batch.parts]).clamp_min(0.0)
+
+    def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
+        """The weights among which validation patients choose; (None,) where there is nothing to choose."""
+        match name:
+            case "fbp":
+                return (None,)
+            case "tv":
+                return self.config.evaluation.tv_weights_for("ct")
+        raise _unknown_baseline(name)
+
+    @property
+    def _shown(self) -> int:
+        return _PICTURES
+
+
+def _baseline(name: str, parameter: float | None, part: CTScans) -> Tensor:
+    match name:
+        case "fbp":
+            return part.operator.initial(part.data)
+        case "tv":
+            return tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=_TV_PENALTY)
+    raise _unknown_baseline(name)
+
+
+def _unknown_baseline(name: str) -> StudyError:
+    return StudyError(f"there is no baseline {name!r} for CT; choose fbp or tv")

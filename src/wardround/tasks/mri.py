@@ -1,0 +1,236 @@
+"""MRI reconstruction: undersampled multi-coil k-space, simulated from a site's own magnitude images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from wardround.data.dataset import Example, SliceIndex
+from wardround.data.folder import SiteFolder
+from wardround.data.visits import Index, Visits
+from wardround.errors import StudyError
+from wardround.models.unrolled import modl_shape
+from wardround.physics.coils import low_resolution_maps
+from wardround.physics.masks import sampling_mask
+from wardround.physics.mri import CartesianMRI
+from wardround.physics.simulate import simulate
+from wardround.physics.solvers import cg_sense, tv, zero_filled
+from wardround.study import MRIAcquisition, schema
+from wardround.study import models as models_config
+from wardround.study import tasks as tasks_config
+from wardround.tasks.metrics import RECONSTRUCTION_METRICS, reconstruction_scores
+from wardround.tasks.reconstruction import (
+    CACHE_BYTES,
+    ReconstructionDataset,
+    ReconstructionTask,
+    ScanCache,
+    weight_of,
+)
+from wardround.tasks.task import MetricSpec, Source, Window
+from wardround.wire.random import public_generator
+
+
+@dataclass(frozen=True, eq=False)
+class MRIBatch:
+    """Slices with what a scanner would have measured of them.
+
+    kspace, maps: complex64 (B, C, H, W). mask, target, head: float32 (B, H, W); `target` is the magnitude
+    image the acquisition was simulated from, 1 being its volume's maximum, `head` is 1 inside the head.
+    """
+
+    kspace: Tensor
+    maps: Tensor
+    mask: Tensor
+    target: Tensor
+    head: Tensor
+
+    def __len__(self) -> int:
+        return self.target.shape[0]
+
+    @cached_property
+    def operator(self) -> CartesianMRI:
+        """The acquisition as the reconstruction knows it."""
+        return CartesianMRI(self.maps, self.mask)
+
+    @classmethod
+    def joined(cls, batches: Sequence[MRIBatch]) -> MRIBatch:
+        """One batch of all slices, in order; scans with fewer coils get more, which see nothing and change nothing."""
+        coils = max(batch.maps.shape[1] for batch in batches)
+        padded = [
+            replace(batch, kspace=_with_coils(batch.kspace, coils), maps=_with_coils(batch.maps, coils))
+            for batch in batches
+        ]
+        return cls(*(torch.cat([getattr(batch, field.name) for batch in padded]) for field in fields(cls)))
+
+
+def _with_coils(x: Tensor, coils: int) -> Tensor:
+    """(B, C, H, W) -> (B, coils, H, W), zeros behind."""
+    missing = coils - x.shape[1]
+    return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1) if missing else x
+
+
+class MRIDataset(ReconstructionDataset[MRIBatch]):
+    """One site's slices and their simulated MRI scans.
+
+    The mask is drawn for a patient (for the site where `mask.fixed`), coils, phase and noise for a slice. Scans are
+    kept in memory up to `cache_bytes`, measured samples only. Raises DataError where an image cannot be used.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        acquisition: MRIAcquisition,
+        task: tasks_config.ReconstructionTask,
+        *,
+        seed: int,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        super().__init__(index, task, MRIBatch.joined)
+        self.acquisition = acquisition
+        self._seed = seed
+        self._cache = ScanCache[_Scan](cache_bytes)
+
+    def scan(self, example: Example, flip: bool) -> MRIBatch:
+        """A batch of one slice, flipped left-right before its scan where `flip` says so."""
+        image, head = self._index.image(example), self._index.mask(example)
+        if flip:
+            image, head = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(head[:, ::-1])
+        scan = self._cache.get((example, flip), lambda: self._simulate(example, image))
+        kspace, mask, maps = scan.unpacked()
+        target, inside = torch.from_numpy(image), torch.from_numpy(head.astype(np.float32))
+        return MRIBatch(kspace[None], maps[None], mask[None], target[None], inside[None])
+
+    def _simulate(self, example: Example, image: NDArray[np.float32]) -> _Scan:
+        whose = () if self.acquisition.mask.fixed else (example.patient,)
+        shape = (image.shape[0], image.shape[1])
+        mask = sampling_mask(self.acquisition.mask, shape, public_generator(self._seed, self.site, "mask", *whose))
+        scanner = public_generator(self._seed, self.site, "scan", example.patient, example.contrast, example.slice)
+        measured = simulate(image, self.acquisition, scanner, mask)
+        where = measured.mask != 0
+        maps = measured.maps if self.acquisition.maps == "true" else None
+        return _Scan(measured.kspace[:, where], where, maps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Scan:
+    """A scan without its zeros, and without maps that can be estimated again: a fifth of the memory."""
+
+    samples: Tensor
+    measured: Tensor
+    maps: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.samples.nbytes + self.measured.nbytes + (0 if self.maps is None else self.maps.nbytes)
+
+    def unpacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """K-space (C, H, W), mask (H, W) and maps (C, H, W)."""
+        kspace = self.samples.new_zeros(self.samples.shape[0], *self.measured.shape)
+        kspace[:, self.measured] = self.samples
+        mask = self.measured.float()
+        maps = low_resolution_maps(kspace[None], mask[None])[0] if self.maps is None else self.maps
+        return kspace, mask, maps
+
+
+class MRIReconstruction(ReconstructionTask[MRIBatch]):
+    """Magnitude images from undersampled k-space.
+
+    Raises StudyError for tiny images, and for a real model where the coil maps do not carry the phase.
+    """
+
+    def __init__(self, study: schema.Study) -> None:
+        super().__init__(study)
+        if isinstance(study.model, models_config.MoDL) and modl_shape(study.model).image == "real":
+            _require_estimated_maps(study)
+
+    @property
+    def metrics(self) -> tuple[MetricSpec, ...]:
+        """PSNR first: it selects the released round."""
+        return RECONSTRUCTION_METRICS
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """None: a magnitude image has its own range."""
+        return ()
+
+    def index(self, site: str, source: Source, scanner: str) -> SliceIndex:
+        """The slices of a site's folders; all scanners take them alike."""
+        return SliceIndex(
+            SiteFolder(source, site),
+            contrasts=self.config.contrasts,
+            size=self.config.size,
+            slices=self.config.slices,
+            split=self.config.split,
+            seed=self.study.seed,
+            role=self.study.sites[site].role,
+        )
+
+    def visitors(self, site: str, sources: Mapping[str, Source]) -> Visits[SliceIndex]:
+        """The test patients of other sites, as an index of `site`."""
+        return Visits(site, [self.index(member, source, site) for member, source in sources.items()])
+
+    def scans(self, index: Index) -> MRIDataset:
+        """The acquisitions of an index's slices by its site's scanner."""
+        acquisition = self.study.acquisition_of(index.site)
+        assert isinstance(acquisition, MRIAcquisition)
+        return MRIDataset(index, acquisition, self.config, seed=self.study.seed)
+
+    def joined(self, batches: Sequence[MRIBatch]) -> MRIBatch:
+        """One batch of all slices, in order."""
+        return MRIBatch.joined(batches)
+
+    def images(self, model: nn.Module, batch: MRIBatch) -> Tensor:
+        """The magnitude of the model's reconstruction (B, H, W)."""
+        image: Tensor = model(batch.operator, batch.kspace)
+        return image.abs()
+
+    def inside(self, batch: MRIBatch) -> Tensor:
+        """Where the head is: (B, H, W)."""
+        return batch.head
+
+    def score_images(self, images: Tensor, batch: MRIBatch) -> dict[str, Tensor]:
+        """All metrics of magnitude images (B, H, W), from whatever method: name -> (B,)."""
+        return reconstruction_scores(images, batch.target, batch.head)
+
+    def baseline(self, name: str, parameter: float | None, batch: MRIBatch) -> Tensor:
+        """Magnitude images (B, H, W) of a method that learns nothing; `parameter` is its weight, if any."""
+        with torch.no_grad():
+            match name:
+                case "zero_filled":
+                    return zero_filled(batch.operator, batch.kspace).abs()
+                case "cg_sense":
+                    return cg_sense(batch.operator, batch.kspace, weight_of(name, parameter)).abs()
+                case "tv":
+                    return tv(batch.operator, batch.kspace, weight_of(name, parameter)).abs()
+        raise _unknown_baseline(name)
+
+    def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
+        """The weights among which validation patients choose; (None,) where there is nothing to choose."""
+        match name:
+            case "zero_filled":
+                return (None,)
+            case "cg_sense":
+                return self.config.evaluation.cg_weights
+            case "tv":
+                return self.config.evaluation.tv_weights_for("mri")
+        raise _unknown_baseline(name)
+
+
+def _require_estimated_maps(study: schema.Study) -> None:
+    for site in study.sites:
+        acquisition = study.acquisition_of(site)
+        if isinstance(acquisition, MRIAcquisition) and acquisition.maps == "true" and acquisition.phase > 0.0:
+            raise StudyError(
+                f"model.image: real needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
+                "with acquisition.phase above 0; set model.image: complex, or maps: estimated"
+            )
+
+
+def _unknown_baseline(name: str) -> StudyError:
+    return StudyError(f"there is no baseline {name!r} for MRI; choose zero_filled, cg_sense or tv")

@@ -188,7 +188,7 @@ def _errors(studies: dict[str, Any], sites: Any, folder: Path) -> dict[str, dict
             found = channel.carry(number, told)
             channel.sum = {name: channel.sum.get(name, 0.0) + change for name, change in found.items()}
             channel.errors.append(_relative(found, exact))
-        public = {name: (tensor + exact[name]).astype(tensor.dtype) for name, tensor in public.items()}
+        public = {name: np.asarray(tensor + exact[name], dtype=tensor.dtype) for name, tensor in public.items()}
     plain = sum(info.size for group in blueprint.layout.groups for info in group.tensors) * 4
     return {
         name: {

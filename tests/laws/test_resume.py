@@ -16,7 +16,8 @@ import pytest
 from tests.faults.victims import Nursery, Victim
 from tests.scanners import PROTOCOLS
 
-# Everything that a site or the coordinator must not lose: private layers, optimiser state, server momentum.
+# Everything that a site or the coordinator must not lose: private layers, optimiser state, server momentum, and what
+# waits at a site to be sent.
 STUDIES: dict[str, dict[str, Any]] = {
     "personal": {
         "method": {"kind": "fedbn"},
@@ -34,6 +35,8 @@ STUDIES: dict[str, dict[str, Any]] = {
     },
     "momentum": {
         "method": {"kind": "fedavgm", "momentum": 0.8},
+        "task": {"kind": "custom", "factory": "tests.toys:make_task", "options": {"features": 40}},
+        "protection": {"compression": {"kind": "top_k", "ratio": 0.1}},
         "schedule": {"rounds": 3, "min_sites": 3, "release": "last"},
     },
 }

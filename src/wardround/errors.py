@@ -7,6 +7,7 @@
     ├── WireError           bytes that came over the seam are not what their header says
     │   └── Rejected        a well-formed message that a gate refuses: names the gate
     ├── JournalError        the record of a run does not fit what is being run
+    ├── Withheld            a site's own rules keep something from leaving
     ├── NotEnoughSites      a round cannot go on
     ├── Interrupted         the run was stopped cleanly and can be resumed
     └── MissingExtra        an optional part is not installed: names the command that installs it
@@ -48,6 +49,10 @@ class Rejected(WireError):
 
 class JournalError(WardroundError):
     """The record of a run does not fit what is being run."""
+
+
+class Withheld(WardroundError):
+    """A site's own rules keep an answer, or a part of one, from leaving."""
 
 
 class NotEnoughSites(WardroundError):

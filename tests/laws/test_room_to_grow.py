@@ -219,6 +219,7 @@ class MaskedUpload:
     """The site's side: hands a fresh seed to every later site, then masks its update with all its pairs' streams."""
 
     kinds = frozenset({SEEDS, TRAIN})
+    replies = frozenset({SEEDS})
 
     def __init__(self, name: str, names: tuple[str, ...]) -> None:
         self._name, self._later = name, names[names.index(name) + 1 :]

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from wardround.errors import JournalError, Rejected, StudyError, WardroundError, WireError
+from wardround.errors import JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
 from wardround.federation.exchange import DONE, ERROR, TRAIN, UPDATE, Call, Exchange
 from wardround.federation.journal import Journal
 from wardround.federation.record import Entry, Record, is_hash
@@ -149,7 +149,7 @@ class SiteMinutes:
 
     def declined(self, request: Message, error: Exception, reason: str) -> None:
         """Note that a request got no answer, and why; a full disk must not hide the reason."""
-        event = "failed"
+        event = "blocked" if isinstance(error, Withheld) else "failed"
         if isinstance(error, WireError | JournalError | StudyError):
             event = "security"
         with suppress(WardroundError):

@@ -249,6 +249,7 @@ class SecureUpload:
     out of it.
     """
 
+    replies = frozenset({ADVERT, SHARES, CONSENT, REVEALED})
     kinds = frozenset({ADVERTISE, SHARE, TRAIN, EVALUATE, SIGN, REVEAL})
 
     def __init__(self, threshold: int, roster: Callable[[], Roster]) -> None:

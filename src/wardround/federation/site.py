@@ -15,8 +15,9 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from wardround.data.deidentify import describe_error
-from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError
+from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
 from wardround.federation.coordinator import LOSS, PATIENTS, SECONDS, VALIDATION
+from wardround.federation.egress import OPEN, EgressRules, check_egress
 from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.minutes import SiteMinutes
 from wardround.federation.record import LOG, Record
@@ -52,6 +53,11 @@ class SiteProtocol(Protocol):
         """The kinds of message it answers."""
         ...
 
+    @property
+    def replies(self) -> frozenset[str]:
+        """The kinds of its answers, beside updates."""
+        ...
+
     def answer(self, request: Message, site: Site) -> Answer:
         """Answer one message of those kinds."""
         ...
@@ -61,6 +67,7 @@ class ClearUpload:
     """The plain sum: a training request is answered with the update itself."""
 
     kinds = frozenset({TRAIN})
+    replies = frozenset[str]()
 
     def answer(self, request: Message, site: Site) -> Answer:
         """Train and send."""
@@ -90,7 +97,7 @@ class Rules:
     evaluation_layout: Layout
     replicates: int
     seed: int
-    per_site_results: bool = True
+    egress: EgressRules = OPEN
     codec: Codec = PLAIN
 
 
@@ -126,6 +133,7 @@ class Site:
                 return done
             self._check(request)
             answer = self._answer(request)
+            check_egress(answer.reply, self._layouts, self._protocol.replies)
             # On record before it can leave; told again after a crash in between, it is the same record.
             reply = self.minutes.sent(request, answer.reply)
             self.store.finish(reply, answer.memory, set(answer.keep))
@@ -175,7 +183,7 @@ class Site:
         learner.load(public, memory)
         metrics: dict[str, Any] = {}
         if header.meta.get("validate"):
-            metrics |= _validation_sums(learner.evaluate("validation"))
+            metrics |= self._validation_sums(header.round, learner.evaluate("validation"))
         trained = learner.train(header.round, public, memory)
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
         layout, scales = self.rules.layout, _scales(header.meta)
@@ -206,6 +214,11 @@ class Site:
 
     # ---------------------------------------------------------------------------------------------------------------
 
+    @property
+    def _layouts(self) -> frozenset[str]:
+        rules = self.rules
+        return frozenset(layout.sha256 for layout in (rules.layout, rules.metrics_layout, rules.evaluation_layout))
+
     def _check(self, request: Message) -> None:
         header = request.header
         if header.study != self.rules.identity:
@@ -213,12 +226,7 @@ class Site:
         if header.site != self.name:
             raise WireError(f"a message for another site reached {self.name}")
         layout = header.meta.get("layout")
-        known = {
-            self.rules.layout.sha256,
-            self.rules.metrics_layout.sha256,
-            self.rules.evaluation_layout.sha256,
-        }
-        if layout is not None and layout not in known:
+        if layout is not None and layout not in self._layouts:
             raise Rejected(f"site {self.name} was asked for a layout that the study does not have")
         last = self.store.last_round
         if header.kind == TRAIN and header.round < last:
@@ -249,8 +257,8 @@ class Site:
         if split not in ("validation", "test"):
             raise WireError("an evaluation needs split: validation or test")
         pooled = header.meta["layout"] == self.rules.metrics_layout.sha256
-        if not pooled and not self.rules.per_site_results:
-            raise WardroundError(f"site {self.name} withholds its own results: egress.per_site_results is false")
+        if not pooled and not self.rules.egress.per_site_results:
+            raise Withheld(f"site {self.name} withholds its own results: egress.per_site_results is false")
         learner = self.learner
         which = header.meta.get("evaluator")
         if which is None:
@@ -262,7 +270,7 @@ class Site:
         else:
             raise WireError(f"site {self.name} has no evaluator of that name")
         layout = self.rules.metrics_layout if pooled else self.rules.evaluation_layout
-        metrics = _validation_sums(values) if pooled else self._evaluation_sums(values)
+        metrics = self._validation_sums(header.round, values) if pooled else self._evaluation_sums(values)
         random = public_generator(self.rules.seed, self.name, "no rounding")
         return encode(layout, {}, {}, {}, metrics, random), layout
 
@@ -277,8 +285,17 @@ class Site:
             draft.rename(self.folder / "local.safetensors")
         return Answer(request.reply(DONE))
 
+    def _validation_sums(self, number: int, values: Mapping[str, Array]) -> dict[str, Any]:
+        """Sums that are pooled over sites; of no patient where the site's rules withhold them."""
+        if (why := self.rules.egress.refusal(values)) is not None:
+            self.minutes.note("blocked", {"kind": "validation", "round": number, "reason": why})
+            return {}
+        return _validation_sums(values)
+
     def _evaluation_sums(self, values: Mapping[str, Array]) -> dict[str, Any]:
         sums: dict[str, Any] = {}
+        if (why := self.rules.egress.refusal(values)) is not None:
+            raise Withheld(f"site {self.name} withholds its own results: {why}")
         for name, per_patient in values.items():
             sums["patients"] = len(per_patient)
             sums[f"total/{name}"] = float(per_patient.sum())

@@ -94,12 +94,23 @@ def _sites_with_data(host: Host) -> str:
     for name in study.sites:
         dataset = host.dataset(name)
         counts = [str(count) for count in patients_in(dataset).values()]
-        own = "leave the site" if host.per_site_results(name) else "stay there"
+        own = _own_results(host, name, dataset.patients("test"))
         scanner = protocol(study.acquisition_of(name).model_dump())
         rows.append((name, _role(study, name), *counts, str(len(dataset)), own, scanner))
     header = ("site", "role", "train", "validation", "test", "examples", "own results", "simulated scanner")
     note = "(train, validation, test: patients; examples: training slices)"
     return f"{_table(header, rows)}\n{_wrapped(note, '  ')}"
+
+
+def _withheld(host: Host, site: str, patients: int) -> str | None:
+    """Why a site's sums over so many patients will not leave it."""
+    values = {spec.name: range(patients) for spec in host.task.metrics}
+    return host.egress(site).refusal(values)
+
+
+def _own_results(host: Host, site: str, patients: int) -> str:
+    leave = host.egress(site).per_site_results and _withheld(host, site, patients) is None
+    return "leave the site" if leave else "stay there"
 
 
 def _role(study: Study, site: str) -> str:
@@ -187,6 +198,8 @@ def _cautions(host: Host) -> Iterator[str]:
     lonely: dict[str, list[str]] = {"validation": [], "test": []}
     absent: dict[str, list[str]] = {"validation": [], "test": []}
     few: list[str] = []
+    silent: list[str] = []
+    thin: list[str] = []
     for name, site in host.study.sites.items():
         counts = patients_in(host.dataset(name))
         for split in ("validation", "test"):
@@ -194,6 +207,11 @@ def _cautions(host: Host) -> Iterator[str]:
                 lonely[split].append(name)
             if counts[split] == 0 and site.role == "train":
                 absent[split].append(name)
+        why = _withheld(host, name, counts["validation"])
+        if why is not None and site.role == "train":
+            silent.append(f"{name} ({why})")
+        if 0 < counts["train"] < host.egress(name).minimum_cohort and site.role == "train":
+            thin.append(name)
         if 1 < counts["test"] < 10:
             few.append(f"{name} {counts['test']}")
     lines = [
@@ -202,6 +220,13 @@ def _cautions(host: Host) -> Iterator[str]:
         if names
     ]
     lines += [f"No {split} patient at {', '.join(names)}." for split, names in absent.items() if names]
+    if silent:
+        lines.append(f"Sums over validation patients stay at {', '.join(silent)}: the mean is over the other sites.")
+    if thin:
+        lines.append(
+            f"{', '.join(thin)}: fewer training patients than egress.minimum_cohort. The update and its loss leave all "
+            "the same; `protection.secure` hides them in the sum."
+        )
     if few:
         lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals.")
     if lines:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from wardround.errors import JournalError, StudyError, WardroundError
 from wardround.federation.coordinator import Plan
+from wardround.federation.egress import OPEN, EgressRules, strictest
 from wardround.federation.layouts import evaluation_metrics, round_metrics, validation_metrics
 from wardround.federation.methods.build import build_method
 from wardround.federation.methods.method import BUFFERS, Method
@@ -32,7 +33,7 @@ from wardround.runner.evaluators import evaluators_of
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import study_sha256
 from wardround.study.schema import Study
-from wardround.study.sites import SitesFile
+from wardround.study.sites import Egress, SitesFile
 from wardround.tasks.build import build_task
 from wardround.tasks.task import Dataset, Task, Visited
 from wardround.wire.message import Header
@@ -175,9 +176,9 @@ class Host:
                 raise StudyError(f"sites.{site}.scans: the study's task cannot show one site's patients to another")
         return self._datasets[site]
 
-    def per_site_results(self, site: str) -> bool:
-        """Whether a site lets its own results out; one that scans the patients of others, if all of those do."""
-        return all(self.sites.of(name).egress.per_site_results for name in self._scanned_by(site) or (site,))
+    def egress(self, site: str) -> EgressRules:
+        """What a site lets out; one that scans the patients of others keeps the strictest rules of those."""
+        return strictest(_rules_of(self.sites.of(name).egress) for name in self._scanned_by(site) or (site,))
 
     def _scanned_by(self, site: str) -> tuple[str, ...]:
         return self.study.sites[site].scans if site in self.study.sites else ()
@@ -230,7 +231,7 @@ class Host:
             evaluation_layout=blueprint.evaluation_layout,
             replicates=self.replicates,
             seed=self.study.seed,
-            per_site_results=name == POOLED or self.per_site_results(name),
+            egress=OPEN if name == POOLED else self.egress(name),
             codec=blueprint.codec,
         )
         threshold = blueprint.arm.threshold(self.study)
@@ -311,6 +312,11 @@ def protocols_of(study: Study, sites: Iterable[str]) -> dict[str, npt.NDArray[np
     """The public features of the sites' scanners; MRI has none."""
     scanners = {site: study.acquisition_of(site) for site in sites}
     return {site: protocol_features(a) for site, a in scanners.items() if isinstance(a, CTAcquisition)}
+
+
+def _rules_of(egress: Egress) -> EgressRules:
+    metrics = None if egress.metrics == "all" else frozenset(egress.metrics)
+    return EgressRules(egress.per_site_results, metrics, egress.minimum_cohort)
 
 
 def site_finder(spec: dict[str, Any], progress: Progress | None = None) -> Callable[[Header], Site]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -20,7 +20,13 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 class Egress(Config):
     """What a site lets out besides summed updates."""
 
-    per_site_results: bool = True
+    per_site_results: bool = Field(True, description="whether sums over its own test patients leave the site")
+    metrics: Literal["all"] | tuple[str, ...] = Field(
+        "all", description="metrics that may leave; a study that asks for another gets none of them"
+    )
+    minimum_cohort: int = Field(
+        1, ge=1, description="counts and sums over fewer patients are withheld; across hospitals use 11"
+    )
 
 
 class SiteData(Config):

@@ -1,0 +1,70 @@
+"""What a site lets out: kinds of answers, what their headers say, metrics, and no sums over a handful of patients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+from wardround.errors import Withheld
+from wardround.federation.exchange import DONE, UPDATE
+from wardround.federation.minutes import HEAD
+from wardround.wire.message import Message
+
+
+@dataclass(frozen=True)
+class EgressRules:
+    """A site's rules; they are its own and no part of the study.
+
+    A sum over fewer than `minimum_cohort` patients is withheld: what is known of four patients and of five gives away
+    the fifth. Across hospitals 11 is usual (cells under 11 are suppressed in releases of the US CMS).
+    """
+
+    per_site_results: bool = True
+    metrics: frozenset[str] | None = None
+    minimum_cohort: int = 1
+
+    def refusal(self, values: Mapping[str, Any]) -> str | None:
+        """Why sums of these values, metric -> one for each patient, may not leave; nothing when they may.
+
+        It says all or nothing: some metrics without the others would break the mean over sites.
+        """
+        hidden = sorted(set(values) - self.metrics) if self.metrics is not None else []
+        if hidden:
+            return f"{', '.join(hidden)} not in egress.metrics"
+        if any(len(per_patient) < self.minimum_cohort for per_patient in values.values()):
+            return "fewer patients than egress.minimum_cohort"
+        return None
+
+
+OPEN = EgressRules()
+
+
+def strictest(rules: Iterable[EgressRules]) -> EgressRules:
+    """Rules that keep all of the given ones."""
+    together = OPEN
+    for one in rules:
+        lists = [names for names in (together.metrics, one.metrics) if names is not None]
+        together = EgressRules(
+            together.per_site_results and one.per_site_results,
+            frozenset.intersection(*lists) if lists else None,
+            max(together.minimum_cohort, one.minimum_cohort),
+        )
+    return together
+
+
+def check_egress(reply: Message, layouts: Set[str], phases: Set[str]) -> None:
+    """Refuse to send an answer that is of no known kind or says more than its kind does; raises `Withheld`.
+
+    `layouts` are the study's, `phases` the kinds of answers of the secure sum, whose schema is checked where they are
+    made. It is the last door: whatever made the answer, nothing else gets past it.
+    """
+    header = reply.header
+    if header.kind in phases:
+        known = header.body_nbytes == 0
+    elif header.kind == UPDATE:
+        known = header.meta.keys() <= {"layout", HEAD} and header.meta.get("layout") in layouts
+    else:
+        known = header.kind == DONE and not header.meta and not header.body_nbytes
+    if not known or header.tensors:
+        raise Withheld(f"site {header.site} lets out no such answer as {header.kind[:40]!r} with what this one holds")

@@ -154,12 +154,15 @@ def evaluate(
 def reconstruct(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A released model (models/ARM.safetensors).")],
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="A NIfTI image, or k-space (.npy: slices x coils x H x W).")
+        Path,
+        typer.Argument(
+            metavar="INPUT", help="A NIfTI image, k-space (.npy: slices x coils x H x W), a DICOM CT folder."
+        ),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The NIfTI file to write.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The NIfTI file to write, or for DICOM a folder.")],
     site: Annotated[str | None, typer.Option("--site", help="Whose scanner and coils (default: the study's).")] = None,
 ) -> None:
-    """Reconstruct with a released model. A NIfTI image is scanned by the study's simulated scanner first."""
+    """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
     from wardround.runner.apply import reconstruct as apply
 
     _say(apply(model, source, output, site=site))

@@ -7,18 +7,25 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
+from safetensors.numpy import save_file
 from tests.ct_files import PATIENT_ID, ct_header
+from tests.ct_hospitals import ct_study
 
 from wardround.data.ct_projections import read_projections
-from wardround.errors import DataError
+from wardround.errors import DataError, StudyError
+from wardround.models.build import build_model
 from wardround.physics.ct_phantom import HEAD, ellipse_image, ellipse_sinogram
 from wardround.physics.fbp import FBP
+from wardround.runner.apply import reconstruct
+from wardround.runner.release import FORMAT
 from wardround.study.ct import CTGeometry
+from wardround.study.load import load_study
 
 SCAN = CTGeometry(
     kind="fan_arc",
@@ -216,3 +223,21 @@ def test_a_view_that_is_lost_or_no_projection_is_noticed(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no DICOM file"):
         read_projections(tmp_path / "empty")
+
+
+def test_a_released_model_reconstructs_real_projections(tmp_path: Path) -> None:
+    study = load_study(ct_study(task={"size": [32, 32]}))
+    tensors = {name: tensor.numpy() for name, tensor in build_model(study.model, "ct").state_dict().items()}
+    model = tmp_path / "model.safetensors"
+    save_file(tensors, model, metadata={"format": FORMAT, "study": study.model_dump_json()})
+    folder = write_projections(tmp_path / "pd", scan())
+    said = reconstruct(model, folder, tmp_path / "out.nii.gz")
+    assert "1 detector row" in said
+    image = nib.load(tmp_path / "out.nii.gz")  # type: ignore[attr-defined]
+    assert image.shape == (32, 32, 1)
+    field = read_projections(folder, size=(32, 32)).geometry
+    assert image.header.get_zooms()[:2] == pytest.approx((field.pixel, field.pixel))
+    truth = 1000 * (ellipse_image(HEAD, field, points=4) / 0.0195 - 1)
+    assert np.corrcoef(image.get_fdata()[..., 0].ravel(), truth.ravel())[0, 1] > 0.95
+    with pytest.raises(StudyError, match="written as NIfTI"):
+        reconstruct(model, folder, tmp_path / "out")

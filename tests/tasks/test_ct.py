@@ -180,8 +180,8 @@ def test_a_host_asks_no_entry_for_a_new_scanner_and_follows_all_members(
         entries = {s: SiteData(data=(folders[s],), egress=Egress(per_site_results=s not in withheld)) for s in "AB"}
         host = Host(study, SitesFile(sites=entries), tmp_path, ())
         assert host.dataset("New").patients("test") == sum(host.dataset(s).patients("test") for s in "AB")
-        assert host.per_site_results("New") is not bool(withheld)
-        assert host.per_site_results("B")
+        assert host.egress("New").per_site_results is not bool(withheld)
+        assert host.egress("B").per_site_results
 
 
 def test_metrics_know_their_ranges() -> None:

@@ -18,7 +18,7 @@ from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_hole
 from wardround.data.dicom import AIR, read_slice
 from wardround.data.folder import no_patient, patient_folders
 from wardround.data.split import Role, SplitName, split_patients
-from wardround.data.volume import FloatArray, read_volume
+from wardround.data.volume import FloatArray, Volume, read_volume
 from wardround.errors import DataError
 from wardround.study.tasks import Slices, Split
 from wardround.wire.canonical import canonical_json
@@ -105,7 +105,7 @@ class CTFolder:
         files = self._patients[patient]
         try:
             if files[0].name in _NIFTI:
-                return _volume_slices(files[0])
+                return slices_of(read_ct_volume(files[0]))
             read = [read_slice(path) for path in files]
             return [Slice(slice_.hu, slice_.spacing) for slice_ in read]
         except DataError as error:
@@ -285,14 +285,19 @@ def _is_dicom(path: Path) -> bool:
     return suffix in _DICOM_SUFFIXES or re.fullmatch(r"\.\d+", suffix) is not None
 
 
-def _volume_slices(path: Path) -> list[Slice]:
+def read_ct_volume(path: Path) -> Volume:
+    """Read a NIfTI volume in HU, turned as DICOM shows slices: rows to the back, columns to the left, then to the head.
+
+    Values below -1024 are cut off. Raises DataError, whose message never names the file, as `read_volume` does, and
+    where the values are no HU.
+    """
     volume = read_volume(path)
     turn = nibabel.orientations.ornt_transform(
         nibabel.orientations.io_orientation(volume.affine), nibabel.orientations.axcodes2ornt(("P", "L", "S"))
     )
     data = np.asarray(nibabel.orientations.apply_orientation(volume.data, turn), dtype=np.float32)
     order = np.argsort(turn[:, 0])
-    rows, columns = (volume.spacing[int(order[axis])] for axis in (0, 1))
+    rows, columns, between = (volume.spacing[int(axis)] for axis in order)
     low, high = float(np.percentile(data, 0.1)), float(data.max())
     if low > _THIN or low < _LOWEST or high > _HIGHEST:
         raise DataError(
@@ -300,5 +305,11 @@ def _volume_slices(path: Path) -> list[Slice]:
             "convert it again",
             detail=str(path),
         )
-    data = np.maximum(data, np.float32(AIR))
-    return [Slice(np.ascontiguousarray(data[:, :, z]), (rows, columns)) for z in range(data.shape[2])]
+    affine = volume.affine @ nibabel.orientations.inv_ornt_aff(turn, volume.data.shape)
+    return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine)
+
+
+def slices_of(volume: Volume) -> list[Slice]:
+    """The slices (rows, columns) of a volume in HU (rows, columns, slices)."""
+    data, spacing = volume.data, (volume.spacing[0], volume.spacing[1])
+    return [Slice(np.ascontiguousarray(data[:, :, z]), spacing) for z in range(data.shape[2])]

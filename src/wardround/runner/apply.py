@@ -12,13 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from wardround.data.volume import Volume, read_volume, write_nifti
+from wardround.data.volume import Volume, read_volume
 from wardround.errors import DataError, StudyError
 from wardround.models.build import build_model
 from wardround.physics.coils import low_resolution_maps
 from wardround.physics.masks import sampling_mask
 from wardround.physics.mri import CartesianMRI
 from wardround.physics.simulate import simulate
+from wardround.runner.apply_ct import reconstruct_ct, save_nifti
 from wardround.runner.release import load_model, personal_part, serve
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.load import load_study
@@ -34,14 +35,25 @@ def reconstruct(model_file: Path, source: Path, output: Path, *, site: str | Non
     """Reconstruct `source` with a released model and write NIfTI to `output`; returns what was done, in a sentence.
 
     `source` is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
-    or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`. The
-    output appears whole or not at all. Raises `DataError`, `StudyError` and `GeometryError`.
+    or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`; a model
+    of CT takes other files, see `wardround.runner.apply_ct.reconstruct_ct`. The output appears whole or not at all.
+    Raises `DataError`, `StudyError` and `GeometryError`.
     """
-    if not output.name.endswith((".nii", ".nii.gz")):
+    if not (source.is_dir() or output.name.endswith((".nii", ".nii.gz"))):
         raise StudyError("the output must be a NIfTI file: NAME.nii.gz", detail=str(output))
     if output.exists() and source.exists() and output.samefile(source):
         raise StudyError("the output would overwrite the input; choose another name", detail=str(output))
-    model = _open(model_file, site)
+    network, study = _open(model_file, site)
+    if study.modality == "ct":
+        said = reconstruct_ct(network, study, source, output, site)
+    else:
+        said = _reconstruct_mri(_mri_model(network, study, site), source, output, site)
+    return f"{said}\nWrote {output}. Research use only."
+
+
+def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None) -> str:
+    if source.is_dir():
+        raise StudyError("this is a model for MRI: it takes one file, a NIfTI image or k-space", detail=str(source))
     if source.suffix == ".npy":
         kspace = _read_kspace(source, model.coils)
         images = _from_kspace(model.network, kspace)
@@ -57,11 +69,8 @@ def reconstruct(model_file: Path, source: Path, output: Path, *, site: str | Non
             f"Simulated a scan of {_slices(image.data)} by the scanner of {site or 'the study'} "
             f"(R = {model.acquisition.mask.acceleration:g}, {model.acquisition.coils} coils) and reconstructed it."
         )
-    try:
-        write_nifti(volume, output)
-    except OSError as error:
-        raise DataError(f"the output cannot be written: {error.strerror}", detail=str(output)) from error
-    return f"{said}\nWrote {output}. Research use only."
+    save_nifti(volume, output)
+    return said
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class _Model:
     seed: int
 
 
-def _open(path: Path, site: str | None) -> _Model:
+def _open(path: Path, site: str | None) -> tuple[nn.Module, Study]:
     tensors, metadata = load_model(path)
     try:
         study = load_study(json.loads(metadata["study"]))
@@ -88,7 +97,7 @@ def _open(path: Path, site: str | None) -> _Model:
     if site is not None and site not in study.sites:
         raise StudyError(f"--site {site}: the model's study has no such site, only {', '.join(study.sites)}")
     tensors |= personal_part(path, site)
-    network = build_model(study.model)
+    network = build_model(study.model, study.modality)
     try:
         network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     except RuntimeError as error:
@@ -97,9 +106,13 @@ def _open(path: Path, site: str | None) -> _Model:
             detail=f"{path}: {_one_line(error)}",
         ) from error
     serve(network, study, metadata, site)
+    return network.eval(), study
+
+
+def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
     acquisition = study.acquisition if site is None else study.acquisition_of(site)
     assert isinstance(acquisition, MRIAcquisition)
-    return _Model(network.eval(), acquisition, _trained_coils(study, site), study.seed)
+    return _Model(network, acquisition, _trained_coils(study, site), study.seed)
 
 
 def _trained_coils(study: Study, site: str | None) -> tuple[int, ...]:

@@ -1,0 +1,162 @@
+"""Applies a released CT model to images in Hounsfield units, which are scanned first, or to real projections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+from wardround.data.ct_dataset import Body, Grid, Slice, on_grid, read_ct_volume, slices_of
+from wardround.data.ct_projections import read_projections
+from wardround.data.dicom import read_series, series_files
+from wardround.data.dicom_file import is_projection, open_dicom
+from wardround.data.dicom_write import write_derived
+from wardround.data.hounsfield import AIR
+from wardround.data.volume import FloatArray, Volume, write_nifti
+from wardround.errors import DataError, GeometryError, StudyError
+from wardround.physics.ct_system import CTSystem
+from wardround.study.ct import CTAcquisition
+from wardround.study.schema import Study
+from wardround.tasks.ct import Scanner
+from wardround.wire.random import public_generator
+
+
+def reconstruct_ct(network: nn.Module, study: Study, source: Path, output: Path, site: str | None) -> str:
+    """Reconstruct `source` and write it to `output`; returns what was done, in a sentence.
+
+    `source` is a NIfTI volume in HU or the folder of a DICOM series, both first scanned by the simulated scanner of
+    `site`, or a folder of DICOM-CT-PD projections of an axial scan. `output` is a NIfTI file, or for a DICOM series
+    the folder of a derived one. Images come back on the grid of the input; those of projections on the study's number
+    of pixels over the field of view. Raises `DataError`, `StudyError` and `GeometryError`.
+    """
+    nifti = output.name.endswith((".nii", ".nii.gz"))
+    if not source.is_dir():
+        if source.suffix == ".npy":
+            raise StudyError("this is a model for CT: it takes a NIfTI volume in HU or a DICOM folder")
+        volume = read_ct_volume(source)
+    elif _holds_projections(source):
+        if not nifti:
+            raise StudyError("images of projections are written as NIfTI: NAME.nii.gz", detail=str(output))
+        return _from_projections(network, study, source, output)
+    else:
+        series = read_series(source)
+        if not nifti:
+            images = _rescanned(network, study, series.volume, site)
+            write_derived(series, images, output, f"Simulated scan and reconstruction, study {study.name}")
+            return _said(series.volume, study, site)
+        volume = series.volume
+    save_nifti(Volume(_rescanned(network, study, volume, site), volume.spacing, volume.affine), output)
+    return _said(volume, study, site)
+
+
+def save_nifti(volume: Volume, output: Path) -> None:
+    """Write a volume whole or not at all. Raises DataError where the disk does not take it."""
+    try:
+        write_nifti(volume, output)
+    except OSError as error:
+        raise DataError(f"the output cannot be written: {error.strerror}", detail=str(output)) from error
+
+
+def _holds_projections(folder: Path) -> bool:
+    files = series_files(folder)
+    return bool(files) and is_projection(open_dicom(files[0]))
+
+
+def _acquisition(study: Study, site: str | None) -> CTAcquisition:
+    acquisition = study.acquisition if site is None else study.acquisition_of(site)
+    if not isinstance(acquisition, CTAcquisition):
+        raise StudyError(f"the study has no scanner of its own; choose a site's with --site {' | '.join(study.sites)}")
+    return acquisition
+
+
+@torch.no_grad()
+def _rescanned(network: nn.Module, study: Study, volume: Volume, site: str | None) -> FloatArray:
+    """Every slice scanned and reconstructed, in HU on the volume's grid (rows, columns, slices)."""
+    scanner = Scanner(_acquisition(study, site))
+    grid, slices = scanner.grid, slices_of(volume)
+    middle = _middle(slices, grid)
+    inside, images = grid.inside(), []
+    for number, image in enumerate(slices):
+        hu = np.where(inside, on_grid(image.hu, image.spacing, middle, grid, AIR), np.float32(AIR))
+        data, _ = scanner.scan(hu, public_generator(study.seed, "reconstruct", number))
+        reconstructed = _hounsfield(network(scanner.system, data[None]))
+        images.append(_back(reconstructed, scanner.acquisition.geometry.pixel, image, middle))
+    return np.stack(images, axis=-1)
+
+
+def _middle(slices: list[Slice], grid: Grid) -> tuple[float, float]:
+    """The middle of the body over all slices, in pixels: one for all of them, so that they stay in line.
+
+    Raises DataError where the body does not fit the field of view.
+    """
+    masks = [Body.of(image).mask for image in slices]
+    y, x = np.nonzero(np.any(masks, axis=0))
+    if not len(y):
+        return ((slices[0].hu.shape[0] - 1) / 2, (slices[0].hu.shape[1] - 1) / 2)
+    middle = (float(y.min() + y.max()) / 2, float(x.min() + x.max()) / 2)
+    spacing = slices[0].spacing
+    reach = np.hypot((y - middle[0]) * spacing[0], (x - middle[1]) * spacing[1]).max()
+    if reach > grid.radius + grid.pixel:
+        raise DataError(
+            f"the body reaches {reach:.0f} mm from its middle, but the study's scanner sees {grid.radius:.0f} mm; "
+            "choose another --site, or a model of a study with a larger field of view"
+        )
+    return middle
+
+
+def _back(image: FloatArray, pixel: float, like: Slice, middle: tuple[float, float]) -> FloatArray:
+    """A reconstruction (H, W) around the isocentre interpolated to the grid of the slice that was scanned."""
+    scale = np.array(like.spacing) / pixel
+    offset = (np.array(image.shape) - 1) / 2 - scale * np.array(middle)
+    return np.asarray(ndimage.affine_transform(image, scale, offset, like.hu.shape, order=1, cval=AIR), np.float32)
+
+
+@torch.no_grad()
+def _from_projections(network: nn.Module, study: Study, source: Path, output: Path) -> str:
+    assert study.task.kind == "reconstruction"
+    projections = read_projections(source, size=study.task.size)
+    images, skipped = [], 0
+    system: CTSystem | None = None
+    for row in range(projections.sinogram.shape[1]):
+        try:
+            geometry = projections.row_geometry(row)
+        except DataError:
+            skipped += 1
+            continue
+        if system is None:
+            facts = {} if projections.photons is None else {"photons": float(np.median(projections.photons))}
+            system = CTSystem(CTAcquisition(geometry=geometry, mu_water=projections.mu_water, **facts))
+        sinogram = torch.from_numpy(np.ascontiguousarray(projections.sinogram[:, row]))
+        images.append(_hounsfield(network(system, system.scaled(sinogram)[None])))
+    if system is None:
+        raise GeometryError("no detector row of the projections lies near enough to the plane of the source")
+    pixel, thickness = projections.geometry.pixel, projections.protocol.slice_thickness or 1.0
+    # Rows go to the back and columns to the left, as in DICOM, which is -y and -x in RAS.
+    affine = np.array([[0, -pixel, 0, 0], [-pixel, 0, 0, 0], [0, 0, thickness, 0], [0, 0, 0, 1.0]])
+    save_nifti(Volume(np.stack(images, axis=-1), (pixel, pixel, thickness), affine), output)
+    left = f"; {skipped} rows lie too far off the plane of the source" if skipped else ""
+    geometry = projections.geometry
+    return f"Reconstructed {len(images)} detector rows of {geometry.views} views of {geometry.bins} bins{left}."
+
+
+def _hounsfield(image: Tensor) -> FloatArray:
+    """A network's image (1, H, W) in HU, (H, W), at least -1000."""
+    return np.asarray(1000.0 * (image[0].clamp_min(0.0) - 1.0).numpy(), np.float32)
+
+
+def _said(volume: Volume, study: Study, site: str | None) -> str:
+    count = volume.data.shape[-1]
+    acquisition = _acquisition(study, site)
+    return (
+        f"Simulated a scan of {count} slice{'s' if count != 1 else ''} by the scanner of {site or 'the study'} "
+        f"({acquisition.geometry.views} views, {acquisition.photons:g} photons) and reconstructed it at "
+        f"{_resolution(acquisition)}."
+    )
+
+
+def _resolution(acquisition: CTAcquisition) -> str:
+    rows, columns = acquisition.geometry.size
+    return f"{rows} x {columns} pixels of {acquisition.geometry.pixel:g} mm"

@@ -7,16 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
+from wardround.models.blocks import Denoiser
 from wardround.models.build import build_model
-from wardround.models.unrolled import PRESETS, Denoiser, modl_shape
+from wardround.models.unrolled import PRESETS, modl_shape
 from wardround.models.unrolled import MoDL as MoDLNetwork
 from wardround.physics.mri import CartesianMRI
 from wardround.physics.simulate import simulate
 from wardround.study.acquisition import Mask, MRIAcquisition
-from wardround.study.models import MoDL, UNet
+from wardround.study.models import Model, MoDL, UNet
+from wardround.study.tasks import Modality
 
 CONFIGS = [
     MoDL(preset="tiny"),
@@ -166,10 +169,11 @@ def test_batch_statistics_exist_where_a_study_wants_them_local() -> None:
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "paper"])
-@pytest.mark.parametrize("kind", [MoDL, UNet])
-def test_the_documentation_counts_parameters_right(kind: type[MoDL] | type[UNet], preset: str) -> None:
-    config = kind.model_validate({"kind": kind.__name__.lower(), "preset": preset})
-    count = sum(p.numel() for p in build_model(config).parameters())
+@pytest.mark.parametrize("kind", ["modl", "unet", "learn", "redcnn", "lpd", "two_band", "iradonmap"])
+def test_the_documentation_counts_parameters_right(kind: str, preset: str) -> None:
+    config = TypeAdapter[Model](Model).validate_python({"kind": kind, "preset": preset})
+    modality: Modality = "mri" if kind in ("modl", "unet") else "ct"
+    count = sum(p.numel() for p in build_model(config, modality).parameters())
     page = Path(__file__).parents[2] / "docs" / "models.md"
     assert f"| `{config.kind}` | `{preset}` | {count:,} |" in page.read_text(encoding="utf-8")
 

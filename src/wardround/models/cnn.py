@@ -1,7 +1,8 @@
-"""Post-processing networks: the zero-filled image in, a better image out, no physics inside."""
+"""Post-processing networks: the initial image in, a better image out, no physics inside."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,7 +10,8 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
-from wardround.models.unrolled import as_channels, from_channels
+from wardround.models.blocks import as_channels, from_channels
+from wardround.models.conditioning import HIDDEN, Modulation, ProtocolHyperNet, modulated, modulation
 from wardround.physics.operator import LinearOperator
 from wardround.study import models as models_config
 
@@ -39,15 +41,17 @@ def unet_shape(config: models_config.UNet) -> UNetShape:
 
 
 class PostUNet(nn.Module):
-    """Adds MONAI's BasicUNet of the first image to it (residual learning): the zero-filled one, as two real channels
-    (`parts` 2), or for real images (`parts` 1) the filtered back projection.
+    """Adds MONAI's BasicUNet of the initial image to it (residual learning); for CT this is FBPConvNet.
 
-    After Jin et al., IEEE TIP 26 (2017), 4509 and Zbontar et al., arXiv:1811.08839. Images are expected on a
-    scale of about [0, 1], with H and W at least 32. The last layer starts at zero: an untrained network gives the
-    first image.
+    After Jin et al., IEEE TIP 26 (2017), 4509 and Zbontar et al., arXiv:1811.08839. Complex images are two real
+    channels, `parts`. Images are expected on a scale of about [0, 1], with H and W at least 32. The last layer starts
+    at zero: an untrained network gives the initial image. Conditioned, what each level gives is modulated, once on
+    the way down and once on the way up.
     """
 
-    def __init__(self, shape: UNetShape, *, parts: Literal[1, 2] = 2) -> None:
+    def __init__(
+        self, shape: UNetShape, *, parts: int = 2, conditioned: bool = False, hidden: Sequence[int] = HIDDEN
+    ) -> None:
         super().__init__()
         norms = {"none": None, "batch": "batch", "instance": ("instance", {"affine": True})}
         self.network = BasicUNet(
@@ -55,13 +59,38 @@ class PostUNet(nn.Module):
         )
         nn.init.zeros_(self.network.final_conv.weight)
         nn.init.zeros_(self.network.final_conv.bias)
+        self.hypernetwork = ProtocolHyperNet(_blocks(shape.features), hidden=hidden) if conditioned else None
 
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
         """Measured data (B, *data_shape) -> images (B, H, W). Raises GeometryError for tiny images."""
+        films = modulation(self.hypernetwork, operator, data)
         channels = as_channels(operator.initial(data)).contiguous()
         if min(channels.shape[-2:]) < SMALLEST:
             raise GeometryError(
                 f"the U-Net needs images of at least {SMALLEST} x {SMALLEST} pixels, "
                 f"not {channels.shape[-2]} x {channels.shape[-1]}; use larger images, or the model `modl`"
             )
-        return from_channels(channels + self.network(channels))
+        return from_channels(channels + self._change(channels, films))
+
+    def _change(self, channels: Tensor, films: Modulation) -> Tensor:
+        """BasicUNet's own forward pass, with modulations in between."""
+        net = self.network
+        skips: list[Tensor] = []
+        h = channels
+        for name, layer in zip(_DOWN, (net.conv_0, net.down_1, net.down_2, net.down_3, net.down_4), strict=True):
+            h = modulated(layer(h), films, name)
+            skips.append(h)
+        skips.pop()
+        for name, layer in zip(_UP, (net.upcat_4, net.upcat_3, net.upcat_2, net.upcat_1), strict=True):
+            h = modulated(layer(h, skips.pop()), films, name)
+        change: Tensor = net.final_conv(h)
+        return change
+
+
+_DOWN = ("conv_0", "down_1", "down_2", "down_3", "down_4")
+_UP = ("upcat_4", "upcat_3", "upcat_2", "upcat_1")
+
+
+def _blocks(features: Sequence[int]) -> dict[str, int]:
+    *down, last = features
+    return dict(zip(_DOWN + _UP, (*down, *down[3:0:-1], last), strict=True))

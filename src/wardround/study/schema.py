@@ -14,7 +14,7 @@ from wardround.study.acquisition import MRIAcquisition
 from wardround.study.base import Config
 from wardround.study.ct import CTAcquisition
 from wardround.study.methods import FedAvg, Method
-from wardround.study.models import Model, MoDL
+from wardround.study.models import Model, MoDL, check_modality
 from wardround.study.protection import Protection
 from wardround.study.tasks import BASELINES, Modality, ReconstructionTask, Task
 
@@ -112,6 +112,10 @@ class Study(Config):
             raise ValueError("some sites are MRI and some are CT; a study has one modality: give all the same `kind`")
         if isinstance(self.task, ReconstructionTask):
             self._task_fits(self.task)
+        try:
+            check_modality(self.model, self.modality)
+        except StudyError as error:
+            raise ValueError(str(error)) from None
         for name, site in self.sites.items():
             wrong = [other for other in site.scans if other not in training]
             if site.scans and (site.role == "train" or wrong):

@@ -258,6 +258,7 @@ class Coordinator:
             state_sha256=following.public_sha256,
             notes=(
                 *(f"round {n} is void: not all of it came after its survivors were named" for n in skipped),
+                *exchange.notes,
                 *(
                     f"{key}: {share:.2%} of values saturated; its scale doubles"
                     for key, share in saturated.items()

@@ -113,6 +113,11 @@ class Exchange(ABC):
     def receipts(self) -> Mapping[str, str]:
         """The sites whose updates are in the sum, with the hash of the bytes they sent."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the round's report should say of it."""
+        return ()
+
     @abstractmethod
     def aggregate(self) -> Aggregate:
         """The sum; only after the last phase."""

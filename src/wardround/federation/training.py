@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wardround.errors import WardroundError
 from wardround.federation.methods.method import Facts, LocalRound, Method
+from wardround.federation.momentum import averaged
 from wardround.federation.policy import Parameter, Policy
 from wardround.federation.store import Memory
 from wardround.study.schema import Local
@@ -155,6 +156,7 @@ class Learner:
         seed: int,
         groups: tuple[str, ...],
         progress: Callable[[int, int, int], None] | None = None,
+        momentum: float = 0.0,
     ) -> None:
         self.site = site
         self.dataset = dataset
@@ -168,6 +170,7 @@ class Learner:
         self._seed = seed
         self._groups = groups
         self._progress = progress
+        self._momentum = momentum
 
     @property
     def model(self) -> nn.Module:
@@ -261,6 +264,9 @@ class Learner:
         kept = {LOCAL + name: state[name].detach().numpy().copy() for name in self._policy.names("local")}
         changes = self._method.changes(context)
         kept |= {METHOD + name: tensor for name, tensor in context.memory.items()}
+        if self._momentum > 0.0:
+            changes, running = averaged(changes, memory.tensors, self._momentum)
+            kept |= running
         if local.optimizer_state == "keep":
             kept |= saved_optimizer(optimizer)
         return Trained(

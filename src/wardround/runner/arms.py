@@ -8,7 +8,7 @@ from typing import Literal
 
 from wardround.errors import StudyError
 from wardround.study.methods import FedAvg, Method
-from wardround.study.protection import Compression, NoCompression
+from wardround.study.protection import Compression, NoCompression, Robust
 from wardround.study.schema import Local, Study
 from wardround.wire.canonical import digest
 
@@ -52,6 +52,10 @@ class Arm:
         alone = len(self.sites) == 1 and self.name != FEDERATED
         return NoCompression() if alone else study.protection.compression
 
+    def robust(self, study: Study) -> Robust | None:
+        """The robust mean of the arm; `None` where it takes the plain one, as an arm of one site does."""
+        return None if len(self.sites) == 1 else study.protection.robust
+
     @property
     def folder(self) -> str:
         """The arm's name as a folder."""
@@ -82,6 +86,8 @@ def arms_of(study: Study, compare: Collection[str]) -> tuple[Arm, ...]:
                 "task.evaluation.leave_one_out with protection.secure needs at least 4 training sites: a sum of two "
                 "hides nothing"
             )
+        if study.protection.robust is not None:
+            study.protection.robust.tolerated(len(training) - 1)
         for site in training:
             rest = tuple(s for s in training if s != site)
             arms.append(Arm(f"without/{site}", rest, rest, study.method, study.local))

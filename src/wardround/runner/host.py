@@ -16,18 +16,22 @@ import numpy.typing as npt
 from wardround.errors import JournalError, StudyError, WardroundError
 from wardround.federation.coordinator import Plan
 from wardround.federation.egress import OPEN, EgressRules, strictest
+from wardround.federation.exchange import ExchangeFactory, PlainSum
+from wardround.federation.journal import Journal
 from wardround.federation.layouts import evaluation_metrics, round_metrics, validation_metrics
 from wardround.federation.methods.build import build_method
 from wardround.federation.methods.method import BUFFERS, Method
 from wardround.federation.methods.personal import STRANGER
 from wardround.federation.policy import Policy
-from wardround.federation.secure import SecureUpload, enrol
+from wardround.federation.robust import robust_mean
+from wardround.federation.secure import SecureUpload, enrol, secure_sum
 from wardround.federation.site import Rules, Site
 from wardround.federation.store import SiteStore
 from wardround.federation.training import ExampleStream, Learner, SiteExamples, UnionExamples, Workbench
 from wardround.physics.scanners import protocol_features
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.identity import Roster
+from wardround.protection.robust import Defence
 from wardround.runner.arms import POOLED, Arm, arms_of
 from wardround.runner.evaluators import evaluators_of
 from wardround.study.ct import CTAcquisition
@@ -247,6 +251,16 @@ class Host:
             folder=models,
         )
 
+    def exchange(self, arm: Arm, journal: Journal) -> ExchangeFactory:
+        """How the updates of an arm become one: summed in the clear or under masks, or by a robust rule."""
+        threshold, robust = arm.threshold(self.study), arm.robust(self.study)
+        if threshold is not None:
+            return secure_sum(self.enrol(arm), threshold, journal)
+        if robust is None:
+            return PlainSum
+        defence = Defence(robust.rule, robust.tolerated(len(arm.sites)), robust.mixing, robust.gate)
+        return robust_mean(defence, self.out / "work" / "arms" / arm.folder / "updates")
+
     def roster(self, arm: Arm) -> Roster:
         """The public keys of an arm's sites, as the sites enrolled them; raises `JournalError` when they did not."""
         path = self._roster_path(arm)
@@ -292,7 +306,7 @@ class Host:
         else:
             dataset = self.dataset(name)
             examples = SiteExamples(ExampleStream(len(dataset), seed, name))
-        report = self._progress
+        report, robust = self._progress, arm.robust(self.study)
         return Learner(
             site=name,
             bench=self.bench,
@@ -305,6 +319,7 @@ class Host:
             seed=seed,
             groups=tuple(g.name for g in blueprint.layout.groups),
             progress=None if report is None else (lambda *step: report(arm.name, name, *step)),
+            momentum=0.0 if robust is None else robust.momentum,
         )
 
 

@@ -26,9 +26,8 @@ from wardround.engines.workers import WorkersEngine
 from wardround.errors import Interrupted, JournalError, StudyError, WardroundError
 from wardround.federation.blobs import disk_error
 from wardround.federation.coordinator import Coordinator, Release
-from wardround.federation.exchange import RELEASE, Call, Engine, ExchangeFactory, PlainSum
+from wardround.federation.exchange import RELEASE, Call, Engine
 from wardround.federation.journal import Journal, RoundReport
-from wardround.federation.secure import secure_sum
 from wardround.federation.training import patients_in
 from wardround.report import write_card, write_report
 from wardround.runner.arms import FEDERATED, POOLED
@@ -240,10 +239,7 @@ def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release
         blueprint, plan = blueprints[name], host.plan(name)
         journal = Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)
         journals[name] = journal
-        threshold = blueprint.arm.threshold(host.study)
-        protocol: ExchangeFactory = PlainSum
-        if threshold is not None:
-            protocol = secure_sum(host.enrol(blueprint.arm), threshold, journal)
+        protocol = host.exchange(blueprint.arm, journal)
         coordinator = Coordinator(plan, blueprint.method, carrier.engine, journal, protocol)
         state = coordinator.start(
             lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.initial_values())

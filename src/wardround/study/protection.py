@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -39,6 +40,35 @@ class TopK(Config):
 Compression = Annotated[NoCompression | Rotation | Subspace | TopK, Field(discriminator="kind")]
 
 
+class Robust(Config):
+    """An aggregate that a minority of sites cannot move far, whatever they send; every site weighs the same in it."""
+
+    rule: Literal["trimmed_mean", "median", "geometric_median", "krum", "multi_krum", "dnc", "centred_clipping"] = (
+        "trimmed_mean"
+    )
+    malicious: float = Field(
+        0.2, gt=0.0, lt=0.5, description="share of the training sites that may be malicious, rounded down, at least one"
+    )
+    mixing: Literal["nearest_neighbour", "none"] = Field(
+        "nearest_neighbour", description="average each update with its nearest ones first"
+    )
+    gate: bool = Field(True, description="leave out updates that are several times as long as the median one")
+    momentum: float = Field(
+        0.9, ge=0.0, lt=1.0, description="a site sends its changes averaged over rounds; 0 sends each as it is"
+    )
+
+    def tolerated(self, sites: int) -> int:
+        """How many of so many sites may be malicious; raises `StudyError` when the rule is not defined for them."""
+        count = max(1, math.floor(self.malicious * sites + 1e-9))
+        least = 2 * count + (3 if self.rule in ("krum", "multi_krum") else 1)
+        if sites < least:
+            raise StudyError(
+                f"protection.robust with rule {self.rule} stands {count} malicious among at least {least} training "
+                f"sites, not {sites}"
+            )
+        return count
+
+
 class Protection(Config):
     """The ring in which updates are summed, and whether the coordinator sees more than the sum."""
 
@@ -56,6 +86,7 @@ class Protection(Config):
     honest_but_curious: bool = Field(
         False, description="allow a threshold that is safe only while the coordinator follows the protocol"
     )
+    robust: Robust | None = Field(None, description="stand malicious or broken sites; excludes `secure`")
 
     def threshold_for(self, sites: int) -> int:
         """Sites that must stay to the end of a secure sum of so many; raises `StudyError` for an unsafe one.
@@ -85,6 +116,16 @@ class Protection(Config):
                 "`compression.kind: top_k` cannot be summed under masks, as every site sends other places; use "
                 "`subspace`, or `secure: false`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _robust_sees_updates(self) -> Protection:
+        if self.secure and self.robust is not None:
+            raise ValueError(
+                "`robust` has to look at every site's update and `secure` hides them: choose one of the two"
+            )
+        if self.robust is not None and not isinstance(self.compression, NoCompression):
+            raise ValueError("`robust` compares whole updates: it goes with `compression: {kind: none}` only")
         return self
 
     @model_validator(mode="after")

@@ -122,6 +122,16 @@ class Study(Config):
                 raise ValueError(
                     f"sites.{name}.scans: " + (f"{wrong[0]!r} does not train" if wrong else "only for `role: unseen`")
                 )
+        if self.protection.robust is not None:
+            try:
+                self.protection.robust.tolerated(len(training))
+            except StudyError as error:
+                raise ValueError(str(error)) from None
+            if self.schedule.release == "best":
+                raise ValueError(
+                    "with protection.robust set `schedule: {release: last}`: a malicious site's validation would "
+                    "choose the best round"
+                )
         if self.protection.secure:
             try:
                 self.protection.threshold_for(len(training))

@@ -39,6 +39,9 @@ class Points:
         rows = [2 * self.splits["train"][i // 2] + i % 2 for i in indices]
         return self.x[rows], self.y[rows]
 
+    def owners(self) -> list[int]:
+        return [self.splits["train"][i // 2] for i in range(len(self))]
+
     def patients(self, split: Split) -> int:
         return len(self.splits[split])
 
@@ -69,6 +72,9 @@ class Union:
                     break
                 index -= len(part)
         return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+
+    def owners(self) -> list[int]:
+        return [1000 * number + owner for number, part in enumerate(self.parts) for owner in part.owners()]
 
     def patients(self, split: Split) -> int:
         return sum(part.patients(split) for part in self.parts)

@@ -247,7 +247,7 @@ class Coordinator:
             attempt=exchange.attempt,
             participants=tuple(sorted(exchange.receipts)),
             missing=missing,
-            loss=float(aggregate.metrics[LOSS][0]) / aggregate.contributors,
+            loss=float(aggregate.metrics[LOSS][0]) / aggregate.contributors if LOSS in aggregate.metrics else None,
             validation=None,
             bytes_up=up,
             bytes_down=down,

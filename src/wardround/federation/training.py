@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from wardround.errors import WardroundError
 from wardround.federation.methods.method import Facts, LocalRound, Method
 from wardround.federation.momentum import averaged
 from wardround.federation.policy import Parameter, Policy
+from wardround.federation.private_training import PrivateTraining
 from wardround.federation.store import Memory
 from wardround.study.schema import Local
 from wardround.tasks.task import Batch, Dataset, Split, Task
@@ -157,6 +158,7 @@ class Learner:
         groups: tuple[str, ...],
         progress: Callable[[int, int, int], None] | None = None,
         momentum: float = 0.0,
+        private: PrivateTraining | None = None,
     ) -> None:
         self.site = site
         self.dataset = dataset
@@ -171,6 +173,7 @@ class Learner:
         self._groups = groups
         self._progress = progress
         self._momentum = momentum
+        self._private = private
 
     @property
     def model(self) -> nn.Module:
@@ -239,21 +242,22 @@ class Learner:
             restore_optimizer(optimizer, memory.tensors)
         total = torch.zeros(())
         indices = self._examples.of_round(number, local.steps * local.batch)
-        for step in range(local.steps):
-            random = public_generator(self._seed, self.site, number, step, "augmentation")
-            batch = self.dataset.batch(indices[step * local.batch : (step + 1) * local.batch], random)
-            self._set_rate(optimizer, (number - 1) * local.steps + step)
-            optimizer.zero_grad(set_to_none=True)
-            context.step = step
-            loss = self._method.objective(context, self.task.loss(model, batch))
-            loss.backward()  # type: ignore[no-untyped-call]
-            self._method.gradients(context)
-            if local.clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), local.clip_norm)
-            optimizer.step()
-            total += loss.detach()
-            if self._progress is not None:
-                self._progress(number, step + 1, local.steps)
+        private = self._private
+        with nullcontext() if private is None else private.round(context, self._method, memory.tensors) as paid:
+            for step in range(local.steps):
+                self._set_rate(optimizer, (number - 1) * local.steps + step)
+                optimizer.zero_grad(set_to_none=True)
+                context.step = step
+                if paid is None:
+                    total += self._backward(context, indices[step * local.batch : (step + 1) * local.batch], step)
+                else:
+                    paid.backward(step)
+                self._method.gradients(context)
+                if local.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), local.clip_norm)
+                optimizer.step()
+                if self._progress is not None:
+                    self._progress(number, step + 1, local.steps)
         mean = float(total) / local.steps
         if not math.isfinite(mean):
             raise TrainingFailed(
@@ -276,6 +280,14 @@ class Learner:
             loss=mean,
             seconds=time.perf_counter() - began,
         )
+
+    def _backward(self, context: LocalRound, indices: Sequence[int], step: int) -> Tensor:
+        """The gradients of one batch, in place; its loss."""
+        random = public_generator(self._seed, self.site, context.number, step, "augmentation")
+        batch = self.dataset.batch(indices, random)
+        loss = self._method.objective(context, self.task.loss(context.model, batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, Array]:

@@ -73,6 +73,11 @@ def arms_of(study: Study, compare: Collection[str]) -> tuple[Arm, ...]:
     training = study.training_sites
     alone = FedAvg(weights="equal")
     arms = [Arm(FEDERATED, training, training, study.method, study.local)]
+    if POOLED in compare and study.protection.privacy is not None:
+        raise StudyError(
+            "--compare pooled: pooled data know no site's privacy budget; compare with local, or pool in a run without "
+            "protection.privacy"
+        )
     if POOLED in compare:
         # One step of every site in the federation is one step on the union of their batches here (law of the centre).
         union = study.local.model_copy(update={"batch": study.local.batch * len(training)})

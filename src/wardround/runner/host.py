@@ -23,6 +23,7 @@ from wardround.federation.methods.build import build_method
 from wardround.federation.methods.method import BUFFERS, Method
 from wardround.federation.methods.personal import STRANGER
 from wardround.federation.policy import Policy
+from wardround.federation.private_training import PrivateTraining
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import SecureUpload, enrol, secure_sum
 from wardround.federation.site import Rules, Site
@@ -34,6 +35,7 @@ from wardround.protection.identity import Roster
 from wardround.protection.robust import Defence
 from wardround.runner.arms import POOLED, Arm, arms_of
 from wardround.runner.evaluators import evaluators_of
+from wardround.runner.privacy import Purses
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import study_sha256
 from wardround.study.schema import Study
@@ -89,6 +91,7 @@ class Host:
         self._datasets: dict[str, Dataset] = {}
         self._sites: dict[tuple[str, str], Site] = {}
         self._blueprints: dict[str, Blueprint] = {}
+        self.purses = Purses(study, sites, out, self.arms)
 
     @cached_property
     def task(self) -> Task:
@@ -122,12 +125,13 @@ class Host:
                 *method.groups(shared, protection.ring_bits),
                 *method.side_channel(private, protection.ring_bits),
             )
+            metrics = round_metrics(specs, private=protection.privacy is not None)
             self._blueprints[name] = Blueprint(
                 arm=arm,
                 identity=arm.identity(self.study_sha256),
                 method=method,
                 policy=policy,
-                layout=Layout(groups, round_metrics(specs), room, max_weight),
+                layout=Layout(groups, metrics, room, max_weight),
                 metrics_layout=Layout((), validation_metrics(specs), room),
                 evaluation_layout=Layout((), evaluation_metrics(specs, self.replicates), room),
                 codec=build_codec(arm.compression(self.study), self.study.seed, frozenset({BUFFERS, STRANGER})),
@@ -197,7 +201,9 @@ class Host:
             self.blueprint(name)
         for site in self.study.sites:
             try:
-                self.dataset(site)
+                dataset = self.dataset(site)
+                if self.purses.rules is not None and site in self.study.training_sites:
+                    self.purses.terms(site, dataset)
             except WardroundError:
                 raise
             except Exception:
@@ -307,6 +313,9 @@ class Host:
             dataset = self.dataset(name)
             examples = SiteExamples(ExampleStream(len(dataset), seed, name))
         report, robust = self._progress, arm.robust(self.study)
+        private = None
+        if self.purses.rules is not None:
+            private = PrivateTraining(self.task, dataset, self.purses.of(name, dataset), self.study_sha256, arm.name)
         return Learner(
             site=name,
             bench=self.bench,
@@ -320,6 +329,7 @@ class Host:
             groups=tuple(g.name for g in blueprint.layout.groups),
             progress=None if report is None else (lambda *step: report(arm.name, name, *step)),
             momentum=0.0 if robust is None else robust.momentum,
+            private=private,
         )
 
 

@@ -29,10 +29,12 @@ from wardround.federation.coordinator import Coordinator, Release
 from wardround.federation.exchange import RELEASE, Call, Engine
 from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.training import patients_in
+from wardround.protection.privacy import Purse
 from wardround.report import write_card, write_report
 from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.evaluation import measure, tables
 from wardround.runner.host import Host
+from wardround.runner.privacy import statement
 from wardround.runner.release import save_release, shared_sha256
 from wardround.study.load import load_study
 from wardround.study.schema import Study
@@ -296,7 +298,9 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
     out = host.out
     lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     federated = [line for line in lines if line["arm"] == FEDERATED]
-    local = host.study.local
+    rules = host.study.protection.privacy
+    # With privacy a step has as many patients as were drawn: what is expected, at most.
+    batch = host.study.local.batch if rules is None else round(rules.patients_per_step * rules.examples_per_patient)
     local_sha256 = {
         path.parent.parent.name: tensors_sha256(load_file(path))
         for path in sorted(out.glob(f"models/*/{FEDERATED}/local.safetensors"))
@@ -320,10 +324,10 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
             "training": round(sum(line["training_seconds"] for line in lines), 3),
             "overhead": round(sum(line["coordinator_seconds"] for line in lines), 3),
         },
-        "privacy": None,
+        "privacy": statement(host.study, host.study_sha256, _purses(host)),
         "steps": {name: arm.local.steps * host.study.schedule.rounds for name, arm in host.arms.items()},
         "examples": {
-            name: arm.local.steps * local.batch * host.study.schedule.rounds * len(arm.sites)
+            name: arm.local.steps * batch * host.study.schedule.rounds * len(arm.sites)
             for name, arm in host.arms.items()
         },
         "selected_round": {name: release.number for name, release in releases.items()},
@@ -343,6 +347,12 @@ def _patients(host: Host, site: str) -> dict[str, int] | None:
     except Exception as error:
         log.warning("the data of site %s cannot be counted: %s", site, describe_error(error))
         return None
+
+
+def _purses(host: Host) -> Iterator[tuple[str, Purse]]:
+    for site in host.study.training_sites if host.purses.rules is not None else ():
+        if _patients(host, site) is not None:
+            yield site, host.purses.of(site, host.dataset(site))
 
 
 def _notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:

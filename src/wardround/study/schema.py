@@ -22,6 +22,9 @@ SiteName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
 # Names of arms, of aggregates in result.json and of the pooled site.
 RESERVED_NAMES = frozenset({"mean", "unseen", "pooled", "local", "federated", "baseline", "coordinator"})
 
+# All that these send of data went through gradients.
+PRIVATE_METHODS = frozenset({"fedavg", "fedprox", "fedbn", "fedavgm", "fedadam"})
+
 
 def _modality(value: Any) -> str:
     """What an acquisition is of; a study from before there were two says nothing and means MRI."""
@@ -137,6 +140,30 @@ class Study(Config):
                 self.protection.threshold_for(len(training))
             except StudyError as error:
                 raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_holds(self) -> Study:
+        """Refuse whatever would say something of a patient beside the noised gradients."""
+        if self.protection.privacy is None:
+            return self
+        kind = self.method.kind
+        if kind not in PRIVATE_METHODS:
+            raise ValueError(
+                f"method.kind={kind} cannot be combined with protection.privacy: what it computes from data is not "
+                f"noised; choose {', '.join(sorted(PRIVATE_METHODS))}"
+            )
+        if getattr(self.method, "weights", "equal") != "equal":
+            raise ValueError(
+                "method.weights: with protection.privacy a site's weight must be a public constant; set it to `equal`"
+            )
+        if self.schedule.release != "last":
+            raise ValueError(
+                "schedule.release: with protection.privacy the released round must not depend on validation patients, "
+                "whose metrics carry no noise; set it to `last`"
+            )
+        if self.local.clip_norm is not None:
+            raise ValueError("local.clip_norm: with protection.privacy, set protection.privacy.clip instead")
         return self
 
     def _task_fits(self, task: ReconstructionTask) -> None:

@@ -38,6 +38,11 @@ class SiteData(Config):
 
     data: tuple[Path, ...] = Field(min_length=1, description="a folder, or a list of them")
     egress: Egress = Egress()
+    ledger: Path | None = Field(
+        None,
+        description="the file in which this site counts what its patients' privacy has cost, over all studies; "
+        "default: one of the run's own",
+    )
 
     @field_validator("data", mode="before")
     @classmethod
@@ -66,7 +71,12 @@ def load_sites(path: str | Path) -> SitesFile:
     raw = validate(SitesFile, read_yaml(path, "sites"), "sites", show_values=False)
     base = Path(path).absolute().parent
     resolved = {
-        name: entry.model_copy(update={"data": tuple(_resolve(folder, name, base) for folder in entry.data)})
+        name: entry.model_copy(
+            update={
+                "data": tuple(_resolve(folder, name, base) for folder in entry.data),
+                "ledger": None if entry.ledger is None else _absolute(entry.ledger, f"sites.{name}.ledger", base),
+            }
+        )
         for name, entry in raw.sites.items()
     }
     return SitesFile(sites=resolved)
@@ -74,17 +84,20 @@ def load_sites(path: str | Path) -> SitesFile:
 
 def _resolve(data: Path, site: str, base: Path) -> Path:
     key = f"sites.{site}.data"
-
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if not os.environ.get(name):
-            raise StudyError(f"{key}: the environment variable {name} is not set; set it or write the folder out")
-        return os.environ[name]
-
-    try:
-        folder = (base / Path(_VARIABLE.sub(value, str(data))).expanduser()).resolve()
-    except RuntimeError as error:
-        raise StudyError(f"{key}: `~` has no home folder on this machine; write the folder out") from error
+    folder = _absolute(data, key, base)
     if not folder.is_dir():
         raise StudyError(f"{key}: the folder does not exist; correct the path", detail=str(folder))
     return folder
+
+
+def _absolute(path: Path, key: str, base: Path) -> Path:
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if not os.environ.get(name):
+            raise StudyError(f"{key}: the environment variable {name} is not set; set it or write the path out")
+        return os.environ[name]
+
+    try:
+        return (base / Path(_VARIABLE.sub(value, str(path))).expanduser()).resolve()
+    except RuntimeError as error:
+        raise StudyError(f"{key}: `~` has no home folder on this machine; write the path out") from error

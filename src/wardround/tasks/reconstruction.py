@@ -109,6 +109,10 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
         pairs = zip(indices, flips, strict=True)
         return self.joined([self.augmented(self._train[i], bool(flip), random) for i, flip in pairs])
 
+    def owners(self) -> tuple[int, ...]:
+        """Whose each training slice is."""
+        return tuple(example.patient for example in self._train)
+
     def patients(self, split: Split) -> int:
         """Number of patients in a split."""
         return len(self._index.patients(split))
@@ -159,6 +163,12 @@ class PooledDataset(Generic[BatchT]):
     def batch(self, indices: Sequence[int], random: np.random.Generator) -> BatchT:
         """Training slices of any sites, in the order of `indices`."""
         return self._joined([self._one(index, random) for index in indices])
+
+    def owners(self) -> tuple[int, ...]:
+        """Whose each training example is, patients numbered anew over all sites."""
+        owners = [(site, owner) for site, dataset in enumerate(self._datasets) for owner in dataset.owners()]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(owners))}
+        return tuple(numbers[key] for key in owners)
 
     def patients(self, split: Split) -> int:
         """Number of patients of all sites in a split."""

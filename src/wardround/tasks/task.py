@@ -82,6 +82,10 @@ class Dataset(Protocol):
         """Training examples, augmented with `random` alone, collated."""
         ...
 
+    def owners(self) -> Sequence[int]:
+        """Whose each training example is: a patient's number for each. Asked for with privacy only."""
+        ...
+
     def patients(self, split: Split) -> int:
         """Number of patients in a split."""
         ...

@@ -1,0 +1,139 @@
+"""Patient-level differential privacy of one site: its terms, its budget, and the key to a round's noise. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from wardround.errors import StudyError, WardroundError
+from wardround.protection.accounting import Accountant, epsilon_of, noise_for
+from wardround.protection.ledger import Entry, Ledger
+from wardround.protection.secret import SecretRoot, SecretStream
+from wardround.study.protection import Gradients, Privacy
+from wardround.wire.canonical import canonical_json
+
+
+class BudgetSpent(WardroundError):
+    """A site's privacy budget does not allow the next round."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a site agreed to: everything that its guarantee depends on.
+
+    `noise` is the standard deviation of the noise over `clip`, `rate` the probability that a patient is in a step.
+    """
+
+    epsilon: float
+    delta: float
+    clip: float
+    noise: float
+    rate: float
+    patients_per_step: float
+    examples_per_patient: int
+    gradients: Gradients
+    accountant: Accountant
+
+    @property
+    def sensitivity(self) -> float:
+        """How far one patient can move the sum of a step."""
+        return self.clip
+
+
+def terms_of(privacy: Privacy, site: str, patients: int, steps: int) -> Terms:
+    """The terms of a site with so many training patients, for so many steps in all arms together.
+
+    Raises `StudyError` where the site has too few patients for what the study asks, or `delta` promises nothing.
+    """
+    if privacy.patients_per_step > patients:
+        raise StudyError(
+            f"protection.privacy.patients_per_step={privacy.patients_per_step:g} but site {site} has {patients} "
+            f"training patients; choose at most {patients}"
+        )
+    delta = privacy.delta if privacy.delta is not None else 1.0 / (10 * patients)
+    if delta >= 1.0 / patients:
+        raise StudyError(
+            f"protection.privacy.delta={delta:g} would allow to publish a patient of site {site} whole, which has "
+            f"{patients}; choose less than {1.0 / patients:.2g}, or leave it out for 1/(10 patients)"
+        )
+    epsilon, rate = privacy.budget, privacy.patients_per_step / patients
+    noise = privacy.noise or noise_for(epsilon, delta, rate, steps, privacy.accountant)
+    return Terms(
+        epsilon=epsilon,
+        delta=delta,
+        clip=privacy.clip,
+        noise=noise,
+        rate=rate,
+        patients_per_step=privacy.patients_per_step,
+        examples_per_patient=privacy.examples_per_patient,
+        gradients=privacy.gradients,
+        accountant=privacy.accountant,
+    )
+
+
+@dataclass(frozen=True)
+class Purse:
+    """A site's terms with the ledger that they are charged to and the root of its secret randomness."""
+
+    site: str
+    terms: Terms
+    ledger: Ledger
+    root: SecretRoot
+
+    def pay(self, study: str, arm: str, number: int, steps: int, cohort: str, inputs: Sequence[Any]) -> SecretRound:
+        """Charge a round before anything is computed of it; what its noise is drawn from.
+
+        The noise is a function of the root and of `inputs`, which must name everything that the sums depend on. So a
+        round that is done again after a crash gives the same bytes and costs nothing more; done again from anything
+        else, it draws other noise and is charged again. Raises `BudgetSpent` before the budget is passed, and
+        `JournalError` for a ledger that was lost or put back.
+        """
+        terms = self.terms
+        named = [study, arm, number, steps, cohort, canonical_json(_json(terms)).decode(), *inputs]
+        key = self.root.key("round", *named)
+        entry = Entry(
+            study=study,
+            arm=arm,
+            round=number,
+            steps=steps,
+            rate=terms.rate,
+            noise=terms.noise,
+            cohort=cohort,
+            # Of the key, not of the inputs alone: under another root the same inputs give other noise.
+            inputs=hashlib.sha256(b"ledger" + key).hexdigest(),
+            when=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self.ledger.spend(entry, self._allowed)
+        return SecretRound(SecretRoot(key))
+
+    def _allowed(self, entries: Sequence[Entry]) -> None:
+        terms = self.terms
+        found = epsilon_of((entry.spending for entry in entries), terms.delta, terms.accountant)
+        if found > terms.epsilon:
+            raise BudgetSpent(
+                f"site {self.site} stops training: one more round would bring its patients' privacy loss to epsilon "
+                f"{found:.2f}, and its budget is {terms.epsilon:g} (delta {terms.delta:.2g})"
+            )
+
+
+@dataclass(frozen=True)
+class SecretRound:
+    """The secret randomness of one round: another stream for every step and purpose."""
+
+    root: SecretRoot
+
+    def stream(self, step: int, purpose: str) -> SecretStream:
+        """The stream of a step for `sampling`, `examples` or `noise`."""
+        return SecretStream(self.root.key(step, purpose))
+
+
+def _json(terms: Terms) -> dict[str, Any]:
+    return {name: getattr(terms, name) for name in terms.__dataclass_fields__}
+
+
+def spent(entries: Sequence[Entry], delta: float, accountant: Accountant, study: str | None = None) -> float:
+    """The epsilon of a ledger's entries, or of one study's."""
+    return epsilon_of((e.spending for e in entries if study in (None, e.study)), delta, accountant)

@@ -1,0 +1,265 @@
+"""DP-SGD by patient: bounds that hold for whatever data, the self-test, and whole runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.toys import Points, Regression, toy_sites, toy_study
+from wardround.errors import JournalError, NotEnoughSites, StudyError
+from wardround.federation.gradients import BatchedGradients, ExactGradients, autograd
+from wardround.federation.private_training import Draw, PrivateTraining, clipped, refuse_shared_statistics
+from wardround.federation.store import SiteStore
+from wardround.protection.ledger import Ledger
+from wardround.protection.privacy import Purse, Terms
+from wardround.protection.secret import SecretRoot
+from wardround.runner import session
+
+CLIP = 0.7
+
+
+def _training(folder: Path, *, rate: float = 0.25, noise: float = 1.0, patients: int = 24) -> PrivateTraining:
+    task = Regression(patients=patients)
+    store = SiteStore(folder / "store")
+    terms = Terms(1e6, 1e-3, CLIP, noise, rate, rate * (patients - 4), 2, "exact", "pld")
+    purse = Purse("A", terms, Ledger(folder / "ledger.jsonl", store), SecretRoot.of(store))
+    return PrivateTraining(task, task.dataset("A", (folder,)), purse, "study", "federated")
+
+
+def _model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Regression().build_model()
+
+
+@settings(deadline=None)
+@given(values=st.lists(st.floats(width=32), min_size=1, max_size=30), bound=st.floats(1e-3, 1e3))
+def test_nobody_contributes_more_than_the_bound(values: list[float], bound: float) -> None:
+    assert float(clipped(torch.tensor(values, dtype=torch.float32), bound).norm()) <= bound
+
+
+def test_small_gradients_keep_their_direction_and_size() -> None:
+    gradient = torch.tensor([0.1, -0.2])
+    torch.testing.assert_close(clipped(gradient, 1.0), gradient.double(), rtol=2e-6, atol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(scale=st.sampled_from([0.0, 1.0, 1e6, 1e30, math.inf, math.nan]), seed=st.integers(0, 5))
+def test_removing_a_patient_moves_the_sum_by_at_most_the_bound(
+    tmp_path_factory: pytest.TempPathFactory, scale: float, seed: int
+) -> None:
+    training = _training(tmp_path_factory.mktemp("site"))
+    task = Regression(patients=24)
+    dataset = task.dataset("A", (Path(),))
+    dataset.y[:2] *= scale
+    training._dataset = dataset
+    model = _model(seed)
+    gradients, size = ExactGradients(task, model), sum(p.numel() for p in model.parameters())
+    everybody = Draw(((0, 1), (2,), (3,), (6, 7)), np.random.default_rng(0))
+    sums = [
+        training.clipped_sum(gradients, Draw(examples, everybody.generator), size)
+        for examples in (everybody.examples, everybody.examples[1:])
+    ]
+    assert bool(torch.isfinite(sums[0]).all())
+    assert float((sums[0] - sums[1]).norm()) <= CLIP * (1 + 1e-12)
+
+
+def test_a_step_is_the_clipped_mean_and_noise_of_the_stated_size(tmp_path: Path) -> None:
+    training = _training(tmp_path, noise=2.0)
+    model = _model()
+    gradients, size = ExactGradients(Regression(patients=24), model), sum(p.numel() for p in model.parameters())
+    secret = training._purse.pay("s", "a", 1, 1, "c", [])
+    expected = training.terms.patients_per_step
+    residuals = []
+    for step in range(60):
+        signal = training.clipped_sum(gradients, training.draw(secret, step), size)
+        residuals.append((training.noisy_mean(gradients, secret, step, size) * expected - signal) / CLIP)
+    noise = torch.cat(residuals)
+    assert float(noise.std()) == pytest.approx(2.0, rel=5 / math.sqrt(2 * len(noise)))
+    assert abs(float(noise.mean())) < 5 * 2.0 / math.sqrt(len(noise))
+
+
+def test_patients_are_drawn_independently_at_the_stated_rate(tmp_path: Path) -> None:
+    training = _training(tmp_path, rate=0.1)
+    secret = training._purse.pay("s", "a", 1, 1, "c", [])
+    draws = [training.draw(secret, step) for step in range(400)]
+    sizes = np.array([len(draw.examples) for draw in draws])
+    expected, patients = 2.0, 20
+    assert abs(sizes.mean() - expected) < 5 * math.sqrt(expected * 0.9 / 400)
+    assert sizes.var() == pytest.approx(patients * 0.1 * 0.9, rel=0.4), "a fixed batch has no variance"
+    assert (sizes == 0).any(), "empty draws stay"
+    for draw in draws:
+        assert all(len({i // 2 for i in own}) == 1 and len(own) == 2 for own in draw.examples)
+
+
+def test_an_empty_draw_is_a_step_of_noise(tmp_path: Path) -> None:
+    training = _training(tmp_path, rate=0.001)
+    secret = training._purse.pay("s", "a", 1, 1, "c", [])
+    assert training.draw(secret, 0).examples == ()
+    model = _model()
+    size = sum(p.numel() for p in model.parameters())
+    step = training.noisy_mean(ExactGradients(Regression(), model), secret, 0, size)
+    assert float(step.norm()) > 0
+
+
+def test_batched_gradients_are_those_of_each_patient(tmp_path: Path) -> None:
+    task = Regression(patients=24)
+    dataset, model = task.dataset("A", (tmp_path,)), _model()
+    examples = [(0, 1), (4,), (8, 9), (3,)]
+    exact = list(ExactGradients(task, model).per_patient(dataset, examples, np.random.default_rng(0)))
+    with BatchedGradients.attached(task, model) as batched:
+        batched.self_test(dataset)
+        found = list(batched.per_patient(dataset, examples, np.random.default_rng(0)))
+    torch.testing.assert_close(torch.stack(found), torch.stack(exact), rtol=1e-4, atol=1e-6)
+    # Nothing of Opacus may stay: the model goes on to be evaluated and to train other arms.
+    autograd(task, model, dataset.batch([0], np.random.default_rng(0)))
+    assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+
+
+class _ChannelsLast(nn.Module):
+    """Permutes to channels last and back, as unrolled MRI networks do: Opacus's gradients are wrong then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.first(x.permute(0, 3, 1, 2)))
+        result: Tensor = self.second(hidden.contiguous(memory_format=torch.channels_last))
+        return result
+
+
+@dataclass(frozen=True)
+class _Images:
+    x: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator) -> Tensor:
+        return self.x[list(indices)]
+
+
+class _ImageTask(Regression):
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return torch.as_tensor(model(batch).square().mean())
+
+
+def test_wrong_gradients_of_opacus_are_refused() -> None:
+    torch.manual_seed(0)
+    model, dataset = _ChannelsLast(), _Images(torch.randn(4, 8, 8, 2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with (
+        BatchedGradients.attached(_ImageTask(), model) as batched,
+        pytest.raises(StudyError, match=r"wrong by.*set `gradients: exact`"),
+    ):
+        batched.self_test(dataset)  # type: ignore[arg-type]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_batch_statistics_are_refused() -> None:
+    with pytest.raises(StudyError, match="BatchNorm1d"):
+        refuse_shared_statistics(Regression(norm=True).build_model())
+    refuse_shared_statistics(nn.Sequential(nn.InstanceNorm2d(3), nn.GroupNorm(1, 3)))
+    with pytest.raises(StudyError, match="InstanceNorm2d"):
+        refuse_shared_statistics(nn.InstanceNorm2d(3, track_running_stats=True))
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------------
+
+
+def _study(**privacy: Any) -> Any:
+    return toy_study(
+        protection={"privacy": {"patients_per_step": 2, **privacy}},
+        method={"kind": "fedavg", "weights": "equal"},
+        schedule={"rounds": 3, "release": "last"},
+        task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"patients": 12}},
+    )
+
+
+@pytest.mark.parametrize("gradients", ["exact", "opacus"])
+def test_a_run_says_what_was_spent(tmp_path: Path, gradients: str) -> None:
+    values = session.run(
+        _study(gradients=gradients), toy_sites(tmp_path), tmp_path / "out", compare=("local",), engine="local"
+    ).values
+    spent = values["privacy"]
+    assert spent["unit"] == "patient"
+    assert spent["secure"] is False
+    assert 7.8 < spent["epsilon"] <= 8.0, "noise is chosen for all rounds of all arms"
+    assert spent["epsilon"] == max(site["epsilon"] for site in spent["sites"].values())
+    # 3 rounds of 3 steps in two arms: together and alone.
+    assert spent["sites"]["B"]["steps"] == 18
+    assert (spent["sites"]["B"]["sample_rate"], spent["sites"]["B"]["delta"]) == (2 / 8, 1 / 80)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()]
+    assert {line["loss"] for line in lines} == {None}, "a loss is of training patients and has no noise"
+    assert "patient" in (tmp_path / "out" / "model_card.md").read_text()
+
+
+def test_sites_with_other_secrets_train_other_models(tmp_path: Path) -> None:
+    sites = toy_sites(tmp_path)
+    found = [session.run(_study(), sites, tmp_path / out, engine="local").values["model_sha256"] for out in "ab"]
+    assert found[0] != found[1]
+
+
+def test_a_ledger_of_the_site_stops_the_next_study(tmp_path: Path) -> None:
+    sites = toy_sites(tmp_path)
+    own = {n: s.model_copy(update={"ledger": tmp_path / f"{n}.jsonl"}) for n, s in sites.sites.items() if n == "A"}
+    sites = sites.model_copy(update={"sites": {**sites.sites, **own}})
+    first = session.run(_study(), sites, tmp_path / "first", engine="local").values
+    another = _study().model_copy(update={"name": "another"})
+    second = session.run(another, sites, tmp_path / "second", engine="local").values
+    assert first["notes"] == [n for n in first["notes"] if "budget" not in n]
+    assert any("without A (BudgetSpent: site A stops training" in note for note in second["notes"])
+    assert second["privacy"]["sites"]["A"]["epsilon_ledger"] <= 8.0
+    assert second["participants"] == ["B", "C"]
+    assert second["privacy"]["sites"]["A"]["steps"] == 0
+
+
+def test_a_lost_ledger_stops_the_site(tmp_path: Path) -> None:
+    sites, out = toy_sites(tmp_path), tmp_path / "out"
+    study = _study()
+    host = session.open_host(study, sites, out, (), (), None)
+    purse = host.purses.of("A", host.dataset("A"))
+    purse.pay("s", "a", 1, 1, "c", [])
+    purse.ledger.path.unlink()
+    with pytest.raises((JournalError, NotEnoughSites), match="ledger was lost"):
+        session.run(study, sites, out, engine="local")
+
+
+def test_what_cannot_be_private_is_refused() -> None:
+    for changes, said in (
+        ({"method": {"kind": "fedavg"}}, "method.weights"),
+        ({"schedule": {"release": "best"}}, "schedule.release"),
+        ({"local": {"clip_norm": 1.0}}, "local.clip_norm"),
+        ({"method": {"kind": "custom", "factory": "a:b"}}, "method.kind=custom"),
+    ):
+        good: dict[str, Any] = {
+            "protection": {"privacy": {}},
+            "method": {"kind": "fedavg", "weights": "equal"},
+            "schedule": {"release": "last"},
+        }
+        toy_study(**good)
+        with pytest.raises(ValueError, match=said):
+            toy_study(**{**good, **changes})
+
+
+def test_pooling_and_data_without_owners_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="--compare pooled"):
+        session.open_host(_study(), toy_sites(tmp_path), tmp_path / "out", ("pooled",), (), None)
+    points = Regression(patients=12).dataset("A", (tmp_path,))
+    assert isinstance(points, Points)
+    assert points.owners() == [p for p in range(8) for _ in range(2)]
+    with pytest.raises(StudyError, match=r"owners\(\)"):
+        PrivateTraining(Regression(), _Images(torch.zeros(2)), None, "s", "a")  # type: ignore[arg-type]

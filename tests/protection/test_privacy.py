@@ -1,0 +1,203 @@
+"""Accounting against known numbers, the ledger, and the secret randomness."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from wardround.errors import JournalError, StudyError
+from wardround.federation.store import SiteStore
+from wardround.protection.accounting import Spending, epsilon_of, noise_for
+from wardround.protection.ledger import Entry, Ledger
+from wardround.protection.privacy import BudgetSpent, Purse, Terms, terms_of
+from wardround.protection.secret import SecretRoot, SecretStream
+from wardround.study.protection import Privacy
+
+
+@pytest.mark.parametrize(
+    ("patients", "batch", "epochs", "noise", "known"),
+    [(500, 32, 50, 1.0, 10.7), (5000, 64, 50, 1.0, 4.7), (5000, 64, 50, 0.7, 10.8), (50_000, 256, 20, 0.7, 4.8)],
+)
+def test_known_budgets(patients: int, batch: int, epochs: int, noise: float, known: float) -> None:
+    spending = Spending(noise, batch / patients, epochs * patients // batch)
+    assert epsilon_of([spending], 1 / (10 * patients)) == pytest.approx(known, abs=0.051)
+
+
+def test_two_accountants_agree_within_a_percent() -> None:
+    spendings = [Spending(1.0, 32 / 500, 500), Spending(1.5, 32 / 500, 281)]
+    assert epsilon_of(spendings, 1e-4, "prv") == pytest.approx(epsilon_of(spendings, 1e-4), rel=0.01)
+
+
+def test_one_gaussian_step_of_everybody_costs_what_the_formula_says() -> None:
+    """Balle & Wang (ICML 2018), equation 6: delta(eps) = Phi(1/2s - eps s) - e^eps Phi(-1/2s - eps s)."""
+    noise, delta = 2.0, 1e-4
+    epsilon = epsilon_of([Spending(noise, 1.0, 1)], delta)
+    half = 1 / (2 * noise)
+    found = stats.norm.cdf(half - epsilon * noise) - np.exp(epsilon) * stats.norm.cdf(-half - epsilon * noise)
+    assert found == pytest.approx(delta, rel=0.01)
+
+
+def test_steps_compose_over_rounds() -> None:
+    apart = epsilon_of([Spending(1.0, 0.1, 5)] * 4, 1e-3)
+    assert apart == epsilon_of([Spending(1.0, 0.1, 20)], 1e-3)
+    assert apart > epsilon_of([Spending(1.0, 0.1, 5)], 1e-3) > 0 == epsilon_of([], 1e-3)
+
+
+def test_noise_is_the_least_that_fits() -> None:
+    noise = noise_for(3.0, 1e-3, 0.1, 100)
+    assert 2.95 < epsilon_of([Spending(noise, 0.1, 100)], 1e-3) <= 3.0
+    assert epsilon_of([Spending(noise * 0.99, 0.1, 100)], 1e-3) > 3.0
+
+
+def test_terms() -> None:
+    terms = terms_of(Privacy(preset="strict", patients_per_step=5), "A", 50, 100)
+    assert (terms.delta, terms.rate, terms.epsilon) == (1 / 500, 0.1, 3.0)
+    with pytest.raises(StudyError, match="patients_per_step=5 but site A has 4"):
+        terms_of(Privacy(patients_per_step=5), "A", 4, 100)
+    with pytest.raises(StudyError, match=r"delta=0\.02.*less than 0\.02"):
+        terms_of(Privacy(patients_per_step=5, delta=0.02), "A", 50, 100)
+    guard = terms_of(Privacy(preset="reconstruction-guard"), "A", 60, 400)
+    assert guard.noise == 0.3
+    assert epsilon_of([Spending(guard.noise, guard.rate, 400)], guard.delta) > 100
+
+
+# Secret randomness --------------------------------------------------------------------------------------------------
+
+
+def test_noise_is_standard_normal() -> None:
+    drawn = SecretStream(b"k" * 32).normals(300_000)
+    assert stats.kstest(drawn, "norm").pvalue > 1e-3
+    assert abs(drawn.mean()) < 5 / np.sqrt(300_000)
+    assert drawn.var() == pytest.approx(1.0, abs=5 * np.sqrt(2 / 300_000))
+    assert stats.kurtosis(drawn) == pytest.approx(0.0, abs=5 * np.sqrt(24 / 300_000))
+
+
+@settings(deadline=None)
+@given(rate=st.floats(0.01, 1.0))
+def test_poisson_rate(rate: float) -> None:
+    chosen = SecretStream(b"r" * 32).chosen(20_000, rate)
+    assert abs(chosen.mean() - rate) <= 5.5 * np.sqrt(rate * (1 - rate) / 20_000)
+
+
+def test_streams_differ_by_root_and_purpose(tmp_path: Path) -> None:
+    root, other = (SecretRoot.of(SiteStore(tmp_path / name)) for name in "ab")
+    assert root.key(1, "noise") != other.key(1, "noise")
+    assert root.key(1, "noise") != root.key(1, "sampling") != root.key(2, "sampling")
+    assert SecretRoot.of(SiteStore(tmp_path / "a")).key(1) == root.key(1), "the root must survive a restart"
+
+
+# The ledger -----------------------------------------------------------------------------------------------------------
+
+
+def _entry(number: int, study: str = "s") -> Entry:
+    return Entry(study, "federated", number, 10, 0.1, 1.0, "cohort", f"{study}/{number}", "2026-01-01T00:00:00+00:00")
+
+
+def _anything(entries: object) -> None:
+    """No budget."""
+
+
+def _filled(folder: Path, count: int = 3) -> Ledger:
+    ledger = Ledger(folder / "ledger.jsonl", SiteStore(folder / "store"))
+    for number in range(count):
+        assert ledger.spend(_entry(number), _anything)
+    return ledger
+
+
+def test_ledger_holds_what_was_spent_once(tmp_path: Path) -> None:
+    ledger = _filled(tmp_path)
+    assert not ledger.spend(_entry(1), _anything), "the same bytes cost nothing twice"
+    assert [entry.round for entry in Ledger(ledger.path, SiteStore(tmp_path / "store")).entries()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("harm", ["lost", "emptied", "cut", "edited", "other"])
+def test_ledger_that_was_lost_or_changed_is_refused(tmp_path: Path, harm: str) -> None:
+    ledger = _filled(tmp_path)
+    lines = ledger.path.read_bytes().splitlines(keepends=True)
+    match harm:
+        case "lost":
+            ledger.path.unlink()
+        case "emptied":
+            ledger.path.write_bytes(b"")
+        case "cut":
+            ledger.path.write_bytes(b"".join(lines[:2]))
+        case "edited":
+            ledger.path.write_bytes(lines[0] + lines[1].replace(b'"steps": 10', b'"steps": 1') + lines[2])
+        case "other":
+            another = Ledger(tmp_path / "another.jsonl", SiteStore(tmp_path / "another"))
+            for number in range(4):
+                another.spend(_entry(number, "t"), _anything)
+            ledger.path.write_bytes(another.path.read_bytes())
+    with pytest.raises(JournalError, match=r"privacy ledger was (lost|changed)"):
+        ledger.spend(_entry(9), _anything)
+
+
+def test_ledger_forgets_a_torn_line_and_goes_on(tmp_path: Path) -> None:
+    ledger = _filled(tmp_path)
+    with ledger.path.open("ab") as file:
+        file.write(b'{"study": "s", "ar')
+    assert ledger.spend(_entry(3), _anything)
+    assert [entry.round for entry in ledger.entries()] == [0, 1, 2, 3]
+
+
+def test_ledger_ahead_of_its_anchor_goes_on(tmp_path: Path) -> None:
+    """A process died between the two writes, or another study wrote: what the ledger says counts."""
+    first = _filled(tmp_path)
+    second = Ledger(first.path, SiteStore(tmp_path / "another store"))
+    assert second.spend(_entry(0, "t"), _anything)
+    assert len(first.entries()) == 4
+
+
+def _spend_many(folder: Path, who: str) -> None:
+    ledger = Ledger(folder / "ledger.jsonl", SiteStore(folder / "store"))
+    for number in range(5):
+        ledger.spend(_entry(number, who), _anything)
+
+
+def test_ledger_of_two_processes_at_once(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("spawn")
+    both = [fork.Process(target=_spend_many, args=(tmp_path, who)) for who in "st"]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert len(Ledger(tmp_path / "ledger.jsonl", SiteStore(tmp_path / "store")).entries()) == 10
+
+
+def _purse(folder: Path, epsilon: float = 3.0) -> Purse:
+    store = SiteStore(folder / "store")
+    terms = Terms(epsilon, 1e-3, 1.0, 1.0, 0.1, 5.0, 2, "exact", "pld")
+    return Purse("A", terms, Ledger(folder / "ledger.jsonl", store), SecretRoot.of(store))
+
+
+def test_budget_is_never_passed_and_spans_studies(tmp_path: Path) -> None:
+    purse = _purse(tmp_path)
+
+    def pay(number: int) -> None:
+        purse.pay(f"study {number % 2}", "federated", number, 10, "cohort", ["model"])
+
+    with suppress(BudgetSpent):
+        for number in range(50):
+            pay(number)
+    with pytest.raises(BudgetSpent, match=r"site A stops training.*budget is 3 "):
+        pay(50)
+    spendings = [entry.spending for entry in purse.ledger.entries()]
+    assert len(spendings) > 1
+    assert epsilon_of(spendings, 1e-3) <= 3.0 < epsilon_of([*spendings, spendings[0]], 1e-3)
+
+
+def test_the_same_inputs_give_the_same_noise_and_others_other(tmp_path: Path) -> None:
+    purse = _purse(tmp_path, 8.0)
+    one, same, other = (purse.pay("s", "a", 1, 5, "cohort", [inputs]) for inputs in ("x", "x", "y"))
+    draw = [secret.stream(0, "noise").normals(4).tolist() for secret in (one, same, other)]
+    assert draw[0] == draw[1] != draw[2]
+    assert len(purse.ledger.entries()) == 2
+    assert json.loads(purse.ledger.path.read_text().splitlines()[0])["cohort"] == "cohort"

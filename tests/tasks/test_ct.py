@@ -232,6 +232,7 @@ def test_a_run_of_two_hospitals_ends_in_a_report(folders: dict[str, Path], tmp_p
         result.values["patients"][site]["test"] for site in "AB"
     )
     page = (out / "report.html").read_text()
+    assert "FBP" in page
     assert "soft tissue" in page
     assert "Doe" not in page
 

@@ -120,6 +120,7 @@ _KNOWN_ARMS = {
             "zero-filled",
             "no reconstruction: missing samples are zero",
         ),
+        Arm("fbp", "FBP", "baseline", "zero-filled", "filtered back projection, nothing learned"),
         Arm("cg_sense", "CG-SENSE", "baseline", "cg-sense", "least squares with coil maps, nothing learned"),
         Arm("tv", "TV", "baseline", "tv", "total variation: compressed sensing, nothing learned"),
         Arm("local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"),

@@ -1,0 +1,160 @@
+"""CT slices on a scanner's grid: resampled by area, centred on the body, refused where they cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
+
+from wardround.data.ct_dataset import Body, CTFolder, CTIndex, Grid, Slice, on_grid
+from wardround.data.dataset import SPLITS
+from wardround.data.visits import Visits
+from wardround.errors import DataError
+from wardround.study.tasks import Slices, Split
+
+GRID = Grid((64, 64), 6.0, 192.0)
+
+
+def _index(folder: Path | tuple[Path, ...], grid: Grid = GRID, **changes: Any) -> CTIndex:
+    options = {"slices": Slices(), "split": Split(), "seed": 3}
+    return CTIndex(CTFolder(folder, "A"), grid, **{**options, **changes})
+
+
+@given(
+    st.integers(5, 40), st.floats(0.5, 3.0), st.integers(4, 30), st.floats(0.5, 6.0), st.floats(-3, 3), st.floats(-3, 3)
+)
+def test_resampling_keeps_a_ramp_and_pads_with_air(
+    have: int, step: float, count: int, pixel: float, down: float, across: float
+) -> None:
+    """A linear image stays linear inside, wherever the middle is; outside is the padding value."""
+    y, x = np.mgrid[:have, :have] * step
+    middle = ((have - 1) / 2 + down, (have - 1) / 2 + across)
+    grid = Grid((count, count), pixel, 1.0)
+    found = on_grid(2.0 * y - x, (step, step), middle, grid, -7.0)
+    at = (np.arange(count) - (count - 1) / 2) * pixel
+    rows, columns = at[:, None] + middle[0] * step, at[None] + middle[1] * step
+    # What a box over pixels loses at worst is linear interpolation's own: a box as wide as the larger pixel.
+    width, edge = max(pixel, step), (have - 1) * step
+    inside = np.ones((count, count), dtype=bool)
+    outside = np.zeros((count, count), dtype=bool)
+    for position in (rows, columns):
+        inside &= (position - width / 2 > -step / 2) & (position + width / 2 < edge + step / 2)
+        outside |= (position + width / 2 < -step / 2) | (position - width / 2 > edge + step / 2)
+    expected = np.broadcast_to(2.0 * rows - columns, found.shape)
+    assert np.abs(found - expected)[inside].max(initial=0.0) < 1.5 * step
+    np.testing.assert_allclose(found[outside], -7.0, atol=1e-4)
+
+
+def test_a_grid_of_the_same_pixels_changes_nothing() -> None:
+    image = np.random.default_rng(0).normal(size=(12, 14))
+    found = on_grid(image, (2.0, 2.0), (5.5, 6.5), Grid((12, 14), 2.0, 1.0), 0.0)
+    np.testing.assert_allclose(found, image, atol=1e-6)
+
+
+def test_a_body_is_found_and_put_in_the_middle_whatever_the_spacing(tmp_path: Path) -> None:
+    save_dicom(thorax(1), tmp_path / "p0" / "a.dcm")
+    save_dicom(thorax(1, size=160, spacing=2.25, shift=(25, -35)), tmp_path / "p1" / "1.2.3", spacing=2.25)
+    index = _index(tmp_path, role="unseen")
+    first, second = (index.image(example) for example in index.examples("test"))
+    assert np.abs(first - second).mean() < 25  # edges of lungs and skin alone differ
+    mask = index.mask(index.examples("test")[0])
+    area = mask.sum() * GRID.pixel**2
+    assert area == pytest.approx(np.pi * 150 * 105, rel=0.05)
+    y, x = np.nonzero(mask)
+    assert abs((y.min() + y.max()) / 2 - 31.5) <= 1
+    assert abs((x.min() + x.max()) / 2 - 31.5) <= 1
+
+
+def test_tables_are_air_and_thin_things_no_body() -> None:
+    image = thorax(1, size=100).astype(np.float32)
+    image[85:87, 2:98] = 200.0  # a table of 9 mm, apart from the patient
+    body = Body.of(Slice(image, (4.5, 4.5)))
+    assert not body.mask[85:87].any()
+    assert body.reach == pytest.approx(150, abs=6)
+    empty = Body.of(Slice(np.full((20, 20), -1000, np.float32), (1.0, 1.0)))
+    assert (empty.reach, empty.mask.any(), empty.middle) == (0.0, False, (9.5, 9.5))
+
+
+def test_nothing_outside_the_field_of_view_is_scanned(tmp_path: Path) -> None:
+    image = thorax(1, size=110)
+    image[100:104, :] = 200
+    save_dicom(image, tmp_path / "p" / "a.dcm")
+    index = _index(tmp_path, role="unseen")
+    (example,) = index.examples("test")
+    assert (index.image(example)[~GRID.inside()] == -1024).all()
+
+
+def test_a_body_too_large_is_refused_by_number_and_fix(tmp_path: Path) -> None:
+    folder = make_ct_hospitals(tmp_path)["A"]
+    with pytest.raises(
+        DataError, match=r"site A: in 7 of 7 slices the body does not fit.*enlarge `geometry.pixel`"
+    ) as e:
+        _index(folder, Grid((64, 64), 2.0, 64.0))
+    assert "Doe" not in str(error.value)
+
+
+def test_patients_are_split_whole_and_kept_apart_over_several_folders(tmp_path: Path) -> None:
+    folders = make_ct_hospitals(tmp_path)
+    index = _index((folders["A"], folders["B"]))
+    by_split = {split: {example.patient for example in index.examples(split)} for split in SPLITS}
+    assert [set(index.patients(split)) for split in SPLITS] == list(by_split.values())
+    assert set.union(*by_split.values()) == set(range(9))
+    assert sum(map(len, by_split.values())) == 9
+    (folders["B"] / "Doe-Jane-0").mkdir()
+    with pytest.raises(DataError, match="1 patients are in several") as error:
+        _index((folders["A"], folders["B"]))
+    assert "Doe" not in str(error.value)
+
+
+def test_visits_are_the_test_patients_of_all_members(tmp_path: Path) -> None:
+    folders = make_ct_hospitals(tmp_path)
+    members = [_index(folders[site]) for site in "AB"]
+    visits = Visits("New", members)
+    assert (visits.patients("train"), visits.examples("validation")) == ((), ())
+    expected = [member.image(example) for member in members for example in member.examples("test")]
+    for example, image in zip(visits.examples("test"), expected, strict=True):
+        np.testing.assert_array_equal(visits.image(example), image)
+    assert visits.patients("test") == tuple(range(sum(len(member.patients("test")) for member in members)))
+
+
+def test_the_fingerprint_follows_content_and_not_names(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_ct_hospitals(tmp_path / name)
+    one, two = tmp_path / "one" / "B", tmp_path / "two" / "B"
+    two.rename(tmp_path / "elsewhere")
+    before = _index(one).fingerprint()
+    assert _index(one).fingerprint() == before
+    assert _index(one, Grid((64, 64), 6.5, 200.0)).fingerprint() != before
+    patient = next(one.iterdir())
+    save_nifti([thorax(99), thorax(98)], patient / "ct.nii.gz")
+    assert _index(one).fingerprint() != before
+
+
+def test_a_memory_too_small_for_images_changes_nothing(tmp_path: Path) -> None:
+    folder = make_ct_hospitals(tmp_path)["A"]
+    roomy, tight = _index(folder), _index(folder, cache_bytes=10)
+    for example in roomy.examples("train"):
+        np.testing.assert_array_equal(roomy.image(example), tight.image(example))
+
+
+def test_values_that_are_no_hounsfield_units_are_refused(tmp_path: Path) -> None:
+    save_nifti([thorax(1) + 1024], tmp_path / "volume" / "Doe" / "ct.nii.gz")
+    save_dicom(thorax(1), tmp_path / "slice" / "Doe" / "a.dcm", intercept=0.0)
+    for folder in ("volume", "slice"):
+        with pytest.raises(DataError, match="site A: wrong rescale") as error:
+            _index(tmp_path / folder, role="unseen")
+        assert "Doe" not in str(error.value)
+
+
+def test_a_folder_without_patients_says_what_was_expected(tmp_path: Path) -> None:
+    (tmp_path / "Doe").mkdir()
+    (tmp_path / "Doe" / "notes.txt").write_text("nothing")
+    with pytest.raises(DataError, match=r"SITE/PATIENT/\*\.dcm or SITE/PATIENT/ct\.nii\.gz"):
+        CTFolder(tmp_path, "A")
+    with pytest.raises(DataError, match="does not exist"):
+        CTFolder(tmp_path / "nowhere", "A")

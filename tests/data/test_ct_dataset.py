@@ -93,7 +93,7 @@ def test_a_body_too_large_is_refused_by_number_and_fix(tmp_path: Path) -> None:
     folder = make_ct_hospitals(tmp_path)["A"]
     with pytest.raises(
         DataError, match=r"site A: in 7 of 7 slices the body does not fit.*enlarge `geometry.pixel`"
-    ) as e:
+    ) as error:
         _index(folder, Grid((64, 64), 2.0, 64.0))
     assert "Doe" not in str(error.value)
 

@@ -150,6 +150,8 @@ def coordinator_peak(folder: Path) -> dict[str, float]:
     from wardround.federation.exchange import UPDATE
     from wardround.federation.journal import Journal
     from wardround.federation.methods.method import Method
+    from wardround.federation.minutes import HEAD, shown
+    from wardround.federation.record import START
     from wardround.wire.message import FileBody, Message
 
     layout = _big_layout()
@@ -163,6 +165,7 @@ def coordinator_peak(folder: Path) -> dict[str, float]:
             for message in messages:
                 reply = message.reply(UPDATE, meta={"layout": layout.sha256})
                 header = replace(reply.header, body_nbytes=known["nbytes"], body_sha256=known["sha256"])
+                header = replace(header, meta={**header.meta, HEAD: shown(START, header)})
                 yield Message(header, FileBody(folder / "update", known["nbytes"]))
 
         def close(self) -> None:

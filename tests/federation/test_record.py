@@ -19,7 +19,7 @@ from tests.federation.rig import Rig
 from tests.toys import toy_sites, toy_study
 from wardround.cli import app
 from wardround.errors import JournalError
-from wardround.federation.minutes import ANCHOR, HEAD
+from wardround.federation.minutes import ANCHOR, head_of
 from wardround.federation.record import LOG, Entry, Record
 from wardround.federation.verify import verify
 from wardround.protection.identity import Identity
@@ -326,7 +326,7 @@ def test_an_update_shows_the_head_of_its_log_and_is_refused_without(tmp_path: Pa
     rig.train()
     updates = [s.message.header for s in rig.engine.sent if s.message.header.kind == "update"]
     known = {e.hash for log in verify(tmp_path).logs for e in log.entries}
-    assert all(header.meta[HEAD] in known for header in updates)
+    assert all(head_of(header) in known for header in updates)
     requests = [s.message.header for s in rig.engine.sent if s.message.header.kind == "train"]
     assert [ANCHOR in header.meta for header in requests] == [False] * 3 + [True] * 6
 

@@ -182,16 +182,17 @@ class Coordinator:
                 site = reply.header.site
                 if reply.header.kind == ERROR:
                     missing[site] = str(reply.header.meta.get("reason", "no reason given"))
-                    self._minutes.refused(call, reply, missing[site])
+                    self._minutes.refused(call, exchange.attempt, reply, missing[site])
                     continue
                 try:
                     self._minutes.check(reply)
                     exchange.accept(reply)
                 except WireError as error:
                     missing[site] = str(error)
-                    self._minutes.refused(call, reply, missing[site])
+                    self._minutes.refused(call, exchange.attempt, reply, missing[site])
                 else:
-                    self._minutes.accepted(call, reply)
+                    missing.pop(site, None)
+                    self._minutes.accepted(call, exchange.attempt, reply)
             self._require(exchange, missing)
             messages = exchange.close()
         return exchange, missing, (up, down)

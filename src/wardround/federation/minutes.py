@@ -20,6 +20,20 @@ HEAD = "log"
 ANCHOR, HEADS = "anchor", "heads"
 
 
+def shown(head: str, header: Header) -> str:
+    """A head as an update shows it, with a check that binds it to its answer: no flipped bit makes other evidence."""
+    return head + digest([head, header.site, header.reply_to])[:16]
+
+
+def head_of(header: Header) -> str:
+    """The head that an update shows; raises `Rejected` when it shows none."""
+    said = str(header.meta.get(HEAD))
+    head = said[:64]
+    if not is_hash(head) or said != shown(head, header):
+        raise Rejected("an update that does not show the head of its site's log, or not as it was sent")
+    return head
+
+
 class CoordinatorMinutes:
     """The coordinator's log of an arm."""
 
@@ -70,23 +84,22 @@ class CoordinatorMinutes:
 
     def check(self, reply: Message) -> None:
         """Refuse an update that does not show the end of its site's log; raises `Rejected`."""
-        if reply.header.kind == UPDATE and not is_hash(reply.header.meta.get(HEAD)):
-            raise Rejected("an update without the head of its site's log")
+        if reply.header.kind == UPDATE:
+            head_of(reply.header)
 
-    def accepted(self, call: Call, reply: Message) -> None:
+    def accepted(self, call: Call, attempt: int, reply: Message) -> None:
         """An update is in the sum."""
         header = reply.header
         if header.kind != UPDATE:
             return
-        head = str(header.meta[HEAD])
-        self._heads[header.site] = head
-        about = {**_about(header), "kind": call.kind}
+        head = self._heads[header.site] = head_of(header)
+        about = {"kind": call.kind, "site": header.site, "round": call.round, "attempt": attempt}
         self._record.note("accepted", {**about, "body_sha256": header.body_sha256, "head": head})
 
-    def refused(self, call: Call, reply: Message, reason: str) -> None:
+    def refused(self, call: Call, attempt: int, reply: Message, reason: str) -> None:
         """An answer does not count: it was refused, or the site declined."""
         event = "declined" if reply.header.kind == ERROR else "refused"
-        about = {"kind": call.kind, "site": reply.header.site, "round": call.round, "attempt": reply.header.attempt}
+        about = {"kind": call.kind, "site": reply.header.site, "round": call.round, "attempt": attempt}
         self._record.note(event, {**about, "reason": reason})
 
     def committed(self, number: int) -> None:
@@ -142,7 +155,7 @@ class SiteMinutes:
         if header.kind == UPDATE:
             about = {**_about(header), "kind": request.header.kind}
             self.record.note("sent", {**about, "request": request.id, "body_sha256": header.body_sha256}, sync=True)
-            return Message(replace(header, meta={**header.meta, HEAD: self.record.head}), reply.body)
+            return Message(replace(header, meta={**header.meta, HEAD: shown(self.record.head, header)}), reply.body)
         if header.kind == DONE:
             self.record.note("released", {"round": header.round}, sync=True)
         return reply

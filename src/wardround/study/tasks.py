@@ -77,7 +77,7 @@ class ReconstructionTask(Config):
     slices: Slices = Slices()
     split: Split = Split()
     flips: bool = Field(True, description="random left-right flips of training examples")
-    augment: bool = Field(False, description="CT: random rotation and scale before each training scan, with new noise")
+    augment: bool = Field(False, description="CT: random quarter turns before each training scan, with new noise")
     loss: Loss = Loss()
     evaluation: Evaluation = Evaluation()
 

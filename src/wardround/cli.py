@@ -213,6 +213,65 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="PATH", help="A file or
 
 
 @app.command()
+def audit(
+    study: StudyFile,
+    sites: SitesOption,
+    site: Annotated[str, typer.Option("--site", help="The site that audits itself; no image leaves it.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write audit.json and audit.html.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", help="A released model, or the folder of a run (default: round 1).")
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Updates to attack in each way.")] = None,
+    only: Annotated[
+        str, typer.Option("--only", help="Parts to do: lint,inversion,membership,properties,epsilon (default: all).")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer trials and shorter searches.")] = False,
+    pictures: Annotated[bool, typer.Option("--pictures", help="Show patients' images; the page stays here.")] = False,
+    noise_multiplier: Annotated[
+        float | None, typer.Option("--noise-multiplier", help="Claimed privacy: noise in units of the clip.")
+    ] = None,
+    clip: Annotated[float, typer.Option("--clip", help="Claimed privacy: the clip's norm.")] = 1.0,
+    dp_steps: Annotated[int, typer.Option("--dp-steps", help="Claimed privacy: steps with noise.")] = 1,
+    sampling: Annotated[float, typer.Option("--sampling", help="Claimed privacy: rate of Poisson sampling.")] = 1.0,
+    delta: Annotated[float, typer.Option("--delta", help="Claimed privacy: delta.")] = 1e-5,
+    epsilon: Annotated[
+        float | None, typer.Option("--epsilon", help="Claimed privacy: epsilon (default: computed).")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Attack a site's own updates, at the site, and say what they give away. Exit code 2 where a claim is refuted."""
+    from wardround.audit.command import audit as audit_site
+    from wardround.audit.epsilon import Claim
+    from wardround.audit.results import PARTS
+    from wardround.study.load import load_study
+    from wardround.study.sites import load_sites
+
+    claim = None
+    if noise_multiplier is not None:
+        claim = Claim(noise_multiplier, clip, dp_steps, sampling, delta, epsilon)
+    found = audit_site(
+        load_study(study, overrides or []),
+        load_sites(sites),
+        site,
+        out,
+        model=model,
+        claim=claim,
+        quick=quick,
+        trials=trials,
+        pictures=pictures,
+        parts=[word for word in _words(only) if word != "lint"] if only else PARTS,
+    )
+    _say(f"{found.light}: {found.verdict}")
+    if found.epsilon is not None:
+        _say(str(found.epsilon))
+    _say(f"Report: {out / 'audit.html'}")
+    if found.epsilon is not None and not found.epsilon.holds:
+        raise WardroundError("the measured lower bound of epsilon is above the claimed upper bound; do not rely on it")
+    if found.lint:
+        raise WardroundError(f"the lint refuses the model: {found.lint[0].tensor} {found.lint[0].text}")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     _say(__version__)

@@ -250,7 +250,7 @@ class Host:
         return Site(
             name,
             rules,
-            lambda: self._learner(blueprint, name),
+            lambda: self.learner(blueprint, name),
             self._store(blueprint.arm, name),
             protocol=None if threshold is None else SecureUpload(threshold, lambda: self.roster(blueprint.arm)),
             evaluators=evaluators_of(models, pictures),
@@ -301,7 +301,8 @@ class Host:
     def _store(self, arm: Arm, site: str) -> SiteStore:
         return SiteStore(self.out / "work" / "sites" / site / arm.folder)
 
-    def _learner(self, blueprint: Blueprint, name: str) -> Learner:
+    def learner(self, blueprint: Blueprint, name: str) -> Learner:
+        """What trains and evaluates at a site in an arm; all learners of a process share one model."""
         arm, seed = blueprint.arm, self.study.seed
         if name == POOLED:
             parts = [self.dataset(member) for member in arm.members]

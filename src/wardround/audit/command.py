@@ -1,0 +1,44 @@
+"""`wardround audit`: from files to files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from wardround.audit.auditor import Auditor, Effort
+from wardround.audit.epsilon import Claim
+from wardround.audit.inversion import ATTACKS, Attack
+from wardround.audit.results import PARTS, Audit, write_audit
+from wardround.errors import StudyError
+from wardround.study.schema import Study
+from wardround.study.sites import SitesFile
+
+
+def audit(
+    study: Study,
+    sites: SitesFile,
+    site: str,
+    out: Path,
+    *,
+    model: Path | None = None,
+    claim: Claim | None = None,
+    quick: bool = False,
+    trials: int | None = None,
+    pictures: bool = False,
+    attacks: Sequence[Attack] = ATTACKS,
+    parts: Sequence[str] = PARTS,
+) -> Audit:
+    """Audit a site on its own data and write audit.json and audit.html into `out`.
+
+    `model` is a released model of the study or the folder of its run; without one, the initial weights are audited.
+    `parts` of PARTS are done, and the lint always; nothing but the lint where there are none.
+    Raises StudyError and DataError where study, model or data do not fit.
+    """
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise StudyError(f"--only: there is no part {unknown[0]!r}; choose among lint, {', '.join(PARTS)}")
+    effort = Effort.of(quick=quick, trials=trials)
+    auditor = Auditor(study, sites, site, effort, model=model, attacks=attacks, claim=claim)
+    found = auditor.run(quick=quick, parts=[part for part in PARTS if part in parts])
+    write_audit(found, out, pictures=pictures)
+    return found

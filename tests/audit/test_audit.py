@@ -1,0 +1,183 @@
+"""The command at a tiny hospital: what it writes, what it refuses, and that it never calls itself safe blindly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+import wardround
+from tests.hospitals import make_hospitals, write_study
+from wardround.audit.auditor import Effort
+from wardround.audit.command import audit
+from wardround.audit.epsilon import Bound
+from wardround.audit.inversion import ATTACKS, Attack
+from wardround.audit.results import Audit, render
+from wardround.cli import app
+from wardround.runner.release import load_model
+from wardround.study.load import load_study
+from wardround.study.sites import load_sites
+
+PATIENT = "Doe-John"
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Study and sites files, and the folder of a finished run."""
+    folder = tmp_path_factory.mktemp("audit")
+    study, sites = write_study(folder, make_hospitals(folder / "data"))
+    wardround.run(study, sites, folder / "run", engine="local")
+    return study, sites, folder / "run"
+
+
+@pytest.fixture(scope="module")
+def written(hospital: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """What the command printed, and where it wrote."""
+    study, sites, run = hospital
+    out = tmp_path_factory.mktemp("out")
+    # The real ways of attack, with searches just long enough for the control.
+    effort = Effort(1, 40, 1, 2, 12, 2, 2, 4)
+    privacy = ("--noise-multiplier", 1, "--dp-steps", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Effort, "of", staticmethod(lambda **_: effort))
+        found = _run(
+            "audit", study, "--sites", sites, "--site", "Alpha", "--model", run, "--out", out, "--quick", *privacy
+        )  # fmt: skip
+    return found, out
+
+
+def test_the_command_writes_a_page_and_numbers(written: tuple[Result, Path]) -> None:
+    found, out = written
+    assert found.exit_code == 0, found.output
+    values = json.loads((out / "audit.json").read_text())
+    assert found.stdout.startswith(f"{values['light']}: {values['verdict']}")
+    assert "<= claimed upper bound" in found.stdout
+    page = (out / "audit.html").read_text()
+    assert values["verdict"] in page
+    assert values["epsilon"]["sentence"].replace("<=", "&lt;=") in page
+    assert "<script" not in page
+    assert "http" not in page
+    assert "data:image" not in page
+    assert PATIENT not in page + found.output
+
+
+def test_the_numbers_follow_the_schema(written: tuple[Result, Path], hospital: tuple[Path, Path, Path]) -> None:
+    values: dict[str, Any] = json.loads((written[1] / "audit.json").read_text())
+    assert values["version"] == 1
+    assert values["site"] == "Alpha"
+    assert values["study_sha256"] == json.loads((hospital[2] / "result.json").read_text())["study_sha256"]
+    assert values["lint"] == []
+    assert {control["attack"] for control in values["control"]} == {attack.name for attack in ATTACKS}
+    assert all(control["works"] for control in values["control"])
+    assert all(control["ssim_median"] >= 0.8 for control in values["control"])
+    variants = {row["variant"] for row in values["inversion"]}
+    assert len(variants) == 5
+    for row in values["inversion"]:
+        assert row["light"] in ("red", "amber", "green")
+        assert -1.0 <= row["ssim_median"] <= row["ssim_worst"] <= 1.0
+        assert 0 <= row["retrieved"] <= row["images"]
+        assert row["chance"] == pytest.approx(1 / values["pool"])
+    assert [each["attack"].partition(",")[0] for each in values["membership"]] == ["loss threshold", "LiRA", "RMIA"]
+    for each in values["membership"]:
+        assert [at["fpr"] for at in each["at"]] == [0.01, 0.001]
+        assert not each["at"][0]["resolved"]  # a handful of outsiders cannot show one in a hundred
+        assert each["curve"][-1] == [1.0, 1.0]
+    assert values["epsilon"]["lower"] <= values["epsilon"]["claimed"]
+    assert values["epsilon"]["holds"] is True
+    assert any("iDLG" in line for line in values["not_attacked"])
+
+
+def _audit(hospital: tuple[Path, Path, Path], out: Path, attacks: tuple[Attack, ...], **options: Any) -> Audit:
+    study, sites, _ = hospital
+    return audit(load_study(study), load_sites(sites), "Alpha", out, quick=True, trials=1, attacks=attacks, **options)
+
+
+def test_a_disabled_attack_is_not_safety(hospital: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    lazy = Attack("Inverting Gradients", iterations=1)
+    found = _audit(hospital, tmp_path, (lazy,))
+    assert found.light == "attack not working"
+    assert {row.light for row in found.rows} == {"attack not working"}
+    page = (tmp_path / "audit.html").read_text()
+    assert "The attack is not working" in page
+    assert '"lamp lamp-green"' not in page
+    assert "membership: give --model" in page
+    assert _audit(hospital, tmp_path, ()).light == "attack not working"
+
+
+def test_pictures_are_shown_when_asked_for(hospital: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _audit(hospital, tmp_path, (Attack("Unrolled", iterations=1, unroll=True),), pictures=True)
+    page = (tmp_path / "audit.html").read_text()
+    assert page.count("data:image/png") == 2
+    assert "it stays at the site" in page
+
+
+def test_a_planted_model_stops_the_audit(hospital: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    study, sites, run = hospital
+    released = run / "models" / "federated.safetensors"
+    tensors, (_, metadata) = load_file(released), load_model(released)
+    tensors["denoiser.stack.0.weight"] = np.ones_like(tensors["denoiser.stack.0.weight"])
+    save_file(tensors, tmp_path / "planted.safetensors", metadata=metadata)
+    found = _run(
+        "audit", study, "--sites", sites, "--site", "Alpha", "--model", tmp_path / "planted.safetensors",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert found.exit_code == 2
+    assert "denoiser.stack.0.weight" in found.stderr
+    values = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert values["light"] == "red"
+    assert values["lint"][0]["check"] == "imprint"
+    assert values["inversion"] == []
+
+
+def test_a_refuted_claim_is_an_error(hospital: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """A claim of epsilon 0.01 for noise that costs 8 is found out."""
+    study, sites, _ = hospital
+    found = _run(
+        "audit", study, "--sites", sites, "--site", "Beta", "--out", tmp_path, "--only", "epsilon",
+        "--noise-multiplier", 0.5, "--epsilon", 0.01,
+    )  # fmt: skip
+    assert found.exit_code == 2
+    assert "> claimed upper bound" in found.stdout
+    assert "do not rely on it" in found.stderr
+    values = json.loads((tmp_path / "audit.json").read_text())
+    assert values["light"] == "red"
+    assert values["epsilon"]["lower"] > values["epsilon"]["claimed"]
+
+
+def test_only_a_site_that_trains_can_be_audited(hospital: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    study, sites, _ = hospital
+    found = _run("audit", study, "--sites", sites, "--site", "Gamma", "--out", tmp_path)
+    assert found.exit_code == 2
+    assert "choose among Alpha, Beta" in found.stderr
+
+
+def test_the_light_is_red_for_a_refuted_claim_alone() -> None:
+    found = Audit(
+        study="s", study_sha256="0", site="A", model="m", model_sha256="0", architecture_sha256="0", quick=True,
+        inverted=False,
+        lint=(), controls=(), rows=(), membership=(), properties=(), epsilon=Bound(1.0, 2.0, 1e-5, 100, 30, 30),
+        skipped=(), pool=0, seconds=0.0, pictures=(),
+    )  # fmt: skip
+    assert found.light == "red"
+    assert "does not hold" in render(found)
+
+
+def test_the_lint_alone_is_quick_and_says_what_was_left_out(hospital: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    study, sites, run = hospital
+    site = ("audit", study, "--sites", sites, "--site", "Alpha", "--model", run, "--out", tmp_path)
+    found = _run(*site, "--only", "lint")
+    assert found.exit_code == 0, found.output
+    values = json.loads((tmp_path / "audit.json").read_text())
+    assert values["light"] == "not attacked"
+    assert "inversion: not asked for" in values["not_attacked"]
+    assert "there is no part 'linting'" in _run(*site, "--only", "linting").stderr

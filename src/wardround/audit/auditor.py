@@ -245,7 +245,10 @@ class Auditor:
             summed = [self._victim([self._neighbours(i, members)]) for i in chosen[:few]]
             found.append((f"sum over {members} sites, 1 image each", strongest, summed))
             found.append((noisy, strongest, [self._victim([i], noise, seed + i) for i in chosen[:few]]))
-            found.append((f"as sent: {self._own_words}", strongest, [self._as_sent()]))
+            if self.study.protection.privacy is None:
+                found.append((f"as sent: {self._own_words}", strongest, [self._as_sent()]))
+            else:
+                self.skipped.append("the update as sent: making one more with privacy would spend of the budget")
         return found
 
     @property

@@ -28,17 +28,17 @@ from wardround.wire.update import encode
 
 SITES = ("A", "B", "C", "D", "E", "F", "G")
 BAD = SITES[:2]
-DEFENCE = Defence("trimmed_mean", 2)
+DEFENCE = Defence(f=2)
 Poison = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
 
-def study(rule: str = "trimmed_mean", **changes: Any) -> Study:
+def study(**changes: Any) -> Study:
     return toy_study(
         SITES,
         **{
             "method": {"kind": "fedavg", "weights": "equal"},
             "schedule": {"rounds": 4, "release": "last"},
-            "protection": {"robust": {"rule": rule, "malicious": 0.3, "momentum": 0.5}},
+            "protection": {"robust": {"malicious": 0.3, "momentum": 0.5}},
             **changes,
         },
     )
@@ -141,11 +141,14 @@ def exchange_of(rig: Rig, folder: Path, defence: Defence = DEFENCE) -> tuple[Rob
     return exchange, {m.header.site: rig.sites[m.header.site].handle(m) for m in exchange.open()}
 
 
-def test_the_order_of_arrival_does_not_matter_and_once_is_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "defence", [DEFENCE, Defence("trimmed_mean", 2, "nearest_neighbour"), Defence("multi_krum", 2)]
+)
+def test_the_order_of_arrival_does_not_matter_and_once_is_once(tmp_path: Path, defence: Defence) -> None:
     rig = Rig(study(), tmp_path)
     means = []
     for order in (SITES, SITES[::-1]):
-        exchange, replies = exchange_of(rig, tmp_path)
+        exchange, replies = exchange_of(rig, tmp_path, defence)
         for site in order:
             exchange.accept(replies[site])
         exchange.accept(replies["B"])
@@ -153,6 +156,7 @@ def test_the_order_of_arrival_does_not_matter_and_once_is_once(tmp_path: Path) -
             exchange.accept(replace(replies["B"], header=replace(replies["B"].header, body_sha256="0" * 64)))
         assert exchange.close() == []
         assert exchange.aggregate().contributors == len(exchange.receipts)
+        assert sum(exchange.weights["model"].values()) == pytest.approx(1.0)
         means.append(exchange.aggregate().mean("model", "0.weight"))
     assert (means[0] == means[1]).all()
 

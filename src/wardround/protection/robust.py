@@ -33,6 +33,9 @@ Mixing = Literal["nearest_neighbour", "none"]
 GATE = 4.0
 WEISZFELD_STEPS = 32
 CLIPPING_STEPS = 3
+# Times the median distance. An update loses half its weight at twice that: hospitals of an unusual size or case mix
+# stay within (benchmarks/robust.py), while f sites move the mean by no more than f / n of that radius in a step.
+CLIP = 2.0
 # Relative to the median distance: where an update lies on the geometric median itself, its weight would be infinite.
 SMOOTHING = 1e-6
 DNC_FACTOR = 1.5
@@ -45,9 +48,9 @@ LARGEST = 1e100
 class Defence:
     """A rule, the number of malicious sites it stands, and what comes before it."""
 
-    rule: Rule = "trimmed_mean"
+    rule: Rule = "centred_clipping"
     f: int = 1
-    mixing: Mixing = "nearest_neighbour"
+    mixing: Mixing = "none"
     gate: bool = True
 
 
@@ -187,16 +190,16 @@ def dnc(g: Floats, f: int) -> Floats:
 
 
 def centred_clipping(g: Floats, f: int = 0) -> Floats:
-    """v <- v + 1/n sum (x_i - v) min(1, tau / |x_i - v|), with tau the median distance, from the geometric median.
+    """v <- v + 1/n sum (x_i - v) min(1, tau / |x_i - v|), with tau twice the median distance.
 
-    Karimireddy et al. (ICML 2021, eq. 3) start from the last round's aggregate and take tau from the user; starting
-    afresh keeps no state that a resumed run could lack. f is not used.
+    v starts at the geometric median. Karimireddy et al. (ICML 2021, eq. 3) start from the last round's aggregate and
+    take tau from the user; starting afresh keeps no state that a resumed run could lack. f is not used.
     """
     n = len(g)
     weights = geometric_median(g)
     for _ in range(CLIPPING_STEPS):
         distance = _distances_to(g, weights)
-        radius = float(np.median(distance))
+        radius = CLIP * float(np.median(distance))
         clip = np.minimum(1.0, radius / np.maximum(distance, np.finfo(np.float64).tiny))
         weights = weights * (1.0 - clip.mean()) + clip / n
     return weights

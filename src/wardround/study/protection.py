@@ -95,13 +95,13 @@ class Robust(Config):
     """An aggregate that a minority of sites cannot move far, whatever they send; every site weighs the same in it."""
 
     rule: Literal["trimmed_mean", "median", "geometric_median", "krum", "multi_krum", "dnc", "centred_clipping"] = (
-        "trimmed_mean"
+        "centred_clipping"
     )
     malicious: float = Field(
         0.2, gt=0.0, lt=0.5, description="share of the training sites that may be malicious, rounded down, at least one"
     )
     mixing: Literal["nearest_neighbour", "none"] = Field(
-        "nearest_neighbour", description="average each update with its nearest ones first"
+        "none", description="average each update with its nearest ones first; leaves unusual honest sites less weight"
     )
     gate: bool = Field(True, description="leave out updates that are several times as long as the median one")
     momentum: float = Field(

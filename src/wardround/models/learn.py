@@ -43,7 +43,7 @@ class LearnShape:
 
 PRESETS = {
     "tiny": LearnShape(unrolls=2, channels=8),
-    "small": LearnShape(unrolls=8, channels=32, layers=5),
+    "small": LearnShape(unrolls=10, channels=32, layers=4, initial_step=1.5),
     "paper": LearnShape(unrolls=50, channels=48, scale=1),
 }
 

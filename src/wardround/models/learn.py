@@ -43,7 +43,7 @@ class LearnShape:
 
 PRESETS = {
     "tiny": LearnShape(unrolls=2, channels=8),
-    "small": LearnShape(unrolls=10, channels=32, layers=4, initial_step=1.5),
+    "small": LearnShape(unrolls=7, channels=32, layers=4, scale=1, gradient="fbp"),
     "paper": LearnShape(unrolls=50, channels=48, scale=1),
 }
 

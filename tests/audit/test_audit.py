@@ -181,3 +181,19 @@ def test_the_lint_alone_is_quick_and_says_what_was_left_out(hospital: tuple[Path
     assert values["light"] == "not attacked"
     assert "inversion: not asked for" in values["not_attacked"]
     assert "there is no part 'linting'" in _run(*site, "--only", "linting").stderr
+
+
+def test_the_claim_of_a_study_is_put_to_the_test(tmp_path: Path) -> None:
+    privacy = {"noise_multiplier": 1.0, "patients_per_step": 1.0, "delta": 0.01}
+    study, sites = write_study(
+        tmp_path,
+        make_hospitals(tmp_path / "data"),
+        protection={"privacy": privacy},
+        method={"kind": "fedavg", "weights": "equal"},
+        schedule={"rounds": 2, "release": "last"},
+    )
+    found = audit(load_study(study), load_sites(sites), "Alpha", tmp_path / "out", parts=["epsilon"])
+    assert found.epsilon is not None
+    assert found.epsilon.delta == 0.01
+    assert 0.0 <= found.epsilon.lower <= found.epsilon.claimed
+    assert f"claimed upper bound {found.epsilon.claimed:.3f}" in (tmp_path / "out" / "audit.html").read_text()

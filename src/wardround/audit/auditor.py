@@ -24,15 +24,17 @@ from wardround.audit.results import PARTS, Audit, Control, Part, Pictured
 from wardround.audit.scores import Row, Trial, row, score
 from wardround.audit.victims import Noise, control_victim, singles, victim_of
 from wardround.errors import DataError, StudyError
+from wardround.federation.private_training import training_patients
 from wardround.federation.store import NOTHING
 from wardround.federation.training import ExampleStream, SiteExamples, build_optimizer
+from wardround.protection.privacy import terms_of
 from wardround.runner.arms import FEDERATED
 from wardround.runner.host import Host
 from wardround.runner.release import model_of_study, personal_part
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 from wardround.tasks.reconstruction import ReconstructionDataset
-from wardround.tasks.task import Batch, Split
+from wardround.tasks.task import Batch, Dataset, Split
 from wardround.wire.random import public_generator
 from wardround.wire.tensors import tensors_sha256
 
@@ -79,7 +81,7 @@ class Auditor:
         if site not in study.training_sites:
             raise StudyError(f"--site {site}: only a site that trains sends updates; choose among "
                              f"{', '.join(study.training_sites)}")  # fmt: skip
-        self.study, self.site, self.effort, self.claim = study, site, effort, claim
+        self.study, self.site, self.effort = study, site, effort
         self.attacks = tuple(effort.limit(attack) for attack in attacks)
         self._host = Host(study, sites, Path(os.devnull), ())
         self._path = _model_path(model)
@@ -92,6 +94,7 @@ class Auditor:
         self._dataset = self._host.dataset(site)
         if not len(self._dataset):
             raise DataError(f"site {site} has no training example to audit")
+        self.claim = claim or _claimed(study, site, self._dataset)
         self.pictures: list[Pictured] = []
         self.skipped: list[str] = []
 
@@ -374,3 +377,13 @@ def _model_path(model: Path | None) -> Path | None:
     if model is None or not model.is_dir():
         return model
     return model / "models" / f"{FEDERATED}.safetensors"
+
+
+def _claimed(study: Study, site: str, dataset: Dataset) -> Claim | None:
+    """What the study claims of a site's privacy for the federated model: its own noise, and epsilon from that."""
+    privacy = study.protection.privacy
+    if privacy is None:
+        return None
+    steps = study.schedule.rounds * study.local.steps
+    terms = terms_of(privacy, site, training_patients(dataset), steps)
+    return Claim(terms.noise, terms.clip, steps, terms.rate, terms.delta)

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
 from wardround.errors import MissingExtra, StudyError
+from wardround.federation.private_training import clipped
 
 Floats = npt.NDArray[np.float64]
 # (contributions (n, d) of one step, random) -> what the step lets out (d,)
@@ -135,13 +137,13 @@ def refuted(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
 
 
 def gaussian_mechanism(claim: Claim) -> Mechanism:
-    """DP-SGD as claimed: every contribution clipped to the norm, summed, noise on the sum."""
+    """DP-SGD as claimed: every contribution clipped as training clips it, summed, noise on the sum."""
 
     def step(contributions: Floats, random: np.random.Generator) -> Floats:
-        norms = np.linalg.norm(contributions, axis=1, keepdims=True)
-        clipped = contributions * np.minimum(1.0, claim.clip / np.maximum(norms, 1e-30))
-        noise = claim.noise_multiplier * claim.clip * random.standard_normal(contributions.shape[1])
-        total: Floats = clipped.sum(axis=0) + noise
+        total = np.zeros(contributions.shape[1])
+        for contribution in contributions:
+            total += clipped(torch.from_numpy(contribution), claim.clip).numpy()
+        total += claim.noise_multiplier * claim.clip * random.standard_normal(contributions.shape[1])
         return total
 
     return step

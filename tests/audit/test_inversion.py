@@ -150,6 +150,12 @@ def test_the_traffic_light(ssim: float, null: float, retrieved: int, light: str)
     assert traffic_light(ssim, null, 0.02, retrieved, 8, 1 / 80 if retrieved == 1 else 1 / 40)[0] == light
 
 
+def test_few_images_cannot_hide_that_all_are_recognised() -> None:
+    """Among 6 images no rate is 10 times chance; both of 2 recognised are still more than chance."""
+    assert traffic_light(0.1, 0.2, 0.02, 2, 2, 1 / 6)[0] == "amber"
+    assert traffic_light(0.1, 0.2, 0.02, 1, 2, 1 / 6)[0] == "green"
+
+
 def test_an_attack_that_fails_its_control_is_never_green() -> None:
     nothing = Trial(*(np.array([value]) for value in (0.0, 10.0, 0.4, 0.5)), np.array([False]))
     assert row("lone", "a", [nothing], 20, works=True).light == "green"

@@ -145,9 +145,11 @@ def traffic_light(ssim: float, null: float, sd: float, retrieved: int, n: int, c
         )
     if above:
         return "amber", f"SSIM {ssim:.2f} is above the mean image's {null:.2f} by more than 2 sd"
+    if retrieved and float(binom.sf(retrieved - 1, n, chance)) <= 0.05:
+        return "amber", f"{retrieved} of {n} recognised: more than chance, among few images"
     if often:
         return "amber", f"{retrieved} of {n} recognised: more than chance, but too few trials to tell"
-    return "green", "no better than the mean image, and no image recognised"
+    return "green", "no better than the mean image, and recognised no more often than by chance"
 
 
 def worst_light(lights: Sequence[Light]) -> Light:

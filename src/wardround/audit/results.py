@@ -139,7 +139,7 @@ class Audit:
 _VERDICTS: dict[Light, str] = {
     "red": "An attack recovered or recognised an image of a patient from an update.",
     "amber": "An attack learned more of an image than the mean image tells, though no recognisable image came back.",
-    "green": "No attack that works on the control recovered or recognised an image.",
+    "green": "No attack that works on the control recovered an image, or recognised more of them than chance.",
     "attack not working": "The attack is not working: it fails where it must succeed, so this audit shows nothing.",
     "not attacked": "No update was attacked.",
 }

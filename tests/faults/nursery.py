@@ -23,6 +23,7 @@ from tests.toys import Regression, toy_sites, toy_study
 from wardround.errors import WardroundError
 from wardround.federation.database import Database
 from wardround.federation.training import Learner
+from wardround.protection.ledger import Ledger
 from wardround.runner import session
 
 
@@ -30,13 +31,13 @@ class Acts:
     """Counts what happens and kills the process at a chosen act, without a chance to clean up."""
 
     def __init__(self, fatal: int, log: Path) -> None:
-        self.count = 0
+        self.heard: list[str] = []
         self._fatal = fatal
         self._log = log
 
     def __call__(self, what: str) -> None:
-        self.count += 1
-        if self.count == self._fatal:
+        self.heard.append(what)
+        if len(self.heard) == self._fatal:
             self._log.write_text(what)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -60,6 +61,7 @@ def watch(act: Acts) -> None:
     around(Path, "unlink")
     around(Regression, "loss")
     around(Learner, "train")
+    around(Ledger, "spend")
     transaction = Database.transaction
 
     @contextmanager
@@ -111,7 +113,9 @@ def live(job: dict[str, Any]) -> None:
         said = {"error": type(error).__name__, "text": str(error)}
     except BaseException as error:
         said = {"error": type(error).__name__, "text": traceback.format_exc()}
-    (notes / "said").write_text(json.dumps({**said, "acts": acts.count}))
+    if job.get("listen"):
+        said["heard"] = acts.heard
+    (notes / "said").write_text(json.dumps({**said, "acts": len(acts.heard)}))
 
 
 def main() -> None:

@@ -207,6 +207,16 @@ def test_a_run_says_what_was_spent(tmp_path: Path, gradients: str) -> None:
     assert "patient" in (tmp_path / "out" / "model_card.md").read_text()
 
 
+def test_a_site_that_trains_nothing_is_tested_and_has_no_purse(tmp_path: Path) -> None:
+    names = ("A", "B", "C", "Unseen")
+    roles = {name: {"role": "unseen" if name == "Unseen" else "train"} for name in names}
+    study = _study().model_copy(update={"sites": toy_study(roles).sites})
+    result = session.run(study, toy_sites(tmp_path, names), tmp_path / "out", engine="local")
+    assert result.metric("federated", "Unseen", "mse") > 0
+    assert not (tmp_path / "out" / "work" / "sites" / "Unseen" / "privacy").exists()
+    assert sorted(result.values["privacy"]["sites"]) == ["A", "B", "C"]
+
+
 def test_sites_with_other_secrets_train_other_models(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path)
     found = [session.run(_study(), sites, tmp_path / out, engine="local").values["model_sha256"] for out in "ab"]

@@ -315,7 +315,8 @@ class Host:
             examples = SiteExamples(ExampleStream(len(dataset), seed, name))
         report, robust = self._progress, arm.robust(self.study)
         private = None
-        if self.purses.rules is not None:
+        # A site that only evaluates an arm's model spends nothing, and may have no training patients at all.
+        if self.purses.rules is not None and name in arm.sites:
             private = PrivateTraining(self.task, dataset, self.purses.of(name, dataset), self.study_sha256, arm.name)
         return Learner(
             site=name,

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,11 @@ import numpy.typing as npt
 from wardround.errors import JournalError
 from wardround.federation.blobs import Blobs
 from wardround.federation.database import Database
+from wardround.federation.vault import Vault, sealed_nbytes
 from wardround.protection.identity import Identity
 from wardround.wire.canonical import canonical_json
 from wardround.wire.message import EmptyBody, FileBody, Header, Message
-from wardround.wire.tensors import TensorFile, TensorWriter, parse_table
+from wardround.wire.tensors import TensorFile, TensorWriter, parse_table, tensors_in
 
 Array = npt.NDArray[Any]
 
@@ -33,6 +34,9 @@ CREATE TABLE IF NOT EXISTS memories (
 CREATE TABLE IF NOT EXISTS replies (
   request TEXT PRIMARY KEY, round INTEGER NOT NULL, header TEXT NOT NULL, sha256 TEXT NOT NULL);
 """
+
+# A fact that only a sealed store has; it does not open with another key.
+_SEALED = "sealed"
 
 
 @dataclass(frozen=True)
@@ -47,24 +51,55 @@ NOTHING = Memory({}, {})
 
 
 class SiteStore:
-    """The transactional store of one site in one arm."""
+    """The transactional store of one site in one arm.
 
-    def __init__(self, root: Path) -> None:
+    With a `vault`, memories and facts are sealed before they are written; what was or will be sent is not. Raises
+    `JournalError` for another vault than the store began with.
+    """
+
+    def __init__(self, root: Path, vault: Vault | None = None) -> None:
         self.root = root
+        self._vault = vault
         self.blobs = Blobs(root / "blobs")
         self._database = Database(root / "store.sqlite", _SCHEMA)
         # What a killed process wrote before its transaction: nothing refers to it.
         self.blobs.keep(self._named())
+        self._check_vault()
+
+    def _check_vault(self) -> None:
+        rows = self._database.rows("SELECT value FROM facts WHERE name = ?", _SEALED)
+        if rows and self._vault is None:
+            raise JournalError(
+                "a site's store is encrypted and no key was given: set sites.SITE.encryption_key in the sites file",
+                detail=str(self.root),
+            )
+        if rows:
+            self.fact(_SEALED)
+        elif self._vault is not None:
+            used = "SELECT 1 FROM facts UNION SELECT 1 FROM replies UNION SELECT 1 FROM memories"
+            if self._database.rows(used):
+                raise JournalError(
+                    "a site's store was begun without encryption; take encryption_key out of the sites file, or start "
+                    "the run in another folder",
+                    detail=str(self.root),
+                )
+            self.set_fact(_SEALED, "yes")
+
+    def _seal(self, name: str, value: str) -> str:
+        return value if self._vault is None else self._vault.seal(value, name)
+
+    def _unseal(self, name: str, value: str) -> str:
+        return value if self._vault is None else self._vault.open(value, name)
 
     def fact(self, name: str) -> str | None:
         """A fact, if it was ever written."""
         rows = self._database.rows("SELECT value FROM facts WHERE name = ?", name)
-        return str(rows[0][0]) if rows else None
+        return self._unseal(name, str(rows[0][0])) if rows else None
 
     def set_fact(self, name: str, value: str) -> None:
         """Write a fact, durably."""
         with self._database.transaction(durable=True) as connection:
-            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, self._seal(name, value)))
 
     def promise(self, name: str, number: int, value: str) -> str:
         """Give one's word for round `number`, durably, unless it was given for that round or a later one.
@@ -73,10 +108,11 @@ class SiteStore:
         """
         with self._database.transaction(durable=True) as connection:
             row = connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-            known, standing = json.loads(str(row[0])) if row else (-1, "")
+            known, standing = json.loads(self._unseal(name, str(row[0]))) if row else (-1, "")
             if number <= known:
                 return str(standing)
-            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps([number, value])))
+            word = self._seal(name, json.dumps([number, value]))
+            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, word))
         return value
 
     def promised(self, name: str) -> int:
@@ -101,13 +137,18 @@ class SiteStore:
             return NOTHING
         name, table, meta = (str(v) for v in rows[0])
         tensors = TensorFile(self.blobs.path(name), parse_table(json.loads(table)))
-        if not self.blobs.holds(name, tensors.nbytes):
+        if not self.blobs.holds(name, tensors.nbytes if self._vault is None else sealed_nbytes(tensors.nbytes)):
             raise JournalError(
                 "a site's store has lost the private part of its model; restore the folder, or start again in another "
                 "one",
                 detail=str(tensors.path),
             )
-        return Memory(tensors, json.loads(meta))
+        values = json.loads(self._unseal("meta", meta))
+        if self._vault is None:
+            return Memory(tensors, values)
+        # What is sealed cannot be read in place: it is in memory while it is used.
+        plain = self._vault.read(tensors.path)
+        return Memory(tensors_in(plain, tensors.table), values)
 
     def reply(self, request: str) -> Message | None:
         """The reply to a request that was already handled; nothing when its body is gone, so that it is made anew."""
@@ -144,14 +185,18 @@ class SiteStore:
             row: tuple[str, str, str] | None = None
             if memory is not None and (memory.tensors or memory.meta):
                 with self.blobs.draft(durable=False) as draft:
-                    writer = TensorWriter(draft.file)
+                    sealing = None if self._vault is None else self._vault.writer(draft.file)
+                    writer = TensorWriter(draft.file if sealing is None else cast("BinaryIO", sealing))
                     for name, tensor in memory.tensors.items():
                         writer.add(name, np.asarray(tensor))
-                    draft.name = writer.sha256
+                    draft.name = writer.sha256 if sealing is None else sealing.close()
                 table = canonical_json([i.to_json() for i in writer.table]).decode()
-                row = (writer.sha256, table, canonical_json(dict(memory.meta)).decode())
+                row = (draft.name, table, self._seal("meta", canonical_json(dict(memory.meta)).decode()))
             connection = stack.enter_context(self._database.transaction())
             if row is not None:
+                # The same memory has another name each time it is sealed.
+                again = "SELECT sha256 FROM memories WHERE round = ?"
+                dropped |= {str(old[0]) for old in connection.execute(again, (number,)).fetchall()}
                 connection.execute("INSERT OR REPLACE INTO memories VALUES (?,?,?,?)", (number, *row))
                 # A site that missed a round goes on using what it had before: that is what `keep` refers to then.
                 kept = {

@@ -29,6 +29,7 @@ from wardround.federation.secure import SecureUpload, enrol, secure_sum
 from wardround.federation.site import Rules, Site
 from wardround.federation.store import SiteStore
 from wardround.federation.training import ExampleStream, Learner, SiteExamples, UnionExamples, Workbench
+from wardround.federation.vault import Vault
 from wardround.physics.scanners import protocol_features
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.identity import Roster
@@ -209,6 +210,13 @@ class Host:
             except Exception:
                 log.debug("a site's data could not be opened", exc_info=True)
 
+    def open_stores(self) -> None:
+        """Open what sites kept of an earlier run in the folder: another key is an error of the whole run."""
+        for arm in self.arms.values():
+            for site in arm.sites:
+                if (self.out / "work" / "sites" / site / arm.folder).exists():
+                    self._store(arm, site).close()
+
     def spec(self) -> dict[str, Any]:
         """What another process needs to build the same host."""
         return {
@@ -299,7 +307,7 @@ class Host:
         return self.out / "work" / "arms" / arm.folder / "roster.json"
 
     def _store(self, arm: Arm, site: str) -> SiteStore:
-        return SiteStore(self.out / "work" / "sites" / site / arm.folder)
+        return SiteStore(self.out / "work" / "sites" / site / arm.folder, Vault.of(self.sites.key(site)))
 
     def learner(self, blueprint: Blueprint, name: str) -> Learner:
         """What trains and evaluates at a site in an arm; all learners of a process share one model."""

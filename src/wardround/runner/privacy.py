@@ -8,6 +8,7 @@ from typing import Any
 
 from wardround.federation.private_training import training_patients
 from wardround.federation.store import SiteStore
+from wardround.federation.vault import Vault
 from wardround.protection.ledger import Ledger
 from wardround.protection.privacy import Purse, Terms, spent, terms_of
 from wardround.protection.secret import SecretRoot
@@ -56,7 +57,7 @@ class Purses:
     def of(self, site: str, dataset: Dataset) -> Purse:
         """A site's purse; its ledger is where the sites file says, or beside the site's stores."""
         if site not in self._purses:
-            store = SiteStore(self._out / "work" / "sites" / site / "privacy")
+            store = SiteStore(self._out / "work" / "sites" / site / "privacy", Vault.of(self._sites.key(site)))
             path = self._sites.of(site).ledger or self._out / "work" / "sites" / site / "ledger.jsonl"
             self._purses[site] = Purse(site, self.terms(site, dataset), Ledger(path, store), SecretRoot.of(store))
         return self._purses[site]

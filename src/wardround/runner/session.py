@@ -119,6 +119,7 @@ def run(
     try:
         with _alone(host.out):
             _claim(host, resume=resume)
+            host.open_stores()
             watcher = watcher or Silent()
             with _Carrier(host, engine, processes, watcher) as carrier:
                 releases = _train(host, carrier, watcher)

@@ -38,6 +38,11 @@ class SiteData(Config):
 
     data: tuple[Path, ...] = Field(min_length=1, description="a folder, or a list of them")
     egress: Egress = Egress()
+    encryption_key: str | None = Field(
+        None,
+        description="`${VARIABLE}` or a file with 32 bytes in hex: encrypts what the site keeps of a run; make one "
+        "with `openssl rand -hex 32`",
+    )
     ledger: Path | None = Field(
         None,
         description="the file in which this site counts what its patients' privacy has cost, over all studies; "
@@ -61,6 +66,11 @@ class SitesFile(Config):
             raise StudyError(f"the sites file has no entry for site {site}; add `sites.{site}.data`")
         return self.sites[site]
 
+    def key(self, site: str) -> bytes | None:
+        """A site's encryption key, read where it is needed and never written: nothing when it has none."""
+        entry = self.sites.get(site)
+        return None if entry is None or entry.encryption_key is None else _read_key(entry.encryption_key, site)
+
 
 def load_sites(path: str | Path) -> SitesFile:
     """Read a sites file and resolve its folders to absolute paths.
@@ -73,6 +83,7 @@ def load_sites(path: str | Path) -> SitesFile:
     resolved = {
         name: entry.model_copy(
             update={
+                "encryption_key": _key_place(entry.encryption_key, name, base),
                 "data": tuple(_resolve(folder, name, base) for folder in entry.data),
                 "ledger": None if entry.ledger is None else _absolute(entry.ledger, f"sites.{name}.ledger", base),
             }
@@ -101,3 +112,31 @@ def _absolute(path: Path, key: str, base: Path) -> Path:
         return (base / Path(_VARIABLE.sub(value, str(path))).expanduser()).resolve()
     except RuntimeError as error:
         raise StudyError(f"{key}: `~` has no home folder on this machine; write the path out") from error
+
+
+def _key_place(place: str | None, site: str, base: Path) -> str | None:
+    """Where the key is, for any folder a process works in; it is read once to find mistakes at the start."""
+    if place is None:
+        return None
+    if _VARIABLE.fullmatch(place) is None:
+        place = str(_absolute(Path(place), f"sites.{site}.encryption_key", base))
+    _read_key(place, site)
+    return place
+
+
+def _read_key(place: str, site: str) -> bytes:
+    key = f"sites.{site}.encryption_key"
+    variable = _VARIABLE.fullmatch(place)
+    try:
+        text = os.environ[variable.group(1)] if variable else Path(place).read_text(encoding="ascii")
+    except KeyError:
+        raise StudyError(f"{key}: the environment variable is not set") from None
+    except (OSError, ValueError):
+        raise StudyError(f"{key}: the key file cannot be read; correct the path", detail=place) from None
+    try:
+        value = bytes.fromhex(text.strip())
+    except ValueError:
+        value = b""
+    if len(value) != 32:
+        raise StudyError(f"{key}: not a key of 32 bytes in hex (64 digits); make one with `openssl rand -hex 32`")
+    return value

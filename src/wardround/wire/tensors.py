@@ -102,6 +102,18 @@ class TensorFile(Mapping[str, Array]):
         return len(self._where)
 
 
+def tensors_in(data: bytearray, table: Iterable[TensorInfo]) -> dict[str, Array]:
+    """The tensors of a stream that is in memory, as views of it; raises `WireError` when it is too short."""
+    tensors, offset = {}, 0
+    for info in table:
+        if offset + info.nbytes > len(data):
+            raise WireError(f"the bytes of tensor {info.name[:80]!r} are missing from its file")
+        flat = np.frombuffer(data, np.dtype(info.dtype), info.size, offset) if info.size else np.empty(0, info.dtype)
+        tensors[info.name] = flat.reshape(info.shape)
+        offset += info.nbytes
+    return tensors
+
+
 class TensorWriter:
     """Write tensors one after the other to a binary file, keeping the table and the hash of the bytes."""
 

@@ -272,6 +272,8 @@ def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release
                 carrier.engine.close()
     releases = {name: future.result() for name, future in futures.items()}
     lines = [line for name in host.arms for line in journals[name].reports()]
+    for journal in journals.values():
+        journal.close()
     _write(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
     return releases
 

@@ -244,7 +244,7 @@ def test_a_robust_study_runs_from_end_to_end_and_keeps_its_momentum_at_the_site(
     assert set(result.values["participants"]) <= set(SITES)
     rig = Rig(told, tmp_path / "rig")
     assert rig.host.arms[ARM].robust(told) == told.protection.robust
-    learner = rig.host._learner(rig.blueprint, "A")
+    learner = rig.host.learner(rig.blueprint, "A")
     trained = learner.train(1, rig.start().public, rig.sites["A"].store.memory(0))
     assert {name for name in trained.memory if name.startswith(MOMENTUM)} == {
         f"{MOMENTUM}model/{name}" for name in trained.changes["model"]

@@ -178,6 +178,8 @@ def _egress(host: Host, blueprint: Blueprint) -> str:
     seen = "the coordinator learns their sum over sites and nothing of any site"
     if not host.study.protection.secure:
         seen = "the coordinator only adds them up, but could read each: `protection.secure` is false"
+    if host.study.protection.robust is not None:
+        seen = "the coordinator reads each site's, to leave out what a malicious one sends: `protection.robust`"
     replicates = f", and of {host.replicates} bootstrap replicates" if host.replicates else ""
     discloses = blueprint.method.discloses
     kept = "images, raw data, pictures, names, paths" + ("" if discloses else "; what the method keeps at the site")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from wardround.errors import JournalError
+
+_PATIENCE = 30.0  # seconds that a process waits for another one's lock
 
 
 class Database:
@@ -20,8 +23,8 @@ class Database:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # Autocommit mode: transactions begin and end where the code says so.
-            self._connection = sqlite3.connect(path, isolation_level=None, timeout=30.0, check_same_thread=False)
-            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE, check_same_thread=False)
+            _use_write_ahead_log(self._connection)
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.executescript(schema)
         except sqlite3.Error as error:
@@ -58,6 +61,23 @@ class Database:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log, also while other processes open the same new file.
+
+    SQLite gives up on this one statement at once where it would deadlock, whatever the timeout: who loses asks again.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def database_error(error: sqlite3.Error, path: Path) -> JournalError:

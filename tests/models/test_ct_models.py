@@ -30,6 +30,8 @@ CONFIGS: list[Model] = [
     Learn(kind="learn", preset="tiny", prox="unet", levels=2),
     Learn(kind="learn", preset="tiny", gradient="fbp", conditioned=True),
     Learn(kind="learn", preset="tiny", prox="unet", conditioned=True),
+    Learn(kind="learn", preset="tiny", weighted=True, guided=True),
+    Learn(kind="learn", preset="tiny", prox="unet", levels=2, gradient="fbp", weighted=True, guided=True),
     REDCNN(kind="redcnn", preset="tiny"),
     REDCNN(kind="redcnn", preset="tiny", conditioning="every"),
     REDCNN(kind="redcnn", preset="tiny", conditioning="bottleneck"),
@@ -170,18 +172,37 @@ def test_a_hypernetwork_gives_every_block_its_own_part_of_the_last_layer() -> No
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "fbp"])
-def test_learn_takes_the_steps_of_its_equation(gradient: str) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+def test_learn_takes_the_steps_of_its_equation(gradient: str, weighted: bool, guided: bool) -> None:
     data, _ = _scan()
     system = _system()
-    model = _build(Learn.model_validate({"kind": "learn", "preset": "tiny", "gradient": gradient}), shaken=True)
+    chosen = {"kind": "learn", "preset": "tiny", "gradient": gradient, "weighted": weighted, "guided": guided}
+    model = _build(Learn.model_validate(chosen), shaken=True)
     assert isinstance(model, LearnNetwork)
     with torch.no_grad():
+        # Counts behind the rays, and how far off they are.
+        counts = 1e5 * (-(data * system.data_scale).clamp_min(0)).exp()
+        uncertainty = 1 / counts + system.acquisition.electronic_noise**2 / counts**2
+        tolerance = model.log_tolerance.exp() if weighted else None
+        weights = 1.0 if tolerance is None else 1 / (1 + uncertainty / tolerance)
         x = system.initial(data)
         for prox, t in zip(model.proxes, model.log_steps.exp(), strict=True):
-            misfit = system.A(x) - data
+            misfit = weights * (system.A(x) - data)
             back = system.initial(misfit) if gradient == "fbp" else system.A_adjoint(misfit)
-            x = x - t * back - (x - prox(x))
+            x = x - t * back - (x - (prox(x, guides=(back,)) if guided else prox(x)))
         torch.testing.assert_close(model(system, data), x, rtol=1e-4, atol=1e-5)
+
+
+def test_learn_trusts_rays_of_many_photons_whole_and_others_by_their_inverse_variance() -> None:
+    model = _build(Learn(kind="learn", preset="tiny", weighted=True))
+    system = _system()
+    data = torch.zeros(1, *system.data_shape)
+    data[..., 0] = 9.0 / system.data_scale
+    weights = model._weights(system, data)
+    uncertainty = system.uncertainty(data)
+    assert weights[..., 1:].min() > 0.99
+    assert (weights[..., 0] * uncertainty[..., 0] / model.log_tolerance.exp()).sub(1).abs().max() < 0.1
 
 
 def test_learn_counts_its_own_network_for_every_step_and_keeps_steps_positive() -> None:

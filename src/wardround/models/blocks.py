@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -22,13 +22,16 @@ class Denoiser(nn.Module):
     images s times smaller in each direction: on a processor that is the cheaper way to the same field of
     view. Weights start at He's scale, which keeps the size of the signal through the stack, those of the
     last layer at zero: an untrained denoiser is the identity. `norm` stands between the inner layers.
+    `guides` is the number of further images that it sees and does not change.
     """
 
-    def __init__(self, channels: int, layers: int, *, parts: int = 2, scale: int = 1, norm: Norm = "none") -> None:
+    def __init__(
+        self, channels: int, layers: int, *, parts: int = 2, scale: int = 1, norm: Norm = "none", guides: int = 0
+    ) -> None:
         super().__init__()
         self.scale = scale
         folded = parts * scale * scale
-        stack: list[nn.Module] = [convolution(folded, channels), nn.ReLU()]
+        stack: list[nn.Module] = [convolution((1 + guides) * folded, channels), nn.ReLU()]
         for _ in range(layers - 2):
             # A bias in front of a normalisation would be subtracted again.
             stack += [convolution(channels, channels, bias=norm == "none"), *_norm(norm, channels), nn.ReLU()]
@@ -38,7 +41,7 @@ class Denoiser(nn.Module):
         # What stands right before a ReLU, where a normalisation does not undo it.
         self.blocks = {str(i - 1): channels for i, layer in enumerate(stack) if isinstance(layer, nn.ReLU)}
 
-    def forward(self, image: Tensor, films: Modulation | None = None) -> Tensor:
+    def forward(self, image: Tensor, films: Modulation | None = None, guides: Sequence[Tensor] = ()) -> Tensor:
         """Images (B, H, W) of the same type in and out; sizes that `scale` does not divide are padded inside."""
         films = films or {}
 
@@ -47,7 +50,7 @@ class Denoiser(nn.Module):
                 h = modulated(layer(h), films, name)
             return h
 
-        return _with_change(image, change, self.scale)
+        return _with_change(image, guides, change, self.scale)
 
 
 class ResidualUNet(nn.Module):
@@ -57,13 +60,13 @@ class ResidualUNet(nn.Module):
     up; skips are concatenated (Ronneberger et al., MICCAI 2015). Untrained, it is the identity.
     """
 
-    def __init__(self, channels: int, levels: int, *, parts: int = 2, scale: int = 1) -> None:
+    def __init__(self, channels: int, levels: int, *, parts: int = 2, scale: int = 1, guides: int = 0) -> None:
         super().__init__()
         self.scale = scale
         self.levels = levels
         folded = parts * scale * scale
         widths = [channels * 2**level for level in range(levels)]
-        above = [folded, *widths]
+        above = [(1 + guides) * folded, *widths]
         self.down = nn.ModuleList(convolution(above[i], w, stride=1 if i == 0 else 2) for i, w in enumerate(widths))
         self.inner = nn.ModuleList(convolution(w, w) for w in widths)
         self.up = nn.ModuleList(convolution(w + 2 * w, w) for w in widths[:-1])
@@ -72,7 +75,7 @@ class ResidualUNet(nn.Module):
         self.blocks = {f"{part}.{i}": w for part in ("down", "inner") for i, w in enumerate(widths)}
         self.blocks |= {f"up.{i}": w for i, w in enumerate(widths[:-1])}
 
-    def forward(self, image: Tensor, films: Modulation | None = None) -> Tensor:
+    def forward(self, image: Tensor, films: Modulation | None = None, guides: Sequence[Tensor] = ()) -> Tensor:
         """Images (B, H, W) of the same type in and out; sizes that are no multiple are padded inside."""
         films = films or {}
 
@@ -90,7 +93,7 @@ class ResidualUNet(nn.Module):
             result: Tensor = self.last(h)
             return result
 
-        return _with_change(image, change, self.scale, multiple=2 ** (self.levels - 1))
+        return _with_change(image, guides, change, self.scale, multiple=2 ** (self.levels - 1))
 
 
 def as_channels(image: Tensor) -> Tensor:
@@ -114,11 +117,14 @@ def convolution(inputs: int, outputs: int, *, bias: bool = True, stride: int = 1
     return layer
 
 
-def _with_change(image: Tensor, change: Callable[[Tensor], Tensor], scale: int, *, multiple: int = 1) -> Tensor:
-    """The image plus what `change` makes of its folded pixels, padded to whole ones."""
+def _with_change(
+    image: Tensor, guides: Sequence[Tensor], change: Callable[[Tensor], Tensor], scale: int, *, multiple: int = 1
+) -> Tensor:
+    """The image plus what `change` makes of its and the guides' folded pixels, padded to whole ones."""
     channels = as_channels(image)
     height, width = image.shape[-2:]
-    whole = pad(channels, (0, -width % (scale * multiple), 0, -height % (scale * multiple)))
+    seen = torch.cat([channels, *map(as_channels, guides)], 1) if guides else channels
+    whole = pad(seen, (0, -width % (scale * multiple), 0, -height % (scale * multiple)))
     added = pixel_shuffle(change(pixel_unshuffle(whole, scale)), scale)
     return from_channels(channels + added[..., :height, :width])
 

@@ -2,14 +2,17 @@
 
 x_{k+1} = x_k - t_k G(x_k) - D_k(x_k),  x_0 = filtered back projection
 
-(Chen et al., IEEE TMI 37 (2018), 1333). t_k > 0 is learned. G is the gradient A* (A x - y) of the data's misfit, or
-the filtered back projection of A x - y, which moves all frequencies at about the same speed.
+(Chen et al., IEEE TMI 37 (2018), 1333). t_k > 0 is learned. G is the gradient A* W (A x - y) of the data's misfit, or
+the filtered back projection of W (A x - y), which moves all frequencies at about the same speed. W = 1 in the paper.
+Weighted, W = v / (v + u) where u is the operator's uncertainty: a ray is trusted fully while u is small, and as in
+weighted least squares (Sauer and Bouman, IEEE Trans. Signal Process. 41 (1993), 534), by 1 / u, above the learned v.
+Guided, D_k sees G(x_k) beside x_k, as in learned gradient descent (Adler and Öktem, Inverse Problems 33 (2017)).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -38,12 +41,15 @@ class LearnShape:
     levels: int = 3
     scale: int = 2
     gradient: Gradient = "adjoint"
+    weighted: bool = False
+    guided: bool = False
     initial_step: float = 1.0
 
 
+_TOLERANCE = 0.005  # v at the start: the uncertainty of 200 photons
 PRESETS = {
     "tiny": LearnShape(unrolls=2, channels=8),
-    "small": LearnShape(unrolls=7, channels=32, layers=4, scale=1, gradient="fbp"),
+    "small": LearnShape(unrolls=7, channels=32, scale=1, gradient="fbp", weighted=True, guided=True),
     "paper": LearnShape(unrolls=50, channels=48, scale=1),
 }
 
@@ -67,6 +73,8 @@ class Learn(nn.Module):
     ) -> None:
         super().__init__()
         self.gradient = shape.gradient
+        self.guided = shape.guided
+        self.log_tolerance = nn.Parameter(torch.tensor(math.log(_TOLERANCE))) if shape.weighted else None
         proxes = [_prox(shape, parts) for _ in range(shape.unrolls)]
         self.proxes = nn.ModuleList(proxes)
         self.log_steps = nn.Parameter(torch.full((shape.unrolls,), math.log(shape.initial_step)))
@@ -81,20 +89,40 @@ class Learn(nn.Module):
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
         """Measured data (B, *data_shape) -> images (B, H, W), real or complex as the operator's."""
         films = modulation(self.hypernetwork, operator, data)
-        # With y only in A* y, one product A* A serves a whole iteration.
-        adjoint = operator.A_adjoint(data) if self.gradient == "adjoint" else None
+        misfit = self._misfit(operator, data)
         image = operator.initial(data)
         for k, (prox, step) in enumerate(zip(self.proxes, self.steps, strict=True)):
-            if adjoint is None:
-                misfit = operator.initial(operator.A(image) - data)
-            else:
-                misfit = operator.normal(image) - adjoint
+            gradient = misfit(image)
             # A prox returns x - D(x).
-            image = prox(image, within(films, str(k))) - step * misfit
+            image = prox(image, within(films, str(k)), (gradient,) if self.guided else ()) - step * gradient
         return image
+
+    def _misfit(self, operator: LinearOperator, data: Tensor) -> Callable[[Tensor], Tensor]:
+        """G of the equation."""
+        weights = self._weights(operator, data)
+        if self.gradient == "adjoint" and weights is None:
+            # With y only in A* y, one product A* A serves a whole iteration.
+            adjoint = operator.A_adjoint(data)
+            return lambda image: operator.normal(image) - adjoint
+        back = operator.A_adjoint if self.gradient == "adjoint" else operator.initial
+
+        def misfit(image: Tensor) -> Tensor:
+            residual = operator.A(image) - data
+            return back(residual if weights is None else weights * residual)
+
+        return misfit
+
+    def _weights(self, operator: LinearOperator, data: Tensor) -> Tensor | None:
+        """W of the equation, in (0, 1]; nothing where it is 1."""
+        uncertainty = operator.uncertainty(data)
+        if self.log_tolerance is None or uncertainty is None:
+            return None
+        tolerance = self.log_tolerance.exp()
+        return tolerance / (tolerance + uncertainty)
 
 
 def _prox(shape: LearnShape, parts: int) -> Denoiser | ResidualUNet:
+    guides = 1 if shape.guided else 0
     if shape.prox == "cnn":
-        return Denoiser(shape.channels, shape.layers, parts=parts, scale=shape.scale)
-    return ResidualUNet(shape.channels, shape.levels, parts=parts, scale=shape.scale)
+        return Denoiser(shape.channels, shape.layers, parts=parts, scale=shape.scale, guides=guides)
+    return ResidualUNet(shape.channels, shape.levels, parts=parts, scale=shape.scale, guides=guides)

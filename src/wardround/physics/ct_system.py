@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wardround.physics.ct import CTProjector
 from wardround.physics.ct_cache import MatrixCache
+from wardround.physics.ct_noise import variance
 from wardround.physics.fbp import FBP
 from wardround.physics.operator import LinearOperator
 from wardround.physics.scanners import protocol_features
@@ -61,3 +62,8 @@ class CTSystem(LinearOperator):
     def initial(self, y: Tensor) -> Tensor:
         """Filtered back projection with a Hann window, in the units of the images."""
         return self._fbp(y * self.data_scale) / self._water
+
+    def uncertainty(self, y: Tensor) -> Tensor:
+        """(s_N / N)^2 of the N photons behind each ray, which is the variance of its line integral to first order."""
+        measured = (y * self.data_scale).clamp_min(0.0)
+        return variance(measured, self.acquisition.photons, self.acquisition.electronic_noise)

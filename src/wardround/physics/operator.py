@@ -44,6 +44,13 @@ class LinearOperator(ABC):
         """A first image from data (B, *data_shape), where a network starts: A* y unless something better is known."""
         return self.A_adjoint(y)
 
+    def uncertainty(self, y: Tensor) -> Tensor | None:
+        """How little data (B, *data_shape) can be trusted: the noise's variance over the square of what was counted.
+
+        Without a unit, same shape; to first order, from the data themselves. None where the noise is alike everywhere.
+        """
+        return None
+
     def normal(self, x: Tensor) -> Tensor:
         """Apply A* A to images (B, *image_shape); overridden where a shortcut exists."""
         return self.A_adjoint(self.A(x))

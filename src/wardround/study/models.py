@@ -59,6 +59,8 @@ class Learn(Config):
     gradient: Literal["adjoint", "fbp"] | None = Field(
         None, description="the misfit's gradient, or its filtered back projection"
     )
+    weighted: bool | None = Field(None, description="rays count by the photons behind them, where the noise says")
+    guided: bool | None = Field(None, description="each iteration's network sees the gradient, too")
     conditioned: bool = Field(False, description=CONDITIONED)
     hidden: Hidden = HIDDEN
 

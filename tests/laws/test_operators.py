@@ -15,7 +15,7 @@ from torch import Tensor
 from wardround.physics.ct import CTProjector
 from wardround.physics.ct_phantom import HEAD, ellipse_image, ellipse_sinogram
 from wardround.physics.mri import CartesianMRI
-from wardround.physics.operator import LinearOperator, RealImage
+from wardround.physics.operator import LinearOperator, RealImage, Weighted
 from wardround.study.ct import CTGeometry
 
 # (batch, channels, height, width, seed, dtype of the images) -> an operator for that batch
@@ -63,6 +63,15 @@ def _ct(kind: Kind, model: Model, storage: Storage = "stored", *, square: bool =
     return build
 
 
+def _by_trust(build: Factory) -> Factory:
+    def weighted(b: int, c: int, h: int, w: int, seed: int, dtype: torch.dtype) -> LinearOperator:
+        operator = build(b, c, h, w, seed, dtype)
+        random = torch.Generator().manual_seed(seed)
+        return Weighted(operator, torch.rand(b, *operator.data_shape, generator=random, dtype=dtype.to_real()))
+
+    return weighted
+
+
 # name, factory, whether images are complex
 OPERATORS: list[tuple[str, Factory, bool]] = [
     ("cartesian, lines", _cartesian(lambda b, h, w: (w,)), True),
@@ -77,6 +86,7 @@ OPERATORS: list[tuple[str, Factory, bool]] = [
     ("ct, flat fan, strip, on the fly", _ct("fan_flat", "strip", "on_the_fly"), False),
     ("ct, curved fan, joseph, symmetric", _ct("fan_arc", "joseph", square=True), False),
     ("ct, curved fan, strip", _ct("fan_arc", "strip"), False),
+    ("ct, flat fan, weighted rays", _by_trust(_ct("fan_flat", "joseph")), False),
 ]
 
 every_operator = pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_total_variation_beats_filtered_back_projection(folders: dict[str, Path]
     weights = task.baseline_parameters("tv")
     best = max(float(task.score_images(task.baseline("tv", w, batch), batch)["psnr"].mean()) for w in weights)
     assert best > float(fbp) + 2
-    with pytest.raises(StudyError, match="choose fbp or tv"):
+    with pytest.raises(StudyError, match="choose fbp, tv or weighted_tv"):
         task.baseline("zero_filled", None, batch)
 
 
@@ -227,7 +227,7 @@ def test_a_run_of_two_hospitals_ends_in_a_report(folders: dict[str, Path], tmp_p
     out = tmp_path / "run"
     result = wardround.run(load_study(ct_study()), sites, out, compare=("local", "pooled"), engine="local")
     metrics = json.loads((out / "result.json").read_text())["metrics"]
-    assert set(metrics) == {"fbp", "tv", "local", "federated", "pooled", "baseline"}
+    assert set(metrics) == {"fbp", "tv", "weighted_tv", "local", "federated", "pooled", "baseline"}
     assert metrics["tv"]["mean"]["psnr"]["value"] > metrics["fbp"]["mean"]["psnr"]["value"]
     assert metrics["federated"]["New"]["rmse_hu_body"]["n"] == sum(
         result.values["patients"][site]["test"] for site in "AB"

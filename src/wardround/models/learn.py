@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from wardround.models.blocks import Denoiser, ResidualUNet
 from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulation, prefixed, within
-from wardround.physics.operator import LinearOperator
+from wardround.physics.operator import LinearOperator, trust
 from wardround.study import models as models_config
 
 Gradient = Literal["adjoint", "fbp"]
@@ -117,8 +117,7 @@ class Learn(nn.Module):
         uncertainty = operator.uncertainty(data)
         if self.log_tolerance is None or uncertainty is None:
             return None
-        tolerance = self.log_tolerance.exp()
-        return tolerance / (tolerance + uncertainty)
+        return trust(uncertainty, self.log_tolerance.exp())
 
 
 def _prox(shape: LearnShape, parts: int) -> Denoiser | ResidualUNet:

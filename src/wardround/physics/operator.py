@@ -123,6 +123,44 @@ class RealImage(LinearOperator):
         return self._operator.normal(_as_complex(x)).real.contiguous()
 
 
+class Weighted(LinearOperator):
+    """An operator whose data count unequally: W^(1/2) A, with weights W (B, *data_shape) of a batch of data.
+
+    A least-squares solver that is given it and W^(1/2) y minimises the weighted misfit.
+    """
+
+    def __init__(self, operator: LinearOperator, weights: Tensor) -> None:
+        self._operator = operator
+        self._root = weights.sqrt()
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image, without the batch axis."""
+        return self._operator.image_shape
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of one measurement, without the batch axis."""
+        return self._operator.data_shape
+
+    def A(self, x: Tensor) -> Tensor:
+        """Images (B, *image_shape) to weighted data (B, *data_shape)."""
+        return self._root * self._operator.A(x)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        """Weighted data (B, *data_shape) to images (B, *image_shape)."""
+        return self._operator.A_adjoint(self._root * y)
+
+    def weighed(self, y: Tensor) -> Tensor:
+        """Data of the plain operator as data of this one."""
+        return self._root * y
+
+
+def trust(uncertainty: Tensor, tolerance: Tensor | float) -> Tensor:
+    """Weights in (0, 1] of data: 1 while the uncertainty u is small, and v / u, as in least squares, above v."""
+    return tolerance / (tolerance + uncertainty)
+
+
 def _as_complex(x: Tensor) -> Tensor:
     return x.to(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
 

@@ -9,10 +9,13 @@ from pydantic import Field, model_validator
 from wardround.study.base import Config
 
 Modality = Literal["mri", "ct"]
-BASELINES: dict[Modality, tuple[str, ...]] = {"mri": ("zero_filled", "cg_sense", "tv"), "ct": ("fbp", "tv")}
+BASELINES: dict[Modality, tuple[str, ...]] = {
+    "mri": ("zero_filled", "cg_sense", "tv"),
+    "ct": ("fbp", "tv", "weighted_tv"),
+}
 _TV_WEIGHTS: dict[Modality, tuple[float, ...]] = {
     "mri": (0.0005, 0.001, 0.002, 0.004, 0.008),
-    "ct": (0.0001, 0.0002, 0.0003, 0.0004, 0.0006, 0.0008, 0.0012),
+    "ct": (0.0002, 0.0003, 0.0004, 0.0005, 0.0006, 0.0008, 0.0012),
 }
 
 
@@ -47,11 +50,11 @@ class Loss(Config):
 class Evaluation(Config):
     """What is measured on test patients."""
 
-    baselines: tuple[Literal["zero_filled", "cg_sense", "fbp", "tv"], ...] | None = Field(
-        None, description="default zero_filled, cg_sense and tv for MRI, fbp and tv for CT"
+    baselines: tuple[Literal["zero_filled", "cg_sense", "fbp", "tv", "weighted_tv"], ...] | None = Field(
+        None, description="default zero_filled, cg_sense and tv for MRI, fbp, tv and weighted_tv for CT"
     )
     tv_weights: tuple[float, ...] | None = Field(
-        None, description="default 0.0005 to 0.008 for MRI, 0.0001 to 0.0012 for CT"
+        None, description="default 0.0005 to 0.008 for MRI, 0.0002 to 0.0012 for CT"
     )
     cg_weights: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
     slices: Slices = Slices(per_patient=8)

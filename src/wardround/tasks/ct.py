@@ -18,7 +18,7 @@ from wardround.errors import GeometryError, StudyError
 from wardround.physics.ct_geometry import check_geometry
 from wardround.physics.ct_simulate import CTSimulator
 from wardround.physics.ct_system import CTSystem
-from wardround.physics.solvers import tv
+from wardround.physics.solvers import tv, weighted_tv
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.ct import CTAcquisition
@@ -290,7 +290,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
         match name:
             case "fbp":
                 return (None,)
-            case "tv":
+            case "tv" | "weighted_tv":
                 return self.config.evaluation.tv_weights_for("ct")
         raise _unknown_baseline(name)
 
@@ -305,8 +305,10 @@ def _baseline(name: str, parameter: float | None, part: CTScans) -> Tensor:
             return part.operator.initial(part.data)
         case "tv":
             return tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=_TV_PENALTY)
+        case "weighted_tv":
+            return weighted_tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=_TV_PENALTY)
     raise _unknown_baseline(name)
 
 
 def _unknown_baseline(name: str) -> StudyError:
-    return StudyError(f"there is no baseline {name!r} for CT; choose fbp or tv")
+    return StudyError(f"there is no baseline {name!r} for CT; choose fbp, tv or weighted_tv")

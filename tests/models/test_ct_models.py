@@ -31,6 +31,7 @@ CONFIGS: list[Model] = [
     Learn(kind="learn", preset="tiny", gradient="fbp", conditioned=True),
     Learn(kind="learn", preset="tiny", prox="unet", conditioned=True),
     Learn(kind="learn", preset="tiny", weighted=True, guided=True),
+    Learn(kind="learn", preset="tiny", norm="instance"),
     Learn(kind="learn", preset="tiny", prox="unet", levels=2, gradient="fbp", weighted=True, guided=True),
     REDCNN(kind="redcnn", preset="tiny"),
     REDCNN(kind="redcnn", preset="tiny", conditioning="every"),
@@ -203,6 +204,11 @@ def test_learn_trusts_rays_of_many_photons_whole_and_others_by_their_inverse_var
     uncertainty = system.uncertainty(data)
     assert weights[..., 1:].min() > 0.99
     assert (weights[..., 0] * uncertainty[..., 0] / model.log_tolerance.exp()).sub(1).abs().max() < 0.1
+
+
+def test_learn_has_no_norm_in_a_unet() -> None:
+    with pytest.raises(ValueError, match="`norm` stands between the layers of `prox: cnn`"):
+        Learn(kind="learn", prox="unet", norm="batch")
 
 
 def test_learn_counts_its_own_network_for_every_step_and_keeps_steps_positive() -> None:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from wardround.models.blocks import Denoiser, ResidualUNet
+from wardround.models.blocks import Denoiser, Norm, ResidualUNet
 from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulation, prefixed, within
 from wardround.physics.operator import LinearOperator, trust
 from wardround.study import models as models_config
@@ -31,13 +31,14 @@ Gradient = Literal["adjoint", "fbp"]
 class LearnShape:
     """Everything that decides a LEARN's parameters and cost; see `PRESETS`.
 
-    prox: `cnn` has `layers` convolutions, `unet` has `levels` resolutions.
+    prox: `cnn` has `layers` convolutions with `norm` between them, `unet` has `levels` resolutions.
     """
 
     unrolls: int
     channels: int
     prox: Literal["cnn", "unet"] = "cnn"
     layers: int = 3
+    norm: Norm = "none"
     levels: int = 3
     scale: int = 2
     gradient: Gradient = "adjoint"
@@ -123,5 +124,5 @@ class Learn(nn.Module):
 def _prox(shape: LearnShape, parts: int) -> Denoiser | ResidualUNet:
     guides = 1 if shape.guided else 0
     if shape.prox == "cnn":
-        return Denoiser(shape.channels, shape.layers, parts=parts, scale=shape.scale, guides=guides)
+        return Denoiser(shape.channels, shape.layers, parts=parts, scale=shape.scale, norm=shape.norm, guides=guides)
     return ResidualUNet(shape.channels, shape.levels, parts=parts, scale=shape.scale, guides=guides)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from wardround.errors import StudyError
 from wardround.study.base import Config
@@ -54,6 +54,7 @@ class Learn(Config):
     channels: int | None = Field(None, ge=1, le=1024)
     prox: Literal["cnn", "unet"] | None = Field(None, description="each iteration's network")
     layers: int | None = Field(None, ge=2, le=50, description="convolutions of a `cnn`")
+    norm: Literal["none", "batch", "instance"] | None = Field(None, description="between the layers of a `cnn`")
     levels: int | None = Field(None, ge=1, le=5, description="resolutions of a `unet`")
     scale: Literal[1, 2, 4] | None = Field(None, description="the networks see images so many times smaller")
     gradient: Literal["adjoint", "fbp"] | None = Field(
@@ -63,6 +64,12 @@ class Learn(Config):
     guided: bool | None = Field(None, description="each iteration's network sees the gradient, too")
     conditioned: bool = Field(False, description=CONDITIONED)
     hidden: Hidden = HIDDEN
+
+    @model_validator(mode="after")
+    def _norm_has_a_place(self) -> Learn:
+        if self.prox == "unet" and self.norm not in (None, "none"):
+            raise ValueError("`norm` stands between the layers of `prox: cnn`; remove it, or choose that")
+        return self
 
 
 class REDCNN(Config):

@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -136,10 +136,11 @@ def command(words: list[str], notes: Path) -> NoReturn:
     os._exit(code)
 
 
-def rehearse(study: Study) -> None:
+def rehearse(study: Study, compare: Sequence[str] = ()) -> None:
     """One whole run imports whatever is imported late, and finds what is cached, so that no victim has to."""
     with tempfile.TemporaryDirectory() as folder:
-        session.run(study, toy_sites(Path(folder), tuple(study.sites)), Path(folder) / "out", engine="local")
+        sites = toy_sites(Path(folder), tuple(study.sites))
+        session.run(study, sites, Path(folder) / "out", engine="local", compare=compare)
 
 
 def main() -> None:
@@ -150,7 +151,7 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if "rehearse" in job:
-            rehearse(toy_study(**job["rehearse"]))
+            rehearse(toy_study(**job["rehearse"]["study"]), job["rehearse"]["compare"])
             print(json.dumps("done"), flush=True)
             continue
         if "wait" in job:

@@ -14,17 +14,19 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.toys import Regression, toy_sites, toy_study
+from wardround import cli
 from wardround.errors import WardroundError
 from wardround.federation.database import Database
 from wardround.federation.training import Learner
 from wardround.protection.ledger import Ledger
 from wardround.runner import session
+from wardround.study.schema import Study
 
 
 class Acts:
@@ -93,6 +95,8 @@ def live(job: dict[str, Any]) -> None:
     """The victim's life: one run in a process of its own, and a file that says how it went."""
     out, notes = Path(job["out"]), Path(job["notes"])
     os.setsid()
+    if "command" in job:
+        command(job["command"], notes)
     acts = Acts(job.get("fatal", 0), notes / "act")
     watch(acts)
     if job.get("full"):
@@ -118,15 +122,38 @@ def live(job: dict[str, Any]) -> None:
     (notes / "said").write_text(json.dumps({**said, "acts": len(acts.heard)}))
 
 
+def command(words: list[str], notes: Path) -> NoReturn:
+    """The life of a victim that is the command line: what it prints goes to a file, its exit code is its own."""
+    printed = os.open(notes / "printed", os.O_WRONLY | os.O_CREAT)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    sys.argv = ["wardround", *words]
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    os._exit(code)
+
+
+def rehearse(study: Study, compare: Sequence[str] = ()) -> None:
+    """One whole run imports whatever is imported late, and finds what is cached, so that no victim has to."""
+    with tempfile.TemporaryDirectory() as folder:
+        sites = toy_sites(Path(folder), tuple(study.sites))
+        session.run(study, sites, Path(folder) / "out", engine="local", compare=compare)
+
+
 def main() -> None:
     """Fork a victim for every line; say its pid at once."""
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        # One whole run imports whatever is imported late, so that no victim has to.
-        session.run(toy_study(), toy_sites(Path(folder)), Path(folder) / "out", engine="local")
+    rehearse(toy_study())
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
+        if "rehearse" in job:
+            rehearse(toy_study(**job["rehearse"]["study"]), job["rehearse"]["compare"])
+            print(json.dumps("done"), flush=True)
+            continue
         if "wait" in job:
             _, status = os.waitpid(job["wait"], 0)
             print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)

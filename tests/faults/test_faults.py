@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.victims import Nursery
+from tests.federation.rig import Rig, Sent
 from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError, NotEnoughSites
 from wardround.federation.blobs import Blobs
+from wardround.federation.exchange import UPDATE
 from wardround.federation.journal import Journal
 from wardround.federation.record import LOG
+from wardround.protection.gates import check_body
 from wardround.runner.session import Result, run
 from wardround.study.schema import Study
+from wardround.wire.message import FileBody, Message
 
 ALL = {"schedule": {"rounds": 3, "min_sites": 3}}
 
@@ -95,6 +101,97 @@ def test_a_lost_answer_is_made_anew_and_a_lost_model_is_said(tmp_path: Path) -> 
         blob.unlink()
     with pytest.raises(JournalError, match="has lost the model of round"):
         go(tmp_path, study)
+
+
+def test_a_site_whose_disk_is_full_drops_out_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(toy_study(schedule={"rounds": 3, "min_sites": 2, "validate_every": 0, "release": "last"}), tmp_path)
+    sync, full = os.fsync, False
+
+    def fsync(handle: Any) -> None:
+        number = handle if isinstance(handle, int) else handle.fileno()
+        if full and "/sites/B/" in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for report in rig.coordinator.rounds(rig.start()):
+        full = report.round == 1
+    first, second, third = rig.journal.reports()
+    assert (first.participants, third.participants) == (("A", "B", "C"), ("A", "B", "C"))
+    assert second.participants == ("A", "C")
+    assert "No space left on device); free some space and resume" in second.missing["B"]
+    assert str(tmp_path) not in second.missing["B"]
+    assert not list(tmp_path.rglob("*.draft"))
+
+
+def test_a_second_answer_with_other_bytes_is_refused_and_on_record(tmp_path: Path) -> None:
+    study = toy_study(schedule={"rounds": 2, "validate_every": 0, "release": "last"})
+    expected = Rig(study, tmp_path / "whole").train().scales
+    rig = Rig(study, tmp_path / "twice")
+    exchange, first = rig.engine.exchange, list[Sent]()
+
+    def twice(messages: Iterable[Message]) -> Iterator[Message]:
+        for reply in exchange(messages):
+            yield reply
+            if reply.header.site == "B" and first:
+                # The same request, answered with the bytes of another round.
+                other = tmp_path / "other"
+                other.write_bytes(first[0].body)
+                header = replace(reply.header, body_sha256=first[0].message.header.body_sha256)
+                yield Message(header, FileBody(other, len(first[0].body)))
+            first.extend(rig.engine.sent[-1:] if reply.header.site == "B" else [])
+
+    rig.engine.exchange = twice  # type: ignore[method-assign]
+    assert rig.train().scales == expected
+    (refused,) = [entry for entry in rig.journal.record.entries() if entry.event == "refused"]
+    assert (refused.payload["site"], refused.payload["round"]) == ("B", 2)
+    assert "twice, differently" in refused.payload["reason"]
+    assert rig.journal.reports()[-1].participants == ("A", "B", "C")
+
+
+def rot(folder: Path) -> int:
+    """Flip a bit of every file in a folder; how many there were."""
+    files = [path for path in folder.iterdir() if path.stat().st_size]
+    for path in files:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    return len(files)
+
+
+def test_an_answer_that_rots_on_the_disk_is_made_anew(tmp_path: Path) -> None:
+    """Sent again as it is, it would be refused each time, and the run could never go on."""
+    rig = Rig(toy_study(**ALL), tmp_path)
+    states = rig.states()
+    next(states)
+    next(states)
+    request = next(s.message for s in rig.engine.sent if s.message.header.site == "B")
+    reply = rig.sites["B"].handle(request)
+    check_body(reply)
+    assert rot(tmp_path / "sites" / "B" / "blobs") >= 1
+    again = rig.sites["B"].handle(request)
+    check_body(again)
+    assert again.header.kind == reply.header.kind == UPDATE
+
+
+def test_a_private_part_or_a_model_that_rots_on_the_disk_is_said(tmp_path: Path) -> None:
+    study = toy_study(
+        method={"kind": "fedbn"},
+        task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}},
+        schedule={"rounds": 3, "min_sites": 3, "validate_every": 0, "release": "last"},
+    )
+    rig = Rig(study, tmp_path / "site")
+    rounds = rig.coordinator.rounds(rig.start())
+    next(rounds)
+    rot(tmp_path / "site" / "sites" / "B" / "blobs")
+    with pytest.raises(NotEnoughSites, match="B: JournalError: a site's store has lost the private part"):
+        next(rounds)
+    rig = Rig(study, tmp_path / "coordinator")
+    rig.train()
+    rot(tmp_path / "coordinator" / "coordinator" / "blobs")
+    for act in (rig.start, rig.coordinator.release):
+        with pytest.raises(JournalError, match="has lost the model of round 3: its file changed on the disk"):
+            act()
 
 
 def test_a_lost_private_part_is_said(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def assert_same(out: Path, said: dict[str, Any], whole: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def whole(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An uninterrupted run."""
+    nursery.ask({"rehearse": JOB})
     out = with_secrets(tmp_path_factory.mktemp("whole") / "out")
     said = nursery.run(out, **JOB)
     assert "model_sha256" in said, said
@@ -143,6 +144,28 @@ def test_killed_again_and_again_nothing_is_paid_twice(nursery: Nursery, whole: d
         assert_paid(out)
     assert lives >= 3
     assert_same(out, victim.said, whole)
+
+
+@pytest.mark.slow
+def test_a_ledger_that_is_not_the_newest_stops_its_site(
+    nursery: Nursery, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """Nothing is trained without it; with the newest copy back the run ends as if nothing had been."""
+    out = with_secrets(tmp_path / "out")
+    assert nursery.start(out, fatal=whole["said"]["acts"] * 2 // 3, **JOB).wait() == -signal.SIGKILL
+    path = _site(out, "B") / "ledger.jsonl"
+    newest, before = path.read_bytes(), released(out, "B")
+    lines = newest.splitlines(keepends=True)
+    assert len(lines) >= 2
+    edited = newest.replace(b'"steps": 2', b'"steps": 1', 1)
+    for spoiled in (None, lines[0], newest[:-5], edited):
+        path.unlink() if spoiled is None else path.write_bytes(spoiled)
+        said = nursery.run(out, **JOB)
+        assert said["error"] == "NotEnoughSites", said
+        assert "does not train with privacy" in said["text"]
+        assert released(out, "B") == before
+    path.write_bytes(newest)
+    assert_same(out, nursery.run(out, **JOB), whole)
 
 
 def test_another_secret_is_another_model_and_as_many_charges(

@@ -30,6 +30,11 @@ class Victim:
         return int(self.nursery.ask({"wait": self.pid}))
 
     @property
+    def printed(self) -> str:
+        """What a command printed."""
+        return (self.notes / "printed").read_text()
+
+    @property
     def said(self) -> dict[str, Any]:
         """What the run came to; empty while it has not."""
         path = self.notes / "said"

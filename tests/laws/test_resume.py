@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.faults.victims import Nursery, Victim
 from tests.scanners import PROTOCOLS
+from tests.toys import toy_sites, toy_study
 
 # Everything that a site or the coordinator must not lose: private layers, optimiser state, server momentum, and what
 # waits at a site to be sent.
@@ -189,3 +191,30 @@ def test_ctrl_c_stops_cleanly_and_changes_nothing(
     assert not (victim.out / "result.json").exists()
     # Every round has all three sites: who had answered before Ctrl-C is not all there is.
     assert_same(victim.out, nursery.run(victim.out, study=SLOW), slow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "workers"])
+def test_a_service_that_is_stopped_ends_as_with_ctrl_c(
+    nursery: Nursery, slow: dict[str, Any], tmp_path: Path, engine: str
+) -> None:
+    """SIGTERM to the command and to every process it started, as a service manager or a batch system sends it."""
+    study, out = toy_study(**SLOW), tmp_path / "out"
+    sites = toy_sites(tmp_path / "data", tuple(study.sites))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json")))
+    (tmp_path / "sites.yaml").write_text(yaml.safe_dump(sites.model_dump(mode="json")))
+    words = ["run", str(tmp_path / "study.yaml"), "--sites", str(tmp_path / "sites.yaml"), "--out", str(out)]
+    words += ["--engine", engine, "--processes", "1"]
+    victim = nursery.start(out, command=words)
+    until(lambda: training(victim))
+    time.sleep(0.15)
+    workers = children(victim.pid)
+    os.killpg(victim.pid, signal.SIGTERM)
+    assert victim.wait() == 130, victim.printed
+    assert "run the same command again" in victim.printed
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not (out / "result.json").exists()
+    again = nursery.start(out, command=words)
+    assert again.wait() == 0, again.printed
+    assert rounds(out) == slow["rounds"]
+    assert json.loads((out / "result.json").read_text())["model_sha256"] == slow["said"]["model_sha256"]

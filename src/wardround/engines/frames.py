@@ -30,7 +30,12 @@ def read_frame(stream: BinaryIO) -> Message | None:
     if size > MAX_HEADER or path_size > 1 << 16:
         raise WireError("a frame between processes is oversized")
     header = Header.from_bytes(_read(stream, size, required=True))
-    path = _read(stream, path_size, required=True).decode()
+    try:
+        path = _read(stream, path_size, required=True).decode()
+    except UnicodeDecodeError:
+        raise WireError("a frame between processes names no path") from None
+    if "\0" in path:
+        raise WireError("a frame between processes names no path")
     return Message(header, FileBody(Path(path), header.body_nbytes) if path else EmptyBody())
 
 

@@ -21,8 +21,9 @@ INTERVAL = 0.25
 
 def main(factory: str, spec: str) -> None:
     """Answer until the input ends. `factory` is `module:callable`; it turns the specification into a site finder."""
-    # Ctrl-C in a terminal reaches the whole group; only the coordinator decides when to stop.
+    # Ctrl-C in a terminal and a service that is stopped reach the whole group; only the coordinator decides to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "wb")
     # Whatever a library prints must not end up between two frames.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Set
@@ -67,6 +68,13 @@ class Blobs:
         """Whether the file is there, with that many bytes; nothing at all is always there."""
         path = self.path(name)
         return nbytes == 0 or (path.is_file() and path.stat().st_size == nbytes)
+
+    def sound(self, name: str, nbytes: int) -> bool:
+        """Whether the file is there and still holds the bytes that it is named by; it is read for that."""
+        if nbytes == 0 or not self.holds(name, nbytes):
+            return nbytes == 0
+        with self.path(name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == name
 
     def drop(self, name: str) -> None:
         """Delete one file, if it is there."""

@@ -108,6 +108,8 @@ class Coordinator:
 
             state = self._write(0, scales, copy)
             self._journal.commit(state, None, {})
+        else:
+            self._journal.check(state)
         self._minutes.settle()
         return state
 
@@ -148,6 +150,7 @@ class Coordinator:
         number = self._best() if self._plan.release == "best" else None
         number = self._plan.rounds + len(self._journal.void(TRAIN)) if number is None else number
         released = Release(number, self._journal.state(number))
+        self._journal.check(released.state)
         self._minutes.released(number, released.state.public_sha256)
         return released
 

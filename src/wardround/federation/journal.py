@@ -128,6 +128,16 @@ class Journal:
                 )
         return State(number, public, public_sha, private, private_sha, json.loads(scales))
 
+    def check(self, state: State) -> None:
+        """Read a state whole; raises `JournalError` when its bytes are no longer those that were committed."""
+        for sha, file in ((state.public_sha256, state.public), (state.private_sha256, state.private)):
+            if not self.blobs.sound(sha, file.nbytes):
+                raise JournalError(
+                    f"the record of the run has lost the model of round {state.round}: its file changed on the disk; "
+                    "restore the folder, or start again in another one",
+                    detail=str(file.path),
+                )
+
     def decide(self, number: int, attempt: int, name: str, value: Any) -> Any:
         """Write a decision before it is announced, durably, once: later calls return what was first decided."""
         with self._database.transaction(durable=True) as connection:

@@ -124,7 +124,7 @@ class SiteStore:
         """The private state after the last round up to `number` in which the site took part.
 
         Rounds in `without` are void: what the site learned in them never entered the global model. Raises
-        `JournalError` when its file is gone.
+        `JournalError` when its file is gone or changed.
         """
         marks = ",".join("?" * len(without))
         rows = self._database.rows(
@@ -137,10 +137,10 @@ class SiteStore:
             return NOTHING
         name, table, meta = (str(v) for v in rows[0])
         tensors = TensorFile(self.blobs.path(name), parse_table(json.loads(table)))
-        if not self.blobs.holds(name, tensors.nbytes if self._vault is None else sealed_nbytes(tensors.nbytes)):
+        if not self.blobs.sound(name, tensors.nbytes if self._vault is None else sealed_nbytes(tensors.nbytes)):
             raise JournalError(
-                "a site's store has lost the private part of its model; restore the folder, or start again in another "
-                "one",
+                "a site's store has lost the private part of its model: its file is gone, or changed on the disk; "
+                "restore the folder, or start again in another one",
                 detail=str(tensors.path),
             )
         values = json.loads(self._unseal("meta", meta))
@@ -151,14 +151,17 @@ class SiteStore:
         return Memory(tensors_in(plain, tensors.table), values)
 
     def reply(self, request: str) -> Message | None:
-        """The reply to a request that was already handled; nothing when its body is gone, so that it is made anew."""
+        """The reply to a request that was already handled.
+
+        Nothing when its body is gone or changed on the disk: it is made anew then.
+        """
         rows = self._database.rows("SELECT header FROM replies WHERE request = ?", request)
         if not rows:
             return None
         header = Header.from_bytes(str(rows[0][0]).encode())
         if not header.body_nbytes:
             return Message(header, EmptyBody())
-        if not self.blobs.holds(header.body_sha256, header.body_nbytes):
+        if not self.blobs.sound(header.body_sha256, header.body_nbytes):
             return None
         return Message(header, FileBody(self.blobs.path(header.body_sha256), header.body_nbytes))
 

@@ -10,6 +10,9 @@ from typing import Any
 from wardround.errors import WireError
 
 MAX_DEPTH = 16
+# Commas and colons: a model of twenty thousand tensors has fewer. A parsed value takes fifty times its bytes of memory
+# where they are many short keys; so four million bytes of them are refused unread.
+MAX_MARKS = 1 << 18
 
 
 def canonical_json(value: Any) -> bytes:
@@ -21,7 +24,13 @@ def canonical_json(value: Any) -> bytes:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Parse JSON from the outside; raises `WireError` for duplicate keys, NaN, infinity and nesting deeper than 16."""
+    """Parse JSON from the outside.
+
+    Raises `WireError` for duplicate keys, NaN, infinity, nesting deeper than 16 and more than 2^18 commas and colons.
+    """
+    text = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
+    if text.count(b",") + text.count(b":") > MAX_MARKS:
+        raise WireError("a header holds too many values")
     try:
         value = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:

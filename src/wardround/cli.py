@@ -205,10 +205,17 @@ def check(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(metavar="PATH", help="A file or folder.")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A file, a folder, or a released model.")],
+) -> None:
     """Say what a file or folder holds, without naming a patient."""
     from wardround.data.convert import inspect_path
 
+    if path.suffix == ".safetensors":
+        from wardround.runner.inspection import inspect_model
+
+        _say(inspect_model(path))
+        return
     _say(str(inspect_path(path)))
 
 

@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from wardround.data.ct_protocol import CTProtocol, facts_of
 from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_holes
 from wardround.data.dicom import AIR, read_slice
 from wardround.data.folder import no_patient, patient_folders
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
 from wardround.errors import DataError
+from wardround.study.protocols import HeaderFacts
 from wardround.study.tasks import Slices, Split
 from wardround.wire.canonical import canonical_json
 
@@ -51,10 +53,14 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """An axial image in HU, at least -1024, (rows, columns), with the distance of its rows and columns in mm."""
+    """An axial image in HU, at least -1024, (rows, columns), with the distance of its rows and columns in mm.
+
+    `protocol` is what its header says of the scan; NIfTI says nothing.
+    """
 
     hu: FloatArray
     spacing: tuple[float, float]
+    protocol: CTProtocol | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +113,7 @@ class CTFolder:
             if files[0].name in _NIFTI:
                 return slices_of(read_ct_volume(files[0]))
             read = [read_slice(path) for path in files]
-            return [Slice(slice_.hu, slice_.spacing) for slice_ in read]
+            return [Slice(slice_.hu, slice_.spacing, slice_.protocol) for slice_ in read]
         except DataError as error:
             raise DataError(f"site {self.site}: {error}", detail=error.detail) from error
 
@@ -155,6 +161,7 @@ class CTIndex:
         self._room = cache_bytes
         self._cache: OrderedDict[tuple[int, int], _Placed] = OrderedDict()
         self._inside = grid.inside()
+        self._protocols: dict[int, frozenset[CTProtocol]] = {}
         self._shares = {patient: self._survey(patient) for patient in range(len(folder))}
         self._check_fit()
 
@@ -202,11 +209,17 @@ class CTIndex:
         grid = {"size": list(self._grid.size), "pixel": self._grid.pixel, "radius": self._grid.radius}
         return hashlib.sha256(canonical_json({"patients": seen, "grid": grid})).hexdigest()
 
+    def header_facts(self, minimum: int) -> HeaderFacts:
+        """What the headers of training patients say of the scanners, where at least `minimum` of them agree."""
+        return facts_of((self._protocols[patient] for patient in self._split["train"]), minimum)
+
     def _survey(self, patient: int) -> tuple[FloatArray, FloatArray]:
         """The body's share of the field of view and its reach in mm, of every slice."""
         area = np.pi * self._grid.radius**2
         shares, reaches = [], []
-        for number, image in enumerate(self._folder.slices(patient)):
+        images = self._folder.slices(patient)
+        self._protocols[patient] = frozenset(image.protocol for image in images if image.protocol is not None)
+        for number, image in enumerate(images):
             body = Body.of(image)
             shares.append(body.mask.sum() * image.spacing[0] * image.spacing[1] / area)
             reaches.append(body.reach)

@@ -82,7 +82,7 @@ def _facts(slices: list[_Seen]) -> tuple[str, ...]:
     low, high = min(one.low for one in slices), max(one.high for one in slices)
     spacings = [spacing for one in slices for spacing in one.spacing]
     sizes = _counts(f"{rows} x {columns}" for rows, columns in (one.size for one in slices))
-    scanners = _counts(" ".join(filter(None, (p.vendor, p.model))) or "unknown" for p in protocols)
+    scanners = _counts(p.scanner or "unknown" for p in protocols)
     return (
         f"in plane {sizes}; pixels of {min(spacings):.3g} to {max(spacings):.3g} mm; {low:g} to {high:g} HU",
         f"scanners {scanners}",

@@ -190,9 +190,21 @@ def _egress(host: Host, blueprint: Blueprint) -> str:
             *([_entry("", discloses)] if discloses else []),
             _entry("", f"its loss and seconds, and sums over validation patients of {names}"),
             _entry("at the end", f"sums over test patients of the same metrics{replicates}"),
+            *_in_the_model(host),
             _entry("never", kept),
         )
     )
+
+
+def _in_the_model(host: Host) -> Iterator[str]:
+    """What a released model's file says of the sites beside the study: no message does."""
+    telling = [site for site in host.study.training_sites if host.egress(site).scanner_facts]
+    if host.study.modality == "ct" and host.study.protection.privacy is None and telling:
+        yield _entry(
+            "in the model",
+            "scanners, tube voltages, slice thicknesses and kernels that the headers of DICOM images name, as sets "
+            f"({', '.join(telling)}: egress.scanner_facts)",
+        )
 
 
 def _cautions(host: Host) -> Iterator[str]:

@@ -27,6 +27,12 @@ class Egress(Config):
     minimum_cohort: int = Field(
         1, ge=1, description="counts and sums over fewer patients are withheld; across hospitals use 11"
     )
+    scanner_facts: bool = Field(
+        True,
+        description="whether a released model's file may list which scanners, tube voltages, slice thicknesses and "
+        "kernels the headers of the training images name: as sets, of values that at least `minimum_cohort` patients "
+        "have. They are in no message: only a run on one machine puts them into the file",
+    )
 
 
 class SiteData(Config):

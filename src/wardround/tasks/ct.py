@@ -22,6 +22,7 @@ from wardround.physics.solvers import tv
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.ct import CTAcquisition
+from wardround.study.protocols import HeaderFacts
 from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows
 from wardround.tasks.reconstruction import (
     CACHE_BYTES,
@@ -173,6 +174,10 @@ class CTDataset(ReconstructionDataset[CTBatch]):
         image, body = self._image(example, flip)
         turned = _turned(image, body, random)
         return self._batch(self._simulate(*turned, random))
+
+    def header_facts(self, minimum: int) -> HeaderFacts:
+        """What headers of training patients say of the scanners; nothing where other sites' patients are scanned."""
+        return self._index.header_facts(minimum) if isinstance(self._index, CTIndex) else HeaderFacts()
 
     def _image(self, example: Example, flip: bool) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         image, body = self._index.image(example), self._index.mask(example)

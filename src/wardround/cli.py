@@ -161,11 +161,14 @@ def reconstruct(
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The NIfTI file to write, or for DICOM a folder.")],
     site: Annotated[str | None, typer.Option("--site", help="Whose scanner and coils (default: the study's).")] = None,
+    embedding: Annotated[
+        Path | None, typer.Option("--embedding", help="A file with the patient's embedding, for a model with anatomy.")
+    ] = None,
 ) -> None:
     """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
     from wardround.runner.apply import reconstruct as apply
 
-    _say(apply(model, source, output, site=site))
+    _say(apply(model, source, output, site=site, embedding=embedding))
 
 
 @app.command()

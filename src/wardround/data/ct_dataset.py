@@ -17,6 +17,7 @@ from scipy import ndimage
 from wardround.data.ct_protocol import CTProtocol, facts_of
 from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_holes
 from wardround.data.dicom import AIR, read_slice
+from wardround.data.embeddings import Embeddings
 from wardround.data.folder import no_patient, patient_folders
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
@@ -93,15 +94,19 @@ class CTFolder:
     Every DICOM file is a slice of its own, whatever series it is of, in the order of file names; a NIfTI volume in HU
     gives axial slices, turned as DICOM shows them (rows to the back, columns to the left). Patients are numbered folder
     by folder in the order of their names; nothing outside this class sees those names. Raises DataError for a missing
-    folder, for one without patients, and for a patient who is in two of them.
+    folder, for one without patients, for a patient who is in two of them, and where one has none of the `embeddings`,
+    which are named like the folders.
     """
 
-    def __init__(self, source: Path | Sequence[Path], site: str) -> None:
+    def __init__(self, source: Path | Sequence[Path], site: str, embeddings: Embeddings | None = None) -> None:
         self.site = site
         found = [files for folder in patient_folders(source, site, _EXPECTED) if (files := _files(folder))]
         if not found:
             raise no_patient(site, _EXPECTED, source)
         self._patients = found
+        self._embeddings = embeddings
+        if embeddings is not None:
+            embeddings.require([files[0].parent.name for files in found])
 
     def __len__(self) -> int:
         return len(self._patients)
@@ -117,12 +122,18 @@ class CTFolder:
         except DataError as error:
             raise DataError(f"site {self.site}: {error}", detail=error.detail) from error
 
+    def prompt(self, patient: int) -> FloatArray | None:
+        """Return a patient's embedding, float32 (tokens, dimension), where the site provides any."""
+        return None if self._embeddings is None else self._embeddings.of(self._patients[patient][0].parent.name)
+
     def digest(self, patient: int) -> str:
-        """Return the sha256 (hex) over the content of a patient's files. Raises DataError."""
+        """Return the sha256 (hex) over the content of a patient's files and embedding. Raises DataError."""
         try:
             contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self._patients[patient]]
         except OSError as error:
             raise DataError(f"site {self.site}: an image file cannot be read", detail=str(error)) from error
+        if self._embeddings is not None:
+            contents.append(self._embeddings.digest(self._patients[patient][0].parent.name))
         return hashlib.sha256("/".join(contents).encode()).hexdigest()
 
 
@@ -200,8 +211,12 @@ class CTIndex:
         """Return where the body is, bool (rows, columns) on the grid."""
         return self._placed(example).body
 
+    def prompt(self, example: Example) -> FloatArray | None:
+        """Return the embedding of an example's patient, float32 (tokens, dimension), where the site provides any."""
+        return self._folder.prompt(example.patient)
+
     def fingerprint(self) -> str:
-        """Return a sha256 (hex) over what training can see: image content, split, the grid.
+        """Return a sha256 (hex) over what training can see: image content, split, the grid, embeddings.
 
         Neither names nor paths have a part; folders renamed so that patients change their split change it.
         """

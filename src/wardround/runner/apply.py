@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from wardround.data.embeddings import Embeddings
 from wardround.data.volume import Volume, read_volume
 from wardround.errors import DataError, StudyError
 from wardround.models.build import build_model
@@ -22,6 +23,7 @@ from wardround.runner.apply_ct import Done, reconstruct_ct, save_nifti
 from wardround.runner.protocols import read_protocols, simulated, summary, warning
 from wardround.runner.release import load_model, personal_part, serve, study_of
 from wardround.study.acquisition import MRIAcquisition
+from wardround.study.models import anatomy_of
 from wardround.study.protocols import ModelProtocols
 from wardround.study.schema import Study
 from wardround.wire.random import public_generator
@@ -31,12 +33,15 @@ Array = npt.NDArray[Any]
 _UNDERSHOOT = 0.05
 
 
-def reconstruct(model_file: Path, source: Path, output: Path, *, site: str | None = None) -> str:
+def reconstruct(
+    model_file: Path, source: Path, output: Path, *, site: str | None = None, embedding: Path | None = None
+) -> str:
     """Reconstruct `source` with a released model and write NIfTI to `output`; returns what was done, in a sentence.
 
     `source` is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
     or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`; a model
-    of CT takes other files, see `wardround.runner.apply_ct.reconstruct_ct`. The output appears whole or not at all.
+    of CT takes other files, see `wardround.runner.apply_ct.reconstruct_ct`. `embedding` is a file with the patient's,
+    for a model with anatomy; without it that model's map is neutral. The output appears whole or not at all.
     Raises `DataError`, `StudyError` and `GeometryError`.
     """
     if not (source.is_dir() or output.name.endswith((".nii", ".nii.gz"))):
@@ -44,12 +49,24 @@ def reconstruct(model_file: Path, source: Path, output: Path, *, site: str | Non
     if output.exists() and source.exists() and output.samefile(source):
         raise StudyError("the output would overwrite the input; choose another name", detail=str(output))
     network, study, trained = _open(model_file, site)
+    anatomy, prompt = anatomy_of(study.model), None
+    if embedding is not None:
+        if anatomy is None:
+            raise StudyError("--embedding: this model takes none (its study has no model.anatomy); leave it out")
+        prompt = torch.from_numpy(Embeddings(embedding, anatomy.dimension, "--embedding").only())
     if study.modality == "ct":
-        done = reconstruct_ct(network, study, source, output, site)
+        done = reconstruct_ct(network, study, source, output, site, prompt)
     else:
         done = _reconstruct_mri(_mri_model(network, study, site), source, output, site)
     mind = warning(trained, done.scan, done.header)
-    said = (done.said, summary(trained), *([mind] if mind else []), f"Wrote {output}. Research use only.")
+    neutral = "No --embedding of the patient was given: the model's anatomy map is neutral."
+    said = (
+        done.said,
+        summary(trained),
+        *([neutral] if anatomy is not None and prompt is None else []),
+        *([mind] if mind else []),
+        f"Wrote {output}. Research use only.",
+    )
     return "\n".join(said)
 
 

@@ -20,6 +20,7 @@ from wardround.data.hounsfield import AIR
 from wardround.data.volume import FloatArray, Volume, write_nifti
 from wardround.errors import DataError, GeometryError, StudyError
 from wardround.physics.ct_system import CTSystem
+from wardround.physics.operator import LinearOperator, Prompted
 from wardround.runner.protocols import Facts, simulated, stated
 from wardround.study.ct import CTAcquisition, CTGeometry
 from wardround.study.schema import Study
@@ -36,13 +37,16 @@ class Done:
     header: Facts = field(default_factory=dict)
 
 
-def reconstruct_ct(network: nn.Module, study: Study, source: Path, output: Path, site: str | None) -> Done:
+def reconstruct_ct(
+    network: nn.Module, study: Study, source: Path, output: Path, site: str | None, prompt: Tensor | None = None
+) -> Done:
     """Reconstruct `source` and write it to `output`; returns what was done.
 
     `source` is a NIfTI volume in HU or the folder of a DICOM series, both first scanned by the simulated scanner of
     `site`, or a folder of DICOM-CT-PD projections of an axial scan. `output` is a NIfTI file, or for a DICOM series
     the folder of a derived one. Images come back on the grid of the input; those of projections on the study's number
-    of pixels over the field of view. Raises `DataError`, `StudyError` and `GeometryError`.
+    of pixels over the field of view. `prompt` is the patient's embedding (tokens, dimension), for a network that takes
+    one. Raises `DataError`, `StudyError` and `GeometryError`.
     """
     nifti = output.name.endswith((".nii", ".nii.gz"))
     header: Facts = {}
@@ -53,15 +57,15 @@ def reconstruct_ct(network: nn.Module, study: Study, source: Path, output: Path,
     elif _holds_projections(source):
         if not nifti:
             raise StudyError("images of projections are written as NIfTI: NAME.nii.gz", detail=str(output))
-        return _from_projections(network, study, source, output)
+        return _from_projections(network, study, source, output, prompt)
     else:
         series = read_series(source)
         if not nifti:
-            images = _rescanned(network, study, series.volume, site)
+            images = _rescanned(network, study, series.volume, site, prompt)
             write_derived(series, images, output, f"Simulated scan and reconstruction, study {study.name}")
             return _done(series.volume, study, site, stated(series.protocol))
         volume, header = series.volume, stated(series.protocol)
-    save_nifti(Volume(_rescanned(network, study, volume, site), volume.spacing, volume.affine), output)
+    save_nifti(Volume(_rescanned(network, study, volume, site, prompt), volume.spacing, volume.affine), output)
     return _done(volume, study, site, header)
 
 
@@ -86,16 +90,17 @@ def _acquisition(study: Study, site: str | None) -> CTAcquisition:
 
 
 @torch.no_grad()
-def _rescanned(network: nn.Module, study: Study, volume: Volume, site: str | None) -> FloatArray:
+def _rescanned(network: nn.Module, study: Study, volume: Volume, site: str | None, prompt: Tensor | None) -> FloatArray:
     """Every slice scanned and reconstructed, in HU on the volume's grid (rows, columns, slices)."""
     scanner = Scanner(_acquisition(study, site))
     grid, slices = scanner.grid, slices_of(volume)
     middle = _middle(slices, grid)
     inside, images = grid.inside(), []
+    operator = _prompted(scanner.system, prompt)
     for number, image in enumerate(slices):
         hu = np.where(inside, on_grid(image.hu, image.spacing, middle, grid, AIR), np.float32(AIR))
         data, _ = scanner.scan(hu, public_generator(study.seed, "reconstruct", number))
-        reconstructed = _hounsfield(network(scanner.system, data[None]))
+        reconstructed = _hounsfield(network(operator, data[None]))
         images.append(_back(reconstructed, scanner.acquisition.geometry.pixel, image, middle))
     return np.stack(images, axis=-1)
 
@@ -128,7 +133,7 @@ def _back(image: FloatArray, pixel: float, like: Slice, middle: tuple[float, flo
 
 
 @torch.no_grad()
-def _from_projections(network: nn.Module, study: Study, source: Path, output: Path) -> Done:
+def _from_projections(network: nn.Module, study: Study, source: Path, output: Path, prompt: Tensor | None) -> Done:
     assert study.task.kind == "reconstruction"
     projections = read_projections(source, size=study.task.size)
     images, skipped = [], 0
@@ -142,7 +147,7 @@ def _from_projections(network: nn.Module, study: Study, source: Path, output: Pa
         if system is None:
             system = CTSystem(_measured(projections, geometry))
         sinogram = torch.from_numpy(np.ascontiguousarray(projections.sinogram[:, row]))
-        images.append(_hounsfield(network(system, system.scaled(sinogram)[None])))
+        images.append(_hounsfield(network(_prompted(system, prompt), system.scaled(sinogram)[None])))
     if system is None:
         raise GeometryError("no detector row of the projections lies near enough to the plane of the source")
     pixel, thickness = projections.geometry.pixel, projections.protocol.slice_thickness or 1.0
@@ -165,6 +170,10 @@ def _measured(projections: CTProjections, geometry: CTGeometry) -> CTAcquisition
     # The distances of DICOM-CT-PD are the calibrated ones, those of the plain header nominal.
     header = replace(projections.protocol, source_distance=None, detector_distance=None)
     return acquisition_from_header(header, CTAcquisition(geometry=geometry, mu_water=projections.mu_water, **photons))
+
+
+def _prompted(system: CTSystem, prompt: Tensor | None) -> LinearOperator:
+    return system if prompt is None else Prompted(system, prompt[None])
 
 
 def _hounsfield(image: Tensor) -> FloatArray:

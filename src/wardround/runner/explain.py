@@ -13,6 +13,7 @@ from wardround.report.units import human_bytes, protocol
 from wardround.runner.host import Blueprint, Host
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256
+from wardround.study.models import anatomy_of
 from wardround.study.protection import Rotation, Subspace, TopK
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
@@ -182,7 +183,10 @@ def _egress(host: Host, blueprint: Blueprint) -> str:
         seen = "the coordinator reads each site's, to leave out what a malicious one sends: `protection.robust`"
     replicates = f", and of {host.replicates} bootstrap replicates" if host.replicates else ""
     discloses = blueprint.method.discloses
-    kept = "images, raw data, pictures, names, paths" + ("" if discloses else "; what the method keeps at the site")
+    prompts = ", embeddings of patients" if anatomy_of(host.study.model) is not None else ""
+    kept = f"images, raw data, pictures{prompts}, names, paths" + (
+        "" if discloses else "; what the method keeps at the site"
+    )
     return "\n".join(
         (
             _entry("every round", "its weight and its weighted change of the shared values, as integers"),

@@ -98,7 +98,8 @@ class Host:
     @cached_property
     def task(self) -> Task:
         """The task of the study."""
-        return build_task(self.study)
+        known = {name: site.embeddings for name, site in self.sites.sites.items() if site.embeddings is not None}
+        return build_task(self.study, known)
 
     @cached_property
     def bench(self) -> Workbench:

@@ -56,12 +56,13 @@ class Grid:
 class Slice:
     """An axial image in HU, at least -1024, (rows, columns), with the distance of its rows and columns in mm.
 
-    `protocol` is what its header says of the scan; NIfTI says nothing.
+    `protocol` and `series` are what its header says of the scan; NIfTI says nothing.
     """
 
     hu: FloatArray
     spacing: tuple[float, float]
     protocol: CTProtocol | None = None
+    series: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,13 +119,17 @@ class CTFolder:
             if files[0].name in _NIFTI:
                 return slices_of(read_ct_volume(files[0]))
             read = [read_slice(path) for path in files]
-            return [Slice(slice_.hu, slice_.spacing, slice_.protocol) for slice_ in read]
+            return [Slice(slice_.hu, slice_.spacing, slice_.protocol, slice_.series) for slice_ in read]
         except DataError as error:
             raise DataError(f"site {self.site}: {error}", detail=error.detail) from error
 
     def prompt(self, patient: int) -> FloatArray | None:
         """Return a patient's embedding, float32 (tokens, dimension), where the site provides any."""
         return None if self._embeddings is None else self._embeddings.of(self._patients[patient][0].parent.name)
+
+    def place(self, patient: int) -> str:
+        """Return where a patient's files lie: for the `detail` of errors only."""
+        return str(self._patients[patient][0].parent)
 
     def digest(self, patient: int) -> str:
         """Return the sha256 (hex) over the content of a patient's files and embedding. Raises DataError."""
@@ -173,6 +178,7 @@ class CTIndex:
         self._cache: OrderedDict[tuple[int, int], _Placed] = OrderedDict()
         self._inside = grid.inside()
         self._protocols: dict[int, frozenset[CTProtocol]] = {}
+        self._series: dict[int, int] = {}
         self._shares = {patient: self._survey(patient) for patient in range(len(folder))}
         self._check_fit()
 
@@ -224,6 +230,13 @@ class CTIndex:
         grid = {"size": list(self._grid.size), "pixel": self._grid.pixel, "radius": self._grid.radius}
         return hashlib.sha256(canonical_json({"patients": seen, "grid": grid})).hexdigest()
 
+    def remarks(self) -> tuple[str, ...]:
+        """What somebody should know of the data before training on them; nothing that leaves the site."""
+        mixed = sum(count > 1 for count in self._series.values())
+        if not mixed:
+            return ()
+        return (f"{mixed} of {len(self._series)} patients' folders mix several series; every image is an example",)
+
     def header_facts(self, minimum: int) -> HeaderFacts:
         """What the headers of training patients say of the scanners, where at least `minimum` of them agree."""
         return facts_of((self._protocols[patient] for patient in self._split["train"]), minimum)
@@ -234,6 +247,7 @@ class CTIndex:
         shares, reaches = [], []
         images = self._folder.slices(patient)
         self._protocols[patient] = frozenset(image.protocol for image in images if image.protocol is not None)
+        self._series[patient] = len({image.series for image in images})
         for number, image in enumerate(images):
             body = Body.of(image)
             shares.append(body.mask.sum() * image.spacing[0] * image.spacing[1] / area)
@@ -249,7 +263,8 @@ class CTIndex:
             raise DataError(
                 f"site {self.site}: in {outside} of {len(reaches)} slices the body does not fit the field of view: it "
                 f"reaches {reaches.max():.0f} mm from its middle, the scanner sees {self._grid.radius:.0f} mm; enlarge "
-                "`geometry.pixel`, or `geometry.size` with `task.size`, and the detector with it"
+                "`geometry.pixel`, or `geometry.size` with `task.size`, and the detector with it",
+                detail=", ".join(self._folder.place(p) for p, (_, reach) in self._shares.items() if reach.max() > room),
             )
 
     def _placed(self, example: Example) -> _Placed:
@@ -326,6 +341,13 @@ def read_ct_volume(path: Path) -> Volume:
     data = np.asarray(nibabel.orientations.apply_orientation(volume.data, turn), dtype=np.float32)
     order = np.argsort(turn[:, 0])
     rows, columns, between = (volume.spacing[int(axis)] for axis in order)
+    check_hounsfield(data, path)
+    affine = volume.affine @ nibabel.orientations.inv_ornt_aff(turn, volume.data.shape)
+    return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine)
+
+
+def check_hounsfield(data: NDArray[np.uint8] | FloatArray, path: Path) -> None:
+    """Raise DataError ("wrong rescale") where the values of a volume are no HU."""
     low, high = float(np.percentile(data, 0.1)), float(data.max())
     if low > _THIN or low < _LOWEST or high > _HIGHEST:
         raise DataError(
@@ -333,8 +355,6 @@ def read_ct_volume(path: Path) -> Volume:
             "convert it again",
             detail=str(path),
         )
-    affine = volume.affine @ nibabel.orientations.inv_ornt_aff(turn, volume.data.shape)
-    return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine)
 
 
 def slices_of(volume: Volume) -> list[Slice]:

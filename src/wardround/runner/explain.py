@@ -18,6 +18,7 @@ from wardround.study.protection import Rotation, Subspace, TopK
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
 from wardround.study.tasks import ReconstructionTask
+from wardround.tasks.task import Headed
 from wardround.wire.ring import value_bits
 
 _WIDTH = 100
@@ -247,6 +248,9 @@ def _cautions(host: Host) -> Iterator[str]:
         )
     if few:
         lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals.")
+    for name in host.study.sites:
+        dataset = host.dataset(name)
+        lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]
     if lines:
         yield "Mind"
     for line in lines:

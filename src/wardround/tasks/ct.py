@@ -200,6 +200,10 @@ class CTDataset(ReconstructionDataset[CTBatch]):
         turned = _turned(image, body, random)
         return self._batch(self._simulate(*turned, random), example)
 
+    def remarks(self) -> tuple[str, ...]:
+        """What somebody should know of the data before training on them."""
+        return self._index.remarks() if isinstance(self._index, CTIndex) else ()
+
     def header_facts(self, minimum: int) -> HeaderFacts:
         """What headers of training patients say of the scanners; nothing where other sites' patients are scanned."""
         return self._index.header_facts(minimum) if isinstance(self._index, CTIndex) else HeaderFacts()

@@ -101,6 +101,10 @@ class Dataset(Protocol):
 class Headed(Protocol):
     """A data set whose files say by which scanners they were made."""
 
+    def remarks(self) -> Sequence[str]:
+        """What somebody at the site should know of the data before training on them."""
+        ...
+
     def header_facts(self, minimum: int) -> HeaderFacts:
         """What headers of training patients say, where at least `minimum` patients have a value."""
         ...

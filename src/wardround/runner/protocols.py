@@ -29,6 +29,7 @@ _UNITS = {
     "slice thickness": " mm",
 }
 _TOLERANCE = 0.01  # relative; distances of one scanner are written with so much difference
+_TOLERANCES = {"acceleration": 0.1}  # lines are whole, and some masks come only near to what was asked
 _SHOWN = 6
 
 
@@ -153,7 +154,8 @@ def _departure(name: str, value: float | str, known: Sequence[float | str]) -> s
         others = sorted({str(other) for other in known})
         return "" if str(value) in others else f"{name} {value} (trained on {', '.join(others[:_SHOWN])})"
     low, high = min(numbers), max(numbers)
-    if low * (1 - _TOLERANCE) <= value <= high * (1 + _TOLERANCE):
+    tolerance = _TOLERANCES.get(name, _TOLERANCE)
+    if low * (1 - tolerance) <= value <= high * (1 + tolerance):
         return ""
     unit = _UNITS.get(name, "")
     span = f"{_plain(low)}{unit}" if math.isclose(low, high) else f"{_plain(low)} to {_plain(high)}{unit}"

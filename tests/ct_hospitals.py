@@ -66,7 +66,9 @@ def thorax(seed: int, size: int = 80, spacing: float = 4.5, shift: tuple[float, 
     return image.astype(np.int16)
 
 
-def save_dicom(image: np.ndarray, path: Path, spacing: float = 4.5, intercept: float = -1024.0) -> None:
+def save_dicom(
+    image: np.ndarray, path: Path, spacing: float = 4.5, intercept: float = -1024.0, kernel: str = "B30f"
+) -> None:
     """Write one axial CT image."""
     header = pydicom.Dataset()
     header.file_meta = FileMetaDataset()
@@ -76,6 +78,8 @@ def save_dicom(image: np.ndarray, path: Path, spacing: float = 4.5, intercept: f
     header.SeriesInstanceUID, header.StudyInstanceUID = generate_uid(), generate_uid()
     header.Modality, header.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
     header.PatientName, header.PatientID = "Doe^Jane", "4711"
+    header.Manufacturer, header.ManufacturerModelName = "SIEMENS", "Sensation 16"
+    header.KVP, header.SliceThickness, header.ConvolutionKernel = "120", "5", kernel
     header.Rows, header.Columns = image.shape
     header.PixelSpacing = [spacing, spacing]
     header.ImageOrientationPatient, header.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, 0]
@@ -95,10 +99,14 @@ def save_nifti(images: list[np.ndarray], path: Path, spacing: float = 4.5) -> No
 
 
 def make_ct_hospitals(root: Path) -> dict[str, Path]:
-    """A with five patients of one or two DICOM slices each, B with four patients' NIfTI volumes of two slices."""
+    """A with five patients of one or two DICOM slices each, B with four patients' NIfTI volumes of two slices.
+
+    Every patient of A has the kernel B30f, those with two slices another one that nobody else has.
+    """
     for number in range(5):
         for slice_ in range(1 + number % 2):
-            save_dicom(thorax(10 * number + slice_), root / "A" / f"Doe-Jane-{number}" / f"{slice_}.dcm")
+            path = root / "A" / f"Doe-Jane-{number}" / f"{slice_}.dcm"
+            save_dicom(thorax(10 * number + slice_), path, kernel=f"B{number}0s" if slice_ else "B30f")
     for number in range(4):
         images = [thorax(100 + 10 * number + slice_) for slice_ in range(2)]
         save_nifti(images, root / "B" / f"Roe-Jim-{number}" / "ct.nii.gz")

@@ -169,11 +169,14 @@ def reconstruct(
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The NIfTI file to write, or for DICOM a folder.")],
     site: Annotated[str | None, typer.Option("--site", help="Whose scanner and coils (default: the study's).")] = None,
+    embedding: Annotated[
+        Path | None, typer.Option("--embedding", help="A file with the patient's embedding, for a model with anatomy.")
+    ] = None,
 ) -> None:
     """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
     from wardround.runner.apply import reconstruct as apply
 
-    _say(apply(model, source, output, site=site))
+    _say(apply(model, source, output, site=site, embedding=embedding))
 
 
 @app.command()
@@ -213,10 +216,17 @@ def check(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(metavar="PATH", help="A file or folder.")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A file, a folder, or a released model.")],
+) -> None:
     """Say what a file or folder holds, without naming a patient."""
     from wardround.data.convert import inspect_path
 
+    if path.suffix == ".safetensors":
+        from wardround.runner.inspection import inspect_model
+
+        _say(inspect_model(path))
+        return
     _say(str(inspect_path(path)))
 
 

@@ -249,8 +249,8 @@ def test_one_slice_is_as_thick_as_its_header_says(tmp_path: Path) -> None:
 
 
 BAD_POSITIONS = {
-    "gap": ((0, 5, 15, 20), "1 slices of a series are missing, in 1 gaps"),
-    "many gaps": ((0, 5, 15, 25), "2 slices of a series are missing, in 2 gaps"),
+    "gap": ((0, 5, 15, 20), "1 of 5 slices of a series are missing"),
+    "many gaps": ((0, 5, 15, 25), "2 of 6 slices of a series are missing"),
     "doubled": ((0, 5, 5, 10), "1 of 4 slices of a series lie where another does"),
     "uneven": ((0, 5, 10, 17), "unevenly spaced"),
 }

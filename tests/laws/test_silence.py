@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.ct_hospitals import ct_study, make_ct_hospitals
 from tests.federation.rig import Recorder, Rig, Sent
 from tests.scanners import scanner_study
 from tests.toys import toy_sites, toy_study
@@ -21,7 +22,7 @@ from wardround.federation.store import SiteStore
 from wardround.runner import session
 from wardround.runner.session import Result, evaluate, run
 from wardround.study.schema import Study
-from wardround.study.sites import Egress
+from wardround.study.sites import Egress, SiteData, SitesFile
 from wardround.wire.message import Header, Message
 from wardround.wire.ring import ExactSum
 from wardround.wire.update import Aggregate
@@ -194,6 +195,37 @@ def test_private_parts_are_in_the_sum_only_where_the_study_declares_it(
     downwards = [s for s in sent if s.message.header.meta.get("evaluator") != "released"]
     assert leaks(downwards, secrets) == []
     assert len(leaks(sent, secrets)) == len(secrets)
+
+
+def test_neither_embeddings_of_patients_nor_what_headers_say_is_in_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model with an anatomy prompt, trained on DICOM: its update is all that tells of them."""
+    sent = record(monkeypatch)
+    random, entries, secrets = np.random.default_rng(0), {}, set[bytes]()
+    for site, folder in make_ct_hospitals(tmp_path / "hospitals").items():
+        vectors = {f.name: random.standard_normal(12).astype(np.float32) for f in sorted(folder.iterdir())}
+        np.savez(tmp_path / f"{site}.npz", **vectors)  # type: ignore[arg-type]
+        entries[site] = SiteData(data=(folder,), embeddings=tmp_path / f"{site}.npz")
+        for vector in vectors.values():
+            # As it is, and as the network sees it after pooling.
+            secrets |= {*windows(vector.tobytes()), *windows(vector.reshape(-1, 3).mean(1).tobytes())}
+    anatomy = {"dimension": 12, "pool": 3, "width": 8, "heads": 2, "map": 5}
+    study = ct_study(
+        model={"kind": "redcnn", "preset": "tiny", "conditioning": "bottleneck", "anatomy": anatomy},
+        method={"kind": "scan_physfed", "stranger": "mean"},
+        schedule={"rounds": 2, "release": "last"},
+    )
+    study["task"]["evaluation"] |= {"baselines": []}
+    out = run(study, SitesFile(sites=entries), tmp_path / "out", engine="local").out
+    assert len(secrets) > 100
+    names = {b"Doe-Jane", b"Roe-Jim", b".npz", b"SIEMENS", b"Sensation", b"B30f", str(tmp_path).encode()}
+    assert leaks(sent, secrets | names) == []
+    released = (out / "models" / "federated.safetensors").read_bytes()
+    assert not [secret for secret in secrets if secret in released]
+    # What is searched for could be found: the prompt's part of the network is in the messages.
+    branch = load_file(out / "models" / "federated.safetensors")["anatomy.projection.weight"]
+    assert leaks(sent, windows(branch.tobytes()))
 
 
 def asked(sent: Iterable[Sent], reply: Sent) -> Header:

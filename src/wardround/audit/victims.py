@@ -58,11 +58,7 @@ def singles(batch: Batch) -> list[Batch]:
     if isinstance(batch, MRIBatch):
         return [MRIBatch(*(getattr(batch, f.name)[i : i + 1] for f in fields(MRIBatch))) for i in range(len(batch))]
     if isinstance(batch, CTBatch):
-        return [
-            CTBatch((replace(p, data=p.data[i : i + 1], target=p.target[i : i + 1], body=p.body[i : i + 1]),))
-            for p in batch.parts
-            for i in range(len(p))
-        ]
+        return [CTBatch((part.alone(i),)) for part in batch.parts for i in range(len(part))]
     raise StudyError("the audit knows batches of MRI and CT reconstruction alone")
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from wardround.data.ct_dataset import CONTRAST as CT
+from wardround.data.ct_dataset import check_hounsfield
 from wardround.data.deidentify import scrub
 from wardround.data.dicom_inspect import find_dicom, summarise_dicom
 from wardround.data.folder import SiteFolder
@@ -93,7 +95,10 @@ def inspect_path(path: Path) -> Inspection:
         return Inspection("a site's folder", sites={path.resolve().name: _summarise(path)})
     found = [child for child in sorted(path.iterdir()) if child.is_dir() and _is_site(child)]
     if found:
-        return Inspection(f"a folder of {len(found)} sites", sites={s.name: _summarise(s) for s in found})
+        others = [child for child in sorted(path.iterdir()) if child.is_dir() and child not in found]
+        dicoms = sum(bool(find_dicom(child)) for child in others)
+        beside = (f"{dicoms} more folders hold DICOM; inspect each by itself",) if dicoms else ()
+        return Inspection(f"a folder of {len(found)} sites", beside, sites={s.name: _summarise(s) for s in found})
     if dicom := _inspect_dicom(path):
         return dicom
     return Inspection("unknown", problems=("expected SITE/PATIENT/CONTRAST.nii.gz, or DICOM, below this folder",))
@@ -151,6 +156,8 @@ def _summarise(path: Path) -> SiteSummary:
         for contrast in folder.contrasts_of(patient):
             try:
                 volume = folder.volume(patient, contrast)
+                if contrast == CT:
+                    check_hounsfield(volume, path)
             except DataError as error:
                 # A drawing of nothing is no fault: not every patient has a tumour.
                 if contrast not in _DRAWINGS:

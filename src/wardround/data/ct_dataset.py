@@ -14,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from wardround.data.ct_protocol import CTProtocol, facts_of
 from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_holes
 from wardround.data.dicom import AIR, read_slice
+from wardround.data.embeddings import Embeddings
 from wardround.data.folder import no_patient, patient_folders
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
 from wardround.errors import DataError
+from wardround.study.protocols import HeaderFacts
 from wardround.study.tasks import Slices, Split
 from wardround.wire.canonical import canonical_json
 
@@ -51,10 +54,15 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """An axial image in HU, at least -1024, (rows, columns), with the distance of its rows and columns in mm."""
+    """An axial image in HU, at least -1024, (rows, columns), with the distance of its rows and columns in mm.
+
+    `protocol` and `series` are what its header says of the scan; NIfTI says nothing.
+    """
 
     hu: FloatArray
     spacing: tuple[float, float]
+    protocol: CTProtocol | None = None
+    series: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,15 +95,19 @@ class CTFolder:
     Every DICOM file is a slice of its own, whatever series it is of, in the order of file names; a NIfTI volume in HU
     gives axial slices, turned as DICOM shows them (rows to the back, columns to the left). Patients are numbered folder
     by folder in the order of their names; nothing outside this class sees those names. Raises DataError for a missing
-    folder, for one without patients, and for a patient who is in two of them.
+    folder, for one without patients, for a patient who is in two of them, and where one has none of the `embeddings`,
+    which are named like the folders.
     """
 
-    def __init__(self, source: Path | Sequence[Path], site: str) -> None:
+    def __init__(self, source: Path | Sequence[Path], site: str, embeddings: Embeddings | None = None) -> None:
         self.site = site
         found = [files for folder in patient_folders(source, site, _EXPECTED) if (files := _files(folder))]
         if not found:
             raise no_patient(site, _EXPECTED, source)
         self._patients = found
+        self._embeddings = embeddings
+        if embeddings is not None:
+            embeddings.require([files[0].parent.name for files in found])
 
     def __len__(self) -> int:
         return len(self._patients)
@@ -107,16 +119,26 @@ class CTFolder:
             if files[0].name in _NIFTI:
                 return slices_of(read_ct_volume(files[0]))
             read = [read_slice(path) for path in files]
-            return [Slice(slice_.hu, slice_.spacing) for slice_ in read]
+            return [Slice(slice_.hu, slice_.spacing, slice_.protocol, slice_.series) for slice_ in read]
         except DataError as error:
             raise DataError(f"site {self.site}: {error}", detail=error.detail) from error
 
+    def prompt(self, patient: int) -> FloatArray | None:
+        """Return a patient's embedding, float32 (tokens, dimension), where the site provides any."""
+        return None if self._embeddings is None else self._embeddings.of(self._patients[patient][0].parent.name)
+
+    def place(self, patient: int) -> str:
+        """Return where a patient's files lie: for the `detail` of errors only."""
+        return str(self._patients[patient][0].parent)
+
     def digest(self, patient: int) -> str:
-        """Return the sha256 (hex) over the content of a patient's files. Raises DataError."""
+        """Return the sha256 (hex) over the content of a patient's files and embedding. Raises DataError."""
         try:
             contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self._patients[patient]]
         except OSError as error:
             raise DataError(f"site {self.site}: an image file cannot be read", detail=str(error)) from error
+        if self._embeddings is not None:
+            contents.append(self._embeddings.digest(self._patients[patient][0].parent.name))
         return hashlib.sha256("/".join(contents).encode()).hexdigest()
 
 
@@ -155,6 +177,8 @@ class CTIndex:
         self._room = cache_bytes
         self._cache: OrderedDict[tuple[int, int], _Placed] = OrderedDict()
         self._inside = grid.inside()
+        self._protocols: dict[int, frozenset[CTProtocol]] = {}
+        self._series: dict[int, int] = {}
         self._shares = {patient: self._survey(patient) for patient in range(len(folder))}
         self._check_fit()
 
@@ -193,8 +217,12 @@ class CTIndex:
         """Return where the body is, bool (rows, columns) on the grid."""
         return self._placed(example).body
 
+    def prompt(self, example: Example) -> FloatArray | None:
+        """Return the embedding of an example's patient, float32 (tokens, dimension), where the site provides any."""
+        return self._folder.prompt(example.patient)
+
     def fingerprint(self) -> str:
-        """Return a sha256 (hex) over what training can see: image content, split, the grid.
+        """Return a sha256 (hex) over what training can see: image content, split, the grid, embeddings.
 
         Neither names nor paths have a part; folders renamed so that patients change their split change it.
         """
@@ -202,11 +230,25 @@ class CTIndex:
         grid = {"size": list(self._grid.size), "pixel": self._grid.pixel, "radius": self._grid.radius}
         return hashlib.sha256(canonical_json({"patients": seen, "grid": grid})).hexdigest()
 
+    def remarks(self) -> tuple[str, ...]:
+        """What somebody should know of the data before training on them; nothing that leaves the site."""
+        mixed = sum(count > 1 for count in self._series.values())
+        if not mixed:
+            return ()
+        return (f"{mixed} of {len(self._series)} patients' folders mix several series; every image is an example",)
+
+    def header_facts(self, minimum: int) -> HeaderFacts:
+        """What the headers of training patients say of the scanners, where at least `minimum` of them agree."""
+        return facts_of((self._protocols[patient] for patient in self._split["train"]), minimum)
+
     def _survey(self, patient: int) -> tuple[FloatArray, FloatArray]:
         """The body's share of the field of view and its reach in mm, of every slice."""
         area = np.pi * self._grid.radius**2
         shares, reaches = [], []
-        for number, image in enumerate(self._folder.slices(patient)):
+        images = self._folder.slices(patient)
+        self._protocols[patient] = frozenset(image.protocol for image in images if image.protocol is not None)
+        self._series[patient] = len({image.series for image in images})
+        for number, image in enumerate(images):
             body = Body.of(image)
             shares.append(body.mask.sum() * image.spacing[0] * image.spacing[1] / area)
             reaches.append(body.reach)
@@ -221,7 +263,8 @@ class CTIndex:
             raise DataError(
                 f"site {self.site}: in {outside} of {len(reaches)} slices the body does not fit the field of view: it "
                 f"reaches {reaches.max():.0f} mm from its middle, the scanner sees {self._grid.radius:.0f} mm; enlarge "
-                "`geometry.pixel`, or `geometry.size` with `task.size`, and the detector with it"
+                "`geometry.pixel`, or `geometry.size` with `task.size`, and the detector with it",
+                detail=", ".join(self._folder.place(p) for p, (_, reach) in self._shares.items() if reach.max() > room),
             )
 
     def _placed(self, example: Example) -> _Placed:
@@ -298,6 +341,13 @@ def read_ct_volume(path: Path) -> Volume:
     data = np.asarray(nibabel.orientations.apply_orientation(volume.data, turn), dtype=np.float32)
     order = np.argsort(turn[:, 0])
     rows, columns, between = (volume.spacing[int(axis)] for axis in order)
+    check_hounsfield(data, path)
+    affine = volume.affine @ nibabel.orientations.inv_ornt_aff(turn, volume.data.shape)
+    return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine)
+
+
+def check_hounsfield(data: NDArray[np.uint8] | FloatArray, path: Path) -> None:
+    """Raise DataError ("wrong rescale") where the values of a volume are no HU."""
     low, high = float(np.percentile(data, 0.1)), float(data.max())
     if low > _THIN or low < _LOWEST or high > _HIGHEST:
         raise DataError(
@@ -305,8 +355,6 @@ def read_ct_volume(path: Path) -> Volume:
             "convert it again",
             detail=str(path),
         )
-    affine = volume.affine @ nibabel.orientations.inv_ornt_aff(turn, volume.data.shape)
-    return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine)
 
 
 def slices_of(volume: Volume) -> list[Slice]:

@@ -156,7 +156,7 @@ def _view(path: Path) -> _View:
     if not (data.min() >= _LEAST and data.max() <= _MOST):
         raise DataError(
             f"a view's line integrals run from {data.min():g} to {data.max():g}: its counts were not positive, or its "
-            "rescale is wrong",
+            "rescale is wrong; convert the scan again",
             detail=str(path),
         )
     photons = raw_numbers(dataset, _PHOTONS, "f")

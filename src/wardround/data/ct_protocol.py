@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from pydantic import ValidationError
 from pydicom.dataset import Dataset
@@ -10,6 +14,11 @@ from pydicom.dataset import Dataset
 from wardround.data.dicom_file import number, path_of, text
 from wardround.errors import DataError
 from wardround.study.ct import CTAcquisition
+from wardround.study.protocols import HeaderFacts
+
+Value = TypeVar("Value", str, float)
+# No scanner or kernel is called like this; a name or an identifier that somebody typed into the field may be.
+_NO_DEVICE = re.compile(r"\^|\d{6}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,11 @@ class CTProtocol:
     def stated(self) -> tuple[str, ...]:
         """Names of the facts that the header states."""
         return tuple(name for name, value in asdict(self).items() if value is not None)
+
+    @property
+    def scanner(self) -> str | None:
+        """Vendor and model in one text, as far as stated."""
+        return " ".join(filter(None, (self.vendor, self.model))) or None
 
 
 def protocol_of(header: Dataset) -> CTProtocol:
@@ -87,6 +101,26 @@ def acquisition_from_header(header: Dataset | CTProtocol, default: CTAcquisition
     except ValidationError as error:
         keys = ", ".join(".".join(str(part) for part in fault["loc"]) for fault in error.errors())
         raise DataError(f"a CT header describes no real scanner: see {keys}", detail=str(error)) from error
+
+
+def facts_of(patients: Iterable[Set[CTProtocol]], minimum: int) -> HeaderFacts:
+    """What a site's headers say of its scanners: each value that at least `minimum` patients have, sorted.
+
+    `patients` are the protocols of each patient's images. How many have a value, and who, is not told.
+    """
+    seen = list(patients)
+
+    def common(values: Iterable[Set[Value | None]]) -> tuple[Value, ...]:
+        counts = Counter(value for of_patient in values for value in of_patient if value is not None)
+        shown = (value for value, count in counts.items() if count >= minimum)
+        return tuple(sorted(v for v in shown if not (isinstance(v, str) and _NO_DEVICE.search(v))))
+
+    return HeaderFacts(
+        scanners=common({one.scanner for one in protocols} for protocols in seen),
+        kvp=common({one.kvp for one in protocols} for protocols in seen),
+        slice_thickness=common({one.slice_thickness for one in protocols} for protocols in seen),
+        kernels=common({one.kernel for one in protocols} for protocols in seen),
+    )
 
 
 def _positive(header: Dataset, keyword: str) -> float | None:

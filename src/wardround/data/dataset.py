@@ -112,6 +112,9 @@ class SliceIndex:
         """Return where the head is, bool `(H, W)`: see `head_mask`."""
         return head_mask(self._slice(example), self._survey(example.patient, example.contrast).air)
 
+    def prompt(self, example: Example) -> None:
+        """No network for these images takes a prompt."""
+
     def fingerprint(self) -> str:
         """Return a sha256 (hex) over what training can see: image content, split, size of the examples.
 

@@ -39,13 +39,15 @@ class CTSlice:
     """One axial CT image.
 
     `hu` is float32 (rows, columns) in HU, cut off below at -1024, padding outside the scan included. `spacing` is
-    the distance of rows and of columns in mm, `position` where the slice lies along its normal in mm.
+    the distance of rows and of columns in mm, `position` where the slice lies along its normal in mm. `series` is the
+    identifier of its series, which stays at the site.
     """
 
     hu: FloatArray
     spacing: tuple[float, float]
     position: float
     protocol: CTProtocol
+    series: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,8 @@ def read_slice(path: Path) -> CTSlice:
     """
     placed = _read(path)
     check_air([placed.air], path)
-    return CTSlice(placed.hu, placed.spacing, placed.position, protocol_of(placed.header))
+    series = text(placed.header, "SeriesInstanceUID") or ""
+    return CTSlice(placed.hu, placed.spacing, placed.position, protocol_of(placed.header), series)
 
 
 def read_series(source: Path | Sequence[Path]) -> CTSeries:
@@ -175,7 +178,11 @@ def _check_ct(header: Dataset) -> None:
     if kind == f"{_CT}.1":
         raise DataError("a DICOM file is enhanced multi-frame CT; export it as classic CT", detail=path)
     if is_projection(header):
-        raise DataError("a DICOM file holds CT projections, not an image; read the folder as projections", detail=path)
+        raise DataError(
+            "a DICOM file holds CT projections, not an image; training takes images, and `wardround reconstruct` a "
+            "folder of projections alone",
+            detail=path,
+        )
     if kind != _CT:
         raise DataError("a DICOM file is of CT but no CT image (raw data or a report); move it away", detail=path)
     if "LOCALIZER" in (text(header, "ImageType") or "").upper().split("/"):
@@ -211,30 +218,34 @@ def _one_series(slices: Sequence[_Placed]) -> None:
             )
 
 
+def unevenness(positions: NDArray[np.float64]) -> str:
+    """What is wrong with the places of a series' slices along their normal (mm, ascending); empty where nothing is."""
+    steps = np.diff(positions)
+    if not len(steps):
+        return ""
+    doubled = int((steps < max(1e-3, _UNEVEN * float(np.median(steps)))).sum())
+    if doubled:
+        return f"{doubled} of {len(positions)} slices of a series lie where another does (copies, or several phases)"
+    # With few slices, a gap may be the median: the least step is one step for certain.
+    least = float(steps.min())
+    missing = np.rint(steps / least).astype(int) - 1
+    if (np.abs(steps / least - missing - 1) > _UNEVEN * (missing + 1)).any():
+        return "slices of a series are unevenly spaced"
+    if missing.any():
+        count = int(missing.sum())
+        return f"{count} of {count + len(positions)} slices of a series are missing"
+    return ""
+
+
 def _step(slices: Sequence[_Placed]) -> float:
     """Distance of neighbouring slices in mm. Raises DataError unless they stand at even steps on one normal."""
     folder = str(path_of(slices[0].header).parent)
     if len(slices) == 1:
         return protocol_of(slices[0].header).slice_thickness or 1.0
-    corners = np.stack([placed.corner for placed in slices])
-    steps = np.diff([placed.position for placed in slices])
-    typical = float(np.median(steps))
-    doubled = int((steps < max(1e-3, _UNEVEN * typical)).sum())
-    if doubled:
-        raise DataError(
-            f"{doubled} of {len(slices)} slices of a series lie where another does; remove the copies or phases",
-            detail=folder,
-        )
-    # With few slices, a gap may be the median: the least step is one step for certain.
-    least = float(steps.min())
-    missing = np.rint(steps / least).astype(int) - 1
-    if (np.abs(steps / least - missing - 1) > _UNEVEN * (missing + 1)).any():
-        raise DataError("slices of a series are unevenly spaced; use an evenly spaced series", detail=folder)
-    if missing.any():
-        raise DataError(
-            f"{missing.sum()} slices of a series are missing, in {np.count_nonzero(missing)} gaps; export it again",
-            detail=folder,
-        )
+    positions = np.array([placed.position for placed in slices])
+    if fault := unevenness(positions):
+        raise DataError(f"{fault}; export the series again, or remove what does not belong to it", detail=folder)
+    corners, steps = np.stack([placed.corner for placed in slices]), np.diff(positions)
     aside = np.diff(corners, axis=0) - steps[:, None] * slices[0].normal
     if (np.linalg.norm(aside, axis=1) > np.maximum(0.01, 0.01 * steps)).any():
         raise DataError(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from wardround.data.ct_projections import read_projections
 from wardround.data.ct_protocol import CTProtocol
-from wardround.data.dicom import CTSlice, read_slice
+from wardround.data.dicom import CTSlice, read_slice, unevenness
 from wardround.data.dicom_file import is_projection, open_dicom, text
 from wardround.errors import DataError
 
 _SUFFIXES = frozenset({".dcm", ".ima", ".dicom"})
+# Problems that differ by a number are one.
+_NUMBER = re.compile(r"-?\d[\d.,]*")
 _SHOWN = 6  # of each fact's values
 
 
@@ -35,11 +40,14 @@ class _Seen:
     low: float
     high: float
     protocol: CTProtocol
+    folder: Path
+    series: str
+    position: float
 
     @classmethod
-    def of(cls, one: CTSlice) -> _Seen:
-        rows, columns = one.hu.shape
-        return cls((rows, columns), one.spacing, float(one.hu.min()), float(one.hu.max()), one.protocol)
+    def of(cls, one: CTSlice, folder: Path) -> _Seen:
+        size, low, high = one.hu.shape, float(one.hu.min()), float(one.hu.max())
+        return cls((size[0], size[1]), one.spacing, low, high, one.protocol, folder, one.series, one.position)
 
 
 def find_dicom(path: Path) -> list[Path]:
@@ -59,32 +67,52 @@ def summarise_dicom(files: list[Path]) -> DicomSummary:
         pass  # counted below
     slices: list[_Seen] = []
     patients: set[str | None] = set()
-    series: set[str | None] = set()
     problems: Counter[str] = Counter()
+    shown: dict[str, str] = {}
     for file in files:
         try:
-            slices.append(_Seen.of(read_slice(file)))
+            seen = _Seen.of(read_slice(file), file.parent)
             header = open_dicom(file, pixels=False)
         except DataError as error:
-            problems[str(error)] += 1
+            problems[_NUMBER.sub("#", str(error))] += 1
+            shown.setdefault(_NUMBER.sub("#", str(error)), str(error))
             continue
+        slices.append(seen)
         patients.add(text(header, "PatientID"))
-        series.add(text(header, "SeriesInstanceUID"))
-    counted = (
-        f"{len(files)} files, {len(slices)} of them CT slices, of {len(patients)} patients in {len(series)} series"
-    )
-    facts = (counted, *_facts(slices)) if slices else (counted,)
-    return DicomSummary("CT images in DICOM", facts, tuple(f"{what} ({n} files)" for what, n in problems.most_common()))
+    series = len({seen.series for seen in slices})
+    counted = f"{len(files)} files, {len(slices)} of them CT slices, of {len(patients)} patients in {series} series"
+    facts = (counted, *_facts(slices), *_not_whole(slices)) if slices else (counted,)
+    told = (f"{shown[what]} ({n} files)" for what, n in problems.most_common())
+    return DicomSummary("CT images in DICOM", facts, tuple(told))
+
+
+def _not_whole(slices: list[_Seen]) -> Iterator[str]:
+    """What keeps folders from being series that can be reconstructed; training takes every image by itself."""
+    folders: dict[Path, dict[str, list[float]]] = {}
+    for one in slices:
+        folders.setdefault(one.folder, {}).setdefault(one.series, []).append(one.position)
+    mixed = [len(series) for series in folders.values() if len(series) > 1]
+    if mixed:
+        yield (
+            f"mind: {len(mixed)} of {len(folders)} folders mix several series, up to {max(mixed)}: `wardround "
+            "reconstruct` takes one series a folder; training takes every image by itself"
+        )
+    faults = Counter(unevenness(np.sort(places)) for series in folders.values() for places in series.values())
+    for fault, count in faults.most_common():
+        if fault:
+            yield f"mind: {fault} ({count} series): `wardround reconstruct` takes whole series"
 
 
 def _facts(slices: list[_Seen]) -> tuple[str, ...]:
     protocols = [one.protocol for one in slices]
     low, high = min(one.low for one in slices), max(one.high for one in slices)
     spacings = [spacing for one in slices for spacing in one.spacing]
+    least, most = f"{min(spacings):.3g}", f"{max(spacings):.3g}"
+    span = least if least == most else f"{least} to {most}"
     sizes = _counts(f"{rows} x {columns}" for rows, columns in (one.size for one in slices))
-    scanners = _counts(" ".join(filter(None, (p.vendor, p.model))) or "unknown" for p in protocols)
+    scanners = _counts(p.scanner or "unknown" for p in protocols)
     return (
-        f"in plane {sizes}; pixels of {min(spacings):.3g} to {max(spacings):.3g} mm; {low:g} to {high:g} HU",
+        f"in plane {sizes}; pixels of {span} mm; {low:g} to {high:g} HU",
         f"scanners {scanners}",
         *(f"{name} {_counts(_say(p, key, unit) for p in protocols)}" for name, key, unit in _PROTOCOL),
     )

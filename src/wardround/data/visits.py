@@ -38,6 +38,10 @@ class Index(Protocol):
         """Where the head or the body is, on the grid of the image."""
         ...
 
+    def prompt(self, example: Example) -> NDArray[Any] | None:
+        """What the site provides of an example's patient for a network, (tokens, dimension)."""
+        ...
+
     def fingerprint(self) -> str:
         """Sha256 (hex) over what training can see."""
         ...
@@ -82,6 +86,11 @@ class Visits(Generic[AnIndex]):
         """Return the member's mask."""
         member, own = self._at_home(example)
         return member.mask(own)
+
+    def prompt(self, example: Example) -> NDArray[Any] | None:
+        """Return what the member provides of the patient."""
+        member, own = self._at_home(example)
+        return member.prompt(own)
 
     def fingerprint(self) -> str:
         """Return a sha256 (hex) over the members' fingerprints."""

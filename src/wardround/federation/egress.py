@@ -18,11 +18,13 @@ class EgressRules:
 
     A sum over fewer than `minimum_cohort` patients is withheld: what is known of four patients and of five gives away
     the fifth. Across hospitals 11 is usual (cells under 11 are suppressed in releases of the US CMS).
+    `scanner_facts`: a released model may say what headers name of the site's scanners; no message ever does.
     """
 
     per_site_results: bool = True
     metrics: frozenset[str] | None = None
     minimum_cohort: int = 1
+    scanner_facts: bool = True
 
     def refusal(self, values: Mapping[str, Any]) -> str | None:
         """Why sums of these values, metric -> one for each patient, may not leave; nothing when they may.
@@ -49,6 +51,7 @@ def strictest(rules: Iterable[EgressRules]) -> EgressRules:
             together.per_site_results and one.per_site_results,
             frozenset.intersection(*lists) if lists else None,
             max(together.minimum_cohort, one.minimum_cohort),
+            together.scanner_facts and one.scanner_facts,
         )
     return together
 

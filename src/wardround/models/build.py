@@ -36,7 +36,12 @@ def build_model(config: models_config.Model, modality: Modality = "mri") -> nn.M
         case models_config.Learn():
             return Learn(learn_shape(config), parts=parts, conditioned=config.conditioned, hidden=config.hidden)
         case models_config.REDCNN():
-            return REDCNN(redcnn_channels(config), conditioning=config.conditioning, hidden=config.hidden)
+            return REDCNN(
+                redcnn_channels(config),
+                conditioning=config.conditioning,
+                hidden=config.hidden,
+                anatomy=config.anatomy,
+            )
         case models_config.LPD():
             return LPD(lpd_shape(config), conditioned=config.conditioned, hidden=config.hidden)
         case models_config.TwoBand():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
+from wardround.models.anatomy import AnatomyNet
 from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulated, modulation, prefixed
 from wardround.physics.operator import LinearOperator
 from wardround.study import models as models_config
@@ -35,10 +36,18 @@ class REDCNN(nn.Module):
 
     Two departures from the paper: the last layer starts at zero and no ReLU follows it, so an untrained network
     gives the initial image. conditioning: `every` modulates what each of the ten layers gives (HyperFed), `bottleneck`
-    only the last of the encoder, c = ReLU((1 + gamma) h + beta) (SCAN-PhysFed).
+    only the last of the encoder, c = ReLU((1 + gamma) h + beta) (SCAN-PhysFed). With `anatomy` the map of the
+    operator's prompt weighs c.
     """
 
-    def __init__(self, channels: int, *, conditioning: Conditioning = "none", hidden: Sequence[int] = HIDDEN) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        conditioning: Conditioning = "none",
+        hidden: Sequence[int] = HIDDEN,
+        anatomy: models_config.Anatomy | None = None,
+    ) -> None:
         super().__init__()
         inner = [channels] * (_DEPTH - 1)
         down = [nn.Conv2d(n, channels, _KERNEL) for n in (1, *inner)]
@@ -52,6 +61,7 @@ class REDCNN(nn.Module):
         self.hypernetwork = None
         if conditioning != "none":
             self.hypernetwork = ProtocolHyperNet(_blocks(conditioning, channels), hidden=hidden)
+        self.anatomy = None if anatomy is None else AnatomyNet(anatomy)
 
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
         """Measured data (B, views, bins) -> real images (B, H, W). Raises GeometryError for tiny images."""
@@ -67,6 +77,8 @@ class REDCNN(nn.Module):
             h = torch.relu(modulated(layer(h), films, f"encoder.{i}"))
             if i in (1, 3):
                 shortcuts.append(h)
+        if self.anatomy is not None:
+            h = self.anatomy.weighed(h, operator)
         for i, layer in enumerate(self.decoder):
             h = modulated(layer(h), films, f"decoder.{i}")
             if i in (0, 2, 4):

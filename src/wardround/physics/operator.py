@@ -40,6 +40,11 @@ class LinearOperator(ABC):
         """What tells a network which scanner this is: features (F,) in [0, 1], where there are any."""
         return None
 
+    @property
+    def prompt(self) -> Tensor | None:
+        """What a network is told of whose scans these are: (B, tokens, dimension), where a site provides it."""
+        return None
+
     def initial(self, y: Tensor) -> Tensor:
         """A first image from data (B, *data_shape), where a network starts: A* y unless something better is known."""
         return self.A_adjoint(y)
@@ -80,6 +85,58 @@ class LinearOperator(ABC):
                 length = _length(x)
                 x = self.normal(x / length.clamp_min(torch.finfo(length.dtype).tiny))
             return _length(x).flatten().sqrt()
+
+
+class Prompted(LinearOperator):
+    """An operator with a prompt for each image of a batch, (B, tokens, dimension); in all else it is the operator."""
+
+    def __init__(self, operator: LinearOperator, prompt: Tensor) -> None:
+        self._operator = operator
+        self._prompt = prompt
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image, without the batch axis."""
+        return self._operator.image_shape
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of one measurement, without the batch axis."""
+        return self._operator.data_shape
+
+    @property
+    def protocol(self) -> Tensor | None:
+        """The scanner's features."""
+        return self._operator.protocol
+
+    @property
+    def prompt(self) -> Tensor:
+        """The prompts."""
+        return self._prompt
+
+    def A(self, x: Tensor) -> Tensor:
+        """Measure."""
+        return self._operator.A(x)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        """Apply the exact adjoint."""
+        return self._operator.A_adjoint(y)
+
+    def initial(self, y: Tensor) -> Tensor:
+        """The operator's first image."""
+        return self._operator.initial(y)
+
+    def uncertainty(self, y: Tensor) -> Tensor | None:
+        """The operator's uncertainty of data."""
+        return self._operator.uncertainty(y)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """A* A x by the operator's shortcut."""
+        return self._operator.normal(x)
+
+    def norm(self, like: Tensor, *, iterations: int = 30) -> Tensor:
+        """The operator's norm."""
+        return self._operator.norm(like, iterations=iterations)
 
 
 class RealImage(LinearOperator):

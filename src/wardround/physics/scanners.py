@@ -8,65 +8,11 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from wardround.study.ct import CTAcquisition, CTGeometry
+from wardround.study.ct import CTAcquisition
+from wardround.study.presets import PRESETS
 
-
-def _hyperfed(
-    views: int, bins: int, pixel: float, bin: float, source: float, detector: float, photons: float
-) -> CTAcquisition:
-    geometry = CTGeometry(
-        kind="fan_flat",
-        size=(256, 256),
-        pixel=pixel,
-        views=views,
-        bins=bins,
-        bin=bin,
-        source_distance=source,
-        detector_distance=detector,
-    )
-    return CTAcquisition(geometry=geometry, photons=photons)
-
-
-# The simulated sites of HyperFed (Yang et al., IEEE Trans. Radiat. Plasma Med. Sci. 2023; values of the authors'
-# code, full circles, electronic noise ours), and two real scanners with nominal geometry: where projection data
-# come with a header, the header counts. Their image grid and I0 are ours.
-SCANNERS = MappingProxyType(
-    {
-        "hyperfed_1": _hyperfed(512, 368, 1.33, 2.5716, 595.0, 490.6, 50_000),
-        "hyperfed_2": _hyperfed(512, 315, 1.40, 3.0, 450.0, 350.0, 68_750),
-        "hyperfed_3": _hyperfed(384, 330, 1.39, 2.6, 400.0, 300.0, 87_500),
-        "hyperfed_4": _hyperfed(400, 350, 1.20, 2.2, 400.0, 350.0, 106_250),
-        "hyperfed_5": _hyperfed(384, 350, 1.40, 2.5, 500.0, 300.0, 125_000),
-        "siemens_definition_as_plus": CTAcquisition(
-            geometry=CTGeometry(
-                kind="fan_arc",
-                size=(512, 512),
-                pixel=0.9766,
-                views=1152,
-                bins=736,
-                bin=1.2858,
-                offset=1.125,
-                source_distance=595.0,
-                detector_distance=490.6,
-            ),
-            photons=1e6,
-        ),
-        "ge_lightspeed_vct": CTAcquisition(
-            geometry=CTGeometry(
-                kind="fan_arc",
-                size=(512, 512),
-                pixel=0.97,
-                views=984,
-                bins=888,
-                bin=1.0239,
-                offset=1.25,
-                source_distance=541.0,
-                detector_distance=408.075,
-            ),
-            photons=1e6,
-        ),
-    }
-)
+# The presets as acquisitions; a study names one as `acquisition: {kind: ct, preset: NAME}`.
+SCANNERS = MappingProxyType({name: CTAcquisition.model_validate({"preset": name}) for name in PRESETS})
 
 # Feature, smallest and largest value: wide enough for every preset, and for most scanners ever built.
 PROTOCOL_BOUNDS = MappingProxyType(

@@ -10,6 +10,7 @@ from wardround.report.answer import answer
 from wardround.report.results import AGGREGATES, SMALL_N, Metric, Run, load_run
 from wardround.report.units import flat, human_bytes, human_seconds, protocol
 from wardround.report.views import site_title, warnings
+from wardround.study.protocols import HeaderFacts
 
 
 def write_card(out: Path) -> Path:
@@ -95,6 +96,11 @@ def _data(run: Run) -> str:
         for site in run.sites
     ]
     table = _table(["site", "role", "test patients", "simulated protocol"], rows)
+    told = {site: HeaderFacts.model_validate(facts).text for site, facts in (run.result.get("scanners") or {}).items()}
+    if told:
+        table += "\n\nThe scanners that took the images, as the headers of training images name them:\n\n" + _table(
+            ["site", "scanners, tube voltage, slice thickness, kernel"], told.items()
+        )
     if _task(run) != "reconstruction":
         return table
     return table + "\n\nRaw data are simulated acquisitions of real anatomy, not measured by a scanner."

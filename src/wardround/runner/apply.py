@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from wardround.data.embeddings import Embeddings
 from wardround.data.volume import Volume, read_volume
 from wardround.errors import DataError, StudyError
 from wardround.models.build import build_model
@@ -19,10 +19,12 @@ from wardround.physics.coils import low_resolution_maps
 from wardround.physics.masks import sampling_mask
 from wardround.physics.mri import CartesianMRI
 from wardround.physics.simulate import simulate
-from wardround.runner.apply_ct import reconstruct_ct, save_nifti
-from wardround.runner.release import load_model, personal_part, serve
+from wardround.runner.apply_ct import Done, reconstruct_ct, save_nifti
+from wardround.runner.protocols import read_protocols, simulated, summary, warning
+from wardround.runner.release import load_model, personal_part, serve, study_of
 from wardround.study.acquisition import MRIAcquisition
-from wardround.study.load import load_study
+from wardround.study.models import anatomy_of
+from wardround.study.protocols import ModelProtocols
 from wardround.study.schema import Study
 from wardround.wire.random import public_generator
 
@@ -31,27 +33,44 @@ Array = npt.NDArray[Any]
 _UNDERSHOOT = 0.05
 
 
-def reconstruct(model_file: Path, source: Path, output: Path, *, site: str | None = None) -> str:
+def reconstruct(
+    model_file: Path, source: Path, output: Path, *, site: str | None = None, embedding: Path | None = None
+) -> str:
     """Reconstruct `source` with a released model and write NIfTI to `output`; returns what was done, in a sentence.
 
     `source` is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
     or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`; a model
-    of CT takes other files, see `wardround.runner.apply_ct.reconstruct_ct`. The output appears whole or not at all.
+    of CT takes other files, see `wardround.runner.apply_ct.reconstruct_ct`. `embedding` is a file with the patient's,
+    for a model with anatomy; without it that model's map is neutral. The output appears whole or not at all.
     Raises `DataError`, `StudyError` and `GeometryError`.
     """
     if not (source.is_dir() or output.name.endswith((".nii", ".nii.gz"))):
         raise StudyError("the output must be a NIfTI file: NAME.nii.gz", detail=str(output))
     if output.exists() and source.exists() and output.samefile(source):
         raise StudyError("the output would overwrite the input; choose another name", detail=str(output))
-    network, study = _open(model_file, site)
+    network, study, trained = _open(model_file, site)
+    anatomy, prompt = anatomy_of(study.model), None
+    if embedding is not None:
+        if anatomy is None:
+            raise StudyError("--embedding: this model takes none (its study has no model.anatomy); leave it out")
+        prompt = torch.from_numpy(Embeddings(embedding, anatomy.dimension, "--embedding").only())
     if study.modality == "ct":
-        said = reconstruct_ct(network, study, source, output, site)
+        done = reconstruct_ct(network, study, source, output, site, prompt)
     else:
-        said = _reconstruct_mri(_mri_model(network, study, site), source, output, site)
-    return f"{said}\nWrote {output}. Research use only."
+        done = _reconstruct_mri(_mri_model(network, study, site), source, output, site)
+    mind = warning(trained, done.scan, done.header)
+    neutral = "No --embedding of the patient was given: the model's anatomy map is neutral."
+    said = (
+        done.said,
+        summary(trained),
+        *([neutral] if anatomy is not None and prompt is None else []),
+        *([mind] if mind else []),
+        f"Wrote {output}. Research use only.",
+    )
+    return "\n".join(said)
 
 
-def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None) -> str:
+def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None) -> Done:
     if source.is_dir():
         raise StudyError("this is a model for MRI: it takes one file, a NIfTI image or k-space", detail=str(source))
     if source.suffix == ".npy":
@@ -62,6 +81,7 @@ def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None
             f"Reconstructed {_slices(images)} from k-space of {kspace.shape[1]} coils; "
             "k-space holds no voxel size, so 1 mm is written."
         )
+        scan: dict[str, float | str] = {"acceleration": _acceleration(kspace), "coils": float(kspace.shape[1])}
     else:
         image = read_volume(source)
         volume = Volume(_from_image(model, image), image.spacing, image.affine)
@@ -69,8 +89,9 @@ def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None
             f"Simulated a scan of {_slices(image.data)} by the scanner of {site or 'the study'} "
             f"(R = {model.acquisition.mask.acceleration:g}, {model.acquisition.coils} coils) and reconstructed it."
         )
+        scan = simulated(model.acquisition)
     save_nifti(volume, output)
-    return said
+    return Done(said, scan)
 
 
 @dataclass(frozen=True)
@@ -83,15 +104,9 @@ class _Model:
     seed: int
 
 
-def _open(path: Path, site: str | None) -> tuple[nn.Module, Study]:
+def _open(path: Path, site: str | None) -> tuple[nn.Module, Study, ModelProtocols]:
     tensors, metadata = load_model(path)
-    try:
-        study = load_study(json.loads(metadata["study"]))
-    except (KeyError, ValueError, StudyError) as error:
-        raise DataError(
-            "the model file holds no study that this version of Wardround reads; use the version that wrote it",
-            detail=f"{path}: {_one_line(error)}",
-        ) from error
+    study = study_of(path, metadata)
     if study.task.kind != "reconstruction":
         raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
     if site is not None and site not in study.sites:
@@ -106,7 +121,7 @@ def _open(path: Path, site: str | None) -> tuple[nn.Module, Study]:
             detail=f"{path}: {_one_line(error)}",
         ) from error
     serve(network, study, metadata, site)
-    return network.eval(), study
+    return network.eval(), study, read_protocols(metadata, study)
 
 
 def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
@@ -145,6 +160,11 @@ def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
         raise DataError("the k-space holds NaN or infinite values; replace them at the source")
     whole: Array = kspace.astype(np.complex64)
     return whole if whole.ndim == 4 else whole[None]
+
+
+def _acceleration(kspace: Array) -> float:
+    """All samples of a plane for each that was measured."""
+    return float(1.0 / max(np.abs(kspace).sum(1).astype(bool).mean(), 1e-9))
 
 
 @torch.no_grad()

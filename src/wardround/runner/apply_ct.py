@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from wardround.data.ct_dataset import Body, Grid, Slice, on_grid, read_ct_volume, slices_of
-from wardround.data.ct_projections import read_projections
+from wardround.data.ct_projections import CTProjections, read_projections
+from wardround.data.ct_protocol import acquisition_from_header
 from wardround.data.dicom import read_series, series_files
 from wardround.data.dicom_file import is_projection, open_dicom
 from wardround.data.dicom_write import write_derived
@@ -18,21 +20,36 @@ from wardround.data.hounsfield import AIR
 from wardround.data.volume import FloatArray, Volume, write_nifti
 from wardround.errors import DataError, GeometryError, StudyError
 from wardround.physics.ct_system import CTSystem
-from wardround.study.ct import CTAcquisition
+from wardround.physics.operator import LinearOperator, Prompted
+from wardround.runner.protocols import Facts, simulated, stated
+from wardround.study.ct import CTAcquisition, CTGeometry
 from wardround.study.schema import Study
 from wardround.tasks.ct import Scanner
 from wardround.wire.random import public_generator
 
 
-def reconstruct_ct(network: nn.Module, study: Study, source: Path, output: Path, site: str | None) -> str:
-    """Reconstruct `source` and write it to `output`; returns what was done, in a sentence.
+@dataclass(frozen=True)
+class Done:
+    """What was done, in a sentence, the protocol of the scan that was reconstructed, and what its header says."""
+
+    said: str
+    scan: Facts
+    header: Facts = field(default_factory=dict)
+
+
+def reconstruct_ct(
+    network: nn.Module, study: Study, source: Path, output: Path, site: str | None, prompt: Tensor | None = None
+) -> Done:
+    """Reconstruct `source` and write it to `output`; returns what was done.
 
     `source` is a NIfTI volume in HU or the folder of a DICOM series, both first scanned by the simulated scanner of
     `site`, or a folder of DICOM-CT-PD projections of an axial scan. `output` is a NIfTI file, or for a DICOM series
     the folder of a derived one. Images come back on the grid of the input; those of projections on the study's number
-    of pixels over the field of view. Raises `DataError`, `StudyError` and `GeometryError`.
+    of pixels over the field of view. `prompt` is the patient's embedding (tokens, dimension), for a network that takes
+    one. Raises `DataError`, `StudyError` and `GeometryError`.
     """
     nifti = output.name.endswith((".nii", ".nii.gz"))
+    header: Facts = {}
     if not source.is_dir():
         if source.suffix == ".npy":
             raise StudyError("this is a model for CT: it takes a NIfTI volume in HU or a DICOM folder")
@@ -40,16 +57,16 @@ def reconstruct_ct(network: nn.Module, study: Study, source: Path, output: Path,
     elif _holds_projections(source):
         if not nifti:
             raise StudyError("images of projections are written as NIfTI: NAME.nii.gz", detail=str(output))
-        return _from_projections(network, study, source, output)
+        return _from_projections(network, study, source, output, prompt)
     else:
         series = read_series(source)
         if not nifti:
-            images = _rescanned(network, study, series.volume, site)
+            images = _rescanned(network, study, series.volume, site, prompt)
             write_derived(series, images, output, f"Simulated scan and reconstruction, study {study.name}")
-            return _said(series.volume, study, site)
-        volume = series.volume
-    save_nifti(Volume(_rescanned(network, study, volume, site), volume.spacing, volume.affine), output)
-    return _said(volume, study, site)
+            return _done(series.volume, study, site, stated(series.protocol))
+        volume, header = series.volume, stated(series.protocol)
+    save_nifti(Volume(_rescanned(network, study, volume, site, prompt), volume.spacing, volume.affine), output)
+    return _done(volume, study, site, header)
 
 
 def save_nifti(volume: Volume, output: Path) -> None:
@@ -73,16 +90,17 @@ def _acquisition(study: Study, site: str | None) -> CTAcquisition:
 
 
 @torch.no_grad()
-def _rescanned(network: nn.Module, study: Study, volume: Volume, site: str | None) -> FloatArray:
+def _rescanned(network: nn.Module, study: Study, volume: Volume, site: str | None, prompt: Tensor | None) -> FloatArray:
     """Every slice scanned and reconstructed, in HU on the volume's grid (rows, columns, slices)."""
     scanner = Scanner(_acquisition(study, site))
     grid, slices = scanner.grid, slices_of(volume)
     middle = _middle(slices, grid)
     inside, images = grid.inside(), []
+    operator = _prompted(scanner.system, prompt)
     for number, image in enumerate(slices):
         hu = np.where(inside, on_grid(image.hu, image.spacing, middle, grid, AIR), np.float32(AIR))
         data, _ = scanner.scan(hu, public_generator(study.seed, "reconstruct", number))
-        reconstructed = _hounsfield(network(scanner.system, data[None]))
+        reconstructed = _hounsfield(network(operator, data[None]))
         images.append(_back(reconstructed, scanner.acquisition.geometry.pixel, image, middle))
     return np.stack(images, axis=-1)
 
@@ -115,7 +133,7 @@ def _back(image: FloatArray, pixel: float, like: Slice, middle: tuple[float, flo
 
 
 @torch.no_grad()
-def _from_projections(network: nn.Module, study: Study, source: Path, output: Path) -> str:
+def _from_projections(network: nn.Module, study: Study, source: Path, output: Path, prompt: Tensor | None) -> Done:
     assert study.task.kind == "reconstruction"
     projections = read_projections(source, size=study.task.size)
     images, skipped = [], 0
@@ -127,10 +145,9 @@ def _from_projections(network: nn.Module, study: Study, source: Path, output: Pa
             skipped += 1
             continue
         if system is None:
-            facts = {} if projections.photons is None else {"photons": float(np.median(projections.photons))}
-            system = CTSystem(CTAcquisition(geometry=geometry, mu_water=projections.mu_water, **facts))
+            system = CTSystem(_measured(projections, geometry))
         sinogram = torch.from_numpy(np.ascontiguousarray(projections.sinogram[:, row]))
-        images.append(_hounsfield(network(system, system.scaled(sinogram)[None])))
+        images.append(_hounsfield(network(_prompted(system, prompt), system.scaled(sinogram)[None])))
     if system is None:
         raise GeometryError("no detector row of the projections lies near enough to the plane of the source")
     pixel, thickness = projections.geometry.pixel, projections.protocol.slice_thickness or 1.0
@@ -139,7 +156,24 @@ def _from_projections(network: nn.Module, study: Study, source: Path, output: Pa
     save_nifti(Volume(np.stack(images, axis=-1), (pixel, pixel, thickness), affine), output)
     left = f"; {skipped} rows lie too far off the plane of the source" if skipped else ""
     geometry = projections.geometry
-    return f"Reconstructed {len(images)} detector rows of {geometry.views} views of {geometry.bins} bins{left}."
+    said = f"Reconstructed {len(images)} detector rows of {geometry.views} views of {geometry.bins} bins{left}."
+    scan, header = simulated(system.acquisition), stated(projections.protocol)
+    unknown = {"photons"} if projections.photons is None else set()
+    if "tube voltage" not in header:
+        unknown.add("tube voltage")
+    return Done(said, {name: value for name, value in scan.items() if name not in unknown}, header)
+
+
+def _measured(projections: CTProjections, geometry: CTGeometry) -> CTAcquisition:
+    """The protocol of a real scan: its geometry and photons as calibrated, the rest as its header says."""
+    photons = {} if projections.photons is None else {"photons": float(np.median(projections.photons))}
+    # The distances of DICOM-CT-PD are the calibrated ones, those of the plain header nominal.
+    header = replace(projections.protocol, source_distance=None, detector_distance=None)
+    return acquisition_from_header(header, CTAcquisition(geometry=geometry, mu_water=projections.mu_water, **photons))
+
+
+def _prompted(system: CTSystem, prompt: Tensor | None) -> LinearOperator:
+    return system if prompt is None else Prompted(system, prompt[None])
 
 
 def _hounsfield(image: Tensor) -> FloatArray:
@@ -147,14 +181,17 @@ def _hounsfield(image: Tensor) -> FloatArray:
     return np.asarray(1000.0 * (image[0].clamp_min(0.0) - 1.0).numpy(), np.float32)
 
 
-def _said(volume: Volume, study: Study, site: str | None) -> str:
+def _done(volume: Volume, study: Study, site: str | None, header: Facts) -> Done:
     count = volume.data.shape[-1]
     acquisition = _acquisition(study, site)
-    return (
+    said = (
         f"Simulated a scan of {count} slice{'s' if count != 1 else ''} by the scanner of {site or 'the study'} "
         f"({acquisition.geometry.views} views, {acquisition.photons:g} photons) and reconstructed it at "
         f"{_resolution(acquisition)}."
     )
+    # The tube voltage of a simulation decides nothing unless it has a spectrum; the input's own is in its header.
+    scan = {name: value for name, value in simulated(acquisition).items() if name != "tube voltage"}
+    return Done(said, scan, header)
 
 
 def _resolution(acquisition: CTAcquisition) -> str:

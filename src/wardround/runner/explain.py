@@ -13,10 +13,12 @@ from wardround.report.units import human_bytes, protocol
 from wardround.runner.host import Blueprint, Host
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256
+from wardround.study.models import anatomy_of
 from wardround.study.protection import Rotation, Subspace, TopK
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
 from wardround.study.tasks import ReconstructionTask
+from wardround.tasks.task import Headed
 from wardround.wire.ring import value_bits
 
 _WIDTH = 100
@@ -182,7 +184,10 @@ def _egress(host: Host, blueprint: Blueprint) -> str:
         seen = "the coordinator reads each site's, to leave out what a malicious one sends: `protection.robust`"
     replicates = f", and of {host.replicates} bootstrap replicates" if host.replicates else ""
     discloses = blueprint.method.discloses
-    kept = "images, raw data, pictures, names, paths" + ("" if discloses else "; what the method keeps at the site")
+    prompts = ", embeddings of patients" if anatomy_of(host.study.model) is not None else ""
+    kept = f"images, raw data, pictures{prompts}, names, paths" + (
+        "" if discloses else "; what the method keeps at the site"
+    )
     return "\n".join(
         (
             _entry("every round", "its weight and its weighted change of the shared values, as integers"),
@@ -190,9 +195,21 @@ def _egress(host: Host, blueprint: Blueprint) -> str:
             *([_entry("", discloses)] if discloses else []),
             _entry("", f"its loss and seconds, and sums over validation patients of {names}"),
             _entry("at the end", f"sums over test patients of the same metrics{replicates}"),
+            *_in_the_model(host),
             _entry("never", kept),
         )
     )
+
+
+def _in_the_model(host: Host) -> Iterator[str]:
+    """What a released model's file says of the sites beside the study: no message does."""
+    telling = [site for site in host.study.training_sites if host.egress(site).scanner_facts]
+    if host.study.modality == "ct" and host.study.protection.privacy is None and telling:
+        yield _entry(
+            "in the model",
+            "scanners, tube voltages, slice thicknesses and kernels that the headers of DICOM images name, as sets "
+            f"({', '.join(telling)}: egress.scanner_facts)",
+        )
 
 
 def _cautions(host: Host) -> Iterator[str]:
@@ -231,6 +248,9 @@ def _cautions(host: Host) -> Iterator[str]:
         )
     if few:
         lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals.")
+    for name in host.study.sites:
+        dataset = host.dataset(name)
+        lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]
     if lines:
         yield "Mind"
     for line in lines:

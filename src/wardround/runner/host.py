@@ -39,10 +39,11 @@ from wardround.runner.evaluators import evaluators_of
 from wardround.runner.privacy import Purses
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import study_sha256
+from wardround.study.protocols import HeaderFacts
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SitesFile
 from wardround.tasks.build import build_task
-from wardround.tasks.task import Dataset, Task, Visited
+from wardround.tasks.task import Dataset, Headed, Task, Visited
 from wardround.wire.message import Header
 from wardround.wire.update import Layout
 
@@ -97,7 +98,8 @@ class Host:
     @cached_property
     def task(self) -> Task:
         """The task of the study."""
-        return build_task(self.study)
+        known = {name: site.embeddings for name, site in self.sites.sites.items() if site.embeddings is not None}
+        return build_task(self.study, known)
 
     @cached_property
     def bench(self) -> Workbench:
@@ -188,6 +190,22 @@ class Host:
     def egress(self, site: str) -> EgressRules:
         """What a site lets out; one that scans the patients of others keeps the strictest rules of those."""
         return strictest(_rules_of(self.sites.of(name).egress) for name in self._scanned_by(site) or (site,))
+
+    def header_facts(self, site: str) -> HeaderFacts:
+        """What the headers of a site's training images say of its scanners, as far as its rules let out.
+
+        Nothing with differential privacy, which has no noise for it, and nothing where the data cannot be used: a run
+        survives that.
+        """
+        rules = self.egress(site)
+        if not rules.scanner_facts or self.study.protection.privacy is not None:
+            return HeaderFacts()
+        try:
+            dataset = self.dataset(site)
+            return dataset.header_facts(rules.minimum_cohort) if isinstance(dataset, Headed) else HeaderFacts()
+        except Exception:
+            log.debug("the headers of a site cannot be read", exc_info=True)
+            return HeaderFacts()
 
     def _scanned_by(self, site: str) -> tuple[str, ...]:
         return self.study.sites[site].scans if site in self.study.sites else ()
@@ -351,7 +369,7 @@ def protocols_of(study: Study, sites: Iterable[str]) -> dict[str, npt.NDArray[np
 
 def _rules_of(egress: Egress) -> EgressRules:
     metrics = None if egress.metrics == "all" else frozenset(egress.metrics)
-    return EgressRules(egress.per_site_results, metrics, egress.minimum_cohort)
+    return EgressRules(egress.per_site_results, metrics, egress.minimum_cohort, egress.scanner_facts)
 
 
 def site_finder(spec: dict[str, Any], progress: Progress | None = None) -> Callable[[Header], Site]:

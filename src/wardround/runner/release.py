@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from wardround.federation.coordinator import Release
 from wardround.federation.methods.build import build_method
 from wardround.runner.arms import COMPARISONS, FEDERATED, arms_of
 from wardround.runner.host import Blueprint, Host, protocols_of
+from wardround.runner.protocols import PROTOCOLS, protocols_of_arm
+from wardround.study.load import load_study
 from wardround.study.methods import CustomMethod
 from wardround.study.schema import Study
 from wardround.wire.tensors import TensorFile, TensorWriter, tensors_sha256
@@ -28,7 +31,10 @@ FORMAT = "wardround-model-1"
 
 
 def save_release(host: Host, blueprint: Blueprint, release: Release) -> Path:
-    """Write models/ARM.safetensors: the model as a site that did not take part gets it. Atomic."""
+    """Write models/ARM.safetensors: the model as a site that did not take part gets it, and what it was trained on.
+
+    Atomic.
+    """
     shared = blueprint.method.release_for(None, release.state.public, release.state.private)
     rest = {name: t.numpy() for name, t in host.bench.initial.items() if name not in shared}
     path = model_path(host.out, blueprint.arm.folder)
@@ -41,6 +47,7 @@ def save_release(host: Host, blueprint: Blueprint, release: Release) -> Path:
         "arm": blueprint.arm.name,
         "round": str(release.number),
         "shared": " ".join(sorted(blueprint.policy.names("shared"))),
+        PROTOCOLS: protocols_of_arm(host, blueprint.arm).model_dump_json(),
     }
     save_file({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, draft, metadata=metadata)
     draft.rename(path)
@@ -66,6 +73,17 @@ def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     if metadata.get("format") != FORMAT:
         raise DataError("the file holds tensors, but it is not a model that `wardround run` wrote", detail=str(path))
     return tensors, metadata
+
+
+def study_of(path: Path, metadata: Mapping[str, str]) -> Study:
+    """The study that a released model carries; raises `DataError` where this version does not read it."""
+    try:
+        return load_study(json.loads(metadata["study"]))
+    except (KeyError, ValueError, StudyError) as error:
+        raise DataError(
+            "the model file holds no study that this version of Wardround reads; use the version that wrote it",
+            detail=f"{path}: {' '.join(str(error).split())}",
+        ) from error
 
 
 def model_of_study(path: Path, study_sha256: str) -> dict[str, Array]:

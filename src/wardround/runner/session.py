@@ -35,7 +35,8 @@ from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.evaluation import measure, tables
 from wardround.runner.host import Host
 from wardround.runner.privacy import statement
-from wardround.runner.release import save_release, shared_sha256
+from wardround.runner.protocols import read_protocols
+from wardround.runner.release import load_model, save_release, shared_sha256
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
@@ -308,11 +309,14 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
         path.parent.parent.name: tensors_sha256(load_file(path))
         for path in sorted(out.glob(f"models/*/{FEDERATED}/local.safetensors"))
     }
+    model = out / "models" / f"{FEDERATED}.safetensors"
+    trained_on = read_protocols(load_model(model)[1], host.study)
     values = {
         "study": host.study.name,
         "study_sha256": host.study_sha256,
-        "model_sha256": shared_sha256(out / "models" / f"{FEDERATED}.safetensors"),
+        "model_sha256": shared_sha256(model),
         "local_sha256": local_sha256,
+        "scanners": {site: facts.model_dump(mode="json") for site, facts in trained_on.headers.items()},
         "rounds": host.study.schedule.rounds,
         "participants": sorted({site for line in federated for site in line["participants"]}),
         "compare": sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"}),

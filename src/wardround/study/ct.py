@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from wardround.study.base import Config
+from wardround.study.presets import resolved
 
 # Attenuation of water in 1/mm at about 70 keV, the effective energy of a diagnostic tube.
 MU_WATER = 0.0192
@@ -55,6 +57,8 @@ class CTAcquisition(Config):
     """Simulated acquisition of a slice in Hounsfield units.
 
     `kvp`, `slice_thickness` and `kernel` describe the scan; only beam hardening computes with `kvp`.
+    `preset: NAME` stands for the numbers of a known scanner (docs/ct.md lists them), and what is given beside it
+    changes them; the study then holds the numbers and not the name.
     """
 
     kind: Literal["ct"] = "ct"
@@ -66,3 +70,8 @@ class CTAcquisition(Config):
     kvp: float = Field(120.0, ge=60.0, le=150.0, description="tube voltage in kV")
     slice_thickness: float | None = Field(None, gt=0.0, description="mm")
     kernel: str | None = Field(None, description="the vendor's name of the reconstruction kernel")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        return resolved(value) if isinstance(value, Mapping) and "preset" in value else value

@@ -34,7 +34,8 @@ def load_study(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
         _apply_override(data, override)
     for name, field in Study.model_fields.items():
         given, kind = data.get(name), getattr(field.default, "kind", None)
-        if isinstance(given, dict) and kind is not None:
+        # What an acquisition without a kind is, its own rule says: a preset's is the preset's.
+        if isinstance(given, dict) and kind is not None and name != "acquisition":
             given.setdefault("kind", kind)
     return validate(Study, data, "study")
 

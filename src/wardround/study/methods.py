@@ -55,7 +55,7 @@ class HyperFed(_Personal):
 class ScanPhysFed(_Personal):
     """Encoder and hypernetwork are shared, the decoder stays at the site (SCAN-PhysFed, Yang et al., 2025).
 
-    The level of scanners only: no anatomy prompts.
+    The level of scanners; anatomy prompts are the model's: `model: {kind: redcnn, anatomy: {...}}`.
     """
 
     kind: Literal["scan_physfed"]

@@ -72,6 +72,28 @@ class Learn(Config):
         return self
 
 
+class Anatomy(Config):
+    """A patient's anatomy as a prompt: each site provides the embeddings of its reports (SCAN-PhysFed, 2025).
+
+    Where they lie, the sites file says (`sites.NAME.embeddings`). Defaults are the authors' sizes: 40 million values.
+    """
+
+    dimension: int = Field(32_000, ge=1, le=1_000_000, description="values of an embedding")
+    pool: int = Field(4, ge=1, description="so many neighbouring values are averaged first")
+    width: int = Field(2048, ge=1, le=16_384)
+    heads: int = Field(4, ge=1, description="of the attention; they divide the width")
+    map: int = Field(59, ge=1, le=1024, description="rows and columns of the map")
+    weight: float = Field(0.1, ge=0.0, le=1.0, description="w in out = (1 - w) c + w c A")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Anatomy:
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} do not divide width={self.width}; choose others")
+        if self.pool > self.dimension:
+            raise ValueError(f"pool={self.pool} is more than dimension={self.dimension}; lower it")
+        return self
+
+
 class REDCNN(Config):
     """RED-CNN on the filtered back projection (Chen et al., IEEE TMI 2017); CT only."""
 
@@ -82,6 +104,7 @@ class REDCNN(Config):
         "none", description="`every` convolution (HyperFed) or the `bottleneck` (SCAN-PhysFed) knows the protocol"
     )
     hidden: Hidden = HIDDEN
+    anatomy: Anatomy | None = Field(None, description="the bottleneck knows an embedding of the patient's report")
 
 
 class LPD(Config):
@@ -118,6 +141,11 @@ class IRadonMAP(Config):
 
 
 Model = Annotated[MoDL | UNet | Learn | REDCNN | LPD | TwoBand | IRadonMAP, Field(discriminator="kind")]
+
+
+def anatomy_of(model: Model) -> Anatomy | None:
+    """The prompt that a network takes, if any."""
+    return model.anatomy if isinstance(model, REDCNN) else None
 
 
 def check_modality(model: Model, modality: Modality) -> None:

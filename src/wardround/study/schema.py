@@ -27,8 +27,10 @@ PRIVATE_METHODS = frozenset({"fedavg", "fedprox", "fedbn", "fedavgm", "fedadam"}
 
 
 def _modality(value: Any) -> str:
-    """What an acquisition is of; a study from before there were two says nothing and means MRI."""
-    return str(value.get("kind", "mri") if isinstance(value, dict) else value.kind)
+    """What an acquisition is of; a study from before there were two says nothing and means MRI. Presets are CT."""
+    if isinstance(value, dict):
+        return str(value.get("kind", "ct" if "preset" in value else "mri"))
+    return str(value.kind)
 
 
 Acquisition = Annotated[

@@ -27,17 +27,28 @@ class Egress(Config):
     minimum_cohort: int = Field(
         1, ge=1, description="counts and sums over fewer patients are withheld; across hospitals use 11"
     )
+    scanner_facts: bool = Field(
+        True,
+        description="whether a released model's file may list which scanners, tube voltages, slice thicknesses and "
+        "kernels the headers of the training images name: as sets, of values that at least `minimum_cohort` patients "
+        "have. They are in no message: only a run on one machine puts them into the file",
+    )
 
 
 class SiteData(Config):
     """A site's data folders, one or several, and its rules.
 
-    In the file, `data` may hold `${VARIABLE}` and `~` and is relative to the file; `load_sites` makes it
-    absolute.
+    In the file, `data` and other paths may hold `${VARIABLE}` and `~` and are relative to the file; `load_sites` makes
+    them absolute.
     """
 
     data: tuple[Path, ...] = Field(min_length=1, description="a folder, or a list of them")
     egress: Egress = Egress()
+    embeddings: Path | None = Field(
+        None,
+        description="a .npz or .safetensors file with a vector for each patient's folder name, or one named `all`: for "
+        "studies with `model.anatomy`; it is read at the site and is in no message",
+    )
     encryption_key: str | None = Field(
         None,
         description="`${VARIABLE}` or a file with 32 bytes in hex: encrypts what the site keeps of a run; make one "
@@ -85,6 +96,7 @@ def load_sites(path: str | Path) -> SitesFile:
             update={
                 "encryption_key": _key_place(entry.encryption_key, name, base),
                 "data": tuple(_resolve(folder, name, base) for folder in entry.data),
+                "embeddings": None if entry.embeddings is None else _file(entry.embeddings, name, base),
                 "ledger": None if entry.ledger is None else _absolute(entry.ledger, f"sites.{name}.ledger", base),
             }
         )
@@ -99,6 +111,14 @@ def _resolve(data: Path, site: str, base: Path) -> Path:
     if not folder.is_dir():
         raise StudyError(f"{key}: the folder does not exist; correct the path", detail=str(folder))
     return folder
+
+
+def _file(path: Path, site: str, base: Path) -> Path:
+    key = f"sites.{site}.embeddings"
+    found = _absolute(path, key, base)
+    if not found.is_file():
+        raise StudyError(f"{key}: the file does not exist; correct the path", detail=str(found))
+    return found
 
 
 def _absolute(path: Path, key: str, base: Path) -> Path:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 
 from wardround.errors import StudyError
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
-from wardround.tasks.ct import CTReconstruction
+from wardround.tasks.ct import NO_EMBEDDINGS, CTReconstruction
 from wardround.tasks.mri import MRIReconstruction
 from wardround.tasks.task import Task
 
 _PARTS = ("metrics", "build_model", "dataset", "pooled", "loss", "score")
 
 
-def build_task(study: schema.Study) -> Task:
-    """The task of a study. Raises StudyError where a custom factory cannot be imported or makes no task."""
+def build_task(study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> Task:
+    """The task of a study; `embeddings` are the files of the sites that provide them.
+
+    Raises StudyError where a custom factory cannot be imported or makes no task.
+    """
     match study.task:
         case tasks_config.ReconstructionTask():
-            return CTReconstruction(study) if study.modality == "ct" else MRIReconstruction(study)
+            return CTReconstruction(study, embeddings) if study.modality == "ct" else MRIReconstruction(study)
         case tasks_config.CustomTask() as custom:
             return _custom(custom)
 

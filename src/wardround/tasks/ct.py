@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -13,15 +15,19 @@ from torch import Tensor, nn
 
 from wardround.data.ct_dataset import CTFolder, CTIndex, Grid
 from wardround.data.dataset import Example
+from wardround.data.embeddings import Embeddings
 from wardround.data.visits import Index, Visits
 from wardround.errors import GeometryError, StudyError
 from wardround.physics.ct_geometry import check_geometry
 from wardround.physics.ct_simulate import CTSimulator
 from wardround.physics.ct_system import CTSystem
+from wardround.physics.operator import LinearOperator, Prompted
 from wardround.physics.solvers import tv, weighted_tv
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.ct import CTAcquisition
+from wardround.study.models import anatomy_of
+from wardround.study.protocols import HeaderFacts
 from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows
 from wardround.tasks.reconstruction import (
     CACHE_BYTES,
@@ -33,6 +39,7 @@ from wardround.tasks.reconstruction import (
 from wardround.tasks.task import MetricSpec, Source, Window
 from wardround.wire.random import public_generator
 
+NO_EMBEDDINGS: Mapping[str, Path] = MappingProxyType({})
 _REFINEMENT = 2  # of the simulation's grid, see `wardround.physics.ct_simulate`
 _TV_PENALTY = 0.4  # see `wardround.physics.solvers.tv`
 _PICTURES = 2
@@ -41,15 +48,33 @@ _PICTURES = 2
 @dataclass(frozen=True, eq=False)
 class CTScans:
     """Slices of one scanner: data (B, views, bins) of `operator`; target (attenuation relative to water) and body
-    (1 inside), each float32 (B, H, W)."""
+    (1 inside), each float32 (B, H, W); prompt (B, tokens, dimension) where the network takes one and the site has it.
+    """
 
     operator: CTSystem
     data: Tensor
     target: Tensor
     body: Tensor
+    prompt: Tensor | None = None
 
     def __len__(self) -> int:
         return self.target.shape[0]
+
+    def alone(self, i: int) -> CTScans:
+        """The i-th slice by itself."""
+        here = slice(i, i + 1)
+        prompt = None if self.prompt is None else self.prompt[here]
+        return CTScans(self.operator, self.data[here], self.target[here], self.body[here], prompt)
+
+    @property
+    def prompted(self) -> LinearOperator:
+        """The operator as a network sees it: with the prompt."""
+        return self.operator if self.prompt is None else Prompted(self.operator, self.prompt)
+
+    def joins(self, other: CTScans) -> bool:
+        """Whether both are of one scanner and, if prompted, have as many tokens: one part can hold them."""
+        shapes = [None if scans.prompt is None else scans.prompt.shape[1:] for scans in (self, other)]
+        return self.operator is other.operator and shapes[0] == shapes[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +101,7 @@ class CTBatch:
         """One batch of all slices, in order; neighbours of one scanner become one part."""
         runs: list[list[CTScans]] = []
         for part in (part for batch in batches for part in batch.parts):
-            if runs and runs[-1][0].operator is part.operator:
+            if runs and runs[-1][0].joins(part):
                 runs[-1].append(part)
             else:
                 runs.append([part])
@@ -85,7 +110,8 @@ class CTBatch:
 
 def _one_part(parts: Sequence[CTScans]) -> CTScans:
     data, target, body = (torch.cat([getattr(p, name) for p in parts]) for name in ("data", "target", "body"))
-    return CTScans(parts[0].operator, data, target, body)
+    prompts = [part.prompt for part in parts if part.prompt is not None]
+    return CTScans(parts[0].operator, data, target, body, torch.cat(prompts) if prompts else None)
 
 
 class Scanner:
@@ -164,7 +190,7 @@ class CTDataset(ReconstructionDataset[CTBatch]):
             random = public_generator(self._seed, self.site, "scan", example.patient, example.contrast, example.slice)
             return self._simulate(*self._image(example, flip), random)
 
-        return self._batch(self._cache.get((example, flip), simulated))
+        return self._batch(self._cache.get((example, flip), simulated), example)
 
     def augmented(self, example: Example, flip: bool, random: np.random.Generator) -> CTBatch:
         """With `task.augment`, turned by quarters before a scan with noise of its own."""
@@ -172,7 +198,15 @@ class CTDataset(ReconstructionDataset[CTBatch]):
             return self.scan(example, flip)
         image, body = self._image(example, flip)
         turned = _turned(image, body, random)
-        return self._batch(self._simulate(*turned, random))
+        return self._batch(self._simulate(*turned, random), example)
+
+    def remarks(self) -> tuple[str, ...]:
+        """What somebody should know of the data before training on them."""
+        return self._index.remarks() if isinstance(self._index, CTIndex) else ()
+
+    def header_facts(self, minimum: int) -> HeaderFacts:
+        """What headers of training patients say of the scanners; nothing where other sites' patients are scanned."""
+        return self._index.header_facts(minimum) if isinstance(self._index, CTIndex) else HeaderFacts()
 
     def _image(self, example: Example, flip: bool) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         image, body = self._index.image(example), self._index.mask(example)
@@ -186,8 +220,15 @@ class CTDataset(ReconstructionDataset[CTBatch]):
         share = body.reshape(rows, _REFINEMENT, columns, _REFINEMENT).mean((1, 3))
         return _Scan(data, target, torch.from_numpy(share >= 0.5))
 
-    def _batch(self, scan: _Scan) -> CTBatch:
-        part = CTScans(self.scanner.system, scan.data[None], scan.target[None], scan.body[None].float())
+    def _batch(self, scan: _Scan, example: Example) -> CTBatch:
+        prompt = self._index.prompt(example)
+        part = CTScans(
+            self.scanner.system,
+            scan.data[None],
+            scan.target[None],
+            scan.body[None].float(),
+            None if prompt is None else torch.from_numpy(prompt)[None],
+        )
         return CTBatch((part,))
 
 
@@ -209,11 +250,12 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
     """Images in attenuation relative to water from noisy sinograms of few views.
 
     Raises StudyError for tiny images, for a geometry of another size than the task's, and for a geometry that cannot
-    be measured with.
+    be measured with. `embeddings` are the files of the sites that provide them, for a model with `anatomy`.
     """
 
-    def __init__(self, study: schema.Study) -> None:
+    def __init__(self, study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> None:
         super().__init__(study)
+        self._embeddings = dict(embeddings)
         self._scanners: dict[str, Scanner] = {}
         for site in study.sites:
             self.scanner(site)
@@ -243,13 +285,31 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
     def index(self, site: str, source: Source, scanner: str) -> CTIndex:
         """The slices of a site's folders on the grid of the scanner of the site `scanner`."""
         return CTIndex(
-            CTFolder(source, site),
+            CTFolder(source, site, self._prompts(site)),
             self.scanner(scanner).grid,
             slices=self.config.slices,
             split=self.config.split,
             seed=self.study.seed,
             role=self.study.sites[site].role,
         )
+
+    def _prompts(self, site: str) -> Embeddings | None:
+        """What a site provides of its patients, where the model takes it.
+
+        A site that only tests may have none, as a hospital may that gets the model: its maps are neutral. Raises
+        StudyError for a training site without.
+        """
+        anatomy = anatomy_of(self.study.model)
+        if anatomy is None:
+            return None
+        if site in self._embeddings:
+            return Embeddings(self._embeddings[site], anatomy.dimension, f"site {site}")
+        if site in self.study.training_sites:
+            raise StudyError(
+                f"model.anatomy needs an embedding of every patient, and site {site} provides none; add the file as "
+                f"`sites.{site}.embeddings` to the sites file, or remove model.anatomy"
+            )
+        return None
 
     def visitors(self, site: str, sources: Mapping[str, Source]) -> Visits[CTIndex]:
         """The test patients of other sites, as an index of `site`."""
@@ -265,7 +325,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
 
     def images(self, model: nn.Module, batch: CTBatch) -> Tensor:
         """The model's reconstruction (B, H, W), scanner by scanner."""
-        images: list[Tensor] = [model(part.operator, part.data) for part in batch.parts]
+        images: list[Tensor] = [model(part.prompted, part.data) for part in batch.parts]
         return torch.cat(images)
 
     def reconstruct(self, model: nn.Module, batch: CTBatch) -> Tensor:

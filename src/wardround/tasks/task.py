@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from wardround.study.protocols import HeaderFacts
+
 Split: TypeAlias = Literal["train", "validation", "test"]
 # A site's data folders.
 Source: TypeAlias = tuple[Path, ...]
@@ -92,6 +94,19 @@ class Dataset(Protocol):
 
     def evaluation(self, split: Split) -> Iterator[tuple[int, Batch]]:
         """Pairs of patient number and batch, patient by patient; a patient may have several batches."""
+        ...
+
+
+@runtime_checkable
+class Headed(Protocol):
+    """A data set whose files say by which scanners they were made."""
+
+    def remarks(self) -> Sequence[str]:
+        """What somebody at the site should know of the data before training on them."""
+        ...
+
+    def header_facts(self, minimum: int) -> HeaderFacts:
+        """What headers of training patients say, where at least `minimum` patients have a value."""
         ...
 
 

@@ -20,7 +20,9 @@ Features = tuple[float, ...]
 
 @dataclass(frozen=True)
 class ScanPhysFed(Personal):
-    """Encoder and hypernetwork are shared, the decoder stays at the site (Yang et al., CVPR 2025).
+    """Encoder and hypernetworks are shared, the decoder stays at the site (Yang et al., CVPR 2025).
+
+    The model's `anatomy`, which turns what a site knows of a patient into a map, is shared as the rest is.
 
     loss + repulsion x |cos(e(g), e(g'))|, where e(g) is the code that the hypernetwork makes of the site's protocol g,
     and g' the protocol of another training site, drawn anew for every step from public randomness. The authors' code

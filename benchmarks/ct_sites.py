@@ -2,8 +2,9 @@
 
 Runs examples/luad-ct.yaml (one network, conditioned on the protocol) with all arms, and once for every other method.
 The images are real slices; the scans are simulated from them. PSNR is of images cut off at -1024 and 3072 HU, its
-range 4096 HU. `tv` trusts all rays alike, as is usual; `weighted_tv` weights them by their photons, as the network does,
-and is the stricter comparison. Both are tuned on each hospital's validation patients, where it has any. The unseen scanner sees the test patients of all hospitals: a geometry and dose that nobody trained on.
+range 4096 HU. `tv` trusts all rays alike, as is usual; `weighted_tv` weights them by their photons, as the network
+does, and is the stricter comparison. Both are tuned on each hospital's validation patients, where it has any. The
+unseen scanner sees the test patients of all hospitals: a geometry and dose that nobody trained on.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wardround.audit.epsilon import Bound, Claim, audit_mechanism, gaussian_mechanism
 from wardround.audit.inversion import ATTACKS, Attack, Recovered, Victim, invert
-from wardround.audit.lint import Finding, architecture_sha256, lint_model
+from wardround.audit.lint import lint_model
 from wardround.audit.membership import Membership, judge, lira_scores, loss_scores, rmia_scores
 from wardround.audit.properties import Property, probe
 from wardround.audit.results import PARTS, Audit, Control, Part, Pictured
@@ -27,6 +27,7 @@ from wardround.errors import DataError, StudyError
 from wardround.federation.private_training import training_patients
 from wardround.federation.store import NOTHING
 from wardround.federation.training import ExampleStream, SiteExamples, build_optimizer
+from wardround.protection.lint import Finding, architecture_sha256
 from wardround.protection.privacy import terms_of
 from wardround.runner.arms import FEDERATED
 from wardround.runner.host import Host

@@ -19,6 +19,7 @@ from wardround.errors import DataError, JournalError, Rejected, StudyError, Ward
 from wardround.federation.coordinator import LOSS, PATIENTS, SECONDS, VALIDATION
 from wardround.federation.egress import OPEN, EgressRules, check_egress
 from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
+from wardround.federation.inspection import Inspector
 from wardround.federation.minutes import SiteMinutes
 from wardround.federation.record import LOG, Record
 from wardround.federation.store import Memory, SiteStore
@@ -89,7 +90,10 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class Rules:
-    """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`."""
+    """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
+
+    With `lint` it looks at every model before it trains on it (`Inspector`).
+    """
 
     identity: str
     layout: Layout
@@ -99,6 +103,7 @@ class Rules:
     seed: int
     egress: EgressRules = OPEN
     codec: Codec = PLAIN
+    lint: bool = True
 
 
 class Site:
@@ -124,6 +129,8 @@ class Site:
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
+        layout, lags = rules.layout, rules.codec.lags
+        self._inspector = Inspector(name, store, layout, lags=lags) if rules.lint else None
 
     def handle(self, request: Message) -> Message:
         """Answer a message: from the store if it was answered before, otherwise by doing what it asks."""
@@ -180,6 +187,8 @@ class Site:
         public = self.public_state(request)
         memory = self.store.memory(header.round - 1, without=[int(n) for n in header.meta.get("void", ())])
         learner = self.learner
+        inspector = self._inspector
+        seen = None if inspector is None else inspector.check(header.round, public, learner)
         learner.load(public, memory)
         metrics: dict[str, Any] = {}
         if header.meta.get("validate"):
@@ -187,6 +196,8 @@ class Site:
         trained = learner.train(header.round, public, memory)
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
         layout, scales = self.rules.layout, _scales(header.meta)
+        if inspector is not None and seen is not None:
+            inspector.remember(seen, scales, trained.weights)
         largest = limits(layout, scales, trained.weights)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
         chunks = encode(

@@ -96,9 +96,9 @@ class SiteStore:
         rows = self._database.rows("SELECT value FROM facts WHERE name = ?", name)
         return self._unseal(name, str(rows[0][0])) if rows else None
 
-    def set_fact(self, name: str, value: str) -> None:
-        """Write a fact, durably."""
-        with self._database.transaction(durable=True) as connection:
+    def set_fact(self, name: str, value: str, *, durable: bool = True) -> None:
+        """Write a fact; it survives a power cut unless it is not `durable`."""
+        with self._database.transaction(durable=durable) as connection:
             connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, self._seal(name, value)))
 
     def promise(self, name: str, number: int, value: str) -> str:

@@ -251,6 +251,8 @@ class Host:
             seed=self.study.seed,
             egress=OPEN if name == POOLED else self.egress(name),
             codec=blueprint.codec,
+            # Whoever pools data has all of them anyway.
+            lint=name in self.sites.sites and self.sites.of(name).lint,
         )
         threshold = blueprint.arm.threshold(self.study)
         models = self.out / "models" / name / blueprint.arm.folder

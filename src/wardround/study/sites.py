@@ -38,6 +38,9 @@ class SiteData(Config):
 
     data: tuple[Path, ...] = Field(min_length=1, description="a folder, or a list of them")
     egress: Egress = Egress()
+    lint: bool = Field(
+        True, description="whether to refuse, before training, a received model that looks like one built to leak"
+    )
     encryption_key: str | None = Field(
         None,
         description="`${VARIABLE}` or a file with 32 bytes in hex: encrypts what the site keeps of a run; make one "

@@ -286,7 +286,8 @@ def verify_log(
 
     found = verify(folder)
     for log in found.logs:
-        _say(f"{log.name}: {len(log.entries)} records" + (f" ({log.note})" if log.note else ""))
+        signed = f"{log.signatures} signatures, key {log.key}" if log.key else "no signatures"
+        _say(f"{log.name}: {len(log.entries)} records, {signed}" + (f" ({log.note})" if log.note else ""))
     for damage in found.damages:
         errors.print(Text(damage, style="red"), soft_wrap=True)
     if found.damages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ class Database:
     def __init__(self, path: Path, schema: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # It may hold keys: nobody else on the machine reads it, nor the files that SQLite puts beside it.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             # Autocommit mode: transactions begin and end where the code says so.
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE, check_same_thread=False)
             _use_write_ahead_log(self._connection)

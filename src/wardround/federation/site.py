@@ -20,8 +20,8 @@ from wardround.federation.coordinator import LOSS, PATIENTS, SECONDS, VALIDATION
 from wardround.federation.egress import OPEN, EgressRules, check_egress
 from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.inspection import Inspector
-from wardround.federation.minutes import SiteMinutes
-from wardround.federation.record import LOG, Record
+from wardround.federation.minutes import SENT, SiteMinutes
+from wardround.federation.record import LOG, Record, begun_by
 from wardround.federation.store import Memory, SiteStore
 from wardround.federation.training import Learner
 from wardround.protection.compression import PLAIN, Codec
@@ -324,9 +324,7 @@ class Site:
 
 
 def _record(name: str, identity: str, store: SiteStore) -> Record:
-    begun = {"study": identity, "site": name}
-    if (key := store.identity) is not None:
-        begun["key"] = key.public.hex()
+    begun = begun_by(store.enrol(), (SENT,), study=identity, site=name)
     return Record(store.root / LOG, f"site {name}", begun, lambda: store.identity)
 
 

@@ -174,6 +174,10 @@ class SiteStore:
         fact = self.fact("identity")
         return None if fact is None else Identity(bytes.fromhex(json.loads(fact)[1]))
 
+    def enrol(self) -> Identity:
+        """The site's signing key, made on first use and kept here."""
+        return Identity(bytes.fromhex(self.promise("identity", 0, Identity.generate().private.hex())))
+
     def finish(self, reply: Message, memory: Memory | None, keep: set[int]) -> None:
         """Record a reply and the state it leaves in one transaction; then forget rounds not in `keep`.
 

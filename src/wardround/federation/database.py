@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wardround.errors import JournalError
+from wardround.federation.blobs import sync_folder
 
 _PATIENCE = 30.0  # seconds that a process waits for another one's lock
 
@@ -24,7 +25,10 @@ class Database:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # It may hold keys: nobody else on the machine reads it, nor the files that SQLite puts beside it.
+            new = not path.exists()
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            if new:
+                sync_folder(path.parent)
             # Autocommit mode: transactions begin and end where the code says so.
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE, check_same_thread=False)
             _use_write_ahead_log(self._connection)

@@ -1,7 +1,9 @@
 """What a site keeps between messages: private tensors, replies, facts about its data.
 
 State and the reply that reports it are written in one transaction, so that after a crash a site either has done a
-message, and answers it again from here, or has not, and does it again.
+message, and answers it again from here, or has not, and does it again. What a round of training leaves is on disk
+before its reply can count: a site that lost it in a power cut would be behind what others saw of it, for good. Whatever
+merely repeats work (other replies, the bodies of replies) is not synced.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from wardround.federation.database import Database
 from wardround.federation.vault import Vault, sealed_nbytes
 from wardround.protection.identity import Identity
 from wardround.wire.canonical import canonical_json
-from wardround.wire.message import EmptyBody, FileBody, Header, Message
+from wardround.wire.message import EmptyBody, FileBody, Header, Message, body_sha256
 from wardround.wire.tensors import TensorFile, TensorWriter, parse_table, tensors_in
 
 Array = npt.NDArray[Any]
@@ -151,16 +153,17 @@ class SiteStore:
         return Memory(tensors_in(plain, tensors.table), values)
 
     def reply(self, request: str) -> Message | None:
-        """The reply to a request that was already handled; nothing when its body is gone, so that it is made anew."""
+        """The reply to a request that was already handled; nothing when its body is lost, so that it is made anew."""
         rows = self._database.rows("SELECT header FROM replies WHERE request = ?", request)
         if not rows:
             return None
         header = Header.from_bytes(str(rows[0][0]).encode())
         if not header.body_nbytes:
             return Message(header, EmptyBody())
-        if not self.blobs.holds(header.body_sha256, header.body_nbytes):
-            return None
-        return Message(header, FileBody(self.blobs.path(header.body_sha256), header.body_nbytes))
+        body = FileBody(self.blobs.path(header.body_sha256), header.body_nbytes)
+        # It was not synced: after a power cut a file may have its length and not its bytes.
+        held = self.blobs.holds(header.body_sha256, header.body_nbytes)
+        return Message(header, body) if held and body_sha256(body) == header.body_sha256 else None
 
     @property
     def last_round(self) -> int:
@@ -181,14 +184,15 @@ class SiteStore:
     def finish(self, reply: Message, memory: Memory | None, keep: set[int]) -> None:
         """Record a reply and the state it leaves in one transaction; then forget rounds not in `keep`.
 
-        Replies of earlier rounds are forgotten with it: nobody may ask for them again.
+        With a memory, even an empty one, it survives a power cut. Replies of earlier rounds are forgotten with it:
+        nobody may ask for them again.
         """
         number = reply.header.round
         dropped: set[str] = set()
         with ExitStack() as stack:
             row: tuple[str, str, str] | None = None
             if memory is not None and (memory.tensors or memory.meta):
-                with self.blobs.draft(durable=False) as draft:
+                with self.blobs.draft(durable=True) as draft:
                     sealing = None if self._vault is None else self._vault.writer(draft.file)
                     writer = TensorWriter(draft.file if sealing is None else cast("BinaryIO", sealing))
                     for name, tensor in memory.tensors.items():
@@ -196,7 +200,7 @@ class SiteStore:
                     draft.name = writer.sha256 if sealing is None else sealing.close()
                 table = canonical_json([i.to_json() for i in writer.table]).decode()
                 row = (draft.name, table, self._seal("meta", canonical_json(dict(memory.meta)).decode()))
-            connection = stack.enter_context(self._database.transaction())
+            connection = stack.enter_context(self._database.transaction(durable=memory is not None))
             if row is not None:
                 # The same memory has another name each time it is sealed.
                 again = "SELECT sha256 FROM memories WHERE round = ?"

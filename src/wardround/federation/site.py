@@ -226,9 +226,11 @@ class Site:
     # ---------------------------------------------------------------------------------------------------------------
 
     @property
-    def _layouts(self) -> frozenset[str]:
+    def _layouts(self) -> dict[str, int]:
+        """The layouts of the study, and the bytes of an update of each."""
         rules = self.rules
-        return frozenset(layout.sha256 for layout in (rules.layout, rules.metrics_layout, rules.evaluation_layout))
+        sums = {layout.sha256: layout.nbytes for layout in (rules.metrics_layout, rules.evaluation_layout)}
+        return {**sums, rules.layout.sha256: rules.codec.form.nbytes(rules.layout)}
 
     def _check(self, request: Message) -> None:
         header = request.header
@@ -311,8 +313,10 @@ class Site:
             sums["patients"] = len(per_patient)
             sums[f"total/{name}"] = float(per_patient.sum())
             if self.rules.replicates:
-                # The same draws for every arm, so that intervals of arms can be compared.
-                random = public_generator(self.rules.seed, self.name, "bootstrap")
+                # The same draws for every arm, so that intervals of arms can be compared, and from nothing but the
+                # data themselves: whoever knew the draws could solve the replicates for every patient's value.
+                fingerprint = str(self.store.fact("fingerprint"))
+                random = public_generator(self.rules.seed, self.name, "bootstrap", fingerprint)
                 draws = replicate_weights(len(per_patient), self.rules.replicates, random)
                 sums[f"replicates/{name}"] = draws @ per_patient
         return sums

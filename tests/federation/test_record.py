@@ -297,6 +297,16 @@ def spoil_types(path: Path) -> str:
     return "cut off or written anew"
 
 
+def spoil_start(path: Path) -> str:
+    """A first record of odd types, and a roster that is none."""
+    values = [json.loads(line) for line in lines_of(path)]
+    values[0]["payload"] |= {"signs": [["committed"], 3], "key": 5}
+    path.write_bytes(b"".join(json.dumps(value).encode() + b"\n" for value in values))
+    chain_anew(path, 0)
+    (path.parent / "roster.json").write_text("[1]")
+    return "is not signed with the key of its log"
+
+
 def spoil_depth(path: Path) -> str:
     path.write_bytes(path.read_bytes() + b"[" * 200_000 + b"\n")
     return "is not JSON"
@@ -326,6 +336,7 @@ def spoil_whole(path: Path) -> str:
         spoil_chain,
         spoil_form,
         spoil_types,
+        spoil_start,
         spoil_depth,
         spoil_copy,
         spoil_whole,

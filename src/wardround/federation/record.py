@@ -122,6 +122,12 @@ def begun_by(identity: Identity, signs: Sequence[str], **about: str) -> dict[str
     return {**about, KEY: identity.public.hex(), SIGNS: list(signs)}
 
 
+def signed_events(begun: Mapping[str, Any]) -> frozenset[str]:
+    """The events after which a log is signed, by its first record."""
+    told = begun.get(SIGNS)
+    return frozenset(event for event in told if isinstance(event, str)) if isinstance(told, list) else frozenset()
+
+
 class Record:
     """The log of one party in one arm.
 
@@ -241,7 +247,7 @@ class Record:
     def _remember(self, entry: Entry, nbytes: int) -> None:
         self._offset += nbytes
         if not entry.seq:
-            self._key, self._signs = entry.payload.get(KEY), frozenset(entry.payload.get(SIGNS, ()))
+            self._key, self._signs = entry.payload.get(KEY), signed_events(entry.payload)
         self._next, self.head, self._newest = entry.seq + 1, entry.hash, entry.event
         self._facts[_key(entry.event, entry.payload_sha256)] = entry.hash
         self._rounds[entry.hash] = entry.round

@@ -18,7 +18,17 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from wardround.errors import StudyError
-from wardround.federation.record import CHECKPOINT, CHECKPOINT_EVERY, KEY, LOG, PURPOSE, SIGNS, START, Damaged, Entry
+from wardround.federation.record import (
+    CHECKPOINT,
+    CHECKPOINT_EVERY,
+    KEY,
+    LOG,
+    PURPOSE,
+    START,
+    Damaged,
+    Entry,
+    signed_events,
+)
 from wardround.protection.identity import frame
 from wardround.wire.canonical import digest
 
@@ -118,8 +128,9 @@ def read_log(path: Path, name: str) -> Log:
     if not entries and not damages:
         damages.append("the log is empty")
     roster: Mapping[str, str] = {}
-    with suppress(OSError, ValueError):
-        roster = json.loads((path.parent / "roster.json").read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, RecursionError):
+        told = json.loads((path.parent / "roster.json").read_text(encoding="utf-8"))
+        roster = told if isinstance(told, dict) else {}
     return Log(name, entries, damages + list(_checkpoints(entries)), note, roster)
 
 
@@ -136,9 +147,7 @@ def _place(entry: Entry, number: int, expected: int, head: str) -> Iterator[str]
 def _checkpoints(entries: Sequence[Entry]) -> Iterator[str]:
     """What is wrong with the signatures of a log: every one that is there must be good, and none may be missing."""
     first = entries[0].payload if entries else {}
-    key, signs = first.get(KEY), first.get(SIGNS, ())
-    if not isinstance(signs, list | tuple):
-        signs = ()
+    key, signs = first.get(KEY), signed_events(first)
     before = ""
     for entry in entries:
         due = key is not None and entry.seq > 0 and (entry.seq % CHECKPOINT_EVERY == 0 or before in signs)

@@ -64,7 +64,8 @@ class Setting:
     @cached_property
     def rules(self) -> Rules:
         """Of a site."""
-        return Rules(STUDY, self.layout, self.layout, self.layout, 0, SEED)
+        # What is trained here has no network to look at.
+        return Rules(STUDY, self.layout, self.layout, self.layout, 0, SEED, lint=False)
 
     @cached_property
     def plan(self) -> Plan:

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 class _Commands(TyperGroup):
     """Every error raised on purpose, or by the disk, becomes one line on stderr and an exit code."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """`audit verify FOLDER` is a command of its own: it needs no study."""
+        if args[:2] == ["audit", "verify"]:
+            args = ["audit-verify", *args[2:]]
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; 2 stands for an error, 130 for a run that was stopped."""
         try:
@@ -255,6 +261,10 @@ def audit(
     epsilon: Annotated[
         float | None, typer.Option("--epsilon", help="Claimed privacy: epsilon (default: computed).")
     ] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option("--identity", help="The store with the site's key (default: the run's, or one by --out)."),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Attack a site's own updates, at the site, and say what they give away. Exit code 2 where a claim is refuted."""
@@ -278,6 +288,7 @@ def audit(
         trials=trials,
         pictures=pictures,
         parts=[word for word in _words(only) if word != "lint"] if only else PARTS,
+        store=identity,
     )
     _say(f"{found.light}: {found.verdict}")
     if found.epsilon is not None:
@@ -287,6 +298,20 @@ def audit(
         raise WardroundError("the measured lower bound of epsilon is above the claimed upper bound; do not rely on it")
     if found.lint:
         raise WardroundError(f"the lint refuses the model: {found.lint[0].tensor} {found.lint[0].text}")
+
+
+@app.command("audit-verify")
+def audit_verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of an audit.")],
+    key: Annotated[str | None, typer.Option("--key", help="The site's public key in hex, as the site gave it.")] = None,
+) -> None:
+    """Check that an audit is what its site signed; also as `audit verify FOLDER`."""
+    from wardround.audit.signature import verify
+
+    signed = verify(folder, key)
+    _say(f"Whole: site {signed.site} signed it with key {signed.key}.")
+    if key is None:
+        _say("Whose key that is only the site can say: compare it, or give it with --key.")
 
 
 @app.command()
@@ -304,7 +329,8 @@ def verify_log(
 
     found = verify(folder)
     for log in found.logs:
-        _say(f"{log.name}: {len(log.entries)} records" + (f" ({log.note})" if log.note else ""))
+        signed = f"{log.signatures} signatures, key {log.key}" if log.key else "no signatures"
+        _say(f"{log.name}: {len(log.entries)} records, {signed}" + (f" ({log.note})" if log.note else ""))
     for damage in found.damages:
         errors.print(Text(damage, style="red"), soft_wrap=True)
     if found.damages:

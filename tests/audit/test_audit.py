@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from wardround.audit.command import audit
 from wardround.audit.epsilon import Bound
 from wardround.audit.inversion import ATTACKS, Attack
 from wardround.audit.results import Audit, render
+from wardround.audit.signature import sign
 from wardround.cli import app
+from wardround.federation.store import SiteStore
+from wardround.protection.identity import Identity
 from wardround.runner.release import load_model
 from wardround.study.load import load_study
 from wardround.study.sites import load_sites
@@ -114,6 +119,15 @@ def test_a_disabled_attack_is_not_safety(hospital: tuple[Path, Path, Path], tmp_
     assert _audit(hospital, tmp_path, ()).light == "attack not working"
 
 
+def test_quick_mode_says_that_reference_attacks_were_not_run(hospital: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    assert Effort.of(quick=True).references == 0
+    found = _audit(hospital, tmp_path, (), model=hospital[2], parts=("membership",))
+    assert [each.attack for each in found.membership] == ["loss threshold"]
+    page = (tmp_path / "audit.html").read_text()
+    assert "membership by LiRA and RMIA: not run in quick mode" in page
+    assert "not tried" in page
+
+
 def test_pictures_are_shown_when_asked_for(hospital: tuple[Path, Path, Path], tmp_path: Path) -> None:
     _audit(hospital, tmp_path, (Attack("Unrolled", iterations=1, unroll=True),), pictures=True)
     page = (tmp_path / "audit.html").read_text()
@@ -197,3 +211,64 @@ def test_the_claim_of_a_study_is_put_to_the_test(tmp_path: Path) -> None:
     assert found.epsilon.delta == 0.01
     assert 0.0 <= found.epsilon.lower <= found.epsilon.claimed
     assert f"claimed upper bound {found.epsilon.claimed:.3f}" in (tmp_path / "out" / "audit.html").read_text()
+
+
+# Signature -----------------------------------------------------------------------------------------------------------
+
+
+def _verify(folder: Path, *more: object) -> Result:
+    return _run("audit", "verify", folder, *more)
+
+
+def test_an_audit_is_signed_with_the_key_of_the_run(
+    written: tuple[Result, Path], hospital: tuple[Path, Path, Path]
+) -> None:
+    found = _verify(written[1])
+    assert found.exit_code == 0, found.output
+    store = SiteStore(hospital[2] / "work" / "sites" / "Alpha" / "federated")
+    assert store.identity is not None
+    public = store.identity.public.hex()
+    assert f"site Alpha signed it with key {public}" in found.stdout
+    assert _verify(written[1], "--key", public).exit_code == 0
+    assert "another key" in _verify(written[1], "--key", "00" * 32).stderr
+    private = store.identity.private
+    assert all(private not in p.read_bytes() and private.hex() not in p.read_text() for p in written[1].iterdir())
+    store.close()
+
+
+@pytest.fixture
+def signed(written: tuple[Result, Path], tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(written[1], tmp_path / "signed"))
+
+
+@pytest.mark.parametrize("name", ["audit.json", "audit.html"])
+def test_an_edited_file_is_found(signed: Path, name: str) -> None:
+    text = (signed / name).read_text()
+    (signed / name).write_text(text.replace("Alpha", "Alphb", 1))
+    found = _verify(signed)
+    assert found.exit_code == 2
+    assert f"{name} is not what the site signed" in found.stderr
+    (signed / name).unlink()
+    assert f"{name} is missing" in _verify(signed).stderr
+
+
+def test_a_forged_or_missing_signature_is_found(signed: Path) -> None:
+    path = signed / "audit.sig.json"
+    value = json.loads(path.read_text())
+    (signed / "audit.json").write_text((signed / "audit.json").read_text() + "\n")
+    files = {**value["files"], "audit.json": hashlib.sha256((signed / "audit.json").read_bytes()).hexdigest()}
+    path.write_text(json.dumps({**value, "files": files}))
+    assert "was not made with the key that it names" in _verify(signed).stderr
+    for spoilt in ({**value, "key": "zz"}, {**value, "files": {}}, {**value, "site": 3}, {"version": 1}, [1]):
+        path.write_text(json.dumps(spoilt))
+        assert "cannot be read" in _verify(signed).stderr
+    path.unlink()
+    assert "no signed audit" in _verify(signed).stderr
+
+
+def test_a_signature_speaks_for_the_site_of_its_report(signed: Path) -> None:
+    """What another site signs over this one's report is not this one's."""
+    study_sha256 = json.loads((signed / "audit.json").read_text())["study_sha256"]
+    sign(signed, "Beta", study_sha256, Identity.generate())
+    assert "speaks for another site" in _verify(signed).stderr

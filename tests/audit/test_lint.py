@@ -12,8 +12,9 @@ from scipy.stats import norm
 from torch import nn
 
 from tests.hospitals import write_study
-from wardround.audit.lint import architecture_sha256, lint_model, lint_tensors
+from wardround.audit.lint import lint_model
 from wardround.federation.training import Workbench
+from wardround.protection.lint import architecture_sha256, lint_tensors
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task

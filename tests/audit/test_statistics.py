@@ -17,7 +17,7 @@ from wardround.audit.epsilon import (
     gaussian_mechanism,
     one_run_bound,
 )
-from wardround.audit.membership import auc, clopper_pearson, judge, lira_scores, rmia_scores
+from wardround.audit.membership import auc, clopper_pearson, infer_membership, judge, lira_scores, rmia_scores
 from wardround.audit.properties import probe
 from wardround.errors import StudyError
 
@@ -135,3 +135,26 @@ def test_claims_that_describe_nothing_are_refused() -> None:
     for wrong in ({"noise_multiplier": 0.0}, {"noise_multiplier": 1.0, "sampling": 2.0}):
         with pytest.raises(StudyError):
             Claim(**wrong)
+
+
+@pytest.mark.parametrize(("learned", "works"), [(0.3, True), (0.0, False)])
+def test_a_membership_attack_says_whether_it_works_on_models_that_are_known(learned: float, works: bool) -> None:
+    """References that learned nothing make attacks that find nothing, and must not pass for safety."""
+    random = np.random.default_rng(3)
+    n = 200
+    difficulty = random.uniform(1.0, 5.0, n)
+    member = np.arange(n) < n // 2
+    half = random.random((2, n)) < 0.5
+    knows = np.concatenate([half, ~half])
+    references = difficulty - learned * knows + 0.02 * random.standard_normal((4, n))
+    losses = difficulty - learned * member + 0.02 * random.standard_normal(n)
+    found = {each.attack: each for each in infer_membership(losses, member, references, knows)}
+    assert list(found) == ["loss threshold", "LiRA, 4 references", "RMIA, 4 references"]
+    for name in ("LiRA, 4 references", "RMIA, 4 references"):
+        assert found[name].works is works
+        assert found[name].to_json()["works"] is works
+    assert not found["loss threshold"].works
+    # Two references leave none to try the others on, and none leave the loss alone.
+    assert [each.control for each in infer_membership(losses, member, references[:2], knows[:2])] == [None] * 3
+    (alone,) = infer_membership(losses, member, references[:0], knows[:0])
+    assert (alone.attack, alone.control, alone.works) == ("loss threshold", None, False)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.federation.rig import Rig
@@ -17,7 +18,9 @@ from wardround.federation.site import Answer
 from wardround.federation.verify import verify
 from wardround.runner.session import Result, run
 from wardround.study.sites import Egress, SitesFile, load_sites
-from wardround.wire.message import Header, Message
+from wardround.tasks.metrics import replicate_weights
+from wardround.wire.message import FileBody, Header, Message
+from wardround.wire.random import public_generator
 
 
 def ruled(folder: Path, **rules: dict[str, Any]) -> SitesFile:
@@ -103,7 +106,39 @@ def test_an_answer_that_says_more_is_blocked_at_the_last_door(tmp_path: Path, mo
 @pytest.mark.parametrize("kind", ["pictures", "update", "sum/advert"])
 def test_unknown_kinds_do_not_leave(kind: str) -> None:
     with pytest.raises(Withheld):
-        check_egress(Message(Header(kind, "s", "A")), frozenset({"known"}), frozenset())
+        check_egress(Message(Header(kind, "s", "A")), {"known": 0}, frozenset())
+
+
+def test_an_update_is_as_long_as_its_layout_says(tmp_path: Path) -> None:
+    body = FileBody(tmp_path / "body", 8)
+    fits = Header("update", "s", "A", meta={"layout": "known"}, body_nbytes=8)
+    check_egress(Message(fits, body), {"known": 8}, frozenset())
+    longer, hidden = replace(fits, body_nbytes=9), FileBody(tmp_path / "body", 9)
+    for reply in (Message(longer, hidden), Message(fits, hidden), Message(Header("done", "s", "A"), body)):
+        with pytest.raises(Withheld):
+            check_egress(reply, {"known": 8}, frozenset())
+
+
+def test_bootstrap_replicates_do_not_give_away_patients(tmp_path: Path) -> None:
+    """Sums of known draws of n patients are n equations for n values: the draws must be nobody else's."""
+    rig = Rig(toy_study(), tmp_path)
+    site = rig.sites["A"]
+    object.__setattr__(site.rules, "replicates", 60)
+    values = np.random.default_rng(0).uniform(0.0, 1.0, 12)
+    fingerprint = site.learner.dataset.fingerprint()
+    told = site._evaluation_sums({"mse": values})["replicates/mse"]
+
+    def solved(*known: str) -> np.ndarray:
+        draws = replicate_weights(12, 60, public_generator(3, "A", "bootstrap", *known))
+        return np.linalg.lstsq(draws.astype(float), told, rcond=None)[0]
+
+    assert solved(fingerprint) == pytest.approx(values)
+    assert np.abs(solved() - values).max() > 0.1
+    # Another arm and another run of the same data draw the same, so intervals can be compared and recomputed.
+    again = Rig(toy_study(), tmp_path / "again").sites["A"]
+    object.__setattr__(again.rules, "replicates", 60)
+    assert again.learner.dataset.fingerprint() == fingerprint
+    assert again._evaluation_sums({"mse": values})["replicates/mse"] == pytest.approx(told)
 
 
 def test_rules_are_checked_when_they_are_read(tmp_path: Path) -> None:

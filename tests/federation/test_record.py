@@ -19,8 +19,9 @@ from tests.federation.rig import Rig
 from tests.toys import toy_sites, toy_study
 from wardround.cli import app
 from wardround.errors import JournalError
+from wardround.federation.journal import Journal
 from wardround.federation.minutes import ANCHOR, head_of
-from wardround.federation.record import LOG, Entry, Record
+from wardround.federation.record import LOG, PURPOSE, Entry, Record, begun_by
 from wardround.federation.verify import verify
 from wardround.protection.identity import Identity
 from wardround.runner.session import run
@@ -128,8 +129,7 @@ def test_a_changed_log_is_not_gone_on_with(tmp_path: Path) -> None:
 
 def test_every_hundredth_record_is_signed_and_cannot_be_made_without_the_key(tmp_path: Path) -> None:
     key = Identity.generate()
-    begun = {"study": "s", "site": "A", "key": key.public.hex()}
-    record = Record(tmp_path / LOG, "site A", begun, lambda: key)
+    record = Record(tmp_path / LOG, "site A", begun_by(key, (), study="s", site="A"), lambda: key)
     for number in range(250):
         record.note("sent", {"round": number})
     entries = list(record.entries())
@@ -139,6 +139,84 @@ def test_every_hundredth_record_is_signed_and_cannot_be_made_without_the_key(tmp
     (tmp_path / LOG).write_bytes(text.replace(b'"round":150', b'"round":151'))
     chain_anew(tmp_path / LOG, 151)
     assert verify(tmp_path).damages == [f"{LOG}: record 200 is not signed with the key of its log"]
+
+
+def test_a_round_ends_with_a_signature_and_a_restart_keeps_the_key(tmp_path: Path) -> None:
+    stopped_after(tmp_path, 2)
+    first = verify(tmp_path).logs
+    stopped_after(tmp_path, 4)
+    found = verify(tmp_path)
+    assert not found.damages
+    assert [log.key for log in found.logs] == [log.key for log in first]
+    assert len({log.key for log in found.logs}) == 4
+    assert found.logs[0].signatures == 4
+    result = CliRunner().invoke(app, ["log", "verify", str(tmp_path)])
+    assert f"4 signatures, key {found.logs[0].key}" in result.stdout
+
+
+def test_forged_and_stripped_signatures_are_found_in_one_log_alone(folder: Path) -> None:
+    path = folder / "coordinator" / LOG
+    lines = lines_of(path)
+    at = [i for i, line in enumerate(lines) if b'"event":"checkpoint"' in line]
+    path.write_bytes(b"".join(line for i, line in enumerate(lines) if i != at[1]))
+    chain_anew(path, at[1])
+    assert any(f"record {at[1]} is not signed" in damage for damage in verify(path).damages)
+    # Stripped all, and the tail written anew: no signature is left that could be wrong.
+    path.write_bytes(b"".join(line for i, line in enumerate(lines) if i not in at))
+    chain_anew(path, 1)
+    assert len(verify(path).damages) == 3
+    # Signed with another key: the first record names the right one.
+    other = Identity.generate()
+    values = [json.loads(line) for line in lines]
+    signature = other.sign(PURPOSE, "coordinator", values[at[0]]["seq"], values[at[0]]["prev"]).hex()
+    values[at[0]]["payload"] = {"signature": signature, "key": other.public.hex()}
+    path.write_bytes(b"".join(json.dumps(value).encode() + b"\n" for value in values))
+    chain_anew(path, at[0])
+    assert f"{LOG}: record {at[0]} is not signed with the key of its log" in verify(path).damages
+    # A signature in a log that has no key at all.
+    values[0]["payload"] = {"study": values[0]["payload"]["study"]}
+    path.write_bytes(b"".join(json.dumps(value).encode() + b"\n" for value in values))
+    chain_anew(path, 0)
+    assert len(verify(path).damages) == 3
+
+
+def test_a_crash_before_the_signature_is_made_up_for(tmp_path: Path) -> None:
+    key = Identity.generate()
+    begun = begun_by(key, ("committed",), study="s")
+    Record(tmp_path / LOG, "coordinator", begun, lambda: key).note("committed", {"round": 1})
+    lines = lines_of(tmp_path / LOG)
+    assert [json.loads(line)["event"] for line in lines] == ["begun", "committed", "checkpoint"]
+    (tmp_path / LOG).write_bytes(b"".join(lines[:-1]))
+    assert not verify(tmp_path).damages
+    again = Record(tmp_path / LOG, "coordinator", begun, lambda: key)
+    again.note("opened", {"round": 2})
+    assert [e.event for e in again.entries()] == ["begun", "committed", "checkpoint", "opened"]
+    assert not verify(tmp_path).damages
+    other = Identity.generate()
+    with pytest.raises(JournalError, match="begun with another key"):
+        Record(tmp_path / LOG, "coordinator", begun, lambda: other).note("committed", {"round": 2})
+
+
+def test_a_log_from_before_signatures_goes_on_and_says_that_it_has_none(tmp_path: Path) -> None:
+    Record(tmp_path / "coordinator" / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 1})
+    journal = Journal(tmp_path / "coordinator", "s")
+    journal.record.note("committed", {"round": 1})
+    assert [e.event for e in journal.record.entries()] == ["begun", "opened", "committed"]
+    result = CliRunner().invoke(app, ["log", "verify", str(tmp_path)])
+    assert result.exit_code == 0
+    assert "3 records, no signatures" in result.stdout
+
+
+def test_no_private_key_is_in_a_message_or_readable_by_others(tmp_path: Path) -> None:
+    rig = Rig(toy_study(**THREE), tmp_path)
+    rig.train()
+    keys = [rig.journal._signing_key(), *(site.store.enrol() for site in rig.sites.values())]
+    for key in keys:
+        assert all(key.private not in sent.data and key.private.hex().encode() not in sent.data
+                   for sent in rig.engine.sent)  # fmt: skip
+        assert all(key.private.hex().encode() not in path.read_bytes() for path in tmp_path.rglob(LOG))
+    for path in (*tmp_path.rglob("*.sqlite*"), *tmp_path.rglob(LOG)):
+        assert not path.stat().st_mode & 0o077, path.name
 
 
 def test_the_clock_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,9 +239,11 @@ def test_every_party_tells_the_round_and_holds_the_others_heads(folder: Path) ->
     assert found.anchors == 4 * 3 + 2 * 3
     coordinator, site = found.logs[0], found.logs[1]
     assert [e.event for e in coordinator.entries] == [
-        "begun", *["opened", "accepted", "accepted", "accepted", "committed"] * 3, "opened", *["accepted"] * 3,
+        "begun", *["opened", "accepted", "accepted", "accepted", "committed", "checkpoint"] * 3,
+        "opened", *["accepted"] * 3,
     ]  # fmt: skip
-    assert [e.event for e in site.entries] == ["begun", "sent", "anchored", "sent", "anchored", "sent", "sent"]
+    sent = ["sent", "checkpoint"]
+    assert [e.event for e in site.entries] == ["begun", *sent, "anchored", *sent, "anchored", *sent, *sent]
 
 
 def spoil_edit(path: Path) -> str:
@@ -207,6 +287,39 @@ def spoil_form(path: Path) -> str:
     return "was edited"
 
 
+def spoil_types(path: Path) -> str:
+    """A chain that fits, of records that no program wrote."""
+    values = [json.loads(line) for line in lines_of(path)]
+    for value in values[1:]:
+        value["payload"] = {"round": "two", "site": [], "head": {}, "anchor": 3, "heads": None}
+    path.write_bytes(b"".join(json.dumps(value).encode() + b"\n" for value in values))
+    chain_anew(path, 1)
+    return "cut off or written anew"
+
+
+def spoil_start(path: Path) -> str:
+    """A first record of odd types, and a roster that is none."""
+    values = [json.loads(line) for line in lines_of(path)]
+    values[0]["payload"] |= {"signs": [["committed"], 3], "key": 5}
+    path.write_bytes(b"".join(json.dumps(value).encode() + b"\n" for value in values))
+    chain_anew(path, 0)
+    (path.parent / "roster.json").write_text("[1]")
+    return "is not signed with the key of its log"
+
+
+def spoil_depth(path: Path) -> str:
+    path.write_bytes(path.read_bytes() + b"[" * 200_000 + b"\n")
+    return "is not JSON"
+
+
+def spoil_copy(path: Path) -> str:
+    """The log is spoilt, and a whole copy lies beside it to answer for it."""
+    (path.parent / "zz").mkdir()
+    shutil.copy(path, path.parent / "zz" / LOG)
+    path.write_bytes(b"".join(lines_of(path)[:2]))
+    return "only one of them can be its log"
+
+
 def spoil_whole(path: Path) -> str:
     path.unlink()
     return "is missing"
@@ -214,7 +327,20 @@ def spoil_whole(path: Path) -> str:
 
 @pytest.mark.parametrize(
     "spoil",
-    [spoil_edit, spoil_time, spoil_deletion, spoil_order, spoil_end, spoil_chain, spoil_form, spoil_whole],
+    [
+        spoil_edit,
+        spoil_time,
+        spoil_deletion,
+        spoil_order,
+        spoil_end,
+        spoil_chain,
+        spoil_form,
+        spoil_types,
+        spoil_start,
+        spoil_depth,
+        spoil_copy,
+        spoil_whole,
+    ],
 )
 @pytest.mark.parametrize("log", ["coordinator/log.jsonl", "sites/B/log.jsonl"])
 def test_no_change_passes_unnoticed(folder: Path, log: str, spoil: Callable[[Path], str]) -> None:

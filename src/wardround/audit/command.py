@@ -9,7 +9,9 @@ from wardround.audit.auditor import Auditor, Effort
 from wardround.audit.epsilon import Claim
 from wardround.audit.inversion import ATTACKS, Attack
 from wardround.audit.results import PARTS, Audit, write_audit
+from wardround.audit.signature import identity_of, sign
 from wardround.errors import StudyError
+from wardround.federation.vault import Vault
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 
@@ -27,8 +29,11 @@ def audit(
     pictures: bool = False,
     attacks: Sequence[Attack] = ATTACKS,
     parts: Sequence[str] = PARTS,
+    store: Path | None = None,
 ) -> Audit:
-    """Audit a site on its own data and write audit.json and audit.html into `out`.
+    """Audit a site on its own data and write audit.json, audit.html and their signature into `out`.
+
+    They are signed with the site's own key, which lies in `store` (see `identity_of`).
 
     `model` is a released model of the study or the folder of its run; without one, the initial weights are audited.
     `parts` of PARTS are done, and the lint always; nothing but the lint where there are none.
@@ -40,5 +45,8 @@ def audit(
     effort = Effort.of(quick=quick, trials=trials)
     auditor = Auditor(study, sites, site, effort, model=model, attacks=attacks, claim=claim)
     found = auditor.run(quick=quick, parts=[part for part in PARTS if part in parts])
+    run = model if model is not None and model.is_dir() else None
+    identity = identity_of(site, out, run, store, Vault.of(sites.key(site)))
     write_audit(found, out, pictures=pictures)
+    sign(out, site, found.study_sha256, identity)
     return found

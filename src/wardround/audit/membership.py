@@ -6,7 +6,7 @@ Scores are higher for likelier members. What counts is how many members are foun
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,11 @@ import numpy.typing as npt
 from scipy.stats import beta
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 LEVELS = (0.01, 0.001)
+LOSS = "loss threshold"
+# An attack that does not reach this AUC on models whose training is known does not work.
+CONTROL_AUC = 0.6
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Membership:
-    """One membership attack on `members` and `outsiders` examples; `curve` are the points (fpr, tpr) of its ROC."""
+    """One membership attack on `members` and `outsiders` examples; `curve` are the points (fpr, tpr) of its ROC.
+
+    `control` is its mean AUC on the reference models, whose training is known; nothing where it was not tried.
+    """
 
     attack: str
     members: int
@@ -41,10 +48,45 @@ class Membership:
     auc: float
     at: tuple[Found, ...]
     curve: tuple[tuple[float, float], ...]
+    control: float | None = None
+
+    @property
+    def works(self) -> bool:
+        """Whether it finds members where they are known; one that does not shows nothing by finding none."""
+        return self.control is not None and self.control >= CONTROL_AUC
 
     def to_json(self) -> dict[str, Any]:
         """As audit.json holds it."""
-        return asdict(self)
+        return {**asdict(self), "works": self.works}
+
+
+def infer_membership(losses: Floats, inside: Bools, references: Floats, knows: Bools) -> tuple[Membership, ...]:
+    """All attacks on the losses (n,) of examples, of which `inside` were trained on, by R references.
+
+    Shapes as in `lira_scores`; R may be 0: then only the loss is looked at. Each attack is also tried on every
+    reference in turn, with the others as references, where there are at least four: two pairs that share nothing.
+    """
+    count = len(references)
+    found = []
+    for name, scores in _scores(losses, inside, references, knows).items():
+        label = name if name == LOSS or not count else f"{name}, {count} references"
+        found.append(judge(label, scores[inside], scores[~inside]))
+    if count < 4:
+        return tuple(found)
+    controls: dict[str, list[float]] = {}
+    for number in range(count):
+        known, others = knows[number], np.arange(count) != number
+        for name, scores in _scores(references[number], known, references[others], knows[others]).items():
+            controls.setdefault(name, []).append(auc(scores[known], scores[~known]))
+    return tuple(replace(f, control=float(np.mean(c))) for f, c in zip(found, controls.values(), strict=True))
+
+
+def _scores(losses: Floats, inside: Bools, references: Floats, knows: Bools) -> dict[str, Floats]:
+    scores = {LOSS: loss_scores(losses)}
+    if len(references):
+        scores["LiRA"] = lira_scores(losses, references, knows)
+        scores["RMIA"] = rmia_scores(losses, references, knows, ~inside)
+    return scores
 
 
 def judge(attack: str, members: Floats, outsiders: Floats) -> Membership:

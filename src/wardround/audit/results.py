@@ -20,13 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from wardround.audit.epsilon import Bound
-from wardround.audit.lint import Finding
 from wardround.audit.membership import Membership
 from wardround.audit.properties import Property
 from wardround.audit.scores import CONTROL_SSIM, Light, Row, worst_light
+from wardround.protection.lint import Finding
 
 Part = Literal["inversion", "membership", "properties", "epsilon"]
 PARTS: tuple[Part, ...] = ("inversion", "membership", "properties", "epsilon")
+FILES = ("audit.json", "audit.html")
 KNOWLEDGE = (
     "the model's weights before the round, the loss, the learning rate, the number of local steps and of images",
     "of every image its acquisition: sampling mask and coil maps, or the scanner's geometry; coil maps that the study "
@@ -151,9 +152,9 @@ def write_audit(audit: Audit, out: Path, *, pictures: bool = False) -> Path:
     `pictures` puts recovered images of patients beside the true ones into the page, which must then stay at the site.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "audit.json", json.dumps(audit.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n")
-    _write(out / "audit.html", render(audit, pictures=pictures))
-    return out / "audit.html"
+    write_file(out / FILES[0], json.dumps(audit.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_file(out / FILES[1], render(audit, pictures=pictures))
+    return out / FILES[1]
 
 
 def render(audit: Audit, *, pictures: bool = False) -> str:
@@ -200,7 +201,8 @@ def _curves(found: Iterable[Membership]) -> list[tuple[str, str]]:
     return [(each.attack, " ".join(f"{place(x):.2f},{100 - place(y):.2f}" for x, y in each.curve)) for each in found]
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wardround.errors import JournalError
+from wardround.federation.blobs import disk_error, sync_folder
 
 _PATIENCE = 30.0  # seconds that a process waits for another one's lock
 
@@ -20,8 +22,13 @@ class Database:
     """
 
     def __init__(self, path: Path, schema: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # It may hold keys: nobody else on the machine reads it, nor the files that SQLite puts beside it.
+            new = not path.exists()
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            if new:
+                sync_folder(path.parent)
             # Autocommit mode: transactions begin and end where the code says so.
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE, check_same_thread=False)
             _use_write_ahead_log(self._connection)
@@ -29,6 +36,8 @@ class Database:
             self._connection.executescript(schema)
         except sqlite3.Error as error:
             raise database_error(error, path) from error
+        except OSError as error:
+            raise disk_error(error) from error
         self._path = path
 
     @contextmanager

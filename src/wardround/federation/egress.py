@@ -56,18 +56,21 @@ def strictest(rules: Iterable[EgressRules]) -> EgressRules:
     return together
 
 
-def check_egress(reply: Message, layouts: Set[str], phases: Set[str]) -> None:
+def check_egress(reply: Message, layouts: Mapping[str, int], phases: Set[str]) -> None:
     """Refuse to send an answer that is of no known kind or says more than its kind does; raises `Withheld`.
 
-    `layouts` are the study's, `phases` the kinds of answers of the secure sum, whose schema is checked where they are
-    made. It is the last door: whatever made the answer, nothing else gets past it.
+    `layouts` are the study's, with the bytes that an update of each has; `phases` are the kinds of answers of the
+    secure sum, whose schema is checked where they are made. It is the last door: whatever made the answer, nothing else
+    gets past it.
     """
     header = reply.header
     if header.kind in phases:
         known = header.body_nbytes == 0
     elif header.kind == UPDATE:
-        known = header.meta.keys() <= {"layout", HEAD} and header.meta.get("layout") in layouts
+        known = header.meta.keys() <= {"layout", HEAD}
+        # Neither more nor less than the numbers that the layout names.
+        known = known and layouts.get(str(header.meta.get("layout"))) == header.body_nbytes
     else:
         known = header.kind == DONE and not header.meta and not header.body_nbytes
-    if not known or header.tensors:
+    if not known or header.tensors or reply.body.nbytes != header.body_nbytes:
         raise Withheld(f"site {header.site} lets out no such answer as {header.kind[:40]!r} with what this one holds")

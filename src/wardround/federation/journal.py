@@ -15,7 +15,8 @@ from typing import Any
 from wardround.errors import JournalError
 from wardround.federation.blobs import Blobs
 from wardround.federation.database import Database
-from wardround.federation.record import LOG, Record
+from wardround.federation.record import LOG, Record, begun_by
+from wardround.protection.identity import Identity
 from wardround.wire.canonical import canonical_json
 from wardround.wire.tensors import TensorFile, parse_table
 
@@ -30,6 +31,11 @@ CREATE TABLE IF NOT EXISTS decisions (round INTEGER, attempt INTEGER, name TEXT,
   UNIQUE (round, attempt, name));
 CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, report TEXT NOT NULL);
 """
+
+
+# The coordinator signs its log after these, with a key that stays in its journal.
+SIGNED_EVENTS = ("committed", "void")
+_LOG_KEY = "log key"
 
 
 def survivors_of(kind: str) -> str:
@@ -84,7 +90,6 @@ class Journal:
 
     def __init__(self, root: Path, identity: str) -> None:
         self.blobs = Blobs(root / "blobs")
-        self.record = Record(root / LOG, "coordinator", {"study": identity})
         self._database = Database(root / "journal.sqlite", _SCHEMA)
         found = self.fact("identity")
         if found is None:
@@ -95,6 +100,17 @@ class Journal:
                 "as it was when the run began",
                 detail=str(root),
             )
+        key = self._signing_key()
+        begun = begun_by(key, SIGNED_EVENTS, study=identity)
+        self.record = Record(root / LOG, "coordinator", begun, lambda: key)
+
+    def _signing_key(self) -> Identity:
+        """The coordinator's key for its log: made once, and durable before the log names it."""
+        if self.fact(_LOG_KEY) is None:
+            with self._database.transaction(durable=True) as connection:
+                made = Identity.generate().private.hex()
+                connection.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (_LOG_KEY, made))
+        return Identity(bytes.fromhex(self.fact(_LOG_KEY) or ""))
 
     def fact(self, name: str) -> str | None:
         """A fact about the run, if it was ever written."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from wardround.errors import JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
 from wardround.federation.exchange import DONE, ERROR, TRAIN, UPDATE, Call, Exchange
-from wardround.federation.journal import Journal
+from wardround.federation.journal import SIGNED_EVENTS, Journal
 from wardround.federation.record import Entry, Record, is_hash
 from wardround.wire.canonical import digest
 from wardround.wire.message import Header, Message
@@ -18,6 +18,9 @@ from wardround.wire.message import Header, Message
 HEAD = "log"
 # In a request to train: the coordinator's head after its last commit, and the last head it saw of every site.
 ANCHOR, HEADS = "anchor", "heads"
+# The events after which coordinator and site sign their logs.
+COMMITTED, VOID = SIGNED_EVENTS
+SENT = "sent"
 
 
 def shown(head: str, header: Header) -> str:
@@ -48,7 +51,7 @@ class CoordinatorMinutes:
         A process that died between the journal's commit and the log's leaves the log one round behind, which is made
         up for. Raises `JournalError` for any other difference: one of them was restored from an older copy.
         """
-        committed = self._record.last("committed")
+        committed = self._record.last(COMMITTED)
         noted = 0 if committed is None else committed.round
         self._heads = {} if committed is None else dict(committed.payload["heads"])
         rounds = [report.round for report in self._journal.reports()]
@@ -73,7 +76,7 @@ class CoordinatorMinutes:
 
     def anchor(self) -> dict[str, Any]:
         """What a request shows of all logs: a pure function of what is committed, so that it can be asked again."""
-        committed: Entry | None = self._record.last("committed")
+        committed: Entry | None = self._record.last(COMMITTED)
         if committed is None:
             return {}
         return {ANCHOR: committed.hash, HEADS: dict(committed.payload["heads"])}
@@ -110,11 +113,11 @@ class CoordinatorMinutes:
             "receipts": digest(self._journal.receipts(number)),
             "heads": dict(sorted(self._heads.items())),
         }
-        self._record.note("committed", payload, sync=True)
+        self._record.note(COMMITTED, payload, sync=True)
 
     def void(self, number: int, reason: str) -> None:
         """A round came to nothing."""
-        self._record.note("void", {"round": number, "reason": reason}, sync=True)
+        self._record.note(VOID, {"round": number, "reason": reason}, sync=True)
 
     def released(self, number: int, state_sha256: str) -> None:
         """A round's model is the one that is released."""
@@ -154,8 +157,9 @@ class SiteMinutes:
         header = reply.header
         if header.kind == UPDATE:
             about = {**_about(header), "kind": request.header.kind}
-            self.record.note("sent", {**about, "request": request.id, "body_sha256": header.body_sha256}, sync=True)
-            return Message(replace(header, meta={**header.meta, HEAD: shown(self.record.head, header)}), reply.body)
+            payload = {**about, "request": request.id, "body_sha256": header.body_sha256}
+            head = self.record.note(SENT, payload, sync=True)
+            return Message(replace(header, meta={**header.meta, HEAD: shown(head, header)}), reply.body)
         if header.kind == DONE:
             self.record.note("released", {"round": header.round}, sync=True)
         return reply

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,12 +29,23 @@ from wardround.wire.canonical import canonical_json, digest
 
 LOG = "log.jsonl"
 START = "0" * 64
-# With a key, every record of such a number is a signature over the one before it.
+# With a key, every record of such a number is a signature over the one before it, and so is the one that follows a
+# record of the events that the first record names in `signs`.
 CHECKPOINT_EVERY = 100
 CHECKPOINT = "checkpoint"
+KEY, SIGNS = "key", "signs"
 PURPOSE = "wardround log checkpoint"
 _HASH = re.compile(r"[0-9a-f]{64}")
-_KEYS = {"seq", "time", "actor", "event", "payload", "payload_sha256", "prev", "hash"}
+_KEYS: dict[str, type] = {
+    "seq": int,
+    "time": str,
+    "actor": str,
+    "event": str,
+    "payload": dict,
+    "payload_sha256": str,
+    "prev": str,
+    "hash": str,
+}
 
 
 def is_hash(value: object) -> bool:
@@ -76,7 +87,8 @@ class Entry:
     @property
     def round(self) -> int:
         """The round it belongs to; -1 for none."""
-        return int(self.payload.get("round", -1))
+        number = self.payload.get("round")
+        return number if isinstance(number, int) else -1
 
     def line(self) -> bytes:
         """The record as a line."""
@@ -87,14 +99,17 @@ class Entry:
         """The record of a line; raises `Damaged` where it does not fit its own hashes."""
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Damaged("is not JSON") from None
-        if not isinstance(value, dict) or value.keys() != _KEYS or not isinstance(value["payload"], dict):
+        if not isinstance(value, dict) or value.keys() != _KEYS.keys():
+            raise Damaged("is not a record")
+        # Hashes that fit say nothing of types: whoever writes a chain anew may put anything into it.
+        if any(type(value[key]) is not kind for key, kind in _KEYS.items()):
             raise Damaged("is not a record")
         entry = Entry(**value)
         try:
             whole = entry.expected == entry.hash and digest(value["payload"]) == entry.payload_sha256
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError, RecursionError):
             whole = False
         # Another way to write the same values would be another file with the same hashes.
         if not whole or entry.line() != line:
@@ -102,11 +117,23 @@ class Entry:
         return entry
 
 
+def begun_by(identity: Identity, signs: Sequence[str], **about: str) -> dict[str, Any]:
+    """The first record of a log that is signed with a key, also after every record of the events in `signs`."""
+    return {**about, KEY: identity.public.hex(), SIGNS: list(signs)}
+
+
+def signed_events(begun: Mapping[str, Any]) -> frozenset[str]:
+    """The events after which a log is signed, by its first record."""
+    told = begun.get(SIGNS)
+    return frozenset(event for event in told if isinstance(event, str)) if isinstance(told, list) else frozenset()
+
+
 class Record:
     """The log of one party in one arm.
 
-    `begun` says in its first record whose it is. A fact is written once: one that is noted again, after a restart that
-    came between log and journal, is found and not repeated. Several processes may write, in turn.
+    `begun` says in its first record whose it is, and with which key it is signed (`begun_by`), if with any. A fact is
+    written once: one that is noted again, after a restart that came between log and journal, is found and not repeated.
+    Several processes may write, in turn.
 
     Raises `JournalError` when the file is not the chain it was, or cannot be written.
     """
@@ -125,7 +152,9 @@ class Record:
         self._offset = 0
         self._next = 0
         self._unsynced, self._named = False, path.exists()
-        self.head = START
+        self.head, self._newest = START, ""
+        self._key: str | None = None
+        self._signs: frozenset[str] = frozenset()
         self._facts: dict[str, str] = {}
         self._rounds: dict[str, int] = {}
         self._last: dict[str, Entry] = {}
@@ -137,8 +166,11 @@ class Record:
             if known is None:
                 if not self._next:
                     self._append(file, "begun", self._begun)
-                self._checkpoint(file)
+                if self._due():
+                    self._checkpoint(file)
                 known = self._append(file, event, payload)
+                if self._due():
+                    self._checkpoint(file)
             if sync and self._unsynced:
                 os.fsync(file)
                 if not self._named:
@@ -214,7 +246,9 @@ class Record:
 
     def _remember(self, entry: Entry, nbytes: int) -> None:
         self._offset += nbytes
-        self._next, self.head = entry.seq + 1, entry.hash
+        if not entry.seq:
+            self._key, self._signs = entry.payload.get(KEY), signed_events(entry.payload)
+        self._next, self.head, self._newest = entry.seq + 1, entry.hash, entry.event
         self._facts[_key(entry.event, entry.payload_sha256)] = entry.hash
         self._rounds[entry.hash] = entry.round
         self._last[entry.event] = entry
@@ -233,10 +267,16 @@ class Record:
         self._remember(entry, len(line))
         return entry.hash
 
+    def _due(self) -> bool:
+        """Whether the next record has to be a signature; never in a log that began without a key."""
+        return self._key is not None and (self._newest in self._signs or self._next % CHECKPOINT_EVERY == 0)
+
     def _checkpoint(self, file: int) -> None:
-        if self._next % CHECKPOINT_EVERY == 0 and (identity := self._signer()) is not None:
-            signature = identity.sign(PURPOSE, self._actor, self._next, self.head).hex()
-            self._append(file, CHECKPOINT, {"signature": signature, "key": identity.public.hex()})
+        identity = self._signer()
+        if identity is None or identity.public.hex() != self._key:
+            raise self._broken("was begun with another key than the one at hand")
+        signature = identity.sign(PURPOSE, self._actor, self._next, self.head).hex()
+        self._append(file, CHECKPOINT, {"signature": signature, KEY: self._key})
 
     def _broken(self, what: str) -> JournalError:
         return JournalError(

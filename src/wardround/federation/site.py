@@ -19,8 +19,9 @@ from wardround.errors import DataError, JournalError, Rejected, StudyError, Ward
 from wardround.federation.coordinator import LOSS, PATIENTS, SECONDS, VALIDATION
 from wardround.federation.egress import OPEN, EgressRules, check_egress
 from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
-from wardround.federation.minutes import SiteMinutes
-from wardround.federation.record import LOG, Record
+from wardround.federation.inspection import Inspector
+from wardround.federation.minutes import SENT, SiteMinutes
+from wardround.federation.record import LOG, Record, begun_by
 from wardround.federation.store import Memory, SiteStore
 from wardround.federation.training import Learner
 from wardround.protection.compression import PLAIN, Codec
@@ -89,7 +90,10 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class Rules:
-    """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`."""
+    """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
+
+    With `lint` it looks at every model before it trains on it (`Inspector`).
+    """
 
     identity: str
     layout: Layout
@@ -99,6 +103,7 @@ class Rules:
     seed: int
     egress: EgressRules = OPEN
     codec: Codec = PLAIN
+    lint: bool = True
 
 
 class Site:
@@ -124,6 +129,8 @@ class Site:
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
+        layout, lags = rules.layout, rules.codec.lags
+        self._inspector = Inspector(name, store, layout, lags=lags) if rules.lint else None
 
     def handle(self, request: Message) -> Message:
         """Answer a message: from the store if it was answered before, otherwise by doing what it asks."""
@@ -180,6 +187,8 @@ class Site:
         public = self.public_state(request)
         memory = self.store.memory(header.round - 1, without=[int(n) for n in header.meta.get("void", ())])
         learner = self.learner
+        inspector = self._inspector
+        seen = None if inspector is None else inspector.check(header.round, public, learner)
         learner.load(public, memory)
         metrics: dict[str, Any] = {}
         if header.meta.get("validate"):
@@ -187,6 +196,8 @@ class Site:
         trained = learner.train(header.round, public, memory)
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
         layout, scales = self.rules.layout, _scales(header.meta)
+        if inspector is not None and seen is not None:
+            inspector.remember(seen, scales, trained.weights)
         largest = limits(layout, scales, trained.weights)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
         chunks = encode(
@@ -215,9 +226,11 @@ class Site:
     # ---------------------------------------------------------------------------------------------------------------
 
     @property
-    def _layouts(self) -> frozenset[str]:
+    def _layouts(self) -> dict[str, int]:
+        """The layouts of the study, and the bytes of an update of each."""
         rules = self.rules
-        return frozenset(layout.sha256 for layout in (rules.layout, rules.metrics_layout, rules.evaluation_layout))
+        sums = {layout.sha256: layout.nbytes for layout in (rules.metrics_layout, rules.evaluation_layout)}
+        return {**sums, rules.layout.sha256: rules.codec.form.nbytes(rules.layout)}
 
     def _check(self, request: Message) -> None:
         header = request.header
@@ -300,8 +313,10 @@ class Site:
             sums["patients"] = len(per_patient)
             sums[f"total/{name}"] = float(per_patient.sum())
             if self.rules.replicates:
-                # The same draws for every arm, so that intervals of arms can be compared.
-                random = public_generator(self.rules.seed, self.name, "bootstrap")
+                # The same draws for every arm, so that intervals of arms can be compared, and from nothing but the
+                # data themselves: whoever knew the draws could solve the replicates for every patient's value.
+                fingerprint = str(self.store.fact("fingerprint"))
+                random = public_generator(self.rules.seed, self.name, "bootstrap", fingerprint)
                 draws = replicate_weights(len(per_patient), self.rules.replicates, random)
                 sums[f"replicates/{name}"] = draws @ per_patient
         return sums
@@ -313,9 +328,7 @@ class Site:
 
 
 def _record(name: str, identity: str, store: SiteStore) -> Record:
-    begun = {"study": identity, "site": name}
-    if (key := store.identity) is not None:
-        begun["key"] = key.public.hex()
+    begun = begun_by(store.enrol(), (SENT,), study=identity, site=name)
     return Record(store.root / LOG, f"site {name}", begun, lambda: store.identity)
 
 

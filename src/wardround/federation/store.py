@@ -1,7 +1,9 @@
 """What a site keeps between messages: private tensors, replies, facts about its data.
 
 State and the reply that reports it are written in one transaction, so that after a crash a site either has done a
-message, and answers it again from here, or has not, and does it again.
+message, and answers it again from here, or has not, and does it again. What a round of training leaves is on disk
+before its reply can count: a site that lost it in a power cut would be behind what others saw of it, for good. Whatever
+merely repeats work (other replies, the bodies of replies) is not synced.
 """
 
 from __future__ import annotations
@@ -96,9 +98,9 @@ class SiteStore:
         rows = self._database.rows("SELECT value FROM facts WHERE name = ?", name)
         return self._unseal(name, str(rows[0][0])) if rows else None
 
-    def set_fact(self, name: str, value: str) -> None:
-        """Write a fact, durably."""
-        with self._database.transaction(durable=True) as connection:
+    def set_fact(self, name: str, value: str, *, durable: bool = True) -> None:
+        """Write a fact; it survives a power cut unless it is not `durable`."""
+        with self._database.transaction(durable=durable) as connection:
             connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, self._seal(name, value)))
 
     def promise(self, name: str, number: int, value: str) -> str:
@@ -177,17 +179,22 @@ class SiteStore:
         fact = self.fact("identity")
         return None if fact is None else Identity(bytes.fromhex(json.loads(fact)[1]))
 
+    def enrol(self) -> Identity:
+        """The site's signing key, made on first use and kept here."""
+        return Identity(bytes.fromhex(self.promise("identity", 0, Identity.generate().private.hex())))
+
     def finish(self, reply: Message, memory: Memory | None, keep: set[int]) -> None:
         """Record a reply and the state it leaves in one transaction; then forget rounds not in `keep`.
 
-        Replies of earlier rounds are forgotten with it: nobody may ask for them again.
+        With a memory, even an empty one, it survives a power cut. Replies of earlier rounds are forgotten with it:
+        nobody may ask for them again.
         """
         number = reply.header.round
         dropped: set[str] = set()
         with ExitStack() as stack:
             row: tuple[str, str, str] | None = None
             if memory is not None and (memory.tensors or memory.meta):
-                with self.blobs.draft(durable=False) as draft:
+                with self.blobs.draft(durable=True) as draft:
                     sealing = None if self._vault is None else self._vault.writer(draft.file)
                     writer = TensorWriter(draft.file if sealing is None else cast("BinaryIO", sealing))
                     for name, tensor in memory.tensors.items():
@@ -195,7 +202,7 @@ class SiteStore:
                     draft.name = writer.sha256 if sealing is None else sealing.close()
                 table = canonical_json([i.to_json() for i in writer.table]).decode()
                 row = (draft.name, table, self._seal("meta", canonical_json(dict(memory.meta)).decode()))
-            connection = stack.enter_context(self._database.transaction())
+            connection = stack.enter_context(self._database.transaction(durable=memory is not None))
             if row is not None:
                 # The same memory has another name each time it is sealed.
                 again = "SELECT sha256 FROM memories WHERE round = ?"

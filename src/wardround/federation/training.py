@@ -20,6 +20,7 @@ from wardround.federation.momentum import averaged
 from wardround.federation.policy import Parameter, Policy
 from wardround.federation.private_training import PrivateTraining
 from wardround.federation.store import Memory
+from wardround.protection.drift import Reach, local_reach
 from wardround.study.schema import Local
 from wardround.tasks.task import Batch, Dataset, Split, Task
 from wardround.wire.random import public_generator, public_seed
@@ -193,6 +194,29 @@ class Learner:
                 },
             }
         )
+
+    def received(self, public: Mapping[str, Array]) -> dict[str, Array]:
+        """The shared tensors of a global state, by model name, as far as it holds them."""
+        released = self._method.release_for(self.site, public, {})
+        return {name: released[name] for name in self._policy.names("shared") if name in released}
+
+    def approved(self) -> dict[str, Array]:
+        """The shared tensors before round 1, by model name: what the site makes of the study it agreed to."""
+        shared = tuple(p for p in self._bench.parameters if self._policy.roles[p.name] == "shared")
+        groups = self._method.groups(shared, ring_bits=32)
+        return self.received(self._method.initial(groups, self._bench.initial_values())[0])
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The shared tensors that gradients reach."""
+        return frozenset(
+            p.name for p in self._bench.parameters if p.trainable and self._policy.roles[p.name] == "shared"
+        )
+
+    @property
+    def reach(self) -> Reach:
+        """How far a round of the study can move them."""
+        return self._method.reach(local_reach(self._local))
 
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
         """Put tensors into the model by name; all others get their initial values."""

@@ -11,13 +11,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from wardround.errors import StudyError
-from wardround.federation.record import CHECKPOINT, CHECKPOINT_EVERY, LOG, PURPOSE, START, Damaged, Entry
+from wardround.federation.record import (
+    CHECKPOINT,
+    CHECKPOINT_EVERY,
+    KEY,
+    LOG,
+    PURPOSE,
+    START,
+    Damaged,
+    Entry,
+    signed_events,
+)
 from wardround.protection.identity import frame
 from wardround.wire.canonical import digest
 
@@ -47,9 +58,26 @@ class Log:
         return str(self.entries[0].payload.get("study", "")) if self.entries else ""
 
     @property
+    def key(self) -> str | None:
+        """The public key that its signatures are made with, in hex; nothing for a log without any."""
+        key = self.entries[0].payload.get(KEY) if self.entries else None
+        return None if key is None else str(key)
+
+    @property
+    def signatures(self) -> int:
+        """How many of its records are signatures."""
+        return sum(1 for _ in self.told(CHECKPOINT))
+
+    @property
+    def secure(self) -> bool:
+        """Whether it tells of secure sums, which have a roster of keys."""
+        return bool(self.roster) or any(self.told("survivors"))
+
+    @property
     def site(self) -> str | None:
         """The site whose log it is; nothing for a coordinator's."""
-        return self.entries[0].payload.get("site") if self.entries else None
+        site = self.entries[0].payload.get("site") if self.entries else None
+        return None if site is None else str(site)
 
 
 @dataclass(frozen=True)
@@ -100,8 +128,9 @@ def read_log(path: Path, name: str) -> Log:
     if not entries and not damages:
         damages.append("the log is empty")
     roster: Mapping[str, str] = {}
-    with suppress(OSError, ValueError):
-        roster = json.loads((path.parent / "roster.json").read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, RecursionError):
+        told = json.loads((path.parent / "roster.json").read_text(encoding="utf-8"))
+        roster = told if isinstance(told, dict) else {}
     return Log(name, entries, damages + list(_checkpoints(entries)), note, roster)
 
 
@@ -116,14 +145,15 @@ def _place(entry: Entry, number: int, expected: int, head: str) -> Iterator[str]
 
 
 def _checkpoints(entries: Sequence[Entry]) -> Iterator[str]:
-    """What is wrong with the signatures of a log whose first record names a key."""
-    key = entries[0].payload.get("key") if entries else None
-    if key is None:
-        return
+    """What is wrong with the signatures of a log: every one that is there must be good, and none may be missing."""
+    first = entries[0].payload if entries else {}
+    key, signs = first.get(KEY), signed_events(first)
+    before = ""
     for entry in entries:
-        due = entry.seq > 0 and entry.seq % CHECKPOINT_EVERY == 0
-        if due and not (entry.event == CHECKPOINT and _signed(entry, str(key))):
+        due = key is not None and entry.seq > 0 and (entry.seq % CHECKPOINT_EVERY == 0 or before in signs)
+        if (due or entry.event == CHECKPOINT) and not (entry.event == CHECKPOINT and _signed(entry, str(key))):
             yield f"record {entry.seq} is not signed with the key of its log"
+        before = entry.event
 
 
 def _signed(entry: Entry, key: str) -> bool:
@@ -142,25 +172,31 @@ def _compare(logs: Sequence[Log]) -> tuple[list[str], int]:
     damages: dict[str, None] = {}
     agreeing = 0
     sites = {log.site: log for log in logs if log.site is not None}
+    for one, other in combinations([log for log in logs if log.entries], 2):
+        # A whole copy beside a spoilt log would otherwise answer for it.
+        if one.site == other.site:
+            whose = "the coordinator" if one.site is None else f"site {one.site}"
+            damages[f"{one.name} and {other.name} are both of {whose}: only one of them can be its log"] = None
     for coordinator in (log for log in logs if log.entries and log.site is None):
         for entry in coordinator.told("accepted"):
-            site = str(entry.payload["site"])
+            site = str(entry.payload.get("site"))
             if site not in sites:
                 damages[
                     f"the log of site {site} is missing; {coordinator.name} holds its head of round {entry.round}"
                 ] = None
-            elif entry.payload["head"] in sites[site].hashes:
+            elif entry.payload.get("head") in sites[site].hashes:
                 agreeing += 1
             else:
                 damages[_lacks(sites[site], entry, coordinator)] = None
         for site, log in sites.items():
-            if coordinator.roster.get(site) != log.entries[0].payload.get("key"):
+            # Without a secure sum there is no roster: keys are then known by the logs alone.
+            if coordinator.secure and coordinator.roster.get(site) != log.key:
                 damages[f"{log.name}: the key in its first record is not the one on the roster"] = None
             for entry in log.told("anchored"):
-                anchor = coordinator.hashes.get(str(entry.payload["anchor"]))
+                anchor = coordinator.hashes.get(str(entry.payload.get("anchor")))
                 if anchor is None:
                     damages[_lacks(coordinator, entry, log)] = None
-                elif digest(anchor.payload.get("heads")) != entry.payload["heads"]:
+                elif digest(anchor.payload.get("heads")) != entry.payload.get("heads"):
                     damages[f"{log.name}: record {entry.seq} was shown other heads than {coordinator.name} holds"] = (
                         None
                     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ class Codec:
 
     seed: int = 0
     whole: frozenset[str] = frozenset()
+    #: Whether a part of a change waits at the site and is sent in a later round.
+    lags: ClassVar[bool] = False
 
     @property
     def form(self) -> Form:
@@ -100,6 +102,7 @@ class _Feedback(Codec):
     """Sends a part of change and residual, and keeps the rest."""
 
     ratio: float = 1.0
+    lags = True
 
     def compress(
         self, number: int, changes: Changes, memory: Mapping[str, Array], limits: Mapping[str, float]

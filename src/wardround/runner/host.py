@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import JournalError, StudyError, WardroundError
+from wardround.federation.blobs import sync_folder
 from wardround.federation.coordinator import Plan
 from wardround.federation.egress import OPEN, EgressRules, strictest
 from wardround.federation.exchange import ExchangeFactory, PlainSum
@@ -269,6 +271,8 @@ class Host:
             seed=self.study.seed,
             egress=OPEN if name == POOLED else self.egress(name),
             codec=blueprint.codec,
+            # Whoever pools data has all of them anyway.
+            lint=name in self.sites.sites and self.sites.of(name).lint,
         )
         threshold = blueprint.arm.threshold(self.study)
         models = self.out / "models" / name / blueprint.arm.folder
@@ -317,8 +321,13 @@ class Host:
                 store.close()
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name("roster.draft")
-            draft.write_text(json.dumps(Roster(keys).to_json()), encoding="utf-8")
+            with draft.open("w", encoding="utf-8") as file:
+                json.dump(Roster(keys).to_json(), file)
+                file.flush()
+                # Sites hold on to the first roster they saw: without it the run could not go on.
+                os.fsync(file)
             draft.rename(path)
+            sync_folder(path.parent)
         return self.roster(arm)
 
     def _roster_path(self, arm: Arm) -> Path:

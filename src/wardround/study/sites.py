@@ -49,6 +49,9 @@ class SiteData(Config):
         description="a .npz or .safetensors file with a vector for each patient's folder name, or one named `all`: for "
         "studies with `model.anatomy`; it is read at the site and is in no message",
     )
+    lint: bool = Field(
+        True, description="whether to refuse, before training, a received model that looks like one built to leak"
+    )
     encryption_key: str | None = Field(
         None,
         description="`${VARIABLE}` or a file with 32 bytes in hex: encrypts what the site keeps of a run; make one "

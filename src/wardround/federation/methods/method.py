@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from wardround.errors import StudyError
 from wardround.federation.policy import Parameter, Policy, Role
+from wardround.protection.drift import UNKNOWN, Reach
 from wardround.wire.update import Aggregate, Group
 
 if TYPE_CHECKING:
@@ -162,6 +163,23 @@ class Method:
     def group_weights(self, facts: Facts, groups: tuple[str, ...]) -> dict[str, float]:
         """The weight of every group; one and the same unless a method says otherwise."""
         return dict.fromkeys(groups, self.weight(facts))
+
+    # What a site may expect ----------------------------------------------------------------------------------------
+
+    def reach(self, local: Reach) -> Reach:
+        """How far one round can move what gradients reach, when no site's own steps go further than `local`.
+
+        A mean goes no further than the furthest. `UNKNOWN` for a method with an update or a server step of its own,
+        until it says more here: a site then cannot tell an honest move from another.
+        """
+        base, own = Method, type(self)
+        averages = (
+            own.changes is base.changes
+            and own.apply is base.apply
+            and own.apply_group is base.apply_group
+            and own.server_step is base.server_step
+        )
+        return local if averages else UNKNOWN
 
     # At the coordinator --------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from wardround.errors import StudyError
 from wardround.federation.methods.method import Array, LocalRound, Method, Writers, state_name
 from wardround.federation.policy import Parameter, Policy, Role
+from wardround.protection.drift import Reach
 from wardround.wire.update import Aggregate, Group
 
 # The group in which private parts travel, and names in the coordinator's state; only with `stranger: mean`.
@@ -83,6 +84,10 @@ class Personal(Method):
                 if tensor.is_floating_point()
             }
         return changes
+
+    def reach(self, local: Reach) -> Reach:
+        """The shared part is averaged."""
+        return local
 
     def apply_group(
         self,

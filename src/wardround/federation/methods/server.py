@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.federation.methods.method import MODEL, Method, state_name
+from wardround.protection.drift import Reach, adam_ratio
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -32,6 +33,10 @@ class FedAvgM(Method):
     momentum: float = 0.9
     server_lr: float = 1.0
 
+    def reach(self, local: Reach) -> Reach:
+        """The velocity is a sum of means that die away."""
+        return local.times(max(1.0, self.server_lr / (1.0 - self.momentum)))
+
     def server_step(self, name: str, mean: Floats, private: Mapping[str, Array], keep: Keep) -> Floats:
         """The momentum step; v is part of the round's commit."""
         if not _is_trained(name):
@@ -52,6 +57,10 @@ class FedAdam(Method):
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+
+    def reach(self, local: Reach) -> Reach:
+        """No further than `adam_ratio` times the rate, whatever the sites do."""
+        return Reach(value=self.server_lr * adam_ratio(None, self.beta1, self.beta2))
 
     def server_step(self, name: str, mean: Floats, private: Mapping[str, Array], keep: Keep) -> Floats:
         """The Adam step; both moments are part of the round's commit."""

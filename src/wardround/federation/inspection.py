@@ -1,0 +1,107 @@
+"""What a site does with a model it received before it trains on it: look whether it was built to leak."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from wardround.errors import Rejected
+from wardround.federation.methods.method import MODEL
+from wardround.federation.store import SiteStore
+from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, drift
+from wardround.protection.lint import Finding, lint_against
+from wardround.wire.update import Layout, limits, scale_key
+
+Array = npt.NDArray[Any]
+_SECRET, _SEEN = "lint/secret", "lint/seen"
+
+
+class Agreed(Protocol):
+    """What a site knows of the model of a study without asking anybody; a `Learner` does."""
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The shared tensors that gradients reach."""
+        ...
+
+    @property
+    def reach(self) -> Reach:
+        """How far a round can move them."""
+        ...
+
+    def approved(self) -> dict[str, Array]:
+        """The shared tensors before round 1."""
+        ...
+
+    def received(self, public: Mapping[str, Array]) -> dict[str, Array]:
+        """The shared tensors of a global state."""
+        ...
+
+
+class Inspector:
+    """Looks at the models that one site receives in one arm; what it remembers of them lies in the site's store.
+
+    `lags` says that sites send a part of a change rounds later: then nobody can say how far one round moves.
+    """
+
+    def __init__(self, site: str, store: SiteStore, layout: Layout, *, lags: bool) -> None:
+        self._site = site
+        self._store = store
+        self._layout = layout
+        self._lags = lags
+        self._approved: dict[str, Array] = {}
+
+    def check(self, number: int, public: Mapping[str, Array], agreed: Agreed) -> Seen:
+        """What to remember of the model of round `number`; raises `Rejected` where it looks like one made to leak."""
+        if not self._approved:
+            self._approved = agreed.approved()
+        tensors = agreed.received(public)
+        findings = list(lint_against(tensors, self._approved))
+        if findings:
+            raise self._refusal(number, findings[0])
+        sketcher = Sketcher(bytes.fromhex(self._store.promise(_SECRET, 0, secrets.token_hex(32))))
+        reach = UNKNOWN if self._lags else agreed.reach
+        for finding in drift(self._seen(agreed, sketcher), tensors, number, reach, sketcher):
+            raise self._refusal(number, finding)
+        names = agreed.trained
+        return Seen(number, {name: sketcher.sketch(name, tensors[name]) for name in tensors if name in names}, {})
+
+    def remember(self, seen: Seen, scales: Mapping[str, float], weights: Mapping[str, float]) -> None:
+        """Keep what `check` returned, once the round's weights are known: they say how coarse its sum is.
+
+        Not durably: after a power cut an older memory stands, and more rounds lie in between.
+        """
+        if MODEL in weights:
+            rounding = self._rounding(scales, weights)
+            seen = Seen(seen.round, seen.sketches, {n: v for n, v in rounding.items() if n in seen.sketches})
+        self._store.set_fact(_SEEN, json.dumps(seen.to_json()), durable=False)
+
+    def _seen(self, agreed: Agreed, sketcher: Sketcher) -> Seen:
+        fact = self._store.fact(_SEEN)
+        if fact is not None:
+            return Seen.from_json(json.loads(fact))
+        # The model of round 1 is the one that the site makes itself of the study.
+        names = agreed.trained
+        return Seen(1, {n: sketcher.sketch(n, t) for n, t in self._approved.items() if n in names}, {})
+
+    def _rounding(self, scales: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
+        """Six standard deviations of the sum of as many roundings as sites fit, over this site's own weight."""
+        largest = limits(self._layout, scales, weights)
+        found = {}
+        for group in self._layout.groups:
+            step = 2.0 ** (1 - self._layout.bits_of(group))
+            for info in group.tensors if group.name == MODEL else ():
+                found[info.name] = 3.0 * math.sqrt(self._layout.max_sites) * step * largest[scale_key(MODEL, info.name)]
+        return found
+
+    def _refusal(self, number: int, finding: Finding) -> Rejected:
+        return Rejected(
+            f"site {self._site} does not train on the model of round {number}: its tensor {finding.tensor} "
+            f"{finding.text} ({finding.check}). If the study explains that, the site can set lint: false in its sites "
+            "file"
+        )

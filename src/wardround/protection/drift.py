@@ -1,0 +1,154 @@
+"""How far a global model may have moved since a site last saw it, as far as the study's optimisers explain it.
+
+A site keeps no copy of the model it saw. It keeps a sketch of every tensor, 128 sums over the tensor's values with
+random signs, from which the length of a difference can be told (Alon, Matias & Szegedy, STOC 1996). The signs come
+from a secret of the site: nobody can move a model where the sketch does not look. Torch-free.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wardround.protection.lint import Finding
+from wardround.study.schema import Local
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+
+BUCKETS = 128
+# A length told by 128 buckets has a relative standard deviation of 1/16: this is eight of them above.
+_SLACK = 1.5
+# A model that should not have moved at all may differ by what processors make of the same initialisation.
+_STILL = 1e-3
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The most that a tensor can move: `value` in the root mean square of its values, `norm` in length, and `decay`
+    times its own length on top. Infinite where nobody can say.
+    """
+
+    value: float = math.inf
+    norm: float = math.inf
+    decay: float = 0.0
+
+    def times(self, factor: float) -> Reach:
+        """So many times as far."""
+        return Reach(self.value * factor, self.norm * factor, self.decay * factor)
+
+    def of(self, size: int, length: float) -> float:
+        """The length by which a tensor of `size` values and of that length can move."""
+        return min(self.value * math.sqrt(size), self.norm) + self.decay * length
+
+
+UNKNOWN = Reach()
+
+
+def local_reach(local: Local) -> Reach:
+    """How far a site's own steps of one round can move the model.
+
+    A step of Adam moves no value by more than lr |m| / sqrt(v), and m and v are means of the same gradients
+    (`adam_ratio`); a clipped gradient moves the whole model by its clip. SGD without a clip has no limit.
+    """
+    steps = local.lr * local.steps
+    if local.optimizer == "sgd":
+        if local.clip_norm is None:
+            return UNKNOWN
+        gain = steps / (1.0 - local.momentum)
+        return Reach(norm=gain * local.clip_norm, decay=gain * local.weight_decay)
+    if local.optimizer_state == "keep":
+        moved = steps * _largest_ratio()
+    else:
+        moved = local.lr * sum(adam_ratio(step) for step in range(1, local.steps + 1))
+    return Reach(value=moved, decay=steps * local.weight_decay if local.optimizer == "adamw" else 0.0)
+
+
+def adam_ratio(step: int | None = None, beta1: float = 0.9, beta2: float = 0.999) -> float:
+    """The largest |m| / sqrt(v) of Adam's means, by Cauchy's inequality: at a step with bias correction, or ever.
+
+    m = (1 - b1) sum b1^k g_k and v = (1 - b2) sum b2^k g_k^2, so
+    |m| <= (1 - b1) / sqrt(1 - b2) sqrt(sum (b1^2/b2)^k v).
+    Infinite where b1^2 >= b2 and no step is given.
+    """
+    q = beta1**2 / beta2
+    if step is None:
+        return (1.0 - beta1) / math.sqrt((1.0 - beta2) * (1.0 - q)) if q < 1.0 else math.inf
+    total = sum(q**k for k in range(min(step, 10_000)))
+    ratio = (1.0 - beta1) * math.sqrt(total / (1.0 - beta2))
+    return ratio * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)
+
+
+def _largest_ratio() -> float:
+    """The most at any step: the bias correction of the first ones is below one."""
+    return max(1.0, adam_ratio())
+
+
+class Sketcher:
+    """Sketches tensors with signs that only the holder of `secret` knows."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def sketch(self, name: str, tensor: Array) -> Floats:
+        """The sums of a tensor: (128,), or its values where it has no more of them."""
+        flat = np.asarray(tensor, np.float64).reshape(-1)
+        if flat.size <= BUCKETS:
+            return flat
+        seed = hashlib.sha256(self._secret + name.encode()).digest()
+        random = np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "little")))
+        bits = np.unpackbits(np.frombuffer(random.bytes(-(-flat.size // 8)), np.uint8), count=flat.size)
+        padded = np.zeros(-(-flat.size // BUCKETS) * BUCKETS)
+        np.multiply(flat, bits.astype(np.float64) * 2.0 - 1.0, out=padded[: flat.size])
+        sums: Floats = padded.reshape(-1, BUCKETS).sum(axis=0)
+        return sums
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a site remembers of the model of a round: a sketch of every tensor, and what rounding may have added to it
+    in one round since (the root mean square of its values).
+    """
+
+    round: int
+    sketches: Mapping[str, Floats]
+    rounding: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As the site's store keeps it."""
+        sketches = {
+            name: base64.b64encode(sketch.astype("<f4").tobytes()).decode() for name, sketch in self.sketches.items()
+        }
+        return {"round": self.round, "sketches": sketches, "rounding": dict(self.rounding)}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Seen:
+        """What `to_json` made."""
+        sketches = {
+            name: np.frombuffer(base64.b64decode(octets), "<f4").astype(np.float64)
+            for name, octets in value["sketches"].items()
+        }
+        return Seen(int(value["round"]), sketches, dict(value["rounding"]))
+
+
+def drift(seen: Seen, tensors: Mapping[str, Array], number: int, reach: Reach, sketcher: Sketcher) -> Iterator[Finding]:
+    """Which tensors of the model of round `number` moved further than the study's optimisers can have moved them."""
+    rounds = max(0, number - seen.round)
+    if rounds and reach == UNKNOWN:
+        return
+    for name, before in seen.sketches.items():
+        tensor = np.asarray(tensors[name], np.float64)
+        length = float(np.linalg.norm(tensor))
+        moved = float(np.linalg.norm(sketcher.sketch(name, tensor) - before))
+        each = reach.of(tensor.size, length) + seen.rounding.get(name, 0.0) * math.sqrt(tensor.size)
+        most = _SLACK * rounds * each if rounds else 0.0
+        if moved > most + _STILL * length + 1e-6 * math.sqrt(tensor.size):
+            reachable = f"the study's optimisers reach {most:.3g} at most" if rounds else "no round lies in between"
+            yield Finding("drift", name, f"moved by {moved:.3g} since round {seen.round}, and {reachable}")

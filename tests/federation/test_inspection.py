@@ -1,0 +1,273 @@
+"""A site looks at a model before it trains on it: planted ones are refused in a round, honest ones never."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.federation.rig import Rig
+from tests.toys import toy_study
+from wardround.federation.exchange import ERROR, TRAIN, UPDATE
+from wardround.federation.journal import State
+from wardround.federation.methods.method import Method
+from wardround.federation.methods.personal import FedBN
+from wardround.federation.methods.server import FedAdam, FedAvgM
+from wardround.federation.training import build_optimizer
+from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, adam_ratio, drift, local_reach
+from wardround.protection.lint import lint_against
+from wardround.study.schema import Local
+from wardround.wire.message import Message
+from wardround.wire.tensors import TensorWriter
+
+ADAM = {"steps": 3, "batch": 2, "optimizer": "adam", "lr": 0.01}
+Tensors = dict[str, np.ndarray]
+
+
+def study(**changes: Any) -> Any:
+    return toy_study(**{"local": ADAM, "schedule": {"rounds": 3}, **changes})
+
+
+def planted(rig: Rig, state: State, change: Callable[[Tensors], None]) -> State:
+    """The state with some tensors changed, in a file of its own."""
+    tensors = {name: state.public[name].copy() for name in state.public}
+    change(tensors)
+    path = rig.host.out / "planted"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        writer = TensorWriter(file)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    return replace(state, public=type(state.public)(path, writer.table), public_sha256=writer.sha256)
+
+
+def ask(rig: Rig, state: State, number: int, site: str = "A") -> Message:
+    """One site's answer to a request to train on a state."""
+    call = rig.coordinator._call(TRAIN, state, number, {"keep": [], "validate": False}, rig.blueprint.layout)
+    return rig.sites[site].handle(call.message(site))
+
+
+def imprint(tensors: Tensors) -> None:
+    tensors["model/0.weight"][:] = 1.0 / 6
+
+
+def loud(tensors: Tensors) -> None:
+    tensors["model/2.weight"][0, 0] = 2e3
+
+
+def moved(tensors: Tensors) -> None:
+    tensors["model/2.weight"] += 0.3
+
+
+def no_number(tensors: Tensors) -> None:
+    tensors["model/2.bias"][0] = np.nan
+
+
+def missing(tensors: Tensors) -> None:
+    del tensors["model/2.bias"]
+
+
+def broadcast(tensors: Tensors) -> None:
+    tensors["model/0.bias"] = np.ones(1, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (imprint, "0.weight 100% of its rows are alike"),
+        (loud, "2.weight amplifies by 2e+03"),
+        (moved, "2.weight moved by"),
+        (no_number, "2.bias holds values that are not finite"),
+        (missing, "2.bias is missing"),
+        (broadcast, "0.bias has another shape"),
+    ],
+)
+def test_a_planted_model_is_refused_before_training_and_on_record(
+    tmp_path: Path, change: Callable[[Tensors], None], words: str
+) -> None:
+    rig = Rig(study(), tmp_path)
+    state = rig.start()
+    assert ask(rig, state, 1).header.kind == UPDATE
+    reply = ask(rig, planted(rig, state, change), 2)
+    assert reply.header.kind == ERROR
+    reason = reply.header.meta["reason"]
+    assert "site A does not train on the model of round 2" in reason
+    assert words in reason
+    assert reason.count(".") <= 8  # one sentence, and what to do
+    last = list(rig.sites["A"].minutes.record.entries())[-1]
+    assert (last.event, last.payload["reason"]) == ("security", reason)
+    # The honest model of the same round is still welcome.
+    assert ask(rig, state, 2).header.kind == UPDATE
+
+
+def test_the_model_of_round_1_must_be_the_one_that_the_study_starts_with(tmp_path: Path) -> None:
+    rig = Rig(study(), tmp_path)
+    reply = ask(rig, planted(rig, rig.start(), moved), 1)
+    assert "moved by 0.849 since round 1, and no round lies in between" in reply.header.meta["reason"]
+
+
+def test_a_round_goes_on_without_the_site_that_refuses(tmp_path: Path) -> None:
+    rig = Rig(study(schedule={"rounds": 3, "min_sites": 2}), tmp_path)
+    honest = rig.sites["B"].handle
+    spoilt = planted(rig, rig.start(), imprint)
+
+    def deceived(request: Message) -> Message:
+        if request.header.kind == TRAIN and request.header.round == 2:
+            header = replace(
+                request.header,
+                tensors=spoilt.public.table,
+                body_nbytes=spoilt.public.nbytes,
+                body_sha256=spoilt.public_sha256,
+            )
+            answer = honest(Message(header, type(request.body)(spoilt.public.path, spoilt.public.nbytes)))
+            return Message(replace(answer.header, reply_to=request.id), answer.body)
+        return honest(request)
+
+    rig.sites["B"].handle = deceived  # type: ignore[method-assign]
+    rig.train()
+    reports = {report.round: report for report in rig.journal.reports()}
+    assert reports[2].participants == ("A", "C")
+    assert "does not train on the model of round 2" in reports[2].missing["B"]
+    assert reports[3].participants == ("A", "B", "C")
+
+
+def test_a_site_can_turn_it_off(tmp_path: Path) -> None:
+    rig = Rig(study(), tmp_path)
+    for site in rig.sites.values():
+        object.__setattr__(site.rules, "lint", False)
+        site._inspector = None
+    state = rig.start()
+    assert ask(rig, planted(rig, state, imprint), 1).header.kind == UPDATE
+
+
+def test_what_is_remembered_survives_a_restart_and_says_nothing_of_the_model(tmp_path: Path) -> None:
+    rig = Rig(study(), tmp_path)
+    state = rig.start()
+    ask(rig, state, 1)
+    again = Rig(study(), tmp_path)
+    fact = again.sites["A"].store.fact("lint/seen")
+    assert fact is not None
+    assert json.loads(fact)["round"] == 1
+    assert "moved by" in ask(again, planted(again, state, moved), 2).header.meta["reason"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"local": {**ADAM, "optimizer_state": "keep", "lr": 0.1}},
+        {"local": {**ADAM, "optimizer": "adamw", "weight_decay": 0.1}},
+        {"local": {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.5, "momentum": 0.9, "clip_norm": 0.5}},
+        {"local": {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.1}},
+        {"method": {"kind": "fedavgm"}},
+        {"method": {"kind": "fedadam", "server_lr": 0.1}},
+        {"protection": {"ring_bits": 16, "max_sites": 4}},
+        {"protection": {"compression": {"kind": "rotation"}}},
+        {"protection": {"compression": {"kind": "top_k", "ratio": 0.05}}},
+        {
+            "method": {"kind": "fedbn"},
+            "task": {"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}},
+        },
+    ],
+)
+def test_honest_rounds_are_never_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    rig = Rig(study(schedule={"rounds": 8, "min_sites": 3}, **changes), tmp_path)
+    rig.train()
+    assert all(not report.missing for report in rig.journal.reports())
+
+
+# How far optimisers reach ------------------------------------------------------------------------------------------
+
+
+@given(
+    gradients=st.lists(st.floats(-1e3, 1e3, allow_nan=False).filter(lambda g: abs(g) > 1e-3), min_size=1, max_size=30),
+    optimizer=st.sampled_from(["adam", "adamw", "sgd"]),
+)
+def test_no_gradients_move_further_than_the_reach(gradients: list[float], optimizer: str) -> None:
+    local = Local(steps=len(gradients), optimizer=optimizer, lr=0.01, momentum=0.5, clip_norm=1.0, weight_decay=0.01)
+    network = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        network.weight.fill_(1.0)
+    steps = build_optimizer(network, local)
+    for gradient in gradients:
+        network.weight.grad = torch.full((1, 1), gradient)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        steps.step()
+    far = abs(float(network.weight.detach()) - 1.0)
+    # Weight decay works on what the weight is on the way.
+    assert far <= local_reach(local).of(1, 1.0 + far) * (1 + 1e-3) + 1e-6
+
+
+def test_the_largest_ratio_of_adam_is_reached_by_the_gradients_that_cauchy_names() -> None:
+    gradients = [(0.9 / 0.999) ** k for k in range(40)][::-1]
+    m = v = 0.0
+    for gradient in gradients:
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+    found = (m / (1 - 0.9**40)) / math.sqrt(v / (1 - 0.999**40))
+    assert found == pytest.approx(adam_ratio(40), rel=1e-6)
+    assert adam_ratio(1) == pytest.approx(1.0)
+    assert adam_ratio() == pytest.approx(7.27, abs=0.01)
+    assert adam_ratio(None, 0.99, 0.9) == math.inf
+
+
+def test_a_method_that_cannot_say_is_not_asked() -> None:
+    class Own(Method):
+        def server_step(self, *_: Any) -> Any:
+            return 0.0
+
+    one = Reach(1.0, 2.0)
+    assert Method().reach(one) == FedBN().reach(one) == one
+    assert FedAvgM(momentum=0.5).reach(one) == one.times(2.0)
+    assert FedAdam(server_lr=0.1).reach(UNKNOWN).value == pytest.approx(0.1 * adam_ratio(None, 0.9, 0.99))
+    assert Own().reach(one) == UNKNOWN
+    assert local_reach(Local(optimizer="sgd")) == UNKNOWN
+
+
+def test_a_sketch_tells_lengths_and_hides_where_it_looks() -> None:
+    random = np.random.default_rng(0)
+    mine, other = Sketcher(b"a"), Sketcher(b"b")
+    for size in (1, 100, 5000):
+        change = random.standard_normal(size)
+        told = float(np.linalg.norm(mine.sketch("t", change)))
+        assert told == pytest.approx(float(np.linalg.norm(change)), rel=0.35)
+    big = random.standard_normal(5000)
+    assert not np.allclose(mine.sketch("t", big), other.sketch("t", big))
+    assert not np.allclose(mine.sketch("t", big), mine.sketch("u", big))
+    seen = Seen(3, {"t": mine.sketch("t", big)}, {"t": 0.5})
+    assert Seen.from_json(seen.to_json()).sketches["t"] == pytest.approx(seen.sketches["t"], rel=1e-5)
+    still = list(drift(seen, {"t": big}, 3, UNKNOWN, mine))
+    assert not still
+    assert [f.check for f in drift(seen, {"t": big + 0.2}, 3, UNKNOWN, mine)] == ["drift"]
+    # Three rounds of 0.1, and rounding, explain a move of 0.2; one round does not.
+    seen = replace(seen, rounding={})
+    assert not list(drift(seen, {"t": big + 0.2}, 6, Reach(0.1), mine))
+    assert list(drift(seen, {"t": big + 0.2}, 4, Reach(0.1), mine))
+
+
+# Honest rows -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_two_values_are_alike_by_chance_and_pass() -> None:
+    rows = {"a.weight": np.random.default_rng(0).standard_normal((128, 2)).astype(np.float32)}
+    assert lint_against(rows, rows) == ()
+    grown = {"a.weight": rows["a.weight"] * 2}
+    assert lint_against(grown, rows) == ()
+
+
+def test_what_starts_at_zero_may_learn_one_direction_and_what_the_study_starts_with_is_known() -> None:
+    zero = {"out.weight": np.zeros((32, 16), np.float32)}
+    first = {"out.weight": np.outer(np.arange(1, 33), np.ones(16)).astype(np.float32)}
+    assert lint_against(first, zero) == ()
+    alike = {"a.weight": np.ones((32, 16), np.float32)}
+    assert lint_against(alike, alike) == ()
+    random = {"a.weight": np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32)}
+    assert [f.check for f in lint_against(alike, random)] == ["imprint"]

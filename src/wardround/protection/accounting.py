@@ -16,10 +16,10 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 from wardround.errors import MissingExtra, StudyError
+from wardround.protection.opacus import EXTRA, from_opacus
 
 Accountant: TypeAlias = Literal["pld", "prv"]
 WHAT = "differential privacy"
-EXTRA = "privacy"
 _LARGEST_NOISE = 1e4
 
 
@@ -68,11 +68,7 @@ def _prv(steps: tuple[tuple[float, float, int], ...], delta: float) -> float:
     with warnings.catch_warnings():
         # Overflows far out in the tails, and deprecations of its own.
         warnings.simplefilter("ignore")
-        try:
-            from opacus.accountants import PRVAccountant
-        except ImportError:
-            raise MissingExtra(WHAT, EXTRA) from None
-        accountant = PRVAccountant()
+        accountant = from_opacus("opacus.accountants", "PRVAccountant", WHAT)()
         accountant.history = list(steps)
         found = float(accountant.get_epsilon(delta=delta))
     return found if math.isfinite(found) else math.inf

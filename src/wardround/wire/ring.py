@@ -115,6 +115,12 @@ def quantise(values: Array, scale: float, bits: int, ring: Ring, random: np.rand
     return out, saturated
 
 
+def whole_elements(values: Array, bits: int, ring: Ring) -> Array:
+    """Elements of signed integers, flattened, cut to what one site may say."""
+    top = levels(bits)
+    return np.clip(values.reshape(-1).astype(np.int64), -top, top).astype(ring.dtype)
+
+
 def dequantise(elements: Array, scale: float, bits: int, ring: Ring) -> npt.NDArray[np.float64]:
     """The real value of summed fixed-point elements."""
     real: npt.NDArray[np.float64] = ring.signed(elements) * np.float64(scale / levels(bits))

@@ -25,6 +25,7 @@ from wardround.protection.privacy import Purse, Terms
 from wardround.protection.rotation import unrotate
 from wardround.protection.secret import SecretRoot
 from wardround.runner import session
+from wardround.wire.ring import ExactSum, Ring, whole_elements
 
 LATTICE = Lattice(step=1e-3, deviation=50, bound=720**2, parties=3, dimension=65)
 
@@ -134,6 +135,17 @@ def test_a_whole_sum_stands_for_the_clipped_gradients(tmp_path: Path) -> None:
     assert np.linalg.norm(exact) > 0.1
     # Three roundings of 65 values by less than a step each.
     assert np.linalg.norm(found - exact) < LATTICE.step * 3 * math.sqrt(65)
+
+
+@pytest.mark.parametrize("bits", [16, 24, 32])
+def test_whole_numbers_add_up_modulo_the_ring(bits: int) -> None:
+    """Cutting a value at a site would take its noise from the sum; wrapping around does not."""
+    ring = Ring(bits)
+    values = np.array([[3, -4, 2 ** (bits - 1) - 1], [-9, -1, 5]])
+    sums = ExactSum(((12, ring),))
+    for row in values:
+        sums.add(bytes(ring.pack(whole_elements(row, ring))).ljust(12, b"\0"), 0)
+    assert ring.signed(sums.segment(0)[:3]).tolist() == [-6, -5, -(2 ** (bits - 1)) + 4]
 
 
 @pytest.mark.parametrize(

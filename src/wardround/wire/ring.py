@@ -115,10 +115,9 @@ def quantise(values: Array, scale: float, bits: int, ring: Ring, random: np.rand
     return out, saturated
 
 
-def whole_elements(values: Array, bits: int, ring: Ring) -> Array:
-    """Elements of signed integers, flattened, cut to what one site may say."""
-    top = levels(bits)
-    return np.clip(values.reshape(-1).astype(np.int64), -top, top).astype(ring.dtype)
+def whole_elements(values: Array, ring: Ring) -> Array:
+    """Elements of signed integers, flattened, modulo the ring: sums of them are the integers' sums, modulo the ring."""
+    return (values.reshape(-1).astype(np.int64) & ((1 << ring.bits) - 1)).astype(ring.dtype)
 
 
 def dequantise(elements: Array, scale: float, bits: int, ring: Ring) -> npt.NDArray[np.float64]:

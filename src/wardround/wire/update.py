@@ -212,8 +212,9 @@ def encode(
             scale = scales[scale_key(group.name, info.name)]
             # The share goes into the scale, not the values: one pass fewer over the model.
             if np.issubdtype(delta.dtype, np.integer):
-                # Steps of a lattice already. How many of them are cut is not told: no noise covers that number.
-                elements, saturated = whole_elements(delta, bits, ring), 0
+                # Steps of a lattice already, with a share of the noise. None is cut, and none counted: either would be
+                # done before the other sites' noise is in the sum.
+                elements, saturated = whole_elements(delta, ring), 0
             elif share > 0.0:
                 elements, saturated = quantise(delta, scale / share, bits, ring, random)
             else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from wardround.errors import JournalError, StudyError
+from wardround.errors import JournalError, MissingExtra, StudyError
 from wardround.federation.store import SiteStore
 from wardround.protection.accounting import Spending, epsilon_of, noise_for
 from wardround.protection.ledger import Entry, Ledger
+from wardround.protection.opacus import from_opacus
 from wardround.protection.privacy import BudgetSpent, Purse, Terms, terms_of
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.study.protection import Privacy
@@ -34,6 +37,27 @@ def test_known_budgets(patients: int, batch: int, epochs: int, noise: float, kno
 def test_two_accountants_agree_within_a_percent() -> None:
     spendings = [Spending(1.0, 32 / 500, 500), Spending(1.5, 32 / 500, 281)]
     assert epsilon_of(spendings, 1e-4, "prv") == pytest.approx(epsilon_of(spendings, 1e-4), rel=0.01)
+
+
+@pytest.mark.parametrize(("module", "name"), [("opacus", "GradSampleModule"), ("opacus.accountants", "PRVAccountant")])
+def test_importing_opacus_leaves_the_root_logger_alone(module: str, name: str) -> None:
+    """In a process of its own: Opacus sets up logging when it is imported, and that happens once."""
+    program = (
+        "import logging, sys\n"
+        "from wardround.protection.opacus import from_opacus\n"
+        "assert 'opacus' not in sys.modules\n"
+        "root = logging.getLogger()\n"
+        "before = (list(root.handlers), root.level)\n"
+        f"from_opacus({module!r}, {name!r}, 'this test')\n"
+        "assert 'opacus' in sys.modules\n"
+        "assert (list(root.handlers), root.level) == before, root.handlers\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_without_opacus_the_extra_is_named() -> None:
+    with pytest.raises(MissingExtra, match=r"this test needs .*wardround\[privacy\]"):
+        from_opacus("opacus.no_such_part", "anything", "this test")
 
 
 def test_one_gaussian_step_of_everybody_costs_what_the_formula_says() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wardround.errors import MissingExtra, StudyError, WardroundError
+from wardround.errors import StudyError, WardroundError
+from wardround.protection.opacus import from_opacus
 from wardround.tasks.task import Batch, Dataset, Task
 from wardround.wire.random import public_generator
 
@@ -71,13 +72,10 @@ class BatchedGradients:
 
         Raises `MissingExtra` without Opacus, `StudyError` for a model that it refuses.
         """
+        grad_sample_module = from_opacus("opacus", "GradSampleModule", "protection.privacy.gradients: opacus")
         with _quiet():
             try:
-                from opacus import GradSampleModule
-            except ImportError:
-                raise MissingExtra("protection.privacy.gradients: opacus", "privacy") from None
-            try:
-                hooked = GradSampleModule(model, batch_first=True, loss_reduction="mean", strict=False)
+                hooked = grad_sample_module(model, batch_first=True, loss_reduction="mean", strict=False)
             except Exception as error:
                 raise _refused(f"Opacus does not take this model ({type(error).__name__})") from error
         try:

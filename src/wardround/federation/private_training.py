@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -21,8 +21,12 @@ from torch import Tensor, nn
 
 from wardround.errors import StudyError
 from wardround.federation.gradients import BatchedGradients, ExactGradients, Gradients
-from wardround.federation.methods.method import LocalRound, Method
+from wardround.federation.methods.method import MODEL, LocalRound, Method
+from wardround.protection.compression import Codec
+from wardround.protection.discrete_gaussian import discrete_gaussians, rounded
+from wardround.protection.lattice import Lattice
 from wardround.protection.privacy import Purse, SecretRound, Terms
+from wardround.protection.rotation import rotate
 from wardround.tasks.task import Dataset, Task
 from wardround.wire.tensors import tensors_sha256
 
@@ -127,6 +131,32 @@ class PrivateTraining:
             total += clipped(gradient, self.terms.clip)
         return total
 
+    def whole_sums(
+        self, context: LocalRound, gradients: Gradients, secret: SecretRound, step: int, lattice: Lattice
+    ) -> dict[str, Array]:
+        """The sum over drawn patients in steps of the lattice, with this site's share of the noise, by tensor.
+
+        Every patient is rounded alone: after any other order, nobody's largest influence on the sum would be known.
+        """
+        codec, named = Codec(context.seed), dict(context.model.named_parameters())
+        infos = {name: named[name] for name in named if named[name].requires_grad}
+        sizes = [p.numel() for p in infos.values()]
+        total = discrete_gaussians(secret.stream(step, "noise"), lattice.deviation, sum(sizes))
+        roundings = secret.stream(step, "rounding")
+        draw = self.draw(secret, step)
+        for gradient in gradients.per_patient(self._dataset, draw.examples, draw.generator):
+            parts = torch.split(clipped(gradient, self.terms.clip), sizes)
+            turned = [
+                rotate(part.numpy(), codec.signs(context.number, MODEL, name))
+                for name, part in zip(infos, parts, strict=True)
+            ]
+            total += rounded(np.concatenate(turned) / lattice.step, lattice.bound, roundings)
+        ends = np.cumsum(sizes)[:-1]
+        return {
+            name: part.reshape(tuple(info.shape))
+            for (name, info), part in zip(infos.items(), np.split(total, ends), strict=True)
+        }
+
     def noisy_mean(self, gradients: Gradients, secret: SecretRound, step: int, size: int) -> Tensor:
         """What a step follows: (size,), double precision."""
         terms = self.terms
@@ -137,16 +167,24 @@ class PrivateTraining:
 
 @dataclass(frozen=True)
 class PrivateRound:
-    """The steps of one paid round."""
+    """The steps of one paid round; `told` is what the site tells in whole numbers, where sites share the noise."""
 
     training: PrivateTraining
     context: LocalRound
     method: Method
     gradients: Gradients
     secret: SecretRound
+    told: dict[str, dict[str, Array]] = field(default_factory=dict)
 
     def backward(self, step: int) -> None:
-        """Put the noisy gradient of a step where the optimiser looks for it."""
+        """Put the noisy gradient of a step where the optimiser looks for it.
+
+        Where sites share the noise the model stays as it is: no single site's sum is fit to be followed.
+        """
+        lattice = self.training.terms.lattice
+        if lattice is not None:
+            self.told[MODEL] = self.training.whole_sums(self.context, self.gradients, self.secret, step, lattice)
+            return
         parameters = trainable(self.context.model)
         size = sum(p.numel() for p in parameters)
         mean = self.training.noisy_mean(self.gradients, self.secret, step, size)

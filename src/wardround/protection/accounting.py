@@ -16,20 +16,26 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 from wardround.errors import MissingExtra, StudyError
+from wardround.protection.discrete_gaussian import epsilon_of_zcdp
+from wardround.protection.opacus import EXTRA, from_opacus
 
 Accountant: TypeAlias = Literal["pld", "prv"]
 WHAT = "differential privacy"
-EXTRA = "privacy"
 _LARGEST_NOISE = 1e4
 
 
 @dataclass(frozen=True)
 class Spending:
-    """Some steps alike: noise in multiples of the clip norm, the probability that a patient is in a step."""
+    """Some steps alike: noise in multiples of the clip norm, the probability that a patient is in a step.
+
+    Where sites share the noise, `rho` is what one of their sums costs in zero-concentrated differential privacy, as if
+    every patient were in every step, and says all.
+    """
 
     noise: float
     rate: float
     steps: int
+    rho: float = 0.0
 
 
 def epsilon_of(spendings: Iterable[Spending], delta: float, accountant: Accountant = "pld") -> float:
@@ -38,11 +44,23 @@ def epsilon_of(spendings: Iterable[Spending], delta: float, accountant: Accounta
     Raises `MissingExtra` where the accountant is not installed.
     """
     counts: Counter[tuple[float, float]] = Counter()
+    rho = 0.0
     for spending in spendings:
-        counts[spending.noise, spending.rate] += spending.steps
+        if spending.rho > 0.0:
+            rho += spending.rho * spending.steps
+        else:
+            counts[spending.noise, spending.rate] += spending.steps
     steps = tuple((noise, rate, count) for (noise, rate), count in sorted(counts.items()) if count)
     if not steps:
-        return 0.0
+        return epsilon_of_zcdp(rho, delta)
+    if rho > 0.0:
+        # Two kinds of loss: their epsilons and deltas add.
+        delta = 0.5 * delta
+        return _composed(steps, delta, accountant) + epsilon_of_zcdp(rho, delta)
+    return _composed(steps, delta, accountant)
+
+
+def _composed(steps: tuple[tuple[float, float, int], ...], delta: float, accountant: Accountant) -> float:
     return float(_pld(steps, delta) if accountant == "pld" else _prv(steps, delta))
 
 
@@ -68,11 +86,7 @@ def _prv(steps: tuple[tuple[float, float, int], ...], delta: float) -> float:
     with warnings.catch_warnings():
         # Overflows far out in the tails, and deprecations of its own.
         warnings.simplefilter("ignore")
-        try:
-            from opacus.accountants import PRVAccountant
-        except ImportError:
-            raise MissingExtra(WHAT, EXTRA) from None
-        accountant = PRVAccountant()
+        accountant = from_opacus("opacus.accountants", "PRVAccountant", WHAT)()
         accountant.history = list(steps)
         found = float(accountant.get_epsilon(delta=delta))
     return found if math.isfinite(found) else math.inf

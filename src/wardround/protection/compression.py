@@ -94,7 +94,7 @@ class RotationCodec(Codec):
         def back(group: str, info: TensorInfo, sums: Floats) -> Floats:
             return unrotate(sums, self.signs(number, group, info.name))
 
-        return _Restored(aggregate, layout, self.whole, back)
+        return Restored(aggregate, layout, self.whole, back)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class SubspaceCodec(_Feedback):
         def back(group: str, info: TensorInfo, sums: Floats) -> Floats:
             return sums if sums.size == info.size else self._lift(number, group, info.name, sums, info.size)
 
-        return _Restored(aggregate, layout, self.whole, back)
+        return Restored(aggregate, layout, self.whole, back)
 
     def _cut(self, group: Group) -> Group:
         if group.name in self.whole:
@@ -214,7 +214,7 @@ def _each(changes: Changes, whole: frozenset[str], work: Callable[[str, str, Arr
 Decode = Callable[[str, TensorInfo, Floats], Floats]
 
 
-class _Restored(Aggregate):
+class Restored(Aggregate):
     """A sum as methods see it: counts, weights and metrics as they are, tensors decoded one at a time."""
 
     def __init__(self, sent: Aggregate, layout: Layout, whole: frozenset[str], decode: Decode) -> None:

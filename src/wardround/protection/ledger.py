@@ -49,11 +49,12 @@ class Entry:
     cohort: str
     inputs: str
     when: str
+    rho: float = 0.0
 
     @property
     def spending(self) -> Spending:
         """What it costs."""
-        return Spending(self.noise, self.rate, self.steps)
+        return Spending(self.noise, self.rate, self.steps, self.rho)
 
 
 class Ledger:
@@ -114,29 +115,7 @@ class Ledger:
         if whole < len(content):
             # A process died while it wrote; nothing was made of that entry.
             file.truncate(whole)
-        entries: list[Entry] = []
-        hashes = [_START]
-        for line in content[:whole].splitlines():
-            entry, head = self._parse(line, hashes[-1])
-            entries.append(entry)
-            hashes.append(head)
-        return tuple(entries), hashes
-
-    def _parse(self, line: bytes, previous: str) -> tuple[Entry, str]:
-        try:
-            values: dict[str, Any] = json.loads(line)
-            head = values.pop("hash")
-            sound = digest(values) == head and values["previous"] == previous
-            entry = Entry(**{field.name: values[field.name] for field in fields(Entry)})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise JournalError(
-                "the privacy ledger was changed: its chain of hashes is broken; restore the newest copy. Without it "
-                "nobody knows what was spent, so this site does not train with privacy",
-                detail=str(self.path),
-            )
-        return entry, str(head)
+        return _chain(content[:whole], self.path)
 
     def _agree(self, hashes: Sequence[str]) -> None:
         fact = self._anchor.fact(_ANCHOR)
@@ -151,6 +130,47 @@ class Ledger:
                 "not train with privacy",
                 detail=str(self.path),
             )
+
+
+def peek(path: Path) -> tuple[Entry, ...]:
+    """What a ledger holds, read without a lock and without an anchor: to tell, never to decide on a round.
+
+    Nothing where there is no file yet. Raises `JournalError` for a broken chain or a file that cannot be read.
+    """
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise JournalError(
+            "the privacy ledger cannot be read; check the rights of its file", detail=f"{path}: {error}"
+        ) from error
+    return _chain(content[: content.rfind(b"\n") + 1], path)[0]
+
+
+def _chain(content: bytes, path: Path) -> tuple[tuple[Entry, ...], list[str]]:
+    entries: list[Entry] = []
+    hashes = [_START]
+    for line in content.splitlines():
+        entry, head = _parse(line, hashes[-1], path)
+        entries.append(entry)
+        hashes.append(head)
+    return tuple(entries), hashes
+
+
+def _parse(line: bytes, previous: str, path: Path) -> tuple[Entry, str]:
+    try:
+        values: dict[str, Any] = json.loads(line)
+        head = values.pop("hash")
+        sound = digest(values) == head and values["previous"] == previous
+        entry = Entry(**{field.name: values[field.name] for field in fields(Entry) if field.name in values})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise JournalError(
+            "the privacy ledger was changed: its chain of hashes is broken; restore the newest copy. Without it "
+            "nobody knows what was spent, so this site does not train with privacy",
+            detail=str(path),
+        )
+    return entry, str(head)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from wardround.errors import StudyError, WardroundError
-from wardround.protection.accounting import Accountant, epsilon_of, noise_for
+from wardround.protection.accounting import Accountant, Spending, epsilon_of, noise_for
+from wardround.protection.lattice import Lattice
 from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.study.protection import Gradients, Privacy
@@ -36,6 +37,11 @@ class Terms:
     examples_per_patient: int
     gradients: Gradients
     accountant: Accountant
+    lattice: Lattice | None = None
+
+    def spending(self, steps: int) -> Spending:
+        """What so many steps cost."""
+        return Spending(self.noise, self.rate, steps, 0.0 if self.lattice is None else self.lattice.rho)
 
     @property
     def sensitivity(self) -> float:
@@ -43,8 +49,10 @@ class Terms:
         return self.clip
 
 
-def terms_of(privacy: Privacy, site: str, patients: int, steps: int) -> Terms:
+def terms_of(privacy: Privacy, site: str, patients: int, steps: int, lattice: Lattice | None = None) -> Terms:
     """The terms of a site with so many training patients, for so many steps in all arms together.
+
+    With a `lattice` the noise is the one that all sites share.
 
     Raises `StudyError` where the site has too few patients for what the study asks, or `delta` promises nothing.
     """
@@ -60,7 +68,10 @@ def terms_of(privacy: Privacy, site: str, patients: int, steps: int) -> Terms:
             f"{patients}; choose less than {1.0 / patients:.2g}, or leave it out for 1/(10 patients)"
         )
     epsilon, rate = privacy.budget, privacy.patients_per_step / patients
-    noise = privacy.noise or noise_for(epsilon, delta, rate, steps, privacy.accountant)
+    if lattice is not None:
+        noise = lattice.noise
+    else:
+        noise = privacy.fixed_noise or noise_for(epsilon, delta, rate, steps, privacy.accountant)
     return Terms(
         epsilon=epsilon,
         delta=delta,
@@ -71,6 +82,7 @@ def terms_of(privacy: Privacy, site: str, patients: int, steps: int) -> Terms:
         examples_per_patient=privacy.examples_per_patient,
         gradients=privacy.gradients,
         accountant=privacy.accountant,
+        lattice=lattice,
     )
 
 
@@ -92,7 +104,7 @@ class Purse:
         `JournalError` for a ledger that was lost or put back.
         """
         terms = self.terms
-        named = [study, arm, number, steps, cohort, canonical_json(_json(terms)).decode(), *inputs]
+        named = [study, arm, number, steps, cohort, canonical_json(asdict(terms)).decode(), *inputs]
         key = self.root.key("round", *named)
         entry = Entry(
             study=study,
@@ -101,6 +113,7 @@ class Purse:
             steps=steps,
             rate=terms.rate,
             noise=terms.noise,
+            rho=terms.spending(1).rho,
             cohort=cohort,
             # Of the key, not of the inputs alone: under another root the same inputs give other noise.
             inputs=hashlib.sha256(b"ledger" + key).hexdigest(),
@@ -126,12 +139,8 @@ class SecretRound:
     root: SecretRoot
 
     def stream(self, step: int, purpose: str) -> SecretStream:
-        """The stream of a step for `sampling`, `examples` or `noise`."""
+        """The stream of a step for `sampling`, `examples`, `rounding` or `noise`."""
         return SecretStream(self.root.key(step, purpose))
-
-
-def _json(terms: Terms) -> dict[str, Any]:
-    return {name: getattr(terms, name) for name in terms.__dataclass_fields__}
 
 
 def spent(entries: Sequence[Entry], delta: float, accountant: Accountant, study: str | None = None) -> float:

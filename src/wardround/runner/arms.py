@@ -78,6 +78,10 @@ def arms_of(study: Study, compare: Collection[str]) -> tuple[Arm, ...]:
             "--compare pooled: pooled data know no site's privacy budget; compare with local, or pool in a run without "
             "protection.privacy"
         )
+    if compare and study.protection.privacy is not None and study.protection.privacy.noise == "distributed":
+        raise StudyError(
+            "--compare local: with protection.privacy.noise=distributed a site alone has too little noise; leave it out"
+        )
     if POOLED in compare:
         # One step of every site in the federation is one step on the union of their batches here (law of the centre).
         union = study.local.model_copy(update={"batch": study.local.batch * len(training)})

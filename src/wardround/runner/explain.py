@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +9,9 @@ import yaml
 
 from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
+from wardround.runner.columns import entry, table, wrapped
 from wardround.runner.host import Blueprint, Host
+from wardround.runner.privacy import Outlook, words
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256
 from wardround.study.models import anatomy_of
@@ -22,7 +23,6 @@ from wardround.tasks.task import Headed
 from wardround.wire.ring import value_bits
 
 _WIDTH = 100
-_LABEL = 15
 
 
 def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], overrides: Sequence[str]) -> str:
@@ -45,6 +45,7 @@ def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], o
         f"Training\n{_training(host, blueprint)}",
         f"Arms\n{_arms(host)}",
         f"What leaves a site\n{_egress(host, blueprint)}",
+        _privacy(host, with_data=sites_file is not None),
         mind,
     )
     return "\n\n".join(section for section in sections if section)
@@ -65,13 +66,13 @@ def _study(host: Host, blueprint: Blueprint) -> str:
     meaning = {"shared": "shared", "local": "stay at each site", "frozen": "never change"}
     roles = ", ".join(f"{count:,} {meaning[role]}" for role, count in parts.items() if count)
     entries = [
-        _entry("sha256", study_sha256(study)),
-        _entry("learns", _task(study)),
-        _entry("model", f"{model.kind}, preset {model.preset}: {sum(sizes.values()):,} values"),
-        _entry("method", f"{study.method.kind}: {roles}"),
+        entry("sha256", study_sha256(study)),
+        entry("learns", _task(study)),
+        entry("model", f"{model.kind}, preset {model.preset}: {sum(sizes.values()):,} values"),
+        entry("method", f"{study.method.kind}: {roles}"),
     ]
     if study.description:
-        entries.insert(0, _entry("about", study.description))
+        entries.insert(0, entry("about", study.description))
     return "\n".join([f"Study {study.name}", *entries])
 
 
@@ -88,7 +89,7 @@ def _task(study: Study) -> str:
 def _sites(host: Host) -> str:
     study = host.study
     rows = [(name, _role(study, name), protocol(study.acquisition_of(name).model_dump())) for name in study.sites]
-    return _table(("site", "role", "simulated scanner"), rows)
+    return table(("site", "role", "simulated scanner"), rows)
 
 
 def _sites_with_data(host: Host) -> str:
@@ -101,7 +102,7 @@ def _sites_with_data(host: Host) -> str:
         rows.append((name, _role(study, name), *counts, str(len(dataset)), own, scanner))
     header = ("site", "role", "train", "validation", "test", "examples", "own results", "simulated scanner")
     note = "(train, validation, test: patients; examples: training slices)"
-    return f"{_table(header, rows)}\n{_wrapped(note, '  ')}"
+    return f"{table(header, rows)}\n{wrapped(note, '  ')}"
 
 
 def _withheld(host: Host, site: str, patients: int) -> str | None:
@@ -133,11 +134,11 @@ def _training(host: Host, blueprint: Blueprint) -> str:
         released = f"the one with the best validation {host.task.metrics[0].name}"
     return "\n".join(
         (
-            _entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
-            _entry("rounds", f"{schedule.rounds}; released is {released}"),
-            _entry("an update", _update(study)),
-            _entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
-            _entry("", f"all rounds, all sites: {human_bytes(total)}"),
+            entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
+            entry("rounds", f"{schedule.rounds}; released is {released}"),
+            entry("an update", _update(study)),
+            entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
+            entry("", f"all rounds, all sites: {human_bytes(total)}"),
         )
     )
 
@@ -171,12 +172,13 @@ def _arms(host: Host) -> str:
     if len(rows) == 1:
         notes.append("Add --compare local,pooled to learn whether training together is worth it.")
     return "\n".join(
-        [_table(("arm", "steps a site", "examples in all", "data"), rows), *(f"  {note}" for note in notes)]
+        [table(("arm", "steps a site", "examples in all", "data"), rows), *(f"  {note}" for note in notes)]
     )
 
 
 def _egress(host: Host, blueprint: Blueprint) -> str:
     names = ", ".join(spec.name for spec in host.task.metrics)
+    private = host.study.protection.privacy is not None
     seen = "the coordinator learns their sum over sites and nothing of any site"
     if not host.study.protection.secure:
         seen = "the coordinator only adds them up, but could read each: `protection.secure` is false"
@@ -190,13 +192,13 @@ def _egress(host: Host, blueprint: Blueprint) -> str:
     )
     return "\n".join(
         (
-            _entry("every round", "its weight and its weighted change of the shared values, as integers"),
-            _entry("", f"({seen})"),
-            *([_entry("", discloses)] if discloses else []),
-            _entry("", f"its loss and seconds, and sums over validation patients of {names}"),
-            _entry("at the end", f"sums over test patients of the same metrics{replicates}"),
+            entry("every round", "its weight and its weighted change of the shared values, as integers"),
+            entry("", f"({seen})"),
+            *([entry("", discloses)] if discloses else []),
+            entry("", f"its {'' if private else 'loss and '}seconds, and sums over validation patients of {names}"),
+            entry("at the end", f"sums over test patients of the same metrics{replicates}"),
             *_in_the_model(host),
-            _entry("never", kept),
+            entry("never", kept),
         )
     )
 
@@ -205,11 +207,56 @@ def _in_the_model(host: Host) -> Iterator[str]:
     """What a released model's file says of the sites beside the study: no message does."""
     telling = [site for site in host.study.training_sites if host.egress(site).scanner_facts]
     if host.study.modality == "ct" and host.study.protection.privacy is None and telling:
-        yield _entry(
+        yield entry(
             "in the model",
             "scanners, tube voltages, slice thicknesses and kernels that the headers of DICOM images name, as sets "
             f"({', '.join(telling)}: egress.scanner_facts)",
         )
+
+
+def _privacy(host: Host, *, with_data: bool) -> str:
+    """What the patients of every training site would spend; nothing for a study without privacy."""
+    rules = host.purses.rules
+    if rules is None:
+        return ""
+    lines = [
+        "Privacy of patients",
+        entry("unit", f"one patient of a site, whose gradient is clipped to {rules.clip:g} in every step"),
+        entry("preset", f"{rules.preset}, budget epsilon {rules.budget:g}. {words(rules)}"),
+    ]
+    if rules.noise == "distributed":
+        shared = "shared: only the sum over sites has enough of it, and being drawn for a step by chance counts nothing"
+        lines.append(entry("noise", shared))
+    if not with_data:
+        return "\n".join([*lines, entry("sites", "add --sites SITES to see what the patients of each would spend")])
+    outlooks = [host.purses.outlook(site, host.dataset(site)) for site in host.study.training_sites]
+    header = ("site", "patients", "sample rate", "noise", "delta", "epsilon", "in the ledger")
+    rows = [
+        (
+            o.site,
+            str(o.patients),
+            f"{o.terms.rate:.3g}",
+            f"{o.terms.noise:g}",
+            f"{o.terms.delta:.2g}",
+            f"{o.planned:.2f}",
+            "-" if o.spent is None else f"{o.spent:.2f}",
+        )
+        for o in outlooks
+    ]
+    note = "(epsilon: of all planned rounds of all arms; in the ledger: already spent, where the sites file names one)"
+    stops = [wrapped(line, "  - ") for line in map(_early_end, outlooks) if line]
+    return "\n".join([*lines, table(header, rows), wrapped(note, "  "), *stops])
+
+
+def _early_end(outlook: Outlook) -> str:
+    """Where a site's budget ends before the study does."""
+    if outlook.lasts == outlook.rounds:
+        return ""
+    when = f"after about round {outlook.lasts} of {outlook.rounds}" if outlook.lasts else "before its first round"
+    return (
+        f"{outlook.site} would stop {when}: with {outlook.spent or 0.0:.2f} spent, all rounds would come to more than "
+        f"its budget of {outlook.terms.epsilon:g}."
+    )
 
 
 def _cautions(host: Host) -> Iterator[str]:
@@ -254,31 +301,4 @@ def _cautions(host: Host) -> Iterator[str]:
     if lines:
         yield "Mind"
     for line in lines:
-        yield _wrapped(line, "  - ")
-
-
-# Layout -----------------------------------------------------------------------------------------------------------
-
-
-def _entry(label: str, text: str) -> str:
-    return _wrapped(text, f"  {label:<{_LABEL - 2}}")
-
-
-def _wrapped(text: str, first: str) -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; numbers to the right."""
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    right = [all(cell.replace(",", "").isdigit() for cell in column[1:]) for column in columns]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(cells, widths, right, strict=True)
-        )
-        return "  " + "  ".join(aligned).rstrip()
-
-    return "\n".join(line(cells) for cells in (header, *rows))
+        yield wrapped(line, "  - ")

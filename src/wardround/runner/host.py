@@ -35,6 +35,7 @@ from wardround.federation.vault import Vault
 from wardround.physics.scanners import protocol_features
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.identity import Roster
+from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
 from wardround.protection.robust import Defence
 from wardround.runner.arms import POOLED, Arm, arms_of
 from wardround.runner.evaluators import evaluators_of
@@ -47,6 +48,7 @@ from wardround.study.sites import Egress, SitesFile
 from wardround.tasks.build import build_task
 from wardround.tasks.task import Dataset, Headed, Task, Visited
 from wardround.wire.message import Header
+from wardround.wire.ring import value_bits
 from wardround.wire.update import Layout
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,7 @@ class Host:
         self._datasets: dict[str, Dataset] = {}
         self._sites: dict[tuple[str, str], Site] = {}
         self._blueprints: dict[str, Blueprint] = {}
-        self.purses = Purses(study, sites, out, self.arms)
+        self.purses = Purses(study, sites, out, self.arms, lambda: self.lattice)
 
     @cached_property
     def task(self) -> Task:
@@ -107,6 +109,37 @@ class Host:
     def bench(self) -> Workbench:
         """The model of this process."""
         return Workbench(self.task, self.study.seed)
+
+    @cached_property
+    def lattice(self) -> Lattice | None:
+        """The whole numbers of noise that sites share; `None` where each site's is enough. Raises `StudyError`."""
+        study, rules = self.study, self.study.protection.privacy
+        if rules is None or rules.noise == "site":
+            return None
+        floats = [p for p in self.bench.parameters if p.is_float and (p.trainable or p.buffer)]
+        untrained = [p.info.name for p in floats if not p.trainable]
+        if untrained:
+            raise StudyError(
+                f"protection.privacy.noise=distributed: {untrained[0]} of the model is averaged and not trained, so no "
+                "noise would cover it; choose a model without such values, or `noise: site`"
+            )
+        return lattice_of(
+            rules,
+            bits=value_bits(study.protection.ring_bits, study.protection.max_sites),
+            parties=study.protection.threshold_for(len(study.training_sites)),
+            dimension=sum(p.info.size for p in floats),
+            steps=study.schedule.rounds,
+        )
+
+    def _codec(self, arm: Arm) -> Codec:
+        """How an arm's changes are written in whole numbers."""
+        study, whole = self.study, frozenset({BUFFERS, STRANGER})
+        if self.lattice is None:
+            return build_codec(arm.compression(study), study.seed, whole)
+        assert study.protection.privacy is not None
+        # A step against the mean gradient.
+        unit = -arm.local.lr * self.lattice.step / study.protection.privacy.patients_per_step
+        return LatticeCodec(study.seed, whole, unit)
 
     @property
     def replicates(self) -> int:
@@ -139,7 +172,7 @@ class Host:
                 layout=Layout(groups, metrics, room, max_weight),
                 metrics_layout=Layout((), validation_metrics(specs), room),
                 evaluation_layout=Layout((), evaluation_metrics(specs, self.replicates), room),
-                codec=build_codec(arm.compression(self.study), self.study.seed, frozenset({BUFFERS, STRANGER})),
+                codec=self._codec(arm),
             )
         return self._blueprints[name]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wardround.federation.private_training import training_patients
 from wardround.federation.store import SiteStore
 from wardround.federation.vault import Vault
-from wardround.protection.ledger import Ledger
+from wardround.protection.accounting import Spending, epsilon_of
+from wardround.protection.lattice import Lattice
+from wardround.protection.ledger import Ledger, peek
 from wardround.protection.privacy import Purse, Terms, spent, terms_of
 from wardround.protection.secret import SecretRoot
 from wardround.runner.arms import Arm
@@ -32,14 +36,44 @@ SCOPE = (
 )
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What a study would cost a site's patients: alone (`planned`), and on top of what a ledger holds (`spent`).
+
+    `lasts` of the `rounds` fit the budget, when all arms go on side by side.
+    """
+
+    site: str
+    patients: int
+    terms: Terms
+    planned: float
+    spent: float | None
+    lasts: int
+    rounds: int
+
+
+SHARED = (
+    "Against whoever sees sums over sites only: no site's own noise is enough. A site that takes part knows its own "
+    "noise, and sees a sum with that much less."
+)
+
+
 class Purses:
     """The purse of every site of a run, opened when it is first needed and shared by all arms."""
 
-    def __init__(self, study: Study, sites: SitesFile, out: Path, arms: Mapping[str, Arm]) -> None:
+    def __init__(
+        self,
+        study: Study,
+        sites: SitesFile,
+        out: Path,
+        arms: Mapping[str, Arm],
+        lattice: Callable[[], Lattice | None],
+    ) -> None:
         self._study = study
         self._sites = sites
         self._out = out
         self._arms = arms
+        self._lattice = lattice
         self._purses: dict[str, Purse] = {}
 
     @property
@@ -50,9 +84,35 @@ class Purses:
     def terms(self, site: str, dataset: Dataset) -> Terms:
         """The terms of a site: every arm in which it trains spends of the same budget. Raises `StudyError`."""
         assert self.rules is not None
-        rounds = self._study.schedule.rounds
-        steps = sum(rounds * arm.local.steps for arm in self._arms.values() if site in arm.sites)
-        return terms_of(self.rules, site, training_patients(dataset), steps)
+        steps = self._study.schedule.rounds * self._steps(site)
+        return terms_of(self.rules, site, training_patients(dataset), steps, self._lattice())
+
+    def outlook(self, site: str, dataset: Dataset) -> Outlook:
+        """What the study would cost, found without writing anything.
+
+        Raises `StudyError`, and `JournalError` for a ledger whose chain is broken.
+        """
+        terms, path, rounds = self.terms(site, dataset), self._sites.of(site).ledger, self._study.schedule.rounds
+        before = () if path is None else tuple(entry.spending for entry in peek(path))
+
+        def after(count: int, *earlier: Spending) -> float:
+            return epsilon_of((*earlier, terms.spending(count * self._steps(site))), terms.delta, terms.accountant)
+
+        # The most rounds that fit: the budget is passed at some number, and at every larger one.
+        lasts = bisect_right(range(1, rounds), terms.epsilon, key=lambda count: after(count, *before))
+        return Outlook(
+            site=site,
+            patients=training_patients(dataset),
+            terms=terms,
+            planned=after(rounds),
+            spent=None if path is None else epsilon_of(before, terms.delta, terms.accountant),
+            lasts=rounds if after(rounds, *before) <= terms.epsilon else lasts,
+            rounds=rounds,
+        )
+
+    def _steps(self, site: str) -> int:
+        """A site's steps in a round of all arms."""
+        return sum(arm.local.steps for arm in self._arms.values() if site in arm.sites)
 
     def of(self, site: str, dataset: Dataset) -> Purse:
         """A site's purse; its ledger is where the sites file says, or beside the site's stores."""
@@ -75,13 +135,15 @@ def statement(study: Study, study_sha256: str, purses: Iterator[tuple[str, Purse
         "preset": rules.preset,
         "epsilon": max((entry["epsilon"] for entry in sites.values()), default=0.0),
         "budget": rules.budget,
+        "noise": rules.noise,
         "accountant": rules.accountant,
         "sites": sites,
-        "note": f"{_words(rules)} {SCOPE}",
+        "note": " ".join((words(rules), SCOPE, *([SHARED] if rules.noise == "distributed" else []))),
     }
 
 
-def _words(rules: Privacy) -> str:
+def words(rules: Privacy) -> str:
+    """What a study's preset, or its own choice, promises and what it does not."""
     if rules.epsilon is not None or rules.noise_multiplier is not None:
         return "The study's own choice of budget or noise; what it promises is the epsilon of each site."
     return WORDS[rules.preset]

@@ -43,6 +43,11 @@ class Privacy(Config):
         8.0, gt=0.0, description="expected patients in a step: each is drawn independently (Poisson)"
     )
     examples_per_patient: int = Field(2, ge=1, description="at most so many examples of a patient in a step")
+    noise: Literal["site", "distributed"] = Field(
+        "site",
+        description="`site`: each site's noise is enough by itself; `distributed`: only that of the sum is, with "
+        "`secure` and one step a round",
+    )
     gradients: Gradients = Field(
         "exact",
         description="of each patient: `exact` by autograd, one patient at a time, or `opacus`, all patients at once",
@@ -55,7 +60,7 @@ class Privacy(Config):
         return self.epsilon if self.epsilon is not None else _PRESETS[self.preset][0]
 
     @property
-    def noise(self) -> float | None:
+    def fixed_noise(self) -> float | None:
         """The noise multiplier where study or preset fix it."""
         if self.noise_multiplier is None and self.epsilon is None:
             return _PRESETS[self.preset][1]
@@ -178,6 +183,20 @@ class Protection(Config):
             )
         if self.robust is not None and not isinstance(self.compression, NoCompression):
             raise ValueError("`robust` compares whole updates: it goes with `compression: {kind: none}` only")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_stays_hidden(self) -> Protection:
+        if self.privacy is None or self.privacy.noise == "site":
+            return self
+        if not self.secure:
+            raise ValueError(
+                "`privacy.noise: distributed` gives each site too little noise to be seen alone: set `secure: true`"
+            )
+        if not isinstance(self.compression, NoCompression):
+            raise ValueError("`privacy.noise: distributed` has a rotation of its own: set `compression: {kind: none}`")
+        if self.privacy.delta is None:
+            raise ValueError("`privacy.noise: distributed` is sized for all sites alike: give `privacy.delta`")
         return self
 
     @model_validator(mode="after")

@@ -166,7 +166,27 @@ class Study(Config):
             )
         if self.local.clip_norm is not None:
             raise ValueError("local.clip_norm: with protection.privacy, set protection.privacy.clip instead")
+        if self.protection.privacy.noise == "distributed":
+            self._noise_adds_up()
         return self
+
+    def _noise_adds_up(self) -> None:
+        """Refuse whatever makes an update more than a sum of patients' gradients."""
+        local, said = self.local, "with protection.privacy.noise=distributed an update must be one sum of gradients"
+        if self.method.kind != "fedavg":
+            raise ValueError(f"method.kind={self.method.kind}: {said}; set it to `fedavg`")
+        if local.steps != 1:
+            raise ValueError(f"local.steps={local.steps}: {said}; set it to 1, and raise schedule.rounds")
+        if local.optimizer != "sgd" or local.momentum or local.weight_decay:
+            raise ValueError(f"local: {said}; set `optimizer: sgd`, without momentum and weight decay")
+        if local.schedule != "constant" or local.warmup:
+            raise ValueError(f"local: {said} of one size; set `schedule: constant` and `warmup: 0`")
+        evaluation = getattr(self.task, "evaluation", None)
+        if evaluation is not None and evaluation.leave_one_out:
+            raise ValueError(
+                "task.evaluation.leave_one_out: the noise of protection.privacy.noise=distributed is sized for all "
+                "sites together; set it to false"
+            )
 
     def _task_fits(self, task: ReconstructionTask) -> None:
         known = BASELINES[self.modality]

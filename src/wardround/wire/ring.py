@@ -115,6 +115,11 @@ def quantise(values: Array, scale: float, bits: int, ring: Ring, random: np.rand
     return out, saturated
 
 
+def whole_elements(values: Array, ring: Ring) -> Array:
+    """Elements of signed integers, flattened, modulo the ring: sums of them are the integers' sums, modulo the ring."""
+    return (values.reshape(-1).astype(np.int64) & ((1 << ring.bits) - 1)).astype(ring.dtype)
+
+
 def dequantise(elements: Array, scale: float, bits: int, ring: Ring) -> npt.NDArray[np.float64]:
     """The real value of summed fixed-point elements."""
     real: npt.NDArray[np.float64] = ring.signed(elements) * np.float64(scale / levels(bits))

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from wardround.errors import Rejected, StudyError, WireError
 from wardround.wire.canonical import digest
 from wardround.wire.message import Body
-from wardround.wire.ring import ExactSum, Ring, dequantise, levels, quantise, value_bits
+from wardround.wire.ring import ExactSum, Ring, dequantise, levels, quantise, value_bits, whole_elements
 from wardround.wire.tensors import TensorInfo
 
 Array = npt.NDArray[Any]
@@ -193,8 +193,9 @@ def encode(
     """The bytes of an update, a tensor at a time.
 
     `tensors[group][name]` are the changes delta (not yet weighted); `weights[group]` lies in [0, max_weight];
-    `scales` bounds |w / max_weight x delta| of each tensor. Missing metrics count as zero. Raises `Rejected` when
-    a value is not finite, a weight is out of range or a shape is not the layout's.
+    `scales` bounds |w / max_weight x delta| of each tensor. Integers are taken as elements, whatever weight and scale.
+    Missing metrics count as zero. Raises `Rejected` when a value is not finite, a weight is out of range or a shape is
+    not the layout's.
     """
     integers = [1]
     for group in layout.groups:
@@ -210,7 +211,11 @@ def encode(
                 raise Rejected(f"tensor {info.name!r} holds a value that is not finite")
             scale = scales[scale_key(group.name, info.name)]
             # The share goes into the scale, not the values: one pass fewer over the model.
-            if share > 0.0:
+            if np.issubdtype(delta.dtype, np.integer):
+                # Steps of a lattice already, with a share of the noise. None is cut, and none counted: either would be
+                # done before the other sites' noise is in the sum.
+                elements, saturated = whole_elements(delta, ring), 0
+            elif share > 0.0:
                 elements, saturated = quantise(delta, scale / share, bits, ring, random)
             else:
                 elements, saturated = np.zeros(info.size, dtype=ring.dtype), 0

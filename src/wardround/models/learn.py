@@ -50,7 +50,7 @@ class LearnShape:
 _TOLERANCE = 0.005  # v at the start: the uncertainty of 200 photons
 PRESETS = {
     "tiny": LearnShape(unrolls=2, channels=8),
-    "small": LearnShape(unrolls=7, channels=32, scale=1, gradient="fbp", weighted=True, guided=True),
+    "small": LearnShape(unrolls=7, channels=24, scale=1, gradient="fbp", weighted=True, guided=True),
     "paper": LearnShape(unrolls=50, channels=48, scale=1),
 }
 

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -27,12 +26,6 @@ if TYPE_CHECKING:
 
 class _Commands(TyperGroup):
     """Every error raised on purpose, or by the disk, becomes one line on stderr and an exit code."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """`audit verify FOLDER` is a command of its own: it needs no study."""
-        if args[:2] == ["audit", "verify"]:
-            args = ["audit-verify", *args[2:]]
-        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; 2 stands for an error, 130 for a run that was stopped."""
@@ -148,13 +141,14 @@ def evaluate(
     """Recompute every metric of result.json from the saved models and the data, and say whether they agree."""
     import json
 
+    from wardround.report.terminal import numbers_of
     from wardround.runner.session import evaluate as evaluate_run
 
     with _watcher() as watcher:
         found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher)
     written = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    _table(found["metrics"])
-    now, then = _numbers(found["metrics"]), _numbers(written["metrics"])
+    _results(found["metrics"])
+    now, then = numbers_of(found["metrics"]), numbers_of(written["metrics"])
     differing = [key for key in {**now, **then} if now.get(key) != then.get(key)]
     if differing:
         raise WardroundError(
@@ -300,12 +294,12 @@ def audit(
         raise WardroundError(f"the lint refuses the model: {found.lint[0].tensor} {found.lint[0].text}")
 
 
-@app.command("audit-verify")
-def audit_verify(
+@app.command("verify-audit")
+def verify_audit(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of an audit.")],
     key: Annotated[str | None, typer.Option("--key", help="The site's public key in hex, as the site gave it.")] = None,
 ) -> None:
-    """Check that an audit is what its site signed; also as `audit verify FOLDER`."""
+    """Check that an audit is what its site signed."""
     from wardround.audit.signature import verify
 
     signed = verify(folder, key)
@@ -383,52 +377,14 @@ def _watcher() -> Iterator[Watcher | None]:
 
 
 def _summary(result: Result) -> None:
-    _table(result.values["metrics"])
+    _results(result.values["metrics"])
     _say(f"Report: {result.report}")
     _say(f"Model:  {result.out / 'models' / 'federated.safetensors'}")
 
 
-def _table(metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """The first metric of every arm, a row for each site: there may be many sites, but few arms."""
-    from wardround.report.results import arm_of, metric_of
+def _results(metrics: Mapping[str, Any]) -> None:
+    from wardround.report.terminal import table_of
 
-    rows = {arm: row for arm, row in metrics.items() if arm != "baseline"}
-    names = [name for row in rows.values() for cell in row.values() if cell for name in cell]
-    if not names:
-        return
-    metric = metric_of("psnr" if "psnr" in names else names[0])
-    better = "higher" if metric.larger_is_better else "lower"
-    unit = f" in {metric.unit}" if metric.unit else ""
-    table = Table(title=f"{metric.label}{unit} on test patients, {better} is better")
-    table.add_column("")
-    arms = sorted(rows, key=_place)
-    for arm in arms:
-        table.add_column(arm_of(arm).label, justify="right")
-    for site in _sites_of(rows):
-        cells = (rows[arm].get(site) for arm in arms)
-        table.add_row(site, *(metric.show(cell[metric.name]["value"]) if cell else "-" for cell in cells))
-    console.print(table)
-
-
-def _place(arm: str) -> int:
-    """Baselines first, then from alone to pooled, as in the report."""
-    order = ("local", "federated", "pooled")
-    return order.index(arm) if arm in order else -1
-
-
-def _sites_of(rows: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
-    """Sites in the order of the study, then the aggregates."""
-    last = ("mean", "unseen")
-    sites = dict.fromkeys(site for row in rows.values() for site in row)
-    return [*(site for site in sites if site not in last), *(site for site in last if site in sites)]
-
-
-def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Every number of nested tables by its dotted key."""
-    found: dict[str, float] = {}
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            found.update(_numbers(value, f"{prefix}{key}."))
-        elif value is not None:
-            found[prefix + key] = value
-    return found
+    table = table_of(metrics)
+    if table is not None:
+        console.print(table)

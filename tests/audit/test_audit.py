@@ -217,7 +217,7 @@ def test_the_claim_of_a_study_is_put_to_the_test(tmp_path: Path) -> None:
 
 
 def _verify(folder: Path, *more: object) -> Result:
-    return _run("audit", "verify", folder, *more)
+    return _run("verify-audit", folder, *more)
 
 
 def test_an_audit_is_signed_with_the_key_of_the_run(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from wardround.errors import JournalError, StudyError, WardroundError
-from wardround.federation.blobs import sync_folder
+from wardround.errors import StudyError, WardroundError
 from wardround.federation.coordinator import Plan
 from wardround.federation.egress import OPEN, EgressRules, strictest
 from wardround.federation.exchange import ExchangeFactory, PlainSum
@@ -27,19 +24,19 @@ from wardround.federation.methods.personal import STRANGER
 from wardround.federation.policy import Policy
 from wardround.federation.private_training import PrivateTraining
 from wardround.federation.robust import robust_mean
-from wardround.federation.secure import SecureUpload, enrol, secure_sum
+from wardround.federation.secure import SecureUpload, secure_sum
 from wardround.federation.site import Rules, Site
 from wardround.federation.store import SiteStore
 from wardround.federation.training import ExampleStream, Learner, SiteExamples, UnionExamples, Workbench
 from wardround.federation.vault import Vault
 from wardround.physics.scanners import protocol_features
 from wardround.protection.compression import Codec, build_codec
-from wardround.protection.identity import Roster
 from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
 from wardround.protection.robust import Defence
 from wardround.runner.arms import POOLED, Arm, arms_of
 from wardround.runner.evaluators import evaluators_of
 from wardround.runner.privacy import Purses
+from wardround.runner.rosters import enrolled, roster_of
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import study_sha256
 from wardround.study.protocols import HeaderFacts
@@ -308,6 +305,7 @@ class Host:
             lint=name in self.sites.sites and self.sites.of(name).lint,
         )
         threshold = blueprint.arm.threshold(self.study)
+        roster = self._roster_path(blueprint.arm)
         models = self.out / "models" / name / blueprint.arm.folder
         pictures = self.out / "sites" / name / "pictures.npz"
         return Site(
@@ -315,7 +313,7 @@ class Host:
             rules,
             lambda: self.learner(blueprint, name),
             self._store(blueprint.arm, name),
-            protocol=None if threshold is None else SecureUpload(threshold, lambda: self.roster(blueprint.arm)),
+            protocol=None if threshold is None else SecureUpload(threshold, partial(roster_of, roster)),
             evaluators=evaluators_of(models, pictures),
             folder=models,
         )
@@ -324,44 +322,12 @@ class Host:
         """How the updates of an arm become one: summed in the clear or under masks, or by a robust rule."""
         threshold, robust = arm.threshold(self.study), arm.robust(self.study)
         if threshold is not None:
-            return secure_sum(self.enrol(arm), threshold, journal)
+            stores = {site: partial(self._store, arm, site) for site in arm.sites}
+            return secure_sum(enrolled(self._roster_path(arm), stores), threshold, journal)
         if robust is None:
             return PlainSum
         defence = Defence(robust.rule, robust.tolerated(len(arm.sites)), robust.mixing, robust.gate)
         return robust_mean(defence, self.out / "work" / "arms" / arm.folder / "updates")
-
-    def roster(self, arm: Arm) -> Roster:
-        """The public keys of an arm's sites, as the sites enrolled them; raises `JournalError` when they did not."""
-        path = self._roster_path(arm)
-        try:
-            return Roster.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            raise JournalError(
-                "the roster of the run is lost; start again in another folder", detail=str(path)
-            ) from None
-
-    def enrol(self, arm: Arm) -> Roster:
-        """Let every site of an arm make its signing key in its own store, and write down the public ones.
-
-        On one machine only: across hospitals, a roster is what the sites agree on beforehand.
-        """
-        path = self._roster_path(arm)
-        if not path.exists():
-            keys: dict[str, bytes] = {}
-            for site in arm.sites:
-                store = self._store(arm, site)
-                keys[site] = enrol(store).public
-                store.close()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name("roster.draft")
-            with draft.open("w", encoding="utf-8") as file:
-                json.dump(Roster(keys).to_json(), file)
-                file.flush()
-                # Sites hold on to the first roster they saw: without it the run could not go on.
-                os.fsync(file)
-            draft.rename(path)
-            sync_folder(path.parent)
-        return self.roster(arm)
 
     def _roster_path(self, arm: Arm) -> Path:
         return self.out / "work" / "arms" / arm.folder / "roster.json"

@@ -82,7 +82,18 @@ def _default(field: FieldInfo) -> str:
     if value is PydanticUndefined:
         return "required"
     if isinstance(value, BaseModel):
-        return "its defaults"
+        changes = _changes(value)
+        return f"its defaults, with {', '.join(changes)}" if changes else "its defaults"
+    return _value(value)
+
+
+def _changes(value: BaseModel) -> list[str]:
+    """Where a default differs from what its own section states."""
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in type(value).model_fields.items()}
+    return [f"`{name}`: {_value(own)}" for name, own in value if own != defaults[name]]
+
+
+def _value(value: Any) -> str:
     if value is None or value in ("", {}):
         return "-"
     return f"`{list(value) if isinstance(value, tuple) else value}`".replace("True", "true").replace("False", "false")

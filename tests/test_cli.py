@@ -18,6 +18,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tests.hospitals import head, make_hospitals, save, write_study
+from wardround import __version__
 from wardround.cli import app
 from wardround.study.load import load_study
 
@@ -236,6 +237,11 @@ def test_inspect_describes_folders_and_files(data: Path, tmp_path: Path) -> None
 def test_convert_says_what_it_looks_for(tmp_path: Path) -> None:
     assert "kaggle_3m/TCGA_XX_NNNN_DATE" in _refused("convert", "lgg", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_package_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "wardround", "version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == __version__
 
 
 @pytest.mark.parametrize("command", ["run", "demo", "evaluate", "reconstruct", "init", "check", "inspect"])

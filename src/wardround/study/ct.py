@@ -30,8 +30,8 @@ class CTGeometry(Config):
     bins: int = Field(368, ge=1, le=100_000)
     bin: float = Field(2.5716, gt=0.0, description="distance between the middles of neighbouring bins")
     offset: float = Field(0.0, description="where the central ray falls, in bins beyond the detector's middle")
-    source_distance: float | None = Field(None, gt=0.0, description="source to isocentre; fans only")
-    detector_distance: float | None = Field(None, ge=0.0, description="isocentre to detector; fans only")
+    source_distance: float | None = Field(None, gt=0.0, description="source to isocentre; required for fans")
+    detector_distance: float | None = Field(None, ge=0.0, description="isocentre to detector; required for fans")
     body_radius: float | None = Field(
         None, gt=0.0, description="the detector must see this circle in every view; default the image's inscribed one"
     )

@@ -126,7 +126,7 @@ class Robust(Config):
 
 
 class Protection(Config):
-    """The ring in which updates are summed, and whether the coordinator sees more than the sum."""
+    """Ring, compression, secure sum, robust mean and differential privacy of a study."""
 
     ring_bits: Literal[16, 24, 32] = 32
     max_sites: int = Field(64, ge=1, le=4096, description="sites the sum leaves room for")

@@ -44,7 +44,7 @@ class Loss(Config):
     """The training loss, on magnitude images scaled to the range of the acquisition."""
 
     kind: Literal["l1", "mse", "ssim", "l1_ssim"] = "l1"
-    masked: bool = Field(False, description="inside the head mask only")
+    masked: bool = Field(False, description="inside the mask of the head (MRI) or body (CT) only")
 
 
 class Evaluation(Config):
@@ -75,7 +75,7 @@ class ReconstructionTask(Config):
     """From undersampled raw data to an image."""
 
     kind: Literal["reconstruction"] = "reconstruction"
-    contrasts: tuple[str, ...] = Field(("image",), min_length=1)
+    contrasts: tuple[str, ...] = Field(("image",), min_length=1, description="MRI: names of the files, without ending")
     size: tuple[int, int] = (128, 128)
     slices: Slices = Slices()
     split: Split = Split()

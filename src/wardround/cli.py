@@ -120,7 +120,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write the results.")] = Path("runs/demo"),
     overrides: SetOption = None,
 ) -> None:
-    """Make four hospitals of brain phantoms, train together, and compare with training alone and pooled."""
+    """Make brain phantoms for four hospitals; three train together, alone and pooled, the fourth only tests."""
     from wardround.runner.demo import demo_study
     from wardround.runner.session import run as run_study
 

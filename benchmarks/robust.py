@@ -5,7 +5,7 @@ sites, all of them honest, under the same schedule. The attackers know every hon
 its f; honest sites know nothing. Updates pass through the product's own code (wardround.protection.robust), without the
 messages and the fixed point around it.
 
-    python benchmarks/robust.py [--quick | --full]
+    python benchmarks/robust.py [--quick | --full] [--rules default,median]
 """
 
 from __future__ import annotations
@@ -223,12 +223,17 @@ class Cell:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--rules", default=",".join(RULES), help="with --full: only these rules, `default` among them")
+    options = parser.parse_args()
+    asked = options.rules.split(",")
+    if not {"default"} <= set(asked) <= set(RULES):
+        parser.error(f"--rules: `default` and any of {', '.join(RULES)}")
     torch.set_num_threads(1)
     # Attacks overflow on purpose.
     np.seterr(over="ignore", invalid="ignore")
     began, seeds = time.process_time(), SEEDS[:1] if options.quick else SEEDS
-    names = QUICK if options.quick else tuple(RULES)
+    names = QUICK if options.quick else tuple(asked)
     sets = (digits(), pneumonia())
 
     def cell(images: Images, rule: str, share: float, attack: str | None, alpha: float = ALPHA) -> Cell:

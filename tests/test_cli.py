@@ -205,6 +205,28 @@ def test_check_counts_patients_and_warns_of_sums_of_one(data: Path, tmp_path: Pa
     assert "Mind" not in without
 
 
+def test_check_says_what_leaves_and_what_a_site_keeps(data: Path, tmp_path: Path) -> None:
+    study, sites = write_study(tmp_path, data)
+
+    def said(*options: object, **egress: Any) -> str:
+        entries = {site: {"data": str(data / site), "egress": egress} for site in ("Alpha", "Beta")}
+        sites.write_text(yaml.safe_dump({"sites": entries}), encoding="utf-8")
+        return " ".join(_ok("check", study, "--sites", sites, *options).split())
+
+    open_, closed = said(), said(per_site_results=False)
+    assert "at the end sums over test patients of the same metrics, and of 10 bootstrap replicates" in open_
+    assert "only from sites" not in open_
+    assert "at the end nothing of test patients: every site keeps its own results" in closed
+    assert "only from sites whose own results leave" in " ".join(_ok("check", study).split())
+    assert "the head of its log (a hash), and where it refuses the reason" in open_
+    assert "shows pictures in its report, of sites whose own results leave" in open_
+    # None is not few.
+    empty = said("--set", "task.split.validation=0.0", minimum_cohort=2)
+    assert "No validation patient at Alpha, Beta." in empty
+    assert "Sums over validation patients stay" not in empty
+    assert "Sums over validation patients stay at Alpha" in said(minimum_cohort=2)
+
+
 def test_check_adds_up_the_traffic(data: Path, tmp_path: Path) -> None:
     study, _ = write_study(tmp_path, data)
     small, large = (_ok("check", study, "--set", f"schedule.rounds={rounds}") for rounds in (10, 1000))
@@ -232,6 +254,13 @@ def test_inspect_describes_folders_and_files(data: Path, tmp_path: Path) -> None
     np.save(tmp_path / "k.npy", np.ones((2, 4, 4), np.complex64))
     assert "complex k-space" in _ok("inspect", tmp_path / "k.npy")
     assert "nothing at the given path" in _refused("inspect", tmp_path / "absent")
+
+
+@pytest.mark.parametrize("option", ["--clip", "--dp-steps", "--sampling", "--delta", "--epsilon"])
+def test_half_a_claim_of_privacy_is_refused(option: str, data: Path, tmp_path: Path) -> None:
+    study, sites = write_study(tmp_path, data)
+    audit = ["audit", study, "--sites", sites, "--site", "Alpha", "--out", tmp_path / "out"]
+    assert f"{option}: a claim needs --noise-multiplier" in _refused(*audit, option, "1")
 
 
 def test_convert_says_what_it_looks_for(tmp_path: Path) -> None:

@@ -248,10 +248,14 @@ def audit(
     noise_multiplier: Annotated[
         float | None, typer.Option("--noise-multiplier", help="Claimed privacy: noise in units of the clip.")
     ] = None,
-    clip: Annotated[float, typer.Option("--clip", help="Claimed privacy: the clip's norm.")] = 1.0,
-    dp_steps: Annotated[int, typer.Option("--dp-steps", help="Claimed privacy: steps with noise.")] = 1,
-    sampling: Annotated[float, typer.Option("--sampling", help="Claimed privacy: rate of Poisson sampling.")] = 1.0,
-    delta: Annotated[float, typer.Option("--delta", help="Claimed privacy: delta.")] = 1e-5,
+    clip: Annotated[float | None, typer.Option("--clip", help="Claimed privacy: the clip's norm (default: 1).")] = None,
+    dp_steps: Annotated[
+        int | None, typer.Option("--dp-steps", help="Claimed privacy: steps with noise (default: 1).")
+    ] = None,
+    sampling: Annotated[
+        float | None, typer.Option("--sampling", help="Claimed privacy: rate of Poisson sampling (default: 1).")
+    ] = None,
+    delta: Annotated[float | None, typer.Option("--delta", help="Claimed privacy: delta (default: 1e-5).")] = None,
     epsilon: Annotated[
         float | None, typer.Option("--epsilon", help="Claimed privacy: epsilon (default: computed).")
     ] = None,
@@ -263,14 +267,15 @@ def audit(
 ) -> None:
     """Attack a site's own updates, at the site, and say what they give away. Exit code 2 where a claim is refuted."""
     from wardround.audit.command import audit as audit_site
-    from wardround.audit.epsilon import Claim
+    from wardround.audit.epsilon import claim_of
     from wardround.audit.results import PARTS
     from wardround.study.load import load_study
     from wardround.study.sites import load_sites
 
-    claim = None
-    if noise_multiplier is not None:
-        claim = Claim(noise_multiplier, clip, dp_steps, sampling, delta, epsilon)
+    claim = claim_of(
+        noise_multiplier,
+        {"clip": clip, "dp-steps": dp_steps, "sampling": sampling, "delta": delta, "epsilon": epsilon},
+    )
     found = audit_site(
         load_study(study, overrides or []),
         load_sites(sites),
@@ -329,7 +334,12 @@ def verify_log(
         errors.print(Text(damage, style="red"), soft_wrap=True)
     if found.damages:
         raise typer.Exit(1)
-    _say(f"Whole: {found.anchors} anchors in other parties' logs agree.")
+    if found.anchors:
+        _say(f"Whole: {found.anchors} anchors in other parties' logs agree.")
+    elif len(found.logs) == 1:
+        _say("Whole in itself. No other party's log is here, so records cut off its end would not show.")
+    else:
+        _say("Whole, each in itself. None holds an anchor of another, so records cut off their ends would not show.")
 
 
 @convert_app.command("lgg")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.ct_hospitals import make_ct_hospitals, save_nifti, thorax
 
 from wardround.data.convert import convert_lgg, inspect_path, propose_study
 from wardround.data.volume import Volume, read_volume, write_nifti
@@ -152,6 +154,22 @@ def test_nothing_is_proposed_where_nothing_can_be_trained(make_site: MakeSite, t
     make_site("DU", 2, contrasts=("t2",))
     with pytest.raises(DataError, match="no contrast is common"):
         propose_study(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["A", "B", "."])
+def test_ct_is_refused_with_where_to_start(tmp_path: Path, place: str) -> None:
+    make_ct_hospitals(tmp_path)  # A holds DICOM, B volumes
+    if place == ".":
+        shutil.rmtree(tmp_path / "A")
+    with pytest.raises(DataError, match=r"this is CT.*examples/luad-ct\.yaml.*docs/ct\.md"):
+        propose_study(tmp_path / place)
+
+
+def test_ct_beside_mri_is_no_contrast(make_site: MakeSite) -> None:
+    site = make_site("CS", 2, contrasts=("flair",))
+    for patient in site.iterdir():
+        save_nifti([thorax(1)], patient / "ct.nii.gz")
+    assert 'contrasts: ["flair"]' in propose_study(site)[0]
 
 
 def test_an_empty_drawing_is_no_problem(make_site: MakeSite) -> None:

@@ -75,6 +75,13 @@ def test_a_cohort_of_just_enough_leaves(tmp_path: Path) -> None:
     assert not blocked(tmp_path / "out", "B")
 
 
+def test_a_handful_of_patients_is_not_even_counted(tmp_path: Path) -> None:
+    patients = go(tmp_path, B={"minimum_cohort": 3}).values["patients"]
+    assert patients["A"] == {"train": 4, "validation": 2, "test": 2}
+    assert patients["B"] == {"train": 4, "validation": None, "test": None}
+    assert EgressRules(minimum_cohort=11).counts({"train": 11, "test": 0}) == {"train": 11, "test": 0}
+
+
 def test_without_any_sites_validation_the_last_round_is_released(tmp_path: Path) -> None:
     few = {"minimum_cohort": 11}
     values = go(tmp_path, A=few, B=few, C=few).values

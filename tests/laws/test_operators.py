@@ -14,9 +14,11 @@ from torch import Tensor
 
 from wardround.physics.ct import CTProjector
 from wardround.physics.ct_phantom import HEAD, ellipse_image, ellipse_sinogram
+from wardround.physics.ct_system import CTSystem
 from wardround.physics.mri import CartesianMRI
-from wardround.physics.operator import LinearOperator, RealImage, Weighted
-from wardround.study.ct import CTGeometry
+from wardround.physics.operator import LinearOperator
+from wardround.physics.wrapped import Prompted, RealImage, Weighted
+from wardround.study.ct import CTAcquisition, CTGeometry
 
 # (batch, channels, height, width, seed, dtype of the images) -> an operator for that batch
 Factory = Callable[[int, int, int, int, int, torch.dtype], LinearOperator]
@@ -220,6 +222,25 @@ def test_gradients_are_exact(build: Factory, is_complex: bool) -> None:
     assert torch.autograd.gradcheck(lambda x, w: operator.solve(x, w, iterations=3), (x, weight))
     start = _draw(x.shape, 5, x.dtype).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, s: operator.solve(x, 0.7, iterations=3, start=s), (x, start))
+
+
+@pytest.mark.parametrize("wrapper", ["prompted", "real", "weighted"])
+def test_a_wrapped_operator_keeps_what_it_does_not_change(wrapper: str) -> None:
+    geometry = CTGeometry(
+        size=(12, 12), pixel=9.0, views=8, bins=31, bin=9.0, source_distance=595, detector_distance=490
+    )
+    system = CTSystem(CTAcquisition(geometry=geometry, photons=1e3))
+    prompted = Prompted(system, torch.ones(1, 1, 3))
+    y = system.A(torch.rand(1, 12, 12, generator=torch.Generator().manual_seed(0)))
+    weights = torch.linspace(0.25, 1.0, y.numel()).reshape(y.shape)
+    operators = {"prompted": prompted, "real": RealImage(prompted), "weighted": Weighted(prompted, weights)}
+    operator, root = operators[wrapper], weights.sqrt() if wrapper == "weighted" else torch.tensor(1.0)
+    assert operator.protocol is not None
+    assert torch.equal(operator.protocol, system.protocol)
+    assert operator.prompt is prompted.prompt
+    torch.testing.assert_close(operator.initial(root * y), system.initial(y))
+    # The variance of data that were multiplied by a root is multiplied by its square.
+    torch.testing.assert_close(operator.uncertainty(root * y), root**2 * system.uncertainty(y))
 
 
 # `A` against what is known in closed form, one test an acquisition.

@@ -21,7 +21,7 @@ from wardround.models.anatomy import AnatomyNet
 from wardround.models.build import build_model
 from wardround.models.redcnn import REDCNN
 from wardround.physics.ct_system import CTSystem
-from wardround.physics.operator import Prompted
+from wardround.physics.wrapped import Prompted
 from wardround.runner.session import run
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study

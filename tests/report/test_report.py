@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_runs import PATIENTS, STUDY, TRAINING, UNSEEN, metrics, result, rounds, write_run
+from report_runs import PATIENTS, STUDY, TRAINING, UNSEEN, estimate, metrics, result, rounds, write_run
 
 from wardround.errors import JournalError
 from wardround.report import write_card, write_report
+from wardround.report.pictures import gallery
 from wardround.report.results import load_run, metric_of
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -171,7 +172,8 @@ def test_cost_and_identity(whole: tuple[Path, Page]) -> None:
     assert "30 min 43 s" in text
     assert "5f" * 32 in text
     assert "2.13.0" in text
-    assert "Simulated acquisition of real anatomy" in text
+    assert "Simulated acquisitions, not raw data measured by a scanner" in text
+    assert "The peak of PSNR is the volume's maximum" in text
     assert "patient-level bootstrap" in text
 
 
@@ -216,6 +218,40 @@ def test_withheld_sites_say_so_and_why(tmp_path: Path) -> None:
     assert "egress policy: fewer than 20 patients" in text
     assert "Over the 3 of 4 training sites that publish both arms." in text
     assert "withheld by the site" in write_card(out).read_text(encoding="utf-8")
+    # The fixture has pictures of every site: where numbers stay, pictures stay.
+    assert set(gallery(load_run(out)).sites) == {*TRAINING, *UNSEEN} - {"HT"}
+
+
+def test_a_ct_run_says_how_its_projections_were_made(tmp_path: Path) -> None:
+    names = ("psnr", "rmse_hu", "rmse_hu_body", "psnr_lung", "psnr_soft")
+    table = {
+        arm: {site: {name: estimate(40.0, 12, 1.0) for name in names} for site in (*TRAINING, "mean")}
+        for arm in ("local", "federated")
+    }
+    study = {key: value for key, value in STUDY.items() if key != "acquisition"}
+    ct = {"kind": "ct", "photons": 1e5, "geometry": {"kind": "fan_arc", "views": 96}}
+    study["sites"] = {site: {"role": "train", "acquisition": ct} for site in TRAINING}
+    out = write_run(tmp_path / "run", {"metrics": table, "left_out": ...}, study=study, with_pictures=False)
+    text, model_card = page_of(out).text, write_card(out).read_text(encoding="utf-8")
+    assert "images in Hounsfield units were turned into projections by a model of its scanner" in text
+    assert "The range of PSNR is 4096 HU" in text
+    for false in ("coils", "8 bits", "volume's maximum", "real anatomy"):
+        assert false not in text
+        assert false not in model_card
+    assert "RMSE in the body: root of the mean squared error inside the body, lower is better" in text
+    assert "lung window (−1350 to 150 HU, range 1500 HU)" in text
+    rules = {name: (m.unit, m.decimals, m.negligible) for name in names if (m := metric_of(name))}
+    assert rules["rmse_hu"] == rules["rmse_hu_body"] == ("HU", 1, 0.5)
+    assert rules["psnr_lung"] == rules["psnr_soft"] == ("dB", 2, 0.05)
+
+
+def test_a_secure_run_without_noise_spends_nothing(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run", {"privacy": {"secure": True, "unit": None, "epsilon": None}})
+    card = write_card(out).read_text(encoding="utf-8")
+    assert "- Differential privacy: none\n- Secure sum: yes\n" in card
+    text = page_of(out).text
+    assert "No differential privacy was used" in text
+    assert "only their sum over sites could be read" in text
 
 
 def test_a_reason_beside_the_null_is_shown(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,6 +51,20 @@ class Claim:
         if self.sampling == 1.0:
             return gaussian_epsilon(math.sqrt(self.steps) / self.noise_multiplier, self.delta)
         return _sampled_epsilon(self)
+
+
+def claim_of(noise_multiplier: float | None, options: Mapping[str, Any]) -> Claim | None:
+    """A claim from the options of the command, by their names; None stands for one that was not given.
+
+    Nothing where nothing is claimed; raises StudyError for half a claim, which no attack could refute.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if noise_multiplier is not None:
+        return Claim(noise_multiplier, **{name.removeprefix("dp-"): value for name, value in given.items()})
+    if given:
+        name = next(iter(given))
+        raise StudyError(f"--{name}: a claim needs --noise-multiplier; give it too, or leave --{name} out")
+    return None
 
 
 @dataclass(frozen=True)

@@ -231,15 +231,21 @@ def propose_study(folder: Path) -> tuple[str, str]:
     """Return a commented study file and a sites file (YAML) for a folder of sites, or for one site's folder.
 
     Takes the contrasts that every patient has and the commonest size in plane; a site with one patient
-    becomes `unseen`. Raises DataError where no site can train or no contrast is common.
+    becomes `unseen`. Raises DataError where no site can train, no contrast is common, and for CT, whose scanners
+    somebody has to choose.
     """
     found = inspect_path(folder)
+    if "CT" in found.kind:
+        raise _is_ct(folder)
     if not found.sites:
         raise DataError(
             "no study can be proposed: the folder must hold SITE/PATIENT/CONTRAST.nii.gz", detail=str(folder)
         )
     summaries = list(found.sites.values())
-    common = sorted(frozenset.intersection(*(summary.complete for summary in summaries)))
+    shared = frozenset.intersection(*(summary.complete for summary in summaries))
+    if shared == {CT}:
+        raise _is_ct(folder)
+    common = sorted(shared - {CT})
     if not common:
         have = "; ".join(f"{s.name}: {', '.join(sorted(s.complete)) or 'none'}" for s in summaries)
         raise DataError(
@@ -273,6 +279,11 @@ def propose_study(folder: Path) -> tuple[str, str]:
         for name, path in zip(names, paths, strict=True)
     )
     return study, f"{_SITES}sites:\n{entries}"
+
+
+def _is_ct(folder: Path) -> DataError:
+    text = "this is CT, for which no study is proposed: start from examples/luad-ct.yaml, and see docs/ct.md"
+    return DataError(text, detail=str(folder))
 
 
 def _quoted(path: Path) -> str:

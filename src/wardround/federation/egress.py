@@ -38,6 +38,10 @@ class EgressRules:
             return "fewer patients than egress.minimum_cohort"
         return None
 
+    def counts(self, patients: Mapping[str, int]) -> dict[str, int | None]:
+        """Numbers of patients as they may be told: nothing in place of a handful, while none at all names nobody."""
+        return {what: None if 0 < count < self.minimum_cohort else count for what, count in patients.items()}
+
 
 OPEN = EgressRules()
 

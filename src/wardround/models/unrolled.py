@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from wardround.models.blocks import Denoiser, Norm
-from wardround.physics.operator import LinearOperator, RealImage
+from wardround.physics.operator import LinearOperator
+from wardround.physics.wrapped import RealImage
 from wardround.study import models as models_config
 
 

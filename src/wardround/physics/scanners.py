@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wardround.study.ct import CTAcquisition
-from wardround.study.presets import PRESETS
+from wardround.study.scanners import PRESETS
 
 # The presets as acquisitions; a study names one as `acquisition: {kind: ct, preset: NAME}`.
 SCANNERS = MappingProxyType({name: CTAcquisition.model_validate({"preset": name}) for name in PRESETS})

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wardround.physics.operator import LinearOperator, Weighted, conjugate_gradients, trust
+from wardround.physics.operator import LinearOperator, conjugate_gradients, trust
+from wardround.physics.wrapped import Weighted
 
 _CG_STEPS = 4  # per iteration of `tv`, warm-started; measured: fewer cost more iterations, more cost more time
 _RELAXATION = 1.6  # over-relaxation in [1.5, 1.8], Boyd et al., section 3.4.3

@@ -69,20 +69,15 @@ def card(run: Run) -> str:
 
 
 def _intended(run: Run) -> list[str]:
-    kind = _task(run)
     purpose = {
-        "reconstruction": "Research on reconstruction from undersampled raw data of the protocols below.",
-    }.get(kind, "Research on the task described by the study file.")
+        "mri": "Research on reconstruction from undersampled raw data of the protocols below.",
+        "ct": "Research on reconstruction from projections of the protocols below.",
+    }.get(run.simulated or "", "Research on the task described by the study file.")
     return [
         purpose,
         "Not for clinical decisions, and not for anatomy, scanners or protocols that are not listed below.",
         "Test it on your own data before you rely on it for anything.",
     ]
-
-
-def _task(run: Run) -> str:
-    task = run.study.get("task")
-    return str(task.get("kind", "reconstruction")) if isinstance(task, dict) else "reconstruction"
 
 
 def _data(run: Run) -> str:
@@ -101,9 +96,9 @@ def _data(run: Run) -> str:
         table += "\n\nThe scanners that took the images, as the headers of training images name them:\n\n" + _table(
             ["site", "scanners, tube voltage, slice thickness, kernel"], told.items()
         )
-    if _task(run) != "reconstruction":
+    if run.simulated is None:
         return table
-    return table + "\n\nRaw data are simulated acquisitions of real anatomy, not measured by a scanner."
+    return table + "\n\nSimulated acquisitions, not raw data measured by a scanner."
 
 
 def _metric(run: Run, metric: Metric) -> str:
@@ -147,9 +142,10 @@ def _training(run: Run) -> list[str]:
         lines.append(f"Traffic: {up} from the sites, {down} to the sites")
     if "total" in seconds:
         lines.append(f"Time: {human_seconds(seconds['total'])}")
-    privacy = dict(flat(run.result.get("privacy") or {}))
-    spent = ", ".join(f"{key} {value}" for key, value in privacy.items())
+    spent = ", ".join(f"{key} {value}" for key, value in flat(run.privacy))
     lines.append(f"Differential privacy: {spent or 'none'}")
+    if not spent:
+        lines.append(f"Secure sum: {'yes' if run.secure else 'no'}")
     return lines
 
 

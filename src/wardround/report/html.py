@@ -75,8 +75,8 @@ def render(run: Run) -> str:
         rounds=_rounds_sentence(run),
         traffic=_traffic(run),
         seconds=_seconds(run),
-        privacy=tuple(flat(run.result.get("privacy"))) if run.result.get("privacy") else (),
-        simulated=_is_simulated(run),
+        privacy=tuple(flat(run.privacy)),
+        simulated=run.simulated,
         protocols=_protocols(run),
         hashes=_hashes(run),
         fingerprint=tuple(flat(run.result.get("fingerprint") or {})),
@@ -149,12 +149,6 @@ def _seconds(run: Run) -> tuple[Fact, ...]:
         for key, value in found.items()
         if isinstance(value, int | float)
     )
-
-
-def _is_simulated(run: Run) -> bool:
-    task = run.study.get("task")
-    kind = task.get("kind", "reconstruction") if isinstance(task, Mapping) else "reconstruction"
-    return kind == "reconstruction"
 
 
 def _protocols(run: Run) -> tuple[tuple[str, str, str], ...]:

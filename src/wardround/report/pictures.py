@@ -189,8 +189,10 @@ def _weight(sites: dict[str, tuple[Example, ...]]) -> int:
 
 def gallery(run: Run) -> Gallery:
     """The pictures of every site, fewer and smaller where they would make the page too large."""
-    plain = [site for site in run.sites if Path(site).name == site]  # a name must not lead out of the folder
-    found = {site: read_pictures(run.folder / "sites" / site / "pictures.npz") for site in plain}
+    hidden = run.result.get("withheld") or {}  # where numbers stay, pictures stay
+    # A name must not lead out of the folder.
+    open_sites = [site for site in run.sites if Path(site).name == site and site not in hidden]
+    found = {site: read_pictures(run.folder / "sites" / site / "pictures.npz") for site in open_sites}
     palette = _palette()
     sites: dict[str, tuple[Example, ...]] = {}
     for attempt, (count, side) in enumerate(_FITS):

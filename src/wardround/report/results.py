@@ -70,10 +70,19 @@ class Metric:
         return value - reference if self.larger_is_better else reference - value
 
 
+def _windowed(name: str, window: str, ends: str) -> Metric:
+    definition = f"peak signal-to-noise ratio in the {window} window ({ends})"
+    return Metric(name, f"PSNR, {window}", "dB", True, 2, 0.05, definition)
+
+
 _KNOWN_METRICS = (
     Metric("psnr", "PSNR", "dB", True, 2, 0.05, "peak signal-to-noise ratio over the whole image"),
     Metric("ssim", "SSIM", "", True, 3, 0.001, "structural similarity over the whole image, at most 1"),
     Metric("nmse", "NMSE", "", False, 4, 0.0002, "squared error relative to the image's energy, 0 is perfect"),
+    Metric("rmse_hu", "RMSE", "HU", False, 1, 0.5, "root of the mean squared error over the whole image"),
+    Metric("rmse_hu_body", "RMSE in the body", "HU", False, 1, 0.5, "root of the mean squared error inside the body"),
+    _windowed("psnr_lung", "lung", "−1350 to 150 HU, range 1500 HU"),
+    _windowed("psnr_soft", "soft tissue", "−160 to 240 HU, range 400 HU"),
 )
 _SMALLER_IS_BETTER = frozenset({"nmse", "mse", "rmse", "mae", "nrmse", "loss", "hd95", "ece", "brier", "lpips"})
 
@@ -339,6 +348,25 @@ class Run:
         """The simulated protocol of a site: its own, or the study's."""
         own = _mapping(_mapping(self.study.get("sites")).get(site)).get("acquisition")
         return _mapping(own) or _mapping(self.study.get("acquisition"))
+
+    @property
+    def secure(self) -> bool:
+        """Whether updates were summed under masks."""
+        return bool(_mapping(self.result.get("privacy")).get("secure"))
+
+    @property
+    def privacy(self) -> Mapping[str, Any]:
+        """What differential privacy cost; empty where nothing was noised, even if sums were masked."""
+        said = _mapping(self.result.get("privacy"))
+        return {} if said.get("epsilon", ...) is None else said
+
+    @property
+    def simulated(self) -> Literal["mri", "ct"] | None:
+        """Which acquisition a reconstruction's raw data are simulated by; None for tasks of another kind."""
+        if _mapping(self.study.get("task")).get("kind", "reconstruction") != "reconstruction":
+            return None
+        kinds = {self.acquisition(site).get("kind") for site in self.sites}
+        return "ct" if kinds == {"ct"} else "mri"
 
 
 def load_run(out: Path) -> Run:

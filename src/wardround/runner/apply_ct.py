@@ -20,7 +20,8 @@ from wardround.data.hounsfield import AIR
 from wardround.data.volume import FloatArray, Volume, write_nifti
 from wardround.errors import DataError, GeometryError, StudyError
 from wardround.physics.ct_system import CTSystem
-from wardround.physics.operator import LinearOperator, Prompted
+from wardround.physics.operator import LinearOperator
+from wardround.physics.wrapped import Prompted
 from wardround.runner.protocols import Facts, simulated, stated
 from wardround.study.ct import CTAcquisition, CTGeometry
 from wardround.study.schema import Study

@@ -86,8 +86,7 @@ def arms_of(study: Study, compare: Collection[str]) -> tuple[Arm, ...]:
         # One step of every site in the federation is one step on the union of their batches here (law of the centre).
         union = study.local.model_copy(update={"batch": study.local.batch * len(training)})
         arms.insert(0, Arm(POOLED, (POOLED,), training, alone, union))
-    evaluation = getattr(study.task, "evaluation", None)
-    if evaluation is not None and evaluation.leave_one_out:
+    if study.evaluation is not None and study.evaluation.leave_one_out:
         if len(training) < 3:
             raise StudyError("task.evaluation.leave_one_out needs at least 3 training sites")
         if study.protection.secure and len(training) < 4:

@@ -44,7 +44,7 @@ def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], o
         f"Sites\n{sites}",
         f"Training\n{_training(host, blueprint)}",
         f"Arms\n{_arms(host)}",
-        f"What leaves a site\n{_egress(host, blueprint)}",
+        f"What leaves a site\n{_egress(host, blueprint, with_data=sites_file is not None)}",
         _privacy(host, with_data=sites_file is not None),
         mind,
     )
@@ -97,7 +97,7 @@ def _sites_with_data(host: Host) -> str:
     for name in study.sites:
         dataset = host.dataset(name)
         counts = [str(count) for count in patients_in(dataset).values()]
-        own = _own_results(host, name, dataset.patients("test"))
+        own = "leave the site" if _results_leave(host, name, dataset.patients("test")) else "stay there"
         scanner = protocol(study.acquisition_of(name).model_dump())
         rows.append((name, _role(study, name), *counts, str(len(dataset)), own, scanner))
     header = ("site", "role", "train", "validation", "test", "examples", "own results", "simulated scanner")
@@ -111,9 +111,9 @@ def _withheld(host: Host, site: str, patients: int) -> str | None:
     return host.egress(site).refusal(values)
 
 
-def _own_results(host: Host, site: str, patients: int) -> str:
-    leave = host.egress(site).per_site_results and _withheld(host, site, patients) is None
-    return "leave the site" if leave else "stay there"
+def _results_leave(host: Host, site: str, patients: int) -> bool:
+    """Whether sums over a site's test patients, so many, will leave it."""
+    return host.egress(site).per_site_results and _withheld(host, site, patients) is None
 
 
 def _role(study: Study, site: str) -> str:
@@ -176,7 +176,7 @@ def _arms(host: Host) -> str:
     )
 
 
-def _egress(host: Host, blueprint: Blueprint) -> str:
+def _egress(host: Host, blueprint: Blueprint, *, with_data: bool) -> str:
     names = ", ".join(spec.name for spec in host.task.metrics)
     private = host.study.protection.privacy is not None
     seen = "the coordinator learns their sum over sites and nothing of any site"
@@ -184,7 +184,6 @@ def _egress(host: Host, blueprint: Blueprint) -> str:
         seen = "the coordinator only adds them up, but could read each: `protection.secure` is false"
     if host.study.protection.robust is not None:
         seen = "the coordinator reads each site's, to leave out what a malicious one sends: `protection.robust`"
-    replicates = f", and of {host.replicates} bootstrap replicates" if host.replicates else ""
     discloses = blueprint.method.discloses
     prompts = ", embeddings of patients" if anatomy_of(host.study.model) is not None else ""
     kept = f"images, raw data, pictures{prompts}, names, paths" + (
@@ -196,11 +195,30 @@ def _egress(host: Host, blueprint: Blueprint) -> str:
             entry("", f"({seen})"),
             *([entry("", discloses)] if discloses else []),
             entry("", f"its {'' if private else 'loss and '}seconds, and sums over validation patients of {names}"),
-            entry("at the end", f"sums over test patients of the same metrics{replicates}"),
+            entry("at the end", _at_the_end(host, with_data=with_data)),
+            entry("beside these", _beside(host)),
             *_in_the_model(host),
             entry("never", kept),
+            entry("", "(a run on one machine shows pictures in its report, of sites whose own results leave)"),
         )
     )
+
+
+def _at_the_end(host: Host, *, with_data: bool) -> str:
+    sites = tuple(host.study.sites)
+    if with_data:
+        sites = tuple(site for site in sites if _results_leave(host, site, host.dataset(site).patients("test")))
+    if not sites:
+        return "nothing of test patients: every site keeps its own results"
+    some = "" if with_data and len(sites) == len(host.study.sites) else " (only from sites whose own results leave)"
+    replicates = f", and of {host.replicates} bootstrap replicates" if host.replicates else ""
+    return f"sums over test patients of the same metrics{replicates}{some}"
+
+
+def _beside(host: Host) -> str:
+    """What messages hold that is nothing of a patient."""
+    keys = ", its public keys" if host.study.protection.secure else ""
+    return f"the head of its log (a hash){keys}, and where it refuses the reason, without names or paths"
 
 
 def _in_the_model(host: Host) -> Iterator[str]:
@@ -274,7 +292,7 @@ def _cautions(host: Host) -> Iterator[str]:
             if counts[split] == 0 and site.role == "train":
                 absent[split].append(name)
         why = _withheld(host, name, counts["validation"])
-        if why is not None and site.role == "train":
+        if why is not None and counts["validation"] and site.role == "train":
             silent.append(f"{name} ({why})")
         if 0 < counts["train"] < host.egress(name).minimum_cohort and site.role == "train":
             thin.append(name)

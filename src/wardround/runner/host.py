@@ -141,8 +141,7 @@ class Host:
     @property
     def replicates(self) -> int:
         """Bootstrap replicates of an evaluation."""
-        evaluation = getattr(self.study.task, "evaluation", None)
-        return 0 if evaluation is None else int(evaluation.bootstrap)
+        return 0 if self.study.evaluation is None else self.study.evaluation.bootstrap
 
     def blueprint(self, name: str) -> Blueprint:
         """What an arm is made of."""

@@ -321,7 +321,7 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
         "participants": sorted({site for line in federated for site in line["participants"]}),
         "compare": sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"}),
         **measured,
-        "patients": {site: _patients(host, site) for site in host.study.sites},
+        "patients": {site: (n := _patients(host, site)) and host.egress(site).counts(n) for site in host.study.sites},
         "traffic": {
             "bytes_up": sum(line["bytes_up"] for line in federated),
             "bytes_down": sum(line["bytes_down"] for line in federated),

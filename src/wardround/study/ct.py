@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from wardround.study.base import Config
-from wardround.study.presets import resolved
+from wardround.study.scanners import resolved
 
 # Attenuation of water in 1/mm at about 70 keV, the effective energy of a diagnostic tube.
 MU_WATER = 0.0192

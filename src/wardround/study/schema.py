@@ -16,7 +16,7 @@ from wardround.study.ct import CTAcquisition
 from wardround.study.methods import FedAvg, Method
 from wardround.study.models import Model, MoDL, check_modality
 from wardround.study.protection import Protection
-from wardround.study.tasks import BASELINES, Modality, ReconstructionTask, Task
+from wardround.study.tasks import BASELINES, Evaluation, Modality, ReconstructionTask, Task
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
 # Names of arms, of aggregates in result.json and of the pooled site.
@@ -181,8 +181,7 @@ class Study(Config):
             raise ValueError(f"local: {said}; set `optimizer: sgd`, without momentum and weight decay")
         if local.schedule != "constant" or local.warmup:
             raise ValueError(f"local: {said} of one size; set `schedule: constant` and `warmup: 0`")
-        evaluation = getattr(self.task, "evaluation", None)
-        if evaluation is not None and evaluation.leave_one_out:
+        if self.evaluation is not None and self.evaluation.leave_one_out:
             raise ValueError(
                 "task.evaluation.leave_one_out: the noise of protection.privacy.noise=distributed is sized for all "
                 "sites together; set it to false"
@@ -212,9 +211,14 @@ class Study(Config):
         return self.acquisition_of(next(iter(self.sites))).kind
 
     @property
+    def evaluation(self) -> Evaluation | None:
+        """What is measured on test patients; nothing for a task of your own, which says so itself."""
+        return self.task.evaluation if isinstance(self.task, ReconstructionTask) else None
+
+    @property
     def baselines(self) -> tuple[str, ...]:
         """The classical methods that the study compares with."""
-        return self.task.evaluation.baselines_for(self.modality) if isinstance(self.task, ReconstructionTask) else ()
+        return () if self.evaluation is None else self.evaluation.baselines_for(self.modality)
 
     @property
     def training_sites(self) -> tuple[str, ...]:

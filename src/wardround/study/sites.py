@@ -94,33 +94,26 @@ def load_sites(path: str | Path) -> SitesFile:
     """
     raw = validate(SitesFile, read_yaml(path, "sites"), "sites", show_values=False)
     base = Path(path).absolute().parent
-    resolved = {
-        name: entry.model_copy(
-            update={
-                "encryption_key": _key_place(entry.encryption_key, name, base),
-                "data": tuple(_resolve(folder, name, base) for folder in entry.data),
-                "embeddings": None if entry.embeddings is None else _file(entry.embeddings, name, base),
-                "ledger": None if entry.ledger is None else _absolute(entry.ledger, f"sites.{name}.ledger", base),
-            }
-        )
-        for name, entry in raw.sites.items()
-    }
-    return SitesFile(sites=resolved)
+    return SitesFile(sites={name: _resolved(entry, name, base) for name, entry in raw.sites.items()})
 
 
-def _resolve(data: Path, site: str, base: Path) -> Path:
-    key = f"sites.{site}.data"
-    folder = _absolute(data, key, base)
-    if not folder.is_dir():
-        raise StudyError(f"{key}: the folder does not exist; correct the path", detail=str(folder))
-    return folder
+def _resolved(entry: SiteData, site: str, base: Path) -> SiteData:
+    key, embeddings, ledger = f"sites.{site}", entry.embeddings, entry.ledger
+    return entry.model_copy(
+        update={
+            "encryption_key": _key_place(entry.encryption_key, site, base),
+            "data": tuple(_existing(path, f"{key}.data", base, folder=True) for path in entry.data),
+            "embeddings": embeddings and _existing(embeddings, f"{key}.embeddings", base, folder=False),
+            "ledger": ledger and _absolute(ledger, f"{key}.ledger", base),
+        }
+    )
 
 
-def _file(path: Path, site: str, base: Path) -> Path:
-    key = f"sites.{site}.embeddings"
+def _existing(path: Path, key: str, base: Path, *, folder: bool) -> Path:
     found = _absolute(path, key, base)
-    if not found.is_file():
-        raise StudyError(f"{key}: the file does not exist; correct the path", detail=str(found))
+    if not (found.is_dir() if folder else found.is_file()):
+        what = "folder" if folder else "file"
+        raise StudyError(f"{key}: the {what} does not exist; correct the path", detail=str(found))
     return found
 
 

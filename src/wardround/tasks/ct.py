@@ -21,8 +21,9 @@ from wardround.errors import GeometryError, StudyError
 from wardround.physics.ct_geometry import check_geometry
 from wardround.physics.ct_simulate import CTSimulator
 from wardround.physics.ct_system import CTSystem
-from wardround.physics.operator import LinearOperator, Prompted
+from wardround.physics.operator import LinearOperator
 from wardround.physics.solvers import tv, weighted_tv
+from wardround.physics.wrapped import Prompted
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.ct import CTAcquisition

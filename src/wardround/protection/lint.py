@@ -97,11 +97,8 @@ def _gain(name: str, tensor: Array, tensors: Mapping[str, Array]) -> Iterable[Fi
     if kind == "weight" and variance is not None and variance.shape == tensor.shape:
         gain = float((np.abs(tensor) / np.sqrt(np.maximum(variance, 0.0) + 1e-5)).max())
     if gain > LARGEST_GAIN:
-        yield Finding(
-            "gain",
-            name,
-            f"amplifies by {gain:.3g}; {LARGEST_GAIN:g} is the most that is allowed (a training that diverged gets there, too)",
-        )
+        limit = f"{LARGEST_GAIN:g} is the most that is allowed (a training that diverged gets there, too)"
+        yield Finding("gain", name, f"amplifies by {gain:.3g}; {limit}")
 
 
 def _imprint(name: str, tensor: Array) -> Iterable[Finding]:

@@ -51,3 +51,15 @@ def test_opening_a_file_again_leaves_the_locks_of_its_other_connections(tmp_path
     assert before <= held()
     again.close()
     first.close()
+
+
+def test_files_that_others_could_read_are_closed_to_them_when_they_are_opened(tmp_path: Path) -> None:
+    file = tmp_path / "a.sqlite"
+    first = Database(file, SCHEMA)
+    files = [file, tmp_path / "a.sqlite-wal", tmp_path / "a.sqlite-shm"]
+    assert [path.stat().st_mode & 0o777 for path in files] == [0o600] * 3
+    for path in files:
+        path.chmod(0o644)
+    Database(file, SCHEMA).close()
+    assert [path.stat().st_mode & 0o777 for path in files] == [0o600] * 3
+    first.close()

@@ -27,6 +27,7 @@ class Database:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _create(path)
+            _close_to_others(path)
             # Autocommit mode: transactions begin and end where the code says so.
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE, check_same_thread=False)
             _use_write_ahead_log(self._connection)
@@ -80,6 +81,17 @@ def _create(path: Path) -> None:
     with _CREATING, suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         sync_folder(path.parent)
+
+
+def _close_to_others(path: Path) -> None:
+    """Take from others the right to read files that a copy, or an earlier version, left open to them.
+
+    What the user does not own, and file systems without modes, stay as they are.
+    """
+    for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+        with suppress(FileNotFoundError, PermissionError):
+            if file.stat().st_mode & 0o077:
+                file.chmod(0o600)
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:

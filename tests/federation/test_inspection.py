@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +218,20 @@ def test_the_largest_ratio_of_adam_is_reached_by_the_gradients_that_cauchy_names
     assert adam_ratio(1) == pytest.approx(1.0)
     assert adam_ratio() == pytest.approx(7.27, abs=0.01)
     assert adam_ratio(None, 0.99, 0.9) == math.inf
+    for betas in ((0.9, 0.999), (0.5, 0.25), (0.9, 0.5)):
+        q = betas[0] ** 2 / betas[1]
+        total = math.sqrt(sum(q**k for k in range(7)) / (1.0 - betas[1])) * (1.0 - betas[0])
+        corrected = total * math.sqrt(1.0 - betas[1] ** 7) / (1.0 - betas[0] ** 7)
+        assert adam_ratio(7, *betas) == pytest.approx(corrected, rel=1e-12)
+
+
+def test_a_long_round_is_bounded_at_once() -> None:
+    began = time.process_time()
+    many = local_reach(Local(steps=20_000, optimizer="adam", lr=1.0)).value
+    assert time.process_time() - began < 1.0
+    # Far from the start every step has the ratio that it can have ever.
+    further = local_reach(Local(steps=20_001, optimizer="adam", lr=1.0)).value
+    assert further - many == pytest.approx(adam_ratio(), rel=1e-6)
 
 
 def test_a_method_that_cannot_say_is_not_asked() -> None:

@@ -29,7 +29,7 @@ from wardround.federation.minutes import CoordinatorMinutes
 from wardround.protection.compression import PLAIN, Codec
 from wardround.wire.message import FileBody, Message
 from wardround.wire.tensors import TensorFile, TensorWriter
-from wardround.wire.update import Aggregate, Layout, next_scales, scale_key
+from wardround.wire.update import Aggregate, Layout, scale_key
 
 Array = npt.NDArray[Any]
 
@@ -237,7 +237,7 @@ class Coordinator:
         aggregate = exchange.aggregate()
         if validate:
             self._amend(state.round, aggregate)
-        scales, saturated = next_scales(aggregate, plan.codec.count, first=state.round == 0)
+        scales, saturated = plan.codec.next_scales(aggregate, first=state.round == 0)
         restored = plan.codec.restore(number, plan.layout, aggregate)
         following = self._write(
             number, scales, lambda write: self._method.apply(state.public, state.private, restored, write)

@@ -116,6 +116,31 @@ def test_the_model_of_round_1_must_be_the_one_that_the_study_starts_with(tmp_pat
     assert "moved by 0.849 since round 1, and no round lies in between" in reply.header.meta["reason"]
 
 
+def test_scales_that_no_honest_round_comes_to_allow_nothing(tmp_path: Path) -> None:
+    rig = Rig(study(), tmp_path)
+    state = rig.start()
+    huge = replace(state, scales=dict.fromkeys(state.scales, 1e9))
+    assert ask(rig, huge, 1).header.kind == UPDATE
+    assert "2.weight moved by" in ask(rig, planted(rig, state, moved), 2).header.meta["reason"]
+
+
+def test_a_site_that_joins_late_is_not_misled_by_a_coarse_ring(tmp_path: Path) -> None:
+    """Steps of a millionth, and rounds whose sums are coarser by far: what the first of them did is rounding."""
+    tiny = {**ADAM, "lr": 1e-6}
+    rig = Rig(study(local=tiny, protection={"ring_bits": 16}, schedule={"rounds": 4, "min_sites": 2}), tmp_path)
+    honest = rig.sites["A"].handle
+
+    def late(request: Message) -> Message:
+        if request.header.round <= 2:
+            return request.reply(ERROR, meta={"reason": "away"})
+        return honest(request)
+
+    rig.sites["A"].handle = late  # type: ignore[method-assign]
+    rig.train()
+    reports = {report.round: report for report in rig.journal.reports()}
+    assert [set(reports[number].missing) for number in (1, 2, 3, 4)] == [{"A"}, {"A"}, set(), set()]
+
+
 def test_a_round_goes_on_without_the_site_that_refuses(tmp_path: Path) -> None:
     rig = Rig(study(schedule={"rounds": 3, "min_sites": 2}), tmp_path)
     honest = rig.sites["B"].handle

@@ -104,6 +104,7 @@ class Rules:
     egress: EgressRules = OPEN
     codec: Codec = PLAIN
     lint: bool = True
+    initial_scale: float = 0.2
 
 
 class Site:
@@ -129,8 +130,8 @@ class Site:
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
-        layout, lags = rules.layout, rules.codec.lags
-        self._inspector = Inspector(name, store, layout, lags=lags) if rules.lint else None
+        inspector = Inspector(name, store, rules.layout, rules.codec, rules.initial_scale)
+        self._inspector = inspector if rules.lint else None
 
     def handle(self, request: Message) -> Message:
         """Answer a message: from the store if it was answered before, otherwise by doing what it asks."""

@@ -49,6 +49,10 @@ class Reach:
         """The length by which a tensor of `size` values and of that length can move."""
         return min(self.value * math.sqrt(size), self.norm) + self.decay * length
 
+    def of_one(self, length: float) -> float:
+        """How far one value of a tensor of that length can move, where `value` holds for each of them."""
+        return min(self.value, self.norm) + self.decay * length
+
 
 UNKNOWN = Reach()
 

@@ -303,6 +303,7 @@ class Host:
             codec=blueprint.codec,
             # Whoever pools data has all of them anyway.
             lint=name in self.sites.sites and self.sites.of(name).lint,
+            initial_scale=self.study.protection.initial_scale,
         )
         threshold = blueprint.arm.threshold(self.study)
         roster = self._roster_path(blueprint.arm)

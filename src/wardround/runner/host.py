@@ -192,6 +192,7 @@ class Host:
             validate_every=schedule.validate_every,
             release=schedule.release,
             keep=schedule.keep,
+            extends=self.study.protection.privacy is None,
         )
 
     def find(self, header: Header) -> Site:

@@ -116,6 +116,27 @@ def test_the_model_of_round_1_must_be_the_one_that_the_study_starts_with(tmp_pat
     assert "moved by 0.849 since round 1, and no round lies in between" in reply.header.meta["reason"]
 
 
+def test_a_number_beyond_the_study_is_refused_and_a_long_absence_is_on_record(tmp_path: Path) -> None:
+    rig = Rig(study(schedule={"rounds": 40}), tmp_path)
+    site = rig.sites["A"]
+    object.__setattr__(site.rules, "rounds", 40)
+    state = rig.start()
+    assert ask(rig, state, 1).header.kind == UPDATE
+    far = planted(rig, state, moved)
+    assert "the study ends with round 40" in ask(rig, far, 10**9).header.meta["reason"]
+    assert "moved by" in ask(rig, far, 5).header.meta["reason"]
+    # A site that was away for long goes on, and says what it could not tell.
+    assert ask(rig, far, 40).header.kind == UPDATE
+    events = [e for e in site.minutes.record.entries() if e.event == "security"]
+    assert "39 are said to lie" in events[-1].payload["reason"]
+    # Void rounds come on top, as many as may be.
+    call = rig.coordinator._call(TRAIN, state, 41, {"keep": [], "validate": False, "void": [7]}, rig.blueprint.layout)
+    assert "the study ends" not in str(site.handle(call.message("A")).header.meta.get("reason"))
+    lies = {"keep": [], "validate": False, "void": list(range(1, 10_000))}
+    call = rig.coordinator._call(TRAIN, state, 10_000, lies, rig.blueprint.layout)
+    assert "the study ends with round 180" in site.handle(call.message("A")).header.meta["reason"]
+
+
 def test_scales_that_no_honest_round_comes_to_allow_nothing(tmp_path: Path) -> None:
     rig = Rig(study(), tmp_path)
     state = rig.start()
@@ -125,9 +146,10 @@ def test_scales_that_no_honest_round_comes_to_allow_nothing(tmp_path: Path) -> N
 
 
 def test_a_site_that_joins_late_is_not_misled_by_a_coarse_ring(tmp_path: Path) -> None:
-    """Steps of a millionth, and rounds whose sums are coarser by far: what the first of them did is rounding."""
-    tiny = {**ADAM, "lr": 1e-6}
-    rig = Rig(study(local=tiny, protection={"ring_bits": 16}, schedule={"rounds": 4, "min_sites": 2}), tmp_path)
+    """Small steps, and a sum that is coarser by far: most of what the first round did is rounding."""
+    wide = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"features": 200}}
+    small = {"local": {**ADAM, "lr": 1e-4}, "protection": {"ring_bits": 16}, "task": wide}
+    rig = Rig(study(**small, schedule={"rounds": 4, "min_sites": 2}), tmp_path)
     honest = rig.sites["A"].handle
 
     def late(request: Message) -> Message:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import Rejected
+from wardround.federation.exchange import TRAIN
 from wardround.federation.methods.method import MODEL
 from wardround.federation.store import SiteStore
 from wardround.protection.compression import Codec
@@ -22,6 +23,8 @@ from wardround.wire.update import Layout, limits, scale_key
 
 Array = npt.NDArray[Any]
 _SECRET, _SEEN = "lint/secret", "lint/seen"
+# A site that was away for longer says so in its log where the model moved further than so many rounds explain.
+_AWAY = 4
 
 
 class Agreed(Protocol):
@@ -60,7 +63,7 @@ class Inspector:
     """Looks at the models that one site receives in one arm; what it remembers of them lies in the site's store.
 
     Where a `codec` sends a part of a change rounds later, nobody can say how far one round moves. `initial_scale` is
-    the study's.
+    the study's. `note` writes a record of an event into the site's log.
     """
 
     def __init__(
@@ -70,12 +73,14 @@ class Inspector:
         layout: Layout,
         codec: Codec,
         initial_scale: float,
+        note: Callable[[str, Mapping[str, Any]], None],
     ) -> None:
         self._site = site
         self._store = store
         self._layout = layout
         self._codec = codec
         self._initial_scale = initial_scale
+        self._note = note
         self._approved: dict[str, Array] = {}
         self._largest_scales: dict[str, float] = {}
 
@@ -90,8 +95,16 @@ class Inspector:
         sketcher = Sketcher(bytes.fromhex(self._store.promise(_SECRET, 0, secrets.token_hex(32))))
         reach = UNKNOWN if self._codec.lags else agreed.reach
         self._largest_scales = self._honest_scales(tensors, agreed.own_reach)
-        for finding in drift(self._seen(agreed, sketcher), tensors, number, reach, sketcher):
+        known = self._seen(agreed, sketcher)
+        for finding in drift(known, tensors, number, reach, sketcher):
             raise self._refusal(number, finding)
+        # Only the coordinator says how long the site was away. An honest one may be right: it is put on record.
+        for finding in drift(known, tensors, min(number, known.round + _AWAY), reach, sketcher):
+            said = (
+                f"{finding.tensor} {finding.text} in {_AWAY} rounds; {number - known.round} are said to lie in between"
+            )
+            self._note("security", {"kind": TRAIN, "round": number, "reason": said})
+            break
         names = agreed.trained
         return Seen(number, {name: sketcher.sketch(name, tensors[name]) for name in tensors if name in names}, {})
 

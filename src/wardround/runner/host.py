@@ -305,6 +305,8 @@ class Host:
             # Whoever pools data has all of them anyway.
             lint=name in self.sites.sites and self.sites.of(name).lint,
             initial_scale=self.study.protection.initial_scale,
+            rounds=self.study.schedule.rounds,
+            extends=self.study.protection.privacy is None,
         )
         threshold = blueprint.arm.threshold(self.study)
         roster = self._roster_path(blueprint.arm)

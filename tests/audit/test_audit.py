@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 
 import wardround
 from tests.hospitals import make_hospitals, write_study
-from wardround.audit.auditor import Effort
+from tests.toys import toy_sites, toy_study
+from wardround.audit.auditor import Auditor, Effort
 from wardround.audit.command import audit
 from wardround.audit.epsilon import Bound
 from wardround.audit.inversion import ATTACKS, Attack
 from wardround.audit.results import Audit, render
-from wardround.audit.signature import sign
+from wardround.audit.signature import identity_of, sign
 from wardround.cli import app
 from wardround.federation.store import SiteStore
 from wardround.protection.identity import Identity
@@ -272,3 +273,28 @@ def test_a_signature_speaks_for_the_site_of_its_report(signed: Path) -> None:
     study_sha256 = json.loads((signed / "audit.json").read_text())["study_sha256"]
     sign(signed, "Beta", study_sha256, Identity.generate())
     assert "speaks for another site" in _verify(signed).stderr
+
+
+def test_a_store_that_a_run_writes_is_only_looked_at(tmp_path: Path) -> None:
+    root = tmp_path / "run" / "work" / "sites" / "Alpha" / "federated"
+    store = SiteStore(root)
+    unfinished = [root / "blobs" / "a.draft", root / "blobs" / ("0" * 64)]
+    for path in unfinished:
+        path.touch()
+    identity = identity_of("Alpha", tmp_path / "out", tmp_path / "run", None, None)
+    assert identity.public == store.enrol().public
+    assert all(path.exists() for path in unfinished)
+
+
+def test_noise_that_sites_share_is_no_claim_of_one_site(tmp_path: Path) -> None:
+    study = toy_study(
+        protection={"secure": True, "privacy": {"noise": "distributed", "delta": 0.01, "patients_per_step": 4}},
+        method={"kind": "fedavg", "weights": "equal"},
+        schedule={"rounds": 3, "release": "last"},
+        local={"steps": 1, "optimizer": "sgd", "lr": 0.1},
+        task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"patients": 12}},
+    )
+    auditor = Auditor(study, toy_sites(tmp_path), "A", Effort.of(quick=True))
+    assert auditor.claim is None
+    assert auditor.epsilon() is None
+    assert "sites share the study's noise" in auditor.skipped[0]

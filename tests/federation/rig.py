@@ -84,6 +84,7 @@ class Rig:
                     replicates=0,
                     seed=study.seed,
                     codec=self.blueprint.codec,
+                    initial_scale=study.protection.initial_scale,
                 ),
                 lambda name=name: self.learner(name),
                 SiteStore(folder / "sites" / name),

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import pytest
+
 from wardround.federation.database import Database
 
 PARTIES = 8
@@ -29,3 +31,35 @@ def test_a_new_file_opened_by_many_at_once(tmp_path: Path) -> None:
             database = Database(file, SCHEMA)
             assert database.rows("SELECT count(*) FROM counts") == [(PARTIES,)]
             database.close()
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the system does not tell of its locks")
+def test_opening_a_file_again_leaves_the_locks_of_its_other_connections(tmp_path: Path) -> None:
+    """Closing any descriptor of a file takes all POSIX locks of the process from it, SQLite's too."""
+    file = tmp_path / "a.sqlite"
+    first = Database(file, SCHEMA)
+    first.rows("SELECT * FROM counts")
+
+    def held() -> set[str]:
+        inode = f":{file.stat().st_ino}"
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return {" ".join(line[1:]) for line in lines if any(part.endswith(inode) for part in line)}
+
+    before = held()
+    assert before
+    again = Database(file, SCHEMA)
+    assert before <= held()
+    again.close()
+    first.close()
+
+
+def test_files_that_others_could_read_are_closed_to_them_when_they_are_opened(tmp_path: Path) -> None:
+    file = tmp_path / "a.sqlite"
+    first = Database(file, SCHEMA)
+    files = [file, tmp_path / "a.sqlite-wal", tmp_path / "a.sqlite-shm"]
+    assert [path.stat().st_mode & 0o777 for path in files] == [0o600] * 3
+    for path in files:
+        path.chmod(0o644)
+    Database(file, SCHEMA).close()
+    assert [path.stat().st_mode & 0o777 for path in files] == [0o600] * 3
+    first.close()

@@ -19,13 +19,15 @@ from wardround.federation.private_training import Draw, PrivateTraining
 from wardround.federation.store import SiteStore
 from wardround.protection.compression import Codec
 from wardround.protection.discrete_gaussian import discrete_gaussians, epsilon_of_zcdp, squared_norm
-from wardround.protection.lattice import Lattice
+from wardround.protection.lattice import Lattice, LatticeCodec
 from wardround.protection.ledger import Ledger
 from wardround.protection.privacy import Purse, Terms
 from wardround.protection.rotation import unrotate
 from wardround.protection.secret import SecretRoot
 from wardround.runner import session
-from wardround.wire.ring import ExactSum, Ring, whole_elements
+from wardround.wire.ring import ExactSum, Ring, levels, whole_elements
+from wardround.wire.tensors import TensorInfo
+from wardround.wire.update import Aggregate, Group, Layout, encode, scale_key
 
 LATTICE = Lattice(step=1e-3, deviation=50, bound=720**2, parties=3, dimension=65)
 
@@ -173,3 +175,26 @@ def test_comparisons_and_buffers_are_refused(tmp_path: Path) -> None:
     host = session.open_host(_study({"norm": True}), toy_sites(tmp_path), tmp_path / "out", (), (), None)
     with pytest.raises(StudyError, match="averaged and not trained"):
         host.blueprint("federated")
+
+
+def test_scales_stay_finite_however_tight_the_ring() -> None:
+    """Sums near the end of the ring would make scales that follow them grow in every round."""
+    info = TensorInfo("w", "float32", (4,))
+    layout = Layout((Group(MODEL, (info,), 24),), max_sites=256)
+    codec = LatticeCodec(0, frozenset(), -0.5)
+    top = levels(layout.bits_of(layout.groups[0]))
+    scales = {scale_key(MODEL, "w"): 0.2}
+    changes = np.array([top, -top, 7, 0])
+    expected = None
+    for number in range(1, 1001):
+        total = ExactSum(layout.segments)
+        for site in range(3):
+            chunks = encode(layout, scales, {MODEL: 1.0}, {MODEL: {"w": changes}}, {}, np.random.default_rng(site))
+            total.add(b"".join(bytes(chunk) for chunk in chunks), 0)
+        aggregate = Aggregate(layout, total, scales)
+        found = codec.restore(1, layout, aggregate).total(MODEL, "w")
+        expected = found if expected is None else expected
+        assert np.allclose(found, expected, rtol=1e-9)
+        scales, saturated = codec.next_scales(aggregate, first=number == 1)
+        assert not saturated
+    assert scales == {scale_key(MODEL, "w"): 0.2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,53 @@ def test_the_model_of_round_1_must_be_the_one_that_the_study_starts_with(tmp_pat
     assert "moved by 0.849 since round 1, and no round lies in between" in reply.header.meta["reason"]
 
 
+def test_a_number_beyond_the_study_is_refused_and_a_long_absence_is_on_record(tmp_path: Path) -> None:
+    rig = Rig(study(schedule={"rounds": 40}), tmp_path)
+    site = rig.sites["A"]
+    object.__setattr__(site.rules, "rounds", 40)
+    state = rig.start()
+    assert ask(rig, state, 1).header.kind == UPDATE
+    far = planted(rig, state, moved)
+    assert "the study ends with round 40" in ask(rig, far, 10**9).header.meta["reason"]
+    assert "moved by" in ask(rig, far, 5).header.meta["reason"]
+    # A site that was away for long goes on, and says what it could not tell.
+    assert ask(rig, far, 40).header.kind == UPDATE
+    events = [e for e in site.minutes.record.entries() if e.event == "security"]
+    assert "39 are said to lie" in events[-1].payload["reason"]
+    # Void rounds come on top, as many as may be.
+    call = rig.coordinator._call(TRAIN, state, 41, {"keep": [], "validate": False, "void": [7]}, rig.blueprint.layout)
+    assert "the study ends" not in str(site.handle(call.message("A")).header.meta.get("reason"))
+    lies = {"keep": [], "validate": False, "void": list(range(1, 10_000))}
+    call = rig.coordinator._call(TRAIN, state, 10_000, lies, rig.blueprint.layout)
+    assert "the study ends with round 180" in site.handle(call.message("A")).header.meta["reason"]
+
+
+def test_scales_that_no_honest_round_comes_to_allow_nothing(tmp_path: Path) -> None:
+    rig = Rig(study(), tmp_path)
+    state = rig.start()
+    huge = replace(state, scales=dict.fromkeys(state.scales, 1e9))
+    assert ask(rig, huge, 1).header.kind == UPDATE
+    assert "2.weight moved by" in ask(rig, planted(rig, state, moved), 2).header.meta["reason"]
+
+
+def test_a_site_that_joins_late_is_not_misled_by_a_coarse_ring(tmp_path: Path) -> None:
+    """Small steps, and a sum that is coarser by far: most of what the first round did is rounding."""
+    wide = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"features": 200}}
+    small = {"local": {**ADAM, "lr": 1e-4}, "protection": {"ring_bits": 16}, "task": wide}
+    rig = Rig(study(**small, schedule={"rounds": 4, "min_sites": 2}), tmp_path)
+    honest = rig.sites["A"].handle
+
+    def late(request: Message) -> Message:
+        if request.header.round <= 2:
+            return request.reply(ERROR, meta={"reason": "away"})
+        return honest(request)
+
+    rig.sites["A"].handle = late  # type: ignore[method-assign]
+    rig.train()
+    reports = {report.round: report for report in rig.journal.reports()}
+    assert [set(reports[number].missing) for number in (1, 2, 3, 4)] == [{"A"}, {"A"}, set(), set()]
+
+
 def test_a_round_goes_on_without_the_site_that_refuses(tmp_path: Path) -> None:
     rig = Rig(study(schedule={"rounds": 3, "min_sites": 2}), tmp_path)
     honest = rig.sites["B"].handle
@@ -217,6 +265,20 @@ def test_the_largest_ratio_of_adam_is_reached_by_the_gradients_that_cauchy_names
     assert adam_ratio(1) == pytest.approx(1.0)
     assert adam_ratio() == pytest.approx(7.27, abs=0.01)
     assert adam_ratio(None, 0.99, 0.9) == math.inf
+    for betas in ((0.9, 0.999), (0.5, 0.25), (0.9, 0.5)):
+        q = betas[0] ** 2 / betas[1]
+        total = math.sqrt(sum(q**k for k in range(7)) / (1.0 - betas[1])) * (1.0 - betas[0])
+        corrected = total * math.sqrt(1.0 - betas[1] ** 7) / (1.0 - betas[0] ** 7)
+        assert adam_ratio(7, *betas) == pytest.approx(corrected, rel=1e-12)
+
+
+def test_a_long_round_is_bounded_at_once() -> None:
+    began = time.process_time()
+    many = local_reach(Local(steps=20_000, optimizer="adam", lr=1.0)).value
+    assert time.process_time() - began < 1.0
+    # Far from the start every step has the ratio that it can have ever.
+    further = local_reach(Local(steps=20_001, optimizer="adam", lr=1.0)).value
+    assert further - many == pytest.approx(adam_ratio(), rel=1e-6)
 
 
 def test_a_method_that_cannot_say_is_not_asked() -> None:

@@ -21,10 +21,11 @@ from wardround.errors import JournalError, NotEnoughSites, StudyError
 from wardround.federation.gradients import BatchedGradients, ExactGradients, autograd
 from wardround.federation.private_training import Draw, PrivateTraining, clipped, refuse_shared_statistics
 from wardround.federation.store import SiteStore
-from wardround.protection.ledger import Ledger
+from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.privacy import Purse, Terms
 from wardround.protection.secret import SecretRoot
 from wardround.runner import session
+from wardround.runner.privacy import SHARED, statement
 
 CLIP = 0.7
 
@@ -273,3 +274,19 @@ def test_pooling_and_data_without_owners_are_refused(tmp_path: Path) -> None:
     assert points.owners() == [p for p in range(8) for _ in range(2)]
     with pytest.raises(StudyError, match=r"owners\(\)"):
         PrivateTraining(Regression(), _Images(torch.zeros(2)), None, "s", "a")  # type: ignore[arg-type]
+
+
+def test_an_epsilon_that_rests_on_shared_noise_of_another_study_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    host = session.open_host(_study(), toy_sites(tmp_path), out, (), (), None)
+    purse = host.purses.of("A", host.dataset("A"))
+    told = statement(host.study, "study", iter([("A", purse)]))
+    assert told is not None
+    assert SHARED not in told["note"]
+    entry = Entry("another", "federated", 1, 1, 0.25, 5.0, "c", "i", "then", rho=0.01)
+    purse.ledger.spend(entry, lambda entries: None)
+    told = statement(host.study, "study", iter([("A", purse)]))
+    assert told is not None
+    assert (told["sites"]["A"]["epsilon"], told["noise"]) == (0.0, "site")
+    assert told["sites"]["A"]["epsilon_ledger"] > 0.0
+    assert SHARED in told["note"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -469,3 +470,19 @@ def test_a_laptop_run_leaves_whole_logs_for_every_arm_masked_or_not(tmp_path: Pa
     events = {entry.event for log in found.logs for entry in log.entries}
     assert {"opened", "accepted", "committed", "released", "survivors", "signed", "sent", "anchored"} <= events
     assert all(log.entries[0].payload["key"] for log in found.logs if "sites" in log.name and "federated" in log.name)
+
+
+def test_a_record_of_a_process_that_died_is_synced_before_anybody_relies_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / LOG
+    # What a process wrote and was killed before it could sync.
+    Record(path, "site A", {"study": "s"}).note("sent", {"round": 1})
+    synced: list[int] = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino) or sync(file))
+    again = Record(path, "site A", {"study": "s"})
+    again.note("sent", {"round": 1}, sync=True)
+    assert synced == [path.stat().st_ino, tmp_path.stat().st_ino]
+    again.note("sent", {"round": 1}, sync=True)
+    assert len(synced) == 2

@@ -166,6 +166,34 @@ def test_a_lost_round_is_void_and_its_number_is_never_used_again(tmp_path: Path)
     assert [r.validation is None for r in reports] == [True, False, False]
 
 
+PRIVATE = {
+    "protection": {"secure": True, "privacy": {"patients_per_step": 2, "noise_multiplier": 1.0, "epsilon": 100.0}},
+    "method": {"kind": "fedavg", "weights": "equal"},
+    "schedule": {"release": "last"},
+}
+
+
+def test_a_void_round_of_a_private_study_uses_up_the_schedule(tmp_path: Path) -> None:
+    """It was paid for, and the budget is for the rounds of the schedule."""
+    secure = SecureRig(study_of(**PRIVATE), tmp_path)
+    secure.line.lose = lambda m: m.header.kind == REVEAL and m.header.site in "AB" and m.header.round in (2, 3)
+    secure.train()
+    assert [report.round for report in secure.journal.reports()] == [1]
+    released = secure.coordinator.release()
+    assert (released.number, released.state.round) == (1, 1)
+    # Whoever goes on finds nothing left to do.
+    secure.restart_coordinator()
+    secure.train()
+    assert {m.header.round for m in secure.sent_to("C", TRAIN)} == {1, 2, 3}
+
+
+def test_a_private_study_of_void_rounds_alone_releases_nothing(tmp_path: Path) -> None:
+    secure = SecureRig(study_of(rounds=2, **PRIVATE), tmp_path)
+    secure.line.lose = lambda m: m.header.kind == REVEAL and m.header.site in "AB"
+    with pytest.raises(NotEnoughSites, match="all 2 rounds were void"):
+        secure.train()
+
+
 def test_what_was_learned_in_a_void_round_is_forgotten(tmp_path: Path) -> None:
     study = study_of(local={"steps": 2, "batch": 2, "optimizer": "adam", "lr": 0.1, "optimizer_state": "keep"})
     secure = SecureRig(study, tmp_path)

@@ -177,7 +177,7 @@ class Auditor:
     def epsilon(self) -> Bound | None:
         """Canaries in the mechanism that is claimed, beside the site's own gradients."""
         if self.claim is None:
-            self.skipped.append("epsilon: no differential privacy is claimed, so there is no bound to test")
+            self.skipped.append(f"epsilon: {self._why_no_claim}")
             return None
         self._load()
         gradients = np.stack([self._flat(self._batch(i)) for i in self._spread(16)]).astype(np.float64)
@@ -247,12 +247,27 @@ class Auditor:
             members = len(self.study.training_sites)
             summed = [self._victim([self._neighbours(i, members)]) for i in chosen[:few]]
             found.append((f"sum over {members} sites, 1 image each", strongest, summed))
-            found.append((noisy, strongest, [self._victim([i], noise, seed + i) for i in chosen[:few]]))
+            if self._shared_noise:
+                self.skipped.append(f"lone update with DP noise: {self._why_no_claim}")
+            else:
+                found.append((noisy, strongest, [self._victim([i], noise, seed + i) for i in chosen[:few]]))
             if self.study.protection.privacy is None:
                 found.append((f"as sent: {self._own_words}", strongest, [self._as_sent()]))
             else:
                 self.skipped.append("the update as sent: making one more with privacy would spend of the budget")
         return found
+
+    @property
+    def _shared_noise(self) -> bool:
+        """Whether the study's noise is in sums alone, and no other was claimed."""
+        privacy = self.study.protection.privacy
+        return self.claim is None and privacy is not None and privacy.noise == "distributed"
+
+    @property
+    def _why_no_claim(self) -> str:
+        if self._shared_noise:
+            return "sites share the study's noise, which covers sums over sites and no site's own update"
+        return "no differential privacy is claimed, so there is no bound to test"
 
     @property
     def _own_words(self) -> str:
@@ -380,9 +395,12 @@ def _model_path(model: Path | None) -> Path | None:
 
 
 def _claimed(study: Study, site: str, dataset: Dataset) -> Claim | None:
-    """What the study claims of a site's privacy for the federated model: its own noise, and epsilon from that."""
+    """What the study claims of a site's privacy for the federated model: its own noise, and epsilon from that.
+
+    Nothing where sites share the noise: none of them adds enough for a claim of its own.
+    """
     privacy = study.protection.privacy
-    if privacy is None:
+    if privacy is None or privacy.noise == "distributed":
         return None
     steps = study.schedule.rounds * study.local.steps
     terms = terms_of(privacy, site, training_patients(dataset), steps)

@@ -36,7 +36,8 @@ def identity_of(site: str, out: Path, run: Path | None, store: Path | None, vaul
     """
     used = None if run is None else run / "work" / "sites" / site / FEDERATED
     root = store or (used if used is not None and used.is_dir() else out.absolute().parent / "identity" / site)
-    opened = SiteStore(root, vault)
+    # A run may be at work there: its unfinished files are left alone.
+    opened = SiteStore(root, vault, tidy=False)
     try:
         return enrol(opened)
     finally:

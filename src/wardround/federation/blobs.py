@@ -25,11 +25,11 @@ class Draft:
 class Blobs:
     """A folder of content-addressed files."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, tidy: bool = True) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
         # A killed process leaves its drafts behind; nothing refers to them.
-        for draft in root.glob("*.draft"):
+        for draft in root.glob("*.draft") if tidy else ():
             draft.unlink(missing_ok=True)
 
     @contextmanager

@@ -29,7 +29,7 @@ from wardround.federation.minutes import CoordinatorMinutes
 from wardround.protection.compression import PLAIN, Codec
 from wardround.wire.message import FileBody, Message
 from wardround.wire.tensors import TensorFile, TensorWriter
-from wardround.wire.update import Aggregate, Layout, next_scales, scale_key
+from wardround.wire.update import Aggregate, Layout, scale_key
 
 Array = npt.NDArray[Any]
 
@@ -59,6 +59,8 @@ class Plan:
     validate_every: int = 1
     release: str = "best"
     keep: int = 2
+    #: Whether void rounds come on top of `rounds`. With privacy they are paid for, and the budget is for `rounds`.
+    extends: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ class Coordinator:
         """
         plan = self._plan
         reasons: list[str] = []
-        # The number of a void round is used up: the study ends that many numbers later.
-        while state.round < plan.rounds + len(self._journal.void(TRAIN)):
+        # The number of a void round is used up: the study ends that many numbers later, or without it.
+        while self._next_number(state) <= plan.rounds + (len(self._journal.void(TRAIN)) if plan.extends else 0):
             try:
                 state, report = self._round(state)
             except Void as void:
@@ -136,6 +138,11 @@ class Coordinator:
                 continue
             reasons.clear()
             yield report
+        if not state.round:
+            raise NotEnoughSites(
+                f"{plan.arm}: all {plan.rounds} rounds were void, and protection.privacy leaves no budget for others. "
+                "Mend the cause and start again in another folder"
+            )
         if plan.validate_every and self._missing_validation(state.round):
             evaluate = self._call(EVALUATE, state, state.round, {"split": "validation"}, plan.metrics_layout)
             try:
@@ -148,10 +155,12 @@ class Coordinator:
     def release(self) -> Release:
         """The released round: the best by validation, or the last."""
         number = self._best() if self._plan.release == "best" else None
-        number = self._plan.rounds + len(self._journal.void(TRAIN)) if number is None else number
-        released = Release(number, self._journal.state(number))
+        state = self._journal.latest() if number is None else self._journal.state(number)
+        if state is None:
+            raise JournalError(f"{self._plan.arm}: there is no round to release")
+        released = Release(state.round, state)
         self._journal.check(released.state)
-        self._minutes.released(number, released.state.public_sha256)
+        self._minutes.released(released.number, released.state.public_sha256)
         return released
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -221,7 +230,7 @@ class Coordinator:
 
     def _round(self, state: State) -> tuple[State, RoundReport]:
         plan, void = self._plan, self._journal.void(TRAIN)
-        number = next(n for n in count(state.round + 1) if n not in void)
+        number = self._next_number(state)
         began, self._waited = time.perf_counter(), 0.0
         skipped = sorted(n for n in void if n > state.round)
         # What was known when the round was first asked for, so that a resumed run asks the very same.
@@ -237,7 +246,7 @@ class Coordinator:
         aggregate = exchange.aggregate()
         if validate:
             self._amend(state.round, aggregate)
-        scales, saturated = next_scales(aggregate, plan.codec.count, first=state.round == 0)
+        scales, saturated = plan.codec.next_scales(aggregate, first=state.round == 0)
         restored = plan.codec.restore(number, plan.layout, aggregate)
         following = self._write(
             number, scales, lambda write: self._method.apply(state.public, state.private, restored, write)
@@ -274,6 +283,11 @@ class Coordinator:
         self._minutes.committed(number)
         self._forget(number)
         return following, report
+
+    def _next_number(self, state: State) -> int:
+        """The number of the round that follows a state: the first that no void round has used up."""
+        void = self._journal.void(TRAIN)
+        return next(n for n in count(state.round + 1) if n not in void)
 
     def _write(self, number: int, scales: Mapping[str, float], fill: Callable[[Writers], None]) -> State:
         blobs = self._journal.blobs

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wardround.errors import JournalError
 from wardround.federation.blobs import disk_error, sync_folder
 
 _PATIENCE = 30.0  # seconds that a process waits for another one's lock
+_CREATING = threading.Lock()
 
 
 class Database:
@@ -24,11 +26,8 @@ class Database:
     def __init__(self, path: Path, schema: str) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # It may hold keys: nobody else on the machine reads it, nor the files that SQLite puts beside it.
-            new = not path.exists()
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            if new:
-                sync_folder(path.parent)
+            _create(path)
+            _close_to_others(path)
             # Autocommit mode: transactions begin and end where the code says so.
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE, check_same_thread=False)
             _use_write_ahead_log(self._connection)
@@ -70,6 +69,29 @@ class Database:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+
+def _create(path: Path) -> None:
+    """Make a new file that nobody else on the machine reads, as it may hold keys; SQLite gives its mode to the files
+    that it puts beside it.
+
+    An existing file is never opened here: POSIX takes all locks of a process from a file once any of its descriptors is
+    closed, those of SQLite's own connections too.
+    """
+    with _CREATING, suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        sync_folder(path.parent)
+
+
+def _close_to_others(path: Path) -> None:
+    """Take from others the right to read files that a copy, or an earlier version, left open to them.
+
+    What the user does not own, and file systems without modes, stay as they are.
+    """
+    for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+        with suppress(FileNotFoundError, PermissionError):
+            if file.stat().st_mode & 0o077:
+                file.chmod(0o600)
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:

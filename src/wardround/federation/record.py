@@ -151,7 +151,7 @@ class Record:
         self._signer = signer
         self._offset = 0
         self._next = 0
-        self._unsynced, self._named = False, path.exists()
+        self._unsynced, self._named = False, False
         self.head, self._newest = START, ""
         self._key: str | None = None
         self._signs: frozenset[str] = frozenset()
@@ -229,6 +229,8 @@ class Record:
         os.lseek(file, self._offset, os.SEEK_SET)
         with os.fdopen(os.dup(file), "rb") as stream:
             for line in stream:
+                # Whoever wrote it may have died before it was on disk, and so may the file's name.
+                self._unsynced, self._named = True, False
                 if not line.endswith(b"\n"):
                     # A process died while it wrote; nobody was told of what it did not finish.
                     os.ftruncate(file, self._offset)

@@ -28,13 +28,15 @@ from wardround.protection.compression import PLAIN, Codec
 from wardround.protection.gates import check_body
 from wardround.tasks.metrics import replicate_weights
 from wardround.tasks.task import Split
-from wardround.wire.message import FileBody, Message
+from wardround.wire.message import FileBody, Header, Message
 from wardround.wire.random import public_generator
 from wardround.wire.tensors import TensorFile
 from wardround.wire.update import Layout, encode, limits
 
 Array = npt.NDArray[Any]
 log = logging.getLogger(__name__)
+# Void rounds that a site believes in beyond as many as the study has rounds: three in a row already stop a run.
+_MOST_VOID = 100
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Evaluator(Protocol):
 class Rules:
     """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
 
-    With `lint` it looks at every model before it trains on it (`Inspector`).
+    With `lint` it looks at every model before it trains on it (`Inspector`). There are so many `rounds`, where they are
+    known, and one more for each void one where that `extends` the study.
     """
 
     identity: str
@@ -104,6 +107,9 @@ class Rules:
     egress: EgressRules = OPEN
     codec: Codec = PLAIN
     lint: bool = True
+    initial_scale: float = 0.2
+    rounds: int | None = None
+    extends: bool = True
 
 
 class Site:
@@ -129,8 +135,8 @@ class Site:
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
-        layout, lags = rules.layout, rules.codec.lags
-        self._inspector = Inspector(name, store, layout, lags=lags) if rules.lint else None
+        inspector = Inspector(name, store, rules.layout, rules.codec, rules.initial_scale, self.minutes.note)
+        self._inspector = inspector if rules.lint else None
 
     def handle(self, request: Message) -> Message:
         """Answer a message: from the store if it was answered before, otherwise by doing what it asks."""
@@ -247,7 +253,19 @@ class Site:
                 f"site {self.name} has gone on to round {last} and is asked for round {header.round}: the coordinator "
                 "was restored from an older copy, or is not the one it was. Restore its newest copy"
             )
+        if header.kind == TRAIN:
+            self._check_end(header)
         self.minutes.check(header, last)
+
+    def _check_end(self, header: Header) -> None:
+        """Refuse a round after the study's last: a number too high would explain any move of the model."""
+        rules = self.rules
+        if rules.rounds is None:
+            return
+        void = {int(number) for number in header.meta.get("void", ())}
+        end = rules.rounds + (min(len(void), rules.rounds + _MOST_VOID) if rules.extends else 0)
+        if header.round > end:
+            raise Rejected(f"site {self.name} is asked for round {header.round}, and the study ends with round {end}")
 
     def _answer(self, request: Message) -> Answer:
         if request.header.kind in self._protocol.kinds:

@@ -56,16 +56,18 @@ class SiteStore:
     """The transactional store of one site in one arm.
 
     With a `vault`, memories and facts are sealed before they are written; what was or will be sent is not. Raises
-    `JournalError` for another vault than the store began with.
+    `JournalError` for another vault than the store began with. Whoever only looks, perhaps beside a run that writes, is
+    not to `tidy`.
     """
 
-    def __init__(self, root: Path, vault: Vault | None = None) -> None:
+    def __init__(self, root: Path, vault: Vault | None = None, *, tidy: bool = True) -> None:
         self.root = root
         self._vault = vault
-        self.blobs = Blobs(root / "blobs")
+        self.blobs = Blobs(root / "blobs", tidy=tidy)
         self._database = Database(root / "store.sqlite", _SCHEMA)
         # What a killed process wrote before its transaction: nothing refers to it.
-        self.blobs.keep(self._named())
+        if tidy:
+            self.blobs.keep(self._named())
         self._check_vault()
 
     def _check_vault(self) -> None:

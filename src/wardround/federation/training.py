@@ -216,7 +216,18 @@ class Learner:
     @property
     def reach(self) -> Reach:
         """How far a round of the study can move them."""
-        return self._method.reach(local_reach(self._local))
+        return self._method.reach(self.own_reach)
+
+    @property
+    def own_reach(self) -> Reach:
+        """How far the steps of one site go in a round."""
+        return local_reach(self._local)
+
+    @property
+    def least_weights(self) -> dict[str, float]:
+        """The smallest weights that the site can have in a round, known before it trains."""
+        worst = math.inf if self._method.weights == "validation" else None
+        return self._method.group_weights(Facts(len(self.dataset), worst), self._groups)
 
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
         """Put tensors into the model by name; all others get their initial values."""

@@ -19,7 +19,7 @@ from wardround.study import protection as study
 from wardround.wire.random import public_generator
 from wardround.wire.sparse import DENSE, Form, Sparse, kept
 from wardround.wire.tensors import TensorInfo
-from wardround.wire.update import Aggregate, Floats, Group, Layout, scale_key
+from wardround.wire.update import Aggregate, Floats, Group, Layout, next_scales, scale_key
 
 Array = npt.NDArray[Any]
 Changes = Mapping[str, Mapping[str, Array]]
@@ -39,6 +39,8 @@ class Codec:
     whole: frozenset[str] = frozenset()
     #: Whether a part of a change waits at the site and is sent in a later round.
     lags: ClassVar[bool] = False
+    #: Whether values are sent rotated: one of them may then be as large as its whole tensor.
+    turns: ClassVar[bool] = False
 
     @property
     def form(self) -> Form:
@@ -66,6 +68,10 @@ class Codec:
         """The sum of the sites' changes in the method's layout, from the sum of what they sent."""
         return aggregate
 
+    def next_scales(self, aggregate: Aggregate, *, first: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """The scales of the next round and the shares of saturated values (`wire.update.next_scales`)."""
+        return next_scales(aggregate, self.count, first=first)
+
     def signs(self, number: int, group: str, tensor: str) -> np.random.Generator:
         """Public randomness for the rotation of a tensor in a round, the same at every site and at the coordinator."""
         return public_generator(self.seed, number, "rotation", group, tensor)
@@ -77,6 +83,8 @@ PLAIN = Codec()
 @dataclass(frozen=True)
 class RotationCodec(Codec):
     """Rotates each tensor, so that no large value makes the steps of all others coarse; shapes stay."""
+
+    turns = True
 
     def compress(
         self, number: int, changes: Changes, memory: Mapping[str, Array], limits: Mapping[str, float]

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,10 @@ class Reach:
         """The length by which a tensor of `size` values and of that length can move."""
         return min(self.value * math.sqrt(size), self.norm) + self.decay * length
 
+    def of_one(self, length: float) -> float:
+        """How far one value of a tensor of that length can move, where `value` holds for each of them."""
+        return min(self.value, self.norm) + self.decay * length
+
 
 UNKNOWN = Reach()
 
@@ -67,7 +72,7 @@ def local_reach(local: Local) -> Reach:
     if local.optimizer_state == "keep":
         moved = steps * _largest_ratio()
     else:
-        moved = local.lr * sum(adam_ratio(step) for step in range(1, local.steps + 1))
+        moved = local.lr * _from_rest(local.steps)
     return Reach(value=moved, decay=steps * local.weight_decay if local.optimizer == "adamw" else 0.0)
 
 
@@ -81,9 +86,15 @@ def adam_ratio(step: int | None = None, beta1: float = 0.9, beta2: float = 0.999
     q = beta1**2 / beta2
     if step is None:
         return (1.0 - beta1) / math.sqrt((1.0 - beta2) * (1.0 - q)) if q < 1.0 else math.inf
-    total = sum(q**k for k in range(min(step, 10_000)))
+    total = (1.0 - q**step) / (1.0 - q) if q != 1.0 else float(step)
     ratio = (1.0 - beta1) * math.sqrt(total / (1.0 - beta2))
     return ratio * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)
+
+
+@lru_cache(maxsize=8)
+def _from_rest(steps: int) -> float:
+    """The sum of the largest ratios of so many first steps: asked for again in every round."""
+    return sum(adam_ratio(step) for step in range(1, steps + 1))
 
 
 def _largest_ratio() -> float:

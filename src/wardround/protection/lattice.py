@@ -96,6 +96,10 @@ class LatticeCodec(Codec):
         """The integers as they are, within what the ring can say: nothing is kept."""
         return changes, {}
 
+    def next_scales(self, aggregate: Aggregate, *, first: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """The same for ever: they bound nothing here, and following a sum near the ring's end they would overflow."""
+        return dict(aggregate.scales), {}
+
     def restore(self, number: int, layout: Layout, aggregate: Aggregate) -> Aggregate:
         """The sum, in the unit of the model and rotated back."""
         bits = {group.name: layout.bits_of(group) for group in layout.groups}

@@ -191,6 +191,7 @@ class Host:
             validate_every=schedule.validate_every,
             release=schedule.release,
             keep=schedule.keep,
+            extends=self.study.protection.privacy is None,
         )
 
     def find(self, header: Header) -> Site:
@@ -302,6 +303,9 @@ class Host:
             codec=blueprint.codec,
             # Whoever pools data has all of them anyway.
             lint=name in self.sites.sites and self.sites.of(name).lint,
+            initial_scale=self.study.protection.initial_scale,
+            rounds=self.study.schedule.rounds,
+            extends=self.study.protection.privacy is None,
         )
         threshold = blueprint.arm.threshold(self.study)
         roster = self._roster_path(blueprint.arm)

@@ -128,7 +128,10 @@ def statement(study: Study, study_sha256: str, purses: Iterator[tuple[str, Purse
     rules, secure = study.protection.privacy, study.protection.secure
     if rules is None:
         return {"secure": True, "unit": None, "epsilon": None} if secure else None
-    sites = {site: _site(purse, study_sha256) for site, purse in purses}
+    opened = dict(purses)
+    sites = {site: _site(purse, study_sha256) for site, purse in opened.items()}
+    # A ledger may hold rounds of another study, whose noise was shared.
+    shared = any(entry.rho > 0.0 for purse in opened.values() for entry in purse.ledger.entries())
     return {
         "secure": secure,
         "unit": "patient",
@@ -138,7 +141,7 @@ def statement(study: Study, study_sha256: str, purses: Iterator[tuple[str, Purse
         "noise": rules.noise,
         "accountant": rules.accountant,
         "sites": sites,
-        "note": " ".join((words(rules), SCOPE, *([SHARED] if rules.noise == "distributed" else []))),
+        "note": " ".join((words(rules), SCOPE, *([SHARED] if shared or rules.noise == "distributed" else []))),
     }
 
 

@@ -10,11 +10,12 @@ from typing import Any
 from tests.toys import toy_sites
 from wardround.engines.local import LocalEngine
 from wardround.federation.coordinator import Coordinator
+from wardround.federation.examples import ExampleStream, SiteExamples
 from wardround.federation.exchange import Engine, ExchangeFactory, PlainSum
 from wardround.federation.journal import Journal, State
 from wardround.federation.site import Rules, Site, SiteProtocol
 from wardround.federation.store import SiteStore
-from wardround.federation.training import ExampleStream, Learner, SiteExamples
+from wardround.federation.training import Learner
 from wardround.runner.host import Host
 from wardround.study.schema import Study
 from wardround.wire.message import Message

@@ -10,7 +10,8 @@ import pytest
 
 from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError
-from wardround.federation.training import ExampleStream, SiteExamples, UnionExamples, learning_rate
+from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
+from wardround.federation.training import learning_rate
 from wardround.runner.arms import arms_of
 from wardround.runner.host import Host
 from wardround.runner.session import open_host, run

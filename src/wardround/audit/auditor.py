@@ -24,9 +24,10 @@ from wardround.audit.results import PARTS, Audit, Control, Part, Pictured
 from wardround.audit.scores import Row, Trial, row, score
 from wardround.audit.victims import Noise, control_victim, singles, victim_of
 from wardround.errors import DataError, StudyError
+from wardround.federation.examples import ExampleStream, SiteExamples
 from wardround.federation.private_training import training_patients
 from wardround.federation.store import NOTHING
-from wardround.federation.training import ExampleStream, SiteExamples, build_optimizer
+from wardround.federation.training import build_optimizer
 from wardround.protection.lint import Finding, architecture_sha256
 from wardround.protection.privacy import terms_of
 from wardround.runner.arms import FEDERATED

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import WardroundError
+from wardround.federation.examples import Examples
 from wardround.federation.methods.method import Facts, LocalRound, Method
 from wardround.federation.momentum import averaged
 from wardround.federation.policy import Parameter, Policy
@@ -68,67 +69,6 @@ class Workbench:
     def initial_values(self) -> dict[str, Array]:
         """The initial values of the whole model, shared and private parts alike."""
         return {name: tensor.numpy() for name, tensor in self.initial.items()}
-
-
-class ExampleStream:
-    """An endless shuffled pass over a site's training examples; round r reads its own stretch of it.
-
-    So what a site processes depends on its name, the seed and the round, and not on the arm.
-    """
-
-    def __init__(self, size: int, seed: int, site: str) -> None:
-        self._size, self._seed, self._site = size, seed, site
-
-    def take(self, start: int, count: int) -> list[int]:
-        """The examples at positions [start, start + count)."""
-        taken: list[int] = []
-        position = start
-        while len(taken) < count:
-            epoch, offset = divmod(position, self._size)
-            order = public_generator(self._seed, self._site, epoch, "shuffle").permutation(self._size)
-            part = order[offset : offset + count - len(taken)]
-            taken.extend(int(i) for i in part)
-            position += len(part)
-        return taken
-
-
-class Examples(Protocol):
-    """Which examples a site processes in a round, in order."""
-
-    def of_round(self, number: int, per_round: int) -> list[int]:
-        """The indices of round `number` (from 1)."""
-        ...
-
-
-@dataclass(frozen=True)
-class SiteExamples:
-    """One site's stretch of its own stream."""
-
-    stream: ExampleStream
-
-    def of_round(self, number: int, per_round: int) -> list[int]:
-        """The indices of round `number`."""
-        return self.stream.take((number - 1) * per_round, per_round)
-
-
-@dataclass(frozen=True)
-class UnionExamples:
-    """What all sites process in a round, shuffled together: the pooled arm."""
-
-    streams: tuple[ExampleStream, ...]
-    offsets: tuple[int, ...]
-    seed: int
-
-    def of_round(self, number: int, per_round: int) -> list[int]:
-        """The indices of round `number`; `per_round` counts all sites together."""
-        each = per_round // len(self.streams)
-        union = [
-            offset + index
-            for stream, offset in zip(self.streams, self.offsets, strict=True)
-            for index in stream.take((number - 1) * each, each)
-        ]
-        public_generator(self.seed, "pooled", number, "shuffle").shuffle(union)
-        return union
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from wardround.errors import StudyError, WardroundError
 from wardround.federation.coordinator import Plan
 from wardround.federation.egress import OPEN, EgressRules, strictest
+from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.federation.exchange import ExchangeFactory, PlainSum
 from wardround.federation.journal import Journal
 from wardround.federation.layouts import evaluation_metrics, round_metrics, validation_metrics
@@ -27,7 +28,7 @@ from wardround.federation.robust import robust_mean
 from wardround.federation.secure import SecureUpload, secure_sum
 from wardround.federation.site import Rules, Site
 from wardround.federation.store import SiteStore
-from wardround.federation.training import ExampleStream, Learner, SiteExamples, UnionExamples, Workbench
+from wardround.federation.training import Learner, Workbench
 from wardround.federation.vault import Vault
 from wardround.physics.scanners import protocol_features
 from wardround.protection.compression import Codec, build_codec

@@ -10,8 +10,9 @@ messages and the fixed point around it.
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -222,6 +223,41 @@ class Cell:
     rejected: float
 
 
+SETS: dict[str, Callable[[], Images]] = {"digits": digits, "pneumonia": pneumonia}
+# Images, rule, share of malicious sites, attack, Dirichlet's alpha, seeds.
+Job = tuple[str, str, float, str | None, float, tuple[int, ...]]
+
+
+def prepare() -> None:
+    """What every process sets before it computes."""
+    torch.set_num_threads(1)
+    # Attacks overflow on purpose.
+    np.seterr(over="ignore", invalid="ignore")
+
+
+@cache
+def images_of(name: str) -> Images:
+    """A set of images, read once a process."""
+    return SETS[name]()
+
+
+@cache
+def honest(name: str, seed: int, alpha: float) -> float:
+    """The accuracy of the plain mean of honest sites."""
+    return federate(images_of(name), *defence_of(None, 0.2), None, 0, seed, alpha).accuracy
+
+
+def cell(job: Job) -> Cell:
+    """One cell of the tables."""
+    name, rule, share, attack, alpha, seeds = job
+    images, (defence, momentum) = images_of(name), defence_of(RULES[rule], share)
+    kept, runs = [], []
+    for seed in seeds:
+        runs.append(federate(images, defence, momentum, attack, round(share * SITES), seed, alpha))
+        kept.append((runs[-1].accuracy - images.chance) / (honest(name, seed, alpha) - images.chance))
+    return Cell(*(float(np.mean(v)) for v in (kept, [r.success for r in runs], [r.rejected for r in runs])))
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--rules", default=",".join(RULES), help="with --full: only these rules, `default` among them")
@@ -229,43 +265,27 @@ def main() -> None:
     asked = options.rules.split(",")
     if not {"default"} <= set(asked) <= set(RULES):
         parser.error(f"--rules: `default` and any of {', '.join(RULES)}")
-    torch.set_num_threads(1)
-    # Attacks overflow on purpose.
-    np.seterr(over="ignore", invalid="ignore")
-    began, seeds = time.process_time(), SEEDS[:1] if options.quick else SEEDS
+    prepare()
+    began, seeds = _cpu(), SEEDS[:1] if options.quick else SEEDS
     names = QUICK if options.quick else tuple(asked)
-    sets = (digits(), pneumonia())
-
-    def cell(images: Images, rule: str, share: float, attack: str | None, alpha: float = ALPHA) -> Cell:
-        defence, momentum = defence_of(RULES[rule], share)
-        kept, runs = [], []
-        for seed in seeds if rule == "default" and alpha == ALPHA else seeds[:1]:
-            runs.append(federate(images, defence, momentum, attack, round(share * SITES), seed, alpha))
-            kept.append((runs[-1].accuracy - images.chance) / (honest(images, seed, alpha) - images.chance))
-        return Cell(*(float(np.mean(v)) for v in (kept, [r.success for r in runs], [r.rejected for r in runs])))
-
-    @cache
-    def honest(images: Images, seed: int, alpha: float) -> float:
-        return federate(images, *defence_of(None, 0.2), None, 0, seed, alpha).accuracy
-
-    cells = {
-        (images.name, share, rule, attack): cell(images, rule, share, attack)
+    sets = tuple(SETS)
+    jobs = [
+        (images, rule, share, attack, alpha, seeds if rule == "default" and alpha == ALPHA else seeds[:1])
+        for alpha, rules in ((ALPHA, names), (HARDER, ("default",)))
         for images in sets
         for share in SHARES
-        for rule in names
+        for rule in rules
         for attack in (None, *ATTACKS)
-    }
-    harder = {
-        (share, images.name, attack): cell(images, "default", share, attack, HARDER)
-        for images in sets
-        for share in SHARES
-        for attack in (None, *ATTACKS)
-    }
+    ]
+    with ProcessPoolExecutor(initializer=prepare) as pool:
+        done = dict(zip(jobs, pool.map(cell, jobs), strict=True))
+    cells = {(i, share, rule, attack): c for (i, rule, share, attack, alpha, _), c in done.items() if alpha == ALPHA}
+    harder = {(share, i, attack): c for (i, _, share, attack, alpha, _), c in done.items() if alpha == HARDER}
     for images in sets:
         for share in SHARES:
-            print(f"\n{images.name}, {share:.0%} malicious: kept (mean of {len(seeds)} seeds)")
+            print(f"\n{images}, {share:.0%} malicious: kept (mean of {len(seeds)} seeds)")
             rows = [
-                [attack or "none", *(cells[images.name, share, rule, attack].kept for rule in names)]
+                [attack or "none", *(cells[images, share, rule, attack].kept for rule in names)]
                 for attack in (None, *ATTACKS)
             ]
             worst = [min(row[i] for row in rows[1:]) for i in range(1, len(names) + 1)]
@@ -276,9 +296,9 @@ def main() -> None:
         return min(found)
 
     ours = {key: c for key, c in cells.items() if key[2] == "default"}
-    clean = {images.name: [honest(images, s, ALPHA) for s in seeds] for images in sets}
+    clean = {images: [honest(images, s, ALPHA) for s in seeds] for images in sets}
     losses = [
-        (1.0 - ours[i.name, share, "default", None].kept) * (float(np.mean(clean[i.name])) - i.chance)
+        (1.0 - ours[i, share, "default", None].kept) * (float(np.mean(clean[i])) - images_of(i).chance)
         for i in sets
         for share in SHARES
     ]
@@ -316,10 +336,15 @@ def main() -> None:
                 seeds=list(seeds),
                 clean={name: [round(v, 4) for v in values] for name, values in clean.items()},
                 knowledge="all honest updates of the round, the rule and its f; f is the true number of attackers",
-                cpu_seconds=round(time.process_time() - began),
+                cpu_seconds=round(_cpu() - began),
             ),
         }
     )
+
+
+def _cpu() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 if __name__ == "__main__":

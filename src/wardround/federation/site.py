@@ -149,7 +149,7 @@ class Site:
             check_egress(answer.reply, self._layouts, self._protocol.replies)
             # On record before it can leave; told again after a crash in between, it is the same record.
             reply = self.minutes.sent(request, answer.reply)
-            self.store.finish(reply, answer.memory, set(answer.keep))
+            self.store.finish(reply, answer.memory, set(answer.keep), void=_void(request.header))
             return reply
         except Exception as error:
             # The cause stays here; what leaves is text that is safe by construction.
@@ -191,7 +191,7 @@ class Site:
         """Validate and train as asked; the update's bytes, the new private state, and the rounds to keep."""
         header = request.header
         public = self.public_state(request)
-        memory = self.store.memory(header.round - 1, without=[int(n) for n in header.meta.get("void", ())])
+        memory = self.store.memory(header.round - 1, without=_void(header))
         learner = self.learner
         inspector = self._inspector
         seen = None if inspector is None else inspector.check(header.round, public, learner)
@@ -262,8 +262,7 @@ class Site:
         rules = self.rules
         if rules.rounds is None:
             return
-        void = {int(number) for number in header.meta.get("void", ())}
-        end = rules.rounds + (min(len(void), rules.rounds + _MOST_VOID) if rules.extends else 0)
+        end = rules.rounds + (min(len(_void(header)), rules.rounds + _MOST_VOID) if rules.extends else 0)
         if header.round > end:
             raise Rejected(f"site {self.name} is asked for round {header.round}, and the study ends with round {end}")
 
@@ -356,6 +355,11 @@ def _validation_sums(values: Mapping[str, Array]) -> dict[str, Any]:
         PATIENTS: counts[0] if counts else 0,
         **{VALIDATION + name: float(np.sum(per_patient)) for name, per_patient in values.items()},
     }
+
+
+def _void(header: Header) -> frozenset[int]:
+    """The numbers of void rounds, as the coordinator says."""
+    return frozenset(int(number) for number in header.meta.get("void", ()))
 
 
 def _scales(meta: Mapping[str, Any]) -> dict[str, float]:

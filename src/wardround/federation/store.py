@@ -130,9 +130,8 @@ class SiteStore:
         Rounds in `without` are void: what the site learned in them never entered the global model. Raises
         `JournalError` when its file is gone or changed.
         """
-        marks = ",".join("?" * len(without))
         rows = self._database.rows(
-            f"SELECT sha256, tensors, meta FROM memories WHERE round <= ? AND round NOT IN ({marks}) "
+            f"SELECT sha256, tensors, meta FROM memories WHERE round <= ? AND round NOT IN ({_marks(without)}) "
             "ORDER BY round DESC LIMIT 1",
             number,
             *without,
@@ -185,8 +184,8 @@ class SiteStore:
         """The site's signing key, made on first use and kept here."""
         return Identity(bytes.fromhex(self.promise("identity", 0, Identity.generate().private.hex())))
 
-    def finish(self, reply: Message, memory: Memory | None, keep: set[int]) -> None:
-        """Record a reply and the state it leaves in one transaction; then forget rounds not in `keep`.
+    def finish(self, reply: Message, memory: Memory | None, keep: set[int], *, void: Collection[int] = ()) -> None:
+        """Record a reply and the state it leaves in one transaction; then forget rounds not in `keep`, and void ones.
 
         With a memory, even an empty one, it survives a power cut. Replies of earlier rounds are forgotten with it:
         nobody may ask for them again.
@@ -210,13 +209,12 @@ class SiteStore:
                 again = "SELECT sha256 FROM memories WHERE round = ?"
                 dropped |= {str(old[0]) for old in connection.execute(again, (number,)).fetchall()}
                 connection.execute("INSERT OR REPLACE INTO memories VALUES (?,?,?,?)", (number, *row))
-                # A site that missed a round goes on using what it had before: that is what `keep` refers to then.
-                kept = {
-                    connection.execute("SELECT max(round) FROM memories WHERE round <= ?", (k,)).fetchone()[0]
-                    for k in {number, *keep}
-                }
-                marks = ",".join("?" * len(kept))
-                gone = f"DELETE FROM memories WHERE round NOT IN ({marks}) RETURNING sha256"
+                # A site that missed a round goes on using what it had before: that is what `keep` refers to then. What
+                # it learned in a void round is not that.
+                latest = f"SELECT max(round) FROM memories WHERE round <= ? AND round NOT IN ({_marks(void)})"
+                bases = (connection.execute(latest, (k, *void)).fetchone()[0] for k in keep)
+                kept = {number, *(base for base in bases if base is not None)}
+                gone = f"DELETE FROM memories WHERE round NOT IN ({_marks(kept)}) RETURNING sha256"
                 dropped |= {str(row[0]) for row in connection.execute(gone, tuple(kept)).fetchall()}
             gone = "DELETE FROM replies WHERE round < ? RETURNING sha256"
             dropped |= {str(row[0]) for row in connection.execute(gone, (number,)).fetchall()}
@@ -236,3 +234,8 @@ class SiteStore:
     def close(self) -> None:
         """Close the database."""
         self._database.close()
+
+
+def _marks(values: Collection[int]) -> str:
+    """As many placeholders."""
+    return ",".join("?" * len(values))

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import arguments, conditions, finish, table
+from common import arguments, conditions, cpu_seconds, finish, table
 
 ROOT = Path(__file__).resolve().parent.parent
 UNSEEN = "NewScanner"
@@ -45,7 +45,7 @@ def main() -> None:
     import wardround
 
     folder = options.out or Path(tempfile.mkdtemp(prefix="ct-sites-"))
-    began, cpu = time.perf_counter(), _cpu()
+    began, cpu = time.perf_counter(), cpu_seconds()
 
     def run(name: str, overrides: list[str], compare: list[str]) -> dict[str, Any]:
         since = time.perf_counter()
@@ -99,7 +99,7 @@ def main() -> None:
             "conditioned_gain_over_fedavg_db": psnr("conditioned") - psnr("fedavg"),
             "unseen_conditioned_gain_db": psnr("conditioned", UNSEEN) - psnr("fedavg", UNSEEN),
             "seconds": seconds,
-            "cpu_seconds": _cpu() - cpu,
+            "cpu_seconds": cpu_seconds() - cpu,
             "table": summary["psnr"],
             "gains": {row: table["mean"]["psnr"] for row, table in conditioned["gains"]["federated"].items()},
             "conditions": {
@@ -113,11 +113,6 @@ def main() -> None:
     )
     if options.out is None:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _cpu() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ next committed round (or its end); processes are forked, so what a cold start ta
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from random import Random
 
 import numpy as np
 
-from common import arguments, conditions, finish, median, table
+from common import arguments, conditions, cpu_seconds, finish, median, table
 from faults_injections import edit_log, fill, jump, kill, life, restore, roll_back
 from faults_messages import spoil_messages
 from faults_oracle import Verdicts
@@ -170,7 +169,7 @@ def main() -> None:
         seed=SEED,
         faults_a_study=PER_STUDY,
     )
-    began, cpu = time.perf_counter(), _cpu()
+    began, cpu = time.perf_counter(), cpu_seconds()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         # Without faults the masks cancel to the very bits: what is expected under them comes from a clear run.
@@ -211,15 +210,10 @@ def main() -> None:
             "void_rounds": verdicts.void_rounds,
             "second_survivor_lists": verdicts.second_lists,
             "seconds": round(time.perf_counter() - began, 1),
-            "cpu_seconds": round(_cpu() - cpu, 1),
+            "cpu_seconds": round(cpu_seconds() - cpu, 1),
             "conditions": said,
         }
     )
-
-
-def _cpu() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ messages and the fixed point around it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common import arguments, conditions, finish, table
+from common import arguments, conditions, cpu_seconds, finish, table
 from robust_task import (
     SITES,
     Images,
@@ -266,7 +265,7 @@ def main() -> None:
     if not {"default"} <= set(asked) <= set(RULES):
         parser.error(f"--rules: `default` and any of {', '.join(RULES)}")
     prepare()
-    began, seeds = _cpu(), SEEDS[:1] if options.quick else SEEDS
+    began, seeds = cpu_seconds(), SEEDS[:1] if options.quick else SEEDS
     names = QUICK if options.quick else tuple(asked)
     sets = tuple(SETS)
     jobs = [
@@ -336,15 +335,10 @@ def main() -> None:
                 seeds=list(seeds),
                 clean={name: [round(v, 4) for v in values] for name, values in clean.items()},
                 knowledge="all honest updates of the round, the rule and its f; f is the true number of attackers",
-                cpu_seconds=round(_cpu() - began),
+                cpu_seconds=round(cpu_seconds() - began),
             ),
         }
     )
-
-
-def _cpu() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 if __name__ == "__main__":

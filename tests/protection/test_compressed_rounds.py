@@ -61,11 +61,11 @@ def test_a_site_that_dies_after_training_says_the_same_again(kind: str, tmp_path
     finish = rig.sites["A"].store.finish
     died = []
 
-    def dying(reply: Message, memory: Any, keep: set[int]) -> None:
+    def dying(reply: Message, *state: Any, **named: Any) -> None:
         if reply.header.round == 2 and not died:
             died.append("before the transaction")
             raise OSError("the site is gone")
-        finish(reply, memory, keep)
+        finish(reply, *state, **named)
 
     rig.sites["A"].store.finish = dying  # type: ignore[method-assign]
     handle = rig.sites["A"].handle

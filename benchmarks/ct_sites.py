@@ -34,6 +34,22 @@ METHODS: dict[str, list[str]] = {
 METRICS = ("psnr", "ssim", "rmse_hu", "psnr_lung", "psnr_soft")
 
 
+def train(folder: Path, overrides: list[str], compare: list[str]) -> dict[str, Any]:
+    """What result.json says of one run of the example, with some changes."""
+    import wardround
+
+    since = time.perf_counter()
+    result = wardround.run(
+        ROOT / "examples" / "luad-ct.yaml",
+        ROOT / "examples" / "luad-sites.yaml",
+        folder,
+        compare=compare,
+        overrides=overrides,
+    )
+    print(f"{folder.name}: {time.perf_counter() - since:.0f} s", flush=True)
+    return dict(result.values)
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
@@ -42,28 +58,14 @@ def main() -> None:
         raise SystemExit("set WARDROUND_DATA to the folder that holds luad-ct/ (docs/data.md says how to get it)")
     state = conditions(size="128x128", repeats=1, quick=options.quick)
 
-    import wardround
-
     folder = options.out or Path(tempfile.mkdtemp(prefix="ct-sites-"))
     began, cpu = time.perf_counter(), cpu_seconds()
 
-    def run(name: str, overrides: list[str], compare: list[str]) -> dict[str, Any]:
-        since = time.perf_counter()
-        result = wardround.run(
-            ROOT / "examples" / "luad-ct.yaml",
-            ROOT / "examples" / "luad-sites.yaml",
-            folder / name,
-            compare=compare,
-            overrides=overrides,
-        )
-        print(f"{name}: {time.perf_counter() - since:.0f} s", flush=True)
-        return dict(result.values)
-
-    conditioned = run("conditioned", [], ["local", "pooled"])
+    conditioned = train(folder / "conditioned", [], ["local", "pooled"])
     # Quick leaves out methods, never a size.
     chosen = {"fedavg": PLAIN} if options.quick else METHODS
     rest = ["task.evaluation.baselines=[]"]
-    others = {name: run(name, [*overrides, *rest], []) for name, overrides in chosen.items()}
+    others = {name: train(folder / name, [*overrides, *rest], []) for name, overrides in chosen.items()}
     seconds = time.perf_counter() - began
 
     metrics, training = conditioned["metrics"], conditioned["participants"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -144,7 +144,8 @@ class Coordinator:
                 "Mend the cause and start again in another folder"
             )
         if plan.validate_every and self._missing_validation(state.round):
-            evaluate = self._call(EVALUATE, state, state.round, {"split": "validation"}, plan.metrics_layout)
+            asked = {"split": "validation", **_numbers(self._journal.void(TRAIN))}
+            evaluate = self._call(EVALUATE, state, state.round, asked, plan.metrics_layout)
             try:
                 exchange, _, _ = self._run(evaluate)
             except Void:
@@ -239,9 +240,7 @@ class Coordinator:
         due = bool(plan.validate_every) and state.round > 0 and state.round % plan.validate_every == 0
         # Two validations of one model by different sites would differ by what one of them measured.
         validate = due and number == state.round + 1
-        meta: dict[str, Any] = {"keep": keep, "validate": validate, **self._minutes.anchor()}
-        if void:
-            meta["void"] = sorted(void)
+        meta = {"keep": keep, "validate": validate, **self._minutes.anchor(), **_numbers(void)}
         exchange, missing, (up, down) = self._run(self._call(TRAIN, state, number, meta, self._sent))
         aggregate = exchange.aggregate()
         if validate:
@@ -343,3 +342,8 @@ class Coordinator:
         keep = set(range(number - self._plan.keep + 1, number + 1))
         best = self._best()
         self._journal.forget_states(keep if best is None else keep | {best})
+
+
+def _numbers(void: Collection[int]) -> dict[str, Any]:
+    """What a request says of the numbers that void rounds used up."""
+    return {"void": sorted(void)} if void else {}

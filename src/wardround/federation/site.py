@@ -253,12 +253,13 @@ class Site:
                 f"site {self.name} has gone on to round {last} and is asked for round {header.round}: the coordinator "
                 "was restored from an older copy, or is not the one it was. Restore its newest copy"
             )
-        if header.kind == TRAIN:
+        if header.kind in (TRAIN, EVALUATE):
             self._check_end(header)
         self.minutes.check(header, last)
 
     def _check_end(self, header: Header) -> None:
-        """Refuse a round after the study's last: a number too high would explain any move of the model."""
+        """Refuse a round after the study's last: a number too high would explain any move of the model, or one more
+        validation."""
         rules = self.rules
         if rules.rounds is None:
             return
@@ -291,18 +292,32 @@ class Site:
             raise Withheld(f"site {self.name} withholds its own results: egress.per_site_results is false")
         learner = self.learner
         which = header.meta.get("evaluator")
-        if which is None:
-            learner.load(self.public_state(request), self.store.memory(header.round))
-            values = learner.evaluate(split)
-        elif which in self._evaluators:
-            carried = self.public_state(request) if header.body_nbytes else None
-            values = self._evaluators[which](learner, carried, header.meta, split)
-        else:
+        if which is not None and which not in self._evaluators:
             raise WireError(f"site {self.name} has no evaluator of that name")
+        carried = self.public_state(request) if which is None or header.body_nbytes else None
+        if carried is not None:
+            self._settle_on_one(header, split)
+        if carried is not None and which is None:
+            learner.load(carried, self.store.memory(header.round))
+            values = learner.evaluate(split)
+        else:
+            values = self._evaluators[str(which)](learner, carried, header.meta, split)
         layout = self.rules.metrics_layout if pooled else self.rules.evaluation_layout
         metrics = self._validation_sums(header.round, values) if pooled else self._evaluation_sums(values)
         random = public_generator(self.rules.seed, self.name, "no rounding")
         return encode(layout, {}, {}, {}, metrics, random), layout
+
+    def _settle_on_one(self, header: Header, split: Split) -> None:
+        """Refuse a second model: sums of many, chosen to differ at will, would tell patients apart.
+
+        An arm has one model that is tested, and one a round that is validated; those are measured as often as asked.
+        """
+        number, each = (0, "an arm") if split == "test" else (header.round, "a round")
+        if self.store.promise(f"measured/{split}", number, header.body_sha256) != header.body_sha256:
+            raise Rejected(
+                f"site {self.name} has measured another model: it gives {split} sums of one model of {each}. To "
+                "measure others, start a run in another folder"
+            )
 
     def _release(self, request: Message) -> Answer:
         """Write the private part of the released model into the site's own folder."""

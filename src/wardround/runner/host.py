@@ -268,6 +268,12 @@ class Host:
                 if (self.out / "work" / "sites" / site / arm.folder).exists():
                     self._store(arm, site).close()
 
+    def close(self) -> None:
+        """Close what the sites of this process keep open; a site that is asked again opens it again."""
+        while self._sites:
+            self._sites.popitem()[1].close()
+        self.purses.close()
+
     def spec(self) -> dict[str, Any]:
         """What another process needs to build the same host."""
         return {

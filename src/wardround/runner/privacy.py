@@ -75,6 +75,7 @@ class Purses:
         self._arms = arms
         self._lattice = lattice
         self._purses: dict[str, Purse] = {}
+        self._stores: list[SiteStore] = []
 
     @property
     def rules(self) -> Privacy | None:
@@ -118,9 +119,16 @@ class Purses:
         """A site's purse; its ledger is where the sites file says, or beside the site's stores."""
         if site not in self._purses:
             store = SiteStore(self._out / "work" / "sites" / site / "privacy", Vault.of(self._sites.key(site)))
+            self._stores.append(store)
             path = self._sites.of(site).ledger or self._out / "work" / "sites" / site / "ledger.jsonl"
             self._purses[site] = Purse(site, self.terms(site, dataset), Ledger(path, store), SecretRoot.of(store))
         return self._purses[site]
+
+    def close(self) -> None:
+        """Close the stores behind the purses; whoever asks for one again opens it again."""
+        self._purses.clear()
+        while self._stores:
+            self._stores.pop().close()
 
 
 def statement(study: Study, study_sha256: str, purses: Iterator[tuple[str, Purse]]) -> dict[str, Any] | None:

@@ -11,8 +11,8 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -118,7 +118,7 @@ def run(
     began = time.perf_counter()
     host.preflight()
     try:
-        with _alone(host.out):
+        with _alone(host.out), closing(host):
             _claim(host, resume=resume)
             host.open_stores()
             watcher = watcher or Silent()
@@ -150,7 +150,7 @@ def evaluate(
     if host.study_sha256 != before["study_sha256"]:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
     watcher = watcher or Silent()
-    with _Carrier(host, engine, processes, watcher) as carrier:
+    with closing(host), _Carrier(host, engine, processes, watcher) as carrier:
         # A number of its own: sites answer a request that they know from their store, and here they must measure.
         again = secrets.token_hex(16)
         return tables(host, measure(host, carrier.engine, watcher.evaluated, again=again))
@@ -237,27 +237,25 @@ def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release
     stop = threading.Event()
     watcher.arms(list(host.arms), host.study.schedule.rounds)
     blueprints = {name: host.blueprint(name) for name in host.arms}
-    journals: dict[str, Journal] = {}
 
-    def train(name: str) -> Release:
+    def train(name: str) -> tuple[Release, Sequence[RoundReport]]:
         blueprint, plan = blueprints[name], host.plan(name)
-        journal = Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)
-        journals[name] = journal
-        protocol = host.exchange(blueprint.arm, journal)
-        coordinator = Coordinator(plan, blueprint.method, carrier.engine, journal, protocol)
-        state = coordinator.start(
-            lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.initial_values())
-        )
-        for report in journal.reports():
-            watcher.round(report)
-        for report in coordinator.rounds(state):
-            watcher.round(report)
-            if stop.is_set():
-                raise Interrupted(STOPPED)
-        return coordinator.release()
+        with closing(Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)) as journal:
+            protocol = host.exchange(blueprint.arm, journal)
+            coordinator = Coordinator(plan, blueprint.method, carrier.engine, journal, protocol)
+            state = coordinator.start(
+                lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.initial_values())
+            )
+            for report in journal.reports():
+                watcher.round(report)
+            for report in coordinator.rounds(state):
+                watcher.round(report)
+                if stop.is_set():
+                    raise Interrupted(STOPPED)
+            return coordinator.release(), journal.reports()
 
     with ThreadPoolExecutor(carrier.parallel) as pool:
-        futures: dict[str, Future[Release]] = {name: pool.submit(train, name) for name in host.arms}
+        futures = {name: pool.submit(train, name) for name in host.arms}
         try:
             done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
             failed = next((f for f in done if f.exception() is not None), None)
@@ -271,12 +269,10 @@ def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release
                 for future in futures.values():
                     future.cancel()
                 carrier.engine.close()
-    releases = {name: future.result() for name, future in futures.items()}
-    lines = [line for name in host.arms for line in journals[name].reports()]
-    for journal in journals.values():
-        journal.close()
+    trained = {name: future.result() for name, future in futures.items()}
+    lines = [line for _, reports in trained.values() for line in reports]
     _write(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
-    return releases
+    return {name: release for name, (release, _) in trained.items()}
 
 
 def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> None:

@@ -1,0 +1,112 @@
+"""Which CT methods help, when every method meets FedAvg on its own network, and does a gain hold in another split?
+
+*Methods*: each personalised method of ct_sites.py beside FedAvg on the very same network, with the same steps. A
+hospital that did not train gets the mean of the private parts (`stranger: mean`; ct_sites.py has the initial ones).
+*Splits*: the arms of ct_sites.py again with other seeds, which give other test patients, noise and initial values;
+differences are of the same patients, and their spread over seeds says how much of them is chance.
+
+Real slices, simulated scans; PSNR as in ct_sites.py. Nothing here was chosen on test patients.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import arguments, conditions, cpu_seconds, finish, table
+from ct_sites import PLAIN, UNSEEN, train
+
+SEEDS = (2026, 2027, 2028)
+MEAN = "stranger: mean"
+REST = ["task.evaluation.baselines=[]"]
+BATCH_NORM = [*PLAIN, "model.norm=batch"]
+REDCNN = ["model={kind: redcnn, conditioning: bottleneck}"]
+TWO_BAND = ["model={kind: two_band}"]
+IRADONMAP = ["model={kind: iradonmap}"]
+# Network, method, and what they change in the study. FedAvg on the first two networks is in the other table.
+METHODS: dict[tuple[str, str], list[str]] = {
+    ("LEARN", "fedprox, mu 0.001"): [*PLAIN, "method={kind: fedprox, mu: 0.001}"],
+    ("LEARN, conditioned", "hyperfed"): [f"method={{kind: hyperfed, {MEAN}}}"],
+    ("LEARN, batch norm", "fedavg"): BATCH_NORM,
+    ("LEARN, batch norm", "fedbn"): [*BATCH_NORM, f"method={{kind: fedbn, {MEAN}}}"],
+    ("RED-CNN, bottleneck", "fedavg"): REDCNN,
+    ("RED-CNN, bottleneck", "scan_physfed"): [*REDCNN, f"method={{kind: scan_physfed, {MEAN}}}"],
+    ("two bands", "fedavg"): TWO_BAND,
+    ("two bands", "fedfdd"): [*TWO_BAND, f"method={{kind: fedfdd, {MEAN}}}"],
+    ("iRadonMAP", "fedavg"): IRADONMAP,
+    ("iRadonMAP", "fedct"): [*IRADONMAP, f"method={{kind: fedct, {MEAN}}}"],
+}
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
+    options = parser.parse_args()
+    if "WARDROUND_DATA" not in os.environ:
+        raise SystemExit("set WARDROUND_DATA to the folder that holds luad-ct/ (docs/data.md says how to get it)")
+    # Quick takes the small networks and the first seed, never fewer steps.
+    methods = {k: v for k, v in METHODS.items() if not (options.quick and k[0].startswith("LEARN"))}
+    seeds = SEEDS[:1] if options.quick else SEEDS
+    state = conditions(size="128x128", seeds=list(seeds), quick=options.quick)
+
+    folder = options.out or Path(tempfile.mkdtemp(prefix="ct-methods-"))
+    began, cpu = time.perf_counter(), cpu_seconds()
+
+    def psnr(metrics: dict[str, Any], arm: str, site: str = "mean") -> float:
+        return float(metrics[arm][site]["psnr"]["value"])
+
+    columns: list[str] = []
+    rows: dict[str, dict[str, float]] = {}
+    for (network, method), overrides in methods.items():
+        name = f"{method}, {network}"
+        where = folder / "".join(c if c.isalnum() else "_" for c in name)
+        metrics = train(where, [*overrides, *REST], [])["metrics"]
+        columns = columns or [site for site in metrics["federated"] if site not in ("mean", "unseen", UNSEEN)]
+        rows[name] = {site: psnr(metrics, "federated", site) for site in (*columns, "mean", UNSEEN)}
+    print("\nPSNR on test patients, dB")
+    table(["", *columns, "mean", UNSEEN], [[name, *row.values()] for name, row in rows.items()])
+
+    splits: dict[str, dict[int, float]] = {}
+    for seed in seeds:
+        chosen = [f"seed={seed}"]
+        conditioned = train(folder / f"conditioned_{seed}", chosen, ["local", "pooled"])["metrics"]
+        plain = train(folder / f"fedavg_{seed}", [*chosen, *PLAIN, *REST], [])["metrics"]
+        gains = {
+            f"conditioned over {arm}": psnr(conditioned, "federated") - psnr(conditioned, arm)
+            for arm in ("fbp", "tv", "weighted_tv", "local", "pooled")
+        }
+        for site in ("mean", UNSEEN):
+            ours, theirs = (psnr(metrics, "federated", site) for metrics in (conditioned, plain))
+            gains[f"conditioned over fedavg, {site}"] = ours - theirs
+        for name, gain in gains.items():
+            splits.setdefault(name, {})[seed] = gain
+    print(f"\ngain in dB, mean of the four hospitals, {len(seeds)} splits")
+    summary = {
+        name: {
+            "mean": statistics.fmean(by_seed.values()),
+            **({"sd": statistics.stdev(by_seed.values())} if len(by_seed) > 1 else {}),
+            **{str(seed): gain for seed, gain in by_seed.items()},
+        }
+        for name, by_seed in splits.items()
+    }
+    table(["", *next(iter(summary.values()))], [[name, *row.values()] for name, row in summary.items()])
+    finish(
+        {
+            "methods": rows,
+            "splits": summary,
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": cpu_seconds() - cpu,
+            "conditions": state,
+        }
+    )
+    if options.out is None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

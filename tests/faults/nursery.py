@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.toys import Regression, toy_sites, toy_study
+from tests.toys import Hold, Regression, toy_sites, toy_study
 from wardround import cli
 from wardround.errors import WardroundError
 from wardround.federation.database import Database
@@ -95,6 +95,8 @@ def live(job: dict[str, Any]) -> None:
     """The victim's life: one run in a process of its own, and a file that says how it went."""
     out, notes = Path(job["out"]), Path(job["notes"])
     os.setsid()
+    if "hold" in job:
+        os.environ[Hold.VARIABLE], Hold.steps = job["hold"], 0
     if "command" in job:
         command(job["command"], notes)
     acts = Acts(job.get("fatal", 0), notes / "act")

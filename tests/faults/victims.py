@@ -30,6 +30,15 @@ class Victim:
         return int(self.nursery.ask({"wait": self.pid}))
 
     @property
+    def held(self) -> bool:
+        """Whether it stands in the middle of training, and will until it is released."""
+        return (self.notes / "hold.reached").exists()
+
+    def release(self) -> None:
+        """Let it go on."""
+        (self.notes / "hold").unlink()
+
+    @property
     def printed(self) -> str:
         """What a command printed."""
         return (self.notes / "printed").read_text()
@@ -59,11 +68,14 @@ class Nursery:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, out: Path, **job: Any) -> Victim:
-        """A victim that is on its way."""
+    def start(self, out: Path, *, hold: bool = False, **job: Any) -> Victim:
+        """A victim that is on its way; one to `hold` stops in the middle of training."""
         self._count += 1
         notes = Path(self._notes.name) / str(self._count)
         notes.mkdir()
+        if hold:
+            (notes / "hold").touch()
+            job["hold"] = str(notes / "hold")
         job = {"out": str(out), "notes": str(notes), "data": str(notes / "data"), **job}
         return Victim(int(self.ask(job)), out, notes, self)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.faults.victims import Nursery, Victim
+from tests.faults.victims import Nursery
 from tests.scanners import PROTOCOLS
 from tests.toys import toy_sites, toy_study
 
@@ -145,17 +145,12 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def training(victim: Victim) -> bool:
-    """Whether sites are at work: the first of them has opened its store."""
-    return any(victim.out.glob("work/sites/*/federated/store.sqlite"))
-
-
 @pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(nursery: Nursery, slow: dict[str, Any], tmp_path: Path) -> None:
-    victim = nursery.start(tmp_path / "out", study=SLOW, engine="workers", processes=1)
-    until(lambda: training(victim))
-    time.sleep(0.1)
+    victim = nursery.start(tmp_path / "out", study=SLOW, engine="workers", processes=1, hold=True)
+    until(lambda: victim.held)
     os.kill(children(victim.pid)[0], signal.SIGKILL)
+    victim.release()
     assert victim.wait() == 0
     assert_same(victim.out, victim.said, slow)
 
@@ -164,11 +159,12 @@ def test_a_worker_that_dies_is_replaced(nursery: Nursery, slow: dict[str, Any], 
 def test_a_coordinator_that_dies_takes_its_workers_along(
     nursery: Nursery, slow: dict[str, Any], tmp_path: Path
 ) -> None:
-    victim = nursery.start(tmp_path / "out", study=SLOW, engine="workers", processes=1)
-    until(lambda: training(victim))
+    victim = nursery.start(tmp_path / "out", study=SLOW, engine="workers", processes=1, hold=True)
+    until(lambda: victim.held)
     workers = children(victim.pid)
     assert workers
     os.kill(victim.pid, signal.SIGKILL)
+    victim.release()
     assert victim.wait() == -signal.SIGKILL
     assert_same(victim.out, nursery.run(victim.out, study=SLOW), slow)
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 10.0)
@@ -179,11 +175,12 @@ def test_a_coordinator_that_dies_takes_its_workers_along(
 def test_ctrl_c_stops_cleanly_and_changes_nothing(
     nursery: Nursery, slow: dict[str, Any], tmp_path: Path, engine: str
 ) -> None:
-    victim = nursery.start(tmp_path / "out", study=SLOW, engine=engine, processes=1)
-    until(lambda: training(victim))
-    time.sleep(0.15)
+    victim = nursery.start(tmp_path / "out", study=SLOW, engine=engine, processes=1, hold=True)
+    until(lambda: victim.held)
     workers = children(victim.pid)
     os.killpg(victim.pid, signal.SIGINT)
+    time.sleep(0.2)
+    victim.release()
     assert victim.wait() == 0
     assert victim.said["error"] == "Interrupted", victim.said
     assert "run the same command again" in victim.said["text"]
@@ -205,11 +202,12 @@ def test_a_service_that_is_stopped_ends_as_with_ctrl_c(
     (tmp_path / "sites.yaml").write_text(yaml.safe_dump(sites.model_dump(mode="json")))
     words = ["run", str(tmp_path / "study.yaml"), "--sites", str(tmp_path / "sites.yaml"), "--out", str(out)]
     words += ["--engine", engine, "--processes", "1"]
-    victim = nursery.start(out, command=words)
-    until(lambda: training(victim))
-    time.sleep(0.15)
+    victim = nursery.start(out, command=words, hold=True)
+    until(lambda: victim.held)
     workers = children(victim.pid)
     os.killpg(victim.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    victim.release()
     assert victim.wait() == 130, victim.printed
     assert "run the same command again" in victim.printed
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

@@ -94,7 +94,6 @@ def fill_disk(act: int) -> None:
 def live(job: dict[str, Any]) -> None:
     """The victim's life: one run in a process of its own, and a file that says how it went."""
     out, notes = Path(job["out"]), Path(job["notes"])
-    os.setsid()
     if "hold" in job:
         os.environ[Hold.VARIABLE], Hold.steps = job["hold"], 0
     if "command" in job:
@@ -163,11 +162,14 @@ def main() -> None:
         pid = os.fork()
         if not pid:
             try:
+                os.setpgid(0, 0)
                 sys.stdin.close()
                 live(job)
                 os._exit(0)
             finally:
                 os._exit(1)
+        # Here as well: whoever hears of it may signal its group at once.
+        os.setpgid(pid, pid)
         print(json.dumps(pid), flush=True)
 
 

@@ -224,7 +224,7 @@ def test_coordinators_start_without_torch() -> None:
         "federation.coordinator",
         "federation.journal",
         "federation.exchange",
-        "federation.layouts",
+        "federation.sums",
         "federation.methods.build",
         "protection.gates",
         "tasks.metrics",

@@ -10,7 +10,6 @@ from typing import Any
 
 from wardround.audit.results import FILES, write_file
 from wardround.errors import StudyError
-from wardround.federation.secure import enrol
 from wardround.federation.store import SiteStore
 from wardround.federation.vault import Vault
 from wardround.protection.identity import KEY_BYTES, Identity, Roster
@@ -39,7 +38,7 @@ def identity_of(site: str, out: Path, run: Path | None, store: Path | None, vaul
     # A run may be at work there: its unfinished files are left alone.
     opened = SiteStore(root, vault, tidy=False)
     try:
-        return enrol(opened)
+        return opened.enrol()
     finally:
         opened.close()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from wardround.errors import DataError
 from wardround.federation.exchange import EVALUATE, Call, Engine, ask_one
-from wardround.federation.layouts import patient_means
+from wardround.federation.sums import patient_means
 from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.evaluators import BASELINE, RELEASED
 from wardround.runner.host import Host

@@ -18,7 +18,6 @@ from wardround.federation.egress import OPEN, EgressRules, strictest
 from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.federation.exchange import ExchangeFactory, PlainSum
 from wardround.federation.journal import Journal
-from wardround.federation.layouts import evaluation_metrics, round_metrics, validation_metrics
 from wardround.federation.methods.build import build_method
 from wardround.federation.methods.method import BUFFERS, Method
 from wardround.federation.methods.personal import STRANGER
@@ -28,6 +27,7 @@ from wardround.federation.robust import robust_mean
 from wardround.federation.secure import SecureUpload, secure_sum
 from wardround.federation.site import Rules, Site
 from wardround.federation.store import SiteStore
+from wardround.federation.sums import evaluation_metrics, round_metrics, validation_metrics
 from wardround.federation.training import Learner, Workbench
 from wardround.federation.vault import Vault
 from wardround.physics.scanners import protocol_features

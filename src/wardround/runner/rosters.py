@@ -12,7 +12,6 @@ from pathlib import Path
 
 from wardround.errors import JournalError
 from wardround.federation.blobs import sync_folder
-from wardround.federation.secure import enrol
 from wardround.federation.store import SiteStore
 from wardround.protection.identity import Roster
 
@@ -31,7 +30,7 @@ def enrolled(path: Path, stores: Mapping[str, Callable[[], SiteStore]]) -> Roste
         keys: dict[str, bytes] = {}
         for site, opened in stores.items():
             store = opened()
-            keys[site] = enrol(store).public
+            keys[site] = store.enrol().public
             store.close()
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name("roster.draft")

@@ -317,7 +317,7 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
         "participants": sorted({site for line in federated for site in line["participants"]}),
         "compare": sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"}),
         **measured,
-        "patients": {site: (n := _patients(host, site)) and host.egress(site).counts(n) for site in host.study.sites},
+        "patients": {site: _told(host, site) for site in host.study.sites},
         "traffic": {
             "bytes_up": sum(line["bytes_up"] for line in federated),
             "bytes_down": sum(line["bytes_down"] for line in federated),
@@ -350,6 +350,12 @@ def _patients(host: Host, site: str) -> dict[str, int] | None:
     except Exception as error:
         log.warning("the data of site %s cannot be counted: %s", site, describe_error(error))
         return None
+
+
+def _told(host: Host, site: str) -> Mapping[str, int | None] | None:
+    """As many of them as the site's rules let out."""
+    patients = _patients(host, site)
+    return None if patients is None else host.egress(site).counts(patients)
 
 
 def _purses(host: Host) -> Iterator[tuple[str, Purse]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import struct
@@ -128,3 +129,48 @@ def test_workers_answer_every_message_once_and_survive_their_deaths(tmp_path: Pa
     finally:
         engine.close()
     assert engine.pids == ()
+
+
+def answered(engine: WorkersEngine, *messages: Message) -> list[Message]:
+    """The replies; fails instead of waiting for ever."""
+    replies: list[Message] = []
+    asking = threading.Thread(target=lambda: replies.extend(engine.exchange(messages)), daemon=True)
+    asking.start()
+    asking.join(timeout=20)
+    assert not asking.is_alive(), "somebody waits for a reply that will never come"
+    return replies
+
+
+def test_a_worker_that_cannot_be_started_is_an_error_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory", "/usr/bin/python")
+
+    monkeypatch.setattr("wardround.engines.workers.subprocess.Popen", full)
+    engine = workers(tmp_path, 0)
+    try:
+        for question in (ask("A"), ask("B")):
+            (lost,) = answered(engine, question)
+            assert (lost.header.kind, lost.header.reply_to) == (ERROR, question.id)
+            assert "no process could be started: Cannot allocate memory" in lost.header.meta["reason"]
+            assert "python" not in lost.header.meta["reason"]
+    finally:
+        engine.close()
+
+
+def test_a_progress_callback_that_raises_costs_one_answer_and_no_thread(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def broken(arm: str, site: str, *_: int) -> None:
+        calls.append(site)
+        if len(calls) == 1:
+            raise RuntimeError("/data/DOE^JANE is not drawn")
+
+    engine = workers(tmp_path, 0, progress=broken)
+    try:
+        lost, well = answered(engine, ask("A"), ask("B"))
+        assert (lost.header.site, lost.header.kind) == ("A", ERROR)
+        assert lost.header.meta["reason"] == "its process could not be asked (RuntimeError)"
+        assert (well.header.site, well.header.kind) == ("B", "echo")
+        assert calls == ["A", "B"]
+    finally:
+        engine.close()

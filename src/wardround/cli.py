@@ -21,7 +21,8 @@ from wardround import __version__
 from wardround.errors import Interrupted, WardroundError
 
 if TYPE_CHECKING:
-    from wardround.runner.session import Result, Watcher
+    from wardround.runner.session import Result
+    from wardround.runner.watching import Watcher
 
 
 class _Commands(TyperGroup):

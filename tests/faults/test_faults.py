@@ -17,13 +17,14 @@ import pytest
 from tests.faults.victims import Nursery
 from tests.federation.rig import Rig, Sent
 from tests.toys import toy_sites, toy_study
-from wardround.errors import JournalError, NotEnoughSites
+from wardround.errors import Interrupted, JournalError, NotEnoughSites
 from wardround.federation.blobs import Blobs
 from wardround.federation.exchange import UPDATE
-from wardround.federation.journal import Journal
+from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.record import LOG
 from wardround.protection.gates import check_body
 from wardround.runner.session import Result, run
+from wardround.runner.watching import Silent
 from wardround.study.schema import Study
 from wardround.wire.message import FileBody, Message
 
@@ -288,6 +289,30 @@ def test_a_round_goes_on_without_a_site_that_fails(tmp_path: Path) -> None:
     assert values["metrics"]["federated"]["B"] is None
     assert values["metrics"]["federated"]["A"] is not None
     assert "without B" in (tmp_path / "out" / "report.html").read_text()
+
+
+class Broken(Silent):
+    """A watcher that is not up to its work."""
+
+    def step(self, arm: str, site: str, *_: int) -> None:
+        if site == "B":
+            raise Interrupted("not in the middle of a step")
+
+    def round(self, report: RoundReport) -> None:
+        raise RuntimeError("/data/DOE^JANE cannot be drawn")
+
+    arms = evaluated = round  # type: ignore[assignment]
+
+
+def test_a_broken_watcher_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    study, sites = toy_study(), toy_sites(tmp_path / "data")
+    watched = run(study, sites, tmp_path / "watched", engine="local", watcher=Broken()).values
+    (said,) = [record.getMessage() for record in caplog.records if "watcher" in record.getMessage()]
+    assert "the run goes on" in said
+    assert "JANE" not in said
+    assert watched["participants"] == ["A", "B", "C"]
+    assert watched["notes"] == []
+    assert watched["model_sha256"] == run(study, sites, tmp_path / "plain", engine="local").values["model_sha256"]
 
 
 def test_too_few_sites_stop_the_run_with_reasons(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from wardround.federation.exchange import UPDATE
 from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.record import LOG
 from wardround.protection.gates import check_body
-from wardround.runner.session import Result, run
+from wardround.runner.session import Result, evaluate, run
 from wardround.runner.watching import Silent
 from wardround.study.schema import Study
 from wardround.wire.message import FileBody, Message
@@ -251,7 +251,14 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(JournalError, match="another run is at work"):
             go(tmp_path, toy_study())
+        # What a process at work is still writing would be swept away.
+        draft = out / "work" / "sites" / "A" / "federated" / "blobs" / "x.draft"
+        draft.write_bytes(b"half")
+        with pytest.raises(JournalError, match="another run is at work"):
+            evaluate(out, toy_sites(tmp_path / "data"), engine="local")
+        assert draft.exists()
     go(tmp_path, toy_study(), resume=True)
+    evaluate(out, toy_sites(tmp_path / "data"), engine="local")
 
 
 # Sites ---------------------------------------------------------------------------------------------------------------

@@ -110,7 +110,11 @@ def evaluate(
     processes: int | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
-    """Recompute the metrics of result.json from the saved models of a finished run and the sites' data."""
+    """Recompute the metrics of result.json from the saved models of a finished run and the sites' data.
+
+    Raises `StudyError` and `DataError` where the run or its models are not what they were, and `JournalError` while
+    another process is at work in the folder.
+    """
     out = Path(out)
     if not (out / "result.json").exists():
         raise StudyError("the folder holds no finished run (no result.json)", detail=str(out))
@@ -119,7 +123,7 @@ def evaluate(
     host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded)
     if host.study_sha256 != before["study_sha256"]:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
-    with closing(host), _Carrier(host, engine, processes, shielded) as carrier:
+    with _alone(out), closing(host), _Carrier(host, engine, processes, shielded) as carrier:
         # A number of its own: sites answer a request that they know from their store, and here they must measure.
         again = secrets.token_hex(16)
         return tables(host, measure(host, carrier.engine, shielded.evaluated, again=again))

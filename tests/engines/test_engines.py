@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import struct
 import threading
 from pathlib import Path
@@ -90,10 +91,12 @@ def test_a_closed_local_engine_asks_nobody_else(tmp_path: Path) -> None:
 # Workers with toy sites ----------------------------------------------------------------------------------------------
 
 
-def workers(tmp_path: Path, deaths: int, processes: int = 1, progress: Any = None) -> WorkersEngine:
+def workers(
+    tmp_path: Path, deaths: int, processes: int = 1, progress: Any = None, *, broken: bool = False
+) -> WorkersEngine:
     (tmp_path / "deaths").write_text(str(deaths))
     spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps({"deaths": str(tmp_path / "deaths")}))
+    spec.write_text(json.dumps({"deaths": str(tmp_path / "deaths"), "broken": broken}))
     return WorkersEngine(processes, "tests.engines.echo:finder", spec, progress)
 
 
@@ -174,3 +177,30 @@ def test_a_progress_callback_that_raises_costs_one_answer_and_no_thread(tmp_path
         assert calls == ["A", "B"]
     finally:
         engine.close()
+
+
+def test_what_workers_print_names_no_patient(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Their stderr is the parent's, which services and batch jobs keep."""
+    for broken, order in ((False, "fail"), (False, "warn"), (True, "")):
+        engine = workers(tmp_path, 0, broken=broken)
+        try:
+            list(engine.exchange([ask("A", order)]))
+        finally:
+            engine.close()
+    said = capfd.readouterr().err
+    assert "site A could not be opened: DataError: an image cannot be read" in said
+    assert said.count("a worker process ends: ValueError") == ATTEMPTS
+    assert "JANE" not in said
+    assert "Traceback" not in said
+
+
+def test_a_site_that_looks_for_a_bad_file_can_make_its_workers_name_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "wardround")
+    engine = workers(tmp_path, 0)
+    try:
+        list(engine.exchange([ask("A", "fail")]))
+    finally:
+        engine.close()
+    assert "detail: /data/DOE^JANE.nii" in capfd.readouterr().err

@@ -46,7 +46,8 @@ class WorkersEngine:
 
     def __init__(self, processes: int, factory: str, spec: Path, progress: Progress | None = None) -> None:
         self._progress = progress
-        self._command = [sys.executable, "-m", "wardround.engines.worker", factory, str(spec)]
+        level = str(logging.getLogger("wardround").getEffectiveLevel())
+        self._command = [sys.executable, "-m", "wardround.engines.worker", factory, str(spec), level]
         self._shared: deque[_Job] = deque()
         self._own: list[deque[_Job]] = [deque() for _ in range(processes)]
         self._owners: dict[tuple[str, str], deque[_Job]] = {}
@@ -134,7 +135,7 @@ class WorkersEngine:
                 # Whatever went wrong on this side of the pipe, whoever asked waits for a reply.
                 why = f"its process could not be asked ({describe_error(error)})"
                 log.warning("site %s: %s", job.message.header.site, why)
-                log.debug("details", exc_info=True)
+                log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
                 # It may still be at work, and would then answer the next message with this one's reply.
                 if worker is not None:
                     self._forget(worker)

@@ -152,11 +152,10 @@ class Site:
             self.store.finish(reply, answer.memory, set(answer.keep), void=_void(request.header))
             return reply
         except Exception as error:
-            # The cause stays here; what leaves is text that is safe by construction.
-            detail = getattr(error, "detail", "")
-            log.warning("site %s could not answer %r: %s %s", self.name, request.header.kind, error, detail)
-            log.debug("details", exc_info=True)
+            # The cause stays here; what leaves is text that is safe by construction. Logs are read outside, too.
             reason = describe_error(error)
+            log.warning("site %s could not answer %r: %s", self.name, request.header.kind, reason)
+            log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
             self.minutes.declined(request, error, reason)
             return request.reply(ERROR, meta={"reason": reason})
 

@@ -18,7 +18,7 @@ from tests.faults.victims import Nursery
 from tests.federation.rig import Rig, Sent
 from tests.toys import toy_sites, toy_study
 from wardround.errors import Interrupted, JournalError, NotEnoughSites
-from wardround.federation.blobs import Blobs
+from wardround.federation.blobs import Blobs, disk_error
 from wardround.federation.exchange import UPDATE
 from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.record import LOG
@@ -88,6 +88,26 @@ def test_a_disk_that_is_really_full(nursery: Nursery, tmp_path: Path, small_disk
         assert said.get("model_sha256") == whole["model_sha256"], said
         subprocess.run(["rm", "-r", str(out)], check=True)
     assert failed
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, None])
+def test_only_a_full_disk_is_called_full(number: int | None) -> None:
+    error = OSError("/data/DOE^JANE is gone") if number is None else OSError(number, "odd", "/data/DOE^JANE")
+    said = disk_error(error)
+    assert ("free some space" in str(said)) == (number in (errno.ENOSPC, errno.EDQUOT))
+    assert ("check the run's folder and its rights" in str(said)) != ("free some space" in str(said))
+    assert f"({'OSError' if number is None else os.strerror(number)})" in str(said)
+    assert "JANE" not in str(said)
+    assert "/data/DOE^JANE" in said.detail
+
+
+def test_a_folder_that_is_in_the_way_is_said(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "models").touch()
+    with pytest.raises(JournalError, match=r"\(File exists\); check the run's folder and its rights") as caught:
+        go(tmp_path, toy_study())
+    assert str(tmp_path) not in str(caught.value)
+    assert str(tmp_path / "out" / "models") in caught.value.detail
 
 
 def test_a_lost_answer_is_made_anew_and_a_lost_model_is_said(tmp_path: Path) -> None:

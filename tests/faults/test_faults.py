@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import pytest
 from tests.faults.victims import Nursery
 from tests.federation.rig import Rig, Sent
 from tests.toys import toy_sites, toy_study
-from wardround.errors import Interrupted, JournalError, NotEnoughSites
+from wardround.errors import Interrupted, JournalError, NotEnoughSites, WardroundError
 from wardround.federation.blobs import Blobs, disk_error
 from wardround.federation.exchange import UPDATE
 from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.record import LOG
+from wardround.federation.site import Site
 from wardround.protection.gates import check_body
+from wardround.runner import session
 from wardround.runner.session import Result, evaluate, run
 from wardround.runner.watching import Silent
 from wardround.study.schema import Study
@@ -88,6 +91,37 @@ def test_a_disk_that_is_really_full(nursery: Nursery, tmp_path: Path, small_disk
         assert said.get("model_sha256") == whole["model_sha256"], said
         subprocess.run(["rm", "-r", str(out)], check=True)
     assert failed
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedbn"])
+def test_a_disk_that_is_full_when_the_model_is_to_be_written(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The shared part of a model, and the part that a site keeps."""
+    task = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}}
+    study, sites = toy_study(**ALL, method={"kind": method}, task=task), toy_sites(tmp_path / "data")
+    out, ballast = small_disk / "out", small_disk / "ballast"
+    call, name = (session.save_release, "save_release") if method == "fedavg" else (Site._release, "_release")
+
+    def filling(*arguments: Any) -> Any:
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        return call(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session if method == "fedavg" else Site, name, filling)
+        with pytest.raises(WardroundError, match=r"No space left on device\); free some space and resume") as caught:
+            run(study, sites, out, engine="local")
+    assert str(tmp_path) not in str(caught.value)
+    assert caught.value.detail == (str(out / "models" / "federated.safetensors") if method == "fedavg" else "")
+    assert (out / "rounds.jsonl").exists()
+    assert not list(out.rglob("*.draft"))
+    assert len(list(out.rglob("*.safetensors"))) == (0 if method == "fedavg" else 1)
+    ballast.unlink()
+    again, whole = (run(study, sites, folder, engine="local").values for folder in (out, tmp_path / "whole"))
+    for key in ("model_sha256", "local_sha256", "metrics"):
+        assert again[key] == whole[key]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, None])

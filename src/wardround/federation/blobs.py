@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wardround.errors import JournalError
+from wardround.wire.files import sync_folder
 
 
 @dataclass
@@ -99,12 +100,3 @@ def disk_error(error: OSError) -> JournalError:
         f"the record of the run could not be {what} ({cause}); {fix}: everything up to the last finished round is safe",
         detail=str(error.filename or error),
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names of new files survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -41,6 +41,7 @@ from wardround.runner.watching import Shielded, Watcher
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
+from wardround.wire.files import write_text
 from wardround.wire.tensors import tensors_sha256
 
 log = logging.getLogger(__name__)
@@ -161,8 +162,7 @@ class _Carrier:
             self.parallel = 1
             return
         spec = host.out / "work" / SPEC
-        spec.parent.mkdir(parents=True, exist_ok=True)
-        spec.write_text(json.dumps(host.spec()), encoding="utf-8")
+        write_text(spec, json.dumps(host.spec()))
         self.engine = WorkersEngine(count, "wardround.runner.host:site_finder", spec, watcher.step)
         self.parallel = count + 1
 
@@ -201,8 +201,8 @@ def _claim(host: Host, *, resume: bool) -> None:
             raise JournalError("the folder holds a run with another --compare: choose another --out", detail=str(out))
     elif resume:
         raise JournalError("--resume: the folder holds no run to go on with", detail=str(out))
-    _write(out / "work" / "compare.json", json.dumps(sorted(host.arms)))
-    _write(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_text(out / "work" / "compare.json", json.dumps(sorted(host.arms)))
+    write_text(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Release]:
@@ -244,7 +244,7 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
                 carrier.engine.close()
     trained = {name: future.result() for name, future in futures.items()}
     lines = [line for _, reports in trained.values() for line in reports]
-    _write(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
+    write_text(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
     return {name: release for name, (release, _) in trained.items()}
 
 
@@ -310,7 +310,7 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
         "fingerprint": fingerprint(),
         "notes": _notes(lines),
     }
-    _write(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_text(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     write_card(out)
     write_report(out)
     return Result(out, values)
@@ -355,15 +355,3 @@ def fingerprint() -> dict[str, str]:
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.rename(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,11 @@ from typer.core import TyperGroup
 
 from wardround import __version__
 from wardround.errors import Interrupted, WardroundError
+from wardround.logs import log_to_stderr
 
 if TYPE_CHECKING:
-    from wardround.runner.session import Result, Watcher
+    from wardround.runner.session import Result
+    from wardround.runner.watching import Watcher
 
 
 class _Commands(TyperGroup):
@@ -73,8 +74,7 @@ ProcessesOption = Annotated[
 
 def main() -> None:
     """The entry of the `wardround` command."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("wardround").setLevel(logging.ERROR)
+    log_to_stderr(logging.DEBUG if os.environ.get("WARDROUND_DEBUG") else logging.WARNING)
     # Whoever stops a service or a batch job sends this: it ends a run as Ctrl-C does, to be gone on with.
     signal.signal(signal.SIGTERM, _interrupt)
     app()

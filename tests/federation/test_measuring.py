@@ -15,7 +15,8 @@ from wardround.federation.exchange import ERROR, EVALUATE, UPDATE
 from wardround.federation.journal import Journal, State
 from wardround.federation.site import Site
 from wardround.federation.store import SiteStore
-from wardround.runner.session import Silent, run
+from wardround.runner.session import run
+from wardround.runner.watching import Silent
 from wardround.wire.message import Message
 
 SPLITS = ("validation", "test")

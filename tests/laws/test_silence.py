@@ -258,6 +258,21 @@ def test_an_error_at_a_site_leaves_no_trace_of_whose_scan_it_was(
     assert not [secret for secret in told for data in files if secret in data]
 
 
+@pytest.mark.slow
+def test_what_a_site_logs_in_a_worker_process_names_no_patient(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its stderr is the run's, which services and batch jobs keep for others to read."""
+    study = toy_study(
+        task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"fail": "B"}}, schedule={"rounds": 1}
+    )
+    sites = toy_sites(tmp_path / "MEIER", tuple(study.sites))
+    run(study, sites, tmp_path / "out", engine="workers", processes=1)
+    said = capfd.readouterr().err
+    assert "site B could not answer 'train': RuntimeError" in said
+    assert not [told for told in ("DOE", "JANE", ".nii", "cannot read", "MEIER", str(tmp_path)) if told in said]
+
+
 class _Nosy(LocalEngine):
     """Sites whose every answer fails with an error of our own that quotes a path."""
 

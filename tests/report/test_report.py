@@ -406,5 +406,5 @@ def test_model_card(whole: tuple[Path, Page]) -> None:
 def test_writing_twice_gives_the_same_bytes(whole: tuple[Path, Page]) -> None:
     first = write_report(whole[0]).read_bytes()
     assert write_report(whole[0]).read_bytes() == first
-    assert not list(whole[0].glob("*.part"))
+    assert not list(whole[0].glob("*.draft"))
     json.loads((whole[0] / "result.json").read_text(encoding="utf-8"))

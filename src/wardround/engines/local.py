@@ -26,9 +26,11 @@ def answer(find: SiteFinder, message: Message) -> Message:
     try:
         site = find(message.header)
     except Exception as error:
-        log.warning("a site could not be opened: %s %s", error, getattr(error, "detail", ""))
-        log.debug("details", exc_info=True)
-        return message.reply(ERROR, meta={"reason": describe_error(error)})
+        # Logs are read outside the site too: the detail is for eyes at the site alone.
+        reason = describe_error(error)
+        log.warning("site %s could not be opened: %s", message.header.site, reason)
+        log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
+        return message.reply(ERROR, meta={"reason": reason})
     return site.handle(message)
 
 

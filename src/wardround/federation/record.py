@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import JournalError
-from wardround.federation.blobs import disk_error, sync_folder
+from wardround.federation.blobs import disk_error
 from wardround.protection.identity import Identity
 from wardround.wire.canonical import canonical_json, digest
+from wardround.wire.files import sync_folder
 
 LOG = "log.jsonl"
 START = "0" * 64

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from wardround.data.deidentify import describe_error
 from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
+from wardround.federation.blobs import disk_error
 from wardround.federation.egress import OPEN, EgressRules, check_egress
 from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.inspection import Inspector
@@ -27,6 +28,7 @@ from wardround.protection.compression import PLAIN, Codec
 from wardround.protection.gates import check_body
 from wardround.tasks.metrics import replicate_weights
 from wardround.tasks.task import Split
+from wardround.wire.files import written
 from wardround.wire.message import FileBody, Header, Message
 from wardround.wire.random import public_generator
 from wardround.wire.tensors import TensorFile
@@ -151,11 +153,10 @@ class Site:
             self.store.finish(reply, answer.memory, set(answer.keep), void=_void(request.header))
             return reply
         except Exception as error:
-            # The cause stays here; what leaves is text that is safe by construction.
-            detail = getattr(error, "detail", "")
-            log.warning("site %s could not answer %r: %s %s", self.name, request.header.kind, error, detail)
-            log.debug("details", exc_info=True)
+            # The cause stays here; what leaves is text that is safe by construction. Logs are read outside, too.
             reason = describe_error(error)
+            log.warning("site %s could not answer %r: %s", self.name, request.header.kind, reason)
+            log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
             self.minutes.declined(request, error, reason)
             return request.reply(ERROR, meta={"reason": reason})
 
@@ -323,10 +324,11 @@ class Site:
         memory = self.store.memory(request.header.round)
         tensors = self.learner.local_tensors(memory)
         if tensors and self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            draft = self.folder / "local.draft"
-            save_file(tensors, draft)
-            draft.rename(self.folder / "local.safetensors")
+            try:
+                with written(self.folder / "local.safetensors") as file:
+                    file.write(save(tensors))
+            except OSError as error:
+                raise disk_error(error) from error
         return Answer(request.reply(DONE))
 
     def _validation_sums(self, number: int, values: Mapping[str, Array]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from wardround.report.results import AGGREGATES, SMALL_N, Metric, Run, load_run
 from wardround.report.units import flat, human_bytes, human_seconds, protocol
 from wardround.report.views import site_title, warnings
 from wardround.study.protocols import HeaderFacts
+from wardround.wire.files import write_text
 
 
 def write_card(out: Path) -> Path:
@@ -19,7 +20,7 @@ def write_card(out: Path) -> Path:
     Raises `JournalError` where `result.json` is missing or a result file is damaged.
     """
     path = out / "model_card.md"
-    path.write_text(card(load_run(out)), encoding="utf-8")
+    write_text(path, card(load_run(out)))
     return path
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import yaml
 from safetensors.numpy import load_file
@@ -37,46 +37,16 @@ from wardround.runner.host import Host
 from wardround.runner.privacy import statement
 from wardround.runner.protocols import read_protocols
 from wardround.runner.release import load_model, save_release, shared_sha256
+from wardround.runner.watching import Shielded, Watcher
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
+from wardround.wire.files import write_text
 from wardround.wire.tensors import tensors_sha256
 
 log = logging.getLogger(__name__)
 EngineName = Literal["local", "workers"]
 SPEC = "spec.json"
-
-
-class Watcher(Protocol):
-    """Sees a run go on; every call may come from another thread."""
-
-    def arms(self, names: Sequence[str], rounds: int) -> None:
-        """The run will train these arms."""
-
-    def step(self, arm: str, site: str, number: int, step: int, steps: int) -> None:
-        """A site took a step."""
-
-    def round(self, report: RoundReport) -> None:
-        """A round was committed, or its validation became known."""
-
-    def evaluated(self, finished: int, total: int) -> None:
-        """So many of the final evaluations are done."""
-
-
-class Silent:
-    """A watcher that says nothing."""
-
-    def arms(self, names: Sequence[str], rounds: int) -> None:
-        """Say nothing."""
-
-    def step(self, arm: str, site: str, number: int, step: int, steps: int) -> None:
-        """Say nothing."""
-
-    def round(self, report: RoundReport) -> None:
-        """Say nothing."""
-
-    def evaluated(self, finished: int, total: int) -> None:
-        """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +84,18 @@ def run(
     there is something to go on with. Raises `StudyError`, `DataError`, `JournalError`, `NotEnoughSites`, and
     `Interrupted` after Ctrl-C.
     """
-    host = open_host(study, sites, out, compare, overrides, watcher)
+    shielded = Shielded(watcher)
+    host = open_host(study, sites, out, compare, overrides, shielded)
     began = time.perf_counter()
     host.preflight()
     try:
         with _alone(host.out), closing(host):
             _claim(host, resume=resume)
             host.open_stores()
-            watcher = watcher or Silent()
-            with _Carrier(host, engine, processes, watcher) as carrier:
-                releases = _train(host, carrier, watcher)
+            with _Carrier(host, engine, processes, shielded) as carrier:
+                releases = _train(host, carrier, shielded)
                 _release(host, carrier.engine, releases)
-                measured = tables(host, measure(host, carrier.engine, watcher.evaluated))
+                measured = tables(host, measure(host, carrier.engine, shielded.evaluated))
             return _conclude(host, releases, measured, time.perf_counter() - began)
     except KeyboardInterrupt:
         raise Interrupted(STOPPED) from None
@@ -141,19 +111,23 @@ def evaluate(
     processes: int | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
-    """Recompute the metrics of result.json from the saved models of a finished run and the sites' data."""
+    """Recompute the metrics of result.json from the saved models of a finished run and the sites' data.
+
+    Raises `StudyError` and `DataError` where the run or its models are not what they were, and `JournalError` while
+    another process is at work in the folder.
+    """
     out = Path(out)
     if not (out / "result.json").exists():
         raise StudyError("the folder holds no finished run (no result.json)", detail=str(out))
     before = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    host = open_host(out / "study.yaml", sites, out, before["compare"], (), watcher)
+    shielded = Shielded(watcher)
+    host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded)
     if host.study_sha256 != before["study_sha256"]:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
-    watcher = watcher or Silent()
-    with closing(host), _Carrier(host, engine, processes, watcher) as carrier:
+    with _alone(out), closing(host), _Carrier(host, engine, processes, shielded) as carrier:
         # A number of its own: sites answer a request that they know from their store, and here they must measure.
         again = secrets.token_hex(16)
-        return tables(host, measure(host, carrier.engine, watcher.evaluated, again=again))
+        return tables(host, measure(host, carrier.engine, shielded.evaluated, again=again))
 
 
 def open_host(
@@ -162,7 +136,7 @@ def open_host(
     out: str | Path,
     compare: Sequence[str],
     overrides: Sequence[str],
-    watcher: Watcher | None,
+    watcher: Shielded | None,
 ) -> Host:
     """The host of a run: study and sites loaded, and fitting each other."""
     if not isinstance(study, Study):
@@ -180,7 +154,7 @@ def open_host(
 class _Carrier:
     """The engine of a run, closed when the run ends however it ends."""
 
-    def __init__(self, host: Host, name: EngineName | None, processes: int | None, watcher: Watcher) -> None:
+    def __init__(self, host: Host, name: EngineName | None, processes: int | None, watcher: Shielded) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = processes or max(1, cores // host.study.local.threads)
         if (name or ("workers" if count > 1 else "local")) == "local":
@@ -188,8 +162,7 @@ class _Carrier:
             self.parallel = 1
             return
         spec = host.out / "work" / SPEC
-        spec.parent.mkdir(parents=True, exist_ok=True)
-        spec.write_text(json.dumps(host.spec()), encoding="utf-8")
+        write_text(spec, json.dumps(host.spec()))
         self.engine = WorkersEngine(count, "wardround.runner.host:site_finder", spec, watcher.step)
         self.parallel = count + 1
 
@@ -228,11 +201,11 @@ def _claim(host: Host, *, resume: bool) -> None:
             raise JournalError("the folder holds a run with another --compare: choose another --out", detail=str(out))
     elif resume:
         raise JournalError("--resume: the folder holds no run to go on with", detail=str(out))
-    _write(out / "work" / "compare.json", json.dumps(sorted(host.arms)))
-    _write(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_text(out / "work" / "compare.json", json.dumps(sorted(host.arms)))
+    write_text(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
-def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release]:
+def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Release]:
     """Train all arms, several at once where there are several workers."""
     stop = threading.Event()
     watcher.arms(list(host.arms), host.study.schedule.rounds)
@@ -271,7 +244,7 @@ def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release
                 carrier.engine.close()
     trained = {name: future.result() for name, future in futures.items()}
     lines = [line for _, reports in trained.values() for line in reports]
-    _write(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
+    write_text(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
     return {name: release for name, (release, _) in trained.items()}
 
 
@@ -337,7 +310,7 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
         "fingerprint": fingerprint(),
         "notes": _notes(lines),
     }
-    _write(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_text(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     write_card(out)
     write_report(out)
     return Result(out, values)
@@ -388,15 +361,3 @@ def fingerprint() -> dict[str, str]:
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.rename(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise

@@ -14,6 +14,8 @@ from tests.ct_hospitals import GEOMETRY, OTHER, SIZE, ct_study, make_ct_hospital
 
 import wardround
 from wardround.errors import StudyError
+from wardround.physics import ct_cache
+from wardround.physics.ct_cache import VARIABLE
 from wardround.runner.host import Host
 from wardround.study.load import load_study
 from wardround.study.sites import Egress, SiteData, SitesFile, load_sites
@@ -243,6 +245,25 @@ def test_other_geometries_are_other_scanners() -> None:
     assert task.scanner("A") is not task.scanner("B")
     assert task.scanner("B").acquisition.geometry.views == OTHER["views"]
     assert task.scanner("A") is task.scanner("A")
+
+
+def test_scanners_are_built_once_on_a_machine(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def images() -> CTBatch:
+        return _task().dataset("A", (folders["A"],)).batch([0], _random())
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setenv(VARIABLE, "off")
+    expected = images()
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    assert _same(images(), expected)
+    assert len(list((tmp_path / "cache" / "projectors").glob("*.npz"))) == 3  # projector, back projection, simulation
+    monkeypatch.setattr(ct_cache, "weight_matrix", refuse)
+    assert _same(images(), expected)
+    assert all(path.is_dir() or path.suffix == ".npz" for path in (tmp_path / "cache").rglob("*"))
 
 
 @pytest.mark.data

@@ -18,6 +18,7 @@ from wardround.data.dataset import Example
 from wardround.data.embeddings import Embeddings
 from wardround.data.visits import Index, Visits
 from wardround.errors import GeometryError, StudyError
+from wardround.physics.ct_cache import user_cache
 from wardround.physics.ct_geometry import check_geometry
 from wardround.physics.ct_simulate import CTSimulator
 from wardround.physics.ct_system import CTSystem
@@ -118,7 +119,8 @@ def _one_part(parts: Sequence[CTScans]) -> CTScans:
 class Scanner:
     """One acquisition: the simulator of its scans and the operator that reconstruction knows, built when first used.
 
-    Raises GeometryError at once where the detector misses the patient.
+    Their matrices are kept on the machine, see `wardround.physics.ct_cache.user_cache`. Raises GeometryError at once
+    where the detector misses the patient.
     """
 
     def __init__(self, acquisition: CTAcquisition) -> None:
@@ -140,11 +142,11 @@ class Scanner:
     @cached_property
     def system(self) -> CTSystem:
         """The operator of reconstruction."""
-        return CTSystem(self.acquisition)
+        return CTSystem(self.acquisition, cache=user_cache())
 
     @cached_property
     def _simulator(self) -> CTSimulator:
-        return CTSimulator(self.acquisition, refinement=_REFINEMENT)
+        return CTSimulator(self.acquisition, refinement=_REFINEMENT, cache=user_cache())
 
     def scan(self, hu: NDArray[np.float32], random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Data (views, bins) of `system` and the true image (H, W) of a slice in HU on `grid`."""

@@ -13,6 +13,7 @@ import torch
 from tests.ct_hospitals import GEOMETRY, OTHER, SIZE, ct_study, make_ct_hospitals
 
 import wardround
+from wardround.data.ct_dataset import CTFolder
 from wardround.errors import StudyError
 from wardround.physics import ct_cache
 from wardround.physics.ct_cache import VARIABLE
@@ -173,6 +174,17 @@ def test_a_new_scanner_sees_test_patients_of_the_members_and_nobody_else(folders
     (_, first), *_ = visits.evaluation("test")
     (_, home), *_ = members[0].evaluation("test")
     assert first.parts[0].operator is not home.parts[0].operator or not _same(first, home)
+
+
+def test_a_new_scanner_reads_test_patients_alone(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    task, read = _task(), []
+    slices = CTFolder.slices
+    monkeypatch.setattr(CTFolder, "slices", lambda self, p: read.append((self.site, p)) or slices(self, p))
+    visits = task.visits("New", {site: (folders[site],) for site in "AB"})
+    assert len(read) == visits.patients("test")
+    # A site's own data are looked at as a whole, before anything is trained.
+    task.dataset("A", (folders["A"],))
+    assert {p for site, p in read if site == "A"} == set(range(len(CTFolder(folders["A"], "A"))))
 
 
 def test_a_host_asks_no_entry_for_a_new_scanner_and_follows_all_members(

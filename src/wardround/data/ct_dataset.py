@@ -7,6 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import nibabel
@@ -154,8 +155,9 @@ class CTIndex:
     """The slices of a site as examples on a simulation's grid, split by patient.
 
     Slices are resampled by area to the grid by their physical spacing, the body's bounding box in the middle; what lies
-    outside the circle that the scanner sees (a table, a blanket) is air. All files are read once here, and again
-    when asked for, with images kept in memory up to `cache_bytes`. Raises DataError where a file cannot be used,
+    outside the circle that the scanner sees (a table, a blanket) is air. All files of the patients of `served` splits
+    are read once here, and again when asked for, with images kept in memory up to `cache_bytes`; other splits have
+    nobody, though the fingerprint is that of the whole site. Raises DataError where one of these files cannot be used,
     where a body does not fit the circle, and where a training site is left without training examples.
     """
 
@@ -168,18 +170,20 @@ class CTIndex:
         split: Split,
         seed: int,
         role: Role = "train",
+        served: Sequence[SplitName] = SPLITS,
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
         self._folder = folder
         self._grid = grid
         self._slices = slices
         self._split = split_patients(len(folder), split, seed, folder.site, role)
+        self._served = {name: self._split[name] if name in served else () for name in SPLITS}
         self._room = cache_bytes
         self._cache: OrderedDict[tuple[int, int], _Placed] = OrderedDict()
         self._inside = grid.inside()
         self._protocols: dict[int, frozenset[CTProtocol]] = {}
         self._series: dict[int, int] = {}
-        self._shares = {patient: self._survey(patient) for patient in range(len(folder))}
+        self._shares = {patient: self._survey(patient) for patient in sorted(chain(*self._served.values()))}
         self._check_fit()
 
     @property
@@ -189,7 +193,7 @@ class CTIndex:
 
     def patients(self, split: SplitName) -> tuple[int, ...]:
         """Return the numbers of the patients of a split, ascending."""
-        return self._split[split]
+        return self._served[split]
 
     def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[Example, ...]:
         """Return the examples of a split by patient and slice; `slices` replaces the own rule.
@@ -199,10 +203,10 @@ class CTIndex:
         rule = slices or self._slices
         found = tuple(
             Example(patient, CONTRAST, int(number))
-            for patient in self._split[split]
+            for patient in self._served[split]
             for number in chosen(self._shares[patient][0], rule)
         )
-        if self._split[split] and not found:
+        if self._served[split] and not found:
             raise DataError(
                 f"site {self.site}: in no {split} slice does the body fill {rule.minimum_foreground:.0%} of the field "
                 "of view; lower `slices.minimum_foreground`"
@@ -239,7 +243,7 @@ class CTIndex:
 
     def header_facts(self, minimum: int) -> HeaderFacts:
         """What the headers of training patients say of the scanners, where at least `minimum` of them agree."""
-        return facts_of((self._protocols[patient] for patient in self._split["train"]), minimum)
+        return facts_of((self._protocols[patient] for patient in self._served["train"]), minimum)
 
     def _survey(self, patient: int) -> tuple[FloatArray, FloatArray]:
         """The body's share of the field of view and its reach in mm, of every slice."""
@@ -256,7 +260,7 @@ class CTIndex:
         return np.array(shares, dtype=np.float32), np.array(reaches, dtype=np.float32)
 
     def _check_fit(self) -> None:
-        reaches = np.concatenate([reach for _, reach in self._shares.values()])
+        reaches = np.concatenate([np.zeros(0), *(reach for _, reach in self._shares.values())])
         room = self._grid.radius + self._grid.pixel
         outside = int((reaches > room).sum())
         if outside:

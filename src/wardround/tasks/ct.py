@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.data.ct_dataset import CTFolder, CTIndex, Grid
-from wardround.data.dataset import Example
+from wardround.data.dataset import SPLITS, Example
 from wardround.data.embeddings import Embeddings
 from wardround.data.visits import Index, Visits
 from wardround.errors import GeometryError, StudyError
@@ -38,7 +38,7 @@ from wardround.tasks.reconstruction import (
     ScanCache,
     weight_of,
 )
-from wardround.tasks.task import MetricSpec, Source, Window
+from wardround.tasks.task import MetricSpec, Source, Split, Window
 from wardround.wire.random import public_generator
 
 NO_EMBEDDINGS: Mapping[str, Path] = MappingProxyType({})
@@ -285,8 +285,8 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
                 raise StudyError(f"site {site}, acquisition.geometry: {error}") from error
         return self._scanners[key]
 
-    def index(self, site: str, source: Source, scanner: str) -> CTIndex:
-        """The slices of a site's folders on the grid of the scanner of the site `scanner`."""
+    def index(self, site: str, source: Source, scanner: str, served: Sequence[Split] = SPLITS) -> CTIndex:
+        """The slices of a site's folders on the grid of the scanner of the site `scanner`; of `served` splits alone."""
         return CTIndex(
             CTFolder(source, site, self._prompts(site)),
             self.scanner(scanner).grid,
@@ -294,6 +294,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
             split=self.config.split,
             seed=self.study.seed,
             role=self.study.sites[site].role,
+            served=served,
         )
 
     def _prompts(self, site: str) -> Embeddings | None:
@@ -316,7 +317,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
 
     def visitors(self, site: str, sources: Mapping[str, Source]) -> Visits[CTIndex]:
         """The test patients of other sites, as an index of `site`."""
-        return Visits(site, [self.index(member, source, site) for member, source in sources.items()])
+        return Visits(site, [self.index(member, source, site, ("test",)) for member, source in sources.items()])
 
     def scans(self, index: Index) -> CTDataset:
         """The acquisitions of an index's slices by its site's scanner."""

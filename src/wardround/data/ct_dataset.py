@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_hole
 from wardround.data.dicom import AIR, read_slice
 from wardround.data.embeddings import Embeddings
 from wardround.data.folder import no_patient, patient_folders
+from wardround.data.memory import CACHE_BYTES, ScanCache
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
 from wardround.errors import DataError
@@ -36,7 +37,6 @@ _BLANKET = 2.0  # mm; thinner things than twice that, as blankets and table tops
 _THIN = -700.0  # the thinnest thing in a volume is air
 # Hounsfield units below these are no padding of any vendor; above, no 16-bit image.
 _LOWEST, _HIGHEST = -4096.0, 32767.0
-_CACHE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,10 @@ class _Placed:
     hu: FloatArray
     body: BoolArray
 
+    @property
+    def nbytes(self) -> int:
+        return self.hu.nbytes + self.body.nbytes
+
 
 class CTIndex:
     """The slices of a site as examples on a simulation's grid, split by patient.
@@ -171,15 +175,14 @@ class CTIndex:
         seed: int,
         role: Role = "train",
         served: Sequence[SplitName] = SPLITS,
-        cache_bytes: int = _CACHE_BYTES,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._folder = folder
         self._grid = grid
         self._slices = slices
         self._split = split_patients(len(folder), split, seed, folder.site, role)
         self._served = {name: self._split[name] if name in served else () for name in SPLITS}
-        self._room = cache_bytes
-        self._cache: OrderedDict[tuple[int, int], _Placed] = OrderedDict()
+        self._cache = ScanCache[_Placed](cache_bytes)
         self._inside = grid.inside()
         self._protocols: dict[int, frozenset[CTProtocol]] = {}
         self._series: dict[int, int] = {}
@@ -256,7 +259,7 @@ class CTIndex:
             body = Body.of(image)
             shares.append(body.mask.sum() * image.spacing[0] * image.spacing[1] / area)
             reaches.append(body.reach)
-            self._keep((patient, number), self._place(image, body))
+            self._cache.get((patient, number), partial(self._place, image, body))
         return np.array(shares, dtype=np.float32), np.array(reaches, dtype=np.float32)
 
     def _check_fit(self) -> None:
@@ -272,24 +275,16 @@ class CTIndex:
             )
 
     def _placed(self, example: Example) -> _Placed:
-        key = (example.patient, example.slice)
-        found = self._cache.get(key)
-        if found is None:
+        def read() -> _Placed:
             image = self._folder.slices(example.patient)[example.slice]
-            found = self._place(image, Body.of(image))
-            self._keep(key, found)
-        return found
+            return self._place(image, Body.of(image))
+
+        return self._cache.get((example.patient, example.slice), read)
 
     def _place(self, image: Slice, body: Body) -> _Placed:
         hu = np.where(self._inside, on_grid(image.hu, image.spacing, body.middle, self._grid, AIR), AIR)
         mask = on_grid(body.mask, image.spacing, body.middle, self._grid, 0.0) > 0.5
         return _Placed(np.asarray(hu, dtype=np.float32), np.asarray(mask & self._inside, dtype=np.bool_))
-
-    def _keep(self, key: tuple[int, int], placed: _Placed) -> None:
-        size = placed.hu.nbytes + placed.body.nbytes
-        if key not in self._cache and size <= self._room:
-            self._room -= size
-            self._cache[key] = placed
 
 
 def on_grid(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wardround.data.ct_dataset import CTFolder, CTIndex, Grid
 from wardround.data.dataset import SPLITS, Example
 from wardround.data.embeddings import Embeddings
+from wardround.data.memory import CACHE_BYTES, ScanCache
 from wardround.data.visits import Index, Visits
 from wardround.errors import GeometryError, StudyError
 from wardround.physics.ct_cache import user_cache
@@ -31,13 +32,7 @@ from wardround.study.ct import CTAcquisition
 from wardround.study.models import anatomy_of
 from wardround.study.protocols import HeaderFacts
 from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows
-from wardround.tasks.reconstruction import (
-    CACHE_BYTES,
-    ReconstructionDataset,
-    ReconstructionTask,
-    ScanCache,
-    weight_of,
-)
+from wardround.tasks.reconstruction import ReconstructionDataset, ReconstructionTask, weight_of
 from wardround.tasks.task import MetricSpec, Source, Split, Window
 from wardround.wire.random import public_generator
 

@@ -122,6 +122,25 @@ def test_visits_are_the_test_patients_of_all_members(tmp_path: Path) -> None:
     assert visits.patients("test") == tuple(range(sum(len(member.patients("test")) for member in members)))
 
 
+def test_patients_of_a_split_that_is_not_served_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_ct_hospitals(tmp_path)["A"]
+    whole, read = _index(folder), []
+    slices = CTFolder.slices
+
+    def noted(self: CTFolder, patient: int) -> list[Slice]:
+        read.append(patient)
+        return slices(self, patient)
+
+    monkeypatch.setattr(CTFolder, "slices", noted)
+    some = _index(folder, served=("test",))
+    assert tuple(read) == some.patients("test") == whole.patients("test")
+    assert some.examples("test") == whole.examples("test")
+    assert (some.patients("train"), some.examples("train")) == ((), ())
+    assert some.fingerprint() == whole.fingerprint()
+    nobody = _index(folder, served=())
+    assert not any(nobody.patients(split) for split in SPLITS)
+
+
 def test_the_fingerprint_follows_content_and_not_names(tmp_path: Path) -> None:
     for name in ("one", "two"):
         make_ct_hospitals(tmp_path / name)

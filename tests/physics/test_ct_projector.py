@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 from wardround.errors import GeometryError
 from wardround.physics import ct, ct_cache, projector
 from wardround.physics.ct import CTProjector, StoredWeights, WeightsOnTheFly
-from wardround.physics.ct_cache import MatrixCache, default_folder
+from wardround.physics.ct_cache import VARIABLE, MatrixCache, default_folder, user_cache
 from wardround.physics.projector import Model, estimate_bytes, weight_matrix
 from wardround.study.ct import CTGeometry
 
@@ -176,11 +178,69 @@ def test_a_folder_that_cannot_be_written_is_worked_without(tmp_path: Path) -> No
     assert (weights != weight_matrix(GEOMETRIES["flat"], "joseph")).nnz == 0
 
 
+def test_a_found_matrix_is_not_estimated_and_still_has_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, geometry = MatrixCache(tmp_path), GEOMETRIES["flat"]
+    CTProjector(geometry, cache=cache)
+    with pytest.raises(GeometryError, match="above the limit"):
+        CTProjector(geometry, cache=cache, storage="stored", memory_limit=1e5)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("estimated")
+
+    monkeypatch.setattr(ct, "estimate_bytes", refuse)
+    assert isinstance(CTProjector(geometry, cache=cache).weights, StoredWeights)
+
+
+def test_a_folder_of_somebody_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MatrixCache(tmp_path).weights(GEOMETRIES["flat"], "joseph")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert MatrixCache(tmp_path).find(GEOMETRIES["flat"], "joseph") is not None
+
+
+def test_other_code_and_arithmetic_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MatrixCache(tmp_path).weights(GEOMETRIES["flat"], "joseph")
+    monkeypatch.setattr(ct_cache, "_builder", lambda: ["another", "numpy"])
+    assert MatrixCache(tmp_path).find(GEOMETRIES["flat"], "joseph") is None
+
+
+def test_the_disk_is_left_to_the_run_and_what_nobody_finished_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old.part", tmp_path / "new.part"
+    old.touch()
+    new.touch()
+    os.utime(old, (1000, 1000))
+    monkeypatch.setattr(ct_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    MatrixCache(tmp_path).weights(GEOMETRIES["flat"], "joseph")
+    assert list(tmp_path.iterdir()) == [new]
+
+
+def test_processes_that_build_at_once_disturb_nobody(tmp_path: Path) -> None:
+    expected = weight_matrix(GEOMETRIES["flat"], "joseph")
+    # Room for one file only: each throws out what another may be reading.
+    size = int(expected.nnz * 8 * 1.1)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: MatrixCache(tmp_path, size).weights(GEOMETRIES["flat"], "joseph"), range(24)))
+    assert all((each != expected).nnz == 0 for each in found)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
+
+
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert default_folder() == Path("/somewhere/wardround/projectors")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_folder() == Path.home() / ".cache" / "wardround" / "projectors"
+    assert user_cache() == MatrixCache(Path("/somewhere/wardround/projectors"))
+    home = Path.home() / ".cache" / "wardround" / "projectors"
+    for value in ("relative", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert default_folder() == home
+    monkeypatch.setenv(VARIABLE, "/elsewhere")
+    assert user_cache() == MatrixCache(Path("/elsewhere/projectors"))
+    monkeypatch.setenv(VARIABLE, "off")
+    assert user_cache() is None
 
 
 def test_weights_of_a_strip_through_the_middle_are_exact() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import nibabel
@@ -19,6 +20,7 @@ from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_hole
 from wardround.data.dicom import AIR, read_slice
 from wardround.data.embeddings import Embeddings
 from wardround.data.folder import no_patient, patient_folders
+from wardround.data.memory import CACHE_BYTES, ScanCache
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
 from wardround.errors import DataError
@@ -35,7 +37,6 @@ _BLANKET = 2.0  # mm; thinner things than twice that, as blankets and table tops
 _THIN = -700.0  # the thinnest thing in a volume is air
 # Hounsfield units below these are no padding of any vendor; above, no 16-bit image.
 _LOWEST, _HIGHEST = -4096.0, 32767.0
-_CACHE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -149,13 +150,18 @@ class _Placed:
     hu: FloatArray
     body: BoolArray
 
+    @property
+    def nbytes(self) -> int:
+        return self.hu.nbytes + self.body.nbytes
+
 
 class CTIndex:
     """The slices of a site as examples on a simulation's grid, split by patient.
 
     Slices are resampled by area to the grid by their physical spacing, the body's bounding box in the middle; what lies
-    outside the circle that the scanner sees (a table, a blanket) is air. All files are read once here, and again
-    when asked for, with images kept in memory up to `cache_bytes`. Raises DataError where a file cannot be used,
+    outside the circle that the scanner sees (a table, a blanket) is air. All files of the patients of `served` splits
+    are read once here, and again when asked for, with images kept in memory up to `cache_bytes`; other splits have
+    nobody, though the fingerprint is that of the whole site. Raises DataError where one of these files cannot be used,
     where a body does not fit the circle, and where a training site is left without training examples.
     """
 
@@ -168,18 +174,19 @@ class CTIndex:
         split: Split,
         seed: int,
         role: Role = "train",
-        cache_bytes: int = _CACHE_BYTES,
+        served: Sequence[SplitName] = SPLITS,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._folder = folder
         self._grid = grid
         self._slices = slices
         self._split = split_patients(len(folder), split, seed, folder.site, role)
-        self._room = cache_bytes
-        self._cache: OrderedDict[tuple[int, int], _Placed] = OrderedDict()
+        self._served = {name: self._split[name] if name in served else () for name in SPLITS}
+        self._cache = ScanCache[_Placed](cache_bytes)
         self._inside = grid.inside()
         self._protocols: dict[int, frozenset[CTProtocol]] = {}
         self._series: dict[int, int] = {}
-        self._shares = {patient: self._survey(patient) for patient in range(len(folder))}
+        self._shares = {patient: self._survey(patient) for patient in sorted(chain(*self._served.values()))}
         self._check_fit()
 
     @property
@@ -189,7 +196,7 @@ class CTIndex:
 
     def patients(self, split: SplitName) -> tuple[int, ...]:
         """Return the numbers of the patients of a split, ascending."""
-        return self._split[split]
+        return self._served[split]
 
     def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[Example, ...]:
         """Return the examples of a split by patient and slice; `slices` replaces the own rule.
@@ -199,10 +206,10 @@ class CTIndex:
         rule = slices or self._slices
         found = tuple(
             Example(patient, CONTRAST, int(number))
-            for patient in self._split[split]
+            for patient in self._served[split]
             for number in chosen(self._shares[patient][0], rule)
         )
-        if self._split[split] and not found:
+        if self._served[split] and not found:
             raise DataError(
                 f"site {self.site}: in no {split} slice does the body fill {rule.minimum_foreground:.0%} of the field "
                 "of view; lower `slices.minimum_foreground`"
@@ -239,7 +246,7 @@ class CTIndex:
 
     def header_facts(self, minimum: int) -> HeaderFacts:
         """What the headers of training patients say of the scanners, where at least `minimum` of them agree."""
-        return facts_of((self._protocols[patient] for patient in self._split["train"]), minimum)
+        return facts_of((self._protocols[patient] for patient in self._served["train"]), minimum)
 
     def _survey(self, patient: int) -> tuple[FloatArray, FloatArray]:
         """The body's share of the field of view and its reach in mm, of every slice."""
@@ -252,11 +259,11 @@ class CTIndex:
             body = Body.of(image)
             shares.append(body.mask.sum() * image.spacing[0] * image.spacing[1] / area)
             reaches.append(body.reach)
-            self._keep((patient, number), self._place(image, body))
+            self._cache.get((patient, number), partial(self._place, image, body))
         return np.array(shares, dtype=np.float32), np.array(reaches, dtype=np.float32)
 
     def _check_fit(self) -> None:
-        reaches = np.concatenate([reach for _, reach in self._shares.values()])
+        reaches = np.concatenate([np.zeros(0), *(reach for _, reach in self._shares.values())])
         room = self._grid.radius + self._grid.pixel
         outside = int((reaches > room).sum())
         if outside:
@@ -268,24 +275,16 @@ class CTIndex:
             )
 
     def _placed(self, example: Example) -> _Placed:
-        key = (example.patient, example.slice)
-        found = self._cache.get(key)
-        if found is None:
+        def read() -> _Placed:
             image = self._folder.slices(example.patient)[example.slice]
-            found = self._place(image, Body.of(image))
-            self._keep(key, found)
-        return found
+            return self._place(image, Body.of(image))
+
+        return self._cache.get((example.patient, example.slice), read)
 
     def _place(self, image: Slice, body: Body) -> _Placed:
         hu = np.where(self._inside, on_grid(image.hu, image.spacing, body.middle, self._grid, AIR), AIR)
         mask = on_grid(body.mask, image.spacing, body.middle, self._grid, 0.0) > 0.5
         return _Placed(np.asarray(hu, dtype=np.float32), np.asarray(mask & self._inside, dtype=np.bool_))
-
-    def _keep(self, key: tuple[int, int], placed: _Placed) -> None:
-        size = placed.hu.nbytes + placed.body.nbytes
-        if key not in self._cache and size <= self._room:
-            self._room -= size
-            self._cache[key] = placed
 
 
 def on_grid(

@@ -185,8 +185,12 @@ def _weights(
 ) -> Weights:
     if storage == "on_the_fly":
         return WeightsOnTheFly(geometry, model)
-    needed = estimate_bytes(geometry, model)
     limit = min(memory_limit, _MOST_WEIGHTS * 16)
+    # An estimate takes a part of what building takes: what is in the cache has a size.
+    found = None if cache is None else cache.find(geometry, model, limit / 2)
+    if found is not None:
+        return StoredWeights(found)
+    needed = estimate_bytes(geometry, model)
     if needed > limit:
         sizes = f"the weights and their transpose take {needed / 1e9:.1f} GB, above the limit of {limit / 1e9:.1f} GB"
         if storage == "stored":

@@ -57,14 +57,6 @@ def variance(line_integrals: ArrayOrTensor, photons: float, electronic_noise: fl
     return share * (share * electronic_noise**2 + 1)
 
 
-def statistical_weights(line_integrals: ArrayOrTensor, photons: float, electronic_noise: float) -> ArrayOrTensor:
-    """Weights of penalised weighted least squares: the inverse of the variance.
-
-    Sauer and Bouman, IEEE Trans. Signal Process. 41 (1993), 534.
-    """
-    return variance(line_integrals, photons, electronic_noise) ** -1
-
-
 def insert_noise(
     line_integrals: FloatArray,
     fraction: float,

@@ -18,7 +18,7 @@ from wardround.errors import GeometryError
 from wardround.physics.beam_hardening import bone_share, tube_spectrum
 from wardround.physics.ct import CTProjector
 from wardround.physics.ct_cache import MatrixCache
-from wardround.physics.ct_noise import hu_to_mu, measure, statistical_weights
+from wardround.physics.ct_noise import hu_to_mu, measure
 from wardround.study.ct import CTAcquisition, CTGeometry
 
 FloatArray = NDArray[np.float32]
@@ -29,12 +29,12 @@ _REFINEMENT = 2
 class CTMeasurement:
     """What a scanner hands to reconstruction, and the truth: one slice, float32, without a batch axis.
 
-    sinogram: measured line integrals (views, bins). weights: their inverse variance. reference: attenuation in 1/mm
-    on the geometry's grid (rows, columns), the area average of what was scanned.
+    sinogram: measured line integrals (views, bins), corrected for water where the beam hardens; their variance is what
+    `CTSystem.uncertainty` says. reference: attenuation in 1/mm on the geometry's grid (rows, columns), the area average
+    of what was scanned.
     """
 
     sinogram: Tensor
-    weights: Tensor
     reference: Tensor
 
 
@@ -72,15 +72,11 @@ class CTSimulator:
         mu = hu_to_mu(hu, acquisition.mu_water)
         path = self._attenuation(hu, mu)
         measured = measure(path, acquisition.photons, acquisition.electronic_noise, random)
-        weights = statistical_weights(measured, acquisition.photons, acquisition.electronic_noise)
         if self._correction is not None:
-            # The correction's slope carries the variance from before it to after it.
-            slope = self._correction.deriv()(measured)
-            weights = np.asarray(weights / slope**2, np.float32)
             measured = np.asarray(self._correction(measured), np.float32)
         rows, columns = acquisition.geometry.size
         reference = mu.reshape(rows, self.refinement, columns, self.refinement).mean((1, 3))
-        return CTMeasurement(*(torch.from_numpy(part) for part in (measured, weights, reference)))
+        return CTMeasurement(*(torch.from_numpy(part) for part in (measured, reference)))
 
     def _on_fine_grid(self, image: FloatArray) -> FloatArray:
         coarse, fine = self.acquisition.geometry.size, self._projector.image_shape

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.data.ct_dataset import CTFolder, CTIndex, Grid
-from wardround.data.dataset import Example
+from wardround.data.dataset import SPLITS, Example
 from wardround.data.embeddings import Embeddings
+from wardround.data.memory import CACHE_BYTES, ScanCache
 from wardround.data.visits import Index, Visits
 from wardround.errors import GeometryError, StudyError
+from wardround.physics.ct_cache import user_cache
 from wardround.physics.ct_geometry import check_geometry
 from wardround.physics.ct_simulate import CTSimulator
 from wardround.physics.ct_system import CTSystem
@@ -30,14 +32,8 @@ from wardround.study.ct import CTAcquisition
 from wardround.study.models import anatomy_of
 from wardround.study.protocols import HeaderFacts
 from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows
-from wardround.tasks.reconstruction import (
-    CACHE_BYTES,
-    ReconstructionDataset,
-    ReconstructionTask,
-    ScanCache,
-    weight_of,
-)
-from wardround.tasks.task import MetricSpec, Source, Window
+from wardround.tasks.reconstruction import ReconstructionDataset, ReconstructionTask, weight_of
+from wardround.tasks.task import MetricSpec, Source, Split, Window
 from wardround.wire.random import public_generator
 
 NO_EMBEDDINGS: Mapping[str, Path] = MappingProxyType({})
@@ -118,7 +114,8 @@ def _one_part(parts: Sequence[CTScans]) -> CTScans:
 class Scanner:
     """One acquisition: the simulator of its scans and the operator that reconstruction knows, built when first used.
 
-    Raises GeometryError at once where the detector misses the patient.
+    Their matrices are kept on the machine, see `wardround.physics.ct_cache.user_cache`. Raises GeometryError at once
+    where the detector misses the patient.
     """
 
     def __init__(self, acquisition: CTAcquisition) -> None:
@@ -140,11 +137,11 @@ class Scanner:
     @cached_property
     def system(self) -> CTSystem:
         """The operator of reconstruction."""
-        return CTSystem(self.acquisition)
+        return CTSystem(self.acquisition, cache=user_cache())
 
     @cached_property
     def _simulator(self) -> CTSimulator:
-        return CTSimulator(self.acquisition, refinement=_REFINEMENT)
+        return CTSimulator(self.acquisition, refinement=_REFINEMENT, cache=user_cache())
 
     def scan(self, hu: NDArray[np.float32], random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Data (views, bins) of `system` and the true image (H, W) of a slice in HU on `grid`."""
@@ -283,8 +280,8 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
                 raise StudyError(f"site {site}, acquisition.geometry: {error}") from error
         return self._scanners[key]
 
-    def index(self, site: str, source: Source, scanner: str) -> CTIndex:
-        """The slices of a site's folders on the grid of the scanner of the site `scanner`."""
+    def index(self, site: str, source: Source, scanner: str, served: Sequence[Split] = SPLITS) -> CTIndex:
+        """The slices of a site's folders on the grid of the scanner of the site `scanner`; of `served` splits alone."""
         return CTIndex(
             CTFolder(source, site, self._prompts(site)),
             self.scanner(scanner).grid,
@@ -292,6 +289,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
             split=self.config.split,
             seed=self.study.seed,
             role=self.study.sites[site].role,
+            served=served,
         )
 
     def _prompts(self, site: str) -> Embeddings | None:
@@ -314,7 +312,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
 
     def visitors(self, site: str, sources: Mapping[str, Source]) -> Visits[CTIndex]:
         """The test patients of other sites, as an index of `site`."""
-        return Visits(site, [self.index(member, source, site) for member, source in sources.items()])
+        return Visits(site, [self.index(member, source, site, ("test",)) for member, source in sources.items()])
 
     def scans(self, index: Index) -> CTDataset:
         """The acquisitions of an index's slices by its site's scanner."""

@@ -21,6 +21,7 @@ from wardround.errors import GeometryError, StudyError
 from wardround.physics.ct_geometry import check_geometry
 from wardround.physics.ct_simulate import CTSimulator
 from wardround.physics.ct_system import CTSystem
+from wardround.physics.fbp import check_sweep
 from wardround.physics.operator import LinearOperator
 from wardround.physics.solvers import tv, weighted_tv
 from wardround.physics.wrapped import Prompted
@@ -118,11 +119,12 @@ def _one_part(parts: Sequence[CTScans]) -> CTScans:
 class Scanner:
     """One acquisition: the simulator of its scans and the operator that reconstruction knows, built when first used.
 
-    Raises GeometryError at once where the detector misses the patient.
+    Raises GeometryError at once where the detector misses the patient, and for views that FBP cannot weigh.
     """
 
     def __init__(self, acquisition: CTAcquisition) -> None:
         check_geometry(acquisition.geometry)
+        check_sweep(acquisition.geometry)  # networks and baselines start at its image
         self.acquisition = acquisition
 
     @property

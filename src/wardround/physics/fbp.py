@@ -49,7 +49,7 @@ class FBP:
         cache: MatrixCache | None = None,
     ) -> None:
         check_sweep(geometry)
-        self._back = CTProjector(geometry, model="fbp", storage=storage, cache=cache)
+        self._back = CTProjector(geometry, model="fbp", storage=storage, uses="adjoint", cache=cache)
         self._response = torch.from_numpy(_response(geometry, window))
         self._scale = torch.from_numpy(_ray_weights(geometry))
 

@@ -18,8 +18,9 @@ from wardround.data.dataset import Example
 from wardround.data.embeddings import Embeddings
 from wardround.data.visits import Index, Visits
 from wardround.errors import GeometryError, StudyError
+from wardround.physics.ct import matrix_limit
 from wardround.physics.ct_geometry import check_geometry
-from wardround.physics.ct_simulate import CTSimulator
+from wardround.physics.ct_simulate import REFINEMENT, CTSimulator
 from wardround.physics.ct_system import CTSystem
 from wardround.physics.fbp import check_sweep
 from wardround.physics.operator import LinearOperator
@@ -42,7 +43,6 @@ from wardround.tasks.task import MetricSpec, Source, Window
 from wardround.wire.random import public_generator
 
 NO_EMBEDDINGS: Mapping[str, Path] = MappingProxyType({})
-_REFINEMENT = 2  # of the simulation's grid, see `wardround.physics.ct_simulate`
 _TV_PENALTY = 0.4  # see `wardround.physics.solvers.tv`
 _PICTURES = 2
 
@@ -119,12 +119,14 @@ def _one_part(parts: Sequence[CTScans]) -> CTScans:
 class Scanner:
     """One acquisition: the simulator of its scans and the operator that reconstruction knows, built when first used.
 
-    Raises GeometryError at once where the detector misses the patient, and for views that FBP cannot weigh.
+    Raises GeometryError at once where the detector misses the patient, and for views that FBP cannot weigh; StudyError
+    as `matrix_limit` does.
     """
 
     def __init__(self, acquisition: CTAcquisition) -> None:
         check_geometry(acquisition.geometry)
         check_sweep(acquisition.geometry)  # networks and baselines start at its image
+        matrix_limit()  # where it cannot be read, that is an error of the study, not of a site when it trains
         self.acquisition = acquisition
 
     @property
@@ -134,8 +136,8 @@ class Scanner:
         rows, columns = geometry.size
         radius = min(rows, columns) * geometry.pixel / 2
         return Grid(
-            (rows * _REFINEMENT, columns * _REFINEMENT),
-            geometry.pixel / _REFINEMENT,
+            (rows * REFINEMENT, columns * REFINEMENT),
+            geometry.pixel / REFINEMENT,
             min(radius, geometry.body_radius or radius),
         )
 
@@ -146,7 +148,7 @@ class Scanner:
 
     @cached_property
     def _simulator(self) -> CTSimulator:
-        return CTSimulator(self.acquisition, refinement=_REFINEMENT)
+        return CTSimulator(self.acquisition, refinement=REFINEMENT)
 
     def scan(self, hu: NDArray[np.float32], random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Data (views, bins) of `system` and the true image (H, W) of a slice in HU on `grid`."""
@@ -220,7 +222,7 @@ class CTDataset(ReconstructionDataset[CTBatch]):
     def _simulate(self, image: NDArray[np.float32], body: NDArray[np.bool_], random: np.random.Generator) -> _Scan:
         data, target = self.scanner.scan(image, random)
         rows, columns = target.shape
-        share = body.reshape(rows, _REFINEMENT, columns, _REFINEMENT).mean((1, 3))
+        share = body.reshape(rows, REFINEMENT, columns, REFINEMENT).mean((1, 3))
         return _Scan(data, target, torch.from_numpy(share >= 0.5))
 
     def _batch(self, scan: _Scan, example: Example) -> CTBatch:

@@ -6,16 +6,17 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from wardround.errors import GeometryError
+from wardround.errors import GeometryError, StudyError
 from wardround.physics import ct, ct_cache, projector
-from wardround.physics.ct import CTProjector, StoredWeights, WeightsOnTheFly
+from wardround.physics.ct import VARIABLE as LIMIT
+from wardround.physics.ct import CTProjector, StoredWeights, WeightsOnTheFly, matrix_limit
 from wardround.physics.ct_cache import VARIABLE, MatrixCache, default_folder, user_cache
 from wardround.physics.projector import Model, estimate_bytes, weight_matrix
 from wardround.study.ct import CTGeometry
@@ -113,6 +114,46 @@ def test_what_does_not_fit_is_computed_on_the_fly_or_refused(caplog: pytest.LogC
     assert isinstance(operator.weights, WeightsOnTheFly)
     assert "much slower" in caplog.text
     assert isinstance(CTProjector(geometry).weights, StoredWeights)
+
+
+@pytest.mark.parametrize("uses", ["forward", "adjoint"])
+def test_a_projector_for_one_product_keeps_one_matrix(uses: Literal["forward", "adjoint"]) -> None:
+    geometry = GEOMETRIES["flat"]
+    both, one = CTProjector(geometry), CTProjector(geometry, uses=uses)
+    x = _images(2, 48, 48).float()
+    y = CTProjector(geometry).A(x)
+
+    def wanted(operator: CTProjector) -> Tensor:
+        return operator.A(x) if uses == "forward" else operator.A_adjoint(y)
+
+    assert torch.equal(wanted(one), wanted(both))
+    assert isinstance(one.weights, StoredWeights)
+    assert isinstance(both.weights, StoredWeights)
+    assert list(one.weights._copies) == [(uses == "adjoint", torch.float32, torch.device("cpu"))]
+    held = one.weights._base
+    assert (held.shape == weight_matrix(geometry, "joseph").shape) is (uses == "forward")
+    assert one.weights.nbytes == pytest.approx(both.weights.nbytes / 2, rel=0.02)
+    # The other product is there all the same.
+    torch.testing.assert_close(one.A(x), both.A(x))
+    torch.testing.assert_close(one.A_adjoint(y), both.A_adjoint(y))
+
+
+def test_half_of_the_memory_stores_what_is_used_one_way() -> None:
+    geometry = GEOMETRIES["flat"]
+    enough = 1.1 * estimate_bytes(geometry, "joseph", adjoint=False)
+    assert isinstance(CTProjector(geometry, memory_limit=enough).weights, WeightsOnTheFly)
+    assert isinstance(CTProjector(geometry, memory_limit=enough, uses="adjoint").weights, StoredWeights)
+
+
+def test_the_limit_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert matrix_limit() == 4 * 2**30
+    monkeypatch.setenv(LIMIT, "0.0001")
+    assert matrix_limit() == 1e5
+    assert isinstance(CTProjector(GEOMETRIES["flat"]).weights, WeightsOnTheFly)
+    for wrong in ("many", "-1", "nan", "inf"):
+        monkeypatch.setenv(LIMIT, wrong)
+        with pytest.raises(StudyError, match="WARDROUND_CT_MATRIX_GB is no positive number of GB"):
+            matrix_limit()
 
 
 @pytest.mark.parametrize("x", [torch.ones(48, 48), torch.ones(1, 48, 47), torch.ones(1, 48, 48, dtype=torch.int64)])

@@ -22,7 +22,7 @@ from wardround.physics.ct_noise import hu_to_mu, measure
 from wardround.study.ct import CTAcquisition, CTGeometry
 
 FloatArray = NDArray[np.float32]
-_REFINEMENT = 2
+REFINEMENT = 2
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class CTSimulator:
         self,
         acquisition: CTAcquisition,
         *,
-        refinement: int = _REFINEMENT,
-        memory_limit: float = 4 * 2**30,
+        refinement: int = REFINEMENT,
+        memory_limit: float | None = None,
         cache: MatrixCache | None = None,
     ) -> None:
         if refinement < 2:
             raise GeometryError(f"a simulation needs a grid at least twice as fine as the image, got {refinement}")
         self.acquisition = acquisition
         self.refinement = refinement
-        fine = _refined(acquisition.geometry, refinement)
-        self._projector = CTProjector(fine, model="strip", memory_limit=memory_limit, cache=cache)
+        fine = refined(acquisition.geometry, refinement)
+        self._projector = CTProjector(fine, model="strip", memory_limit=memory_limit, uses="forward", cache=cache)
         self._spectrum = tube_spectrum(acquisition.kvp) if acquisition.beam_hardening else None
         self._correction = self._spectrum.water_correction(acquisition.mu_water) if self._spectrum else None
 
@@ -108,10 +108,11 @@ def simulate_ct(image: FloatArray, acquisition: CTAcquisition, random: np.random
     Build a `CTSimulator` for more than one slice of the same acquisition. Raises GeometryError as it does.
     """
     times = [n // m for n, m in zip(image.shape, acquisition.geometry.size, strict=False)] or [1]
-    return CTSimulator(acquisition, refinement=max(_REFINEMENT, times[0]))(image, random)
+    return CTSimulator(acquisition, refinement=max(REFINEMENT, times[0]))(image, random)
 
 
-def _refined(geometry: CTGeometry, times: int) -> CTGeometry:
+def refined(geometry: CTGeometry, times: int = REFINEMENT) -> CTGeometry:
+    """The same scanner with a grid so many times finer, on which its scans are simulated."""
     rows, columns = geometry.size
     body = geometry.body_radius or min(rows, columns) * geometry.pixel / 2
     finer = {"size": (rows * times, columns * times), "pixel": geometry.pixel / times, "body_radius": body}

@@ -19,10 +19,12 @@ from wardround.data.embeddings import Embeddings
 from wardround.data.memory import CACHE_BYTES, ScanCache
 from wardround.data.visits import Index, Visits
 from wardround.errors import GeometryError, StudyError
+from wardround.physics.ct import matrix_limit
 from wardround.physics.ct_cache import user_cache
 from wardround.physics.ct_geometry import check_geometry
-from wardround.physics.ct_simulate import CTSimulator
+from wardround.physics.ct_simulate import REFINEMENT, CTSimulator
 from wardround.physics.ct_system import CTSystem
+from wardround.physics.fbp import check_sweep
 from wardround.physics.operator import LinearOperator
 from wardround.physics.solvers import tv, weighted_tv
 from wardround.physics.wrapped import Prompted
@@ -37,7 +39,6 @@ from wardround.tasks.task import MetricSpec, Source, Split, Window
 from wardround.wire.random import public_generator
 
 NO_EMBEDDINGS: Mapping[str, Path] = MappingProxyType({})
-_REFINEMENT = 2  # of the simulation's grid, see `wardround.physics.ct_simulate`
 _TV_PENALTY = 0.4  # see `wardround.physics.solvers.tv`
 _PICTURES = 2
 
@@ -115,11 +116,13 @@ class Scanner:
     """One acquisition: the simulator of its scans and the operator that reconstruction knows, built when first used.
 
     Their matrices are kept on the machine, see `wardround.physics.ct_cache.user_cache`. Raises GeometryError at once
-    where the detector misses the patient.
+    where the detector misses the patient, and for views that FBP cannot weigh; StudyError as `matrix_limit` does.
     """
 
     def __init__(self, acquisition: CTAcquisition) -> None:
         check_geometry(acquisition.geometry)
+        check_sweep(acquisition.geometry)  # networks and baselines start at its image
+        matrix_limit()  # where it cannot be read, that is an error of the study, not of a site when it trains
         self.acquisition = acquisition
 
     @property
@@ -129,8 +132,8 @@ class Scanner:
         rows, columns = geometry.size
         radius = min(rows, columns) * geometry.pixel / 2
         return Grid(
-            (rows * _REFINEMENT, columns * _REFINEMENT),
-            geometry.pixel / _REFINEMENT,
+            (rows * REFINEMENT, columns * REFINEMENT),
+            geometry.pixel / REFINEMENT,
             min(radius, geometry.body_radius or radius),
         )
 
@@ -141,7 +144,7 @@ class Scanner:
 
     @cached_property
     def _simulator(self) -> CTSimulator:
-        return CTSimulator(self.acquisition, refinement=_REFINEMENT, cache=user_cache())
+        return CTSimulator(self.acquisition, refinement=REFINEMENT, cache=user_cache())
 
     def scan(self, hu: NDArray[np.float32], random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Data (views, bins) of `system` and the true image (H, W) of a slice in HU on `grid`."""
@@ -215,7 +218,7 @@ class CTDataset(ReconstructionDataset[CTBatch]):
     def _simulate(self, image: NDArray[np.float32], body: NDArray[np.bool_], random: np.random.Generator) -> _Scan:
         data, target = self.scanner.scan(image, random)
         rows, columns = target.shape
-        share = body.reshape(rows, _REFINEMENT, columns, _REFINEMENT).mean((1, 3))
+        share = body.reshape(rows, REFINEMENT, columns, REFINEMENT).mean((1, 3))
         return _Scan(data, target, torch.from_numpy(share >= 0.5))
 
     def _batch(self, scan: _Scan, example: Example) -> CTBatch:

@@ -225,11 +225,16 @@ def test_a_view_that_is_lost_or_no_projection_is_noticed(tmp_path: Path) -> None
         read_projections(tmp_path / "empty")
 
 
-def test_a_released_model_reconstructs_real_projections(tmp_path: Path) -> None:
+def _released(folder: Path) -> Path:
+    """An untrained model: filtered back projection."""
     study = load_study(ct_study(task={"size": [32, 32]}))
     tensors = {name: tensor.numpy() for name, tensor in build_model(study.model, "ct").state_dict().items()}
-    model = tmp_path / "model.safetensors"
-    save_file(tensors, model, metadata={"format": FORMAT, "study": study.model_dump_json()})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": FORMAT, "study": study.model_dump_json()})
+    return folder / "model.safetensors"
+
+
+def test_a_released_model_reconstructs_real_projections(tmp_path: Path) -> None:
+    model = _released(tmp_path)
     folder = write_projections(tmp_path / "pd", scan())
     said = reconstruct(model, folder, tmp_path / "out.nii.gz")
     assert "1 detector row" in said
@@ -241,3 +246,21 @@ def test_a_released_model_reconstructs_real_projections(tmp_path: Path) -> None:
     assert np.corrcoef(image.get_fdata()[..., 0].ravel(), truth.ravel())[0, 1] > 0.95
     with pytest.raises(StudyError, match="written as NIfTI"):
         reconstruct(model, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("thickness", ["0.6", None])
+def test_rows_lie_as_far_apart_as_they_are_at_the_isocentre(tmp_path: Path, thickness: str | None) -> None:
+    """Three rows of a phantom that gets thinner from row to row; the header's slice thickness is another thing."""
+    sinogram = scan(rows=3) * np.array([1.0, 0.8, 0.6], dtype=np.float32)[:, None]
+    folder = write_projections(
+        tmp_path / "pd", sinogram, spoil=lambda view, header, elements: setattr(header, "SliceThickness", thickness)
+    )
+    reconstruct(_released(tmp_path), folder, tmp_path / "out.nii.gz")
+    image = nib.load(tmp_path / "out.nii.gz")  # type: ignore[attr-defined]
+    step = 1.0947 * 595.0 / (595.0 + 490.6)
+    assert image.header.get_zooms()[2] == pytest.approx(step, rel=1e-5)
+    # Heights fall from row to row, about that of the source, and the isocentre is the middle of each slice.
+    middles = [image.affine @ [15.5, 15.5, slice_, 1.0] for slice_ in range(3)]
+    np.testing.assert_allclose(middles, [[0, 0, -200 + step * n, 1] for n in (-1, 0, 1)], atol=1e-3)
+    inside = (image.get_fdata()[12:20, 12:20].mean((0, 1)) + 1000) / 1000
+    np.testing.assert_allclose(inside / inside[2], [0.6, 0.8, 1.0], atol=0.05)

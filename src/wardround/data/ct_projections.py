@@ -42,7 +42,8 @@ class CTProjections:
 
     `sinogram` is float32 (views, rows, bins): line integrals of attenuation, without unit. `photons` is float32
     (views, bins), the photons that would reach each bin through air, or None. `mu_water` is in 1/mm. `central_row`
-    is where, from 0, the plane of the source cuts the detector.
+    is where, from 0, the plane of the source cuts the detector, `row_pitch` the distance of its rows in mm, measured at
+    the detector, and `height` where the source's plane lies along the axis of rotation in mm, as the file counts it.
     """
 
     sinogram: FloatArray
@@ -51,6 +52,22 @@ class CTProjections:
     mu_water: float
     protocol: CTProtocol
     central_row: float
+    row_pitch: float
+    height: float
+
+    @property
+    def slice_spacing(self) -> float:
+        """Distance in mm of the slices that neighbouring rows measure: that of the rows as seen at the isocentre."""
+        source, beyond = self.geometry.source_distance or math.inf, self.geometry.detector_distance or 0.0
+        return self.row_pitch / (1 + beyond / source)
+
+    def row_height(self, row: int) -> float:
+        """Where the slice of a detector row lies at the isocentre, along the axis of rotation, in mm.
+
+        Heights fall as rows are counted up: so read the open readers of the public collections, of which PyTomography
+        found that the views of helical scans contradict each other otherwise.
+        """
+        return self.height - (row - self.central_row) * self.slice_spacing
 
     def row_geometry(self, row: int) -> CTGeometry:
         """The two-dimensional geometry of a detector row.
@@ -128,6 +145,8 @@ def read_projections(folder: Path, *, size: tuple[int, int] = (512, 512)) -> CTP
         mu_water=scanner.mu_water,
         protocol=protocol_of(views[0].header),
         central_row=scanner.centre[1] - 1,
+        row_pitch=scanner.row,
+        height=float(np.mean(heights)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,11 +32,15 @@ from wardround.wire.random import public_generator
 
 @dataclass(frozen=True)
 class Done:
-    """What was done, in a sentence, the protocol of the scan that was reconstructed, and what its header says."""
+    """What was done, in a sentence, the protocol of the scan that was reconstructed, and what its header says.
+
+    `minds` are lines about the input that whoever uses the output must know.
+    """
 
     said: str
     scan: Facts
     header: Facts = field(default_factory=dict)
+    minds: tuple[str, ...] = ()
 
 
 def reconstruct_ct(
@@ -160,7 +165,18 @@ def _from_projections(network: nn.Module, study: Study, source: Path, output: Pa
     unknown = {"photons"} if projections.photons is None else set()
     if "tube voltage" not in header:
         unknown.add("tube voltage")
-    return Done(said, {name: value for name, value in scan.items() if name not in unknown}, header)
+    minds = tuple(_orientation(projections.position))
+    return Done(said, {name: value for name, value in scan.items() if name not in unknown}, header, minds)
+
+
+def _orientation(position: str | None) -> Iterator[str]:
+    yield (
+        "Mind: images lie as the convention of DICOM-CT-PD puts them (docs/ct.md); that left and right, head and feet "
+        "are so has not been checked against a real scan."
+    )
+    if position != "HFS":
+        lies = f"the patient lies {position}" if position else "it is not said how the patient lies (PatientPosition)"
+        yield f"Mind: {lies}, not head first and supine (HFS); nothing was turned for it."
 
 
 def _placed(images: list[FloatArray], heights: list[float], projections: CTProjections) -> Volume:

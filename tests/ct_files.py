@@ -51,7 +51,7 @@ def ct_header(position: float = 0.0, number: int = 1) -> FileDataset:
     header.KVP, header.XRayTubeCurrent, header.ConvolutionKernel = "120", "251", "B20f"
     header.SliceThickness, header.ReconstructionDiameter = "5", "352"
     header.DistanceSourceToDetector, header.DistanceSourceToPatient = "1040", "570"
-    header.GantryDetectorTilt = "0.0"
+    header.GantryDetectorTilt, header.PatientPosition = "0.0", "HFS"
     header.PixelSpacing = ["0.8", "0.6"]
     header.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     header.ImagePositionPatient = [-100, -120, position]

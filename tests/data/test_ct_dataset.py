@@ -177,3 +177,41 @@ def test_a_folder_without_patients_says_what_was_expected(tmp_path: Path) -> Non
         CTFolder(tmp_path, "A")
     with pytest.raises(DataError, match="does not exist"):
         CTFolder(tmp_path / "nowhere", "A")
+
+
+def test_series_in_folders_of_their_own_are_the_patients_too(tmp_path: Path) -> None:
+    """As archives export: PATIENT/STUDY/SERIES. A link that leads back up, or twice to one place, adds nothing."""
+    folder = make_ct_hospitals(tmp_path)["A"]
+    flat = CTFolder(folder, "A")
+    expected = [[slice_.hu for slice_ in flat.slices(patient)] for patient in range(5)]
+    for number, name in enumerate(("STUDY1/SER1", "SER1", "a/b/c/d")):
+        patient = folder / f"Doe-Jane-{number}"
+        (patient / name).mkdir(parents=True)
+        for path in patient.glob("*.dcm"):
+            path.rename(patient / name / path.name)
+        (patient / "again").symlink_to(patient / name)
+        (patient / name / "up").symlink_to(patient)
+    deep = CTFolder(folder, "A")
+    assert len(deep) == 5
+    for patient in range(5):
+        for found, image in zip(deep.slices(patient), expected[patient], strict=True):
+            np.testing.assert_array_equal(found.hu, image)
+        assert deep.place(patient) == str(folder / f"Doe-Jane-{patient}")
+
+
+def test_volumes_count_once_wherever_they_lie(tmp_path: Path) -> None:
+    """The uppermost volume is the patient's; DICOM beside or below it is what it was made of."""
+    for series in range(2):
+        save_nifti([thorax(series)], tmp_path / "p" / f"SER{series}" / "ct.nii.gz")
+    save_dicom(thorax(5), tmp_path / "p" / "SER0" / "0.dcm")
+    assert len(CTFolder(tmp_path, "A").slices(0)) == 2
+    save_nifti([thorax(8), thorax(9), thorax(8)], tmp_path / "p" / "ct.nii.gz")
+    assert len(CTFolder(tmp_path, "A").slices(0)) == 3
+
+
+def test_folders_without_images_are_counted_and_not_named(tmp_path: Path) -> None:
+    folder = make_ct_hospitals(tmp_path)["B"]
+    assert _index(folder).remarks() == ()
+    (folder / "Doe-Jim" / "SER1").mkdir(parents=True)
+    (folder / "Doe-Jim" / "SER1" / "report.txt").write_text("nothing")
+    assert _index(folder).remarks() == ("1 of 5 folders hold neither *.dcm nor ct.nii.gz; they are left out",)

@@ -1,4 +1,8 @@
-"""DICOM-CT-PD: a simulated scan written as the public collections are, read, and reconstructed."""
+"""DICOM-CT-PD: a simulated scan written as the public collections are, read, and reconstructed.
+
+The scan is made of points in the patient, none of the reader's formulas: where the focal spot and each detector element
+are follows the text of `wardround.data.ct_projections`.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,12 @@ import torch
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
 from safetensors.numpy import save_file
-from tests.ct_files import PATIENT_ID, ct_header
+from tests.ct_files import PATIENT_ID, ct_header, setting
 from tests.ct_hospitals import ct_study
 
 from wardround.data.ct_projections import read_projections
 from wardround.errors import DataError, StudyError
 from wardround.models.build import build_model
-from wardround.physics.ct_phantom import HEAD, ellipse_image, ellipse_sinogram
 from wardround.physics.fbp import FBP
 from wardround.runner.apply import reconstruct
 from wardround.runner.release import FORMAT
@@ -39,6 +42,9 @@ SCAN = CTGeometry(
     source_distance=595.0,
     detector_distance=490.6,
 )
+# Ellipses in the patient: x to the left, y to the back, half axes in mm, attenuation in 1/mm. The last is a bead on the
+# left and in front.
+PATIENT_ELLIPSES = ((0, 0, 92, 108, 0.0192), (-30, 20, 20, 35, -0.006), (45, -50, 16, 16, 0.02))
 
 Elements = dict[tuple[int, int], tuple[str, object]]
 Spoil = Callable[[int, FileDataset, Elements], None]
@@ -46,7 +52,6 @@ Spoil = Callable[[int, FileDataset, Elements], None]
 
 def _elements(geometry: CTGeometry, rows: int, view: int) -> Elements:
     source, detector = geometry.source_distance or 0.0, geometry.detector_distance or 0.0
-    angle = math.pi - math.radians(geometry.start + 360 * view / geometry.views)
     shape = "CYLINDRICAL" if geometry.kind == "fan_arc" else "FLAT"
     return {
         (0x7029, 0x1010): ("US", rows),
@@ -54,7 +59,7 @@ def _elements(geometry: CTGeometry, rows: int, view: int) -> Elements:
         (0x7029, 0x1002): ("FL", geometry.bin),
         (0x7029, 0x1006): ("FL", 1.0947),
         (0x7029, 0x100B): ("CS", shape),
-        (0x7031, 0x1001): ("FL", angle % (2 * math.pi)),
+        (0x7031, 0x1001): ("FL", _phi(geometry, view) % (2 * math.pi)),
         (0x7031, 0x1002): ("FL", -200.0),
         (0x7031, 0x1003): ("FL", source),
         (0x7031, 0x1031): ("FL", source + detector),
@@ -109,9 +114,45 @@ def write_projections(
     return folder
 
 
+def _phi(geometry: CTGeometry, view: int) -> float:
+    """The angle that the file of a view states."""
+    return math.pi - math.radians(geometry.start + 360 * view / geometry.views)
+
+
+def _elements_in_patient(geometry: CTGeometry, phi: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Focal spot (2,) and the middles of the detector's columns (columns, 2) in the patient, mm."""
+    radius, whole = (
+        geometry.source_distance or 0.0,
+        (geometry.source_distance or 0.0) + (geometry.detector_distance or 0.0),
+    )
+    spot = radius * np.array([math.sin(phi), -math.cos(phi)])
+    through = -spot / radius
+    onwards = np.array([-math.cos(phi), -math.sin(phi)])  # how the detector moves as phi grows
+    along = (np.arange(1, geometry.bins + 1) - (geometry.offset + (geometry.bins + 1) / 2))[:, None] * geometry.bin
+    if geometry.kind == "fan_flat":
+        return spot, spot + whole * through + along * onwards
+    return spot, spot + whole * (np.cos(along / whole) * through + np.sin(along / whole) * onwards)
+
+
+def _line_integrals(spot: NDArray[np.float64], ends: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each line from the focal spot to an element: the roots of a quadratic are where it enters and leaves."""
+    length = np.linalg.norm(ends - spot, axis=1)
+    total = np.zeros(len(ends))
+    for x, y, a, b, value in PATIENT_ELLIPSES:
+        start, step = (spot - [x, y]) / [a, b], (ends - spot) / [a, b]
+        square, mixed, rest = (step**2).sum(1), (step * start).sum(1), (start**2).sum() - 1
+        total += value * length * 2 * np.sqrt(np.maximum(mixed**2 - square * rest, 0)) / square
+    return total
+
+
 def scan(geometry: CTGeometry = SCAN, rows: int = 1) -> NDArray[np.float32]:
-    sinogram = np.asarray(ellipse_sinogram(HEAD, geometry), dtype=np.float32)
-    return np.repeat(sinogram[:, None], rows, axis=1)
+    views = [_line_integrals(*_elements_in_patient(geometry, _phi(geometry, view))) for view in range(geometry.views)]
+    return np.repeat(np.asarray(views, dtype=np.float32)[:, None], rows, axis=1)
+
+
+def _truth(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Attenuation at points of the patient."""
+    return sum(v * (((x - at) / a) ** 2 + ((y - to) / b) ** 2 <= 1.0) for at, to, a, b, v in PATIENT_ELLIPSES)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -137,7 +178,9 @@ def test_a_scan_comes_back_and_can_be_reconstructed(tmp_path: Path, kind: str, r
 
     grid = found.row_geometry(0).model_copy(update={"size": (64, 64), "pixel": SCAN.pixel})
     image = FBP(grid, "hann")(torch.from_numpy(found.sinogram[:, 0])[None])[0].numpy()
-    truth = np.asarray(ellipse_image(HEAD, SCAN))
+    # As DICOM shows it: columns to the patient's left, rows to the back.
+    at = (np.arange(64) - 31.5) * SCAN.pixel
+    truth = _truth(at[None], at[:, None])
     error = np.sqrt(np.mean((image - truth) ** 2))
     assert error < 0.2 * np.sqrt(np.mean(truth**2))
     # Mirrored or turned it would not fit: the phantom is not symmetric.
@@ -225,11 +268,16 @@ def test_a_view_that_is_lost_or_no_projection_is_noticed(tmp_path: Path) -> None
         read_projections(tmp_path / "empty")
 
 
-def test_a_released_model_reconstructs_real_projections(tmp_path: Path) -> None:
+def _released(folder: Path) -> Path:
+    """An untrained model: filtered back projection."""
     study = load_study(ct_study(task={"size": [32, 32]}))
     tensors = {name: tensor.numpy() for name, tensor in build_model(study.model, "ct").state_dict().items()}
-    model = tmp_path / "model.safetensors"
-    save_file(tensors, model, metadata={"format": FORMAT, "study": study.model_dump_json()})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": FORMAT, "study": study.model_dump_json()})
+    return folder / "model.safetensors"
+
+
+def test_a_released_model_reconstructs_real_projections(tmp_path: Path) -> None:
+    model = _released(tmp_path)
     folder = write_projections(tmp_path / "pd", scan())
     said = reconstruct(model, folder, tmp_path / "out.nii.gz")
     assert "1 detector row" in said
@@ -237,7 +285,50 @@ def test_a_released_model_reconstructs_real_projections(tmp_path: Path) -> None:
     assert image.shape == (32, 32, 1)
     field = read_projections(folder, size=(32, 32)).geometry
     assert image.header.get_zooms()[:2] == pytest.approx((field.pixel, field.pixel))
-    truth = 1000 * (ellipse_image(HEAD, field, points=4) / 0.0195 - 1)
-    assert np.corrcoef(image.get_fdata()[..., 0].ravel(), truth.ravel())[0, 1] > 0.95
+    # NIfTI's x runs to the right and its y to the front.
+    where = np.einsum("ij,jrc->irc", image.affine[:2], [*np.indices((32, 32)), np.zeros((32, 32)), np.ones((32, 32))])
+    truth = 1000 * (_truth(-where[0], -where[1]) / 0.0195 - 1)
+    found = image.get_fdata()[..., 0]
+    assert np.corrcoef(found.ravel(), truth.ravel())[0, 1] > 0.95
+    # The bead is on the left and in front.
+    row, column = np.unravel_index(np.argmax(found), found.shape)
+    assert np.hypot(-where[0, row, column] - 45, -where[1, row, column] + 50) < 16
+    assert "Mind: images lie as the convention of DICOM-CT-PD puts them" in said
+    assert "HFS" not in said
     with pytest.raises(StudyError, match="written as NIfTI"):
         reconstruct(model, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("thickness", ["0.6", None])
+def test_rows_lie_as_far_apart_as_they_are_at_the_isocentre(tmp_path: Path, thickness: str | None) -> None:
+    """Three rows of a phantom that gets thinner from row to row; the header's slice thickness is another thing."""
+    sinogram = scan(rows=3) * np.array([1.0, 0.8, 0.6], dtype=np.float32)[:, None]
+    folder = write_projections(
+        tmp_path / "pd", sinogram, spoil=lambda view, header, elements: setattr(header, "SliceThickness", thickness)
+    )
+    reconstruct(_released(tmp_path), folder, tmp_path / "out.nii.gz")
+    image = nib.load(tmp_path / "out.nii.gz")  # type: ignore[attr-defined]
+    step = 1.0947 * 595.0 / (595.0 + 490.6)
+    assert image.header.get_zooms()[2] == pytest.approx(step, rel=1e-5)
+    # Heights fall from row to row, about that of the source, and the isocentre is the middle of each slice.
+    middles = [image.affine @ [15.5, 15.5, slice_, 1.0] for slice_ in range(3)]
+    np.testing.assert_allclose(middles, [[0, 0, -200 + step * n, 1] for n in (-1, 0, 1)], atol=1e-3)
+    inside = (image.get_fdata()[12:20, 12:20].mean((0, 1)) + 1000) / 1000
+    np.testing.assert_allclose(inside / inside[2], [0.6, 0.8, 1.0], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("position", "told"),
+    [
+        ("FFS", "the patient lies FFS, not head first"),
+        ("MUELLER", "it is not said how the patient lies"),
+        (None, "not said"),
+    ],
+)
+def test_where_the_patient_lies_otherwise_it_is_said(tmp_path: Path, position: str | None, told: str) -> None:
+    spoil = setting(PatientPosition=position)
+    folder = write_projections(tmp_path / "pd", scan(), spoil=lambda view, header, elements: spoil(header))
+    said = reconstruct(_released(tmp_path), folder, tmp_path / "out.nii.gz")
+    (line,) = (line for line in said.split("\n") if "HFS" in line)
+    assert told in line
+    assert "MUELLER" not in said

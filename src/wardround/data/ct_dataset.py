@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from wardround.data.ct_files import KINDS, NIFTI, patient_files
 from wardround.data.ct_protocol import CTProtocol, facts_of
 from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_holes
 from wardround.data.dicom import AIR, read_slice
@@ -29,9 +29,7 @@ from wardround.study.tasks import Slices, Split
 from wardround.wire.canonical import canonical_json
 
 CONTRAST = "ct"
-_EXPECTED = "*.dcm or SITE/PATIENT/ct.nii.gz"
-_NIFTI = ("ct.nii.gz", "ct.nii")
-_DICOM_SUFFIXES = frozenset({"", ".dcm", ".dicom", ".ima"})
+_EXPECTED = " or SITE/PATIENT/".join(KINDS)
 _BODY = -500.0  # halfway between air and tissue
 _BLANKET = 2.0  # mm; thinner things than twice that, as blankets and table tops, are no body
 _THIN = -700.0  # the thinnest thing in a volume is air
@@ -93,22 +91,26 @@ class Body:
 class CTFolder:
     """The slices of one site, `FOLDER/PATIENT/*.dcm` or `FOLDER/PATIENT/ct.nii.gz`, from one folder or several.
 
-    Every DICOM file is a slice of its own, whatever series it is of, in the order of file names; a NIfTI volume in HU
-    gives axial slices, turned as DICOM shows them (rows to the back, columns to the left). Patients are numbered folder
-    by folder in the order of their names; nothing outside this class sees those names. Raises DataError for a missing
-    folder, for one without patients, for a patient who is in two of them, and where one has none of the `embeddings`,
-    which are named like the folders.
+    A patient's files may lie in folders of their own, as archives export studies and series. Every DICOM file is a
+    slice of its own, whatever series it is of, in the order of paths; a NIfTI volume in HU gives axial slices, turned
+    as DICOM shows them (rows to the back, columns to the left), and is taken instead of DICOM. Patients are numbered
+    folder by folder in the order of their names; nothing outside this class sees those names. `unused` counts folders
+    in which nothing was found, which are no patients. Raises DataError for a missing folder, for one without patients,
+    for a patient who is in two of them, and where one has none of the `embeddings`, which are named like the folders.
     """
 
     def __init__(self, source: Path | Sequence[Path], site: str, embeddings: Embeddings | None = None) -> None:
         self.site = site
-        found = [files for folder in patient_folders(source, site, _EXPECTED) if (files := _files(folder))]
+        folders = patient_folders(source, site, _EXPECTED)
+        found = {folder: files for folder in folders if (files := patient_files(folder))}
         if not found:
             raise no_patient(site, _EXPECTED, source)
-        self._patients = found
+        self._patients = list(found.values())
+        self._folders = list(found)
+        self.unused = len(folders) - len(found)
         self._embeddings = embeddings
         if embeddings is not None:
-            embeddings.require([files[0].parent.name for files in found])
+            embeddings.require([folder.name for folder in found])
 
     def __len__(self) -> int:
         return len(self._patients)
@@ -117,8 +119,8 @@ class CTFolder:
         """Return a patient's slices. Raises DataError for files that cannot be used and for values that are no HU."""
         files = self._patients[patient]
         try:
-            if files[0].name in _NIFTI:
-                return slices_of(read_ct_volume(files[0]))
+            if files[0].name in NIFTI:
+                return [slice_ for path in files for slice_ in slices_of(read_ct_volume(path))]
             read = [read_slice(path) for path in files]
             return [Slice(slice_.hu, slice_.spacing, slice_.protocol, slice_.series) for slice_ in read]
         except DataError as error:
@@ -126,11 +128,11 @@ class CTFolder:
 
     def prompt(self, patient: int) -> FloatArray | None:
         """Return a patient's embedding, float32 (tokens, dimension), where the site provides any."""
-        return None if self._embeddings is None else self._embeddings.of(self._patients[patient][0].parent.name)
+        return None if self._embeddings is None else self._embeddings.of(self._folders[patient].name)
 
     def place(self, patient: int) -> str:
         """Return where a patient's files lie: for the `detail` of errors only."""
-        return str(self._patients[patient][0].parent)
+        return str(self._folders[patient])
 
     def digest(self, patient: int) -> str:
         """Return the sha256 (hex) over the content of a patient's files and embedding. Raises DataError."""
@@ -139,7 +141,7 @@ class CTFolder:
         except OSError as error:
             raise DataError(f"site {self.site}: an image file cannot be read", detail=str(error)) from error
         if self._embeddings is not None:
-            contents.append(self._embeddings.digest(self._patients[patient][0].parent.name))
+            contents.append(self._embeddings.digest(self._folders[patient].name))
         return hashlib.sha256("/".join(contents).encode()).hexdigest()
 
 
@@ -239,10 +241,17 @@ class CTIndex:
 
     def remarks(self) -> tuple[str, ...]:
         """What somebody should know of the data before training on them; nothing that leaves the site."""
-        mixed = sum(count > 1 for count in self._series.values())
-        if not mixed:
-            return ()
-        return (f"{mixed} of {len(self._series)} patients' folders mix several series; every image is an example",)
+        found = []
+        if unused := self._folder.unused:
+            found.append(
+                f"{unused} of {unused + len(self._folder)} folders hold neither {' nor '.join(KINDS)}; they are left "
+                "out"
+            )
+        if mixed := sum(count > 1 for count in self._series.values()):
+            found.append(
+                f"{mixed} of {len(self._series)} patients' folders mix several series; every image is an example"
+            )
+        return tuple(found)
 
     def header_facts(self, minimum: int) -> HeaderFacts:
         """What the headers of training patients say of the scanners, where at least `minimum` of them agree."""
@@ -310,21 +319,6 @@ def _overlaps(count: int, pixel: float, have: int, step: float, centre: float) -
     low = np.maximum(middles - width / 2, sources - step / 2)
     high = np.minimum(middles + width / 2, sources + step / 2)
     return np.asarray(np.maximum(high - low, 0.0) / width)
-
-
-def _files(folder: Path) -> list[Path]:
-    """The NIfTI volume of a patient, or all DICOM files."""
-    found = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    volumes = [path for path in found if path.name in _NIFTI]
-    if volumes:
-        return volumes[:1]
-    return [p for p in found if p.name.upper() != "DICOMDIR" and _is_dicom(p)]
-
-
-def _is_dicom(path: Path) -> bool:
-    # Names of exported files may end in a number, as identifiers with dots do.
-    suffix = path.suffix.lower()
-    return suffix in _DICOM_SUFFIXES or re.fullmatch(r"\.\d+", suffix) is not None
 
 
 def read_ct_volume(path: Path) -> Volume:

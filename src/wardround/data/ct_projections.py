@@ -2,6 +2,17 @@
 
 Chen et al., "Development and validation of an open data format for CT projection data", Med. Phys. 2015, and Moen
 et al., "Low-dose CT image and projection dataset", Med. Phys. 2021: one file a view, geometry in private elements.
+
+The format states the focal spot in cylindrical coordinates (rho, phi, z) and not how these lie in the patient. Here x
+runs to the patient's left, y to the back and z to the head (DICOM's patient coordinates around the isocentre) and
+
+- the focal spot stands at (rho sin phi, -rho cos phi, z): before the patient at phi = 0, on the left at a quarter turn;
+- columns are counted in the direction in which the detector moves as phi grows, (-cos phi, -sin phi, 0);
+- rows are counted against z.
+
+So reads PyTomography, which reports that the scan of a patient lying feet first and supine then lies where the
+scanner's own images do, and that views contradict each other if columns or rows are turned. No real file has been read
+here.
 """
 
 from __future__ import annotations
@@ -17,7 +28,7 @@ from pydicom.dataset import FileDataset
 
 from wardround.data.ct_protocol import CTProtocol, protocol_of
 from wardround.data.dicom import series_files
-from wardround.data.dicom_file import is_projection, number, open_dicom, path_of, pixels, raw_numbers, raw_text
+from wardround.data.dicom_file import is_projection, number, open_dicom, path_of, pixels, raw_numbers, raw_text, text
 from wardround.data.volume import FloatArray
 from wardround.errors import DataError
 from wardround.study.ct import MU_WATER, CTGeometry
@@ -31,6 +42,7 @@ _PER_TURN, _PHOTONS = (0x7033, 0x1013), (0x7033, 0x1065)
 _PATH, _BEAM, _MU_WATER = (0x7037, 0x1009), (0x7037, 0x100A), (0x7041, 0x1001)
 
 _KINDS = {"CYLINDRICAL": "fan_arc", "FLAT": "fan_flat"}
+_POSITIONS = frozenset(f"{first}{side}" for first in ("HF", "FF") for side in ("S", "P", "DL", "DR"))
 _STILL = 0.01  # mm by which the table may seem to move in an axial scan
 # Line integrals: noise falls a little below zero, and e^-30 of a beam is no photon.
 _LEAST, _MOST = -2.0, 30.0
@@ -42,7 +54,9 @@ class CTProjections:
 
     `sinogram` is float32 (views, rows, bins): line integrals of attenuation, without unit. `photons` is float32
     (views, bins), the photons that would reach each bin through air, or None. `mu_water` is in 1/mm. `central_row`
-    is where, from 0, the plane of the source cuts the detector.
+    is where, from 0, the plane of the source cuts the detector, `row_pitch` the distance of its rows in mm, measured at
+    the detector, and `height` where the source's plane lies along the axis of rotation in mm, as the file counts it.
+    `position` is how the patient lies (PatientPosition, as HFS), None where that is not said.
     """
 
     sinogram: FloatArray
@@ -51,6 +65,19 @@ class CTProjections:
     mu_water: float
     protocol: CTProtocol
     central_row: float
+    row_pitch: float
+    height: float
+    position: str | None
+
+    @property
+    def slice_spacing(self) -> float:
+        """Distance in mm of the slices that neighbouring rows measure: that of the rows as seen at the isocentre."""
+        source, beyond = self.geometry.source_distance or math.inf, self.geometry.detector_distance or 0.0
+        return self.row_pitch / (1 + beyond / source)
+
+    def row_height(self, row: int) -> float:
+        """Where the slice of a detector row lies at the isocentre, along the axis of rotation, in mm."""
+        return self.height - (row - self.central_row) * self.slice_spacing
 
     def row_geometry(self, row: int) -> CTGeometry:
         """The two-dimensional geometry of a detector row.
@@ -99,8 +126,9 @@ class _View:
 def read_projections(folder: Path, *, size: tuple[int, int] = (512, 512)) -> CTProjections:
     """Read one turn of projections, a folder of DICOM-CT-PD files, one a view.
 
-    The geometry's image has `size` pixels over the circle that the detector sees. Angles become those of
-    `CTGeometry` for an image shown as DICOM shows it: view angle = pi - the file's angle, bins as stored.
+    The geometry's image has `size` pixels over the circle that the detector sees. Angles become those of `CTGeometry`
+    for an image shown as DICOM shows it (see the top of this module): view angle = pi - the file's angle, bins as
+    stored. Coordinates are taken for the patient's however the patient lies.
     Raises DataError, which names no file, where the folder holds anything else, the geometry changes, views are
     missing or doubled, values are impossible, or the scan is helical, more or less than a turn, or has a flying
     focal spot.
@@ -128,6 +156,9 @@ def read_projections(folder: Path, *, size: tuple[int, int] = (512, 512)) -> CTP
         mu_water=scanner.mu_water,
         protocol=protocol_of(views[0].header),
         central_row=scanner.centre[1] - 1,
+        row_pitch=scanner.row,
+        height=float(np.mean(heights)),
+        position=_position(views[0].header),
     )
 
 
@@ -259,6 +290,12 @@ def _photons(views: Sequence[_View], scanner: _Scanner) -> FloatArray | None:
             raise DataError("photon statistics are missing from some views, or are not one value a bin")
         found[index] = photons
     return found
+
+
+def _position(header: FileDataset) -> str | None:
+    """One of the terms of DICOM (PS3.3, C.7.3.1.1.2); what else somebody wrote there counts for nothing."""
+    said = (text(header, "PatientPosition") or "").upper()
+    return said if said in _POSITIONS else None
 
 
 def _one(header: FileDataset, tag: tuple[int, int], kind: str = "f") -> float:

@@ -64,6 +64,7 @@ def reconstruct(
         done.said,
         summary(trained),
         *([neutral] if anatomy is not None and prompt is None else []),
+        *done.minds,
         *([mind] if mind else []),
         f"Wrote {output}. Research use only.",
     )

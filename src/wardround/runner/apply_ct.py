@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,11 +32,15 @@ from wardround.wire.random import public_generator
 
 @dataclass(frozen=True)
 class Done:
-    """What was done, in a sentence, the protocol of the scan that was reconstructed, and what its header says."""
+    """What was done, in a sentence, the protocol of the scan that was reconstructed, and what its header says.
+
+    `minds` are lines about the input that whoever uses the output must know.
+    """
 
     said: str
     scan: Facts
     header: Facts = field(default_factory=dict)
+    minds: tuple[str, ...] = ()
 
 
 def reconstruct_ct(
@@ -137,7 +142,7 @@ def _back(image: FloatArray, pixel: float, like: Slice, middle: tuple[float, flo
 def _from_projections(network: nn.Module, study: Study, source: Path, output: Path, prompt: Tensor | None) -> Done:
     assert study.task.kind == "reconstruction"
     projections = read_projections(source, size=study.task.size)
-    images, skipped = [], 0
+    images, heights, skipped = [], [], 0
     system: CTSystem | None = None
     for row in range(projections.sinogram.shape[1]):
         try:
@@ -149,12 +154,10 @@ def _from_projections(network: nn.Module, study: Study, source: Path, output: Pa
             system = CTSystem(_measured(projections, geometry))
         sinogram = torch.from_numpy(np.ascontiguousarray(projections.sinogram[:, row]))
         images.append(_hounsfield(network(_prompted(system, prompt), system.scaled(sinogram)[None])))
+        heights.append(projections.row_height(row))
     if system is None:
         raise GeometryError("no detector row of the projections lies near enough to the plane of the source")
-    pixel, thickness = projections.geometry.pixel, projections.protocol.slice_thickness or 1.0
-    # Rows go to the back and columns to the left, as in DICOM, which is -y and -x in RAS.
-    affine = np.array([[0, -pixel, 0, 0], [-pixel, 0, 0, 0], [0, 0, thickness, 0], [0, 0, 0, 1.0]])
-    save_nifti(Volume(np.stack(images, axis=-1), (pixel, pixel, thickness), affine), output)
+    save_nifti(_placed(images, heights, projections), output)
     left = f"; {skipped} rows lie too far off the plane of the source" if skipped else ""
     geometry = projections.geometry
     said = f"Reconstructed {len(images)} detector rows of {geometry.views} views of {geometry.bins} bins{left}."
@@ -162,7 +165,29 @@ def _from_projections(network: nn.Module, study: Study, source: Path, output: Pa
     unknown = {"photons"} if projections.photons is None else set()
     if "tube voltage" not in header:
         unknown.add("tube voltage")
-    return Done(said, {name: value for name, value in scan.items() if name not in unknown}, header)
+    minds = tuple(_orientation(projections.position))
+    return Done(said, {name: value for name, value in scan.items() if name not in unknown}, header, minds)
+
+
+def _orientation(position: str | None) -> Iterator[str]:
+    yield (
+        "Mind: images lie as the convention of DICOM-CT-PD puts them (docs/ct.md); that left and right, head and feet "
+        "are so has not been checked against a real scan."
+    )
+    if position != "HFS":
+        lies = f"the patient lies {position}" if position else "it is not said how the patient lies (PatientPosition)"
+        yield f"Mind: {lies}, not head first and supine (HFS); nothing was turned for it."
+
+
+def _placed(images: list[FloatArray], heights: list[float], projections: CTProjections) -> Volume:
+    """The slices of detector rows from the feet up, around the isocentre."""
+    pixel, step = projections.geometry.pixel, projections.slice_spacing
+    rows, columns = images[0].shape
+    order = np.argsort(heights)
+    # Rows go to the back and columns to the left, as in DICOM, which is -y and -x in RAS.
+    back, left = pixel * (rows - 1) / 2, pixel * (columns - 1) / 2
+    affine = np.array([[0, -pixel, 0, left], [-pixel, 0, 0, back], [0, 0, step, min(heights)], [0, 0, 0, 1.0]])
+    return Volume(np.stack([images[index] for index in order], axis=-1), (pixel, pixel, step), affine)
 
 
 def _measured(projections: CTProjections, geometry: CTGeometry) -> CTAcquisition:

@@ -9,8 +9,9 @@ import yaml
 
 from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
+from wardround.runner.blueprints import Blueprint
 from wardround.runner.columns import entry, table, wrapped
-from wardround.runner.host import Blueprint, Host
+from wardround.runner.host import Host
 from wardround.runner.privacy import Outlook, words
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256

@@ -16,7 +16,8 @@ from wardround.errors import DataError, StudyError
 from wardround.federation.coordinator import Release
 from wardround.federation.methods.build import build_method
 from wardround.runner.arms import COMPARISONS, FEDERATED, arms_of
-from wardround.runner.host import Blueprint, Host, protocols_of
+from wardround.runner.blueprints import Blueprint, protocols_of
+from wardround.runner.host import Host
 from wardround.runner.protocols import PROTOCOLS, protocols_of_arm
 from wardround.study.load import load_study
 from wardround.study.methods import CustomMethod

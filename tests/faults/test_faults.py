@@ -25,6 +25,7 @@ from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.record import LOG
 from wardround.federation.site import Site
 from wardround.protection.gates import check_body
+from wardround.report.terminal import lacking_in
 from wardround.runner import session
 from wardround.runner.session import Result, evaluate, run
 from wardround.runner.watching import Silent
@@ -346,10 +347,16 @@ def test_a_round_goes_on_without_a_site_that_fails(tmp_path: Path) -> None:
     values = go(tmp_path, study).values
     assert values["participants"] == ["A", "C"]
     assert "federated, round 1: without B (RuntimeError)" in values["notes"]
-    assert values["withheld"] == {"B": "RuntimeError"}
+    assert values["failed"] == {"B": "RuntimeError"}
+    assert values["withheld"] == {}
     assert values["metrics"]["federated"]["B"] is None
     assert values["metrics"]["federated"]["A"] is not None
-    assert "without B" in (tmp_path / "out" / "report.html").read_text()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "without B" in report
+    for page in (report, (tmp_path / "out" / "model_card.md").read_text()):
+        assert "could not be measured" in page
+        assert "withheld by the site" not in page.lower()
+    assert lacking_in(values) == ["B, could not be measured: RuntimeError"]
 
 
 class Broken(Silent):

@@ -111,8 +111,8 @@ def test_results_say_who_is_lacking_and_why(capsys: pytest.CaptureFixture[str]) 
     lacking = {"withheld": {"Alpha": "Withheld: by rule"}, "failed": {"Beta": "DataError: [path] cannot be read"}}
     cli._results({"metrics": {}, **lacking})
     assert capsys.readouterr().out.splitlines() == [
-        "Alpha, withheld by the site: Withheld: by rule",
-        "Beta, could not be measured: DataError: [path] cannot be read",
+        "Alpha: withheld by the site (Withheld: by rule)",
+        "Beta: could not be measured (DataError: [path] cannot be read)",
     ]
 
 

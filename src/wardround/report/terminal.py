@@ -34,7 +34,7 @@ def table_of(metrics: Mapping[str, Mapping[str, Any]]) -> Table | None:
 def lacking_in(result: Mapping[str, Any]) -> list[str]:
     """A line for every site that withheld its numbers, or could not be measured, with the reason."""
     return [
-        f"{site}, {text}: {reason}"
+        f"{site}: {text} ({reason})"
         for key, text in (("withheld", WITHHELD), ("failed", FAILED))
         for site, reason in (result.get(key) or {}).items()
     ]

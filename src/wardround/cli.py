@@ -147,7 +147,7 @@ def evaluate(
     with _watcher() as watcher:
         found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher)
     written = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    _results(found["metrics"])
+    _results(found)
     now, then = numbers_of(found["metrics"]), numbers_of(written["metrics"])
     differing = [key for key in {**now, **then} if now.get(key) != then.get(key)]
     if differing:
@@ -387,14 +387,16 @@ def _watcher() -> Iterator[Watcher | None]:
 
 
 def _summary(result: Result) -> None:
-    _results(result.values["metrics"])
+    _results(result.values)
     _say(f"Report: {result.report}")
     _say(f"Model:  {result.out / 'models' / 'federated.safetensors'}")
 
 
-def _results(metrics: Mapping[str, Any]) -> None:
-    from wardround.report.terminal import table_of
+def _results(values: Mapping[str, Any]) -> None:
+    from wardround.report.terminal import lacking_in, table_of
 
-    table = table_of(metrics)
+    table = table_of(values["metrics"])
     if table is not None:
         console.print(table)
+    for line in lacking_in(values):
+        _say(line)

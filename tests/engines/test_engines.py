@@ -20,8 +20,9 @@ from tests.toys import toy_study
 from wardround.engines.frames import read_frame, write_frame
 from wardround.engines.local import LocalEngine
 from wardround.engines.workers import ATTEMPTS, WorkersEngine
-from wardround.errors import Interrupted, WireError
+from wardround.errors import DataError, Interrupted, WireError, Withheld
 from wardround.federation.exchange import ERROR
+from wardround.federation.refusals import is_withheld, kind_of
 from wardround.wire.message import EMPTY, FileBody, Header, Message
 
 QUESTION = Header("question", "study", "A")
@@ -67,8 +68,17 @@ def test_a_site_that_cannot_be_built_is_an_error_reply_without_its_reason() -> N
 
     (reply,) = LocalEngine(find).exchange([Message(QUESTION)])
     assert reply.header.kind == ERROR
-    assert reply.header.meta == {"reason": "OSError"}
+    assert reply.header.meta == {"reason": "OSError", "kind": "error"}
     assert reply.header.reply_to == Message(QUESTION).id
+
+
+def test_an_error_says_its_kind_by_a_name_of_ours_alone() -> None:
+    class DoeJane(DataError):
+        """A plug-in's own."""
+
+    assert [kind_of(e) for e in (Withheld(""), DataError(""), DoeJane(""), OSError(), ValueError())] == [
+        "Withheld", "DataError", "DataError", "error", "error",
+    ]  # fmt: skip
 
 
 def test_a_closed_local_engine_asks_nobody_else(tmp_path: Path) -> None:
@@ -120,6 +130,7 @@ def test_workers_answer_every_message_once_and_survive_their_deaths(tmp_path: Pa
         (lost,) = engine.exchange([ask("B", "die")])
         assert lost.header.kind == ERROR
         assert f"died {ATTEMPTS} times" in lost.header.meta["reason"]
+        assert not is_withheld(lost)
         (well,) = engine.exchange([ask("A")])
         assert well.header.kind == "echo"
 
@@ -172,7 +183,7 @@ def test_a_progress_callback_that_raises_costs_one_answer_and_no_thread(tmp_path
     try:
         lost, well = answered(engine, ask("A"), ask("B"))
         assert (lost.header.site, lost.header.kind) == ("A", ERROR)
-        assert lost.header.meta["reason"] == "its process could not be asked (RuntimeError)"
+        assert lost.header.meta["reason"].endswith("its process could not be asked (RuntimeError)")
         assert (well.header.site, well.header.kind) == ("B", "echo")
         assert calls == ["A", "B"]
     finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import html
+import json
 import os
 import sqlite3
 import subprocess
@@ -25,7 +27,8 @@ from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.record import LOG
 from wardround.federation.site import Site
 from wardround.protection.gates import check_body
-from wardround.runner import session
+from wardround.report.terminal import lacking_in
+from wardround.runner import folder, session
 from wardround.runner.session import Result, evaluate, run
 from wardround.runner.watching import Silent
 from wardround.study.schema import Study
@@ -315,6 +318,36 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     evaluate(out, toy_sites(tmp_path / "data"), engine="local")
 
 
+class Stopping(Silent):
+    """Ctrl-C after the first round."""
+
+    def round(self, report: RoundReport) -> None:
+        raise Interrupted("stop")
+
+
+def test_a_run_resumed_on_another_fingerprint_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    study, ours = toy_study(), folder.fingerprint()
+    with pytest.raises(Interrupted):
+        go(tmp_path, study, watcher=Stopping())
+    assert json.loads((tmp_path / "out" / "work" / "fingerprint.json").read_text()) == [ours]
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "fingerprint", lambda: {**ours, "torch": "9.9", "cpu_capability": "ABACUS"})
+        with pytest.raises(Interrupted):
+            go(tmp_path, study, watcher=Stopping())
+    # Back where it began: the rounds in between are another machine's all the same.
+    caplog.clear()
+    values = go(tmp_path, study).values
+    (note,) = values["notes"]
+    assert f"torch 9.9 and {ours['torch']}; cpu_capability ABACUS and {ours['cpu_capability']}" in note
+    assert "numpy" not in note
+    assert note in caplog.messages
+    assert values["fingerprint"] == ours
+    assert note in html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert go(tmp_path / "plain", study).values["notes"] == go(tmp_path / "plain", study).values["notes"] == []
+
+
 # Sites ---------------------------------------------------------------------------------------------------------------
 
 
@@ -346,10 +379,16 @@ def test_a_round_goes_on_without_a_site_that_fails(tmp_path: Path) -> None:
     values = go(tmp_path, study).values
     assert values["participants"] == ["A", "C"]
     assert "federated, round 1: without B (RuntimeError)" in values["notes"]
-    assert values["withheld"] == {"B": "RuntimeError"}
+    assert values["failed"] == {"B": "RuntimeError"}
+    assert values["withheld"] == {}
     assert values["metrics"]["federated"]["B"] is None
     assert values["metrics"]["federated"]["A"] is not None
-    assert "without B" in (tmp_path / "out" / "report.html").read_text()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "without B" in report
+    for page in (report, (tmp_path / "out" / "model_card.md").read_text()):
+        assert "could not be measured" in page
+        assert "withheld by the site" not in page.lower()
+    assert lacking_in(values) == ["B: could not be measured (RuntimeError)"]
 
 
 class Broken(Silent):

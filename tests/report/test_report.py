@@ -222,6 +222,21 @@ def test_withheld_sites_say_so_and_why(tmp_path: Path) -> None:
     assert set(gallery(load_run(out)).sites) == {*TRAINING, *UNSEEN} - {"HT"}
 
 
+def test_a_site_that_failed_is_not_said_to_withhold(tmp_path: Path) -> None:
+    table = metrics()
+    for arm in table.values():
+        arm["HT"] = None
+    out = write_run(tmp_path / "run", {"metrics": table, "failed": {"HT": "its process died 3 times [path]"}})
+    text = page_of(out).text
+    assert "could not be measured: its process died 3 times [path]" in text
+    assert "Could not be measured: HT." in text
+    card = write_card(out).read_text(encoding="utf-8")
+    assert "could not be measured" in card
+    for page in (text, card):
+        assert "withheld by the site" not in page.lower()
+    assert set(gallery(load_run(out)).sites) == {*TRAINING, *UNSEEN} - {"HT"}
+
+
 def test_a_ct_run_says_how_its_projections_were_made(tmp_path: Path) -> None:
     names = ("psnr", "rmse_hu", "rmse_hu_body", "psnr_lung", "psnr_soft")
     table = {

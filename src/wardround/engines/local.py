@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from wardround.data.deidentify import describe_error
 from wardround.errors import Interrupted
-from wardround.federation.exchange import ERROR
+from wardround.federation.refusals import refusal
 from wardround.wire.message import Header, Message
 
 if TYPE_CHECKING:
@@ -27,10 +27,9 @@ def answer(find: SiteFinder, message: Message) -> Message:
         site = find(message.header)
     except Exception as error:
         # Logs are read outside the site too: the detail is for eyes at the site alone.
-        reason = describe_error(error)
-        log.warning("site %s could not be opened: %s", message.header.site, reason)
+        log.warning("site %s could not be opened: %s", message.header.site, describe_error(error))
         log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
-        return message.reply(ERROR, meta={"reason": reason})
+        return refusal(message, error)
     return site.handle(message)
 
 

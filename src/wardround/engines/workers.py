@@ -27,7 +27,7 @@ from wardround.data.deidentify import describe_error
 from wardround.engines.frames import PROGRESS, read_frame, write_frame
 from wardround.engines.local import STOPPED
 from wardround.errors import Interrupted, WardroundError, WireError
-from wardround.federation.exchange import ERROR
+from wardround.federation.refusals import refusal
 from wardround.wire.message import Message
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class WorkersEngine:
     def _serve(self, own: deque[_Job]) -> None:
         worker: subprocess.Popen[bytes] | None = None
         while (job := self._take(own)) is not None:
-            reply, why = None, f"its process died {ATTEMPTS} times (out of memory?)"
+            reply, lost = None, WardroundError(f"its process died {ATTEMPTS} times (out of memory?)")
             try:
                 for _ in range(ATTEMPTS):
                     worker = self._living(worker)
@@ -133,13 +133,13 @@ class WorkersEngine:
                     self._forget(worker)
             except BaseException as error:
                 # Whatever went wrong on this side of the pipe, whoever asked waits for a reply.
-                why = f"its process could not be asked ({describe_error(error)})"
-                log.warning("site %s: %s", job.message.header.site, why)
+                lost = WardroundError(f"its process could not be asked ({describe_error(error)})")
+                log.warning("site %s: %s", job.message.header.site, lost)
                 log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
                 # It may still be at work, and would then answer the next message with this one's reply.
                 if worker is not None:
                     self._forget(worker)
-            job.replies.put(reply or (None if self._closed else job.message.reply(ERROR, meta={"reason": why})))
+            job.replies.put(reply or (None if self._closed else refusal(job.message, lost)))
         if worker is not None:
             self._forget(worker)
 

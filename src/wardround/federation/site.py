@@ -17,10 +17,11 @@ from wardround.data.deidentify import describe_error
 from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
 from wardround.federation.blobs import disk_error
 from wardround.federation.egress import OPEN, EgressRules, check_egress
-from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
+from wardround.federation.exchange import DONE, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.inspection import Inspector
 from wardround.federation.minutes import SENT, SiteMinutes
 from wardround.federation.record import LOG, Record, begun_by
+from wardround.federation.refusals import refusal
 from wardround.federation.store import Memory, SiteStore
 from wardround.federation.sums import LOSS, SECONDS, evaluation_sums, validation_sums
 from wardround.federation.training import Learner
@@ -158,7 +159,7 @@ class Site:
             log.warning("site %s could not answer %r: %s", self.name, request.header.kind, reason)
             log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
             self.minutes.declined(request, error, reason)
-            return request.reply(ERROR, meta={"reason": reason})
+            return refusal(request, error)
 
     @property
     def learner(self) -> Learner:

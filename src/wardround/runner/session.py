@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
-import platform
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from safetensors.numpy import load_file
 
 from wardround.data.deidentify import describe_error
 from wardround.engines.local import STOPPED, LocalEngine
 from wardround.engines.workers import WorkersEngine
-from wardround.errors import Interrupted, JournalError, StudyError, WardroundError
+from wardround.errors import Interrupted, StudyError, WardroundError
 from wardround.federation.blobs import disk_error
 from wardround.federation.coordinator import Coordinator, Release
 from wardround.federation.exchange import RELEASE, Call, Engine
@@ -33,6 +30,7 @@ from wardround.protection.privacy import Purse
 from wardround.report import write_card, write_report
 from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.evaluation import measure, tables
+from wardround.runner.folder import alone, claim, mixed
 from wardround.runner.host import Host
 from wardround.runner.privacy import statement
 from wardround.runner.protocols import read_protocols
@@ -89,14 +87,14 @@ def run(
     began = time.perf_counter()
     host.preflight()
     try:
-        with _alone(host.out), closing(host):
-            _claim(host, resume=resume)
+        with alone(host.out), closing(host):
+            fingerprints = claim(host, resume=resume)
             host.open_stores()
             with _Carrier(host, engine, processes, shielded) as carrier:
                 releases = _train(host, carrier, shielded)
                 _release(host, carrier.engine, releases)
                 measured = tables(host, measure(host, carrier.engine, shielded.evaluated))
-            return _conclude(host, releases, measured, time.perf_counter() - began)
+            return _conclude(host, releases, measured, fingerprints, time.perf_counter() - began)
     except KeyboardInterrupt:
         raise Interrupted(STOPPED) from None
     except OSError as error:
@@ -124,7 +122,7 @@ def evaluate(
     host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded)
     if host.study_sha256 != before["study_sha256"]:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
-    with _alone(out), closing(host), _Carrier(host, engine, processes, shielded) as carrier:
+    with alone(out), closing(host), _Carrier(host, engine, processes, shielded) as carrier:
         # A number of its own: sites answer a request that they know from their store, and here they must measure.
         again = secrets.token_hex(16)
         return tables(host, measure(host, carrier.engine, shielded.evaluated, again=again))
@@ -171,38 +169,6 @@ class _Carrier:
 
     def __exit__(self, *_: object) -> None:
         self.engine.close()
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep a second run out of the folder: two of them would delete each other's files."""
-    (out / "work").mkdir(parents=True, exist_ok=True)
-    with (out / "work" / "lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JournalError("another run is at work in this folder; wait for it, or choose another --out") from None
-        yield
-
-
-def _claim(host: Host, *, resume: bool) -> None:
-    """Take the folder for this study, or find that it holds a run of the same study to go on with."""
-    out = host.out
-    written = out / "study.yaml"
-    if written.exists():
-        known = load_study(written)
-        if known != host.study:
-            raise JournalError(
-                "the folder holds a run of another study: choose another --out, or restore the study as it was",
-                detail=str(out),
-            )
-        previous = out / "work" / "compare.json"
-        if previous.exists() and json.loads(previous.read_text(encoding="utf-8")) != sorted(host.arms):
-            raise JournalError("the folder holds a run with another --compare: choose another --out", detail=str(out))
-    elif resume:
-        raise JournalError("--resume: the folder holds no run to go on with", detail=str(out))
-    write_text(out / "work" / "compare.json", json.dumps(sorted(host.arms)))
-    write_text(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Release]:
@@ -267,7 +233,13 @@ def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> Non
                 raise WardroundError(f"site {reply.header.site} could not save its part: {reply.header.meta['reason']}")
 
 
-def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, Any], seconds: float) -> Result:
+def _conclude(
+    host: Host,
+    releases: Mapping[str, Release],
+    measured: dict[str, Any],
+    fingerprints: Sequence[Mapping[str, str]],
+    seconds: float,
+) -> Result:
     out = host.out
     lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     federated = [line for line in lines if line["arm"] == FEDERATED]
@@ -307,8 +279,8 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
             for name, arm in host.arms.items()
         },
         "selected_round": {name: release.number for name, release in releases.items()},
-        "fingerprint": fingerprint(),
-        "notes": _notes(lines),
+        "fingerprint": fingerprints[-1],
+        "notes": [*mixed(fingerprints), *_notes(lines)],
     }
     write_text(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     write_card(out)
@@ -344,20 +316,3 @@ def _notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
             notes.append(f"{line['arm']}, round {line['round']}: without {site} ({reason})")
         notes.extend(f"{line['arm']}, round {line['round']}: {note}" for note in line["notes"])
     return notes
-
-
-def fingerprint() -> dict[str, str]:
-    """What must be the same for the same bits: versions and the kind of processor."""
-    import numpy
-    import torch
-
-    import wardround
-
-    return {
-        "wardround": wardround.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }

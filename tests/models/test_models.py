@@ -187,11 +187,11 @@ def test_gradients_are_exact() -> None:
     """The whole network, conjugate gradients included, against finite differences in double precision."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
-    maps = torch.randn(1, 2, 8, 8, dtype=torch.complex128, generator=generator) / 2
-    operator = CartesianMRI(maps, (torch.rand(1, 1, 8, generator=generator) < 0.6).double())
+    maps = torch.randn(1, 2, 6, 6, dtype=torch.complex128, generator=generator) / 2
+    operator = CartesianMRI(maps, (torch.rand(1, 1, 6, generator=generator) < 0.6).double())
     shape = modl_shape(MoDL(preset="tiny", unrolls=2, cg_iterations=2, channels=4, layers=2))
     model = MoDLNetwork(shape).double()
     for parameter in model.denoiser.parameters():
         nn.init.normal_(parameter, std=0.2)
-    data = torch.randn(1, 2, 8, 8, dtype=torch.complex128, generator=generator).requires_grad_()
+    data = torch.randn(1, 2, 6, 6, dtype=torch.complex128, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda y: model(operator, y), (data,))

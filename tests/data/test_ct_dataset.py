@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
 
-from wardround.data.ct_dataset import Body, CTFolder, CTIndex, Grid, Slice, on_grid
+from wardround.data.ct_dataset import Body, CTFolder, CTIndex, Grid, Slice, on_grid, opened
 from wardround.data.dataset import SPLITS
 from wardround.data.visits import Visits
 from wardround.errors import DataError
@@ -87,6 +88,17 @@ def test_nothing_outside_the_field_of_view_is_scanned(tmp_path: Path) -> None:
     index = _index(tmp_path, role="unseen")
     (example,) = index.examples("test")
     assert (index.image(example)[~GRID.inside()] == -1024).all()
+
+
+@given(
+    st.integers(5, 40), st.integers(5, 40), st.integers(0, 4), st.integers(0, 4), st.floats(0.3, 1), st.integers(0, 99)
+)
+def test_opening_is_that_of_a_box(height: int, width: int, rows: int, columns: int, filled: float, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < filled
+    box = (2 * rows + 1, 2 * columns + 1)
+    expected = ndimage.binary_opening(mask, np.ones(box, dtype=bool))
+    np.testing.assert_array_equal(opened(mask, box), expected)
+    assert opened(mask, box).dtype == np.bool_
 
 
 def test_a_body_too_large_is_refused_by_number_and_fix(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Body:
     def of(cls, image: Slice) -> Body:
         """The largest connected piece of tissue with everything inside; without any, the middle of the image."""
         rows, columns = (max(1, round(_BLANKET / step)) for step in image.spacing)
-        tissue = ndimage.binary_opening(image.hu > _BODY, np.ones((2 * rows + 1, 2 * columns + 1), dtype=bool))
+        tissue = opened(image.hu > _BODY, (2 * rows + 1, 2 * columns + 1))
         labels, pieces = ndimage.label(tissue)
         if not pieces:
             middle = ((image.hu.shape[0] - 1) / 2, (image.hu.shape[1] - 1) / 2)
@@ -86,6 +86,15 @@ class Body:
         middle = ((y.min() + y.max()) / 2, (x.min() + x.max()) / 2)
         reach = np.hypot((y - middle[0]) * image.spacing[0], (x - middle[1]) * image.spacing[1]).max()
         return cls(mask, middle, float(reach))
+
+
+def opened(mask: BoolArray, box: tuple[int, int]) -> BoolArray:
+    """A mask (rows, columns) without what no box of (rows, columns) fits into (`binary_opening`, but faster)."""
+    found = mask.view(np.uint8)
+    for filtered in (ndimage.minimum_filter1d, ndimage.maximum_filter1d):
+        for axis, size in enumerate(box):
+            found = filtered(found, size, axis, mode="constant", cval=0)
+    return np.asarray(found, dtype=np.bool_)
 
 
 class CTFolder:

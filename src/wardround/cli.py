@@ -181,11 +181,11 @@ def reconstruct(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of sites: SITE/PATIENT/CONTRAST.nii.gz.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="SITE/PATIENT/CONTRAST.nii.gz, or for CT *.dcm.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write study.yaml and sites.yaml.")] = Path("."),
 ) -> None:
     """Propose a commented study file and a sites file for a folder of scans."""
-    from wardround.data.convert import propose_study
+    from wardround.data.propose import propose_study
 
     study, sites = propose_study(folder)
     study_file, sites_file = out / "study.yaml", out / "sites.yaml"

@@ -172,11 +172,14 @@ def reconstruct(
     embedding: Annotated[
         Path | None, typer.Option("--embedding", help="A file with the patient's embedding, for a model with anatomy.")
     ] = None,
+    dose: Annotated[
+        float | None, typer.Option("--dose", help="Put noise into CT projections first: the share of their dose left.")
+    ] = None,
 ) -> None:
     """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
     from wardround.runner.apply import reconstruct as apply
 
-    _say(apply(model, source, output, site=site, embedding=embedding))
+    _say(apply(model, source, output, site=site, embedding=embedding, dose=dose))
 
 
 @app.command()

@@ -172,20 +172,23 @@ def reconstruct(
     embedding: Annotated[
         Path | None, typer.Option("--embedding", help="A file with the patient's embedding, for a model with anatomy.")
     ] = None,
+    dose: Annotated[
+        float | None, typer.Option("--dose", help="Put noise into CT projections first: the share of their dose left.")
+    ] = None,
 ) -> None:
     """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
     from wardround.runner.apply import reconstruct as apply
 
-    _say(apply(model, source, output, site=site, embedding=embedding))
+    _say(apply(model, source, output, site=site, embedding=embedding, dose=dose))
 
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of sites: SITE/PATIENT/CONTRAST.nii.gz.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="SITE/PATIENT/CONTRAST.nii.gz, or for CT *.dcm.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write study.yaml and sites.yaml.")] = Path("."),
 ) -> None:
     """Propose a commented study file and a sites file for a folder of scans."""
-    from wardround.data.convert import propose_study
+    from wardround.data.propose import propose_study
 
     study, sites = propose_study(folder)
     study_file, sites_file = out / "study.yaml", out / "sites.yaml"

@@ -61,6 +61,18 @@ def test_inserted_noise_makes_up_for_the_lost_dose(fraction: float) -> None:
         assert low.dtype == np.float32
 
 
+def test_every_bin_lacks_the_noise_of_its_own_photons() -> None:
+    """Var = exp(p) / (f N) (1 - f) + s^2 exp(2 p) / (f N)^2 (1 - f^2), N of the bin."""
+    fraction, noise, photons = 0.25, 5.0, np.array([2e3, 2e4, 2e5], np.float32)
+    path = np.array([[0.2], [2.0]]) * np.ones((2, 3))
+    full = np.broadcast_to(path, (MANY, 2, 3)).astype(np.float32)
+    added = (insert_noise(full, fraction, photons, noise, np.random.default_rng(3)) - full).astype(np.float64)
+    left = np.exp(path) / (fraction * photons)
+    expected = left * (1 - fraction) + (noise * left) ** 2 * (1 - fraction**2)
+    np.testing.assert_allclose(added.var(0), expected, rtol=0.03)
+    np.testing.assert_allclose(added.mean(0), 0, atol=0.02 * expected.max() ** 0.5)
+
+
 def test_a_dose_is_only_lowered_and_darkness_stays_finite() -> None:
     random = np.random.default_rng(0)
     dark = np.full(100, np.log(1e5), np.float32)

@@ -120,6 +120,13 @@ def test_a_bad_folder_is_told_and_refused(name: str, model: Path, tmp_path: Path
     assert not (tmp_path / "out.nii.gz").exists()
 
 
+def test_a_dose_that_is_no_share_or_of_an_image_is_refused(model: Path, tmp_path: Path) -> None:
+    series, out = write_series(tmp_path / "series"), tmp_path / "out.nii.gz"
+    assert "above 0 and below 1; got 2" in _refused("reconstruct", model, series, out, "--dose", "2")
+    assert "lowers the dose of measured projections" in _refused("reconstruct", model, series, out, "--dose", "0.5")
+    assert not out.exists()
+
+
 # What becomes of a patient's folder, and what `check` and `run` say.
 PATIENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong intercept": (

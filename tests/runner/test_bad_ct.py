@@ -130,6 +130,10 @@ PATIENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda root: save_nifti([thorax(1) + 1024], root / "B" / "Roe-Jim-0" / "ct.nii.gz"),
         "site B: wrong rescale: a CT volume is not in HU, its values reach from",
     ),
+    "intercept of NIfTI twice": (
+        lambda root: save_nifti([thorax(1) - 1024], root / "B" / "Roe-Jim-0" / "ct.nii.gz"),
+        "site B: wrong rescale: a CT volume is not in HU, 33% of its voxels lie below -1100",
+    ),
     "a body that does not fit": (
         lambda root: save_dicom(thorax(1), root / "A" / "Doe-Jane-0" / "0.dcm", spacing=9.0),
         "site A: in 1 of 7 slices the body does not fit the field of view: it reaches 295 mm from its middle",

@@ -19,6 +19,7 @@ from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_hole
 from wardround.data.dicom import AIR, read_slice
 from wardround.data.embeddings import Embeddings
 from wardround.data.folder import no_patient, patient_folders
+from wardround.data.hounsfield import check_hounsfield
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
 from wardround.errors import DataError
@@ -30,9 +31,6 @@ CONTRAST = "ct"
 _EXPECTED = " or SITE/PATIENT/".join(KINDS)
 _BODY = -500.0  # halfway between air and tissue
 _BLANKET = 2.0  # mm; thinner things than twice that, as blankets and table tops, are no body
-_THIN = -700.0  # the thinnest thing in a volume is air
-# Hounsfield units below these are no padding of any vendor; above, no 16-bit image.
-_LOWEST, _HIGHEST = -4096.0, 32767.0
 _CACHE_BYTES = 2**28
 
 
@@ -338,17 +336,6 @@ def read_ct_volume(path: Path) -> Volume:
     check_hounsfield(data, path)
     affine = volume.affine @ nibabel.orientations.inv_ornt_aff(turn, volume.data.shape)
     return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine)
-
-
-def check_hounsfield(data: NDArray[np.uint8] | FloatArray, path: Path) -> None:
-    """Raise DataError ("wrong rescale") where the values of a volume are no HU."""
-    low, high = float(np.percentile(data, 0.1)), float(data.max())
-    if low > _THIN or low < _LOWEST or high > _HIGHEST:
-        raise DataError(
-            f"wrong rescale: a CT volume is not in HU, its values reach from {low:g} to {high:g} where air is -1000; "
-            "convert it again",
-            detail=str(path),
-        )
 
 
 def slices_of(volume: Volume) -> list[Slice]:

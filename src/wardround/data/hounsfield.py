@@ -1,4 +1,4 @@
-"""Stored CT pixels to Hounsfield units, refusing a rescale that cannot be right."""
+"""CT values in Hounsfield units, refusing a rescale that cannot be right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from wardround.errors import DataError
 AIR = -1024.0
 _LOWEST = -1100.0
 _HIGHEST = 32767.0
-_NOISE = 0.01  # share of pixels that noise of a sharp kernel may push below the lowest value
+_NOISE = 0.01  # share of pixels that may lie below the lowest value for no reason known here
+_RIM = 0.05  # the same of a volume, where resampling blurs the edge of padding
+_TISSUE = -500.0
 _THIN = -700.0  # the thinnest thing in any slice of a patient is air, outside or inside
 
 
@@ -51,6 +53,28 @@ def to_hounsfield(stored: NDArray[np.generic], header: Dataset) -> tuple[FloatAr
     if scanned.max() > _HIGHEST:
         raise _wrong(f"its values reach {scanned.max():g}", path)
     return np.maximum(hu, np.float32(AIR)), float(np.percentile(scanned, 0.1))
+
+
+def check_hounsfield(data: NDArray[np.uint8] | FloatArray, path: Path) -> None:
+    """Raise DataError ("wrong rescale") where the values of a volume, of any axes, are no HU.
+
+    Constant values in the corners of the volume are padding, however low they are.
+    """
+    low, most, high = (float(value) for value in (*np.percentile(data, [0.1, 99]), data.max()))
+    if low > _THIN or high > _HIGHEST:
+        raise _wrong_volume(f"its values reach from {low:g} to {high:g} where air is -1000", path)
+    if data.min() < _LOWEST:
+        corners = data[np.ix_(*([0, -1] for _ in data.shape))]
+        scanned = data[~np.isin(data, corners[corners < _LOWEST])]
+        below = float((scanned < _LOWEST).mean()) if scanned.size else 1.0
+        if below > _RIM:
+            raise _wrong_volume(f"{below:.0%} of its voxels lie below {_LOWEST:g}, where nothing is", path)
+        low, most = (float(value) for value in np.percentile(scanned, [0.1, 99]))
+    # Padding is no air; where nothing else is thin, fat and the noise of water still are.
+    if low >= 0:
+        raise _wrong_volume(f"its values reach from {low:g} to {high:g} where air is -1000", path)
+    if most < _TISSUE:
+        raise _wrong_volume(f"there is no tissue in it, 99% of its voxels lie below {most:g}", path)
 
 
 def check_air(lowest: Sequence[float], path: Path) -> None:
@@ -98,3 +122,10 @@ def _as_stored(value: float, kind: np.dtype[np.generic]) -> int:
 
 def _wrong(what: str, path: Path) -> DataError:
     return DataError(f"wrong rescale: a CT image is not in HU, {what}; export it again", detail=str(path))
+
+
+def _wrong_volume(what: str, path: Path) -> DataError:
+    return DataError(
+        f"wrong rescale: a CT volume is not in HU, {what}; convert it again, with its intercept applied once",
+        detail=str(path),
+    )

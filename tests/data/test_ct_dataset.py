@@ -196,3 +196,30 @@ def test_folders_without_images_are_counted_and_not_named(tmp_path: Path) -> Non
     (folder / "Doe-Jim" / "SER1").mkdir(parents=True)
     (folder / "Doe-Jim" / "SER1" / "report.txt").write_text("nothing")
     assert _index(folder).remarks() == ("1 of 5 folders hold neither *.dcm nor ct.nii.gz; they are left out",)
+
+
+def _spine(seed: int = 0) -> np.ndarray:
+    """A zoomed field of soft tissue and bone without any air."""
+    random = np.random.default_rng(seed)
+    image = random.normal(45, 15, (80, 80))
+    image[:20] -= 130  # fat
+    image[35:50, 35:50] += 400
+    return np.rint(image).astype(np.int16)
+
+
+def test_a_slice_without_air_is_judged_with_the_patients_others(tmp_path: Path) -> None:
+    save_dicom(thorax(1), tmp_path / "Doe" / "0.dcm")
+    save_dicom(_spine(), tmp_path / "Doe" / "1.dcm")
+    first, second = CTFolder(tmp_path, "A").slices(0)
+    assert first.hu.min() == -1000
+    assert second.hu.min() > -200
+    # Its own rescale may be wrong all the same, and a patient without any air is refused.
+    save_dicom(_spine(), tmp_path / "Doe" / "2.dcm", intercept=0.0)
+    with pytest.raises(
+        DataError, match=r"site A: wrong rescale: a CT image is not in HU, its lowest value is \d+; export"
+    ):
+        CTFolder(tmp_path, "A").slices(0)
+    for name in ("0.dcm", "2.dcm"):
+        (tmp_path / "Doe" / name).unlink()
+    with pytest.raises(DataError, match="it shows no air near -1000"):
+        CTFolder(tmp_path, "A").slices(0)

@@ -187,6 +187,24 @@ def test_air_subtracted_twice_is_no_padding(tmp_path: Path) -> None:
         read_slice(write_slice(tmp_path / "b.dcm", clean, change=_scale(1, -2024)))
 
 
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("spread", [70, 120])
+def test_air_as_a_sharp_kernel_shows_it_is_air(tmp_path: Path, spread: int, padding: bool) -> None:
+    noisy = body().astype(float) + np.random.default_rng(0).normal(0, spread, (64, 64))
+    if padding:
+        noisy[np.hypot(*(np.indices((64, 64)) - 31.5)) > 32] = -2000
+    for intercept, fine in ((-1024, True), (-2048, False), (-1224, False)):
+        header = ct_header()
+        set_pixels(header, np.rint(noisy).astype(np.int16), signed=True)
+        header.RescaleIntercept = str(intercept)
+        header.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+        if fine:
+            np.testing.assert_array_equal(read_slice(tmp_path / "a.dcm").hu, np.maximum(np.rint(noisy), -1024))
+        else:
+            with pytest.raises(DataError, match=r"wrong rescale.*below -1100"):
+                read_slice(tmp_path / "a.dcm")
+
+
 def test_files_that_are_no_dicom(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_slice(tmp_path / "absent.dcm")

@@ -19,7 +19,7 @@ from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_hole
 from wardround.data.dicom import AIR, read_slice
 from wardround.data.embeddings import Embeddings
 from wardround.data.folder import no_patient, patient_folders
-from wardround.data.hounsfield import check_hounsfield
+from wardround.data.hounsfield import check_air, check_hounsfield
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
 from wardround.errors import DataError
@@ -118,7 +118,11 @@ class CTFolder:
         try:
             if files[0].name in NIFTI:
                 return [slice_ for path in files for slice_ in slices_of(read_ct_volume(path))]
-            read = [read_slice(path) for path in files]
+            read = [read_slice(path, alone=False) for path in files]
+            lowest: dict[str, list[float]] = {}
+            for slice_ in read:
+                lowest.setdefault(slice_.series, []).append(slice_.lowest)
+            check_air(lowest, self._folders[patient])
             return [Slice(slice_.hu, slice_.spacing, slice_.protocol, slice_.series) for slice_ in read]
         except DataError as error:
             raise DataError(f"site {self.site}: {error}", detail=error.detail) from error

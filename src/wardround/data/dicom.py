@@ -40,7 +40,7 @@ class CTSlice:
 
     `hu` is float32 (rows, columns) in HU, cut off below at -1024, padding outside the scan included. `spacing` is
     the distance of rows and of columns in mm, `position` where the slice lies along its normal in mm. `series` is the
-    identifier of its series, which stays at the site.
+    identifier of its series, which stays at the site. `lowest` is the lowest value (permille 1) of what was scanned.
     """
 
     hu: FloatArray
@@ -48,6 +48,7 @@ class CTSlice:
     position: float
     protocol: CTProtocol
     series: str
+    lowest: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,16 +95,18 @@ class _Placed:
         return float(self.corner @ self.normal)
 
 
-def read_slice(path: Path) -> CTSlice:
+def read_slice(path: Path, *, alone: bool = True) -> CTSlice:
     """Read one CT image, whatever series it belongs to.
 
     Raises DataError, whose message never names the file, where it is missing, no DICOM, cut short, no single
-    greyscale CT image, tilted, or its rescale gives no Hounsfield units.
+    greyscale CT image, tilted, or its rescale gives no Hounsfield units. A slice that is read `alone` must show air;
+    otherwise that is for `check_air` to say of all slices of a patient.
     """
     placed = _read(path)
-    check_air([placed.air], path)
     series = text(placed.header, "SeriesInstanceUID") or ""
-    return CTSlice(placed.hu, placed.spacing, placed.position, protocol_of(placed.header), series)
+    if alone:
+        check_air({series: [placed.air]}, path)
+    return CTSlice(placed.hu, placed.spacing, placed.position, protocol_of(placed.header), series, placed.air)
 
 
 def read_series(source: Path | Sequence[Path]) -> CTSeries:
@@ -119,7 +122,7 @@ def read_series(source: Path | Sequence[Path]) -> CTSeries:
     _one_series(slices)
     slices.sort(key=lambda placed: placed.position)
     step = _step(slices)
-    check_air([placed.air for placed in slices], path_of(slices[0].header))
+    check_air({"": [placed.air for placed in slices]}, path_of(slices[0].header))
     first = slices[0]
     data = np.stack([placed.hu for placed in slices], axis=-1)
     return CTSeries(

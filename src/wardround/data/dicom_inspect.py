@@ -14,6 +14,7 @@ from wardround.data.ct_projections import read_projections
 from wardround.data.ct_protocol import CTProtocol
 from wardround.data.dicom import CTSlice, read_slice, unevenness
 from wardround.data.dicom_file import is_projection, open_dicom, text
+from wardround.data.hounsfield import without_air, wrong_rescale
 from wardround.errors import DataError
 
 _SUFFIXES = frozenset({".dcm", ".ima", ".dicom"})
@@ -41,13 +42,16 @@ class _Seen:
     high: float
     protocol: CTProtocol
     folder: Path
+    patient: str | None
     series: str
     position: float
+    lowest: float
 
     @classmethod
-    def of(cls, one: CTSlice, folder: Path) -> _Seen:
+    def of(cls, one: CTSlice, folder: Path, patient: str | None) -> _Seen:
         size, low, high = one.hu.shape, float(one.hu.min()), float(one.hu.max())
-        return cls((size[0], size[1]), one.spacing, low, high, one.protocol, folder, one.series, one.position)
+        place = (folder, patient, one.series, one.position)
+        return cls((size[0], size[1]), one.spacing, low, high, one.protocol, *place, one.lowest)
 
 
 def find_dicom(path: Path) -> list[Path]:
@@ -66,24 +70,38 @@ def summarise_dicom(files: list[Path]) -> DicomSummary:
     except DataError:
         pass  # counted below
     slices: list[_Seen] = []
-    patients: set[str | None] = set()
     problems: Counter[str] = Counter()
     shown: dict[str, str] = {}
+
+    def problem(said: str, count: int = 1) -> None:
+        problems[_NUMBER.sub("#", said)] += count
+        shown.setdefault(_NUMBER.sub("#", said), said)
+
     for file in files:
         try:
-            seen = _Seen.of(read_slice(file), file.parent)
-            header = open_dicom(file, pixels=False)
+            one = read_slice(file, alone=False)
+            slices.append(_Seen.of(one, file.parent, text(open_dicom(file, pixels=False), "PatientID")))
         except DataError as error:
-            problems[_NUMBER.sub("#", str(error))] += 1
-            shown.setdefault(_NUMBER.sub("#", str(error)), str(error))
-            continue
-        slices.append(seen)
-        patients.add(text(header, "PatientID"))
+            problem(str(error))
+    for what, found in list(_airless(slices)):
+        problem(wrong_rescale(what), len(found))
+        slices = [one for one in slices if one.series != found[0].series or one not in found]
+    patients = {one.patient for one in slices}
     series = len({seen.series for seen in slices})
     counted = f"{len(files)} files, {len(slices)} of them CT slices, of {len(patients)} patients in {series} series"
     facts = (counted, *_facts(slices), *_not_whole(slices)) if slices else (counted,)
     told = (f"{shown[what]} ({n} files)" for what, n in problems.most_common())
     return DicomSummary("CT images in DICOM", facts, tuple(told))
+
+
+def _airless(slices: list[_Seen]) -> Iterator[tuple[str, list[_Seen]]]:
+    """Series whose rescale is wrong, patient by patient."""
+    patients: dict[str | Path, dict[str, list[_Seen]]] = {}
+    for one in slices:
+        patients.setdefault(one.patient or one.folder, {}).setdefault(one.series, []).append(one)
+    for series in patients.values():
+        wrong = without_air({name: [one.lowest for one in found] for name, found in series.items()})
+        yield from ((what, series[name]) for name, what in wrong.items())
 
 
 def _not_whole(slices: list[_Seen]) -> Iterator[str]:

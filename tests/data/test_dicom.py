@@ -24,6 +24,7 @@ from tests.ct_files import PATIENT_ID, body, ct_header, set_pixels, setting, wri
 
 from wardround.data.ct_protocol import CTProtocol, acquisition_from_header, protocol_of
 from wardround.data.dicom import read_series, read_slice
+from wardround.data.places import Place
 from wardround.errors import DataError
 from wardround.study.ct import CTAcquisition, CTGeometry
 
@@ -34,7 +35,7 @@ def test_a_slice_is_in_hounsfield_units(tmp_path: Path) -> None:
     assert found.hu.dtype == np.float32
     np.testing.assert_array_equal(found.hu, hu)
     assert found.spacing == (0.8, 0.6)
-    assert found.position == -164.5
+    assert found.place == Place(-164.5, 1)
     assert found.protocol == CTProtocol("SIEMENS", "Sensation 16", 120, 251, 5, "B20f", 570, 470, 352)
 
 

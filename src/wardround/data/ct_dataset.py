@@ -20,6 +20,7 @@ from wardround.data.dicom import AIR, read_slice
 from wardround.data.embeddings import Embeddings
 from wardround.data.folder import no_patient, patient_folders
 from wardround.data.hounsfield import check_air, check_hounsfield
+from wardround.data.places import Place, regular_gaps, unevenness
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
 from wardround.errors import DataError
@@ -52,13 +53,14 @@ class Grid:
 class Slice:
     """An axial image in HU, at least -1024, (rows, columns), with the distance of its rows and columns in mm.
 
-    `protocol` and `series` are what its header says of the scan; NIfTI says nothing.
+    `protocol`, `series` and `place` are what its header says of the scan; NIfTI says nothing.
     """
 
     hu: FloatArray
     spacing: tuple[float, float]
     protocol: CTProtocol | None = None
     series: str = ""
+    place: Place | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +122,10 @@ class CTFolder:
                 return [slice_ for path in files for slice_ in slices_of(read_ct_volume(path))]
             read = [read_slice(path, alone=False) for path in files]
             lowest: dict[str, list[float]] = {}
-            for slice_ in read:
-                lowest.setdefault(slice_.series, []).append(slice_.lowest)
+            for one in read:
+                lowest.setdefault(one.series, []).append(one.lowest)
             check_air(lowest, self._folders[patient])
-            return [Slice(slice_.hu, slice_.spacing, slice_.protocol, slice_.series) for slice_ in read]
+            return [Slice(one.hu, one.spacing, one.protocol, one.series, one.place) for one in read]
         except DataError as error:
             raise DataError(f"site {self.site}: {error}", detail=error.detail) from error
 
@@ -182,7 +184,7 @@ class CTIndex:
         self._cache: OrderedDict[tuple[int, int], _Placed] = OrderedDict()
         self._inside = grid.inside()
         self._protocols: dict[int, frozenset[CTProtocol]] = {}
-        self._series: dict[int, int] = {}
+        self._series: dict[int, list[list[Place]]] = {}
         self._shares = {patient: self._survey(patient) for patient in range(len(folder))}
         self._check_fit()
 
@@ -242,9 +244,19 @@ class CTIndex:
                 f"{unused} of {unused + len(self._folder)} folders hold neither {' nor '.join(KINDS)}; they are left "
                 "out"
             )
-        if mixed := sum(count > 1 for count in self._series.values()):
+        if mixed := sum(len(series) > 1 for series in self._series.values()):
             found.append(
                 f"{mixed} of {len(self._series)} patients' folders mix several series; every image is an example"
+            )
+        every = [places for series in self._series.values() for places in series]
+        if uneven := sum(bool(unevenness(places)) for places in every):
+            found.append(
+                f"in {uneven} of {len(every)} series slices are missing, doubled or uneven; every image is an example"
+            )
+        if gaps := sum(bool(regular_gaps(places)) for places in every if not unevenness(places)):
+            found.append(
+                f"in {gaps} of {len(every)} series slices may be missing: their distances or numbers are not those of "
+                "neighbours; every image is an example"
             )
         return tuple(found)
 
@@ -258,7 +270,10 @@ class CTIndex:
         shares, reaches = [], []
         images = self._folder.slices(patient)
         self._protocols[patient] = frozenset(image.protocol for image in images if image.protocol is not None)
-        self._series[patient] = len({image.series for image in images})
+        series: dict[str, list[Place]] = {}
+        for image in images:
+            series.setdefault(image.series, []).extend([image.place] if image.place else [])
+        self._series[patient] = list(series.values())
         for number, image in enumerate(images):
             body = Body.of(image)
             shares.append(body.mask.sum() * image.spacing[0] * image.spacing[1] / area)

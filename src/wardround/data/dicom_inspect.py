@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from wardround.data.ct_projections import read_projections
 from wardround.data.ct_protocol import CTProtocol
-from wardround.data.dicom import CTSlice, read_slice, unevenness
+from wardround.data.dicom import CTSlice, read_slice
 from wardround.data.dicom_file import is_projection, open_dicom, text
 from wardround.data.hounsfield import without_air, wrong_rescale
+from wardround.data.places import Place, regular_gaps, unevenness
 from wardround.errors import DataError
 
 _SUFFIXES = frozenset({".dcm", ".ima", ".dicom"})
@@ -44,13 +43,13 @@ class _Seen:
     folder: Path
     patient: str | None
     series: str
-    position: float
+    place: Place
     lowest: float
 
     @classmethod
     def of(cls, one: CTSlice, folder: Path, patient: str | None) -> _Seen:
         size, low, high = one.hu.shape, float(one.hu.min()), float(one.hu.max())
-        place = (folder, patient, one.series, one.position)
+        place = (folder, patient, one.series, one.place)
         return cls((size[0], size[1]), one.spacing, low, high, one.protocol, *place, one.lowest)
 
 
@@ -106,19 +105,22 @@ def _airless(slices: list[_Seen]) -> Iterator[tuple[str, list[_Seen]]]:
 
 def _not_whole(slices: list[_Seen]) -> Iterator[str]:
     """What keeps folders from being series that can be reconstructed; training takes every image by itself."""
-    folders: dict[Path, dict[str, list[float]]] = {}
+    folders: dict[Path, dict[str, list[Place]]] = {}
     for one in slices:
-        folders.setdefault(one.folder, {}).setdefault(one.series, []).append(one.position)
+        folders.setdefault(one.folder, {}).setdefault(one.series, []).append(one.place)
     mixed = [len(series) for series in folders.values() if len(series) > 1]
     if mixed:
         yield (
             f"mind: {len(mixed)} of {len(folders)} folders mix several series, up to {max(mixed)}: `wardround "
             "reconstruct` takes one series a folder; training takes every image by itself"
         )
-    faults = Counter(unevenness(np.sort(places)) for series in folders.values() for places in series.values())
+    every = [places for series in folders.values() for places in series.values()]
+    faults = Counter(fault for places in every if (fault := unevenness(places)))
     for fault, count in faults.most_common():
-        if fault:
-            yield f"mind: {fault} ({count} series): `wardround reconstruct` takes whole series"
+        yield f"mind: {fault} ({count} series): `wardround reconstruct` takes whole series"
+    gaps = Counter(gap for places in every if not unevenness(places) and (gap := regular_gaps(places)))
+    for gap, count in gaps.most_common():
+        yield f"mind: slices may be missing: {gap} ({count} series)"
 
 
 def _facts(slices: list[_Seen]) -> tuple[str, ...]:

@@ -91,6 +91,7 @@ def _read(path: Path) -> sparse.csr_matrix | None:
             matrix = sparse.csr_matrix(parts, tuple(file["shape"].tolist()))
         matrix.check_format(full_check=True)
         os.utime(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    # zipfile: an unknown compression or version is not implemented, an encrypted file a runtime error.
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
         return None
     return matrix

@@ -16,6 +16,7 @@ from wardround.data.ct_projections import CTProjections, read_projections
 from wardround.data.ct_protocol import acquisition_from_header
 from wardround.data.dicom import read_series, series_files
 from wardround.data.dicom_file import is_projection, open_dicom
+from wardround.data.dicom_inspect import find_dicom
 from wardround.data.dicom_write import write_derived
 from wardround.data.hounsfield import AIR
 from wardround.data.volume import FloatArray, Volume, write_nifti
@@ -60,6 +61,8 @@ def reconstruct_ct(
     if not source.is_dir():
         if source.suffix == ".npy":
             raise StudyError("this is a model for CT: it takes a NIfTI volume in HU or a DICOM folder")
+        if find_dicom(source):
+            raise DataError("this is one DICOM file; give the folder of the series", detail=str(source))
         volume = read_ct_volume(source)
     elif _holds_projections(source):
         if not nifti:

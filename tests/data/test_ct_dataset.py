@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
 
-from wardround.data.ct_dataset import Body, CTFolder, CTIndex, Grid, Slice, on_grid
+from wardround.data.ct_dataset import Body, CTFolder, CTIndex, Grid, Slice, on_grid, read_ct_volume
 from wardround.data.dataset import SPLITS
 from wardround.data.visits import Visits
 from wardround.errors import DataError
@@ -223,3 +224,22 @@ def test_a_slice_without_air_is_judged_with_the_patients_others(tmp_path: Path) 
         (tmp_path / "Doe" / name).unlink()
     with pytest.raises(DataError, match="it shows no air near -1000"):
         CTFolder(tmp_path, "A").slices(0)
+
+
+@pytest.mark.parametrize(
+    ("affine", "told"),
+    [
+        ([[-4.5, 0, 0, 0], [0, -4.5, 1.5, 0], [0, 0, 5, 0], [0, 0, 0, 1]], "not perpendicular, as after a gantry tilt"),
+        ([[-4.5, 0.3, 0, 0], [0, -4.5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1]], "not perpendicular"),
+        # Turned in the room, and rounded.
+        ([[-4.4, -0.94, 0, 0], [0.94, -4.4, 0.02, 0], [0, 0, 5, 0], [0, 0, 0, 1]], ""),
+    ],
+)
+def test_sheared_volumes_are_refused_as_a_gantry_tilt_is(tmp_path: Path, affine: list[list[float]], told: str) -> None:
+    data = np.stack([thorax(number) for number in range(3)], -1)
+    nib.save(nib.Nifti1Image(data, np.array(affine)), tmp_path / "ct.nii.gz")  # type: ignore[no-untyped-call]
+    if told:
+        with pytest.raises(DataError, match=told):
+            read_ct_volume(tmp_path / "ct.nii.gz")
+    else:
+        assert read_ct_volume(tmp_path / "ct.nii.gz").spacing == pytest.approx((4.5, 4.5, 5.0), rel=1e-3)

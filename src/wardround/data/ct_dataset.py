@@ -32,6 +32,7 @@ CONTRAST = "ct"
 _EXPECTED = " or SITE/PATIENT/".join(KINDS)
 _BODY = -500.0  # halfway between air and tissue
 _BLANKET = 2.0  # mm; thinner things than twice that, as blankets and table tops, are no body
+_SHEAR = 0.01  # of a step aside, as for slices in DICOM; rounding and registration leave less
 _CACHE_BYTES = 2**28
 
 
@@ -342,10 +343,11 @@ def _overlaps(count: int, pixel: float, have: int, step: float, centre: float) -
 def read_ct_volume(path: Path) -> Volume:
     """Read a NIfTI volume in HU, turned as DICOM shows slices: rows to the back, columns to the left, then to the head.
 
-    Values below -1024 are cut off. Raises DataError, whose message never names the file, as `read_volume` does, and
-    where the values are no HU.
+    Values below -1024 are cut off. Raises DataError, whose message never names the file, as `read_volume` does, where
+    the axes are not perpendicular, and where the values are no HU.
     """
     volume = read_volume(path)
+    _check_axes(volume.affine, path)
     turn = nibabel.orientations.ornt_transform(
         nibabel.orientations.io_orientation(volume.affine), nibabel.orientations.axcodes2ornt(("P", "L", "S"))
     )
@@ -355,6 +357,17 @@ def read_ct_volume(path: Path) -> Volume:
     check_hounsfield(data, path)
     affine = volume.affine @ nibabel.orientations.inv_ornt_aff(turn, volume.data.shape)
     return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine)
+
+
+def _check_axes(affine: NDArray[np.float64], path: Path) -> None:
+    products = np.abs(affine[:3, :3].T @ affine[:3, :3])
+    lengths = np.sqrt(np.diag(products))
+    if (np.triu(products, 1) > _SHEAR * np.outer(lengths, lengths)).any():
+        raise DataError(
+            "a CT volume's axes are not perpendicular, as after a gantry tilt, which is not supported; resample it to "
+            "untilted slices first",
+            detail=str(path),
+        )
 
 
 def slices_of(volume: Volume) -> list[Slice]:

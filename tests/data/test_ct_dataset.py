@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
 
-from wardround.data.ct_dataset import Body, CTFolder, CTIndex, Grid, Slice, on_grid, opened
+from wardround.data import ct_dataset
+from wardround.data.ct_dataset import Body, CTFolder, CTIndex, Grid, Slice, on_grid, opened, read_ct_volume
 from wardround.data.dataset import SPLITS
+from wardround.data.dicom import CTSlice
 from wardround.data.visits import Visits
 from wardround.errors import DataError
 from wardround.study.tasks import Slices, Split
@@ -49,6 +52,27 @@ def test_resampling_keeps_a_ramp_and_pads_with_air(
     expected = np.broadcast_to(2.0 * rows - columns, found.shape)
     assert np.abs(found - expected)[inside].max(initial=0.0) < 1.5 * step
     np.testing.assert_allclose(found[outside], -7.0, atol=1e-4)
+
+
+def test_a_slice_that_is_not_in_memory_is_read_alone_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patient of hundreds of slices would otherwise be read whole for every example."""
+    for number in range(12):
+        save_dicom(thorax(number), tmp_path / f"P{number // 4}" / f"{number % 4}.dcm")
+    kept, anew = _index(tmp_path), _index(tmp_path, cache_bytes=0)
+    read: list[str] = []
+    reader = ct_dataset.read_slice
+
+    def watched(path: Path, *, alone: bool = True) -> CTSlice:
+        read.append(path.name)
+        return reader(path, alone=alone)
+
+    monkeypatch.setattr(ct_dataset, "read_slice", watched)
+    examples = anew.examples("train")
+    for example in examples:
+        np.testing.assert_array_equal(anew.image(example), kept.image(example))
+        np.testing.assert_array_equal(anew.mask(example), kept.mask(example))
+    assert examples
+    assert read == [f"{example.slice}.dcm" for example in examples]
 
 
 def test_a_grid_of_the_same_pixels_changes_nothing() -> None:
@@ -227,3 +251,49 @@ def test_folders_without_images_are_counted_and_not_named(tmp_path: Path) -> Non
     (folder / "Doe-Jim" / "SER1").mkdir(parents=True)
     (folder / "Doe-Jim" / "SER1" / "report.txt").write_text("nothing")
     assert _index(folder).remarks() == ("1 of 5 folders hold neither *.dcm nor ct.nii.gz; they are left out",)
+
+
+def _spine(seed: int = 0) -> np.ndarray:
+    """A zoomed field of soft tissue and bone without any air."""
+    random = np.random.default_rng(seed)
+    image = random.normal(45, 15, (80, 80))
+    image[:20] -= 130  # fat
+    image[35:50, 35:50] += 400
+    return np.rint(image).astype(np.int16)
+
+
+def test_a_slice_without_air_is_judged_with_the_patients_others(tmp_path: Path) -> None:
+    save_dicom(thorax(1), tmp_path / "Doe" / "0.dcm")
+    save_dicom(_spine(), tmp_path / "Doe" / "1.dcm")
+    first, second = CTFolder(tmp_path, "A").slices(0)
+    assert first.hu.min() == -1000
+    assert second.hu.min() > -200
+    # Its own rescale may be wrong all the same, and a patient without any air is refused.
+    save_dicom(_spine(), tmp_path / "Doe" / "2.dcm", intercept=0.0)
+    with pytest.raises(
+        DataError, match=r"site A: wrong rescale: a CT image is not in HU, its lowest value is \d+; export"
+    ):
+        CTFolder(tmp_path, "A").slices(0)
+    for name in ("0.dcm", "2.dcm"):
+        (tmp_path / "Doe" / name).unlink()
+    with pytest.raises(DataError, match="it shows no air near -1000"):
+        CTFolder(tmp_path, "A").slices(0)
+
+
+@pytest.mark.parametrize(
+    ("affine", "told"),
+    [
+        ([[-4.5, 0, 0, 0], [0, -4.5, 1.5, 0], [0, 0, 5, 0], [0, 0, 0, 1]], "not perpendicular, as after a gantry tilt"),
+        ([[-4.5, 0.3, 0, 0], [0, -4.5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1]], "not perpendicular"),
+        # Turned in the room, and rounded.
+        ([[-4.4, -0.94, 0, 0], [0.94, -4.4, 0.02, 0], [0, 0, 5, 0], [0, 0, 0, 1]], ""),
+    ],
+)
+def test_sheared_volumes_are_refused_as_a_gantry_tilt_is(tmp_path: Path, affine: list[list[float]], told: str) -> None:
+    data = np.stack([thorax(number) for number in range(3)], -1)
+    nib.save(nib.Nifti1Image(data, np.array(affine)), tmp_path / "ct.nii.gz")  # type: ignore[no-untyped-call]
+    if told:
+        with pytest.raises(DataError, match=told):
+            read_ct_volume(tmp_path / "ct.nii.gz")
+    else:
+        assert read_ct_volume(tmp_path / "ct.nii.gz").spacing == pytest.approx((4.5, 4.5, 5.0), rel=1e-3)

@@ -24,6 +24,7 @@ from tests.ct_files import PATIENT_ID, body, ct_header, set_pixels, setting, wri
 
 from wardround.data.ct_protocol import CTProtocol, acquisition_from_header, protocol_of
 from wardround.data.dicom import read_series, read_slice
+from wardround.data.places import Place
 from wardround.errors import DataError
 from wardround.study.ct import CTAcquisition, CTGeometry
 
@@ -34,7 +35,7 @@ def test_a_slice_is_in_hounsfield_units(tmp_path: Path) -> None:
     assert found.hu.dtype == np.float32
     np.testing.assert_array_equal(found.hu, hu)
     assert found.spacing == (0.8, 0.6)
-    assert found.position == -164.5
+    assert found.place == Place(-164.5, 1)
     assert found.protocol == CTProtocol("SIEMENS", "Sensation 16", 120, 251, 5, "B20f", 570, 470, 352)
 
 
@@ -185,6 +186,24 @@ def test_air_subtracted_twice_is_no_padding(tmp_path: Path) -> None:
     assert read_slice(write_slice(tmp_path / "a.dcm", clean)).hu.min() == -1000
     with pytest.raises(DataError, match="wrong rescale"):
         read_slice(write_slice(tmp_path / "b.dcm", clean, change=_scale(1, -2024)))
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("spread", [70, 120])
+def test_air_as_a_sharp_kernel_shows_it_is_air(tmp_path: Path, spread: int, padding: bool) -> None:
+    noisy = body().astype(float) + np.random.default_rng(0).normal(0, spread, (64, 64))
+    if padding:
+        noisy[np.hypot(*(np.indices((64, 64)) - 31.5)) > 32] = -2000
+    for intercept, fine in ((-1024, True), (-2048, False), (-1224, False)):
+        header = ct_header()
+        set_pixels(header, np.rint(noisy).astype(np.int16), signed=True)
+        header.RescaleIntercept = str(intercept)
+        header.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+        if fine:
+            np.testing.assert_array_equal(read_slice(tmp_path / "a.dcm").hu, np.maximum(np.rint(noisy), -1024))
+        else:
+            with pytest.raises(DataError, match=r"wrong rescale.*below -1100"):
+                read_slice(tmp_path / "a.dcm")
 
 
 def test_files_that_are_no_dicom(tmp_path: Path) -> None:

@@ -49,6 +49,19 @@ def test_one_file_and_the_command(tmp_path: Path) -> None:
     _spoken(answer.output)
 
 
+def test_slices_without_air_are_judged_with_the_patients_others(tmp_path: Path) -> None:
+    tissue = np.random.default_rng(0).normal(20, 30, (64, 64)).astype(np.int16)
+    write_slice(tmp_path / "a" / "0.dcm")
+    write_slice(tmp_path / "a" / "1.dcm", tissue, change=setting(SeriesInstanceUID="1.2.826.0.1.44"))
+    assert not inspect_path(tmp_path).problems
+    write_slice(tmp_path / "b" / "2.dcm", tissue, change=setting(PatientID="PAT-2"))
+    found = inspect_path(tmp_path)
+    assert "3 files, 2 of them CT slices, of 1 patients in 2 series" in str(found)
+    (problem,) = found.problems
+    assert problem.startswith("wrong rescale: a CT image is not in HU, it shows no air near -1000")
+    assert problem.endswith("(1 files)")
+
+
 def test_projections_are_recognised(tmp_path: Path) -> None:
     write_projections(tmp_path / "MUELLER" / "a", scan())
     text = str(inspect_path(tmp_path))

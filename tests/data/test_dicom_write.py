@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +128,68 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(DataError, match="disk is full"):
         write_derived(source, source.data, tmp_path / "out", "x")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("zone", ["-0500", "+1345", None, "nonsense"])
+def test_times_are_those_of_the_sources_zone(tmp_path: Path, zone: str | None) -> None:
+    """An offset holds for all times of a header, so the copied ones decide."""
+    source = _series(tmp_path / "in", setting(TimezoneOffsetFromUTC=zone) if zone else id)
+    before = datetime.now().astimezone()
+    image = pydicom.dcmread(write_derived(source, source.data, tmp_path / "out", "x")[0])
+    zone = None if zone == "nonsense" else zone
+    assert image.get("TimezoneOffsetFromUTC") == zone
+    assert (image.StudyDate, image.StudyTime) == ("20190214", "101500")
+    local = before if zone is None else before.astimezone(datetime.strptime(zone, "%z").tzinfo)
+    said = datetime.strptime(image.ContentDate + image.ContentTime, "%Y%m%d%H%M%S").replace(tzinfo=local.tzinfo)
+    assert abs(said - before) < timedelta(minutes=1)
+    assert (image.SeriesDate, image.InstanceCreationTime) == (image.ContentDate, image.ContentTime)
+    contributed = datetime.strptime(image.ContributingEquipmentSequence[0].ContributionDateTime, "%Y%m%d%H%M%S%z")
+    assert abs(contributed - before) < timedelta(minutes=1)
+
+
+# Type 2 in the modules that a CT image must have (DICOM PS3.3, A.3): there, though perhaps empty.
+TYPE_2 = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "PositionReferenceIndicator",
+    "SliceThickness",
+    "InstanceNumber",
+    "AcquisitionNumber",
+    "KVP",
+    "PatientPosition",
+    "SeriesNumber",
+    "Manufacturer",
+)
+
+
+def test_what_nobody_knows_is_there_and_empty(tmp_path: Path) -> None:
+    absent = [name for name in TYPE_2 if name != "AcquisitionNumber"]
+    source = _series(tmp_path / "in", setting(**dict.fromkeys(absent), FrameOfReferenceUID=None))
+    images = [pydicom.dcmread(path) for path in write_derived(source, source.data, tmp_path / "out", "x")]
+    for name in TYPE_2:
+        assert name in images[0], name
+        if name not in ("SeriesNumber", "Manufacturer"):
+            assert images[0][name].VM == 0, name
+    # A frame of reference is never empty: one of their own, which the source is not in.
+    (frame,) = {image.FrameOfReferenceUID for image in images}
+    assert frame
+    assert read_series(tmp_path / "out").data.shape == source.data.shape
+
+
+@pytest.mark.parametrize("uid", [None, ""])
+def test_a_source_of_no_study_or_of_several_is_refused(tmp_path: Path, uid: str | None) -> None:
+    source = _series(tmp_path / "in", setting(StudyInstanceUID=uid))
+    with pytest.raises(DataError, match=r"must belong to one study, but its source's headers name none"):
+        write_derived(source, source.data, tmp_path / "out", "x")
+    source.headers[0].StudyInstanceUID = source.headers[1].StudyInstanceUID = "1.2.3"
+    source.headers[2].StudyInstanceUID = "1.2.4"
+    with pytest.raises(DataError, match=r"headers name 2 \(StudyInstanceUID\)"):
+        write_derived(source, source.data, tmp_path / "out", "x")
+    assert not (tmp_path / "out").exists()

@@ -206,7 +206,7 @@ def _one_patient_each(root: Path) -> None:
 def _nothing_but_air(root: Path) -> None:
     air = np.random.default_rng(0).normal(-990, 5, (40, 40)).astype(np.int16)
     for number in range(2):
-        save_nifti([air], root / "A" / f"p{number}" / "ct.nii.gz")
+        save_dicom(air, root / "A" / f"p{number}" / "0.dcm")
 
 
 def _one_patients_series(root: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from tests.ct_files import write_series
+from tests.ct_files import write_series, write_slice
 from tests.ct_hospitals import ct_study, save_nifti, thorax
 from wardround.data.dicom import read_series
 from wardround.errors import DataError, StudyError
@@ -90,11 +90,16 @@ def test_what_makes_no_sense_is_refused(model: Path, tmp_path: Path) -> None:
     save_nifti([thorax(1, spacing=7.0, size=80).repeat(2, 0).repeat(2, 1)], tmp_path / "large.nii.gz", spacing=7.0)
     save_nifti([thorax(1) + 1024], tmp_path / "shifted.nii.gz")
     np.save(tmp_path / "k.npy", np.zeros((4, 8, 8), np.complex64))
+    for name in ("one.dcm", "IM0001"):
+        write_slice(tmp_path / name)
     for source, message in (
         ("large.nii.gz", "the body reaches .* mm"),
         ("shifted.nii.gz", "wrong rescale"),
         ("k.npy", "a model for CT"),
         ("absent.nii.gz", "does not exist"),
+        ("absent.dcm", "does not exist"),
+        ("one.dcm", "one DICOM file; give the folder of the series"),
+        ("IM0001", "one DICOM file; give the folder of the series"),
     ):
         with pytest.raises((DataError, StudyError), match=message):
             reconstruct(model, tmp_path / source, tmp_path / "out.nii.gz")

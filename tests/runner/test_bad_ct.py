@@ -14,7 +14,7 @@ import yaml
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from tests.ct_files import PATIENT, PATIENT_ID, setting, write_series, write_slice
+from tests.ct_files import PATIENT, PATIENT_ID, body, setting, write_series, write_slice
 from tests.ct_hospitals import ct_study, make_ct_hospitals, save_dicom, save_nifti, thorax
 from tests.data.test_ct_projections import FAULTS, scan, write_projections
 from wardround.cli import app
@@ -137,6 +137,10 @@ PATIENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda root: save_nifti([thorax(1) + 1024], root / "B" / "Roe-Jim-0" / "ct.nii.gz"),
         "site B: wrong rescale: a CT volume is not in HU, its values reach from",
     ),
+    "intercept of NIfTI twice": (
+        lambda root: save_nifti([thorax(1) - 1024], root / "B" / "Roe-Jim-0" / "ct.nii.gz"),
+        "site B: wrong rescale: a CT volume is not in HU, 33% of its voxels lie below -1100",
+    ),
     "a body that does not fit": (
         lambda root: save_dicom(thorax(1), root / "A" / "Doe-Jane-0" / "0.dcm", spacing=9.0),
         "site A: in 1 of 7 slices the body does not fit the field of view: it reaches 295 mm from its middle",
@@ -192,6 +196,49 @@ def test_mixed_series_train_image_by_image_and_check_says_so(hospitals: Path, tm
     said = " ".join(_said("check", study, "--sites", sites).stdout.split())
     assert "A: 2 of 5 patients' folders mix several series; every image is an example." in said
     assert said.count("mix several series") == 1
+
+
+def _every_other(folder: Path, **changes: Any) -> Path:
+    """Slices 1, 3, 5 and 7 of a series of 5 mm."""
+    for number in (1, 3, 5, 7):
+        place = {"position": 5.0 * (number - 1), "number": number}
+        write_slice(folder / f"{number}.dcm", body(seed=number), **place, change=setting(**WIDE | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "their numbers rise by 2"),
+        (
+            {"SpacingBetweenSlices": "5"},
+            "slices stand 10 mm apart where their headers say 5 mm and their numbers rise by 2",
+        ),
+        ({"SpacingBetweenSlices": "-5", "InstanceNumber": ""}, "slices stand 10 mm apart where their headers say 5 mm"),
+        ({"SpacingBetweenSlices": "10", "InstanceNumber": ""}, ""),
+    ],
+)
+def test_slices_missing_at_even_steps_are_told(
+    changes: dict[str, Any], told: str, model: Path, hospitals: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(hospitals, tmp_path / "data"))
+    folder = _every_other(root / "A" / PATIENT_ID, **changes)
+    said = _said("reconstruct", model, folder, tmp_path / "out.nii.gz").stdout
+    inspected = _said("inspect", folder).stdout
+    checked = " ".join(_said("check", *_files(tmp_path, root)[:1], "--sites", tmp_path / "sites.yaml").stdout.split())
+    remark = "A: in 1 of 8 series slices may be missing: their distances or numbers are not those of neighbours"
+    assert (f"Mind: slices of the series may be missing: {told}.\n" in said) == bool(told)
+    assert (f"mind: slices may be missing: {told} (1 series)\n" in inspected) == bool(told)
+    assert (remark in checked) == bool(told)
+    assert bool(told) == ("may be missing" in said + inspected + checked)
+
+
+def test_gaps_are_told_by_check(hospitals: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(hospitals, tmp_path / "data"))
+    _series(0, 5, 10, 25, 30)(root / "A" / "Doe-Jane-9")
+    study, sites = _files(tmp_path, root)
+    said = " ".join(_said("check", study, "--sites", sites).stdout.split())
+    assert "A: in 1 of 8 series slices are missing, doubled or uneven; every image is an example." in said
 
 
 @pytest.mark.parametrize("command", ["check", "run"])

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wardround.data.ct_dataset import CONTRAST as CT
-from wardround.data.ct_dataset import check_hounsfield
 from wardround.data.deidentify import scrub
 from wardround.data.dicom_inspect import find_dicom, summarise_dicom
 from wardround.data.folder import SiteFolder
+from wardround.data.hounsfield import check_hounsfield
 from wardround.data.volume import Volume, read_volume, write_nifti
 from wardround.errors import DataError
 

@@ -20,7 +20,9 @@ from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_hole
 from wardround.data.dicom import AIR, read_slice
 from wardround.data.embeddings import Embeddings
 from wardround.data.folder import no_patient, patient_folders
+from wardround.data.hounsfield import check_air, check_hounsfield
 from wardround.data.memory import CACHE_BYTES, ScanCache
+from wardround.data.places import Place, regular_gaps, unevenness
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
 from wardround.errors import DataError
@@ -32,9 +34,7 @@ CONTRAST = "ct"
 _EXPECTED = " or SITE/PATIENT/".join(KINDS)
 _BODY = -500.0  # halfway between air and tissue
 _BLANKET = 2.0  # mm; thinner things than twice that, as blankets and table tops, are no body
-_THIN = -700.0  # the thinnest thing in a volume is air
-# Hounsfield units below these are no padding of any vendor; above, no 16-bit image.
-_LOWEST, _HIGHEST = -4096.0, 32767.0
+_SHEAR = 0.01  # of a step aside, as for slices in DICOM; rounding and registration leave less
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,14 @@ class Grid:
 class Slice:
     """An axial image in HU, at least -1024, (rows, columns), with the distance of its rows and columns in mm.
 
-    `protocol` and `series` are what its header says of the scan; NIfTI says nothing.
+    `protocol`, `series` and `place` are what its header says of the scan; NIfTI says nothing.
     """
 
     hu: FloatArray
     spacing: tuple[float, float]
     protocol: CTProtocol | None = None
     series: str = ""
+    place: Place | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +131,25 @@ class CTFolder:
         try:
             if files[0].name in NIFTI:
                 return [slice_ for path in files for slice_ in slices_of(read_ct_volume(path))]
-            read = [read_slice(path) for path in files]
-            return [Slice(slice_.hu, slice_.spacing, slice_.protocol, slice_.series) for slice_ in read]
+            read = [read_slice(path, alone=False) for path in files]
+            lowest: dict[str, list[float]] = {}
+            for one in read:
+                lowest.setdefault(one.series, []).append(one.lowest)
+            check_air(lowest, self._folders[patient])
+            return [Slice(one.hu, one.spacing, one.protocol, one.series, one.place) for one in read]
         except DataError as error:
             raise DataError(f"site {self.site}: {error}", detail=error.detail) from error
+
+    def slice(self, patient: int, number: int) -> Slice:
+        """Return one of a patient's slices, whose values `slices` has looked at. Raises DataError."""
+        files = self._patients[patient]
+        if files[0].name in NIFTI:
+            return self.slices(patient)[number]
+        try:
+            one = read_slice(files[number], alone=False)
+        except DataError as error:
+            raise DataError(f"site {self.site}: {error}", detail=error.detail) from error
+        return Slice(one.hu, one.spacing, one.protocol, one.series, one.place)
 
     def prompt(self, patient: int) -> FloatArray | None:
         """Return a patient's embedding, float32 (tokens, dimension), where the site provides any."""
@@ -196,7 +212,7 @@ class CTIndex:
         self._cache = ScanCache[_Placed](cache_bytes)
         self._inside = grid.inside()
         self._protocols: dict[int, frozenset[CTProtocol]] = {}
-        self._series: dict[int, int] = {}
+        self._series: dict[int, list[list[Place]]] = {}
         self._shares = {patient: self._survey(patient) for patient in sorted(chain(*self._served.values()))}
         self._check_fit()
 
@@ -256,9 +272,19 @@ class CTIndex:
                 f"{unused} of {unused + len(self._folder)} folders hold neither {' nor '.join(KINDS)}; they are left "
                 "out"
             )
-        if mixed := sum(count > 1 for count in self._series.values()):
+        if mixed := sum(len(series) > 1 for series in self._series.values()):
             found.append(
                 f"{mixed} of {len(self._series)} patients' folders mix several series; every image is an example"
+            )
+        every = [places for series in self._series.values() for places in series]
+        if uneven := sum(bool(unevenness(places)) for places in every):
+            found.append(
+                f"in {uneven} of {len(every)} series slices are missing, doubled or uneven; every image is an example"
+            )
+        if gaps := sum(bool(regular_gaps(places)) for places in every if not unevenness(places)):
+            found.append(
+                f"in {gaps} of {len(every)} series slices may be missing: their distances or numbers are not those of "
+                "neighbours; every image is an example"
             )
         return tuple(found)
 
@@ -272,7 +298,10 @@ class CTIndex:
         shares, reaches = [], []
         images = self._folder.slices(patient)
         self._protocols[patient] = frozenset(image.protocol for image in images if image.protocol is not None)
-        self._series[patient] = len({image.series for image in images})
+        series: dict[str, list[Place]] = {}
+        for image in images:
+            series.setdefault(image.series, []).extend([image.place] if image.place else [])
+        self._series[patient] = list(series.values())
         for number, image in enumerate(images):
             body = Body.of(image)
             shares.append(body.mask.sum() * image.spacing[0] * image.spacing[1] / area)
@@ -294,7 +323,7 @@ class CTIndex:
 
     def _placed(self, example: Example) -> _Placed:
         def read() -> _Placed:
-            image = self._folder.slices(example.patient)[example.slice]
+            image = self._folder.slice(example.patient, example.slice)
             return self._place(image, Body.of(image))
 
         return self._cache.get((example.patient, example.slice), read)
@@ -333,10 +362,11 @@ def _overlaps(count: int, pixel: float, have: int, step: float, centre: float) -
 def read_ct_volume(path: Path) -> Volume:
     """Read a NIfTI volume in HU, turned as DICOM shows slices: rows to the back, columns to the left, then to the head.
 
-    Values below -1024 are cut off. Raises DataError, whose message never names the file, as `read_volume` does, and
-    where the values are no HU.
+    Values below -1024 are cut off. Raises DataError, whose message never names the file, as `read_volume` does, where
+    the axes are not perpendicular, and where the values are no HU.
     """
     volume = read_volume(path)
+    _check_axes(volume.affine, path)
     turn = nibabel.orientations.ornt_transform(
         nibabel.orientations.io_orientation(volume.affine), nibabel.orientations.axcodes2ornt(("P", "L", "S"))
     )
@@ -348,13 +378,13 @@ def read_ct_volume(path: Path) -> Volume:
     return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine)
 
 
-def check_hounsfield(data: NDArray[np.uint8] | FloatArray, path: Path) -> None:
-    """Raise DataError ("wrong rescale") where the values of a volume are no HU."""
-    low, high = float(np.percentile(data, 0.1)), float(data.max())
-    if low > _THIN or low < _LOWEST or high > _HIGHEST:
+def _check_axes(affine: NDArray[np.float64], path: Path) -> None:
+    products = np.abs(affine[:3, :3].T @ affine[:3, :3])
+    lengths = np.sqrt(np.diag(products))
+    if (np.triu(products, 1) > _SHEAR * np.outer(lengths, lengths)).any():
         raise DataError(
-            f"wrong rescale: a CT volume is not in HU, its values reach from {low:g} to {high:g} where air is -1000; "
-            "convert it again",
+            "a CT volume's axes are not perpendicular, as after a gantry tilt, which is not supported; resample it to "
+            "untilted slices first",
             detail=str(path),
         )
 

@@ -24,6 +24,7 @@ from wardround.data.dicom_file import (
     text,
 )
 from wardround.data.hounsfield import AIR, check_air, to_hounsfield
+from wardround.data.places import Place, regular_gaps, unevenness
 from wardround.data.volume import FloatArray, Volume
 from wardround.errors import DataError
 
@@ -31,7 +32,6 @@ __all__ = ["AIR", "CTSeries", "CTSlice", "read_series", "read_slice", "series_fi
 
 _CT = "1.2.840.10008.5.1.4.1.1.2"
 _TILT = 0.01  # degrees; vendors write -0.0 and 1e-5
-_UNEVEN = 0.1  # of a step: more than any rounding of positions, less than any missing slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,15 +39,16 @@ class CTSlice:
     """One axial CT image.
 
     `hu` is float32 (rows, columns) in HU, cut off below at -1024, padding outside the scan included. `spacing` is
-    the distance of rows and of columns in mm, `position` where the slice lies along its normal in mm. `series` is the
-    identifier of its series, which stays at the site.
+    the distance of rows and of columns in mm, `place` where the slice lies along its normal. `series` is the identifier
+    of its series, which stays at the site. `lowest` is the lowest value (permille 1) of what was scanned.
     """
 
     hu: FloatArray
     spacing: tuple[float, float]
-    position: float
+    place: Place
     protocol: CTProtocol
     series: str
+    lowest: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,8 @@ class CTSeries:
 
     `data` is float32 (rows, columns, slices) in HU, `spacing` mm along the same axes, `affine` (4, 4) from voxel
     indices to mm in RAS, as in NIfTI. `headers` are the slices' headers, in order and without pixels; they name the
-    patient and stay at the site. `lossy`: some slice was once compressed with loss.
+    patient and stay at the site. `lossy`: some slice was once compressed with loss. `gaps` says why slices may be
+    missing though the steps are even, where headers give a reason; empty otherwise.
     """
 
     data: FloatArray
@@ -65,6 +67,7 @@ class CTSeries:
     protocol: CTProtocol
     headers: tuple[FileDataset, ...]
     lossy: bool
+    gaps: str
 
     @property
     def volume(self) -> Volume:
@@ -93,17 +96,23 @@ class _Placed:
     def position(self) -> float:
         return float(self.corner @ self.normal)
 
+    @property
+    def place(self) -> Place:
+        return Place.of(self.position, self.header)
 
-def read_slice(path: Path) -> CTSlice:
+
+def read_slice(path: Path, *, alone: bool = True) -> CTSlice:
     """Read one CT image, whatever series it belongs to.
 
     Raises DataError, whose message never names the file, where it is missing, no DICOM, cut short, no single
-    greyscale CT image, tilted, or its rescale gives no Hounsfield units.
+    greyscale CT image, tilted, or its rescale gives no Hounsfield units. A slice that is read `alone` must show air;
+    otherwise that is for `check_air` to say of all slices of a patient.
     """
     placed = _read(path)
-    check_air([placed.air], path)
     series = text(placed.header, "SeriesInstanceUID") or ""
-    return CTSlice(placed.hu, placed.spacing, placed.position, protocol_of(placed.header), series)
+    if alone:
+        check_air({series: [placed.air]}, path)
+    return CTSlice(placed.hu, placed.spacing, placed.place, protocol_of(placed.header), series, placed.air)
 
 
 def read_series(source: Path | Sequence[Path]) -> CTSeries:
@@ -119,7 +128,7 @@ def read_series(source: Path | Sequence[Path]) -> CTSeries:
     _one_series(slices)
     slices.sort(key=lambda placed: placed.position)
     step = _step(slices)
-    check_air([placed.air for placed in slices], path_of(slices[0].header))
+    check_air({"": [placed.air for placed in slices]}, path_of(slices[0].header))
     first = slices[0]
     data = np.stack([placed.hu for placed in slices], axis=-1)
     return CTSeries(
@@ -129,6 +138,7 @@ def read_series(source: Path | Sequence[Path]) -> CTSeries:
         protocol=protocol_of(first.header),
         headers=tuple(placed.header for placed in slices),
         lossy=any(placed.lossy for placed in slices),
+        gaps=regular_gaps(placed.place for placed in slices),
     )
 
 
@@ -218,32 +228,13 @@ def _one_series(slices: Sequence[_Placed]) -> None:
             )
 
 
-def unevenness(positions: NDArray[np.float64]) -> str:
-    """What is wrong with the places of a series' slices along their normal (mm, ascending); empty where nothing is."""
-    steps = np.diff(positions)
-    if not len(steps):
-        return ""
-    doubled = int((steps < max(1e-3, _UNEVEN * float(np.median(steps)))).sum())
-    if doubled:
-        return f"{doubled} of {len(positions)} slices of a series lie where another does (copies, or several phases)"
-    # With few slices, a gap may be the median: the least step is one step for certain.
-    least = float(steps.min())
-    missing = np.rint(steps / least).astype(int) - 1
-    if (np.abs(steps / least - missing - 1) > _UNEVEN * (missing + 1)).any():
-        return "slices of a series are unevenly spaced"
-    if missing.any():
-        count = int(missing.sum())
-        return f"{count} of {count + len(positions)} slices of a series are missing"
-    return ""
-
-
 def _step(slices: Sequence[_Placed]) -> float:
     """Distance of neighbouring slices in mm. Raises DataError unless they stand at even steps on one normal."""
     folder = str(path_of(slices[0].header).parent)
     if len(slices) == 1:
         return protocol_of(slices[0].header).slice_thickness or 1.0
     positions = np.array([placed.position for placed in slices])
-    if fault := unevenness(positions):
+    if fault := unevenness(placed.place for placed in slices):
         raise DataError(f"{fault}; export the series again, or remove what does not belong to it", detail=folder)
     corners, steps = np.stack([placed.corner for placed in slices]), np.diff(positions)
     aside = np.diff(corners, axis=0) - steps[:, None] * slices[0].normal

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from wardround.data.ct_projections import read_projections
 from wardround.data.ct_protocol import CTProtocol
-from wardround.data.dicom import CTSlice, read_slice, unevenness
+from wardround.data.dicom import CTSlice, read_slice
 from wardround.data.dicom_file import is_projection, open_dicom, text
+from wardround.data.hounsfield import without_air, wrong_rescale
+from wardround.data.places import Place, regular_gaps, unevenness
 from wardround.errors import DataError
 
 _SUFFIXES = frozenset({".dcm", ".ima", ".dicom"})
@@ -41,13 +41,16 @@ class _Seen:
     high: float
     protocol: CTProtocol
     folder: Path
+    patient: str | None
     series: str
-    position: float
+    place: Place
+    lowest: float
 
     @classmethod
-    def of(cls, one: CTSlice, folder: Path) -> _Seen:
+    def of(cls, one: CTSlice, folder: Path, patient: str | None) -> _Seen:
         size, low, high = one.hu.shape, float(one.hu.min()), float(one.hu.max())
-        return cls((size[0], size[1]), one.spacing, low, high, one.protocol, folder, one.series, one.position)
+        place = (folder, patient, one.series, one.place)
+        return cls((size[0], size[1]), one.spacing, low, high, one.protocol, *place, one.lowest)
 
 
 def find_dicom(path: Path) -> list[Path]:
@@ -66,19 +69,23 @@ def summarise_dicom(files: list[Path]) -> DicomSummary:
     except DataError:
         pass  # counted below
     slices: list[_Seen] = []
-    patients: set[str | None] = set()
     problems: Counter[str] = Counter()
     shown: dict[str, str] = {}
+
+    def problem(said: str, count: int = 1) -> None:
+        problems[_NUMBER.sub("#", said)] += count
+        shown.setdefault(_NUMBER.sub("#", said), said)
+
     for file in files:
         try:
-            seen = _Seen.of(read_slice(file), file.parent)
-            header = open_dicom(file, pixels=False)
+            one = read_slice(file, alone=False)
+            slices.append(_Seen.of(one, file.parent, text(open_dicom(file, pixels=False), "PatientID")))
         except DataError as error:
-            problems[_NUMBER.sub("#", str(error))] += 1
-            shown.setdefault(_NUMBER.sub("#", str(error)), str(error))
-            continue
-        slices.append(seen)
-        patients.add(text(header, "PatientID"))
+            problem(str(error))
+    for what, found in list(_airless(slices)):
+        problem(wrong_rescale(what), len(found))
+        slices = [one for one in slices if one.series != found[0].series or one not in found]
+    patients = {one.patient for one in slices}
     series = len({seen.series for seen in slices})
     counted = f"{len(files)} files, {len(slices)} of them CT slices, of {len(patients)} patients in {series} series"
     facts = (counted, *_facts(slices), *_not_whole(slices)) if slices else (counted,)
@@ -86,21 +93,34 @@ def summarise_dicom(files: list[Path]) -> DicomSummary:
     return DicomSummary("CT images in DICOM", facts, tuple(told))
 
 
+def _airless(slices: list[_Seen]) -> Iterator[tuple[str, list[_Seen]]]:
+    """Series whose rescale is wrong, patient by patient."""
+    patients: dict[str | Path, dict[str, list[_Seen]]] = {}
+    for one in slices:
+        patients.setdefault(one.patient or one.folder, {}).setdefault(one.series, []).append(one)
+    for series in patients.values():
+        wrong = without_air({name: [one.lowest for one in found] for name, found in series.items()})
+        yield from ((what, series[name]) for name, what in wrong.items())
+
+
 def _not_whole(slices: list[_Seen]) -> Iterator[str]:
     """What keeps folders from being series that can be reconstructed; training takes every image by itself."""
-    folders: dict[Path, dict[str, list[float]]] = {}
+    folders: dict[Path, dict[str, list[Place]]] = {}
     for one in slices:
-        folders.setdefault(one.folder, {}).setdefault(one.series, []).append(one.position)
+        folders.setdefault(one.folder, {}).setdefault(one.series, []).append(one.place)
     mixed = [len(series) for series in folders.values() if len(series) > 1]
     if mixed:
         yield (
             f"mind: {len(mixed)} of {len(folders)} folders mix several series, up to {max(mixed)}: `wardround "
             "reconstruct` takes one series a folder; training takes every image by itself"
         )
-    faults = Counter(unevenness(np.sort(places)) for series in folders.values() for places in series.values())
+    every = [places for series in folders.values() for places in series.values()]
+    faults = Counter(fault for places in every if (fault := unevenness(places)))
     for fault, count in faults.most_common():
-        if fault:
-            yield f"mind: {fault} ({count} series): `wardround reconstruct` takes whole series"
+        yield f"mind: {fault} ({count} series): `wardround reconstruct` takes whole series"
+    gaps = Counter(gap for places in every if not unevenness(places) and (gap := regular_gaps(places)))
+    for gap, count in gaps.most_common():
+        yield f"mind: slices may be missing: {gap} ({count} series)"
 
 
 def _facts(slices: list[_Seen]) -> tuple[str, ...]:

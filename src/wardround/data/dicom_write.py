@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from wardround.data.dicom import CTSeries
-from wardround.data.dicom_file import guarded, path_of
+from wardround.data.dicom_file import guarded, path_of, text
 from wardround.data.hounsfield import AIR
 from wardround.data.volume import FloatArray
 from wardround.errors import DataError
@@ -79,6 +81,24 @@ _KEPT = (
     "LossyImageCompressionRatio",
     "LossyImageCompressionMethod",
 )
+# Of these, what a CT image must have though nobody may know it (type 2): empty where the source has none.
+_EMPTY = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "PositionReferenceIndicator",
+    "PatientPosition",
+    "SliceThickness",
+    "InstanceNumber",
+    "AcquisitionNumber",
+    "KVP",
+)
 _EQUIPMENT = ("Manufacturer", "ManufacturerModelName", "InstitutionName", "StationName", "SoftwareVersions")
 
 
@@ -87,17 +107,20 @@ def write_derived(series: CTSeries, images_hu: FloatArray, folder: Path, descrip
 
     `images_hu` (rows, columns, slices) in HU lie where the series' slices do. They are stored in whole HU, cut off
     below at -1024, uncompressed; an image whose source was once compressed with loss keeps saying so. `description`
-    says what was done to them, and must not name a patient. The folder appears whole or not at all.
-    Raises DataError where the folder exists, or the images have another shape or values that CT cannot have.
+    says what was done to them, and must not name a patient. Times are those of the source's time zone, or local where
+    it names none. A source without a frame of reference shares none with other series, so the images get one of their
+    own. The folder appears whole or not at all.
+    Raises DataError where the folder exists, the source belongs to no study or to several, or the images have another
+    shape or values that CT cannot have.
     """
     _check(series, images_hu, folder)
-    uid, now = generate_uid(prefix=None), datetime.now(UTC)
+    new = _New.beside(series.headers[0])
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     names = [f"slice_{index + 1:04d}.dcm" for index in range(len(series.headers))]
     try:
         for index, (header, name) in enumerate(zip(series.headers, names, strict=True)):
-            image = _derived(header, series.lossy, uid, now, description)
+            image = _derived(header, series.lossy, new, description)
             _set_pixels(image, images_hu[..., index])
             (draft / name).write_bytes(_encoded(image, path_of(header)))
         draft.chmod(0o755)
@@ -111,9 +134,40 @@ def write_derived(series: CTSeries, images_hu: FloatArray, folder: Path, descrip
     return tuple(folder / name for name in names)
 
 
+@dataclass(frozen=True)
+class _New:
+    """What all images of a derived series share and their source does not have."""
+
+    series: str
+    frame: str
+    now: datetime
+    offset: str | None
+
+    @classmethod
+    def beside(cls, source: FileDataset) -> _New:
+        """Identifiers, and this moment in the source's time zone, which may be another than this machine's.
+
+        An offset from UTC holds for all times of a header, those copied from the source, too.
+        """
+        series, frame = generate_uid(prefix=None), generate_uid(prefix=None)
+        offset = re.fullmatch(r"([+-])(0\d|1[0-4])([0-5]\d)", text(source, "TimezoneOffsetFromUTC") or "")
+        if offset is None:
+            return cls(series, frame, datetime.now().astimezone(), None)
+        east = timedelta(hours=int(offset[2]), minutes=int(offset[3])) * (-1 if offset[1] == "-" else 1)
+        return cls(series, frame, datetime.now(timezone(east)), offset[0])
+
+
 def _check(series: CTSeries, images_hu: FloatArray, folder: Path) -> None:
     if folder.exists():
         raise DataError("the folder of a derived series exists already; name a new one", detail=str(folder))
+    studies = {text(header, "StudyInstanceUID") for header in series.headers}
+    if None in studies or len(studies) > 1:
+        count = "none" if None in studies else len(studies)
+        raise DataError(
+            f"a derived series must belong to one study, but its source's headers name {count} (StudyInstanceUID); "
+            "export the series again, or write NIfTI",
+            detail=str(path_of(series.headers[0]).parent),
+        )
     if images_hu.shape != series.data.shape:
         raise DataError(f"derived images have shape {images_hu.shape}, their series {series.data.shape}")
     if not np.isfinite(images_hu).all():
@@ -122,7 +176,7 @@ def _check(series: CTSeries, images_hu: FloatArray, folder: Path) -> None:
         raise DataError(f"derived images reach {images_hu.max():g} HU; DICOM CT holds {_HIGHEST} at most")
 
 
-def _derived(source: FileDataset, lossy: bool, series_uid: str, now: datetime, description: str) -> FileDataset:
+def _derived(source: FileDataset, lossy: bool, new: _New, description: str) -> FileDataset:
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     image = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
@@ -130,21 +184,27 @@ def _derived(source: FileDataset, lossy: bool, series_uid: str, now: datetime, d
         for keyword in _KEPT:
             if keyword in source:
                 image[keyword] = source[keyword]
+        for keyword in _EMPTY:
+            if keyword not in image:
+                setattr(image, keyword, None)
+        if not image.get("FrameOfReferenceUID"):
+            image.FrameOfReferenceUID = new.frame
         image.SOPClassUID = meta.MediaStorageSOPClassUID = source.SOPClassUID
         image.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = generate_uid(prefix=None)
-        image.SeriesInstanceUID = series_uid
+        image.SeriesInstanceUID = new.series
         image.SeriesNumber = int(source.get("SeriesNumber") or 0) + 9000
         image.SeriesDescription = f"{description[:32]} ({PURPOSE})"[:64]
         image.Modality, image.ImageType = "CT", ["DERIVED", "SECONDARY", "AXIAL"]
         image.DerivationDescription = f"{PURPOSE}: {description}"[:1024]
         image.SourceImageSequence = [_reference(source)]
-        image.ContributingEquipmentSequence = [_wardround(now), _scanner(source)]
+        image.ContributingEquipmentSequence = [_wardround(new.now), _scanner(source)]
         image.Manufacturer, image.ManufacturerModelName = "Wardround", "Wardround"
         image.LossyImageCompression = "01" if lossy else "00"
         image.BurnedInAnnotation = "NO"
-        image.ContentDate = image.InstanceCreationDate = image.SeriesDate = now.strftime("%Y%m%d")
-        image.ContentTime = image.InstanceCreationTime = image.SeriesTime = now.strftime("%H%M%S")
-        image.TimezoneOffsetFromUTC = "+0000"
+        image.ContentDate = image.InstanceCreationDate = image.SeriesDate = new.now.strftime("%Y%m%d")
+        image.ContentTime = image.InstanceCreationTime = image.SeriesTime = new.now.strftime("%H%M%S")
+        if new.offset:
+            image.TimezoneOffsetFromUTC = new.offset
     return image
 
 
@@ -176,7 +236,7 @@ def _wardround(now: datetime) -> Dataset:
     item = Dataset()
     item.PurposeOfReferenceCodeSequence = [_code("109102", "Processing Equipment")]
     item.Manufacturer, item.ContributionDescription = "Wardround", PURPOSE
-    item.ContributionDateTime = now.strftime("%Y%m%d%H%M%S+0000")
+    item.ContributionDateTime = now.strftime("%Y%m%d%H%M%S%z")
     return item
 
 

@@ -1,8 +1,8 @@
-"""Stored CT pixels to Hounsfield units, refusing a rescale that cannot be right."""
+"""CT values in Hounsfield units, refusing a rescale that cannot be right."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,10 @@ from wardround.errors import DataError
 AIR = -1024.0
 _LOWEST = -1100.0
 _HIGHEST = 32767.0
-_NOISE = 0.01  # share of pixels that noise of a sharp kernel may push below the lowest value
+_NOISE = 0.01  # share of pixels that may lie below the lowest value for no reason known here
+_NOISY_AIR, _NOISY = -1200.0, 0.35  # how low half of those is at most where noise is the reason; their share of air
+_RIM = 0.05  # the same of a volume, where resampling blurs the edge of padding
+_TISSUE = -500.0
 _THIN = -700.0  # the thinnest thing in any slice of a patient is air, outside or inside
 
 
@@ -45,7 +48,7 @@ def to_hounsfield(stored: NDArray[np.generic], header: Dataset) -> tuple[FloatAr
     scanned = hu[~padding]
     if not scanned.size:
         raise _wrong("every pixel is padding", path)
-    below = float((scanned < _LOWEST).mean())
+    below = _too_low(scanned)
     if below > _NOISE:
         raise _wrong(f"{below:.0%} of its pixels lie below {_LOWEST:g}", path)
     if scanned.max() > _HIGHEST:
@@ -53,10 +56,56 @@ def to_hounsfield(stored: NDArray[np.generic], header: Dataset) -> tuple[FloatAr
     return np.maximum(hu, np.float32(AIR)), float(np.percentile(scanned, 0.1))
 
 
-def check_air(lowest: Sequence[float], path: Path) -> None:
-    """Raise DataError ("wrong rescale") unless some of the slices' lowest values is that of air."""
-    if min(lowest) > _THIN:
-        raise _wrong(f"it shows no air near -1000, its lowest value is {min(lowest):g}", path)
+def check_hounsfield(data: NDArray[np.uint8] | FloatArray, path: Path) -> None:
+    """Raise DataError ("wrong rescale") where the values of a volume, of any axes, are no HU.
+
+    Constant values in the corners of the volume are padding, however low they are.
+    """
+    low, most, high = (float(value) for value in (*np.percentile(data, [0.1, 99]), data.max()))
+    if low > _THIN or high > _HIGHEST:
+        raise _wrong_volume(f"its values reach from {low:g} to {high:g} where air is -1000", path)
+    if data.min() < _LOWEST:
+        corners = data[np.ix_(*([0, -1] for _ in data.shape))]
+        scanned = data[~np.isin(data, corners[corners < _LOWEST])]
+        below = _too_low(scanned) if scanned.size else 1.0
+        if below > _RIM:
+            raise _wrong_volume(f"{below:.0%} of its voxels lie below {_LOWEST:g}, where nothing is", path)
+        low, most = (float(value) for value in np.percentile(scanned, [0.1, 99]))
+    # Padding is no air; where nothing else is thin, fat and the noise of water still are.
+    if low >= 0:
+        raise _wrong_volume(f"its values reach from {low:g} to {high:g} where air is -1000", path)
+    if most < _TISSUE:
+        raise _wrong_volume(f"there is no tissue in it, 99% of its voxels lie below {most:g}", path)
+
+
+def without_air(series: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """What is wrong with the series of one patient, by the lowest values of their slices; empty where nothing is.
+
+    Somewhere in a patient's slices there is air, but a slice or a series may be of soft tissue alone, as of a spine:
+    fat and the noise of water reach below 0.
+    """
+    least = {name: min(lowest) for name, lowest in series.items()}
+    if min(least.values()) > _THIN:
+        return {name: f"it shows no air near -1000, its lowest value is {low:g}" for name, low in least.items()}
+    return {name: f"its lowest value is {low:g}" for name, low in least.items() if low >= 0}
+
+
+def check_air(series: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Raise DataError ("wrong rescale") where `without_air` finds something wrong."""
+    for what in without_air(series).values():
+        raise _wrong(what, path)
+
+
+def _too_low(scanned: FloatArray | NDArray[np.uint8]) -> float:
+    """The share of values below any that CT has; 0 where they are air with the noise of a sharp kernel.
+
+    Noise spreads evenly about -1000: few of the values of air are that low, and half of those not by far.
+    """
+    below = scanned[scanned < _LOWEST]
+    if not below.size:
+        return 0.0
+    noisy = float(np.median(below)) > _NOISY_AIR and below.size < _NOISY * (scanned < _THIN).sum()
+    return 0.0 if noisy else below.size / scanned.size
 
 
 def _padding(stored: NDArray[np.generic], hu: FloatArray, header: Dataset) -> NDArray[np.bool_]:
@@ -73,8 +122,9 @@ def _padding(stored: NDArray[np.generic], hu: FloatArray, header: Dataset) -> ND
     if not rest.any():
         return declared
     constant = rest & (hu == hu[rest].min())
-    if np.array_equal(constant, rest) and _outside(constant) and float(np.percentile(hu[~rest], 99)) > -300:
-        return declared | rest
+    # What else is too low is noise, or an intercept applied twice: that is judged next.
+    if _outside(constant) and float(np.percentile(hu[~constant], 99)) > -300:
+        return np.asarray(declared | constant, dtype=np.bool_)
     return declared
 
 
@@ -97,4 +147,16 @@ def _as_stored(value: float, kind: np.dtype[np.generic]) -> int:
 
 
 def _wrong(what: str, path: Path) -> DataError:
-    return DataError(f"wrong rescale: a CT image is not in HU, {what}; export it again", detail=str(path))
+    return DataError(wrong_rescale(what), detail=str(path))
+
+
+def wrong_rescale(what: str) -> str:
+    """The sentence of a CT image that is not in HU."""
+    return f"wrong rescale: a CT image is not in HU, {what}; export it again"
+
+
+def _wrong_volume(what: str, path: Path) -> DataError:
+    return DataError(
+        f"wrong rescale: a CT volume is not in HU, {what}; convert it again, with its intercept applied once",
+        detail=str(path),
+    )

@@ -150,7 +150,8 @@ def _read(path: Path) -> sparse.csr_matrix | None:
             parts = (file["data"], file["indices"], file["indptr"])
             matrix = sparse.csr_matrix(parts, tuple(file["shape"].tolist()))
         matrix.check_format(full_check=True)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    # zipfile: an unknown compression or version is not implemented, an encrypted file a runtime error.
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
         return None
     with contextlib.suppress(OSError):  # the folder may be somebody else's
         os.utime(path)

@@ -51,9 +51,7 @@ def line_integrals_of(counts: NDArray[np.float64], photons: float) -> FloatArray
     return measured
 
 
-def variance(
-    line_integrals: ArrayOrTensor, photons: float | NDArray[np.float64], electronic_noise: float
-) -> ArrayOrTensor:
+def variance(line_integrals: ArrayOrTensor, photons: float | ArrayOrTensor, electronic_noise: float) -> ArrayOrTensor:
     """Variance of measured line integrals, to first order; `photons` of arrays may be one number for each."""
     share = _exp(line_integrals) / photons  # one over the expected photons
     return share * (share * electronic_noise**2 + 1)

@@ -16,6 +16,7 @@ from wardround.data.ct_projections import CTProjections, read_projections
 from wardround.data.ct_protocol import acquisition_from_header
 from wardround.data.dicom import read_series, series_files
 from wardround.data.dicom_file import is_projection, open_dicom
+from wardround.data.dicom_inspect import find_dicom
 from wardround.data.dicom_write import write_derived
 from wardround.data.hounsfield import AIR
 from wardround.data.volume import FloatArray, Volume, write_nifti
@@ -71,9 +72,12 @@ def reconstruct_ct(
         )
     nifti = output.name.endswith((".nii", ".nii.gz"))
     header: Facts = {}
+    minds: tuple[str, ...] = ()
     if not source.is_dir():
         if source.suffix == ".npy":
             raise StudyError("this is a model for CT: it takes a NIfTI volume in HU or a DICOM folder")
+        if find_dicom(source):
+            raise DataError("this is one DICOM file; give the folder of the series", detail=str(source))
         volume = read_ct_volume(source)
     elif _holds_projections(source):
         if not nifti:
@@ -81,13 +85,14 @@ def reconstruct_ct(
         return _from_projections(network, study, source, output, prompt, dose)
     else:
         series = read_series(source)
+        minds = (f"Mind: slices of the series may be missing: {series.gaps}.",) if series.gaps else ()
         if not nifti:
             images = _rescanned(network, study, series.volume, site, prompt)
             write_derived(series, images, output, f"Simulated scan and reconstruction, study {study.name}")
-            return _done(series.volume, study, site, stated(series.protocol))
+            return _done(series.volume, study, site, stated(series.protocol), minds)
         volume, header = series.volume, stated(series.protocol)
     save_nifti(Volume(_rescanned(network, study, volume, site, prompt), volume.spacing, volume.affine), output)
-    return _done(volume, study, site, header)
+    return _done(volume, study, site, header, minds)
 
 
 def save_nifti(volume: Volume, output: Path, description: str = "") -> None:
@@ -245,7 +250,7 @@ def _hounsfield(image: Tensor) -> FloatArray:
     return np.asarray(1000.0 * (image[0].clamp_min(0.0) - 1.0).numpy(), np.float32)
 
 
-def _done(volume: Volume, study: Study, site: str | None, header: Facts) -> Done:
+def _done(volume: Volume, study: Study, site: str | None, header: Facts, minds: tuple[str, ...]) -> Done:
     count = volume.data.shape[-1]
     acquisition = _acquisition(study, site)
     said = (
@@ -255,7 +260,7 @@ def _done(volume: Volume, study: Study, site: str | None, header: Facts) -> Done
     )
     # The tube voltage of a simulation decides nothing unless it has a spectrum; the input's own is in its header.
     scan = {name: value for name, value in simulated(acquisition).items() if name != "tube voltage"}
-    return Done(said, scan, header)
+    return Done(said, scan, header, minds)
 
 
 def _resolution(acquisition: CTAcquisition) -> str:

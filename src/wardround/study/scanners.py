@@ -14,9 +14,9 @@ def _hyperfed(photons: int, *numbers: float) -> dict[str, Any]:
     return {"geometry": geometry, "photons": photons}
 
 
-# The simulated sites of HyperFed (Yang et al., IEEE Trans. Radiat. Plasma Med. Sci. 2023; values of the authors'
-# code, full circles, electronic noise ours), and two real scanners with nominal geometry: where projection data
-# come with a header, the header counts. Their image grid and I0 are ours.
+# The simulated sites of HyperFed (Yang et al., IEEE TNNLS 2023; values of the authors' code, full circles, electronic
+# noise ours), and two real scanners with nominal geometry: where projection data come with a header, the header counts.
+# Their image grid and I0 are ours.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "hyperfed_1": _hyperfed(50_000, 512, 368, 1.33, 2.5716, 595.0, 490.6),

@@ -95,7 +95,7 @@ def whole(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """An uninterrupted run."""
     nursery.ask({"rehearse": JOB})
     out = with_secrets(tmp_path_factory.mktemp("whole") / "out")
-    said = nursery.run(out, **JOB)
+    said = nursery.run(out, listen=True, **JOB)
     assert "model_sha256" in said, said
     ledgers = {site: [entry.inputs for entry in charged(out, site)] for site in SITES}
     for site in SITES:
@@ -124,7 +124,7 @@ def test_killed_at_any_act_a_step_is_charged_once(nursery: Nursery, whole: dict[
 @pytest.mark.slow
 def test_killed_around_every_write_of_a_charge(nursery: Nursery, whole: dict[str, Any], tmp_path: Path) -> None:
     """Between the ledger's line and its anchor, and between the anchor and the first gradient."""
-    heard = nursery.run(with_secrets(tmp_path / "listening"), listen=True, **JOB)["heard"]
+    heard = whole["said"]["heard"]
     first, last = heard.index("before spend") + 1, heard.index("after spend") + 1
     assert "after fsync" in heard[first:last]
     assert "before commit" in heard[first:last]
@@ -152,7 +152,9 @@ def test_a_ledger_that_is_not_the_newest_stops_its_site(
 ) -> None:
     """Nothing is trained without it; with the newest copy back the run ends as if nothing had been."""
     out = with_secrets(tmp_path / "out")
-    assert nursery.start(out, fatal=whole["said"]["acts"] * 2 // 3, **JOB).wait() == -signal.SIGKILL
+    # In the middle of the training: every site has paid before, and has to pay again.
+    charges = [act for act, what in enumerate(whole["said"]["heard"], 1) if what == "before spend"]
+    assert nursery.start(out, fatal=charges[len(charges) // 2], **JOB).wait() == -signal.SIGKILL
     path = _site(out, "B") / "ledger.jsonl"
     newest, before = path.read_bytes(), released(out, "B")
     lines = newest.splitlines(keepends=True)

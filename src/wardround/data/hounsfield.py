@@ -86,7 +86,11 @@ def without_air(series: Mapping[str, Sequence[float]]) -> dict[str, str]:
     """
     least = {name: min(lowest) for name, lowest in series.items()}
     if min(least.values()) > _THIN:
-        return {name: f"it shows no air near -1000, its lowest value is {low:g}" for name, low in least.items()}
+        unless = ", or it is of soft tissue alone, which cannot be told without other slices of the patient"
+        return {
+            name: f"it shows no air near -1000, its lowest value is {low:g}{unless if low < 0 else ''}"
+            for name, low in least.items()
+        }
     return {name: f"its lowest value is {low:g}" for name, low in least.items() if low >= 0}
 
 

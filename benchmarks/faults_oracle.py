@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from faults_study import CHANGE, PLAIN, ROUNDS, SECURE, SEED, Federation, Setting, announced, opened
 from wardround.errors import JournalError
-from wardround.federation.coordinator import LOSS, SECONDS
 from wardround.federation.methods.method import MODEL
+from wardround.federation.sums import LOSS, SECONDS
 from wardround.federation.verify import verify
 from wardround.wire.random import public_generator
 from wardround.wire.ring import ExactSum

@@ -22,11 +22,11 @@ from wardround.engines.local import LocalEngine
 from wardround.federation.coordinator import Coordinator, Plan
 from wardround.federation.exchange import ExchangeFactory, PlainSum
 from wardround.federation.journal import Journal, State
-from wardround.federation.layouts import round_metrics
 from wardround.federation.methods.method import MODEL, Method
-from wardround.federation.secure import SIGN, SecureUpload, enrol, secure_sum
+from wardround.federation.secure import SIGN, SecureUpload, secure_sum
 from wardround.federation.site import Rules, Site
 from wardround.federation.store import SiteStore
+from wardround.federation.sums import round_metrics
 from wardround.federation.training import Trained
 from wardround.protection.identity import Roster
 from wardround.protection.ledger import Entry, Ledger
@@ -211,7 +211,7 @@ class Federation:
 
 def _enrolled(folder: Path, stores: Mapping[str, SiteStore]) -> Roster:
     """The roster, also written where whoever verifies the logs looks for it."""
-    roster, path = Roster({name: enrol(store).public for name, store in stores.items()}), folder / "coordinator"
+    roster, path = Roster({name: store.enrol().public for name, store in stores.items()}), folder / "coordinator"
     path.mkdir(exist_ok=True)
     (path / "roster.draft").write_text(json.dumps(roster.to_json()))
     (path / "roster.draft").rename(path / "roster.json")

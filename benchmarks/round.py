@@ -35,10 +35,10 @@ def empty_round(rounds: int) -> tuple[list[float], list[float]]:
     from wardround.engines.local import LocalEngine
     from wardround.federation.coordinator import Coordinator, Plan
     from wardround.federation.journal import Journal
-    from wardround.federation.layouts import round_metrics
     from wardround.federation.methods.method import MODEL, Method
     from wardround.federation.site import Rules, Site
     from wardround.federation.store import SiteStore
+    from wardround.federation.sums import round_metrics
     from wardround.federation.training import Trained
     from wardround.wire.tensors import TensorInfo
     from wardround.wire.update import Layout, encode
@@ -135,7 +135,7 @@ def make_update(folder: Path) -> None:
 
 
 def _big_layout() -> Any:
-    from wardround.federation.layouts import round_metrics
+    from wardround.federation.sums import round_metrics
     from wardround.wire.tensors import TensorInfo
     from wardround.wire.update import Group, Layout
 

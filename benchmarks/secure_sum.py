@@ -131,11 +131,11 @@ def at_the_seam(count: int, values: int) -> dict[str, float]:
     from wardround.federation.coordinator import Coordinator, Plan
     from wardround.federation.exchange import UPDATE
     from wardround.federation.journal import Journal
-    from wardround.federation.layouts import round_metrics
     from wardround.federation.methods.method import MODEL, Method
-    from wardround.federation.secure import SecureUpload, enrol, secure_sum
+    from wardround.federation.secure import SecureUpload, secure_sum
     from wardround.federation.site import Rules, Site
     from wardround.federation.store import SiteStore
+    from wardround.federation.sums import round_metrics
     from wardround.federation.training import Trained
     from wardround.protection.identity import Roster
     from wardround.study.protection import Protection
@@ -184,7 +184,7 @@ def at_the_seam(count: int, values: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         root, study = Path(folder), "0" * 64
         stores = {name: SiteStore(root / name) for name in names}
-        roster = Roster({name: enrol(store).public for name, store in stores.items()})
+        roster = Roster({name: store.enrol().public for name, store in stores.items()})
         threshold = Protection(secure=True).threshold_for(count)
         rules = Rules(study, layout, layout, layout, 0, 7, lint=False)
         protocols = {name: SecureUpload(threshold, lambda: roster) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from tests.faults.victims import Nursery
 # Before torch is imported, here and in every process that a test starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test writes into the cache of whoever runs it; the folder goes when the tests end.
+_CACHE = tempfile.TemporaryDirectory(prefix="wardround-cache-")
+os.environ["WARDROUND_CACHE"] = _CACHE.name
 ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,11 @@ from typer.core import TyperGroup
 
 from wardround import __version__
 from wardround.errors import Interrupted, WardroundError
+from wardround.logs import log_to_stderr
 
 if TYPE_CHECKING:
-    from wardround.runner.session import Result, Watcher
+    from wardround.runner.session import Result
+    from wardround.runner.watching import Watcher
 
 
 class _Commands(TyperGroup):
@@ -73,8 +74,7 @@ ProcessesOption = Annotated[
 
 def main() -> None:
     """The entry of the `wardround` command."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("wardround").setLevel(logging.ERROR)
+    log_to_stderr(logging.DEBUG if os.environ.get("WARDROUND_DEBUG") else logging.WARNING)
     # Whoever stops a service or a batch job sends this: it ends a run as Ctrl-C does, to be gone on with.
     signal.signal(signal.SIGTERM, _interrupt)
     app()
@@ -147,7 +147,7 @@ def evaluate(
     with _watcher() as watcher:
         found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher)
     written = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    _results(found["metrics"])
+    _results(found)
     now, then = numbers_of(found["metrics"]), numbers_of(written["metrics"])
     differing = [key for key in {**now, **then} if now.get(key) != then.get(key)]
     if differing:
@@ -172,20 +172,23 @@ def reconstruct(
     embedding: Annotated[
         Path | None, typer.Option("--embedding", help="A file with the patient's embedding, for a model with anatomy.")
     ] = None,
+    dose: Annotated[
+        float | None, typer.Option("--dose", help="Put noise into CT projections first: the share of their dose left.")
+    ] = None,
 ) -> None:
     """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
     from wardround.runner.apply import reconstruct as apply
 
-    _say(apply(model, source, output, site=site, embedding=embedding))
+    _say(apply(model, source, output, site=site, embedding=embedding, dose=dose))
 
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of sites: SITE/PATIENT/CONTRAST.nii.gz.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="SITE/PATIENT/CONTRAST.nii.gz, or for CT *.dcm.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write study.yaml and sites.yaml.")] = Path("."),
 ) -> None:
     """Propose a commented study file and a sites file for a folder of scans."""
-    from wardround.data.convert import propose_study
+    from wardround.data.propose import propose_study
 
     study, sites = propose_study(folder)
     study_file, sites_file = out / "study.yaml", out / "sites.yaml"
@@ -387,14 +390,16 @@ def _watcher() -> Iterator[Watcher | None]:
 
 
 def _summary(result: Result) -> None:
-    _results(result.values["metrics"])
+    _results(result.values)
     _say(f"Report: {result.report}")
     _say(f"Model:  {result.out / 'models' / 'federated.safetensors'}")
 
 
-def _results(metrics: Mapping[str, Any]) -> None:
-    from wardround.report.terminal import table_of
+def _results(values: Mapping[str, Any]) -> None:
+    from wardround.report.terminal import lacking_in, table_of
 
-    table = table_of(metrics)
+    table = table_of(values["metrics"])
     if table is not None:
         console.print(table)
+    for line in lacking_in(values):
+        _say(line)

@@ -1,4 +1,4 @@
-"""Every error Wardround raises on purpose.
+"""The errors Wardround raises on purpose.
 
     WardroundError
     ├── StudyError          the study or sites file is wrong: names the key and the fix
@@ -11,6 +11,9 @@
     ├── NotEnoughSites      a round cannot go on
     ├── Interrupted         the run was stopped cleanly and can be resumed
     └── MissingExtra        an optional part is not installed: names the command that installs it
+
+Those that a caller tells apart are declared where they arise: `exchange.Void` (a round is used up and trained anew),
+`secure_coordinator.Unrecoverable`, `agreement.Misbehaviour`, `privacy.BudgetSpent`, `training.TrainingFailed`.
 
 A message that may leave a site is built from fixed text, tensor names and numbers only. Paths and patient
 identifiers go to `detail`, which stays on the machine where the error was raised.

@@ -12,9 +12,8 @@ from scipy.stats import norm
 from torch import nn
 
 from tests.hospitals import write_study
-from wardround.audit.lint import lint_model
 from wardround.federation.training import Workbench
-from wardround.protection.lint import architecture_sha256, lint_tensors
+from wardround.protection.lint import architecture_sha256, lint_against, lint_tensors
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
@@ -49,7 +48,7 @@ def _linear(rows: int = 64, inputs: int = 128) -> Tensors:
 )
 def test_the_networks_of_a_study_pass(tmp_path: Path, model: dict[str, str]) -> None:
     study = _study(tmp_path, model=model)
-    assert lint_model(_initial(study), study) == ()
+    assert lint_against(_initial(study), _initial(study)) == ()
 
 
 def test_an_innocent_classifier_passes() -> None:
@@ -87,9 +86,9 @@ def test_gains_and_values_that_are_not_finite_are_caught(tmp_path: Path) -> None
     tensors = _initial(study)
     tensors["denoiser.stack.0.weight"] = tensors["denoiser.stack.0.weight"].copy()
     tensors["denoiser.stack.0.weight"][0, 0, 0, 0] = 2e3
-    assert [f.check for f in lint_model(tensors, study)] == ["gain"]
+    assert [f.check for f in lint_against(tensors, _initial(study))] == ["gain"]
     tensors["denoiser.stack.0.weight"][0, 0, 0, 0] = np.nan
-    assert [f.check for f in lint_model(tensors, study)] == ["finite"]
+    assert [f.check for f in lint_against(tensors, _initial(study))] == ["finite"]
 
 
 def test_a_normalisation_that_amplifies_is_caught() -> None:
@@ -111,7 +110,7 @@ def test_another_architecture_is_caught(tmp_path: Path) -> None:
     other = {**tensors, "imprint.weight": np.zeros((4, 4), np.float32)}
     del other["log_weight"]
     assert architecture_sha256(other) != architecture_sha256(tensors)
-    found = {(f.tensor, f.text) for f in lint_model(other, study)}
+    found = {(f.tensor, f.text) for f in lint_against(other, _initial(study))}
     assert found == {("imprint.weight", "is no tensor of the study's network"), ("log_weight", "is missing")}
     wider = {**tensors, "log_weight": np.zeros(3, np.float32)}
-    assert [f.check for f in lint_model(wider, study)] == ["architecture"]
+    assert [f.check for f in lint_against(wider, _initial(study))] == ["architecture"]

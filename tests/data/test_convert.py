@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tests.ct_hospitals import make_ct_hospitals, save_nifti, thorax
 
-from wardround.data.convert import convert_lgg, inspect_path, propose_study
+from wardround.data.convert import convert_lgg, inspect_path
 from wardround.data.volume import Volume, read_volume, write_nifti
 from wardround.errors import DataError
-from wardround.study.load import load_study
-from wardround.study.sites import load_sites
 
 MakeSite = Callable[..., Path]
 
@@ -120,56 +116,6 @@ def test_single_files_are_recognised(make_site: MakeSite, tmp_path: Path) -> Non
     assert inspect_path(tmp_path / "other.txt").kind == "unknown"
     with pytest.raises(DataError, match="nothing at the given path"):
         inspect_path(tmp_path / "absent")
-
-
-def test_the_proposed_study_and_sites_are_valid(make_site: MakeSite, tmp_path: Path) -> None:
-    make_site("CS", 3, contrasts=("flair", "t1ce", "seg"))
-    make_site("DU", 2, contrasts=("flair", "seg"))
-    make_site("1 mean", 1, contrasts=("flair", "t2"))
-    study_text, sites_text = propose_study(tmp_path)
-    (tmp_path / "study.yaml").write_text(study_text)
-    (tmp_path / "sites.yaml").write_text(sites_text)
-    study, sites = load_study(tmp_path / "study.yaml"), load_sites(tmp_path / "sites.yaml")
-    assert study.training_sites == ("CS", "DU")
-    assert study.unseen_sites == ("S-1-mean",)
-    assert study.task.model_dump()["contrasts"] == ("flair",)
-    assert study.task.model_dump()["size"] == (32, 32)
-    assert sites.of("S-1-mean").data == ((tmp_path / "1 mean").resolve(),)
-    assert "MUELLER" not in study_text + sites_text
-    assert study_text.count("#") >= 5
-
-
-def test_one_site_is_a_study_too(make_site: MakeSite) -> None:
-    study_text, sites_text = propose_study(make_site("CS", 3))
-    assert "CS: {role: train}" in study_text
-    assert "/CS" in sites_text
-
-
-def test_nothing_is_proposed_where_nothing_can_be_trained(make_site: MakeSite, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="SITE/PATIENT/CONTRAST"):
-        propose_study(tmp_path)
-    make_site("CS", 1)
-    with pytest.raises(DataError, match="no site can train"):
-        propose_study(tmp_path)
-    make_site("DU", 2, contrasts=("t2",))
-    with pytest.raises(DataError, match="no contrast is common"):
-        propose_study(tmp_path)
-
-
-@pytest.mark.parametrize("place", ["A", "B", "."])
-def test_ct_is_refused_with_where_to_start(tmp_path: Path, place: str) -> None:
-    make_ct_hospitals(tmp_path)  # A holds DICOM, B volumes
-    if place == ".":
-        shutil.rmtree(tmp_path / "A")
-    with pytest.raises(DataError, match=r"this is CT.*examples/luad-ct\.yaml.*docs/ct\.md"):
-        propose_study(tmp_path / place)
-
-
-def test_ct_beside_mri_is_no_contrast(make_site: MakeSite) -> None:
-    site = make_site("CS", 2, contrasts=("flair",))
-    for patient in site.iterdir():
-        save_nifti([thorax(1)], patient / "ct.nii.gz")
-    assert 'contrasts: ["flair"]' in propose_study(site)[0]
 
 
 def test_an_empty_drawing_is_no_problem(make_site: MakeSite) -> None:

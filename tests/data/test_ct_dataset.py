@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
 
-from wardround.data.ct_dataset import Body, CTFolder, CTIndex, Grid, Slice, on_grid, read_ct_volume
+from wardround.data.ct_dataset import Body, CTFolder, CTIndex, Grid, Slice, on_grid, opened, read_ct_volume
 from wardround.data.dataset import SPLITS
 from wardround.data.visits import Visits
 from wardround.errors import DataError
@@ -90,6 +91,17 @@ def test_nothing_outside_the_field_of_view_is_scanned(tmp_path: Path) -> None:
     assert (index.image(example)[~GRID.inside()] == -1024).all()
 
 
+@given(
+    st.integers(5, 40), st.integers(5, 40), st.integers(0, 4), st.integers(0, 4), st.floats(0.3, 1), st.integers(0, 99)
+)
+def test_opening_is_that_of_a_box(height: int, width: int, rows: int, columns: int, filled: float, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < filled
+    box = (2 * rows + 1, 2 * columns + 1)
+    expected = ndimage.binary_opening(mask, np.ones(box, dtype=bool))
+    np.testing.assert_array_equal(opened(mask, box), expected)
+    assert opened(mask, box).dtype == np.bool_
+
+
 def test_a_body_too_large_is_refused_by_number_and_fix(tmp_path: Path) -> None:
     folder = make_ct_hospitals(tmp_path)["A"]
     with pytest.raises(
@@ -121,6 +133,25 @@ def test_visits_are_the_test_patients_of_all_members(tmp_path: Path) -> None:
     for example, image in zip(visits.examples("test"), expected, strict=True):
         np.testing.assert_array_equal(visits.image(example), image)
     assert visits.patients("test") == tuple(range(sum(len(member.patients("test")) for member in members)))
+
+
+def test_patients_of_a_split_that_is_not_served_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_ct_hospitals(tmp_path)["A"]
+    whole, read = _index(folder), []
+    slices = CTFolder.slices
+
+    def noted(self: CTFolder, patient: int) -> list[Slice]:
+        read.append(patient)
+        return slices(self, patient)
+
+    monkeypatch.setattr(CTFolder, "slices", noted)
+    some = _index(folder, served=("test",))
+    assert tuple(read) == some.patients("test") == whole.patients("test")
+    assert some.examples("test") == whole.examples("test")
+    assert (some.patients("train"), some.examples("train")) == ((), ())
+    assert some.fingerprint() == whole.fingerprint()
+    nobody = _index(folder, served=())
+    assert not any(nobody.patients(split) for split in SPLITS)
 
 
 def test_the_fingerprint_follows_content_and_not_names(tmp_path: Path) -> None:

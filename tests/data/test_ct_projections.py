@@ -18,14 +18,17 @@ import torch
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
 from safetensors.numpy import save_file
-from tests.ct_files import PATIENT_ID, ct_header, setting
+from tests.ct_files import PATIENT_ID, ct_header, setting, write_series
 from tests.ct_hospitals import ct_study
 
 from wardround.data.ct_projections import read_projections
 from wardround.errors import DataError, StudyError
 from wardround.models.build import build_model
+from wardround.physics.ct_noise import variance
+from wardround.physics.ct_system import CTSystem
 from wardround.physics.fbp import FBP
 from wardround.runner.apply import reconstruct
+from wardround.runner.apply_ct import reconstruct_ct
 from wardround.runner.release import FORMAT
 from wardround.study.ct import CTGeometry
 from wardround.study.load import load_study
@@ -332,3 +335,54 @@ def test_where_the_patient_lies_otherwise_it_is_said(tmp_path: Path, position: s
     (line,) = (line for line in said.split("\n") if "HFS" in line)
     assert told in line
     assert "MUELLER" not in said
+
+
+def test_a_measured_scan_is_reconstructed_at_a_simulated_dose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is reconstructed has the noise of the formula, and its scanner as many photons less."""
+    study = load_study(ct_study(task={"size": [32, 32]}))
+    tensors = {name: tensor.numpy() for name, tensor in build_model(study.model, "ct").state_dict().items()}
+    model = tmp_path / "model.safetensors"
+    save_file(tensors, model, metadata={"format": FORMAT, "study": study.model_dump_json()})
+    folder = write_projections(tmp_path / "pd", scan())
+    found = read_projections(folder, size=(32, 32))
+    assert found.photons is not None
+    seen: list[tuple[float, NDArray[np.float32]]] = []
+    scaled = CTSystem.scaled
+
+    def watched(self: CTSystem, sinogram: torch.Tensor) -> torch.Tensor:
+        seen.append((self.acquisition.photons, sinogram.numpy()))
+        return scaled(self, sinogram)
+
+    monkeypatch.setattr(CTSystem, "scaled", watched)
+    full, low = tmp_path / "full.nii.gz", tmp_path / "low.nii.gz"
+    assert "dose" not in reconstruct(model, folder, full)
+    said = reconstruct(model, folder, low, dose=0.1)
+    assert "The dose is simulated at 0.1 of the measured dose: noise was put into the projections." in said
+    (before, clean), (after, noisy) = seen
+    assert after == pytest.approx(0.1 * before)
+    lacking = variance(clean, 0.1 * found.photons, 3.2) - variance(clean, found.photons, 3.2)
+    assert float(np.mean((noisy - clean) ** 2 / lacking)) == pytest.approx(1, rel=0.03)
+    images = [nib.load(path) for path in (full, low)]  # type: ignore[attr-defined]
+    assert bytes(images[0].header["descrip"]).strip(b"\0") == b""
+    assert bytes(images[1].header["descrip"]).startswith(b"simulated at 0.1 of the measured dose")
+    assert not np.array_equal(images[0].get_fdata(), images[1].get_fdata())
+
+
+@pytest.mark.parametrize("dose", [0.0, 1.0, -0.5, 2.0, math.nan])
+def test_a_dose_is_a_share(dose: float, tmp_path: Path) -> None:
+    study = load_study(ct_study(task={"size": [32, 32]}))
+    network = build_model(study.model, "ct")
+    with pytest.raises(StudyError, match=r"--dose is the share of the measured dose .* above 0 and below 1"):
+        reconstruct_ct(network, study, tmp_path, tmp_path / "out.nii.gz", None, dose=dose)
+
+
+def test_a_dose_needs_projections_that_name_their_photons(tmp_path: Path) -> None:
+    study = load_study(ct_study(task={"size": [32, 32]}))
+    network = build_model(study.model, "ct")
+    folder = write_projections(tmp_path / "pd", scan(), spoil=_drop((0x7033, 0x1065)))
+    with pytest.raises(DataError, match=r"do not say how many photons.*leave --dose out"):
+        reconstruct_ct(network, study, folder, tmp_path / "out.nii.gz", None, dose=0.5)
+    series = write_series(tmp_path / "series")
+    with pytest.raises(StudyError, match="--dose lowers the dose of measured projections"):
+        reconstruct_ct(network, study, series, tmp_path / "out.nii.gz", "A", dose=0.5)
+    assert not (tmp_path / "out.nii.gz").exists()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from wardround.errors import DataError
 from wardround.wire.message import Header, Message
 
 
@@ -25,6 +28,9 @@ class Echo:
             self._deaths.write_text(str(left - 1))
             if left > 0:
                 os._exit(3)
+        if order == "warn":
+            warnings.warn("/data/DOE^JANE.dcm: (0010,0010) is odd", stacklevel=1)
+            logging.getLogger("library").warning("/data/DOE^JANE.dcm is odd")
         if order == "sleep":
             time.sleep(60)
         return request.reply("echo", meta={"pid": os.getpid()})
@@ -32,9 +38,13 @@ class Echo:
 
 def finder(spec: dict[str, Any], progress: Any) -> Callable[[Header], Echo]:
     """The factory of the workers of these tests."""
+    if spec.get("broken"):
+        raise ValueError("/data/DOE^JANE.nii is no specification")
     echo = Echo(spec)
 
     def find(header: Header) -> Echo:
+        if header.meta.get("order") == "fail":
+            raise DataError("an image cannot be read", detail="/data/DOE^JANE.nii")
         progress(header.study, header.site, header.round, 1, 1)
         return echo
 

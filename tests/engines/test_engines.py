@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import logging
 import struct
 import threading
 from pathlib import Path
@@ -18,8 +20,9 @@ from tests.toys import toy_study
 from wardround.engines.frames import read_frame, write_frame
 from wardround.engines.local import LocalEngine
 from wardround.engines.workers import ATTEMPTS, WorkersEngine
-from wardround.errors import Interrupted, WireError
+from wardround.errors import DataError, Interrupted, WireError, Withheld
 from wardround.federation.exchange import ERROR
+from wardround.federation.refusals import is_withheld, kind_of
 from wardround.wire.message import EMPTY, FileBody, Header, Message
 
 QUESTION = Header("question", "study", "A")
@@ -65,8 +68,17 @@ def test_a_site_that_cannot_be_built_is_an_error_reply_without_its_reason() -> N
 
     (reply,) = LocalEngine(find).exchange([Message(QUESTION)])
     assert reply.header.kind == ERROR
-    assert reply.header.meta == {"reason": "OSError"}
+    assert reply.header.meta == {"reason": "OSError", "kind": "error"}
     assert reply.header.reply_to == Message(QUESTION).id
+
+
+def test_an_error_says_its_kind_by_a_name_of_ours_alone() -> None:
+    class DoeJane(DataError):
+        """A plug-in's own."""
+
+    assert [kind_of(e) for e in (Withheld(""), DataError(""), DoeJane(""), OSError(), ValueError())] == [
+        "Withheld", "DataError", "DataError", "error", "error",
+    ]  # fmt: skip
 
 
 def test_a_closed_local_engine_asks_nobody_else(tmp_path: Path) -> None:
@@ -89,10 +101,12 @@ def test_a_closed_local_engine_asks_nobody_else(tmp_path: Path) -> None:
 # Workers with toy sites ----------------------------------------------------------------------------------------------
 
 
-def workers(tmp_path: Path, deaths: int, processes: int = 1, progress: Any = None) -> WorkersEngine:
+def workers(
+    tmp_path: Path, deaths: int, processes: int = 1, progress: Any = None, *, broken: bool = False
+) -> WorkersEngine:
     (tmp_path / "deaths").write_text(str(deaths))
     spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps({"deaths": str(tmp_path / "deaths")}))
+    spec.write_text(json.dumps({"deaths": str(tmp_path / "deaths"), "broken": broken}))
     return WorkersEngine(processes, "tests.engines.echo:finder", spec, progress)
 
 
@@ -116,6 +130,7 @@ def test_workers_answer_every_message_once_and_survive_their_deaths(tmp_path: Pa
         (lost,) = engine.exchange([ask("B", "die")])
         assert lost.header.kind == ERROR
         assert f"died {ATTEMPTS} times" in lost.header.meta["reason"]
+        assert not is_withheld(lost)
         (well,) = engine.exchange([ask("A")])
         assert well.header.kind == "echo"
 
@@ -128,3 +143,75 @@ def test_workers_answer_every_message_once_and_survive_their_deaths(tmp_path: Pa
     finally:
         engine.close()
     assert engine.pids == ()
+
+
+def answered(engine: WorkersEngine, *messages: Message) -> list[Message]:
+    """The replies; fails instead of waiting for ever."""
+    replies: list[Message] = []
+    asking = threading.Thread(target=lambda: replies.extend(engine.exchange(messages)), daemon=True)
+    asking.start()
+    asking.join(timeout=20)
+    assert not asking.is_alive(), "somebody waits for a reply that will never come"
+    return replies
+
+
+def test_a_worker_that_cannot_be_started_is_an_error_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory", "/usr/bin/python")
+
+    monkeypatch.setattr("wardround.engines.workers.subprocess.Popen", full)
+    engine = workers(tmp_path, 0)
+    try:
+        for question in (ask("A"), ask("B")):
+            (lost,) = answered(engine, question)
+            assert (lost.header.kind, lost.header.reply_to) == (ERROR, question.id)
+            assert "no process could be started: Cannot allocate memory" in lost.header.meta["reason"]
+            assert "python" not in lost.header.meta["reason"]
+    finally:
+        engine.close()
+
+
+def test_a_progress_callback_that_raises_costs_one_answer_and_no_thread(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def broken(arm: str, site: str, *_: int) -> None:
+        calls.append(site)
+        if len(calls) == 1:
+            raise RuntimeError("/data/DOE^JANE is not drawn")
+
+    engine = workers(tmp_path, 0, progress=broken)
+    try:
+        lost, well = answered(engine, ask("A"), ask("B"))
+        assert (lost.header.site, lost.header.kind) == ("A", ERROR)
+        assert lost.header.meta["reason"].endswith("its process could not be asked (RuntimeError)")
+        assert (well.header.site, well.header.kind) == ("B", "echo")
+        assert calls == ["A", "B"]
+    finally:
+        engine.close()
+
+
+def test_what_workers_print_names_no_patient(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Their stderr is the parent's, which services and batch jobs keep."""
+    for broken, order in ((False, "fail"), (False, "warn"), (True, "")):
+        engine = workers(tmp_path, 0, broken=broken)
+        try:
+            list(engine.exchange([ask("A", order)]))
+        finally:
+            engine.close()
+    said = capfd.readouterr().err
+    assert "site A could not be opened: DataError: an image cannot be read" in said
+    assert said.count("a worker process ends: ValueError") == ATTEMPTS
+    assert "JANE" not in said
+    assert "Traceback" not in said
+
+
+def test_a_site_that_looks_for_a_bad_file_can_make_its_workers_name_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "wardround")
+    engine = workers(tmp_path, 0)
+    try:
+        list(engine.exchange([ask("A", "fail")]))
+    finally:
+        engine.close()
+    assert "detail: /data/DOE^JANE.nii" in capfd.readouterr().err

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import html
+import json
 import os
 import sqlite3
 import subprocess
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,17 @@ import pytest
 from tests.faults.victims import Nursery
 from tests.federation.rig import Rig, Sent
 from tests.toys import toy_sites, toy_study
-from wardround.errors import JournalError, NotEnoughSites
-from wardround.federation.blobs import Blobs
+from wardround.errors import Interrupted, JournalError, NotEnoughSites, WardroundError
+from wardround.federation.blobs import Blobs, disk_error
 from wardround.federation.exchange import UPDATE
-from wardround.federation.journal import Journal
+from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.record import LOG
+from wardround.federation.site import Site
 from wardround.protection.gates import check_body
-from wardround.runner.session import Result, run
+from wardround.report.terminal import lacking_in
+from wardround.runner import folder, session
+from wardround.runner.session import Result, evaluate, run
+from wardround.runner.watching import Silent
 from wardround.study.schema import Study
 from wardround.wire.message import FileBody, Message
 
@@ -87,6 +94,57 @@ def test_a_disk_that_is_really_full(nursery: Nursery, tmp_path: Path, small_disk
         assert said.get("model_sha256") == whole["model_sha256"], said
         subprocess.run(["rm", "-r", str(out)], check=True)
     assert failed
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedbn"])
+def test_a_disk_that_is_full_when_the_model_is_to_be_written(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The shared part of a model, and the part that a site keeps."""
+    task = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}}
+    study, sites = toy_study(**ALL, method={"kind": method}, task=task), toy_sites(tmp_path / "data")
+    out, ballast = small_disk / "out", small_disk / "ballast"
+    call, name = (session.save_release, "save_release") if method == "fedavg" else (Site._release, "_release")
+
+    def filling(*arguments: Any) -> Any:
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        return call(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session if method == "fedavg" else Site, name, filling)
+        with pytest.raises(WardroundError, match=r"No space left on device\); free some space and resume") as caught:
+            run(study, sites, out, engine="local")
+    assert str(tmp_path) not in str(caught.value)
+    assert caught.value.detail == (str(out / "models" / "federated.safetensors") if method == "fedavg" else "")
+    assert (out / "rounds.jsonl").exists()
+    assert not list(out.rglob("*.draft"))
+    assert len(list(out.rglob("*.safetensors"))) == (0 if method == "fedavg" else 1)
+    ballast.unlink()
+    again, whole = (run(study, sites, folder, engine="local").values for folder in (out, tmp_path / "whole"))
+    for key in ("model_sha256", "local_sha256", "metrics"):
+        assert again[key] == whole[key]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, None])
+def test_only_a_full_disk_is_called_full(number: int | None) -> None:
+    error = OSError("/data/DOE^JANE is gone") if number is None else OSError(number, "odd", "/data/DOE^JANE")
+    said = disk_error(error)
+    assert ("free some space" in str(said)) == (number in (errno.ENOSPC, errno.EDQUOT))
+    assert ("check the run's folder and its rights" in str(said)) != ("free some space" in str(said))
+    assert f"({'OSError' if number is None else os.strerror(number)})" in str(said)
+    assert "JANE" not in str(said)
+    assert "/data/DOE^JANE" in said.detail
+
+
+def test_a_folder_that_is_in_the_way_is_said(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "models").touch()
+    with pytest.raises(JournalError, match=r"\(File exists\); check the run's folder and its rights") as caught:
+        go(tmp_path, toy_study())
+    assert str(tmp_path) not in str(caught.value)
+    assert str(tmp_path / "out" / "models") in caught.value.detail
 
 
 def test_a_lost_answer_is_made_anew_and_a_lost_model_is_said(tmp_path: Path) -> None:
@@ -250,7 +308,44 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(JournalError, match="another run is at work"):
             go(tmp_path, toy_study())
+        # What a process at work is still writing would be swept away.
+        draft = out / "work" / "sites" / "A" / "federated" / "blobs" / "x.draft"
+        draft.write_bytes(b"half")
+        with pytest.raises(JournalError, match="another run is at work"):
+            evaluate(out, toy_sites(tmp_path / "data"), engine="local")
+        assert draft.exists()
     go(tmp_path, toy_study(), resume=True)
+    evaluate(out, toy_sites(tmp_path / "data"), engine="local")
+
+
+class Stopping(Silent):
+    """Ctrl-C after the first round."""
+
+    def round(self, report: RoundReport) -> None:
+        raise Interrupted("stop")
+
+
+def test_a_run_resumed_on_another_fingerprint_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    study, ours = toy_study(), folder.fingerprint()
+    with pytest.raises(Interrupted):
+        go(tmp_path, study, watcher=Stopping())
+    assert json.loads((tmp_path / "out" / "work" / "fingerprint.json").read_text()) == [ours]
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "fingerprint", lambda: {**ours, "torch": "9.9", "cpu_capability": "ABACUS"})
+        with pytest.raises(Interrupted):
+            go(tmp_path, study, watcher=Stopping())
+    # Back where it began: the rounds in between are another machine's all the same.
+    caplog.clear()
+    values = go(tmp_path, study).values
+    (note,) = values["notes"]
+    assert f"torch 9.9 and {ours['torch']}; cpu_capability ABACUS and {ours['cpu_capability']}" in note
+    assert "numpy" not in note
+    assert note in caplog.messages
+    assert values["fingerprint"] == ours
+    assert note in html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert go(tmp_path / "plain", study).values["notes"] == go(tmp_path / "plain", study).values["notes"] == []
 
 
 # Sites ---------------------------------------------------------------------------------------------------------------
@@ -284,10 +379,40 @@ def test_a_round_goes_on_without_a_site_that_fails(tmp_path: Path) -> None:
     values = go(tmp_path, study).values
     assert values["participants"] == ["A", "C"]
     assert "federated, round 1: without B (RuntimeError)" in values["notes"]
-    assert values["withheld"] == {"B": "RuntimeError"}
+    assert values["failed"] == {"B": "RuntimeError"}
+    assert values["withheld"] == {}
     assert values["metrics"]["federated"]["B"] is None
     assert values["metrics"]["federated"]["A"] is not None
-    assert "without B" in (tmp_path / "out" / "report.html").read_text()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "without B" in report
+    for page in (report, (tmp_path / "out" / "model_card.md").read_text()):
+        assert "could not be measured" in page
+        assert "withheld by the site" not in page.lower()
+    assert lacking_in(values) == ["B: could not be measured (RuntimeError)"]
+
+
+class Broken(Silent):
+    """A watcher that is not up to its work."""
+
+    def step(self, arm: str, site: str, *_: int) -> None:
+        if site == "B":
+            raise Interrupted("not in the middle of a step")
+
+    def round(self, report: RoundReport) -> None:
+        raise RuntimeError("/data/DOE^JANE cannot be drawn")
+
+    arms = evaluated = round  # type: ignore[assignment]
+
+
+def test_a_broken_watcher_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    study, sites = toy_study(), toy_sites(tmp_path / "data")
+    watched = run(study, sites, tmp_path / "watched", engine="local", watcher=Broken()).values
+    (said,) = [record.getMessage() for record in caplog.records if "watcher" in record.getMessage()]
+    assert "the run goes on" in said
+    assert "JANE" not in said
+    assert watched["participants"] == ["A", "B", "C"]
+    assert watched["notes"] == []
+    assert watched["model_sha256"] == run(study, sites, tmp_path / "plain", engine="local").values["model_sha256"]
 
 
 def test_too_few_sites_stop_the_run_with_reasons(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from wardround.federation.coordinator import Coordinator
 from wardround.federation.examples import ExampleStream, SiteExamples
 from wardround.federation.exchange import Engine, ExchangeFactory, PlainSum
 from wardround.federation.journal import Journal, State
-from wardround.federation.site import Rules, Site, SiteProtocol
+from wardround.federation.site import Site, SiteProtocol
 from wardround.federation.store import SiteStore
 from wardround.federation.training import Learner
 from wardround.runner.host import Host
@@ -77,16 +77,7 @@ class Rig:
         self.sites = {
             name: Site(
                 name,
-                Rules(
-                    identity=self.blueprint.identity,
-                    layout=self.blueprint.codec.sent(self.blueprint.layout),
-                    metrics_layout=self.blueprint.metrics_layout,
-                    evaluation_layout=self.blueprint.evaluation_layout,
-                    replicates=0,
-                    seed=study.seed,
-                    codec=self.blueprint.codec,
-                    initial_scale=study.protection.initial_scale,
-                ),
+                self.host.rules(ARM),
                 lambda name=name: self.learner(name),
                 SiteStore(folder / "sites" / name),
                 protocol=None if site_protocol is None else site_protocol(name),

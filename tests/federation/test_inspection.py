@@ -21,7 +21,7 @@ from tests.toys import toy_study
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
 from wardround.federation.journal import State
 from wardround.federation.methods.method import Method
-from wardround.federation.methods.personal import FedBN
+from wardround.federation.methods.personal import FedBN, HyperFed
 from wardround.federation.methods.server import FedAdam, FedAvgM
 from wardround.federation.training import build_optimizer
 from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, adam_ratio, drift, local_reach
@@ -291,6 +291,11 @@ def test_a_method_that_cannot_say_is_not_asked() -> None:
     assert FedAvgM(momentum=0.5).reach(one) == one.times(2.0)
     assert FedAdam(server_lr=0.1).reach(UNKNOWN).value == pytest.approx(0.1 * adam_ratio(None, 0.9, 0.99))
     assert Own().reach(one) == UNKNOWN
+    for method in (FedBN, HyperFed, FedAvgM, FedAdam):
+        assert method().reach(one) != UNKNOWN
+        for hook in ("server_step", "apply", "apply_group", "changes"):
+            plugged = type("Plugged", (method,), {hook: lambda *_: None})
+            assert plugged().reach(one) == UNKNOWN
     assert local_reach(Local(optimizer="sgd")) == UNKNOWN
 
 

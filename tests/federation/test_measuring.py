@@ -15,7 +15,8 @@ from wardround.federation.exchange import ERROR, EVALUATE, UPDATE
 from wardround.federation.journal import Journal, State
 from wardround.federation.site import Site
 from wardround.federation.store import SiteStore
-from wardround.runner.session import Silent, run
+from wardround.runner.session import run
+from wardround.runner.watching import Silent
 from wardround.wire.message import Message
 
 SPLITS = ("validation", "test")
@@ -23,7 +24,7 @@ SPLITS = ("validation", "test")
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Rig:
-    rig = Rig(toy_study(schedule={"rounds": 2}), tmp_path)
+    rig = Rig(toy_study(schedule={"rounds": 3}), tmp_path)
     rig.train()
     return rig
 
@@ -35,7 +36,7 @@ def other(rig: Rig, state: State) -> State:
     return planted(rig, state, nudge)
 
 
-def ask(rig: Rig, state: State, split: str, number: int = 2, again: str = "") -> Message:
+def ask(rig: Rig, state: State, split: str, number: int = 3, again: str = "") -> Message:
     layout = rig.blueprint.metrics_layout if split == "validation" else rig.blueprint.evaluation_layout
     call = rig.coordinator._call(EVALUATE, state, number, {"split": split, "again": again}, layout)
     return rig.sites["A"].handle(call.message("A"))
@@ -43,7 +44,7 @@ def ask(rig: Rig, state: State, split: str, number: int = 2, again: str = "") ->
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_second_model_is_not_measured(rig: Rig, split: str) -> None:
-    state = rig.journal.state(2)
+    state = rig.journal.state(3)
     assert ask(rig, state, split).header.kind == UPDATE
     refused = ask(rig, other(rig, state), split)
     assert refused.header.kind == ERROR
@@ -53,7 +54,7 @@ def test_a_second_model_is_not_measured(rig: Rig, split: str) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_restarted_site_keeps_to_the_model_it_measured(rig: Rig, split: str, tmp_path: Path) -> None:
-    state, site = rig.journal.state(2), rig.sites["A"]
+    state, site = rig.journal.state(3), rig.sites["A"]
     assert ask(rig, state, split).header.kind == UPDATE
     site.close()
     rig.sites["A"] = Site("A", site.rules, lambda: rig.learner("A"), SiteStore(tmp_path / "sites" / "A"))
@@ -62,21 +63,20 @@ def test_a_restarted_site_keeps_to_the_model_it_measured(rig: Rig, split: str, t
 
 
 def test_another_round_does_not_buy_another_test(rig: Rig) -> None:
-    assert ask(rig, rig.journal.state(2), "test").header.kind == UPDATE
-    assert ask(rig, other(rig, rig.journal.state(2)), "test", number=3).header.kind == ERROR
+    assert ask(rig, rig.journal.state(3), "test").header.kind == UPDATE
+    assert ask(rig, other(rig, rig.journal.state(3)), "test", number=2).header.kind == ERROR
 
 
 def test_validations_are_no_more_than_rounds(rig: Rig) -> None:
-    rig.sites["A"].rules = replace(rig.sites["A"].rules, rounds=2)
-    state = rig.journal.state(2)
+    state = rig.journal.state(3)
     assert ask(rig, state, "validation").header.kind == UPDATE
-    assert ask(rig, other(rig, state), "validation", number=1).header.kind == ERROR
-    beyond = ask(rig, other(rig, state), "validation", number=3)
-    assert "the study ends with round 2" in beyond.header.meta["reason"]
+    assert ask(rig, other(rig, state), "validation", number=2).header.kind == ERROR
+    beyond = ask(rig, other(rig, state), "validation", number=4)
+    assert "the study ends with round 3" in beyond.header.meta["reason"]
 
 
 def test_a_body_that_is_not_what_was_signed_spends_nothing(rig: Rig) -> None:
-    state = rig.journal.state(2)
+    state = rig.journal.state(3)
     wrong = replace(state, public_sha256="0" * 64)
     assert ask(rig, wrong, "test").header.kind == ERROR
     assert ask(rig, state, "test").header.kind == UPDATE

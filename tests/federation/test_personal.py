@@ -22,8 +22,8 @@ from wardround.federation.methods.personal import STRANGER, FedCT, FedFDD, Hyper
 from wardround.federation.methods.scan import ScanPhysFed, scanner_code
 from wardround.federation.training import parameters_of
 from wardround.physics.scanners import protocol_features
+from wardround.runner.blueprints import protocols_of
 from wardround.runner.explain import explain
-from wardround.runner.host import protocols_of
 from wardround.runner.session import run
 from wardround.wire.ring import ExactSum, levels
 from wardround.wire.update import Aggregate

@@ -128,6 +128,15 @@ def test_a_changed_log_is_not_gone_on_with(tmp_path: Path) -> None:
         Record(tmp_path / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 9})
 
 
+def test_reading_a_changed_log_says_where(tmp_path: Path) -> None:
+    record = Record(tmp_path / LOG, "site A", {"study": "s"})
+    record.note("sent", {"round": 1})
+    record.note("sent", {"round": 2})
+    record.path.write_bytes(record.path.read_bytes().replace(b'"round":2', b'"round":9', 1))
+    with pytest.raises(JournalError, match="was edited in record 2"):
+        list(record.entries())
+
+
 def test_every_hundredth_record_is_signed_and_cannot_be_made_without_the_key(tmp_path: Path) -> None:
     key = Identity.generate()
     record = Record(tmp_path / LOG, "site A", begun_by(key, (), study="s", site="A"), lambda: key)

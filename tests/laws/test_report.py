@@ -53,7 +53,7 @@ def _mse(tensors: dict[str, Any], rig: Rig, site: str, own: Path) -> float:
 
 def test_every_metric_is_measured_again_exactly(finished: Result, sites: SitesFile) -> None:
     measured = evaluate(finished.out, sites, engine="local")
-    for key in ("metrics", "gains", "left_out", "withheld"):
+    for key in ("metrics", "gains", "left_out", "withheld", "failed"):
         assert measured[key] == finished.values[key]
     assert finished.values == json.loads((finished.out / "result.json").read_text())
     assert set(finished.values["metrics"]) == {"federated", "local", "pooled"}
@@ -97,7 +97,8 @@ def test_evaluating_measures_and_does_not_remember(finished: Result, sites: Site
     finally:
         changed.unlink()
     assert measured["metrics"]["federated"]["B"] is None
-    assert "changed since the run began" in measured["withheld"]["B"]
+    assert "changed since the run began" in measured["failed"]["B"]
+    assert measured["withheld"] == {}
     assert measured["metrics"]["federated"]["A"] == finished.values["metrics"]["federated"]["A"]
     assert evaluate(finished.out, sites, engine="local")["metrics"] == finished.values["metrics"]
 
@@ -140,6 +141,7 @@ def test_a_site_that_withholds_has_null_and_a_reason(sites: SitesFile, tmp_path:
     assert row["mean"] is None
     assert row["A"]["mse"]["n"] == 2
     assert values["withheld"].keys() == {"C"}
+    assert values["failed"] == {}
     assert "egress.per_site_results is false" in values["withheld"]["C"]
     # Its patients still count in the sums over all sites.
     lines = [json.loads(line) for line in (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()]

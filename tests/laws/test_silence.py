@@ -33,7 +33,7 @@ HEADER = {
 }  # fmt: skip
 META = {
     "keep", "validate", "void", "layout", "scales", "split", "evaluator", "picture", "unknown_site", "model", "again",
-    "reason", "anchor", "heads", "log",
+    "reason", "kind", "anchor", "heads", "log",
 }  # fmt: skip
 SITES = ("Alpha", "Beta", "Gamma")
 # A window of 8 bytes with fewer different ones is a pair of zeros, ones or small counters: it says nothing.
@@ -133,7 +133,7 @@ def test_headers_say_only_what_their_schema_knows(tmp_path: Path, monkeypatch: p
         scales = header["meta"].get("scales", {})
         assert {name.split("/", 1)[1] for name in scales} <= shared
         if one.message.header.reply_to:
-            assert header["meta"].keys() <= {"layout", "log", "reason"}
+            assert header["meta"].keys() <= {"layout", "log", "reason", "kind"}
 
 
 def test_a_released_model_carries_the_initial_values_of_what_stays_at_the_sites(tmp_path: Path) -> None:
@@ -252,10 +252,26 @@ def test_an_error_at_a_site_leaves_no_trace_of_whose_scan_it_was(
     replies = [s for s in sent if s.message.header.kind == ERROR]
     assert {s.message.header.site for s in replies} == {"B"}
     assert {s.message.header.meta["reason"] for s in replies} == {"RuntimeError"}
+    assert {s.message.header.meta["kind"] for s in replies} == {"error"}
     told = [b"DOE", b"JANE", b"_1960", b".nii", b"cannot read", b"MEIER", str(tmp_path).encode()]
     assert leaks(sent, told) == []
     files = [(result.out / name).read_bytes() for name in ("result.json", "rounds.jsonl")]
     assert not [secret for secret in told for data in files if secret in data]
+
+
+@pytest.mark.slow
+def test_what_a_site_logs_in_a_worker_process_names_no_patient(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its stderr is the run's, which services and batch jobs keep for others to read."""
+    study = toy_study(
+        task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"fail": "B"}}, schedule={"rounds": 1}
+    )
+    sites = toy_sites(tmp_path / "MEIER", tuple(study.sites))
+    run(study, sites, tmp_path / "out", engine="workers", processes=1)
+    said = capfd.readouterr().err
+    assert "site B could not answer 'train': RuntimeError" in said
+    assert not [told for told in ("DOE", "JANE", ".nii", "cannot read", "MEIER", str(tmp_path)) if told in said]
 
 
 class _Nosy(LocalEngine):
@@ -292,7 +308,8 @@ def test_a_site_that_withholds_its_results_says_nothing_of_them(
         reply = evaluations[request.message.id]
         assert reply.message.header.kind == ERROR
         assert reply.body == b""
-        assert reply.message.header.meta.keys() == {"reason"}
+        assert reply.message.header.meta.keys() == {"reason", "kind"}
+        assert reply.message.header.meta["kind"] == "Withheld"
         assert not any(c.isdigit() for c in reply.message.header.meta["reason"])
     assert result.values["metrics"]["federated"]["Beta"] is None
     assert "per_site_results" in result.values["withheld"]["Beta"]

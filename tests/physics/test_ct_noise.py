@@ -16,7 +16,6 @@ from wardround.physics.ct_noise import (
     line_integrals_of,
     measure,
     mu_to_hu,
-    statistical_weights,
     variance,
 )
 
@@ -38,7 +37,6 @@ def test_noise_has_the_stated_variance(path: float, photons: float, noise: float
     # To first order: the next term is of the order of the variance itself.
     assert y.var() == pytest.approx(expected, rel=0.03 + 3 * expected)
     assert y.mean() == pytest.approx(path, abs=0.02 * expected**0.5 + expected)
-    assert statistical_weights(np.array([path]), photons, noise)[0] == pytest.approx(1 / expected)
 
 
 def test_counts_below_one_photon_are_one() -> None:
@@ -63,6 +61,18 @@ def test_inserted_noise_makes_up_for_the_lost_dose(fraction: float) -> None:
         assert low.dtype == np.float32
 
 
+def test_every_bin_lacks_the_noise_of_its_own_photons() -> None:
+    """Var = exp(p) / (f N) (1 - f) + s^2 exp(2 p) / (f N)^2 (1 - f^2), N of the bin."""
+    fraction, noise, photons = 0.25, 5.0, np.array([2e3, 2e4, 2e5], np.float32)
+    path = np.array([[0.2], [2.0]]) * np.ones((2, 3))
+    full = np.broadcast_to(path, (MANY, 2, 3)).astype(np.float32)
+    added = (insert_noise(full, fraction, photons, noise, np.random.default_rng(3)) - full).astype(np.float64)
+    left = np.exp(path) / (fraction * photons)
+    expected = left * (1 - fraction) + (noise * left) ** 2 * (1 - fraction**2)
+    np.testing.assert_allclose(added.var(0), expected, rtol=0.03)
+    np.testing.assert_allclose(added.mean(0), 0, atol=0.02 * expected.max() ** 0.5)
+
+
 def test_a_dose_is_only_lowered_and_darkness_stays_finite() -> None:
     random = np.random.default_rng(0)
     dark = np.full(100, np.log(1e5), np.float32)
@@ -85,6 +95,18 @@ def test_water_is_corrected_and_bone_is_not(kvp: float) -> None:
     bone = spectrum.water_correction(0.0192)(spectrum.measure(nothing, path))
     assert (np.diff(bone / path) < 0).all()
     assert bone[-1] / path[-1] < 0.97 * bone[0] / path[0]
+
+
+@pytest.mark.parametrize("kvp", [60.0, 120.0])
+def test_the_slope_in_water_is_the_derivative_and_the_correction_the_inverse(kvp: float) -> None:
+    spectrum = tube_spectrum(kvp)
+    path = torch.linspace(0, 450 * 0.0192, 50, dtype=torch.float64, requires_grad=True)
+    measured, slope = spectrum.in_water(path)
+    np.testing.assert_allclose(measured.detach(), spectrum.measure(path.detach().numpy(), np.zeros(50)), atol=1e-12)
+    (derivative,) = torch.autograd.grad(measured.sum(), path)
+    torch.testing.assert_close(slope, derivative)
+    corrected = spectrum.water_correction(0.0192).deriv()(measured.detach().numpy())
+    np.testing.assert_allclose(corrected * slope.detach().numpy(), 1, atol=0.02)
 
 
 def test_higher_voltage_is_harder() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from wardround.errors import GeometryError
+from wardround.errors import GeometryError, StudyError
 from wardround.physics import ct, ct_cache, projector
-from wardround.physics.ct import CTProjector, StoredWeights, WeightsOnTheFly
-from wardround.physics.ct_cache import MatrixCache, default_folder
+from wardround.physics.ct import VARIABLE as LIMIT
+from wardround.physics.ct import CTProjector, StoredWeights, WeightsOnTheFly, matrix_limit
+from wardround.physics.ct_cache import VARIABLE, MatrixCache, default_folder, user_cache
 from wardround.physics.projector import Model, estimate_bytes, weight_matrix
 from wardround.study.ct import CTGeometry
 
@@ -113,6 +116,46 @@ def test_what_does_not_fit_is_computed_on_the_fly_or_refused(caplog: pytest.LogC
     assert isinstance(CTProjector(geometry).weights, StoredWeights)
 
 
+@pytest.mark.parametrize("uses", ["forward", "adjoint"])
+def test_a_projector_for_one_product_keeps_one_matrix(uses: Literal["forward", "adjoint"]) -> None:
+    geometry = GEOMETRIES["flat"]
+    both, one = CTProjector(geometry), CTProjector(geometry, uses=uses)
+    x = _images(2, 48, 48).float()
+    y = CTProjector(geometry).A(x)
+
+    def wanted(operator: CTProjector) -> Tensor:
+        return operator.A(x) if uses == "forward" else operator.A_adjoint(y)
+
+    assert torch.equal(wanted(one), wanted(both))
+    assert isinstance(one.weights, StoredWeights)
+    assert isinstance(both.weights, StoredWeights)
+    assert list(one.weights._copies) == [(uses == "adjoint", torch.float32, torch.device("cpu"))]
+    held = one.weights._base
+    assert (held.shape == weight_matrix(geometry, "joseph").shape) is (uses == "forward")
+    assert one.weights.nbytes == pytest.approx(both.weights.nbytes / 2, rel=0.02)
+    # The other product is there all the same.
+    torch.testing.assert_close(one.A(x), both.A(x))
+    torch.testing.assert_close(one.A_adjoint(y), both.A_adjoint(y))
+
+
+def test_half_of_the_memory_stores_what_is_used_one_way() -> None:
+    geometry = GEOMETRIES["flat"]
+    enough = 1.1 * estimate_bytes(geometry, "joseph", adjoint=False)
+    assert isinstance(CTProjector(geometry, memory_limit=enough).weights, WeightsOnTheFly)
+    assert isinstance(CTProjector(geometry, memory_limit=enough, uses="adjoint").weights, StoredWeights)
+
+
+def test_the_limit_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert matrix_limit() == 4 * 2**30
+    monkeypatch.setenv(LIMIT, "0.0001")
+    assert matrix_limit() == 1e5
+    assert isinstance(CTProjector(GEOMETRIES["flat"]).weights, WeightsOnTheFly)
+    for wrong in ("many", "-1", "nan", "inf"):
+        monkeypatch.setenv(LIMIT, wrong)
+        with pytest.raises(StudyError, match="WARDROUND_CT_MATRIX_GB is no positive number of GB"):
+            matrix_limit()
+
+
 @pytest.mark.parametrize("x", [torch.ones(48, 48), torch.ones(1, 48, 47), torch.ones(1, 48, 48, dtype=torch.int64)])
 def test_images_of_another_kind_are_refused(x: Tensor) -> None:
     with pytest.raises(GeometryError, match="images must be real floating point of shape"):
@@ -176,11 +219,69 @@ def test_a_folder_that_cannot_be_written_is_worked_without(tmp_path: Path) -> No
     assert (weights != weight_matrix(GEOMETRIES["flat"], "joseph")).nnz == 0
 
 
+def test_a_found_matrix_is_not_estimated_and_still_has_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, geometry = MatrixCache(tmp_path), GEOMETRIES["flat"]
+    CTProjector(geometry, cache=cache)
+    with pytest.raises(GeometryError, match="above the limit"):
+        CTProjector(geometry, cache=cache, storage="stored", memory_limit=1e5)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("estimated")
+
+    monkeypatch.setattr(ct, "estimate_bytes", refuse)
+    assert isinstance(CTProjector(geometry, cache=cache).weights, StoredWeights)
+
+
+def test_a_folder_of_somebody_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MatrixCache(tmp_path).weights(GEOMETRIES["flat"], "joseph")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert MatrixCache(tmp_path).find(GEOMETRIES["flat"], "joseph") is not None
+
+
+def test_other_code_and_arithmetic_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MatrixCache(tmp_path).weights(GEOMETRIES["flat"], "joseph")
+    monkeypatch.setattr(ct_cache, "_builder", lambda: ["another", "numpy"])
+    assert MatrixCache(tmp_path).find(GEOMETRIES["flat"], "joseph") is None
+
+
+def test_the_disk_is_left_to_the_run_and_what_nobody_finished_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old.part", tmp_path / "new.part"
+    old.touch()
+    new.touch()
+    os.utime(old, (1000, 1000))
+    monkeypatch.setattr(ct_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    MatrixCache(tmp_path).weights(GEOMETRIES["flat"], "joseph")
+    assert list(tmp_path.iterdir()) == [new]
+
+
+def test_processes_that_build_at_once_disturb_nobody(tmp_path: Path) -> None:
+    expected = weight_matrix(GEOMETRIES["flat"], "joseph")
+    # Room for one file only: each throws out what another may be reading.
+    size = int(expected.nnz * 8 * 1.1)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: MatrixCache(tmp_path, size).weights(GEOMETRIES["flat"], "joseph"), range(24)))
+    assert all((each != expected).nnz == 0 for each in found)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
+
+
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert default_folder() == Path("/somewhere/wardround/projectors")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_folder() == Path.home() / ".cache" / "wardround" / "projectors"
+    assert user_cache() == MatrixCache(Path("/somewhere/wardround/projectors"))
+    home = Path.home() / ".cache" / "wardround" / "projectors"
+    for value in ("relative", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert default_folder() == home
+    monkeypatch.setenv(VARIABLE, "/elsewhere")
+    assert user_cache() == MatrixCache(Path("/elsewhere/projectors"))
+    monkeypatch.setenv(VARIABLE, "off")
+    assert user_cache() is None
 
 
 def test_weights_of_a_strip_through_the_middle_are_exact() -> None:

@@ -24,7 +24,6 @@ from wardround.federation.secure import (
     SIGN,
     SecureSum,
     SecureUpload,
-    enrol,
     secure_sum,
 )
 from wardround.federation.site import Site
@@ -79,7 +78,7 @@ class SecureRig(Rig):
         self.restart_coordinator()
 
     def roster(self) -> Roster:
-        return Roster({name: enrol(site.store).public for name, site in self.sites.items()})
+        return Roster({name: site.store.enrol().public for name, site in self.sites.items()})
 
     def restart_coordinator(self) -> None:
         protocol = secure_sum(self.roster(), THRESHOLD, self.journal)
@@ -131,7 +130,7 @@ def test_nothing_of_a_site_is_in_what_it_sends(tmp_path: Path) -> None:
     assert {len(body) for body in updates} == {len(s.body) for s in masked}
     everything = b"".join(s.data for s in secure.engine.sent)
     for site in secure.sites.values():
-        private = enrol(site.store).private
+        private = site.store.enrol().private
         assert private not in everything
         assert private.hex().encode() not in everything
 
@@ -344,7 +343,7 @@ def test_a_clear_request_is_refused_but_a_sites_own_results_are_its_own(tmp_path
 def test_a_changed_roster_is_refused(tmp_path: Path) -> None:
     secure = SecureRig(study_of(rounds=1), tmp_path)
     secure.train()
-    protocol = SecureUpload(THRESHOLD, lambda: Roster({"A": enrol(secure.sites["A"].store).public}))
+    protocol = SecureUpload(THRESHOLD, lambda: Roster({"A": secure.sites["A"].store.enrol().public}))
     with pytest.raises(JournalError, match="roster is not the one site A began with"):
         protocol.answer(secure.sent_to("A", ADVERTISE)[0], secure.sites["A"])
 

@@ -222,6 +222,21 @@ def test_withheld_sites_say_so_and_why(tmp_path: Path) -> None:
     assert set(gallery(load_run(out)).sites) == {*TRAINING, *UNSEEN} - {"HT"}
 
 
+def test_a_site_that_failed_is_not_said_to_withhold(tmp_path: Path) -> None:
+    table = metrics()
+    for arm in table.values():
+        arm["HT"] = None
+    out = write_run(tmp_path / "run", {"metrics": table, "failed": {"HT": "its process died 3 times [path]"}})
+    text = page_of(out).text
+    assert "could not be measured: its process died 3 times [path]" in text
+    assert "Could not be measured: HT." in text
+    card = write_card(out).read_text(encoding="utf-8")
+    assert "could not be measured" in card
+    for page in (text, card):
+        assert "withheld by the site" not in page.lower()
+    assert set(gallery(load_run(out)).sites) == {*TRAINING, *UNSEEN} - {"HT"}
+
+
 def test_a_ct_run_says_how_its_projections_were_made(tmp_path: Path) -> None:
     names = ("psnr", "rmse_hu", "rmse_hu_body", "psnr_lung", "psnr_soft")
     table = {
@@ -406,5 +421,5 @@ def test_model_card(whole: tuple[Path, Page]) -> None:
 def test_writing_twice_gives_the_same_bytes(whole: tuple[Path, Page]) -> None:
     first = write_report(whole[0]).read_bytes()
     assert write_report(whole[0]).read_bytes() == first
-    assert not list(whole[0].glob("*.part"))
+    assert not list(whole[0].glob("*.draft"))
     json.loads((whole[0] / "result.json").read_text(encoding="utf-8"))

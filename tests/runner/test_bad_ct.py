@@ -120,6 +120,13 @@ def test_a_bad_folder_is_told_and_refused(name: str, model: Path, tmp_path: Path
     assert not (tmp_path / "out.nii.gz").exists()
 
 
+def test_a_dose_that_is_no_share_or_of_an_image_is_refused(model: Path, tmp_path: Path) -> None:
+    series, out = write_series(tmp_path / "series"), tmp_path / "out.nii.gz"
+    assert "above 0 and below 1; got 2" in _refused("reconstruct", model, series, out, "--dose", "2")
+    assert "lowers the dose of measured projections" in _refused("reconstruct", model, series, out, "--dose", "0.5")
+    assert not out.exists()
+
+
 # What becomes of a patient's folder, and what `check` and `run` say.
 PATIENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong intercept": (
@@ -235,17 +242,26 @@ def test_gaps_are_told_by_check(hospitals: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_a_geometry_that_misses_the_patient_is_refused_by_its_key(
-    command: str, hospitals: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bins": 12}, "the field of view misses the patient: the detector sees"),
+        ({"sweep": 240.0}, "filtered back projection of kind=fan_flat knows no weights for a sweep of 240 degrees"),
+        (
+            {"kind": "parallel", "sweep": 270.0, "source_distance": None, "detector_distance": None},
+            "filtered back projection of kind=parallel knows no weights for a sweep of 270 degrees",
+        ),
+    ],
+)
+def test_a_geometry_that_cannot_be_used_is_refused_by_its_key(
+    command: str, change: dict[str, Any], message: str, hospitals: Path, tmp_path: Path
 ) -> None:
     study = ct_study()
-    study["acquisition"]["geometry"]["bins"] = 12
+    study["acquisition"]["geometry"].update(change)
     files = _files(tmp_path, hospitals, study)
     more = () if command == "check" else ("--out", tmp_path / "out")
     error = _refused(command, files[0], "--sites", files[1], *more)
-    assert error.startswith(
-        "error: site A, acquisition.geometry: the field of view misses the patient: the detector sees"
-    )
+    assert error.startswith(f"error: site A, acquisition.geometry: {message}")
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,10 @@ import torch
 from tests.ct_hospitals import GEOMETRY, OTHER, SIZE, ct_study, make_ct_hospitals
 
 import wardround
+from wardround.data.ct_dataset import CTFolder
 from wardround.errors import StudyError
+from wardround.physics import ct_cache
+from wardround.physics.ct_cache import VARIABLE
 from wardround.runner.host import Host
 from wardround.study.load import load_study
 from wardround.study.sites import Egress, SiteData, SitesFile, load_sites
@@ -173,6 +176,17 @@ def test_a_new_scanner_sees_test_patients_of_the_members_and_nobody_else(folders
     assert first.parts[0].operator is not home.parts[0].operator or not _same(first, home)
 
 
+def test_a_new_scanner_reads_test_patients_alone(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    task, read = _task(), []
+    slices = CTFolder.slices
+    monkeypatch.setattr(CTFolder, "slices", lambda self, p: read.append((self.site, p)) or slices(self, p))
+    visits = task.visits("New", {site: (folders[site],) for site in "AB"})
+    assert len(read) == visits.patients("test")
+    # A site's own data are looked at as a whole, before anything is trained.
+    task.dataset("A", (folders["A"],))
+    assert {p for site, p in read if site == "A"} == set(range(len(CTFolder(folders["A"], "A"))))
+
+
 def test_a_host_asks_no_entry_for_a_new_scanner_and_follows_all_members(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -243,6 +257,25 @@ def test_other_geometries_are_other_scanners() -> None:
     assert task.scanner("A") is not task.scanner("B")
     assert task.scanner("B").acquisition.geometry.views == OTHER["views"]
     assert task.scanner("A") is task.scanner("A")
+
+
+def test_scanners_are_built_once_on_a_machine(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def images() -> CTBatch:
+        return _task().dataset("A", (folders["A"],)).batch([0], _random())
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setenv(VARIABLE, "off")
+    expected = images()
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    assert _same(images(), expected)
+    assert len(list((tmp_path / "cache" / "projectors").glob("*.npz"))) == 3  # projector, back projection, simulation
+    monkeypatch.setattr(ct_cache, "weight_matrix", refuse)
+    assert _same(images(), expected)
+    assert all(path.is_dir() or path.suffix == ".npz" for path in (tmp_path / "cache").rglob("*"))
 
 
 @pytest.mark.data

@@ -15,7 +15,6 @@ from wardround.tasks.metrics import (
     RECONSTRUCTION_METRICS,
     PatientMeans,
     mean_of_sites,
-    patient_averages,
     reconstruction_scores,
     replicate_weights,
 )
@@ -134,10 +133,6 @@ def test_sites_count_equally_in_their_mean_whatever_their_size() -> None:
 def test_nobody_gives_no_number() -> None:
     assert math.isnan(PatientMeans.empty(5).compute().value)
     assert math.isnan(mean_of_sites([]).value)
-
-
-def test_slices_are_averaged_within_a_patient_first() -> None:
-    assert patient_averages([(4, 1.0), (2, 5.0), (4, 3.0)]) == {4: 2.0, 2: 5.0}
 
 
 def test_states_that_do_not_fit_are_refused() -> None:

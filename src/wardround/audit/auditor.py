@@ -17,7 +17,6 @@ from torch import Tensor
 
 from wardround.audit.epsilon import Bound, Claim, audit_mechanism, gaussian_mechanism
 from wardround.audit.inversion import ATTACKS, Attack, Recovered, Victim, invert
-from wardround.audit.lint import lint_model
 from wardround.audit.membership import Membership, infer_membership
 from wardround.audit.properties import Property, probe
 from wardround.audit.results import PARTS, Audit, Control, Part, Pictured
@@ -28,7 +27,7 @@ from wardround.federation.examples import ExampleStream, SiteExamples
 from wardround.federation.private_training import training_patients
 from wardround.federation.store import NOTHING
 from wardround.federation.training import build_optimizer
-from wardround.protection.lint import Finding, architecture_sha256
+from wardround.protection.lint import Finding, architecture_sha256, lint_against
 from wardround.protection.privacy import terms_of
 from wardround.runner.arms import FEDERATED
 from wardround.runner.host import Host
@@ -105,7 +104,7 @@ class Auditor:
     @cached_property
     def lint(self) -> tuple[Finding, ...]:
         """What is suspicious about the model."""
-        return lint_model(self.tensors, self.study)
+        return lint_against(self.tensors, self._host.bench.initial_values())
 
     @cached_property
     def pool(self) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -92,10 +92,6 @@ class Attack:
     group: float = 0.0
     labels: Literal["joint", "read"] = "read"
     unroll: bool = False
-
-    def shorter(self, factor: float) -> Attack:
-        """The same search with fewer iterations."""
-        return replace(self, iterations=max(1, int(self.iterations * factor)))
 
 
 ATTACKS = (

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -24,6 +23,7 @@ from wardround.audit.membership import Membership
 from wardround.audit.properties import Property
 from wardround.audit.scores import CONTROL_SSIM, Light, Row, worst_light
 from wardround.protection.lint import Finding
+from wardround.wire.files import write_text
 
 Part = Literal["inversion", "membership", "properties", "epsilon"]
 PARTS: tuple[Part, ...] = ("inversion", "membership", "properties", "epsilon")
@@ -151,9 +151,8 @@ def write_audit(audit: Audit, out: Path, *, pictures: bool = False) -> Path:
 
     `pictures` puts recovered images of patients beside the true ones into the page, which must then stay at the site.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    write_file(out / FILES[0], json.dumps(audit.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n")
-    write_file(out / FILES[1], render(audit, pictures=pictures))
+    write_text(out / FILES[0], json.dumps(audit.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_text(out / FILES[1], render(audit, pictures=pictures))
     return out / FILES[1]
 
 
@@ -199,10 +198,3 @@ def _curves(found: Iterable[Membership]) -> list[tuple[str, str]]:
         return 100.0 * max(0.0, 1.0 + math.log10(max(rate, 1e-9)) / _DECADES)
 
     return [(each.attack, " ".join(f"{place(x):.2f},{100 - place(y):.2f}" for x, y in each.curve)) for each in found]
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wardround.audit.results import FILES, write_file
+from wardround.audit.results import FILES
 from wardround.errors import StudyError
-from wardround.federation.secure import enrol
 from wardround.federation.store import SiteStore
 from wardround.federation.vault import Vault
 from wardround.protection.identity import KEY_BYTES, Identity, Roster
 from wardround.runner.arms import FEDERATED
+from wardround.wire.files import write_text
 
 SIGNATURE = "audit.sig.json"
 PURPOSE = "wardround audit report"
@@ -39,7 +39,7 @@ def identity_of(site: str, out: Path, run: Path | None, store: Path | None, vaul
     # A run may be at work there: its unfinished files are left alone.
     opened = SiteStore(root, vault, tidy=False)
     try:
-        return enrol(opened)
+        return opened.enrol()
     finally:
         opened.close()
 
@@ -55,7 +55,7 @@ def sign(out: Path, site: str, study_sha256: str, identity: Identity) -> Path:
         "key": identity.public.hex(),
         "signature": identity.sign(PURPOSE, *_fields(site, study_sha256, files)).hex(),
     }
-    write_file(out / SIGNATURE, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    write_text(out / SIGNATURE, json.dumps(value, indent=2, sort_keys=True) + "\n")
     return out / SIGNATURE
 
 

@@ -1,12 +1,11 @@
-"""Bringing files in: what a path holds, a study proposed for it, and a public collection converted."""
+"""Bringing files in: what a path holds, and a public collection converted."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -22,10 +21,9 @@ from wardround.data.folder import SiteFolder
 from wardround.data.hounsfield import check_hounsfield
 from wardround.data.volume import Volume, read_volume, write_nifti
 from wardround.errors import DataError
-from wardround.study.schema import RESERVED_NAMES
 
 # Files that hold somebody's drawing, not a scan.
-_DRAWINGS = frozenset({"seg", "label", "labels", "mask", "segmentation"})
+DRAWINGS = frozenset({"seg", "label", "labels", "mask", "segmentation"})
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class SiteSummary:
     @property
     def complete(self) -> frozenset[str]:
         """Contrasts, drawings apart, that every patient has."""
-        return frozenset(c for c, n in self.contrasts.items() if n == self.patients) - _DRAWINGS
+        return frozenset(c for c, n in self.contrasts.items() if n == self.patients) - DRAWINGS
 
     def lines(self) -> list[str]:
         """Return the summary for people."""
@@ -57,7 +55,7 @@ class SiteSummary:
             sizes += f" and {len(self.sizes) - 4} other sizes"
         low, high = self.intensity
         return [
-            f"site {self.name}: {_patients(self.patients)}; with {contrasts}",
+            f"site {self.name}: {counted_patients(self.patients)}; with {contrasts}",
             f"  in plane {sizes or 'unknown'}; {self.slices[0]} to {self.slices[1]} slices; "
             f"intensities {low:g} to {high:g}",
             *(f"  problem: {problem}" for problem in self.problems),
@@ -91,9 +89,9 @@ def inspect_path(path: Path) -> Inspection:
         return _inspect_file(path)
     if not path.is_dir():
         raise DataError("there is nothing at the given path", detail=str(path))
-    if _is_site(path):
+    if is_site(path):
         return Inspection("a site's folder", sites={path.resolve().name: _summarise(path)})
-    found = [child for child in sorted(path.iterdir()) if child.is_dir() and _is_site(child)]
+    found = [child for child in sorted(path.iterdir()) if child.is_dir() and is_site(child)]
     if found:
         others = [child for child in sorted(path.iterdir()) if child.is_dir() and child not in found]
         dicoms = sum(bool(find_dicom(child)) for child in others)
@@ -139,7 +137,8 @@ def _inspect_file(path: Path) -> Inspection:
     return Inspection("unknown", problems=("neither NIfTI (.nii, .nii.gz), DICOM, nor a NumPy array (.npy)",))
 
 
-def _is_site(folder: Path) -> bool:
+def is_site(folder: Path) -> bool:
+    """Whether a folder holds PATIENT/CONTRAST.nii.gz."""
     children = (child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     return any(True for child in children for _ in child.glob("[!.]*.nii*"))
 
@@ -160,12 +159,12 @@ def _summarise(path: Path) -> SiteSummary:
                     check_hounsfield(volume, path)
             except DataError as error:
                 # A drawing of nothing is no fault: not every patient has a tumour.
-                if contrast not in _DRAWINGS:
+                if contrast not in DRAWINGS:
                     problems[str(error)] += 1
                 continue
             sizes[volume.shape[0], volume.shape[1]] += 1
             slices.append(volume.shape[2])
-            if contrast not in _DRAWINGS:
+            if contrast not in DRAWINGS:
                 lows.append(float(volume.min()))
                 highs.append(float(volume.max()))
     return SiteSummary(
@@ -179,133 +178,9 @@ def _summarise(path: Path) -> SiteSummary:
     )
 
 
-_STUDY = """\
-# A study: everything that decides its result. What is left out has its default; `wardround check` lists all.
-version: 1
-name: {name}
-seed: 0
-
-# Sites by name. Where their data lie stands in the sites file, never here.
-# `role: unseen` is evaluated only: it shows how the model does at a hospital that never took part.
-sites:
-{sites}
-
-# The scanner simulated at every site; a site may have its own `acquisition` above.
-acquisition:
-  kind: mri
-  coils: 8
-  mask: {{family: random, acceleration: 4, calibration: 0.08}}
-  noise: 0.005          # of the image's peak, per coil
-
-task:
-  kind: reconstruction
-  contrasts: {contrasts}   # every patient has these
-  size: [{height}, {width}]       # images are cropped or padded to it, never interpolated
-  slices: {{every: 1, minimum_foreground: 0.05}}
-  split: {{validation: 0.15, test: 0.2}}   # shares of each site's patients
-
-model:
-  kind: modl
-  preset: small         # tiny | small | paper
-
-method:
-  kind: fedavg          # fedprox | fedbn | fedavgm | fedadam
-
-local:
-  steps: 20             # optimiser steps of a site in a round
-  batch: 1
-  lr: 0.001
-
-schedule:
-  rounds: 20
-"""
-
-
-_SITES = """\
-# Where each site's data lie on this machine: no part of the study. ${VARIABLE} and ~ are replaced.
-# `per_site_results: false` keeps a site's own results at the site.
-"""
-
-
-def propose_study(folder: Path) -> tuple[str, str]:
-    """Return a commented study file and a sites file (YAML) for a folder of sites, or for one site's folder.
-
-    Takes the contrasts that every patient has and the commonest size in plane; a site with one patient
-    becomes `unseen`. Raises DataError where no site can train, no contrast is common, and for CT, whose scanners
-    somebody has to choose.
-    """
-    found = inspect_path(folder)
-    if "CT" in found.kind:
-        raise _is_ct(folder)
-    if not found.sites:
-        raise DataError(
-            "no study can be proposed: the folder must hold SITE/PATIENT/CONTRAST.nii.gz", detail=str(folder)
-        )
-    summaries = list(found.sites.values())
-    shared = frozenset.intersection(*(summary.complete for summary in summaries))
-    if shared == {CT}:
-        raise _is_ct(folder)
-    common = sorted(shared - {CT})
-    if not common:
-        have = "; ".join(f"{s.name}: {', '.join(sorted(s.complete)) or 'none'}" for s in summaries)
-        raise DataError(
-            "no contrast is common to every patient of every site; `wardround inspect` lists what there is",
-            detail=f"complete are {have}",
-        )
-    if all(summary.patients < 2 for summary in summaries):
-        raise DataError("no site can train: each has 1 patient, and one must be held out to test")
-    sizes: Counter[tuple[int, int]] = Counter()
-    for summary in summaries:
-        sizes.update(summary.sizes)
-    if not sizes:
-        raise DataError("no image can be read; `wardround inspect` lists what is wrong")
-    height, width = sizes.most_common(1)[0][0]
-    names = _names(summary.name for summary in summaries)
-    root = folder.resolve()
-    paths = [root if _is_site(root) else root / summary.name for summary in summaries]
-    lines = (
-        f"  {name}: {{role: {'train' if s.patients > 1 else 'unseen'}}}   # {_patients(s.patients)}"
-        for name, s in zip(names, summaries, strict=True)
-    )
-    study = _STUDY.format(
-        name=re.sub(r"[^A-Za-z0-9._-]", "-", root.name).strip("._-")[:64] or "study",
-        sites="\n".join(lines),
-        contrasts=json.dumps(common),
-        height=height,
-        width=width,
-    )
-    entries = "".join(
-        f"  {name}:\n    data: {_quoted(path)}\n    egress: {{per_site_results: true}}\n"
-        for name, path in zip(names, paths, strict=True)
-    )
-    return study, f"{_SITES}sites:\n{entries}"
-
-
-def _is_ct(folder: Path) -> DataError:
-    text = "this is CT, for which no study is proposed: start from examples/luad-ct.yaml, and see docs/ct.md"
-    return DataError(text, detail=str(folder))
-
-
-def _quoted(path: Path) -> str:
-    """Return a path as YAML text; JSON's quotes are YAML's."""
-    return json.dumps(str(path), ensure_ascii=False)
-
-
-def _patients(count: int) -> str:
+def counted_patients(count: int) -> str:
+    """`1 patient`, `2 patients`."""
     return "1 patient" if count == 1 else f"{count} patients"
-
-
-def _names(folders: Iterable[str]) -> list[str]:
-    """Return a valid and unique site name for each folder."""
-    names: list[str] = []
-    for folder in folders:
-        name = re.sub(r"[^A-Za-z0-9_-]", "-", folder)[:28]
-        if not name[:1].isalpha() or name in RESERVED_NAMES:
-            name = f"S-{name}"
-        while name in names:
-            name = f"{name}b"
-        names.append(name)
-    return names
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import nibabel
@@ -20,6 +21,7 @@ from wardround.data.dicom import AIR, read_slice
 from wardround.data.embeddings import Embeddings
 from wardround.data.folder import no_patient, patient_folders
 from wardround.data.hounsfield import check_air, check_hounsfield
+from wardround.data.memory import CACHE_BYTES, ScanCache
 from wardround.data.places import Place, regular_gaps, unevenness
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
@@ -33,7 +35,6 @@ _EXPECTED = " or SITE/PATIENT/".join(KINDS)
 _BODY = -500.0  # halfway between air and tissue
 _BLANKET = 2.0  # mm; thinner things than twice that, as blankets and table tops, are no body
 _SHEAR = 0.01  # of a step aside, as for slices in DICOM; rounding and registration leave less
-_CACHE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Body:
     def of(cls, image: Slice) -> Body:
         """The largest connected piece of tissue with everything inside; without any, the middle of the image."""
         rows, columns = (max(1, round(_BLANKET / step)) for step in image.spacing)
-        tissue = ndimage.binary_opening(image.hu > _BODY, np.ones((2 * rows + 1, 2 * columns + 1), dtype=bool))
+        tissue = opened(image.hu > _BODY, (2 * rows + 1, 2 * columns + 1))
         labels, pieces = ndimage.label(tissue)
         if not pieces:
             middle = ((image.hu.shape[0] - 1) / 2, (image.hu.shape[1] - 1) / 2)
@@ -86,6 +87,15 @@ class Body:
         middle = ((y.min() + y.max()) / 2, (x.min() + x.max()) / 2)
         reach = np.hypot((y - middle[0]) * image.spacing[0], (x - middle[1]) * image.spacing[1]).max()
         return cls(mask, middle, float(reach))
+
+
+def opened(mask: BoolArray, box: tuple[int, int]) -> BoolArray:
+    """A mask (rows, columns) without what no box of (rows, columns) fits into (`binary_opening`, but faster)."""
+    found = mask.view(np.uint8)
+    for filtered in (ndimage.minimum_filter1d, ndimage.maximum_filter1d):
+        for axis, size in enumerate(box):
+            found = filtered(found, size, axis, mode="constant", cval=0)
+    return np.asarray(found, dtype=np.bool_)
 
 
 class CTFolder:
@@ -156,13 +166,18 @@ class _Placed:
     hu: FloatArray
     body: BoolArray
 
+    @property
+    def nbytes(self) -> int:
+        return self.hu.nbytes + self.body.nbytes
+
 
 class CTIndex:
     """The slices of a site as examples on a simulation's grid, split by patient.
 
     Slices are resampled by area to the grid by their physical spacing, the body's bounding box in the middle; what lies
-    outside the circle that the scanner sees (a table, a blanket) is air. All files are read once here, and again
-    when asked for, with images kept in memory up to `cache_bytes`. Raises DataError where a file cannot be used,
+    outside the circle that the scanner sees (a table, a blanket) is air. All files of the patients of `served` splits
+    are read once here, and again when asked for, with images kept in memory up to `cache_bytes`; other splits have
+    nobody, though the fingerprint is that of the whole site. Raises DataError where one of these files cannot be used,
     where a body does not fit the circle, and where a training site is left without training examples.
     """
 
@@ -175,18 +190,19 @@ class CTIndex:
         split: Split,
         seed: int,
         role: Role = "train",
-        cache_bytes: int = _CACHE_BYTES,
+        served: Sequence[SplitName] = SPLITS,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._folder = folder
         self._grid = grid
         self._slices = slices
         self._split = split_patients(len(folder), split, seed, folder.site, role)
-        self._room = cache_bytes
-        self._cache: OrderedDict[tuple[int, int], _Placed] = OrderedDict()
+        self._served = {name: self._split[name] if name in served else () for name in SPLITS}
+        self._cache = ScanCache[_Placed](cache_bytes)
         self._inside = grid.inside()
         self._protocols: dict[int, frozenset[CTProtocol]] = {}
         self._series: dict[int, list[list[Place]]] = {}
-        self._shares = {patient: self._survey(patient) for patient in range(len(folder))}
+        self._shares = {patient: self._survey(patient) for patient in sorted(chain(*self._served.values()))}
         self._check_fit()
 
     @property
@@ -196,7 +212,7 @@ class CTIndex:
 
     def patients(self, split: SplitName) -> tuple[int, ...]:
         """Return the numbers of the patients of a split, ascending."""
-        return self._split[split]
+        return self._served[split]
 
     def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[Example, ...]:
         """Return the examples of a split by patient and slice; `slices` replaces the own rule.
@@ -206,10 +222,10 @@ class CTIndex:
         rule = slices or self._slices
         found = tuple(
             Example(patient, CONTRAST, int(number))
-            for patient in self._split[split]
+            for patient in self._served[split]
             for number in chosen(self._shares[patient][0], rule)
         )
-        if self._split[split] and not found:
+        if self._served[split] and not found:
             raise DataError(
                 f"site {self.site}: in no {split} slice does the body fill {rule.minimum_foreground:.0%} of the field "
                 "of view; lower `slices.minimum_foreground`"
@@ -263,7 +279,7 @@ class CTIndex:
 
     def header_facts(self, minimum: int) -> HeaderFacts:
         """What the headers of training patients say of the scanners, where at least `minimum` of them agree."""
-        return facts_of((self._protocols[patient] for patient in self._split["train"]), minimum)
+        return facts_of((self._protocols[patient] for patient in self._served["train"]), minimum)
 
     def _survey(self, patient: int) -> tuple[FloatArray, FloatArray]:
         """The body's share of the field of view and its reach in mm, of every slice."""
@@ -279,11 +295,11 @@ class CTIndex:
             body = Body.of(image)
             shares.append(body.mask.sum() * image.spacing[0] * image.spacing[1] / area)
             reaches.append(body.reach)
-            self._keep((patient, number), self._place(image, body))
+            self._cache.get((patient, number), partial(self._place, image, body))
         return np.array(shares, dtype=np.float32), np.array(reaches, dtype=np.float32)
 
     def _check_fit(self) -> None:
-        reaches = np.concatenate([reach for _, reach in self._shares.values()])
+        reaches = np.concatenate([np.zeros(0), *(reach for _, reach in self._shares.values())])
         room = self._grid.radius + self._grid.pixel
         outside = int((reaches > room).sum())
         if outside:
@@ -295,24 +311,16 @@ class CTIndex:
             )
 
     def _placed(self, example: Example) -> _Placed:
-        key = (example.patient, example.slice)
-        found = self._cache.get(key)
-        if found is None:
+        def read() -> _Placed:
             image = self._folder.slices(example.patient)[example.slice]
-            found = self._place(image, Body.of(image))
-            self._keep(key, found)
-        return found
+            return self._place(image, Body.of(image))
+
+        return self._cache.get((example.patient, example.slice), read)
 
     def _place(self, image: Slice, body: Body) -> _Placed:
         hu = np.where(self._inside, on_grid(image.hu, image.spacing, body.middle, self._grid, AIR), AIR)
         mask = on_grid(body.mask, image.spacing, body.middle, self._grid, 0.0) > 0.5
         return _Placed(np.asarray(hu, dtype=np.float32), np.asarray(mask & self._inside, dtype=np.bool_))
-
-    def _keep(self, key: tuple[int, int], placed: _Placed) -> None:
-        size = placed.hu.nbytes + placed.body.nbytes
-        if key not in self._cache and size <= self._room:
-            self._room -= size
-            self._cache[key] = placed
 
 
 def on_grid(

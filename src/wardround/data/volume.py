@@ -73,17 +73,19 @@ def _read(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[n
         ) from error
 
 
-def write_nifti(volume: Volume, path: Path, dtype: type[np.generic] = np.float32) -> None:
+def write_nifti(volume: Volume, path: Path, dtype: type[np.generic] = np.float32, description: str = "") -> None:
     """Write a volume as NIfTI (`.nii` or `.nii.gz`), stored as `dtype`.
 
     The file appears whole or not at all (written aside, then renamed), and the same volume gives the same
-    bytes. Raises DataError where `dtype` cannot hold the values.
+    bytes. `description` is for the header, which holds 79 characters. Raises DataError where `dtype` cannot hold the
+    values.
     """
     stored = volume.data.astype(dtype)
     if not np.array_equal(stored.astype(np.float32), volume.data):
         raise DataError(f"an image does not fit the type {np.dtype(dtype).name}; store it as float32")
     image = nibabel.Nifti1Image(stored, volume.affine)
     image.header.set_zooms(volume.spacing)
+    image.header["descrip"] = description.encode("ascii", "replace")[:79]
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else ".nii"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(suffix=suffix, prefix=".", dir=path.parent)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from wardround.data.deidentify import describe_error
 from wardround.errors import Interrupted
-from wardround.federation.exchange import ERROR
+from wardround.federation.refusals import refusal
 from wardround.wire.message import Header, Message
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ def answer(find: SiteFinder, message: Message) -> Message:
     try:
         site = find(message.header)
     except Exception as error:
-        log.warning("a site could not be opened: %s %s", error, getattr(error, "detail", ""))
-        log.debug("details", exc_info=True)
-        return message.reply(ERROR, meta={"reason": describe_error(error)})
+        # Logs are read outside the site too: the detail is for eyes at the site alone.
+        log.warning("site %s could not be opened: %s", message.header.site, describe_error(error))
+        log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
+        return refusal(message, error)
     return site.handle(message)
 
 

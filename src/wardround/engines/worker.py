@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -12,15 +13,32 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
+from wardround.data.deidentify import describe_error
 from wardround.engines.frames import PROGRESS, read_frame, write_frame
 from wardround.engines.local import answer
+from wardround.logs import log_to_stderr
 from wardround.wire.message import Header, Message
 
+log = logging.getLogger(__name__)
 INTERVAL = 0.25
 
 
-def main(factory: str, spec: str) -> None:
-    """Answer until the input ends. `factory` is `module:callable`; it turns the specification into a site finder."""
+def main(factory: str, spec: str, level: str) -> None:
+    """Answer until the input ends. `factory` is `module:callable`; it turns the specification into a site finder.
+
+    `level` is the parent's for its own log: the worker says on stderr what the parent would say.
+    """
+    log_to_stderr(int(level))
+    try:
+        _serve(factory, spec)
+    except Exception as error:
+        # A traceback of Python's own would quote what failed.
+        log.error("a worker process ends: %s", describe_error(error))
+        log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
+        sys.exit(1)
+
+
+def _serve(factory: str, spec: str) -> None:
     # Ctrl-C in a terminal and a service that is stopped reach the whole group; only the coordinator decides to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

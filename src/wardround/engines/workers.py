@@ -2,6 +2,7 @@
 
 Workers take messages from one queue, whichever arm they come from. A worker that dies is started again and its message
 is sent once more: a site answers a message that it has finished from its store, and does an unfinished one again.
+Every message gets a reply, whatever happens to its worker.
 
 Messages of an exchange with several phases all go to the worker that got the site's first one: the keys of a secure sum
 live in one process and are never written down.
@@ -9,6 +10,7 @@ live in one process and are never written down.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import subprocess
@@ -16,16 +18,19 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from wardround.data.deidentify import describe_error
 from wardround.engines.frames import PROGRESS, read_frame, write_frame
 from wardround.engines.local import STOPPED
-from wardround.errors import Interrupted, WireError
-from wardround.federation.exchange import ERROR
+from wardround.errors import Interrupted, WardroundError, WireError
+from wardround.federation.refusals import refusal
 from wardround.wire.message import Message
 
+log = logging.getLogger(__name__)
 ATTEMPTS = 3
 Progress = Callable[[str, str, int, int, int], None]
 
@@ -41,7 +46,8 @@ class WorkersEngine:
 
     def __init__(self, processes: int, factory: str, spec: Path, progress: Progress | None = None) -> None:
         self._progress = progress
-        self._command = [sys.executable, "-m", "wardround.engines.worker", factory, str(spec)]
+        level = str(logging.getLogger("wardround").getEffectiveLevel())
+        self._command = [sys.executable, "-m", "wardround.engines.worker", factory, str(spec), level]
         self._shared: deque[_Job] = deque()
         self._own: list[deque[_Job]] = [deque() for _ in range(processes)]
         self._owners: dict[tuple[str, str], deque[_Job]] = {}
@@ -114,32 +120,43 @@ class WorkersEngine:
 
     def _serve(self, own: deque[_Job]) -> None:
         worker: subprocess.Popen[bytes] | None = None
-        try:
-            while (job := self._take(own)) is not None:
-                reply: Message | None = None
+        while (job := self._take(own)) is not None:
+            reply, lost = None, WardroundError(f"its process died {ATTEMPTS} times (out of memory?)")
+            try:
                 for _ in range(ATTEMPTS):
-                    if worker is not None and worker.poll() is not None:
-                        self._forget(worker)
-                        worker = None
-                    worker = worker or self._start()
+                    worker = self._living(worker)
                     if worker is None:
                         break
                     reply = self._ask(worker, job.message)
                     if reply is not None:
                         break
                     self._forget(worker)
-                    worker = None
-                job.replies.put(reply or (None if self._closed else self._failure(job.message)))
-        finally:
-            if worker is not None:
-                self._forget(worker)
+            except BaseException as error:
+                # Whatever went wrong on this side of the pipe, whoever asked waits for a reply.
+                lost = WardroundError(f"its process could not be asked ({describe_error(error)})")
+                log.warning("site %s: %s", job.message.header.site, lost)
+                log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
+                # It may still be at work, and would then answer the next message with this one's reply.
+                if worker is not None:
+                    self._forget(worker)
+            job.replies.put(reply or (None if self._closed else refusal(job.message, lost)))
+        if worker is not None:
+            self._forget(worker)
 
-    def _start(self) -> subprocess.Popen[bytes] | None:
+    def _living(self, worker: subprocess.Popen[bytes] | None) -> subprocess.Popen[bytes] | None:
+        """The worker, or a new one in its place when it died; nothing once the engine is closed."""
+        if worker is not None:
+            if worker.poll() is None:
+                return worker
+            self._forget(worker)
         with self._lock:
             if self._closed:
                 return None
             environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-            worker = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            try:
+                worker = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            except OSError as error:
+                raise WardroundError(f"no process could be started: {error.strerror}") from error
             self._workers.add(worker)
             return worker
 
@@ -157,15 +174,13 @@ class WorkersEngine:
             pass
         return None
 
-    def _failure(self, message: Message) -> Message:
-        reason = f"its process died {ATTEMPTS} times (out of memory?)"
-        return message.reply(ERROR, meta={"reason": reason})
-
     def _forget(self, worker: subprocess.Popen[bytes]) -> None:
         worker.kill()
         worker.wait()
         for stream in (worker.stdin, worker.stdout):
             if stream is not None:
-                stream.close()
+                # What it had not read is still to be written, to nobody.
+                with suppress(OSError):
+                    stream.close()
         with self._lock:
             self._workers.discard(worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wardround.errors import JournalError
+from wardround.wire.files import sync_folder
 
 
 @dataclass
@@ -88,18 +90,13 @@ class Blobs:
 
 
 def disk_error(error: OSError) -> JournalError:
-    """What to tell a person when a record cannot be written."""
+    """What to tell a person when a record cannot be written, or a file of the run not be read."""
+    cause = os.strerror(error.errno) if error.errno else type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what, fix = "written", "free some space and resume"
+    else:
+        what, fix = "read or written", "check the run's folder and its rights, then resume"
     return JournalError(
-        f"the record of the run could not be written ({os.strerror(error.errno or 0)}); free some space and resume: "
-        "everything up to the last finished round is safe",
-        detail=str(error.filename or ""),
+        f"the record of the run could not be {what} ({cause}); {fix}: everything up to the last finished round is safe",
+        detail=str(error.filename or error),
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names of new files survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import JournalError, NotEnoughSites, WireError
@@ -26,6 +25,7 @@ from wardround.federation.exchange import (
 from wardround.federation.journal import Journal, RoundReport, State
 from wardround.federation.methods.method import Method, Writers
 from wardround.federation.minutes import CoordinatorMinutes
+from wardround.federation.sums import LOSS, SECONDS, validation_means
 from wardround.protection.compression import PLAIN, Codec
 from wardround.wire.message import FileBody, Message
 from wardround.wire.tensors import TensorFile, TensorWriter
@@ -33,10 +33,6 @@ from wardround.wire.update import Aggregate, Layout, scale_key
 
 Array = npt.NDArray[Any]
 
-PATIENTS = "validation_patients"
-LOSS = "loss"
-SECONDS = "seconds"
-VALIDATION = "validation/"
 # Rounds in a row that may come to nothing before somebody has to look.
 MAX_VOID = 3
 
@@ -309,14 +305,7 @@ class Coordinator:
         reports = {r.round: r for r in self._journal.reports()}
         if number not in reports:
             raise JournalError(f"round {number} was validated but never committed")
-        patients = float(sums.metrics[PATIENTS][0])
-        values = {
-            name.removeprefix(VALIDATION): float(np.round(total[0] / patients, 9))
-            for name, total in sums.metrics.items()
-            # Without a patient, sites have none or keep what they measured to themselves.
-            if patients and name.startswith(VALIDATION)
-        }
-        report = replace(reports[number], validation=values if patients else None)
+        report = replace(reports[number], validation=validation_means(sums))
         self._journal.amend(report)
         return report
 

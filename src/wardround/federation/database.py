@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wardround.errors import JournalError
-from wardround.federation.blobs import disk_error, sync_folder
+from wardround.federation.blobs import disk_error
+from wardround.wire.files import sync_folder
 
 _PATIENCE = 30.0  # seconds that a process waits for another one's lock
 _CREATING = threading.Lock()

@@ -111,7 +111,7 @@ class Exchange(ABC):
     @property
     @abstractmethod
     def receipts(self) -> Mapping[str, str]:
-        """The sites whose updates are in the sum, with the hash of the bytes they sent."""
+        """The sites whose updates are in the sum, with the hash of the bytes they sent; a gated one is not."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -126,12 +126,11 @@ class Exchange(ABC):
 ExchangeFactory = Callable[[Call], Exchange]
 
 
-class PlainSum(Exchange):
-    """Each site sends its update in the clear; it is verified whole, then added, then forgotten."""
+class ClearExchange(Exchange):
+    """Each site sends its update in the clear, in one phase."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._total = ExactSum(call.layout.segments)
         self._receipts: dict[str, str] = {}
         self._requests: dict[str, str] = {}
 
@@ -142,19 +141,19 @@ class PlainSum(Exchange):
         return messages
 
     def accept(self, reply: Message) -> None:
-        """Verify, then add chunk by chunk."""
+        """Take an update once: again the same is nothing new, and another one is refused."""
         site = reply.header.site
         check_reply(reply, UPDATE, self._requests)
         if site in self._receipts:
             if self._receipts[site] != reply.header.body_sha256:
                 raise Rejected(f"site {site} answered twice, differently; the second answer is refused")
             return
-        check_update(self._call.layout, reply, self._call.form)
-        offset = 0
-        for chunk in self._call.form.unpack(self._call.layout, reply.body).chunks():
-            self._total.add(chunk, offset)
-            offset += len(chunk)
+        self._take(reply)
         self._receipts[site] = reply.header.body_sha256
+
+    @abstractmethod
+    def _take(self, reply: Message) -> None:
+        """Verify an update, then keep what is needed of it; raises `WireError` when it is refused."""
 
     def close(self) -> list[Message]:
         """There is no second phase."""
@@ -164,6 +163,21 @@ class PlainSum(Exchange):
     def receipts(self) -> Mapping[str, str]:
         """Site -> hash of its update."""
         return self._receipts
+
+
+class PlainSum(ClearExchange):
+    """An update is verified whole, then added, then forgotten."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._total = ExactSum(call.layout.segments)
+
+    def _take(self, reply: Message) -> None:
+        check_update(self._call.layout, reply, self._call.form)
+        offset = 0
+        for chunk in self._call.form.unpack(self._call.layout, reply.body).chunks():
+            self._total.add(chunk, offset)
+            offset += len(chunk)
 
     def aggregate(self) -> Aggregate:
         """The sum of all accepted updates."""

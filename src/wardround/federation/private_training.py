@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -165,7 +165,7 @@ class PrivateTraining:
         return (total + terms.noise * terms.clip * noise) / terms.patients_per_step
 
 
-@dataclass(frozen=True)
+@dataclass
 class PrivateRound:
     """The steps of one paid round; `told` is what the site tells in whole numbers, where sites share the noise."""
 
@@ -174,7 +174,7 @@ class PrivateRound:
     method: Method
     gradients: Gradients
     secret: SecretRound
-    told: dict[str, dict[str, Array]] = field(default_factory=dict)
+    told: dict[str, dict[str, Array]] | None = None
 
     def backward(self, step: int) -> None:
         """Put the noisy gradient of a step where the optimiser looks for it.
@@ -183,7 +183,8 @@ class PrivateRound:
         """
         lattice = self.training.terms.lattice
         if lattice is not None:
-            self.told[MODEL] = self.training.whole_sums(self.context, self.gradients, self.secret, step, lattice)
+            sums = self.training.whole_sums(self.context, self.gradients, self.secret, step, lattice)
+            self.told = {MODEL: sums}
             return
         parameters = trainable(self.context.model)
         size = sum(p.numel() for p in parameters)

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import JournalError
-from wardround.federation.blobs import disk_error, sync_folder
+from wardround.federation.blobs import disk_error
 from wardround.protection.identity import Identity
 from wardround.wire.canonical import canonical_json, digest
+from wardround.wire.files import sync_folder
 
 LOG = "log.jsonl"
 START = "0" * 64
@@ -54,7 +55,7 @@ def is_hash(value: object) -> bool:
 
 
 class Damaged(Exception):
-    """A record that is not what was written."""
+    """A record that is not what was written; whoever reads it says where."""
 
 
 @dataclass(frozen=True)
@@ -189,12 +190,12 @@ class Record:
         return self._rounds.get(known)
 
     def entries(self) -> Iterator[Entry]:
-        """All records, read from the file."""
+        """All records, read from the file; raises `JournalError` where one was changed."""
         if self.path.exists():
             with self.path.open("rb") as file:
-                for line in file:
+                for number, line in enumerate(file):
                     if line.endswith(b"\n"):
-                        yield Entry.of_line(line)
+                        yield self._entry(line, number)
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -238,13 +239,16 @@ class Record:
                 self._take(line)
 
     def _take(self, line: bytes) -> None:
-        try:
-            entry = Entry.of_line(line)
-        except Damaged as damage:
-            raise self._broken(f"{damage} in record {self._next}") from None
+        entry = self._entry(line, self._next)
         if (entry.seq, entry.prev) != (self._next, self.head):
             raise self._broken(f"does not go on at record {self._next}")
         self._remember(entry, len(line))
+
+    def _entry(self, line: bytes, number: int) -> Entry:
+        try:
+            return Entry.of_line(line)
+        except Damaged as damage:
+            raise self._broken(f"{damage} in record {number}") from None
 
     def _remember(self, entry: Entry, nbytes: int) -> None:
         self._offset += nbytes

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from wardround.errors import NotEnoughSites, Rejected
 from wardround.federation.blobs import disk_error
-from wardround.federation.exchange import UPDATE, Call, Exchange, ExchangeFactory, PlainSum
-from wardround.protection.gates import check_reply, check_update
+from wardround.federation.exchange import Call, ClearExchange, ExchangeFactory, PlainSum
+from wardround.protection.gates import check_update
 from wardround.protection.robust import Defence, combine, gram, norm_gate, plan_of
 from wardround.wire.message import FileBody, Message
 from wardround.wire.ring import ExactSum, Ring, dequantise
@@ -100,19 +100,17 @@ def _locate(layout: Layout, group: str, tensor: str) -> tuple[int, TensorInfo]:
     raise KeyError(scale_key(group, tensor))
 
 
-class RobustMean(Exchange):
-    """Each site sends its update in the clear; once all are there, gate, mixing and rule make one mean of them.
+class RobustMean(ClearExchange):
+    """Once all updates are there, gate, mixing and rule make one mean of them.
 
     The gate looks at a site as a whole, the rule at each group of tensors by itself, so that the large numbers of one
     (running variances, say) do not hide what happens in another.
     """
 
     def __init__(self, call: Call, defence: Defence, folder: Path) -> None:
-        self._call = call
+        super().__init__(call)
         self._defence = defence
         self._folder = folder
-        self._requests: dict[str, str] = {}
-        self._receipts: dict[str, str] = {}
         self._updates: dict[str, Spooled] = {}
         self._notes: tuple[str, ...] = ()
         #: Each site's share in the mean, by group; after `close`.
@@ -120,20 +118,9 @@ class RobustMean(Exchange):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
-    def open(self) -> list[Message]:
-        """One message a site."""
-        messages = [self._call.message(site) for site in self._call.sites]
-        self._requests = {m.header.site: m.id for m in messages}
-        return messages
-
-    def accept(self, reply: Message) -> None:
-        """Copy, then verify the copy: what was verified is what will be averaged."""
+    def _take(self, reply: Message) -> None:
+        # Copied, and the copy verified: what was verified is what will be averaged.
         site = reply.header.site
-        check_reply(reply, UPDATE, self._requests)
-        if site in self._receipts:
-            if self._receipts[site] != reply.header.body_sha256:
-                raise Rejected(f"site {site} answered twice, differently; the second answer is refused")
-            return
         layout, path = self._call.layout, self._folder / f"{site}.update"
         if reply.body.nbytes != layout.nbytes:
             raise Rejected(f"an update of {reply.body.nbytes} bytes where the study says {layout.nbytes}")
@@ -149,7 +136,6 @@ class RobustMean(Exchange):
         except Rejected:
             path.unlink()
             raise
-        self._receipts[site] = reply.header.body_sha256
 
     def close(self) -> list[Message]:
         """Gate and average; raises `NotEnoughSites` when fewer sites are left than the rule needs."""
@@ -180,11 +166,6 @@ class RobustMean(Exchange):
         except OSError as error:
             raise disk_error(error) from error
         return []
-
-    @property
-    def receipts(self) -> Mapping[str, str]:
-        """Site -> hash of its update; after `close` without the gated ones."""
-        return self._receipts
 
     @property
     def notes(self) -> tuple[str, ...]:

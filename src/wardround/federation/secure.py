@@ -20,7 +20,6 @@ from wardround.errors import JournalError, Rejected, WireError
 from wardround.federation.exchange import EVALUATE, TRAIN, UPDATE, Call, Exchange, ExchangeFactory, Void
 from wardround.federation.journal import Journal, survivors_of
 from wardround.federation.site import Answer, Site
-from wardround.federation.store import SiteStore
 from wardround.protection.gates import check_masked, check_reply
 from wardround.protection.secure_coordinator import CoordinatorSession, Unrecoverable
 from wardround.protection.secure_site import SiteSession
@@ -30,7 +29,6 @@ from wardround.protection.secure_sum import (
     Consent,
     Context,
     Deal,
-    Identity,
     MaskStream,
     Quorum,
     Reveal,
@@ -237,11 +235,6 @@ class SecureSum(Exchange):
 # At a site ---------------------------------------------------------------------------------------------------------
 
 
-def enrol(store: SiteStore) -> Identity:
-    """The site's signing key, made on first use and kept in its own store."""
-    return store.enrol()
-
-
 class SecureUpload:
     """A site whose updates leave masked, and in no other way.
 
@@ -312,7 +305,7 @@ class SecureUpload:
             )
         if self._session is not None:
             self._session.abort()
-        self._session, self._kind = SiteSession(site.name, enrol(site.store), roster, context), kind
+        self._session, self._kind = SiteSession(site.name, site.store.enrol(), roster, context), kind
         return Answer(request.reply(ADVERT, meta=self._session.advertise().to_json()))
 
     def _upload(self, request: Message, site: Site) -> Answer:

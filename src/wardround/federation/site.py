@@ -10,24 +10,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from wardround.data.deidentify import describe_error
 from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
-from wardround.federation.coordinator import LOSS, PATIENTS, SECONDS, VALIDATION
+from wardround.federation.blobs import disk_error
 from wardround.federation.egress import OPEN, EgressRules, check_egress
-from wardround.federation.exchange import DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE
+from wardround.federation.exchange import DONE, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.inspection import Inspector
 from wardround.federation.minutes import SENT, SiteMinutes
 from wardround.federation.record import LOG, Record, begun_by
+from wardround.federation.refusals import refusal
 from wardround.federation.store import Memory, SiteStore
+from wardround.federation.sums import LOSS, SECONDS, evaluation_sums, validation_sums
 from wardround.federation.training import Learner
 from wardround.protection.compression import PLAIN, Codec
 from wardround.protection.gates import check_body
 from wardround.tasks.metrics import replicate_weights
 from wardround.tasks.task import Split
+from wardround.wire.files import written
 from wardround.wire.message import FileBody, Header, Message
 from wardround.wire.random import public_generator
 from wardround.wire.tensors import TensorFile
@@ -152,13 +154,12 @@ class Site:
             self.store.finish(reply, answer.memory, set(answer.keep), void=_void(request.header))
             return reply
         except Exception as error:
-            # The cause stays here; what leaves is text that is safe by construction.
-            detail = getattr(error, "detail", "")
-            log.warning("site %s could not answer %r: %s %s", self.name, request.header.kind, error, detail)
-            log.debug("details", exc_info=True)
+            # The cause stays here; what leaves is text that is safe by construction. Logs are read outside, too.
             reason = describe_error(error)
+            log.warning("site %s could not answer %r: %s", self.name, request.header.kind, reason)
+            log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
             self.minutes.declined(request, error, reason)
-            return request.reply(ERROR, meta={"reason": reason})
+            return refusal(request, error)
 
     @property
     def learner(self) -> Learner:
@@ -324,10 +325,11 @@ class Site:
         memory = self.store.memory(request.header.round)
         tensors = self.learner.local_tensors(memory)
         if tensors and self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            draft = self.folder / "local.draft"
-            save_file(tensors, draft)
-            draft.rename(self.folder / "local.safetensors")
+            try:
+                with written(self.folder / "local.safetensors") as file:
+                    file.write(save(tensors))
+            except OSError as error:
+                raise disk_error(error) from error
         return Answer(request.reply(DONE))
 
     def _validation_sums(self, number: int, values: Mapping[str, Array]) -> dict[str, Any]:
@@ -335,23 +337,17 @@ class Site:
         if (why := self.rules.egress.refusal(values)) is not None:
             self.minutes.note("blocked", {"kind": "validation", "round": number, "reason": why})
             return {}
-        return _validation_sums(values)
+        return validation_sums(values)
 
     def _evaluation_sums(self, values: Mapping[str, Array]) -> dict[str, Any]:
-        sums: dict[str, Any] = {}
         if (why := self.rules.egress.refusal(values)) is not None:
             raise Withheld(f"site {self.name} withholds its own results: {why}")
-        for name, per_patient in values.items():
-            sums["patients"] = len(per_patient)
-            sums[f"total/{name}"] = float(per_patient.sum())
-            if self.rules.replicates:
-                # The same draws for every arm, so that intervals of arms can be compared, and from nothing but the
-                # data themselves: whoever knew the draws could solve the replicates for every patient's value.
-                fingerprint = str(self.store.fact("fingerprint"))
-                random = public_generator(self.rules.seed, self.name, "bootstrap", fingerprint)
-                draws = replicate_weights(len(per_patient), self.rules.replicates, random)
-                sums[f"replicates/{name}"] = draws @ per_patient
-        return sums
+        # The same draws for every arm, so that intervals of arms can be compared, and from nothing but the data
+        # themselves: whoever knew the draws could solve the replicates for every patient's value.
+        fingerprint = str(self.store.fact("fingerprint"))
+        random = public_generator(self.rules.seed, self.name, "bootstrap", fingerprint)
+        patients = max((len(per_patient) for per_patient in values.values()), default=0)
+        return evaluation_sums(values, replicate_weights(patients, self.rules.replicates, random))
 
     def close(self) -> None:
         """Close the store."""
@@ -362,14 +358,6 @@ class Site:
 def _record(name: str, identity: str, store: SiteStore) -> Record:
     begun = begun_by(store.enrol(), (SENT,), study=identity, site=name)
     return Record(store.root / LOG, f"site {name}", begun, lambda: store.identity)
-
-
-def _validation_sums(values: Mapping[str, Array]) -> dict[str, Any]:
-    counts = [len(per_patient) for per_patient in values.values()]
-    return {
-        PATIENTS: counts[0] if counts else 0,
-        **{VALIDATION + name: float(np.sum(per_patient)) for name, per_patient in values.items()},
-    }
 
 
 def _void(header: Header) -> frozenset[int]:

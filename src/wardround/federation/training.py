@@ -241,7 +241,8 @@ class Learner:
             )
         facts = Facts(len(self.dataset), self._validation_loss())
         kept = {LOCAL + name: state[name].detach().numpy().copy() for name in self._policy.names("local")}
-        changes = (paid.told if paid is not None else None) or self._method.changes(context)
+        told = None if paid is None else paid.told
+        changes = self._method.changes(context) if told is None else told
         kept |= {METHOD + name: tensor for name, tensor in context.memory.items()}
         if self._momentum > 0.0:
             changes, running = averaged(changes, memory.tensors, self._momentum)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
@@ -53,6 +52,9 @@ class PostUNet(nn.Module):
         self, shape: UNetShape, *, parts: int = 2, conditioned: bool = False, hidden: Sequence[int] = HIDDEN
     ) -> None:
         super().__init__()
+        # Late: MONAI takes seconds to import, and this network alone needs it.
+        from monai.networks.nets import BasicUNet
+
         norms = {"none": None, "batch": "batch", "instance": ("instance", {"affine": True})}
         self.network = BasicUNet(
             spatial_dims=2, in_channels=parts, out_channels=parts, features=shape.features, norm=norms[shape.norm]

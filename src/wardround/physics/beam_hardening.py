@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 FloatArray = NDArray[np.float64]
 
@@ -43,6 +45,18 @@ class Spectrum:
         for share, of_soft, of_bone in zip(self.share, self.water, self.bone, strict=True):
             transmitted += share * np.exp(-of_soft * soft - of_bone * bone)
         return np.asarray(-np.log(transmitted))
+
+    def in_water(self, path: Tensor) -> tuple[Tensor, Tensor]:
+        """Attenuation M(p) of the whole spectrum behind water whose line integral at 70 keV is p, and the slope M'(p).
+
+        M(p) = -ln sum_E s_E exp(-w_E p); the water correction is its inverse, with the slope 1 / M'.
+        """
+        transmitted, absorbed = torch.zeros_like(path), torch.zeros_like(path)
+        for share, of_water in zip(self.share.tolist(), self.water.tolist(), strict=True):
+            part = share * torch.exp(-of_water * path)
+            transmitted += part
+            absorbed += of_water * part
+        return -transmitted.log(), absorbed / transmitted
 
     def water_correction(self, mu_water: float) -> np.polynomial.Polynomial:
         """The polynomial from measured attenuation to the line integral at 70 keV, exact for water within 0.1 %."""

@@ -4,23 +4,68 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from scipy import sparse
 from torch import Tensor
 
-from wardround.errors import GeometryError
+from wardround.errors import GeometryError, StudyError
 from wardround.physics.ct_cache import MatrixCache
 from wardround.physics.ct_geometry import check_geometry, symmetry
 from wardround.physics.operator import LinearOperator, self_adjoint
-from wardround.physics.projector import Model, estimate_bytes, weight_blocks, weight_matrix
+from wardround.physics.projector import BYTES_PER_WEIGHT, Model, estimate_bytes, weight_blocks, weight_matrix
 from wardround.study.ct import CTGeometry
 
 _LOG = logging.getLogger(__name__)
 _MOST_WEIGHTS = 2**31 - 1  # what 32-bit indices address
+Uses = Literal["both", "forward", "adjoint"]
+#: Names the most memory, in GB, that one matrix may take on this machine.
+VARIABLE = "WARDROUND_CT_MATRIX_GB"
+
+
+def matrix_limit() -> float:
+    """The most bytes that one projector's matrices may take: $WARDROUND_CT_MATRIX_GB, or 4 GiB.
+
+    Raises StudyError where the variable is no positive number.
+    """
+    stated = os.environ.get(VARIABLE, "")
+    if not stated:
+        return 4.0 * 2**30
+    try:
+        limit = float(stated) * 1e9
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit < math.inf:
+        raise StudyError(f"the environment variable {VARIABLE} is no positive number of GB; set it to one, or unset it")
+    return limit
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """How the weights of a projector will be kept: the bytes they take, within 5 %, and how many they may take."""
+
+    nbytes: int
+    limit: float
+
+    @property
+    def stored(self) -> bool:
+        """Whether they are built once and kept, not computed anew for every product."""
+        return self.nbytes <= self.limit
+
+
+def plan_matrix(
+    geometry: CTGeometry, model: Model, uses: Uses = "both", memory_limit: float | None = None
+) -> MatrixPlan:
+    """Say how `CTProjector` would keep the weights of a geometry, without building them."""
+    both = uses == "both"
+    limit = matrix_limit() if memory_limit is None else memory_limit
+    addressed = _MOST_WEIGHTS * BYTES_PER_WEIGHT * (2 if both else 1)
+    return MatrixPlan(estimate_bytes(geometry, model, adjoint=both), min(limit, addressed))
 
 
 class Weights(Protocol):
@@ -36,17 +81,22 @@ class Weights(Protocol):
 class StoredWeights:
     """The matrix and its transpose, both stored: multiplying by a transposed view is tens of times slower.
 
-    The transpose and copies in other dtypes and on other devices are made when first needed, and kept.
+    Where only one of them is of `uses`, the other and copies in other dtypes and on other devices are made when first
+    needed, and kept.
     """
 
-    def __init__(self, weights: sparse.csr_matrix) -> None:
-        self._forward = weights
+    def __init__(self, weights: sparse.csr_matrix, uses: Uses = "both") -> None:
+        self._uses = uses
+        self._transposed = uses == "adjoint"
+        self._base = _transpose(weights) if self._transposed else weights
         self._copies: dict[tuple[bool, torch.dtype, torch.device], Tensor] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of matrix and transpose in float32."""
-        matrix = self._forward
+        """Bytes in float32 of the matrix, or its transpose, or both, whatever is of use."""
+        matrix = self._base
+        if self._uses != "both":
+            return int(matrix.nnz * 8 + matrix.indptr.nbytes)
         pointers = sum(matrix.shape) + 2
         return int(2 * matrix.nnz * 8 + pointers * matrix.indptr.itemsize)
 
@@ -65,7 +115,7 @@ class StoredWeights:
     def _make(self, transposed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
         plain = (transposed, torch.float32, torch.device("cpu"))
         if (transposed, dtype, device) == plain:
-            return _torch_csr(_transpose(self._forward) if transposed else self._forward)
+            return _torch_csr(self._base if transposed == self._transposed else _transpose(self._base))
         base = self._copies.get(plain)
         if base is None:
             base = self._make(*plain)
@@ -98,7 +148,9 @@ class CTProjector(LinearOperator):
     the input's dtype and device. model: `joseph` for reconstruction, `strip` for simulation, see
     `wardround.physics.projector`.
     storage: `stored` keeps the matrix and its transpose, `on_the_fly` computes weights for every product, `auto`
-    stores what stays within `memory_limit` bytes. cache: where matrices are kept between runs, if anywhere.
+    stores what stays within `memory_limit` bytes, by default `matrix_limit()`. uses: what the projector is for; without
+    `both`, the other product and derivatives take a second matrix, built when first asked for. cache: where matrices
+    are kept between runs, if anywhere.
     Raises GeometryError where the detector misses the patient, or where `stored` exceeds the limit.
     """
 
@@ -108,13 +160,14 @@ class CTProjector(LinearOperator):
         *,
         model: Model = "joseph",
         storage: Literal["auto", "stored", "on_the_fly"] = "auto",
-        memory_limit: float = 4 * 2**30,
+        memory_limit: float | None = None,
+        uses: Uses = "both",
         cache: MatrixCache | None = None,
     ) -> None:
         check_geometry(geometry)
         self.geometry = geometry
         self.model: Model = model
-        self.weights: Weights = _weights(geometry, model, storage, memory_limit, cache)
+        self.weights: Weights = _weights(geometry, model, storage, memory_limit, uses, cache)
         self._turns = symmetry(geometry)
         self._norms: dict[int, float] = {}
 
@@ -181,19 +234,31 @@ class CTProjector(LinearOperator):
 
 
 def _weights(
-    geometry: CTGeometry, model: Model, storage: str, memory_limit: float, cache: MatrixCache | None
+    geometry: CTGeometry,
+    model: Model,
+    storage: str,
+    memory_limit: float | None,
+    uses: Uses,
+    cache: MatrixCache | None,
 ) -> Weights:
     if storage == "on_the_fly":
         return WeightsOnTheFly(geometry, model)
-    needed = estimate_bytes(geometry, model)
-    limit = min(memory_limit, _MOST_WEIGHTS * 16)
-    if needed > limit:
-        sizes = f"the weights and their transpose take {needed / 1e9:.1f} GB, above the limit of {limit / 1e9:.1f} GB"
+    limit = matrix_limit() if memory_limit is None else memory_limit
+    if cache is not None:
+        # An estimate takes a part of what building takes: what is in the cache has a size.
+        copies = 2 if uses == "both" else 1
+        found = cache.find(geometry, model, min(limit / copies, _MOST_WEIGHTS * BYTES_PER_WEIGHT))
+        if found is not None:
+            return StoredWeights(found, uses)
+    plan = plan_matrix(geometry, model, uses, limit)
+    if not plan.stored:
+        what = "the weights and their transpose" if uses == "both" else "the weights"
+        sizes = f"{what} take {plan.nbytes / 1e9:.1f} GB, above the limit of {plan.limit / 1e9:.1f} GB"
         if storage == "stored":
             raise GeometryError(f"{sizes}; raise memory_limit, take fewer views, or use storage on_the_fly")
         _LOG.warning("%s: they are computed for every product instead, which is much slower", sizes)
         return WeightsOnTheFly(geometry, model)
-    return StoredWeights(weight_matrix(geometry, model) if cache is None else cache.weights(geometry, model))
+    return StoredWeights(weight_matrix(geometry, model) if cache is None else cache.weights(geometry, model), uses)
 
 
 def _check(what: str, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -51,38 +51,33 @@ def line_integrals_of(counts: NDArray[np.float64], photons: float) -> FloatArray
     return measured
 
 
-def variance(line_integrals: ArrayOrTensor, photons: float, electronic_noise: float) -> ArrayOrTensor:
-    """Variance of measured line integrals, to first order."""
+def variance(
+    line_integrals: ArrayOrTensor, photons: float | NDArray[np.float64], electronic_noise: float
+) -> ArrayOrTensor:
+    """Variance of measured line integrals, to first order; `photons` of arrays may be one number for each."""
     share = _exp(line_integrals) / photons  # one over the expected photons
     return share * (share * electronic_noise**2 + 1)
-
-
-def statistical_weights(line_integrals: ArrayOrTensor, photons: float, electronic_noise: float) -> ArrayOrTensor:
-    """Weights of penalised weighted least squares: the inverse of the variance.
-
-    Sauer and Bouman, IEEE Trans. Signal Process. 41 (1993), 534.
-    """
-    return variance(line_integrals, photons, electronic_noise) ** -1
 
 
 def insert_noise(
     line_integrals: FloatArray,
     fraction: float,
-    photons: float,
+    photons: float | FloatArray,
     electronic_noise: float,
     random: np.random.Generator,
 ) -> FloatArray:
     """Turn measured line integrals into those of a scan with `fraction` of the dose, by adding what noise it lacks.
 
-    photons: I0 of the existing scan. Afterwards I0 is fraction * photons, and counts below one photon are one.
+    photons: I0 of the existing scan, one number or an array that fits the line integrals, as detectors have one a bin.
+    Afterwards I0 is fraction * photons, and counts below one photon are one.
     Yu et al., J. Comput. Assist. Tomogr. 36 (2012), 477. Raises GeometryError unless 0 < fraction <= 1.
     """
     if not 0 < fraction <= 1:
         raise GeometryError(f"a dose can only be lowered: fraction must be above 0 and at most 1, got {fraction:g}")
-    full = line_integrals.astype(np.float64)
-    lacking = variance(full, fraction * photons, electronic_noise) - variance(full, photons, electronic_noise)
+    full, before = line_integrals.astype(np.float64), np.asarray(photons, np.float64)
+    lacking = variance(full, fraction * before, electronic_noise) - variance(full, before, electronic_noise)
     noise = np.sqrt(np.maximum(lacking, 0)) * random.standard_normal(full.shape)
-    darkest = np.log(fraction * photons / _FEWEST_PHOTONS)
+    darkest = np.log(fraction * before / _FEWEST_PHOTONS)
     return np.asarray(np.minimum(full + noise, darkest), np.float32)
 
 

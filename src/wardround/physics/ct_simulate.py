@@ -18,23 +18,23 @@ from wardround.errors import GeometryError
 from wardround.physics.beam_hardening import bone_share, tube_spectrum
 from wardround.physics.ct import CTProjector
 from wardround.physics.ct_cache import MatrixCache
-from wardround.physics.ct_noise import hu_to_mu, measure, statistical_weights
+from wardround.physics.ct_noise import hu_to_mu, measure
 from wardround.study.ct import CTAcquisition, CTGeometry
 
 FloatArray = NDArray[np.float32]
-_REFINEMENT = 2
+REFINEMENT = 2
 
 
 @dataclass(frozen=True)
 class CTMeasurement:
     """What a scanner hands to reconstruction, and the truth: one slice, float32, without a batch axis.
 
-    sinogram: measured line integrals (views, bins). weights: their inverse variance. reference: attenuation in 1/mm
-    on the geometry's grid (rows, columns), the area average of what was scanned.
+    sinogram: measured line integrals (views, bins), corrected for water where the beam hardens; their variance is what
+    `CTSystem.uncertainty` says. reference: attenuation in 1/mm on the geometry's grid (rows, columns), the area average
+    of what was scanned.
     """
 
     sinogram: Tensor
-    weights: Tensor
     reference: Tensor
 
 
@@ -49,16 +49,16 @@ class CTSimulator:
         self,
         acquisition: CTAcquisition,
         *,
-        refinement: int = _REFINEMENT,
-        memory_limit: float = 4 * 2**30,
+        refinement: int = REFINEMENT,
+        memory_limit: float | None = None,
         cache: MatrixCache | None = None,
     ) -> None:
         if refinement < 2:
             raise GeometryError(f"a simulation needs a grid at least twice as fine as the image, got {refinement}")
         self.acquisition = acquisition
         self.refinement = refinement
-        fine = _refined(acquisition.geometry, refinement)
-        self._projector = CTProjector(fine, model="strip", memory_limit=memory_limit, cache=cache)
+        fine = refined(acquisition.geometry, refinement)
+        self._projector = CTProjector(fine, model="strip", memory_limit=memory_limit, uses="forward", cache=cache)
         self._spectrum = tube_spectrum(acquisition.kvp) if acquisition.beam_hardening else None
         self._correction = self._spectrum.water_correction(acquisition.mu_water) if self._spectrum else None
 
@@ -72,15 +72,11 @@ class CTSimulator:
         mu = hu_to_mu(hu, acquisition.mu_water)
         path = self._attenuation(hu, mu)
         measured = measure(path, acquisition.photons, acquisition.electronic_noise, random)
-        weights = statistical_weights(measured, acquisition.photons, acquisition.electronic_noise)
         if self._correction is not None:
-            # The correction's slope carries the variance from before it to after it.
-            slope = self._correction.deriv()(measured)
-            weights = np.asarray(weights / slope**2, np.float32)
             measured = np.asarray(self._correction(measured), np.float32)
         rows, columns = acquisition.geometry.size
         reference = mu.reshape(rows, self.refinement, columns, self.refinement).mean((1, 3))
-        return CTMeasurement(*(torch.from_numpy(part) for part in (measured, weights, reference)))
+        return CTMeasurement(*(torch.from_numpy(part) for part in (measured, reference)))
 
     def _on_fine_grid(self, image: FloatArray) -> FloatArray:
         coarse, fine = self.acquisition.geometry.size, self._projector.image_shape
@@ -112,10 +108,11 @@ def simulate_ct(image: FloatArray, acquisition: CTAcquisition, random: np.random
     Build a `CTSimulator` for more than one slice of the same acquisition. Raises GeometryError as it does.
     """
     times = [n // m for n, m in zip(image.shape, acquisition.geometry.size, strict=False)] or [1]
-    return CTSimulator(acquisition, refinement=max(_REFINEMENT, times[0]))(image, random)
+    return CTSimulator(acquisition, refinement=max(REFINEMENT, times[0]))(image, random)
 
 
-def _refined(geometry: CTGeometry, times: int) -> CTGeometry:
+def refined(geometry: CTGeometry, times: int = REFINEMENT) -> CTGeometry:
+    """The same scanner with a grid so many times finer, on which its scans are simulated."""
     rows, columns = geometry.size
     body = geometry.body_radius or min(rows, columns) * geometry.pixel / 2
     finer = {"size": (rows * times, columns * times), "pixel": geometry.pixel / times, "body_radius": body}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wardround.physics.beam_hardening import tube_spectrum
 from wardround.physics.ct import CTProjector
 from wardround.physics.ct_cache import MatrixCache
 from wardround.physics.ct_noise import variance
@@ -29,6 +30,7 @@ class CTSystem(LinearOperator):
         self._water = acquisition.mu_water
         like = torch.zeros(1, *acquisition.geometry.size)
         self.data_scale = float(self._projector.norm(like)) * self._water
+        self._spectrum = tube_spectrum(acquisition.kvp) if acquisition.beam_hardening else None
         self._protocol = torch.from_numpy(protocol_features(acquisition))
 
     @property
@@ -64,6 +66,13 @@ class CTSystem(LinearOperator):
         return self._fbp(y * self.data_scale) / self._water
 
     def uncertainty(self, y: Tensor) -> Tensor:
-        """(s_N / N)^2 of the N photons behind each ray, which is the variance of its line integral to first order."""
-        measured = (y * self.data_scale).clamp_min(0.0)
-        return variance(measured, self.acquisition.photons, self.acquisition.electronic_noise)
+        """The variance of each line integral to first order, (s_N / N)^2 of the N photons behind its ray.
+
+        With beam hardening p is what the water correction made of a measured M(p): the variance of M over M'(p)^2.
+        """
+        path = (y * self.data_scale).clamp_min(0.0)
+        photons, noise = self.acquisition.photons, self.acquisition.electronic_noise
+        if self._spectrum is None:
+            return variance(path, photons, noise)
+        measured, slope = self._spectrum.in_water(path)
+        return variance(measured, photons, noise) / slope.square()

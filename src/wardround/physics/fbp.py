@@ -22,6 +22,16 @@ from wardround.study.ct import CTGeometry
 Window = Literal["ramp", "hann"]
 
 
+def check_sweep(geometry: CTGeometry) -> None:
+    """Raise GeometryError where the views do not make up a full circle (fans), or a half or full one (parallel)."""
+    sweep = geometry.sweep_degrees
+    if sweep != 360 and (geometry.kind != "parallel" or sweep > 180):
+        raise GeometryError(
+            f"filtered back projection of kind={geometry.kind} knows no weights for a sweep of {sweep:g} degrees; "
+            "use 360, for parallel beams 180 or less, or an iterative reconstruction"
+        )
+
+
 class FBP:
     """Filtered back projection: sinograms (B, views, bins) to images (B, rows, columns) in 1/mm.
 
@@ -38,13 +48,8 @@ class FBP:
         storage: Literal["auto", "stored", "on_the_fly"] = "auto",
         cache: MatrixCache | None = None,
     ) -> None:
-        sweep = geometry.sweep_degrees
-        if sweep != 360 and (geometry.kind != "parallel" or sweep > 180):
-            raise GeometryError(
-                f"filtered back projection of kind={geometry.kind} knows no weights for a sweep of {sweep:g} degrees; "
-                "use 360, for parallel beams 180 or less, or an iterative reconstruction"
-            )
-        self._back = CTProjector(geometry, model="fbp", storage=storage, cache=cache)
+        check_sweep(geometry)
+        self._back = CTProjector(geometry, model="fbp", storage=storage, uses="adjoint", cache=cache)
         self._response = torch.from_numpy(_response(geometry, window))
         self._scale = torch.from_numpy(_ray_weights(geometry))
 

@@ -27,7 +27,7 @@ from wardround.study.ct import CTGeometry
 
 Model = Literal["joseph", "strip", "fbp"]
 _ENTRIES = 2**22  # candidate weights held at a time while building
-_BYTES_PER_WEIGHT = 8  # float32 value and int32 column
+BYTES_PER_WEIGHT = 8  # float32 value and int32 column
 _SAMPLED_VIEWS = 8
 
 
@@ -58,7 +58,7 @@ def estimate_bytes(geometry: CTGeometry, model: Model, *, adjoint: bool = True) 
     views = independent_views(geometry)
     sampled = np.unique(((np.arange(_SAMPLED_VIEWS) + 0.5) * views / _SAMPLED_VIEWS).astype(int))
     weights: int = sum(_WEIGHTS[model](geometry, slice(view, view + 1)).nnz for view in sampled.tolist())
-    total = weights / len(sampled) * views * _BYTES_PER_WEIGHT
+    total = weights / len(sampled) * views * BYTES_PER_WEIGHT
     return round(total) * (2 if adjoint else 1)
 
 

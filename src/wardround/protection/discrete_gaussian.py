@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
 
 from wardround.protection.secret import SecretStream
 
@@ -151,6 +150,8 @@ def epsilon_of_zcdp(rho: float, delta: float) -> float:
     """The epsilon at `delta` of rho-zCDP (Canonne, Kamath & Steinke, 2020, proposition 12)."""
     if rho <= 0.0:
         return 0.0
+    # Late: slow to import, and only noise that sites share is accounted so.
+    from scipy.optimize import minimize_scalar
 
     def bound(logarithm: float) -> float:
         alpha = 1.0 + math.exp(logarithm)

@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol
 from wardround.errors import JournalError
 from wardround.protection.accounting import Spending
 from wardround.wire.canonical import digest
+from wardround.wire.files import sync_folder
 
 _ANCHOR = "privacy/ledger"
 _START = "wardround-ledger-1"
@@ -100,7 +101,7 @@ class Ledger:
                 # Two arms of a run may spend at once, in two processes.
                 fcntl.flock(file, fcntl.LOCK_EX)
                 if new:
-                    _sync_folder(self.path.parent)
+                    sync_folder(self.path.parent)
                 yield file
         except OSError as error:
             raise JournalError(
@@ -171,11 +172,3 @@ def _parse(line: bytes, previous: str, path: Path) -> tuple[Entry, str]:
             detail=str(path),
         )
     return entry, str(head)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

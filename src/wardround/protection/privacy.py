@@ -43,11 +43,6 @@ class Terms:
         """What so many steps cost."""
         return Spending(self.noise, self.rate, steps, 0.0 if self.lattice is None else self.lattice.rho)
 
-    @property
-    def sensitivity(self) -> float:
-        """How far one patient can move the sum of a step."""
-        return self.clip
-
 
 def terms_of(privacy: Privacy, site: str, patients: int, steps: int, lattice: Lattice | None = None) -> Terms:
     """The terms of a site with so many training patients, for so many steps in all arms together.

@@ -9,8 +9,10 @@ from pathlib import Path
 from wardround.report.answer import answer
 from wardround.report.results import AGGREGATES, SMALL_N, Metric, Run, load_run
 from wardround.report.units import flat, human_bytes, human_seconds, protocol
+from wardround.report.unmeasured import unmeasured
 from wardround.report.views import site_title, warnings
 from wardround.study.protocols import HeaderFacts
+from wardround.wire.files import write_text
 
 
 def write_card(out: Path) -> Path:
@@ -19,7 +21,7 @@ def write_card(out: Path) -> Path:
     Raises `JournalError` where `result.json` is missing or a result file is damaged.
     """
     path = out / "model_card.md"
-    path.write_text(card(load_run(out)), encoding="utf-8")
+    write_text(path, card(load_run(out)))
     return path
 
 
@@ -121,7 +123,8 @@ def _any(run: Run, key: str, metric: Metric) -> bool:
 def _cell(run: Run, metric: Metric, arm: str, key: str) -> str:
     estimate = run.estimate(arm, key, metric.name)
     if estimate is None:
-        return "withheld by the site" if run.withheld(arm, key) else "–"
+        why = unmeasured(run, arm, key)
+        return why.text if why else "–"
     ends = estimate.interval
     interval = f" ({metric.show(ends[0])} to {metric.show(ends[1])})" if ends else ""
     return metric.show(estimate.value) + interval

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +16,7 @@ from wardround.report.answer import answer, unseen_result
 from wardround.report.pictures import ERROR_GAIN, gallery
 from wardround.report.results import SMALL_N, Run, load_run
 from wardround.report.units import flat, human_bytes, human_seconds, in_rounds, protocol
+from wardround.wire.files import write_text
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ def write_report(out: Path) -> Path:
     """
     page = render(load_run(out))
     path = out / "report.html"
-    draft = out / "report.html.part"  # a reader never finds half a report
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, page)  # a reader never finds half a report
     return path
 
 

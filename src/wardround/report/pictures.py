@@ -189,7 +189,8 @@ def _weight(sites: dict[str, tuple[Example, ...]]) -> int:
 
 def gallery(run: Run) -> Gallery:
     """The pictures of every site, fewer and smaller where they would make the page too large."""
-    hidden = run.result.get("withheld") or {}  # where numbers stay, pictures stay
+    # Where numbers stay, pictures stay; a site that failed may not have come to say so.
+    hidden = {*(run.result.get("withheld") or ()), *(run.result.get("failed") or ())}
     # A name must not lead out of the folder.
     open_sites = [site for site in run.sites if Path(site).name == site and site not in hidden]
     found = {site: read_pictures(run.folder / "sites" / site / "pictures.npz") for site in open_sites}

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from wardround.report.results import arm_of, metric_of
+from wardround.report.unmeasured import FAILED, WITHHELD
 
 
 def table_of(metrics: Mapping[str, Mapping[str, Any]]) -> Table | None:
@@ -28,6 +29,15 @@ def table_of(metrics: Mapping[str, Mapping[str, Any]]) -> Table | None:
         cells = (rows[arm].get(site) for arm in arms)
         table.add_row(site, *(metric.show(cell[metric.name]["value"]) if cell else "-" for cell in cells))
     return table
+
+
+def lacking_in(result: Mapping[str, Any]) -> list[str]:
+    """A line for every site that withheld its numbers, or could not be measured, with the reason."""
+    return [
+        f"{site}: {text} ({reason})"
+        for key, text in (("withheld", WITHHELD), ("failed", FAILED))
+        for site, reason in (result.get(key) or {}).items()
+    ]
 
 
 def numbers_of(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

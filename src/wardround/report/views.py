@@ -21,6 +21,7 @@ from wardround.report.results import (
     Run,
 )
 from wardround.report.units import in_rounds, protocol, ranges
+from wardround.report.unmeasured import FAILED, WITHHELD, Unmeasured, unmeasured
 
 SITE_COLOURS = 8
 
@@ -44,7 +45,7 @@ class SiteChart:
     aggregate: bool
     lanes: tuple[Lane, ...]
     axis: Markup
-    withheld: str | None
+    missing: Unmeasured | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Row:
     n: str
     cells: tuple[Cell, ...]
     aggregate: bool
-    withheld: str | None = None
+    missing: Unmeasured | None = None
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,11 @@ def comparison(run: Run, metric: Metric) -> Comparison:
     return Comparison(metric, run.arms, charts, tuple(_row(run, metric, key) for key in keys))
 
 
-def _withheld(run: Run, key: str) -> str | None:
-    """The reason where every arm's numbers of a site are withheld."""
+def _missing(run: Run, key: str) -> Unmeasured | None:
+    """Why no arm has numbers of a site."""
     if _shown_by_any(run, key):
         return None
-    return next((reason for arm in run.arms if (reason := run.withheld(arm.key, key))), None)
+    return next((why for arm in run.arms if (why := unmeasured(run, arm.key, key))), None)
 
 
 def _chart(run: Run, metric: Metric, key: str, scale: figures.Scale) -> SiteChart:
@@ -177,7 +178,7 @@ def _chart(run: Run, metric: Metric, key: str, scale: figures.Scale) -> SiteChar
         key in AGGREGATES,
         lanes,
         figures.axis(scale),
-        _withheld(run, key),
+        _missing(run, key),
     )
 
 
@@ -190,8 +191,8 @@ def _row(run: Run, metric: Metric, key: str) -> Row:
     for arm in run.arms:
         estimate = found[arm.key]
         if estimate is None:
-            reason = run.withheld(arm.key, key)
-            cells.append(Cell("withheld by the site" if reason else "–", reason=reason or ""))
+            why = unmeasured(run, arm.key, key)
+            cells.append(Cell(why.text if why else "–", reason=why.reason if why else ""))
             continue
         low_high = estimate.interval
         interval = f"{metric.show(low_high[0])} to {metric.show(low_high[1])}" if low_high else ""
@@ -203,7 +204,7 @@ def _row(run: Run, metric: Metric, key: str) -> Row:
         "–" if patients is None else str(patients),
         tuple(cells),
         key in AGGREGATES,
-        _withheld(run, key),
+        _missing(run, key),
     )
 
 
@@ -338,9 +339,10 @@ def warnings(run: Run) -> tuple[str, ...]:
             f"Few test patients, fewer than {SMALL_N}: {', '.join(small)}. "
             "One unusual patient can move these numbers, and the intervals are themselves uncertain."
         )
-    hidden = [site for site in run.sites if _withheld(run, site)]
-    if hidden:
-        found.append(f"Numbers withheld by the site: {', '.join(hidden)}.")
+    missing_at = {site: why.text for site in run.sites if (why := _missing(run, site))}
+    for text, what in ((WITHHELD, "Numbers withheld by the site"), (FAILED, "Could not be measured")):
+        if sites := [site for site, said in missing_at.items() if said == text]:
+            found.append(f"{what}: {', '.join(sites)}.")
     saturated = [entry.number for entry in run.rounds if entry.saturated_share > SATURATION_LIMIT]
     if saturated:
         worst = max(entry.saturated_share for entry in run.rounds)

@@ -34,14 +34,21 @@ _UNDERSHOOT = 0.05
 
 
 def reconstruct(
-    model_file: Path, source: Path, output: Path, *, site: str | None = None, embedding: Path | None = None
+    model_file: Path,
+    source: Path,
+    output: Path,
+    *,
+    site: str | None = None,
+    embedding: Path | None = None,
+    dose: float | None = None,
 ) -> str:
     """Reconstruct `source` with a released model and write NIfTI to `output`; returns what was done, in a sentence.
 
     `source` is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
     or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`; a model
     of CT takes other files, see `wardround.runner.apply_ct.reconstruct_ct`. `embedding` is a file with the patient's,
-    for a model with anatomy; without it that model's map is neutral. The output appears whole or not at all.
+    for a model with anatomy; without it that model's map is neutral. `dose` is a share of the dose of measured
+    projections to be simulated. The output appears whole or not at all.
     Raises `DataError`, `StudyError` and `GeometryError`.
     """
     if not (source.is_dir() or output.name.endswith((".nii", ".nii.gz"))):
@@ -55,7 +62,9 @@ def reconstruct(
             raise StudyError("--embedding: this model takes none (its study has no model.anatomy); leave it out")
         prompt = torch.from_numpy(Embeddings(embedding, anatomy.dimension, "--embedding").only())
     if study.modality == "ct":
-        done = reconstruct_ct(network, study, source, output, site, prompt)
+        done = reconstruct_ct(network, study, source, output, site, prompt, dose)
+    elif dose is not None:
+        raise StudyError("--dose: this is a model for MRI; leave it out")
     else:
         done = _reconstruct_mri(_mri_model(network, study, site), source, output, site)
     mind = warning(trained, done.scan, done.header)

@@ -21,6 +21,7 @@ from wardround.data.dicom_write import write_derived
 from wardround.data.hounsfield import AIR
 from wardround.data.volume import FloatArray, Volume, write_nifti
 from wardround.errors import DataError, GeometryError, StudyError
+from wardround.physics.ct_noise import insert_noise
 from wardround.physics.ct_system import CTSystem
 from wardround.physics.operator import LinearOperator
 from wardround.physics.wrapped import Prompted
@@ -45,7 +46,13 @@ class Done:
 
 
 def reconstruct_ct(
-    network: nn.Module, study: Study, source: Path, output: Path, site: str | None, prompt: Tensor | None = None
+    network: nn.Module,
+    study: Study,
+    source: Path,
+    output: Path,
+    site: str | None,
+    prompt: Tensor | None = None,
+    dose: float | None = None,
 ) -> Done:
     """Reconstruct `source` and write it to `output`; returns what was done.
 
@@ -53,8 +60,16 @@ def reconstruct_ct(
     `site`, or a folder of DICOM-CT-PD projections of an axial scan. `output` is a NIfTI file, or for a DICOM series
     the folder of a derived one. Images come back on the grid of the input; those of projections on the study's number
     of pixels over the field of view. `prompt` is the patient's embedding (tokens, dimension), for a network that takes
-    one. Raises `DataError`, `StudyError` and `GeometryError`.
+    one. With a `dose` in (0, 1), noise is first put into projections that makes them those of a scan with this share of
+    their dose. Raises `DataError`, `StudyError` and `GeometryError`.
     """
+    if dose is not None and not 0 < dose < 1:
+        raise StudyError(f"--dose is the share of the measured dose that is left, above 0 and below 1; got {dose:g}")
+    if dose is not None and not (source.is_dir() and _holds_projections(source)):
+        raise StudyError(
+            "--dose lowers the dose of measured projections (DICOM-CT-PD), and this input is none; an image is scanned "
+            "with the photons of the study's scanner, or of --site"
+        )
     nifti = output.name.endswith((".nii", ".nii.gz"))
     header: Facts = {}
     minds: tuple[str, ...] = ()
@@ -67,7 +82,7 @@ def reconstruct_ct(
     elif _holds_projections(source):
         if not nifti:
             raise StudyError("images of projections are written as NIfTI: NAME.nii.gz", detail=str(output))
-        return _from_projections(network, study, source, output, prompt)
+        return _from_projections(network, study, source, output, prompt, dose)
     else:
         series = read_series(source)
         minds = (f"Mind: slices of the series may be missing: {series.gaps}.",) if series.gaps else ()
@@ -80,10 +95,10 @@ def reconstruct_ct(
     return _done(volume, study, site, header, minds)
 
 
-def save_nifti(volume: Volume, output: Path) -> None:
+def save_nifti(volume: Volume, output: Path, description: str = "") -> None:
     """Write a volume whole or not at all. Raises DataError where the disk does not take it."""
     try:
-        write_nifti(volume, output)
+        write_nifti(volume, output, description=description)
     except OSError as error:
         raise DataError(f"the output cannot be written: {error.strerror}", detail=str(output)) from error
 
@@ -144,9 +159,13 @@ def _back(image: FloatArray, pixel: float, like: Slice, middle: tuple[float, flo
 
 
 @torch.no_grad()
-def _from_projections(network: nn.Module, study: Study, source: Path, output: Path, prompt: Tensor | None) -> Done:
+def _from_projections(
+    network: nn.Module, study: Study, source: Path, output: Path, prompt: Tensor | None, dose: float | None
+) -> Done:
     assert study.task.kind == "reconstruction"
     projections = read_projections(source, size=study.task.size)
+    if dose is not None:
+        projections = _at_dose(projections, dose, public_generator(study.seed, "dose"))
     images, heights, skipped = [], [], 0
     system: CTSystem | None = None
     for row in range(projections.sinogram.shape[1]):
@@ -162,7 +181,8 @@ def _from_projections(network: nn.Module, study: Study, source: Path, output: Pa
         heights.append(projections.row_height(row))
     if system is None:
         raise GeometryError("no detector row of the projections lies near enough to the plane of the source")
-    save_nifti(_placed(images, heights, projections), output)
+    lowered = "" if dose is None else f"simulated at {dose:.3g} of the measured dose"
+    save_nifti(_placed(images, heights, projections), output, lowered)
     left = f"; {skipped} rows lie too far off the plane of the source" if skipped else ""
     geometry = projections.geometry
     said = f"Reconstructed {len(images)} detector rows of {geometry.views} views of {geometry.bins} bins{left}."
@@ -171,7 +191,25 @@ def _from_projections(network: nn.Module, study: Study, source: Path, output: Pa
     if "tube voltage" not in header:
         unknown.add("tube voltage")
     minds = tuple(_orientation(projections.position))
+    if dose is not None:
+        said += f" The dose is {lowered}: noise was put into the projections."
     return Done(said, {name: value for name, value in scan.items() if name not in unknown}, header, minds)
+
+
+def _at_dose(projections: CTProjections, dose: float, random: np.random.Generator) -> CTProjections:
+    """Projections as they would be with a share of their dose; electronic noise, which they do not name, is assumed.
+
+    Raises DataError where they name no photons.
+    """
+    if projections.photons is None:
+        raise DataError(
+            "the projections do not say how many photons reached a bin through air (7033,1065), and without that no "
+            "lower dose can be simulated; leave --dose out"
+        )
+    noisy = insert_noise(
+        projections.sinogram, dose, projections.photons[:, None], CTAcquisition().electronic_noise, random
+    )
+    return replace(projections, sinogram=noisy, photons=np.asarray(dose * projections.photons, np.float32))
 
 
 def _orientation(position: str | None) -> Iterator[str]:

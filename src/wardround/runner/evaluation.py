@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from typing import Any
 
 from wardround.errors import DataError
 from wardround.federation.exchange import EVALUATE, Call, Engine, ask_one
-from wardround.federation.layouts import patient_means
+from wardround.federation.refusals import is_withheld
+from wardround.federation.sums import patient_means
 from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.evaluators import BASELINE, RELEASED
 from wardround.runner.host import Host
@@ -28,12 +30,13 @@ MEAN, UNSEEN = "mean", "unseen"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One arm's model (or a baseline) at one site: its sums, or why the site did not give them."""
+    """One arm's model (or a baseline) at one site: its sums, or why there are none, and whether its rules say so."""
 
     row: str
     site: str
     means: Means | None
     reason: str = ""
+    withheld: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,18 @@ def measure(
     their stores, unless `again` is a new text. Raises `DataError` when a model is missing.
     """
     jobs = list(_jobs(host))
-    finished = 0
+    finished, counting = 0, threading.Lock()
 
     def run(job: _Job) -> Measurement:
         nonlocal finished
         answer = ask_one(engine, replace(job.call, meta={**job.call.meta, "again": again}) if again else job.call)
-        finished += 1
-        if done is not None:
-            done(finished, len(jobs))
+        with counting:
+            finished += 1
+            if done is not None:
+                done(finished, len(jobs))
         if isinstance(answer, Message):
-            return Measurement(job.row, job.site, None, str(answer.header.meta.get("reason", "no reason given")))
+            reason = str(answer.header.meta.get("reason", "no reason given"))
+            return Measurement(job.row, job.site, None, reason, is_withheld(answer))
         return Measurement(job.row, job.site, patient_means(answer, host.task.metrics))
 
     # One evaluation of a site at a time: a site writes its own picture file.
@@ -130,7 +135,7 @@ def _call(host: Host, arm: str, site: str, meta: Mapping[str, Any], body: tuple[
 
 
 def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """`metrics`, `left_out` and `withheld` of result.json."""
+    """`metrics`, `gains`, `left_out`, `withheld` and `failed` of result.json."""
     specs = host.task.metrics
     training = host.study.training_sites
     found = {(m.row, m.site): m for m in measurements}
@@ -158,7 +163,6 @@ def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
     compared = {row: {site: means(row, site) for site in training} for row in rows}
     if any(alone.values()):
         compared["local"] = alone
-    withheld = {m.site: m.reason for m in measurements if m.means is None}
     return {
         "metrics": metrics,
         "gains": _gains(specs, compared, training),
@@ -166,7 +170,8 @@ def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
             site: {key: _json(specs, _estimates(specs, value)) for key, value in entry.items()}
             for site, entry in left_out.items()
         },
-        "withheld": withheld,
+        "withheld": {m.site: m.reason for m in measurements if m.means is None and m.withheld},
+        "failed": {m.site: m.reason for m in measurements if m.means is None and not m.withheld},
     }
 
 

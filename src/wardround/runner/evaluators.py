@@ -15,9 +15,11 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from wardround.errors import WireError
+from wardround.federation.blobs import disk_error
 from wardround.federation.site import Evaluator
 from wardround.federation.training import Learner
 from wardround.tasks.task import Imaging, Split
+from wardround.wire.files import written
 from wardround.wire.tensors import TensorFile
 
 Array = npt.NDArray[Any]
@@ -120,7 +122,8 @@ def _write_pictures(path: Path, label: str, learner: Learner, reconstruct: Calla
         for number, batch in enumerate(task.examples(learner.dataset)):
             known[f"reference/{number}"] = task.reference(batch)[0].numpy()
             known[f"{label}/{number}"] = reconstruct(batch)[0].numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft.npz")
-    np.savez_compressed(draft, **known)  # type: ignore[arg-type]
-    draft.rename(path)
+    try:
+        with written(path) as file:
+            np.savez_compressed(file, **known)  # type: ignore[arg-type]
+    except OSError as error:
+        raise disk_error(error) from error

@@ -9,8 +9,9 @@ import yaml
 
 from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
+from wardround.runner.blueprints import Blueprint
 from wardround.runner.columns import entry, table, wrapped
-from wardround.runner.host import Blueprint, Host
+from wardround.runner.host import Host
 from wardround.runner.privacy import Outlook, words
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256
@@ -43,6 +44,7 @@ def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], o
         _study(host, blueprint),
         f"Sites\n{sites}",
         f"Training\n{_training(host, blueprint)}",
+        _scanners(study),
         f"Arms\n{_arms(host)}",
         f"What leaves a site\n{_egress(host, blueprint, with_data=sites_file is not None)}",
         _privacy(host, with_data=sites_file is not None),
@@ -156,6 +158,16 @@ def _update(study: Study) -> str:
             return f"{text}; the largest {compression.ratio:.3g} of each tensor's values, the rest waits at the site"
         case _:
             return text
+
+
+def _scanners(study: Study) -> str:
+    """What simulated CT scanners take; nothing for another modality or a task of one's own."""
+    if study.modality != "ct" or not isinstance(study.task, ReconstructionTask):
+        return ""
+    # Late: it imports the operators of CT.
+    from wardround.runner.explain_ct import explain_matrices
+
+    return f"Matrices of the simulated scanners, in memory\n{explain_matrices(study)}"
 
 
 def _arms(host: Host) -> str:

@@ -1,77 +1,43 @@
-"""Builds the sites of a run in whichever process they live in."""
+"""A study on one machine: builds the sites of a run in whichever process they live in."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from wardround.errors import StudyError, WardroundError
-from wardround.federation.coordinator import Plan
 from wardround.federation.egress import OPEN, EgressRules, strictest
 from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.federation.exchange import ExchangeFactory, PlainSum
 from wardround.federation.journal import Journal
-from wardround.federation.layouts import evaluation_metrics, round_metrics, validation_metrics
-from wardround.federation.methods.build import build_method
-from wardround.federation.methods.method import BUFFERS, Method
-from wardround.federation.methods.personal import STRANGER
-from wardround.federation.policy import Policy
 from wardround.federation.private_training import PrivateTraining
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import SecureUpload, secure_sum
-from wardround.federation.site import Rules, Site
+from wardround.federation.site import Site
 from wardround.federation.store import SiteStore
-from wardround.federation.training import Learner, Workbench
+from wardround.federation.training import Learner
 from wardround.federation.vault import Vault
-from wardround.physics.scanners import protocol_features
-from wardround.protection.compression import Codec, build_codec
-from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
 from wardround.protection.robust import Defence
-from wardround.runner.arms import POOLED, Arm, arms_of
+from wardround.runner.arms import POOLED, Arm
+from wardround.runner.blueprints import Blueprint, Blueprints
 from wardround.runner.evaluators import evaluators_of
 from wardround.runner.privacy import Purses
 from wardround.runner.rosters import enrolled, roster_of
-from wardround.study.ct import CTAcquisition
-from wardround.study.load import study_sha256
 from wardround.study.protocols import HeaderFacts
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SitesFile
-from wardround.tasks.build import build_task
-from wardround.tasks.task import Dataset, Headed, Task, Visited
+from wardround.tasks.task import Dataset, Headed, Visited
 from wardround.wire.message import Header
-from wardround.wire.ring import value_bits
-from wardround.wire.update import Layout
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, str, int, int, int], None]
 
 
-@dataclass(frozen=True)
-class Blueprint:
-    """An arm with everything derived from it: method, policy and the layouts of its updates, and their codec.
-
-    `layout` is the method's; `codec.sent(layout)` is what travels.
-    """
-
-    arm: Arm
-    identity: str
-    method: Method
-    policy: Policy
-    layout: Layout
-    metrics_layout: Layout
-    evaluation_layout: Layout
-    codec: Codec
-
-
-class Host:
-    """Everything that is built from a study on this machine, each part once and only when it is needed.
+class Host(Blueprints):
+    """A study on this machine: its sites with their data, stores and purses, each made when it is first needed.
 
     `progress` is called with arm, site, round, step and steps.
     """
@@ -84,116 +50,16 @@ class Host:
         compare: tuple[str, ...],
         progress: Progress | None = None,
     ) -> None:
-        self.study = study
+        embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
+        super().__init__(study, compare, embeddings)
         self.sites = sites
         self.out = out
-        self.arms = {arm.name: arm for arm in arms_of(study, compare)}
-        self.study_sha256 = study_sha256(study)
         self._progress = progress
         self._by_identity = {arm.identity(self.study_sha256): arm for arm in self.arms.values()}
         self._compare = compare
         self._datasets: dict[str, Dataset] = {}
         self._sites: dict[tuple[str, str], Site] = {}
-        self._blueprints: dict[str, Blueprint] = {}
         self.purses = Purses(study, sites, out, self.arms, lambda: self.lattice)
-
-    @cached_property
-    def task(self) -> Task:
-        """The task of the study."""
-        known = {name: site.embeddings for name, site in self.sites.sites.items() if site.embeddings is not None}
-        return build_task(self.study, known)
-
-    @cached_property
-    def bench(self) -> Workbench:
-        """The model of this process."""
-        return Workbench(self.task, self.study.seed)
-
-    @cached_property
-    def lattice(self) -> Lattice | None:
-        """The whole numbers of noise that sites share; `None` where each site's is enough. Raises `StudyError`."""
-        study, rules = self.study, self.study.protection.privacy
-        if rules is None or rules.noise == "site":
-            return None
-        floats = [p for p in self.bench.parameters if p.is_float and (p.trainable or p.buffer)]
-        untrained = [p.info.name for p in floats if not p.trainable]
-        if untrained:
-            raise StudyError(
-                f"protection.privacy.noise=distributed: {untrained[0]} of the model is averaged and not trained, so no "
-                "noise would cover it; choose a model without such values, or `noise: site`"
-            )
-        return lattice_of(
-            rules,
-            bits=value_bits(study.protection.ring_bits, study.protection.max_sites),
-            parties=study.protection.threshold_for(len(study.training_sites)),
-            dimension=sum(p.info.size for p in floats),
-            steps=study.schedule.rounds,
-        )
-
-    def _codec(self, arm: Arm) -> Codec:
-        """How an arm's changes are written in whole numbers."""
-        study, whole = self.study, frozenset({BUFFERS, STRANGER})
-        if self.lattice is None:
-            return build_codec(arm.compression(study), study.seed, whole)
-        assert study.protection.privacy is not None
-        # A step against the mean gradient.
-        unit = -arm.local.lr * self.lattice.step / study.protection.privacy.patients_per_step
-        return LatticeCodec(study.seed, whole, unit)
-
-    @property
-    def replicates(self) -> int:
-        """Bootstrap replicates of an evaluation."""
-        return 0 if self.study.evaluation is None else self.study.evaluation.bootstrap
-
-    def blueprint(self, name: str) -> Blueprint:
-        """What an arm is made of."""
-        if name not in self._blueprints:
-            arm = self.arms[name]
-            method = build_method(arm.method, protocols_of(self.study, arm.members))
-            policy = method.policy(self.bench.parameters)
-            shared = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "shared")
-            private = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "local")
-            protection = self.study.protection
-            max_weight = protection.max_weight if method.weights == "samples" else 1.0
-            room = protection.max_sites
-            specs = self.task.metrics
-            groups = (
-                *method.groups(shared, protection.ring_bits),
-                *method.side_channel(private, protection.ring_bits),
-            )
-            metrics = round_metrics(specs, private=protection.privacy is not None)
-            self._blueprints[name] = Blueprint(
-                arm=arm,
-                identity=arm.identity(self.study_sha256),
-                method=method,
-                policy=policy,
-                layout=Layout(groups, metrics, room, max_weight),
-                metrics_layout=Layout((), validation_metrics(specs), room),
-                evaluation_layout=Layout((), evaluation_metrics(specs, self.replicates), room),
-                codec=self._codec(arm),
-            )
-        return self._blueprints[name]
-
-    def plan(self, name: str) -> Plan:
-        """What the coordinator of an arm must know."""
-        blueprint, schedule = self.blueprint(name), self.study.schedule
-        selection = self.task.metrics[0] if self.task.metrics else None
-        return Plan(
-            arm=name,
-            identity=blueprint.identity,
-            sites=blueprint.arm.sites,
-            rounds=schedule.rounds,
-            min_sites=min(schedule.min_sites, len(blueprint.arm.sites)),
-            layout=blueprint.layout,
-            metrics_layout=blueprint.metrics_layout,
-            initial_scale=self.study.protection.initial_scale,
-            codec=blueprint.codec,
-            selection=None if selection is None else selection.name,
-            larger_is_better=selection is None or selection.larger_is_better,
-            validate_every=schedule.validate_every,
-            release=schedule.release,
-            keep=schedule.keep,
-            extends=self.study.protection.privacy is None,
-        )
 
     def find(self, header: Header) -> Site:
         """The site that a message addresses; built when it is first asked for."""
@@ -299,20 +165,11 @@ class Host:
         known = name == POOLED or name in self.study.sites
         if not known:
             raise StudyError(f"the study has no site {name[:40]!r}")
-        rules = Rules(
-            identity=blueprint.identity,
-            layout=blueprint.codec.sent(blueprint.layout),
-            metrics_layout=blueprint.metrics_layout,
-            evaluation_layout=blueprint.evaluation_layout,
-            replicates=self.replicates,
-            seed=self.study.seed,
+        # Whoever pools data has all of them anyway.
+        rules = self.rules(
+            arm_name,
             egress=OPEN if name == POOLED else self.egress(name),
-            codec=blueprint.codec,
-            # Whoever pools data has all of them anyway.
             lint=name in self.sites.sites and self.sites.of(name).lint,
-            initial_scale=self.study.protection.initial_scale,
-            rounds=self.study.schedule.rounds,
-            extends=self.study.protection.privacy is None,
         )
         threshold = blueprint.arm.threshold(self.study)
         roster = self._roster_path(blueprint.arm)
@@ -377,12 +234,6 @@ class Host:
             momentum=0.0 if robust is None else robust.momentum,
             private=private,
         )
-
-
-def protocols_of(study: Study, sites: Iterable[str]) -> dict[str, npt.NDArray[np.float32]]:
-    """The public features of the sites' scanners; MRI has none."""
-    scanners = {site: study.acquisition_of(site) for site in sites}
-    return {site: protocol_features(a) for site, a in scanners.items() if isinstance(a, CTAcquisition)}
 
 
 def _rules_of(egress: Egress) -> EgressRules:

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from wardround.errors import DataError, StudyError
 from wardround.federation.coordinator import Release
 from wardround.federation.methods.build import build_method
 from wardround.runner.arms import COMPARISONS, FEDERATED, arms_of
-from wardround.runner.host import Blueprint, Host, protocols_of
+from wardround.runner.blueprints import Blueprint, protocols_of
+from wardround.runner.host import Host
 from wardround.runner.protocols import PROTOCOLS, protocols_of_arm
 from wardround.study.load import load_study
 from wardround.study.methods import CustomMethod
 from wardround.study.schema import Study
+from wardround.wire.files import written
 from wardround.wire.tensors import TensorFile, TensorWriter, tensors_sha256
 
 if TYPE_CHECKING:
@@ -33,13 +35,11 @@ FORMAT = "wardround-model-1"
 def save_release(host: Host, blueprint: Blueprint, release: Release) -> Path:
     """Write models/ARM.safetensors: the model as a site that did not take part gets it, and what it was trained on.
 
-    Atomic.
+    Whole or not at all; raises `OSError` where the disk is full.
     """
     shared = blueprint.method.release_for(None, release.state.public, release.state.private)
     rest = {name: t.numpy() for name, t in host.bench.initial.items() if name not in shared}
     path = model_path(host.out, blueprint.arm.folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
     metadata = {
         "format": FORMAT,
         "study": host.study.model_dump_json(),
@@ -49,8 +49,10 @@ def save_release(host: Host, blueprint: Blueprint, release: Release) -> Path:
         "shared": " ".join(sorted(blueprint.policy.names("shared"))),
         PROTOCOLS: protocols_of_arm(host, blueprint.arm).model_dump_json(),
     }
-    save_file({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, draft, metadata=metadata)
-    draft.rename(path)
+    # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
+    data = save({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, metadata=metadata)
+    with written(path) as file:
+        file.write(data)
     return path
 
 
@@ -142,8 +144,7 @@ def shared_sha256(path: Path) -> str:
 
 def as_tensor_file(tensors: Mapping[str, Array], path: Path) -> tuple[TensorFile, str]:
     """The tensors as a message's body, and its hash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with written(path) as file:
         writer = TensorWriter(file)
         for name, tensor in tensors.items():
             writer.add(name, tensor)

@@ -6,15 +6,13 @@ Across hospitals, a roster is what the sites agree on beforehand.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from wardround.errors import JournalError
-from wardround.federation.blobs import sync_folder
-from wardround.federation.secure import enrol
 from wardround.federation.store import SiteStore
 from wardround.protection.identity import Roster
+from wardround.wire.files import write_text
 
 
 def roster_of(path: Path) -> Roster:
@@ -31,15 +29,8 @@ def enrolled(path: Path, stores: Mapping[str, Callable[[], SiteStore]]) -> Roste
         keys: dict[str, bytes] = {}
         for site, opened in stores.items():
             store = opened()
-            keys[site] = enrol(store).public
+            keys[site] = store.enrol().public
             store.close()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name("roster.draft")
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(Roster(keys).to_json(), file)
-            file.flush()
-            # Sites hold on to the first roster they saw: without it the run could not go on.
-            os.fsync(file)
-        draft.rename(path)
-        sync_folder(path.parent)
+        # Sites hold on to the first roster they saw: without it the run could not go on.
+        write_text(path, json.dumps(Roster(keys).to_json()), durable=True)
     return roster_of(path)

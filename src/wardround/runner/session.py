@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
-import platform
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import yaml
 from safetensors.numpy import load_file
 
 from wardround.data.deidentify import describe_error
 from wardround.engines.local import STOPPED, LocalEngine
 from wardround.engines.workers import WorkersEngine
-from wardround.errors import Interrupted, JournalError, StudyError, WardroundError
+from wardround.errors import Interrupted, StudyError, WardroundError
 from wardround.federation.blobs import disk_error
 from wardround.federation.coordinator import Coordinator, Release
 from wardround.federation.exchange import RELEASE, Call, Engine
@@ -33,50 +30,21 @@ from wardround.protection.privacy import Purse
 from wardround.report import write_card, write_report
 from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.evaluation import measure, tables
+from wardround.runner.folder import alone, claim, mixed
 from wardround.runner.host import Host
 from wardround.runner.privacy import statement
 from wardround.runner.protocols import read_protocols
 from wardround.runner.release import load_model, save_release, shared_sha256
+from wardround.runner.watching import Shielded, Watcher
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
+from wardround.wire.files import write_text
 from wardround.wire.tensors import tensors_sha256
 
 log = logging.getLogger(__name__)
 EngineName = Literal["local", "workers"]
 SPEC = "spec.json"
-
-
-class Watcher(Protocol):
-    """Sees a run go on; every call may come from another thread."""
-
-    def arms(self, names: Sequence[str], rounds: int) -> None:
-        """The run will train these arms."""
-
-    def step(self, arm: str, site: str, number: int, step: int, steps: int) -> None:
-        """A site took a step."""
-
-    def round(self, report: RoundReport) -> None:
-        """A round was committed, or its validation became known."""
-
-    def evaluated(self, finished: int, total: int) -> None:
-        """So many of the final evaluations are done."""
-
-
-class Silent:
-    """A watcher that says nothing."""
-
-    def arms(self, names: Sequence[str], rounds: int) -> None:
-        """Say nothing."""
-
-    def step(self, arm: str, site: str, number: int, step: int, steps: int) -> None:
-        """Say nothing."""
-
-    def round(self, report: RoundReport) -> None:
-        """Say nothing."""
-
-    def evaluated(self, finished: int, total: int) -> None:
-        """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +82,19 @@ def run(
     there is something to go on with. Raises `StudyError`, `DataError`, `JournalError`, `NotEnoughSites`, and
     `Interrupted` after Ctrl-C.
     """
-    host = open_host(study, sites, out, compare, overrides, watcher)
+    shielded = Shielded(watcher)
+    host = open_host(study, sites, out, compare, overrides, shielded)
     began = time.perf_counter()
     host.preflight()
     try:
-        with _alone(host.out), closing(host):
-            _claim(host, resume=resume)
+        with alone(host.out), closing(host):
+            fingerprints = claim(host, resume=resume)
             host.open_stores()
-            watcher = watcher or Silent()
-            with _Carrier(host, engine, processes, watcher) as carrier:
-                releases = _train(host, carrier, watcher)
+            with _Carrier(host, engine, processes, shielded) as carrier:
+                releases = _train(host, carrier, shielded)
                 _release(host, carrier.engine, releases)
-                measured = tables(host, measure(host, carrier.engine, watcher.evaluated))
-            return _conclude(host, releases, measured, time.perf_counter() - began)
+                measured = tables(host, measure(host, carrier.engine, shielded.evaluated))
+            return _conclude(host, releases, measured, fingerprints, time.perf_counter() - began)
     except KeyboardInterrupt:
         raise Interrupted(STOPPED) from None
     except OSError as error:
@@ -141,19 +109,23 @@ def evaluate(
     processes: int | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
-    """Recompute the metrics of result.json from the saved models of a finished run and the sites' data."""
+    """Recompute the metrics of result.json from the saved models of a finished run and the sites' data.
+
+    Raises `StudyError` and `DataError` where the run or its models are not what they were, and `JournalError` while
+    another process is at work in the folder.
+    """
     out = Path(out)
     if not (out / "result.json").exists():
         raise StudyError("the folder holds no finished run (no result.json)", detail=str(out))
     before = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    host = open_host(out / "study.yaml", sites, out, before["compare"], (), watcher)
+    shielded = Shielded(watcher)
+    host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded)
     if host.study_sha256 != before["study_sha256"]:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
-    watcher = watcher or Silent()
-    with closing(host), _Carrier(host, engine, processes, watcher) as carrier:
+    with alone(out), closing(host), _Carrier(host, engine, processes, shielded) as carrier:
         # A number of its own: sites answer a request that they know from their store, and here they must measure.
         again = secrets.token_hex(16)
-        return tables(host, measure(host, carrier.engine, watcher.evaluated, again=again))
+        return tables(host, measure(host, carrier.engine, shielded.evaluated, again=again))
 
 
 def open_host(
@@ -162,7 +134,7 @@ def open_host(
     out: str | Path,
     compare: Sequence[str],
     overrides: Sequence[str],
-    watcher: Watcher | None,
+    watcher: Shielded | None,
 ) -> Host:
     """The host of a run: study and sites loaded, and fitting each other."""
     if not isinstance(study, Study):
@@ -180,7 +152,7 @@ def open_host(
 class _Carrier:
     """The engine of a run, closed when the run ends however it ends."""
 
-    def __init__(self, host: Host, name: EngineName | None, processes: int | None, watcher: Watcher) -> None:
+    def __init__(self, host: Host, name: EngineName | None, processes: int | None, watcher: Shielded) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = processes or max(1, cores // host.study.local.threads)
         if (name or ("workers" if count > 1 else "local")) == "local":
@@ -188,8 +160,7 @@ class _Carrier:
             self.parallel = 1
             return
         spec = host.out / "work" / SPEC
-        spec.parent.mkdir(parents=True, exist_ok=True)
-        spec.write_text(json.dumps(host.spec()), encoding="utf-8")
+        write_text(spec, json.dumps(host.spec()))
         self.engine = WorkersEngine(count, "wardround.runner.host:site_finder", spec, watcher.step)
         self.parallel = count + 1
 
@@ -200,39 +171,7 @@ class _Carrier:
         self.engine.close()
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep a second run out of the folder: two of them would delete each other's files."""
-    (out / "work").mkdir(parents=True, exist_ok=True)
-    with (out / "work" / "lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JournalError("another run is at work in this folder; wait for it, or choose another --out") from None
-        yield
-
-
-def _claim(host: Host, *, resume: bool) -> None:
-    """Take the folder for this study, or find that it holds a run of the same study to go on with."""
-    out = host.out
-    written = out / "study.yaml"
-    if written.exists():
-        known = load_study(written)
-        if known != host.study:
-            raise JournalError(
-                "the folder holds a run of another study: choose another --out, or restore the study as it was",
-                detail=str(out),
-            )
-        previous = out / "work" / "compare.json"
-        if previous.exists() and json.loads(previous.read_text(encoding="utf-8")) != sorted(host.arms):
-            raise JournalError("the folder holds a run with another --compare: choose another --out", detail=str(out))
-    elif resume:
-        raise JournalError("--resume: the folder holds no run to go on with", detail=str(out))
-    _write(out / "work" / "compare.json", json.dumps(sorted(host.arms)))
-    _write(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-
-
-def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release]:
+def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Release]:
     """Train all arms, several at once where there are several workers."""
     stop = threading.Event()
     watcher.arms(list(host.arms), host.study.schedule.rounds)
@@ -271,7 +210,7 @@ def _train(host: Host, carrier: _Carrier, watcher: Watcher) -> dict[str, Release
                 carrier.engine.close()
     trained = {name: future.result() for name, future in futures.items()}
     lines = [line for _, reports in trained.values() for line in reports]
-    _write(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
+    write_text(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
     return {name: release for name, (release, _) in trained.items()}
 
 
@@ -294,7 +233,13 @@ def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> Non
                 raise WardroundError(f"site {reply.header.site} could not save its part: {reply.header.meta['reason']}")
 
 
-def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, Any], seconds: float) -> Result:
+def _conclude(
+    host: Host,
+    releases: Mapping[str, Release],
+    measured: dict[str, Any],
+    fingerprints: Sequence[Mapping[str, str]],
+    seconds: float,
+) -> Result:
     out = host.out
     lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     federated = [line for line in lines if line["arm"] == FEDERATED]
@@ -317,7 +262,7 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
         "participants": sorted({site for line in federated for site in line["participants"]}),
         "compare": sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"}),
         **measured,
-        "patients": {site: (n := _patients(host, site)) and host.egress(site).counts(n) for site in host.study.sites},
+        "patients": {site: _told(host, site) for site in host.study.sites},
         "traffic": {
             "bytes_up": sum(line["bytes_up"] for line in federated),
             "bytes_down": sum(line["bytes_down"] for line in federated),
@@ -334,10 +279,10 @@ def _conclude(host: Host, releases: Mapping[str, Release], measured: dict[str, A
             for name, arm in host.arms.items()
         },
         "selected_round": {name: release.number for name, release in releases.items()},
-        "fingerprint": fingerprint(),
-        "notes": _notes(lines),
+        "fingerprint": fingerprints[-1],
+        "notes": [*mixed(fingerprints), *_notes(lines)],
     }
-    _write(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_text(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     write_card(out)
     write_report(out)
     return Result(out, values)
@@ -350,6 +295,12 @@ def _patients(host: Host, site: str) -> dict[str, int] | None:
     except Exception as error:
         log.warning("the data of site %s cannot be counted: %s", site, describe_error(error))
         return None
+
+
+def _told(host: Host, site: str) -> Mapping[str, int | None] | None:
+    """As many of them as the site's rules let out."""
+    patients = _patients(host, site)
+    return None if patients is None else host.egress(site).counts(patients)
 
 
 def _purses(host: Host) -> Iterator[tuple[str, Purse]]:
@@ -365,32 +316,3 @@ def _notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
             notes.append(f"{line['arm']}, round {line['round']}: without {site} ({reason})")
         notes.extend(f"{line['arm']}, round {line['round']}: {note}" for note in line["notes"])
     return notes
-
-
-def fingerprint() -> dict[str, str]:
-    """What must be the same for the same bits: versions and the kind of processor."""
-    import numpy
-    import torch
-
-    import wardround
-
-    return {
-        "wardround": wardround.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.rename(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise

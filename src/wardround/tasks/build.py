@@ -10,21 +10,26 @@ from pathlib import Path
 from wardround.errors import StudyError
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
-from wardround.tasks.ct import NO_EMBEDDINGS, CTReconstruction
-from wardround.tasks.mri import MRIReconstruction
 from wardround.tasks.task import Task
 
 _PARTS = ("metrics", "build_model", "dataset", "pooled", "loss", "score")
 
 
-def build_task(study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> Task:
+def build_task(study: schema.Study, embeddings: Mapping[str, Path] | None = None) -> Task:
     """The task of a study; `embeddings` are the files of the sites that provide them.
 
     Raises StudyError where a custom factory cannot be imported or makes no task.
     """
+    # Late: a process imports the readers, operators and networks of its own task alone.
     match study.task:
+        case tasks_config.ReconstructionTask() if study.modality == "ct":
+            from wardround.tasks.ct import CTReconstruction
+
+            return CTReconstruction(study, embeddings or {})
         case tasks_config.ReconstructionTask():
-            return CTReconstruction(study, embeddings) if study.modality == "ct" else MRIReconstruction(study)
+            from wardround.tasks.mri import MRIReconstruction
+
+            return MRIReconstruction(study)
         case tasks_config.CustomTask() as custom:
             return _custom(custom)
 

@@ -14,13 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.data.ct_dataset import CTFolder, CTIndex, Grid
-from wardround.data.dataset import Example
+from wardround.data.dataset import SPLITS, Example
 from wardround.data.embeddings import Embeddings
+from wardround.data.memory import CACHE_BYTES, ScanCache
 from wardround.data.visits import Index, Visits
 from wardround.errors import GeometryError, StudyError
+from wardround.physics.ct import matrix_limit
+from wardround.physics.ct_cache import user_cache
 from wardround.physics.ct_geometry import check_geometry
-from wardround.physics.ct_simulate import CTSimulator
+from wardround.physics.ct_simulate import REFINEMENT, CTSimulator
 from wardround.physics.ct_system import CTSystem
+from wardround.physics.fbp import check_sweep
 from wardround.physics.operator import LinearOperator
 from wardround.physics.solvers import tv, weighted_tv
 from wardround.physics.wrapped import Prompted
@@ -30,18 +34,11 @@ from wardround.study.ct import CTAcquisition
 from wardround.study.models import anatomy_of
 from wardround.study.protocols import HeaderFacts
 from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows
-from wardround.tasks.reconstruction import (
-    CACHE_BYTES,
-    ReconstructionDataset,
-    ReconstructionTask,
-    ScanCache,
-    weight_of,
-)
-from wardround.tasks.task import MetricSpec, Source, Window
+from wardround.tasks.reconstruction import ReconstructionDataset, ReconstructionTask, weight_of
+from wardround.tasks.task import MetricSpec, Source, Split, Window
 from wardround.wire.random import public_generator
 
 NO_EMBEDDINGS: Mapping[str, Path] = MappingProxyType({})
-_REFINEMENT = 2  # of the simulation's grid, see `wardround.physics.ct_simulate`
 _TV_PENALTY = 0.4  # see `wardround.physics.solvers.tv`
 _PICTURES = 2
 
@@ -118,11 +115,14 @@ def _one_part(parts: Sequence[CTScans]) -> CTScans:
 class Scanner:
     """One acquisition: the simulator of its scans and the operator that reconstruction knows, built when first used.
 
-    Raises GeometryError at once where the detector misses the patient.
+    Their matrices are kept on the machine, see `wardround.physics.ct_cache.user_cache`. Raises GeometryError at once
+    where the detector misses the patient, and for views that FBP cannot weigh; StudyError as `matrix_limit` does.
     """
 
     def __init__(self, acquisition: CTAcquisition) -> None:
         check_geometry(acquisition.geometry)
+        check_sweep(acquisition.geometry)  # networks and baselines start at its image
+        matrix_limit()  # where it cannot be read, that is an error of the study, not of a site when it trains
         self.acquisition = acquisition
 
     @property
@@ -132,19 +132,19 @@ class Scanner:
         rows, columns = geometry.size
         radius = min(rows, columns) * geometry.pixel / 2
         return Grid(
-            (rows * _REFINEMENT, columns * _REFINEMENT),
-            geometry.pixel / _REFINEMENT,
+            (rows * REFINEMENT, columns * REFINEMENT),
+            geometry.pixel / REFINEMENT,
             min(radius, geometry.body_radius or radius),
         )
 
     @cached_property
     def system(self) -> CTSystem:
         """The operator of reconstruction."""
-        return CTSystem(self.acquisition)
+        return CTSystem(self.acquisition, cache=user_cache())
 
     @cached_property
     def _simulator(self) -> CTSimulator:
-        return CTSimulator(self.acquisition, refinement=_REFINEMENT)
+        return CTSimulator(self.acquisition, refinement=REFINEMENT, cache=user_cache())
 
     def scan(self, hu: NDArray[np.float32], random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Data (views, bins) of `system` and the true image (H, W) of a slice in HU on `grid`."""
@@ -218,7 +218,7 @@ class CTDataset(ReconstructionDataset[CTBatch]):
     def _simulate(self, image: NDArray[np.float32], body: NDArray[np.bool_], random: np.random.Generator) -> _Scan:
         data, target = self.scanner.scan(image, random)
         rows, columns = target.shape
-        share = body.reshape(rows, _REFINEMENT, columns, _REFINEMENT).mean((1, 3))
+        share = body.reshape(rows, REFINEMENT, columns, REFINEMENT).mean((1, 3))
         return _Scan(data, target, torch.from_numpy(share >= 0.5))
 
     def _batch(self, scan: _Scan, example: Example) -> CTBatch:
@@ -283,8 +283,8 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
                 raise StudyError(f"site {site}, acquisition.geometry: {error}") from error
         return self._scanners[key]
 
-    def index(self, site: str, source: Source, scanner: str) -> CTIndex:
-        """The slices of a site's folders on the grid of the scanner of the site `scanner`."""
+    def index(self, site: str, source: Source, scanner: str, served: Sequence[Split] = SPLITS) -> CTIndex:
+        """The slices of a site's folders on the grid of the scanner of the site `scanner`; of `served` splits alone."""
         return CTIndex(
             CTFolder(source, site, self._prompts(site)),
             self.scanner(scanner).grid,
@@ -292,6 +292,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
             split=self.config.split,
             seed=self.study.seed,
             role=self.study.sites[site].role,
+            served=served,
         )
 
     def _prompts(self, site: str) -> Embeddings | None:
@@ -314,7 +315,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
 
     def visitors(self, site: str, sources: Mapping[str, Source]) -> Visits[CTIndex]:
         """The test patients of other sites, as an index of `site`."""
-        return Visits(site, [self.index(member, source, site) for member, source in sources.items()])
+        return Visits(site, [self.index(member, source, site, ("test",)) for member, source in sources.items()])
 
     def scans(self, index: Index) -> CTDataset:
         """The acquisitions of an index's slices by its site's scanner."""

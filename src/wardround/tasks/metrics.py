@@ -7,7 +7,7 @@ the pixels of a mask, because empty background flatters PSNR and punishes SSIM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -164,14 +164,6 @@ def mean_of_sites(sites: Sequence[PatientMeans], level: float = 0.95) -> Estimat
     value = float(np.mean([site.total / site.count for site in present]))
     replicates = np.mean([site.replicates / site.count for site in present], axis=0)
     return _estimate(value, replicates, sum(site.count for site in present), level)
-
-
-def patient_averages(values: Iterable[tuple[int, float]]) -> dict[int, float]:
-    """(patient number, slice's value) pairs -> each patient's mean over slices, in order of appearance."""
-    slices: dict[int, list[float]] = {}
-    for patient, value in values:
-        slices.setdefault(patient, []).append(value)
-    return {patient: float(np.mean(of_patient)) for patient, of_patient in slices.items()}
 
 
 def replicate_weights(patients: int, replicates: int, random: np.random.Generator) -> NDArray[np.int64]:

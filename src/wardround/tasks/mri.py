@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wardround.data.dataset import Example, SliceIndex
 from wardround.data.folder import SiteFolder
+from wardround.data.memory import CACHE_BYTES, ScanCache
 from wardround.data.visits import Index, Visits
 from wardround.errors import StudyError
 from wardround.models.unrolled import modl_shape
@@ -25,13 +26,7 @@ from wardround.study import MRIAcquisition, schema
 from wardround.study import models as models_config
 from wardround.study import tasks as tasks_config
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, reconstruction_scores
-from wardround.tasks.reconstruction import (
-    CACHE_BYTES,
-    ReconstructionDataset,
-    ReconstructionTask,
-    ScanCache,
-    weight_of,
-)
+from wardround.tasks.reconstruction import ReconstructionDataset, ReconstructionTask, weight_of
 from wardround.tasks.task import MetricSpec, Source, Window
 from wardround.wire.random import public_generator
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
@@ -22,7 +22,6 @@ from wardround.tasks.losses import build_loss
 from wardround.tasks.metrics import SSIM_WINDOW
 from wardround.tasks.task import Dataset, MetricSpec, Source, Split, Window
 
-CACHE_BYTES = 2**28
 _EVALUATION_BATCH = 8
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -40,36 +39,6 @@ class ScanBatch(Protocol):
 
 BatchT = TypeVar("BatchT", bound=ScanBatch)
 Joined = Callable[[Sequence[BatchT]], BatchT]
-
-
-class Sized(Protocol):
-    """A stored scan."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in memory."""
-        ...
-
-
-ScanT = TypeVar("ScanT", bound=Sized)
-
-
-class ScanCache(Generic[ScanT]):
-    """Keeps what fits: examples come in random order, so nothing is worth throwing out for another."""
-
-    def __init__(self, capacity: int) -> None:
-        self._room = capacity
-        self._scans: dict[Hashable, ScanT] = {}
-
-    def get(self, key: Hashable, make: Callable[[], ScanT]) -> ScanT:
-        """The scan of a key, made where it is not there."""
-        scan = self._scans.get(key)
-        if scan is None:
-            scan = make()
-            if scan.nbytes <= self._room:
-                self._room -= scan.nbytes
-                self._scans[key] = scan
-        return scan
 
 
 class ReconstructionDataset(ABC, Generic[BatchT]):

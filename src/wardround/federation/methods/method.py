@@ -28,6 +28,8 @@ MODEL = "model"
 BUFFERS = "buffers"
 # exp(-loss) is clamped to this, so that one site can neither vanish nor outweigh the others a thousandfold.
 SMALLEST_VALIDATION_WEIGHT = 1e-3
+# Hooks that decide how far a round moves the model; what happens before a site's optimiser is bounded by the optimiser.
+_MOVING = ("changes", "apply", "apply_group", "server_step")
 
 
 def state_name(group: str, tensor: str) -> str:
@@ -172,14 +174,14 @@ class Method:
         A mean goes no further than the furthest. `UNKNOWN` for a method with an update or a server step of its own,
         until it says more here: a site then cannot tell an honest move from another.
         """
-        base, own = Method, type(self)
-        averages = (
-            own.changes is base.changes
-            and own.apply is base.apply
-            and own.apply_group is base.apply_group
-            and own.server_step is base.server_step
-        )
-        return local if averages else UNKNOWN
+        return local if self.moves_as(Method) else UNKNOWN
+
+    def moves_as(self, known: type[Method]) -> bool:
+        """Whether a round moves the model as in the class `known`: nothing derived from it changes how.
+
+        For `reach` of a class that has hooks of its own: a class derived from it may have others, and inherits `reach`.
+        """
+        return all(getattr(type(self), hook) is getattr(known, hook) for hook in _MOVING)
 
     # At the coordinator --------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from wardround.errors import StudyError
 from wardround.federation.methods.method import Array, LocalRound, Method, Writers, state_name
 from wardround.federation.policy import Parameter, Policy, Role
-from wardround.protection.drift import Reach
+from wardround.protection.drift import UNKNOWN, Reach
 from wardround.wire.update import Aggregate, Group
 
 # The group in which private parts travel, and names in the coordinator's state; only with `stranger: mean`.
@@ -86,8 +86,8 @@ class Personal(Method):
         return changes
 
     def reach(self, local: Reach) -> Reach:
-        """The shared part is averaged."""
-        return local
+        """The shared part is averaged, unless a derived method has other ideas."""
+        return local if self.moves_as(Personal) else UNKNOWN
 
     def apply_group(
         self,

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.federation.methods.method import MODEL, Method, state_name
-from wardround.protection.drift import Reach, adam_ratio
+from wardround.protection.drift import UNKNOWN, Reach, adam_ratio
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -35,6 +35,8 @@ class FedAvgM(Method):
 
     def reach(self, local: Reach) -> Reach:
         """The velocity is a sum of means that die away."""
+        if not self.moves_as(FedAvgM):
+            return UNKNOWN
         return local.times(max(1.0, self.server_lr / (1.0 - self.momentum)))
 
     def server_step(self, name: str, mean: Floats, private: Mapping[str, Array], keep: Keep) -> Floats:
@@ -60,6 +62,8 @@ class FedAdam(Method):
 
     def reach(self, local: Reach) -> Reach:
         """No further than `adam_ratio` times the rate, whatever the sites do."""
+        if not self.moves_as(FedAdam):
+            return UNKNOWN
         return Reach(value=self.server_lr * adam_ratio(None, self.beta1, self.beta2))
 
     def server_step(self, name: str, mean: Floats, private: Mapping[str, Array], keep: Keep) -> Floats:

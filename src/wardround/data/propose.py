@@ -1,0 +1,156 @@
+"""A study and a sites file proposed for a folder of scans."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from wardround.data.convert import DRAWINGS, counted_patients, inspect_path, is_site
+from wardround.data.ct_dataset import CONTRAST as CT
+from wardround.data.folder import SiteFolder
+from wardround.data.propose_ct import ct_sites, propose_ct
+from wardround.errors import DataError
+from wardround.study.schema import RESERVED_NAMES
+
+_STUDY = """\
+# A study: everything that decides its result. What is left out has its default; `wardround check` lists all.
+version: 1
+name: {name}
+seed: 0
+
+# Sites by name. Where their data lie stands in the sites file, never here.
+# `role: unseen` is evaluated only: it shows how the model does at a hospital that never took part.
+sites:
+{sites}
+
+# The scanner simulated at every site; a site may have its own `acquisition` above.
+acquisition:
+  kind: mri
+  coils: 8
+  mask: {{family: random, acceleration: 4, calibration: 0.08}}
+  noise: 0.005          # of the image's peak, per coil
+
+task:
+  kind: reconstruction
+  contrasts: {contrasts}   # every patient has these
+  size: [{height}, {width}]       # images are cropped or padded to it, never interpolated
+  slices: {{every: 1, minimum_foreground: 0.05}}
+  split: {{validation: 0.15, test: 0.2}}   # shares of each site's patients
+
+model:
+  kind: modl
+  preset: small         # tiny | small | paper
+
+method:
+  kind: fedavg          # fedprox | fedbn | fedavgm | fedadam
+
+local:
+  steps: 20             # optimiser steps of a site in a round
+  batch: 1
+  lr: 0.001
+
+schedule:
+  rounds: 20
+"""
+
+
+_SITES = """\
+# Where each site's data lie on this machine: no part of the study. ${VARIABLE} and ~ are replaced.
+# `per_site_results: false` keeps a site's own results at the site.
+"""
+
+
+def propose_study(folder: Path) -> tuple[str, str]:
+    """Return a commented study file and a sites file (YAML) for a folder of sites, or for one site's folder.
+
+    MRI, `SITE/PATIENT/CONTRAST.nii.gz`: the contrasts that every patient has, and the commonest size in plane. CT,
+    `SITE/PATIENT/ct.nii.gz` in HU or DICOM images in `SITE/PATIENT/`: a field of view that holds every body, and a
+    simulated scanner for every site. A site with one patient becomes `unseen`. Raises DataError where no site can
+    train, no contrast is common, or images of CT cannot be used.
+    """
+    root = folder.resolve()
+    scans = ct_sites(root)
+    if scans and not _has_contrasts(root):
+        sites = dict(zip(_names(path.name for path in scans), scans, strict=True))
+        return propose_ct(_title(root), sites), _sites_file(sites)
+    return _propose_mri(folder)
+
+
+def _has_contrasts(root: Path) -> bool:
+    """Whether patients have volumes of anything but CT."""
+    sites = (site for site in (root, *root.iterdir()) if site.is_dir() and is_site(site))
+    return any({*SiteFolder(site, site.name).contrasts} - {CT} - DRAWINGS for site in sites)
+
+
+def _title(root: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", root.name).strip("._-")[:64] or "study"
+
+
+def _propose_mri(folder: Path) -> tuple[str, str]:
+    found = inspect_path(folder)
+    if not found.sites:
+        what = f" (this is {found.kind})" if "CT" in found.kind else ""
+        raise DataError(
+            f"no study can be proposed{what}: the folder must hold SITE/PATIENT/CONTRAST.nii.gz, or for CT "
+            "SITE/PATIENT/ct.nii.gz or SITE/PATIENT/*.dcm",
+            detail=str(folder),
+        )
+    summaries = list(found.sites.values())
+    shared = frozenset.intersection(*(summary.complete for summary in summaries))
+    common = sorted(shared - {CT})
+    if not common:
+        have = "; ".join(f"{s.name}: {', '.join(sorted(s.complete)) or 'none'}" for s in summaries)
+        raise DataError(
+            "no contrast is common to every patient of every site; `wardround inspect` lists what there is",
+            detail=f"complete are {have}",
+        )
+    if all(summary.patients < 2 for summary in summaries):
+        raise DataError("no site can train: each has 1 patient, and one must be held out to test")
+    sizes: Counter[tuple[int, int]] = Counter()
+    for summary in summaries:
+        sizes.update(summary.sizes)
+    if not sizes:
+        raise DataError("no image can be read; `wardround inspect` lists what is wrong")
+    height, width = sizes.most_common(1)[0][0]
+    names = _names(summary.name for summary in summaries)
+    root = folder.resolve()
+    paths = [root if is_site(root) else root / summary.name for summary in summaries]
+    lines = (
+        f"  {name}: {{role: {'train' if s.patients > 1 else 'unseen'}}}   # {counted_patients(s.patients)}"
+        for name, s in zip(names, summaries, strict=True)
+    )
+    study = _STUDY.format(
+        name=_title(root),
+        sites="\n".join(lines),
+        contrasts=json.dumps(common),
+        height=height,
+        width=width,
+    )
+    return study, _sites_file(dict(zip(names, paths, strict=True)))
+
+
+def _sites_file(sites: Mapping[str, Path]) -> str:
+    rules = "    egress: {per_site_results: true}\n"
+    entries = "".join(f"  {name}:\n    data: {_quoted(path)}\n{rules}" for name, path in sites.items())
+    return f"{_SITES}sites:\n{entries}"
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as YAML text; JSON's quotes are YAML's."""
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def _names(folders: Iterable[str]) -> list[str]:
+    """Return a valid and unique site name for each folder."""
+    names: list[str] = []
+    for folder in folders:
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", folder)[:28]
+        if not name[:1].isalpha() or name in RESERVED_NAMES:
+            name = f"S-{name}"
+        while name in names:
+            name = f"{name}b"
+        names.append(name)
+    return names

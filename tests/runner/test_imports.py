@@ -1,0 +1,22 @@
+"""What every process of a run imports, and what only those do that need it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+# Each takes a good part of a second, MONAI several.
+LATE = ("monai", "matplotlib", "pandas", "sklearn", "skimage", "opacus", "dp_accounting", "scipy.stats")
+# A site imports these with its task: a coordinator has none, and a task of one's own may need neither.
+BY_TASK = ("nibabel", "pydicom", "scipy.ndimage", "scipy.optimize")
+
+
+def test_heavy_packages_are_imported_by_those_who_need_them() -> None:
+    code = (
+        "import sys, wardround.runner.host\n"
+        f"assert not (early := [name for name in {LATE + BY_TASK} if name in sys.modules]), early\n"
+        "import wardround.models.build, wardround.tasks.ct, wardround.tasks.mri\n"
+        f"assert not (early := [name for name in {LATE} if name in sys.modules]), early"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

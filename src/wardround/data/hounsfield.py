@@ -20,7 +20,7 @@ _HIGHEST = 32767.0
 _NOISE = 0.01  # share of pixels that may lie below the lowest value for no reason known here
 _NOISY_AIR, _NOISY = -1200.0, 0.35  # how low half of those is at most where noise is the reason; their share of air
 _RIM = 0.05  # the same of a volume, where resampling blurs the edge of padding
-_TISSUE = -500.0
+_TISSUE, _AIR_ALONE = -500.0, -900.0
 _THIN = -700.0  # the thinnest thing in any slice of a patient is air, outside or inside
 
 
@@ -74,7 +74,8 @@ def check_hounsfield(data: NDArray[np.uint8] | FloatArray, path: Path) -> None:
     # Padding is no air; where nothing else is thin, fat and the noise of water still are.
     if low >= 0:
         raise _wrong_volume(f"its values reach from {low:g} to {high:g} where air is -1000", path)
-    if most < _TISSUE:
+    # Air alone is a scan of nobody, not of another unit.
+    if most < _TISSUE and (high > _AIR_ALONE or data.min() < _LOWEST):
         raise _wrong_volume(f"there is no tissue in it, 99% of its voxels lie below {most:g}", path)
 
 
@@ -86,7 +87,11 @@ def without_air(series: Mapping[str, Sequence[float]]) -> dict[str, str]:
     """
     least = {name: min(lowest) for name, lowest in series.items()}
     if min(least.values()) > _THIN:
-        return {name: f"it shows no air near -1000, its lowest value is {low:g}" for name, low in least.items()}
+        unless = ", or it is of soft tissue alone, which cannot be told without other slices of the patient"
+        return {
+            name: f"it shows no air near -1000, its lowest value is {low:g}{unless if low < 0 else ''}"
+            for name, low in least.items()
+        }
     return {name: f"its lowest value is {low:g}" for name, low in least.items() if low >= 0}
 
 

@@ -269,14 +269,6 @@ def test_a_secure_run_without_noise_spends_nothing(tmp_path: Path) -> None:
     assert "only their sum over sites could be read" in text
 
 
-def test_a_reason_beside_the_null_is_shown(tmp_path: Path) -> None:
-    table = metrics()
-    table["local"] |= {"DU": None, "DU_reason": "not released"}
-    page = page_of(write_run(tmp_path / "run", {"metrics": table}))
-    assert "not released" in [cell.get("title") for cell in page.all("td")]
-    assert "DU_reason" not in page.text
-
-
 def test_null_and_nan_metrics_are_dashes(tmp_path: Path) -> None:
     table = metrics()
     table["federated"]["CS"]["psnr"] = None
@@ -293,7 +285,6 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     for key in ("federated", "local"):
         table[key] = {evil if site == "CS" else site: entry for site, entry in table[key].items()}
     table["pooled"]["CS"] = None
-    table["pooled"]["CS_reason"] = evil
     table[evil] = {"DU": {evil: {"value": 1.0, "ci_low": 0.5, "ci_high": 1.5, "n": 2}}}
     lines = rounds(3)
     lines[0] |= {"missing": {evil: evil, "CS": evil}, "validation": {evil: 1.0}}
@@ -302,7 +293,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         "study": evil, "metrics": table, "notes": [evil], "fingerprint": {evil: evil},
         "privacy": {evil: evil},
         "steps": {evil: 1}, "selected_round": {evil: evil}, "study_sha256": evil, "withheld": {"FG": evil},
-        "participants": [evil, *TRAINING], "local_sha256": {evil: evil}, "primary_metric": evil,
+        "participants": [evil, *TRAINING], "local_sha256": {evil: evil},
     }  # fmt: skip
     study = STUDY | {"description": evil, "name": evil}
     out = write_run(tmp_path / "run", changed, study=study, lines=lines)
@@ -326,10 +317,10 @@ def test_a_site_name_cannot_lead_out_of_the_run(tmp_path: Path) -> None:
 
 def test_unknown_arms_and_metrics_are_shown_under_their_names(tmp_path: Path) -> None:
     table = metrics()
-    table["federated_bn"] = table["federated"]
+    table["fedbn"] = table["federated"]
     table["dreaming"] = {"CS": {"dice": {"value": 0.8125, "ci_low": 0.7, "ci_high": 0.9, "n": 3}}}
     text = page_of(write_run(tmp_path / "run", {"metrics": table})).text
-    assert "Together (bn)" in text
+    assert "fedbn" in text
     assert "dreaming" in text
     assert "0.812" in text
     assert "dice" in text

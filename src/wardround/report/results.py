@@ -148,8 +148,6 @@ def arm_of(key: str, unknown_index: int = 0) -> Arm:
     style = f"other-{unknown_index % 4}"
     if key == "baseline":
         return Arm(key, "Baseline", "baseline", style, "nothing learned")
-    if key.startswith("federated_"):
-        return Arm(key, f"Together ({key.removeprefix('federated_').replace('_', ' ')})", "federated", style)
     return Arm(key, key.replace("_", " "), "other", style)
 
 
@@ -278,7 +276,7 @@ class Run:
             key
             for table in self._metrics.values()
             for key, entry in _mapping(table).items()
-            if key not in AGGREGATES and not isinstance(entry, str) and not key.endswith("_reason")
+            if key not in AGGREGATES and not isinstance(entry, str)
         ]
         declared = [str(site) for site in _mapping(self.study.get("sites"))]
         return tuple(site for site in dict.fromkeys([*declared, *named]) if site not in self.training)
@@ -296,7 +294,7 @@ class Run:
         )
         order = [known.name for known in _KNOWN_METRICS]
         order += [f"{name}_head" for name in order]
-        first = [name for name in [self.result.get("primary_metric"), *order] if name in names]
+        first = [name for name in order if name in names]
         return tuple(metric_of(name) for name in dict.fromkeys([*first, *names]))
 
     def estimate(self, arm: str, site: str, metric: str) -> Estimate | None:
@@ -308,7 +306,7 @@ class Run:
         table = _mapping(self._metrics.get(arm))
         if _mapping(table.get(site)):
             return None
-        reason = table.get(f"{site}_reason") or _mapping(self.result.get("withheld")).get(site)
+        reason = _mapping(self.result.get("withheld")).get(site)
         return str(reason) if reason else None
 
     def paired_gain(self, arm: str, reference: str, site: str, metric: str) -> Estimate | None:

@@ -15,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,34 +44,29 @@ METHODS: dict[tuple[str, str], list[str]] = {
 }
 
 
-def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
-    options = parser.parse_args()
-    if "WARDROUND_DATA" not in os.environ:
-        raise SystemExit("set WARDROUND_DATA to the folder that holds luad-ct/ (docs/data.md says how to get it)")
-    # Quick takes the small networks and the first seed, never fewer steps.
-    methods = {k: v for k, v in METHODS.items() if not (options.quick and k[0].startswith("LEARN"))}
-    seeds = SEEDS[:1] if options.quick else SEEDS
-    state = conditions(size="128x128", seeds=list(seeds), quick=options.quick)
+def psnr(metrics: dict[str, Any], arm: str, site: str = "mean") -> float:
+    """An arm's PSNR in dB."""
+    return float(metrics[arm][site]["psnr"]["value"])
 
-    folder = options.out or Path(tempfile.mkdtemp(prefix="ct-methods-"))
-    began, cpu = time.perf_counter(), cpu_seconds()
 
-    def psnr(metrics: dict[str, Any], arm: str, site: str = "mean") -> float:
-        return float(metrics[arm][site]["psnr"]["value"])
-
-    columns: list[str] = []
+def compare_methods(folder: Path, *, quick: bool) -> dict[str, dict[str, float]]:
+    """PSNR of every method at every site; prints the table. Quick takes the small networks, never fewer steps."""
     rows: dict[str, dict[str, float]] = {}
-    for (network, method), overrides in methods.items():
+    for (network, method), overrides in METHODS.items():
+        if quick and network.startswith("LEARN"):
+            continue
         name = f"{method}, {network}"
         where = folder / "".join(c if c.isalnum() else "_" for c in name)
         metrics = train(where, [*overrides, *REST], [])["metrics"]
-        columns = columns or [site for site in metrics["federated"] if site not in ("mean", "unseen", UNSEEN)]
-        rows[name] = {site: psnr(metrics, "federated", site) for site in (*columns, "mean", UNSEEN)}
+        rows[name] = {site: psnr(metrics, "federated", site) for site in metrics["federated"] if site != "unseen"}
+    columns = list(next(iter(rows.values())))
     print("\nPSNR on test patients, dB")
-    table(["", *columns, "mean", UNSEEN], [[name, *row.values()] for name, row in rows.items()])
+    table(["", *columns], [[name, *(row[site] for site in columns)] for name, row in rows.items()])
+    return rows
 
+
+def compare_splits(folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
+    """What the conditioned network gains over every other arm, by seed; prints the table."""
     splits: dict[str, dict[int, float]] = {}
     for seed in seeds:
         chosen = [f"seed={seed}"]
@@ -85,7 +81,6 @@ def main() -> None:
             gains[f"conditioned over fedavg, {site}"] = ours - theirs
         for name, gain in gains.items():
             splits.setdefault(name, {})[seed] = gain
-    print(f"\ngain in dB, mean of the four hospitals, {len(seeds)} splits")
     summary = {
         name: {
             "mean": statistics.fmean(by_seed.values()),
@@ -94,16 +89,28 @@ def main() -> None:
         }
         for name, by_seed in splits.items()
     }
+    print(f"\ngain in dB, mean of the four hospitals, {len(seeds)} splits")
     table(["", *next(iter(summary.values()))], [[name, *row.values()] for name, row in summary.items()])
-    finish(
-        {
-            "methods": rows,
-            "splits": summary,
-            "seconds": time.perf_counter() - began,
-            "cpu_seconds": cpu_seconds() - cpu,
-            "conditions": state,
-        }
-    )
+    return summary
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--part", choices=["methods", "splits"], help="only this half (default: both)")
+    parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
+    options = parser.parse_args()
+    if "WARDROUND_DATA" not in os.environ:
+        raise SystemExit("set WARDROUND_DATA to the folder that holds luad-ct/ (docs/data.md says how to get it)")
+    seeds = SEEDS[:1] if options.quick else SEEDS
+    state = conditions(size="128x128", seeds=list(seeds), quick=options.quick)
+    folder = options.out or Path(tempfile.mkdtemp(prefix="ct-methods-"))
+    began, cpu = time.perf_counter(), cpu_seconds()
+    found: dict[str, Any] = {}
+    if options.part in (None, "methods"):
+        found["methods"] = compare_methods(folder, quick=options.quick)
+    if options.part in (None, "splits"):
+        found["splits"] = compare_splits(folder, seeds)
+    finish({**found, "seconds": time.perf_counter() - began, "cpu_seconds": cpu_seconds() - cpu, "conditions": state})
     if options.out is None:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -94,6 +94,8 @@ def fill_disk(act: int) -> None:
 def live(job: dict[str, Any]) -> None:
     """The victim's life: one run in a process of its own, and a file that says how it went."""
     out, notes = Path(job["out"]), Path(job["notes"])
+    # Where the tests are a background job, a shell has told them to ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "hold" in job:
         os.environ[Hold.VARIABLE], Hold.steps = job["hold"], 0
     if "command" in job:

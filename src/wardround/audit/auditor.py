@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from wardround.federation.training import build_optimizer
 from wardround.protection.lint import Finding, architecture_sha256, lint_against
 from wardround.protection.privacy import terms_of
 from wardround.runner.arms import FEDERATED
-from wardround.runner.host import Host
+from wardround.runner.host import NOWHERE, Host
 from wardround.runner.release import model_of_study, personal_part
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
@@ -84,7 +83,7 @@ class Auditor:
                              f"{', '.join(study.training_sites)}")  # fmt: skip
         self.study, self.site, self.effort = study, site, effort
         self.attacks = tuple(effort.limit(attack) for attack in attacks)
-        self._host = Host(study, sites, Path(os.devnull), ())
+        self._host = Host(study, sites, NOWHERE, ())
         self._path = _model_path(model)
         self.tensors = self._host.bench.initial_values()
         if self._path is not None:

@@ -11,7 +11,7 @@ from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
 from wardround.runner.blueprints import Blueprint
 from wardround.runner.columns import entry, table, wrapped
-from wardround.runner.host import Host
+from wardround.runner.host import NOWHERE, Host
 from wardround.runner.privacy import Outlook, words
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256
@@ -34,10 +34,10 @@ def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], o
     study = load_study(study_file, overrides)
     if sites_file is None:
         nowhere = SitesFile(sites={name: SiteData(data=(Path(),)) for name in study.sites})
-        host = open_host(study, nowhere, Path(), compare, (), None)
+        host = open_host(study, nowhere, NOWHERE, compare, (), None)
         sites, mind = _sites(host), "Data: not looked at; add --sites SITES to see every site's patients."
     else:
-        host = open_host(study, load_sites(sites_file), Path(), compare, (), None)
+        host = open_host(study, load_sites(sites_file), NOWHERE, compare, (), None)
         sites, mind = _sites_with_data(host), "\n".join(_cautions(host))
     blueprint = host.blueprint("federated")
     sections = (

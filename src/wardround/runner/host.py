@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ from wardround.tasks.task import Dataset, Headed, Visited
 from wardround.wire.message import Header
 
 log = logging.getLogger(__name__)
+# The folder of whoever only looks: nothing can be made in it.
+NOWHERE = Path(os.devnull)
 Progress = Callable[[str, str, int, int, int], None]
 
 

@@ -81,8 +81,18 @@ def main() -> None:
     )
     print()
     table(
-        ["membership", "n", "AUC", "at 1 %", "at 0.1 %"],
-        [[m.attack, f"{m.members}+{m.outsiders}", m.auc, m.at[0].tpr, m.at[1].tpr] for m in found_all.membership],
+        ["membership", "n", "AUC", "control", "at 1 %", "at 0.1 %"],
+        [
+            [
+                m.attack,
+                f"{m.members}+{m.outsiders}",
+                m.auc,
+                "-" if m.control is None else m.control,
+                m.at[0].tpr,
+                m.at[1].tpr,
+            ]
+            for m in found_all.membership
+        ],
     )
     for each in found_all.properties:
         print(f"property: {each.name}: AUC {each.auc:.3f} ({each.low:.3f} to {each.high:.3f}), n {each.examples}")
@@ -96,6 +106,7 @@ def main() -> None:
             "null_ssim": float(np.mean([r.null_ssim for r in found_all.rows])),
             "light": found_all.light,
             "membership_tpr_at_1pct": max(m.at[0].tpr for m in found_all.membership),
+            "membership_control_auc": {m.attack: m.control for m in found_all.membership},
             "membership_n": [found_all.membership[0].members, found_all.membership[0].outsiders],
             "epsilon_claimed": found_all.epsilon.claimed,
             "epsilon_lower_bound": found_all.epsilon.lower,

@@ -89,6 +89,15 @@ def test_the_command_writes_a_page_and_numbers(written: tuple[Result, Path]) -> 
     assert PATIENT not in page + found.output
 
 
+def test_who_took_part_is_told_from_alike_slices(hospital: tuple[Path, Path, Path]) -> None:
+    """Held-out slices by another rule would differ from training's whether or not anybody remembers them."""
+    study, sites, _ = hospital
+    two = load_study(study, ["task.slices.per_patient=2", "task.evaluation.slices.per_patient=1"])
+    found = Auditor(two, load_sites(sites), "Alpha", Effort.of(quick=True))
+    held_out = found._dataset.patients("validation") + found._dataset.patients("test")
+    assert len(list(found._outsiders())) > held_out
+
+
 def test_the_numbers_follow_the_schema(written: tuple[Result, Path], hospital: tuple[Path, Path, Path]) -> None:
     values: dict[str, Any] = json.loads((written[1] / "audit.json").read_text())
     assert values["version"] == 1

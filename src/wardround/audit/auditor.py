@@ -20,21 +20,21 @@ from wardround.audit.membership import Membership, infer_membership
 from wardround.audit.properties import Property, probe
 from wardround.audit.results import PARTS, Audit, Control, Part, Pictured
 from wardround.audit.scores import Row, Trial, row, score
+from wardround.audit.subject import claimed, held_out_alike, model_file
 from wardround.audit.victims import Noise, control_victim, singles, victim_of
 from wardround.errors import DataError, StudyError
 from wardround.federation.examples import ExampleStream, SiteExamples
-from wardround.federation.private_training import training_patients
 from wardround.federation.store import NOTHING
 from wardround.federation.training import build_optimizer
 from wardround.protection.lint import Finding, architecture_sha256, lint_against
-from wardround.protection.privacy import terms_of
 from wardround.runner.arms import FEDERATED
 from wardround.runner.host import NOWHERE, Host
 from wardround.runner.release import model_of_study, personal_part
+from wardround.study.load import study_sha256
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 from wardround.tasks.reconstruction import ReconstructionDataset
-from wardround.tasks.task import Batch, Dataset, Split
+from wardround.tasks.task import Batch, Split
 from wardround.wire.random import public_generator
 from wardround.wire.tensors import tensors_sha256
 
@@ -55,7 +55,7 @@ class Effort:
     @staticmethod
     def of(*, quick: bool, trials: int | None = None) -> Effort:
         """The effort of a quick or a full audit."""
-        effort = Effort(2, 60, 1, 2, 24, 0, 0, 24) if quick else Effort(4, 120, 1, 3, 48, 4, 40, 64)
+        effort = Effort(2, 60, 1, 2, 24, 0, 0, 24) if quick else Effort(4, 120, 1, 3, 48, 4, 600, 64)
         return effort if trials is None else replace(effort, trials=trials)
 
     def limit(self, attack: Attack) -> Attack:
@@ -83,18 +83,19 @@ class Auditor:
                              f"{', '.join(study.training_sites)}")  # fmt: skip
         self.study, self.site, self.effort = study, site, effort
         self.attacks = tuple(effort.limit(attack) for attack in attacks)
-        self._host = Host(study, sites, NOWHERE, ())
-        self._path = _model_path(model)
+        self._host = Host(held_out_alike(study), sites, NOWHERE, ())
+        self._study_sha256 = study_sha256(study)
+        self._path = model_file(model)
         self.tensors = self._host.bench.initial_values()
         if self._path is not None:
             self.tensors = {
-                **model_of_study(self._path, self._host.study_sha256),
+                **model_of_study(self._path, self._study_sha256),
                 **personal_part(self._path, site),
             }
         self._dataset = self._host.dataset(site)
         if not len(self._dataset):
             raise DataError(f"site {site} has no training example to audit")
-        self.claim = claim or _claimed(study, site, self._dataset)
+        self.claim = claim or claimed(study, site, self._dataset)
         self.pictures: list[Pictured] = []
         self.skipped: list[str] = []
 
@@ -203,7 +204,7 @@ class Auditor:
             epsilon = self.epsilon() if "epsilon" in parts else None
         return Audit(
             study=self.study.name,
-            study_sha256=self._host.study_sha256,
+            study_sha256=self._study_sha256,
             site=self.site,
             model="the initial weights of round 1" if self._path is None else f"the released model {self._path.name}",
             model_sha256=tensors_sha256(self.tensors),
@@ -385,22 +386,3 @@ class Auditor:
         if number == 0:
             self.pictures.append(Pictured(variant, attack.name, victim.images[0], found.images[0]))
         return score(found.images, victim.images, victim.masks, self.pool)
-
-
-def _model_path(model: Path | None) -> Path | None:
-    if model is None or not model.is_dir():
-        return model
-    return model / "models" / f"{FEDERATED}.safetensors"
-
-
-def _claimed(study: Study, site: str, dataset: Dataset) -> Claim | None:
-    """What the study claims of a site's privacy for the federated model: its own noise, and epsilon from that.
-
-    Nothing where sites share the noise: none of them adds enough for a claim of its own.
-    """
-    privacy = study.protection.privacy
-    if privacy is None or privacy.noise == "distributed":
-        return None
-    steps = study.schedule.rounds * study.local.steps
-    terms = terms_of(privacy, site, training_patients(dataset), steps)
-    return Claim(terms.noise, terms.clip, steps, terms.rate, terms.delta)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from tests.hospitals import head, make_hospitals, save, write_study
 from wardround import __version__, cli
 from wardround.cli import app
+from wardround.runner import session
 from wardround.study.load import load_study
 
 PATIENT = "Doe-John"
@@ -114,6 +115,22 @@ def test_results_say_who_is_lacking_and_why(capsys: pytest.CaptureFixture[str]) 
         "Alpha: withheld by the site (Withheld: by rule)",
         "Beta: could not be measured (DataError: [path] cannot be read)",
     ]
+
+
+def test_evaluate_does_not_agree_where_a_site_could_not_be_measured(
+    copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sites = copy
+    again = session.evaluate
+
+    def lacking(*arguments: Any, **options: Any) -> dict[str, Any]:
+        return {**again(*arguments, **options), "failed": {"Alpha": "JournalError: a site's store does not open"}}
+
+    monkeypatch.setattr(session, "evaluate", lacking)
+    result = _run("evaluate", out, "--sites", sites, "--engine", "local")
+    assert result.exit_code == 2
+    assert "numbers agree" not in result.stdout
+    assert "Alpha could not be measured this time" in result.stderr
 
 
 def test_evaluate_says_which_number_differs(copy: tuple[Path, Path]) -> None:

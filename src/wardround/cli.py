@@ -148,6 +148,11 @@ def evaluate(
         found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher)
     written = json.loads((out / "result.json").read_text(encoding="utf-8"))
     _results(found)
+    if failed := set(found["failed"]) - set(written.get("failed", ())):
+        raise WardroundError(
+            f"{', '.join(sorted(failed))} could not be measured this time, so not every number was compared; mend what "
+            "the lines above say"
+        )
     now, then = numbers_of(found["metrics"]), numbers_of(written["metrics"])
     differing = [key for key in {**now, **then} if now.get(key) != then.get(key)]
     if differing:
@@ -333,12 +338,15 @@ def verify_log(
     for log in found.logs:
         signed = f"{log.signatures} signatures, key {log.key}" if log.key else "no signatures"
         _say(f"{log.name}: {len(log.entries)} records, {signed}" + (f" ({log.note})" if log.note else ""))
-    for damage in found.damages:
+    for damage in found.damages[:20]:
         errors.print(Text(damage, style="red"), soft_wrap=True)
+    if (more := len(found.damages) - 20) > 0:
+        errors.print(Text(f"... and {more} more", style="red"))
     if found.damages:
         raise typer.Exit(1)
     if found.anchors:
-        _say(f"Whole: {found.anchors} anchors in other parties' logs agree.")
+        agree = f"{found.anchors} anchors in other parties' logs agree"
+        _say(f"Whole: {agree}. What follows a log's last anchor could be cut off unseen.")
     elif len(found.logs) == 1:
         _say("Whole in itself. No other party's log is here, so records cut off its end would not show.")
     else:

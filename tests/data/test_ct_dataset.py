@@ -253,6 +253,27 @@ def test_folders_without_images_are_counted_and_not_named(tmp_path: Path) -> Non
     assert _index(folder).remarks() == ("1 of 5 folders hold neither *.dcm nor ct.nii.gz; they are left out",)
 
 
+def test_folders_of_one_person_are_told_of(tmp_path: Path) -> None:
+    """A folder is a patient: one person in two of them could train and test, and is counted as two by privacy."""
+    for number in range(4):
+        save_dicom(thorax(number), tmp_path / f"Doe-{number}" / "0.dcm")
+    (remark,) = _index(tmp_path).remarks()
+    assert remark.startswith("4 of 4 patients' folders name a PatientID that another of them names")
+    assert "4711" not in remark
+
+
+def test_one_slice_of_another_rescale_or_no_tissue_is_refused(tmp_path: Path) -> None:
+    for number in range(3):
+        save_dicom(thorax(number), tmp_path / "one" / f"{number}.dcm", intercept=0.0 if number == 1 else -1024.0)
+        save_dicom((thorax(number) + 1000) // 10 - 1000, tmp_path / "tenth" / f"{number}.dcm")
+    for name, what in (("one", "the lowest value of one of its slices is"), ("tenth", "there is no tissue in it")):
+        (tmp_path / name / name).mkdir()
+        for path in (tmp_path / name).glob("*.dcm"):
+            path.rename(path.parent / name / path.name)
+        with pytest.raises(DataError, match=what):
+            CTFolder(tmp_path / name, "A").slices(0)
+
+
 def _spine(seed: int = 0) -> np.ndarray:
     """A zoomed field of soft tissue and bone without any air."""
     random = np.random.default_rng(seed)
@@ -271,7 +292,7 @@ def test_a_slice_without_air_is_judged_with_the_patients_others(tmp_path: Path) 
     # Its own rescale may be wrong all the same, and a patient without any air is refused.
     save_dicom(_spine(), tmp_path / "Doe" / "2.dcm", intercept=0.0)
     with pytest.raises(
-        DataError, match=r"site A: wrong rescale: a CT image is not in HU, its lowest value is \d+; export"
+        DataError, match=r"site A: wrong rescale: a CT image is not in HU, the lowest value of one of its slices is \d+"
     ):
         CTFolder(tmp_path, "A").slices(0)
     for name in ("0.dcm", "2.dcm"):

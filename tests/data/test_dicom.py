@@ -310,6 +310,25 @@ def test_series_that_are_none_are_refused(tmp_path: Path) -> None:
         read_series(foreign)
     with pytest.raises(DataError, match="gantry tilt"):
         read_series(write_series(tmp_path / "slanted", change=_slanted))
+    two = write_series(tmp_path / "two")
+    write_slice(two / "other", position=20.0, change=setting(PatientID="PAT-9"))
+    with pytest.raises(DataError, match="slices of one series are of 2 patients") as error:
+        read_series(two)
+    assert "PAT" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "typed"),
+    [("PatientName", "Meier^Hans"), ("PatientID", "H-7731-Meier"), ("OperatorsName", "MEIER^Anna")],
+)
+def test_no_device_is_called_as_a_person_in_its_own_header(where: str, typed: str) -> None:
+    header = ct_header()
+    setattr(header, where, typed)
+    header.Manufacturer, header.ManufacturerModelName, header.ConvolutionKernel = "Siemens", "Dr. Meier's", "meier"
+    found = protocol_of(header)
+    assert (found.vendor, found.model, found.kernel) == ("Siemens", None, None)
+    header.ManufacturerModelName, header.ConvolutionKernel = "Definition AS+", "B30f"
+    assert protocol_of(header).scanner == "Siemens Definition AS+"
 
 
 def test_the_header_fills_an_acquisition_and_the_study_the_rest(tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ def test_no_message_says_what_a_header_says(finished: tuple[Result, list[Sent]])
     assert leaks(finished[1], [b"SIEMENS", b"Sensation", b"B30f", b"kernel", b"tube voltage"]) == []
 
 
+def test_a_model_written_again_has_the_same_bytes(
+    finished: tuple[Result, list[Sent]], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    first = finished[0].out
+    rules = {"minimum_cohort": 2, "per_site_results": False}
+    run(ct_study(), _sites(folders, **rules), tmp_path / "again", compare=("local",), engine="local")
+    for model in sorted((first / "models").glob("*.safetensors")):
+        assert model.read_bytes() == (tmp_path / "again" / "models" / model.name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("rules", "privacy", "told"),
     [

@@ -16,13 +16,14 @@ from scipy import ndimage
 
 from wardround.data.ct_files import KINDS, NIFTI, patient_files
 from wardround.data.ct_protocol import CTProtocol, facts_of
+from wardround.data.ct_remarks import remarks_on
 from wardround.data.dataset import SPLITS, BoolArray, Example, chosen, fill_holes
-from wardround.data.dicom import AIR, read_slice
+from wardround.data.dicom import AIR, CTSlice, read_slice
 from wardround.data.embeddings import Embeddings
 from wardround.data.folder import no_patient, patient_folders
-from wardround.data.hounsfield import check_air, check_hounsfield
+from wardround.data.hounsfield import check_air, check_hounsfield, check_tissue
 from wardround.data.memory import CACHE_BYTES, ScanCache
-from wardround.data.places import Place, regular_gaps, unevenness
+from wardround.data.places import Place
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray, Volume, read_volume
 from wardround.errors import DataError
@@ -55,7 +56,7 @@ class Grid:
 class Slice:
     """An axial image in HU, at least -1024, (rows, columns), with the distance of its rows and columns in mm.
 
-    `protocol`, `series` and `place` are what its header says of the scan; NIfTI says nothing.
+    `protocol`, `series`, `place` and `patient` (an identifier) are what its header says; NIfTI says nothing.
     """
 
     hu: FloatArray
@@ -63,6 +64,7 @@ class Slice:
     protocol: CTProtocol | None = None
     series: str = ""
     place: Place | None = None
+    patient: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +138,8 @@ class CTFolder:
             for one in read:
                 lowest.setdefault(one.series, []).append(one.lowest)
             check_air(lowest, self._folders[patient])
-            return [Slice(one.hu, one.spacing, one.protocol, one.series, one.place) for one in read]
+            check_tissue((one.hu for one in read), self._folders[patient])
+            return [_slice_of(one) for one in read]
         except DataError as error:
             raise DataError(f"site {self.site}: {error}", detail=error.detail) from error
 
@@ -149,7 +152,7 @@ class CTFolder:
             one = read_slice(files[number], alone=False)
         except DataError as error:
             raise DataError(f"site {self.site}: {error}", detail=error.detail) from error
-        return Slice(one.hu, one.spacing, one.protocol, one.series, one.place)
+        return _slice_of(one)
 
     def prompt(self, patient: int) -> FloatArray | None:
         """Return a patient's embedding, float32 (tokens, dimension), where the site provides any."""
@@ -168,6 +171,10 @@ class CTFolder:
         if self._embeddings is not None:
             contents.append(self._embeddings.digest(self._folders[patient].name))
         return hashlib.sha256("/".join(contents).encode()).hexdigest()
+
+
+def _slice_of(one: CTSlice) -> Slice:
+    return Slice(one.hu, one.spacing, one.protocol, one.series, one.place, one.patient)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,6 +220,7 @@ class CTIndex:
         self._inside = grid.inside()
         self._protocols: dict[int, frozenset[CTProtocol]] = {}
         self._series: dict[int, list[list[Place]]] = {}
+        self._named: dict[int, frozenset[str]] = {}
         self._shares = {patient: self._survey(patient) for patient in sorted(chain(*self._served.values()))}
         self._check_fit()
 
@@ -266,26 +274,10 @@ class CTIndex:
 
     def remarks(self) -> tuple[str, ...]:
         """What somebody should know of the data before training on them; nothing that leaves the site."""
-        found = []
+        found = list(remarks_on(list(self._named.values()), list(self._series.values())))
         if unused := self._folder.unused:
-            found.append(
-                f"{unused} of {unused + len(self._folder)} folders hold neither {' nor '.join(KINDS)}; they are left "
-                "out"
-            )
-        if mixed := sum(len(series) > 1 for series in self._series.values()):
-            found.append(
-                f"{mixed} of {len(self._series)} patients' folders mix several series; every image is an example"
-            )
-        every = [places for series in self._series.values() for places in series]
-        if uneven := sum(bool(unevenness(places)) for places in every):
-            found.append(
-                f"in {uneven} of {len(every)} series slices are missing, doubled or uneven; every image is an example"
-            )
-        if gaps := sum(bool(regular_gaps(places)) for places in every if not unevenness(places)):
-            found.append(
-                f"in {gaps} of {len(every)} series slices may be missing: their distances or numbers are not those of "
-                "neighbours; every image is an example"
-            )
+            folders = unused + len(self._folder)
+            found.append(f"{unused} of {folders} folders hold neither {' nor '.join(KINDS)}; they are left out")
         return tuple(found)
 
     def header_facts(self, minimum: int) -> HeaderFacts:
@@ -298,6 +290,7 @@ class CTIndex:
         shares, reaches = [], []
         images = self._folder.slices(patient)
         self._protocols[patient] = frozenset(image.protocol for image in images if image.protocol is not None)
+        self._named[patient] = frozenset(image.patient for image in images if image.patient)
         series: dict[str, list[Place]] = {}
         for image in images:
             series.setdefault(image.series, []).extend([image.place] if image.place else [])

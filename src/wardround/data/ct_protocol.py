@@ -19,6 +19,18 @@ from wardround.study.protocols import HeaderFacts
 Value = TypeVar("Value", str, float)
 # No scanner or kernel is called like this; a name or an identifier that somebody typed into the field may be.
 _NO_DEVICE = re.compile(r"\^|\d{6}")
+# Whoever typed a name into the field of a device typed it into its own, too.
+_NAMES = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthName",
+    "OtherPatientNames",
+    "OtherPatientIDs",
+    "ReferringPhysicianName",
+    "PerformingPhysicianName",
+    "PhysiciansOfRecord",
+    "OperatorsName",
+)
 
 
 @dataclass(frozen=True)
@@ -63,17 +75,28 @@ def protocol_of(header: Dataset) -> CTProtocol:
             f"({source:g} mm); its distances are wrong",
             detail=str(path_of(header)),
         )
+    named = {word for name in _NAMES for word in _words(text(header, name) or "")}
+
+    def device(name: str) -> str | None:
+        value = text(header, name)
+        return None if value is None or named & _words(value) else value
+
     return CTProtocol(
-        vendor=text(header, "Manufacturer"),
-        model=text(header, "ManufacturerModelName"),
+        vendor=device("Manufacturer"),
+        model=device("ManufacturerModelName"),
         kvp=_positive(header, "KVP"),
         tube_current=_positive(header, "XRayTubeCurrent"),
         slice_thickness=_positive(header, "SliceThickness"),
-        kernel=text(header, "ConvolutionKernel"),
+        kernel=device("ConvolutionKernel"),
         source_distance=source,
         detector_distance=None if source is None or whole is None else whole - source,
         reconstruction_diameter=_positive(header, "ReconstructionDiameter"),
     )
+
+
+def _words(value: str) -> set[str]:
+    """The words of a text that are long enough to name somebody."""
+    return {word for word in re.split(r"[\W_]+", value.casefold()) if len(word) > 2}
 
 
 def acquisition_from_header(header: Dataset | CTProtocol, default: CTAcquisition | None = None) -> CTAcquisition:

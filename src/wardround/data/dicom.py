@@ -23,7 +23,7 @@ from wardround.data.dicom_file import (
     required,
     text,
 )
-from wardround.data.hounsfield import AIR, check_air, to_hounsfield
+from wardround.data.hounsfield import AIR, check_air, check_tissue, to_hounsfield
 from wardround.data.places import Place, regular_gaps, unevenness
 from wardround.data.volume import FloatArray, Volume
 from wardround.errors import DataError
@@ -40,7 +40,8 @@ class CTSlice:
 
     `hu` is float32 (rows, columns) in HU, cut off below at -1024, padding outside the scan included. `spacing` is
     the distance of rows and of columns in mm, `place` where the slice lies along its normal. `series` is the identifier
-    of its series, which stays at the site. `lowest` is the lowest value (permille 1) of what was scanned.
+    of its series and `patient` of its patient; both stay at the site. `lowest` is the lowest value
+    (permille 1) of what was scanned.
     """
 
     hu: FloatArray
@@ -49,6 +50,7 @@ class CTSlice:
     protocol: CTProtocol
     series: str
     lowest: float
+    patient: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,8 @@ def read_slice(path: Path, *, alone: bool = True) -> CTSlice:
     series = text(placed.header, "SeriesInstanceUID") or ""
     if alone:
         check_air({series: [placed.air]}, path)
-    return CTSlice(placed.hu, placed.spacing, placed.place, protocol_of(placed.header), series, placed.air)
+    patient = text(placed.header, "PatientID") or ""
+    return CTSlice(placed.hu, placed.spacing, placed.place, protocol_of(placed.header), series, placed.air, patient)
 
 
 def read_series(source: Path | Sequence[Path]) -> CTSeries:
@@ -129,6 +132,7 @@ def read_series(source: Path | Sequence[Path]) -> CTSeries:
     slices.sort(key=lambda placed: placed.position)
     step = _step(slices)
     check_air({"": [placed.air for placed in slices]}, path_of(slices[0].header))
+    check_tissue((placed.hu for placed in slices), path_of(slices[0].header))
     first = slices[0]
     data = np.stack([placed.hu for placed in slices], axis=-1)
     return CTSeries(
@@ -211,6 +215,12 @@ def _one_series(slices: Sequence[_Placed]) -> None:
     if count > 1:
         raise DataError(
             f"{count} series are mixed in one folder; give each series a folder of its own",
+            detail=str(path_of(slices[0].header).parent),
+        )
+    patients = len({text(placed.header, "PatientID") for placed in slices})
+    if patients > 1:
+        raise DataError(
+            f"slices of one series are of {patients} patients; give each patient's series a folder of its own",
             detail=str(path_of(slices[0].header).parent),
         )
     first = slices[0]

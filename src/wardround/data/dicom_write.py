@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from io import BytesIO
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
@@ -193,7 +194,7 @@ def _derived(source: FileDataset, lossy: bool, new: _New, description: str) -> F
         image.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = generate_uid(prefix=None)
         image.SeriesInstanceUID = new.series
         image.SeriesNumber = int(source.get("SeriesNumber") or 0) + 9000
-        image.SeriesDescription = f"{description[:32]} ({PURPOSE})"[:64]
+        image.SeriesDescription = f"{shorten(description, 32, placeholder='')} ({PURPOSE})"[:64]
         image.Modality, image.ImageType = "CT", ["DERIVED", "SECONDARY", "AXIAL"]
         image.DerivationDescription = f"{PURPOSE}: {description}"[:1024]
         image.SourceImageSequence = [_reference(source)]

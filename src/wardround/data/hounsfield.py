@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,13 +92,25 @@ def without_air(series: Mapping[str, Sequence[float]]) -> dict[str, str]:
             name: f"it shows no air near -1000, its lowest value is {low:g}{unless if low < 0 else ''}"
             for name, low in least.items()
         }
-    return {name: f"its lowest value is {low:g}" for name, low in least.items() if low >= 0}
+    # In a series of a patient with air, even a slice of soft tissue has fat and the noise of water.
+    return {
+        name: f"the lowest value of one of its slices is {max(lowest):g}"
+        for name, lowest in series.items()
+        if max(lowest) >= 0
+    }
 
 
 def check_air(series: Mapping[str, Sequence[float]], path: Path) -> None:
     """Raise DataError ("wrong rescale") where `without_air` finds something wrong."""
     for what in without_air(series).values():
         raise _wrong(what, path)
+
+
+def check_tissue(slices: Iterable[FloatArray], path: Path) -> None:
+    """Raise DataError ("wrong rescale") where the slices of a patient, in HU, show something, and no tissue."""
+    most = max(float(np.percentile(image, 99)) for image in slices)
+    if _AIR_ALONE < most < _TISSUE:
+        raise _wrong(f"there is no tissue in it, 99% of every slice lie below {most:g}", path)
 
 
 def _too_low(scanned: FloatArray | NDArray[np.uint8]) -> float:

@@ -9,6 +9,7 @@ import yaml
 
 from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
+from wardround.runner.arms import POOLED
 from wardround.runner.blueprints import Blueprint
 from wardround.runner.columns import entry, table, wrapped
 from wardround.runner.host import NOWHERE, Host
@@ -20,7 +21,7 @@ from wardround.study.protection import Rotation, Subspace, TopK
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
 from wardround.study.tasks import ReconstructionTask
-from wardround.tasks.task import Headed
+from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
 
 _WIDTH = 100
@@ -205,6 +206,7 @@ def _egress(host: Host, blueprint: Blueprint, *, with_data: bool) -> str:
         (
             entry("every round", "its weight and its weighted change of the shared values, as integers"),
             entry("", f"({seen})"),
+            *_unmasked(host),
             *([entry("", discloses)] if discloses else []),
             entry("", f"its {'' if private else 'loss and '}seconds, and sums over validation patients of {names}"),
             entry("at the end", _at_the_end(host, with_data=with_data)),
@@ -216,6 +218,14 @@ def _egress(host: Host, blueprint: Blueprint, *, with_data: bool) -> str:
     )
 
 
+def _unmasked(host: Host) -> Iterator[str]:
+    """The arms of a secure study in which a site has nobody to be summed with."""
+    study = host.study
+    alone = [name for name, arm in host.arms.items() if arm.threshold(study) is None and POOLED not in arm.sites]
+    if study.protection.secure and alone:
+        yield entry("", f"(not in {', '.join(alone)}: an arm of one site has no sum, and its updates can be read)")
+
+
 def _at_the_end(host: Host, *, with_data: bool) -> str:
     sites = tuple(host.study.sites)
     if with_data:
@@ -224,7 +234,8 @@ def _at_the_end(host: Host, *, with_data: bool) -> str:
         return "nothing of test patients: every site keeps its own results"
     some = "" if with_data and len(sites) == len(host.study.sites) else " (only from sites whose own results leave)"
     replicates = f", and of {host.replicates} bootstrap replicates" if host.replicates else ""
-    return f"sums over test patients of the same metrics{replicates}{some}"
+    bare = "; not masked" if host.study.protection.secure else ""
+    return f"sums over test patients of the same metrics{replicates}{some}{bare}"
 
 
 def _beside(host: Host) -> str:
@@ -289,6 +300,13 @@ def _early_end(outlook: Outlook) -> str:
     )
 
 
+def _told(host: Host, site: str, split: Split) -> bool:
+    """Whether somebody else reads what a site's only patient of a split contributes."""
+    if split == "test":
+        return _results_leave(host, site, 1)
+    return not host.study.protection.secure and _withheld(host, site, 1) is None
+
+
 def _cautions(host: Host) -> Iterator[str]:
     """What somebody should know before pressing the button."""
     lonely: dict[str, list[str]] = {"validation": [], "test": []}
@@ -298,8 +316,9 @@ def _cautions(host: Host) -> Iterator[str]:
     thin: list[str] = []
     for name, site in host.study.sites.items():
         counts = patients_in(host.dataset(name))
-        for split in ("validation", "test"):
-            if counts[split] == 1:
+        splits: tuple[Split, ...] = ("validation", "test")
+        for split in splits:
+            if counts[split] == 1 and _told(host, name, split):
                 lonely[split].append(name)
             if counts[split] == 0 and site.role == "train":
                 absent[split].append(name)

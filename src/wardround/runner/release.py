@@ -52,8 +52,16 @@ def save_release(host: Host, blueprint: Blueprint, release: Release) -> Path:
     # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
     data = save({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, metadata=metadata)
     with written(path) as file:
-        file.write(data)
+        file.write(_in_order(data))
     return path
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its header sorted: the library writes metadata in another order each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def model_path(out: Path, folder: str) -> Path:

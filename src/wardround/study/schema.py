@@ -165,7 +165,8 @@ class Study(Config):
                 "whose metrics carry no noise; set it to `last`"
             )
         if self.local.clip_norm is not None:
-            raise ValueError("local.clip_norm: with protection.privacy, set protection.privacy.clip instead")
+            raise ValueError("local.clip_norm: with protection.privacy, set protection.privacy.clip instead, and "
+                             "remove this one (--set local.clip_norm=null)")  # fmt: skip
         if self.protection.privacy.noise == "distributed":
             self._noise_adds_up()
         return self

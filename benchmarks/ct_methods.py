@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, conditions, cpu_seconds, finish, table
-from ct_sites import PLAIN, UNSEEN, train
+from ct_sites import PLAIN, REST, UNSEEN, train
 
 SEEDS = (2026, 2027, 2028)
 MEAN = "stranger: mean"
-REST = ["task.evaluation.baselines=[]"]
 BATCH_NORM = [*PLAIN, "model.norm=batch"]
 REDCNN = ["model={kind: redcnn, conditioning: bottleneck}"]
 TWO_BAND = ["model={kind: two_band}"]

@@ -21,6 +21,8 @@ from common import arguments, conditions, cpu_seconds, finish, table
 ROOT = Path(__file__).resolve().parent.parent
 UNSEEN = "NewScanner"
 PLAIN = ["model.conditioned=false"]
+# For every run but the one whose table has the baselines.
+REST = ["task.evaluation.baselines=[]"]
 # What each row changes in the study. The network of a method that needs parts of its own has those parts.
 METHODS: dict[str, list[str]] = {
     "fedavg": PLAIN,
@@ -64,8 +66,7 @@ def main() -> None:
     conditioned = train(folder / "conditioned", [], ["local", "pooled"])
     # Quick leaves out methods, never a size.
     chosen = {"fedavg": PLAIN} if options.quick else METHODS
-    rest = ["task.evaluation.baselines=[]"]
-    others = {name: train(folder / name, [*overrides, *rest], []) for name, overrides in chosen.items()}
+    others = {name: train(folder / name, [*overrides, *REST], []) for name, overrides in chosen.items()}
     seconds = time.perf_counter() - began
 
     metrics, training = conditioned["metrics"], conditioned["participants"]

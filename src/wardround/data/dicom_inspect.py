@@ -11,7 +11,7 @@ from pathlib import Path
 from wardround.data.ct_projections import read_projections
 from wardround.data.ct_protocol import CTProtocol
 from wardround.data.dicom import CTSlice, read_slice
-from wardround.data.dicom_file import is_projection, open_dicom, text
+from wardround.data.dicom_file import is_projection, open_dicom
 from wardround.data.hounsfield import without_air, wrong_rescale
 from wardround.data.places import Place, regular_gaps, unevenness
 from wardround.errors import DataError
@@ -47,9 +47,9 @@ class _Seen:
     lowest: float
 
     @classmethod
-    def of(cls, one: CTSlice, folder: Path, patient: str | None) -> _Seen:
+    def of(cls, one: CTSlice, folder: Path) -> _Seen:
         size, low, high = one.hu.shape, float(one.hu.min()), float(one.hu.max())
-        place = (folder, patient, one.series, one.place)
+        place = (folder, one.patient or None, one.series, one.place)
         return cls((size[0], size[1]), one.spacing, low, high, one.protocol, *place, one.lowest)
 
 
@@ -78,8 +78,7 @@ def summarise_dicom(files: list[Path]) -> DicomSummary:
 
     for file in files:
         try:
-            one = read_slice(file, alone=False)
-            slices.append(_Seen.of(one, file.parent, text(open_dicom(file, pixels=False), "PatientID")))
+            slices.append(_Seen.of(read_slice(file, alone=False), file.parent))
         except DataError as error:
             problem(str(error))
     for what, found in list(_airless(slices)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -108,8 +109,12 @@ def check_air(series: Mapping[str, Sequence[float]], path: Path) -> None:
 
 def check_tissue(slices: Iterable[FloatArray], path: Path) -> None:
     """Raise DataError ("wrong rescale") where the slices of a patient, in HU, show something, and no tissue."""
-    most = max(float(np.percentile(image, 99)) for image in slices)
-    if _AIR_ALONE < most < _TISSUE:
+    most = -math.inf
+    for image in slices:
+        most = max(most, float(np.percentile(image, 99)))
+        if most >= _TISSUE:
+            return
+    if most > _AIR_ALONE:
         raise _wrong(f"there is no tissue in it, 99% of every slice lie below {most:g}", path)
 
 

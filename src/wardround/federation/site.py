@@ -293,32 +293,33 @@ class Site:
             raise Withheld(f"site {self.name} withholds its own results: egress.per_site_results is false")
         learner = self.learner
         which = header.meta.get("evaluator")
-        if which is not None and which not in self._evaluators:
-            raise WireError(f"site {self.name} has no evaluator of that name")
-        carried = self.public_state(request) if which is None or header.body_nbytes else None
-        if carried is not None:
-            self._settle_on_one(header, split)
-        if carried is not None and which is None:
-            learner.load(carried, self.store.memory(header.round))
+        if which is None:
+            learner.load(self._to_measure(request, split), self.store.memory(header.round))
             values = learner.evaluate(split)
+        elif which in self._evaluators:
+            carried = self._to_measure(request, split) if header.body_nbytes else None
+            values = self._evaluators[which](learner, carried, header.meta, split)
         else:
-            values = self._evaluators[str(which)](learner, carried, header.meta, split)
+            raise WireError(f"site {self.name} has no evaluator of that name")
         layout = self.rules.metrics_layout if pooled else self.rules.evaluation_layout
         metrics = self._validation_sums(header.round, values) if pooled else self._evaluation_sums(values)
         random = public_generator(self.rules.seed, self.name, "no rounding")
         return encode(layout, {}, {}, {}, metrics, random), layout
 
-    def _settle_on_one(self, header: Header, split: Split) -> None:
-        """Refuse a second model: sums of many, chosen to differ at will, would tell patients apart.
+    def _to_measure(self, request: Message, split: Split) -> TensorFile:
+        """The model that a request carries; a second one is refused.
 
-        An arm has one model that is tested, and one a round that is validated; those are measured as often as asked.
+        Sums of many, chosen to differ at will, would tell patients apart. An arm has one model that is tested, and one
+        a round that is validated; those are measured as often as asked.
         """
+        header, state = request.header, self.public_state(request)
         number, each = (0, "an arm") if split == "test" else (header.round, "a round")
         if self.store.promise(f"measured/{split}", number, header.body_sha256) != header.body_sha256:
             raise Rejected(
                 f"site {self.name} has measured another model: it gives {split} sums of one model of {each}. To "
                 "measure others, start a run in another folder"
             )
+        return state
 
     def _release(self, request: Message) -> Answer:
         """Write the private part of the released model into the site's own folder."""

@@ -11,18 +11,13 @@ from pathlib import Path
 from wardround.data.convert import DRAWINGS, counted_patients, inspect_path, is_site
 from wardround.data.ct_dataset import CONTRAST as CT
 from wardround.data.folder import SiteFolder
-from wardround.data.propose_ct import ct_sites, propose_ct
+from wardround.data.propose_ct import HEAD, ct_sites, propose_ct
 from wardround.errors import DataError
 from wardround.study.schema import RESERVED_NAMES
 
-_STUDY = """\
-# A study: everything that decides its result. What is left out has its default; `wardround check` lists all.
-version: 1
-name: {name}
-seed: 0
-
-# Sites by name. Where their data lie stands in the sites file, never here.
-# `role: unseen` is evaluated only: it shows how the model does at a hospital that never took part.
+_STUDY = (
+    HEAD
+    + """\
 sites:
 {sites}
 
@@ -55,6 +50,7 @@ local:
 schedule:
   rounds: 20
 """
+)
 
 
 _SITES = """\

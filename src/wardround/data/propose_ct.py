@@ -49,7 +49,8 @@ _OURS = "The numbers are ours, to begin with."
 _HEADERS = "The numbers are ours, to begin with; distances are those of a site's DICOM headers, where they name any."
 _SMALLER = " With [128, 128] there and here, and `pixel` doubled, a run is several times faster."
 
-_STUDY = """\
+# How every proposed study begins.
+HEAD = """\
 # A study: everything that decides its result. What is left out has its default; `wardround check` lists all.
 version: 1
 name: {name}
@@ -57,6 +58,11 @@ seed: 0
 
 # Sites by name. Where their data lie stands in the sites file, never here.
 # `role: unseen` is evaluated only: it shows how the model does at a hospital that never took part.
+"""
+
+_STUDY = (
+    HEAD
+    + """\
 #
 # ACQUISITIONS ARE SIMULATED from your images: few views and a low dose, so that there is something to restore.
 # {stated}
@@ -93,6 +99,7 @@ local:
 
 schedule: {{rounds: 20, validate_every: 4}}
 """
+)
 
 
 @dataclass(frozen=True)

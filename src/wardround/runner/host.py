@@ -93,6 +93,11 @@ class Host(Blueprints):
         """What a site lets out; one that scans the patients of others keeps the strictest rules of those."""
         return strictest(_rules_of(self.sites.of(name).egress) for name in self._scanned_by(site) or (site,))
 
+    def history(self, site: str) -> Path:
+        """The folder in which a site records over all studies what it has answered, or this run's own."""
+        entry = self.sites.sites.get(site)
+        return self.out / "work" / "sites" / site / "history" if entry is None or entry.history is None else entry.history
+
     def header_facts(self, site: str) -> HeaderFacts:
         """What the headers of a site's training images say of its scanners, as far as its rules let out.
 

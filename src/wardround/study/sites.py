@@ -62,6 +62,11 @@ class SiteData(Config):
         description="the file in which this site counts what its patients' privacy has cost, over all studies; "
         "default: one of the run's own",
     )
+    history: Path | None = Field(
+        None,
+        description="the folder in which this site records, over all studies, which masked rounds it joined and which "
+        "patients it measured; default: one of the run's own. Give every study on the same patients the same folder",
+    )
 
     @field_validator("data", mode="before")
     @classmethod
@@ -99,12 +104,14 @@ def load_sites(path: str | Path) -> SitesFile:
 
 def _resolved(entry: SiteData, site: str, base: Path) -> SiteData:
     key, embeddings, ledger = f"sites.{site}", entry.embeddings, entry.ledger
+    history = entry.history
     return entry.model_copy(
         update={
             "encryption_key": _key_place(entry.encryption_key, site, base),
             "data": tuple(_existing(path, f"{key}.data", base, folder=True) for path in entry.data),
             "embeddings": embeddings and _existing(embeddings, f"{key}.embeddings", base, folder=False),
             "ledger": ledger and _absolute(ledger, f"{key}.ledger", base),
+            "history": history and _absolute(history, f"{key}.history", base),
         }
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.faults.victims import Nursery
+from tests.faults.victims import ForkServer
 
 # Before torch is imported, here and in every process that a test starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,8 +26,8 @@ settings.load_profile("wardround")
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
+def fork_server() -> Iterator[ForkServer]:
     """Starts runs that can be killed; one for the whole session, for its start-up is that of torch."""
-    started = Nursery()
+    started = ForkServer()
     yield started
     started.close()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.victims import Nursery
+from tests.faults.victims import ForkServer
 from tests.federation.rig import Rig, Sent
 from tests.toys import toy_sites, toy_study
 from wardround.errors import Interrupted, JournalError, NotEnoughSites, WardroundError
@@ -44,11 +44,11 @@ def go(tmp_path: Path, study: Study, **options: Any) -> Result:
 # The disk ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_clear_error_and_nothing_is_half_written(nursery: Nursery, tmp_path: Path) -> None:
-    whole = nursery.run(tmp_path / "whole", study=ALL)
+def test_a_full_disk_is_one_clear_error_and_nothing_is_half_written(fork_server: ForkServer, tmp_path: Path) -> None:
+    whole = fork_server.run(tmp_path / "whole", study=ALL)
     for act in (1, 4, 7):
         out = tmp_path / f"full-{act}"
-        said = nursery.run(out, study=ALL, full=act)
+        said = fork_server.run(out, study=ALL, full=act)
         # Whose disk it is that is full decides who says so: the coordinator, or every site and then too few are left.
         assert said["error"] in ("JournalError", "NotEnoughSites"), said
         assert "No space left" in said["text"]
@@ -56,7 +56,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_half_written(nursery: Nur
         assert str(tmp_path) not in said["text"]
         assert not list(out.rglob("*.draft"))
         assert not (out / "result.json").exists()
-        assert nursery.run(out, study=ALL)["model_sha256"] == whole["model_sha256"]
+        assert fork_server.run(out, study=ALL)["model_sha256"] == whole["model_sha256"]
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_that_is_really_full(nursery: Nursery, tmp_path: Path, small_disk: Path) -> None:
-    whole = nursery.run(tmp_path / "whole", study=ALL)
+def test_a_disk_that_is_really_full(fork_server: ForkServer, tmp_path: Path, small_disk: Path) -> None:
+    whole = fork_server.run(tmp_path / "whole", study=ALL)
     failed = 0
     for left in (60_000, 250_000, 600_000):
         out = small_disk / f"out-{left}"
@@ -85,12 +85,12 @@ def test_a_disk_that_is_really_full(nursery: Nursery, tmp_path: Path, small_disk
                     file.write(bytes(4096))
             except OSError:
                 file.truncate(max(0, file.tell() - left))
-        said = nursery.run(out, study=ALL)
+        said = fork_server.run(out, study=ALL)
         if "error" in said:
             failed += 1
             assert said["error"] in ("JournalError", "NotEnoughSites"), said
         ballast.unlink()
-        said = nursery.run(out, study=ALL)
+        said = fork_server.run(out, study=ALL)
         assert said.get("model_sha256") == whole["model_sha256"], said
         subprocess.run(["rm", "-r", str(out)], check=True)
     assert failed

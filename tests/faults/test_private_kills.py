@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.victims import Nursery
+from tests.faults.victims import ForkServer
 from wardround.federation.exchange import UPDATE
 from wardround.federation.store import SiteStore
 from wardround.protection.ledger import Entry, Ledger
@@ -91,11 +91,11 @@ def assert_same(out: Path, said: dict[str, Any], whole: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An uninterrupted run."""
-    nursery.ask({"rehearse": JOB})
+    fork_server.ask({"rehearse": JOB})
     out = with_secrets(tmp_path_factory.mktemp("whole") / "out")
-    said = nursery.run(out, listen=True, **JOB)
+    said = fork_server.run(out, listen=True, **JOB)
     assert "model_sha256" in said, said
     ledgers = {site: [entry.inputs for entry in charged(out, site)] for site in SITES}
     for site in SITES:
@@ -107,22 +107,24 @@ def whole(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.slow
-def test_killed_at_any_act_a_step_is_charged_once(nursery: Nursery, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_at_any_act_a_step_is_charged_once(
+    fork_server: ForkServer, whole: dict[str, Any], tmp_path: Path
+) -> None:
     acts, parts, chance = whole["said"]["acts"], 8, random.Random(5)
     killed_at = set()
     for part in range(parts):
         fatal = chance.randint(part * acts // parts + 1, (part + 1) * acts // parts)
         out = with_secrets(tmp_path / f"killed-at-{fatal}")
-        victim = nursery.start(out, fatal=fatal, **JOB)
+        victim = fork_server.start(out, fatal=fatal, **JOB)
         assert victim.wait() == -signal.SIGKILL
         killed_at.add(victim.died_at)
         assert_paid(out)
-        assert_same(out, nursery.run(out, **JOB), whole)
+        assert_same(out, fork_server.run(out, **JOB), whole)
     assert len(killed_at) >= 3
 
 
 @pytest.mark.slow
-def test_killed_around_every_write_of_a_charge(nursery: Nursery, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_around_every_write_of_a_charge(fork_server: ForkServer, whole: dict[str, Any], tmp_path: Path) -> None:
     """Between the ledger's line and its anchor, and between the anchor and the first gradient."""
     heard = whole["said"]["heard"]
     first, last = heard.index("before spend") + 1, heard.index("after spend") + 1
@@ -130,15 +132,17 @@ def test_killed_around_every_write_of_a_charge(nursery: Nursery, whole: dict[str
     assert "before commit" in heard[first:last]
     for fatal in range(first, last + 1):
         out = with_secrets(tmp_path / f"killed-at-{fatal}")
-        assert nursery.start(out, fatal=fatal, **JOB).wait() == -signal.SIGKILL
+        assert fork_server.start(out, fatal=fatal, **JOB).wait() == -signal.SIGKILL
         assert_paid(out)
-        assert_same(out, nursery.run(out, **JOB), whole)
+        assert_same(out, fork_server.run(out, **JOB), whole)
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_nothing_is_paid_twice(nursery: Nursery, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_again_and_again_nothing_is_paid_twice(
+    fork_server: ForkServer, whole: dict[str, Any], tmp_path: Path
+) -> None:
     out, lives = with_secrets(tmp_path / "out"), 0
-    while (victim := nursery.start(out, fatal=whole["said"]["acts"] // 5, **JOB)).wait():
+    while (victim := fork_server.start(out, fatal=whole["said"]["acts"] // 5, **JOB)).wait():
         lives += 1
         assert lives < 20
         assert_paid(out)
@@ -148,13 +152,13 @@ def test_killed_again_and_again_nothing_is_paid_twice(nursery: Nursery, whole: d
 
 @pytest.mark.slow
 def test_a_ledger_that_is_not_the_newest_stops_its_site(
-    nursery: Nursery, whole: dict[str, Any], tmp_path: Path
+    fork_server: ForkServer, whole: dict[str, Any], tmp_path: Path
 ) -> None:
     """Nothing is trained without it; with the newest copy back the run ends as if nothing had been."""
     out = with_secrets(tmp_path / "out")
     # In the middle of the training: every site has paid before, and has to pay again.
     charges = [act for act, what in enumerate(whole["said"]["heard"], 1) if what == "before spend"]
-    assert nursery.start(out, fatal=charges[len(charges) // 2], **JOB).wait() == -signal.SIGKILL
+    assert fork_server.start(out, fatal=charges[len(charges) // 2], **JOB).wait() == -signal.SIGKILL
     path = _site(out, "B") / "ledger.jsonl"
     newest, before = path.read_bytes(), released(out, "B")
     lines = newest.splitlines(keepends=True)
@@ -162,19 +166,19 @@ def test_a_ledger_that_is_not_the_newest_stops_its_site(
     edited = newest.replace(b'"steps": 2', b'"steps": 1', 1)
     for spoiled in (None, lines[0], newest[:-5], edited):
         path.unlink() if spoiled is None else path.write_bytes(spoiled)
-        said = nursery.run(out, **JOB)
+        said = fork_server.run(out, **JOB)
         assert said["error"] == "NotEnoughSites", said
         assert "does not train with privacy" in said["text"]
         assert released(out, "B") == before
     path.write_bytes(newest)
-    assert_same(out, nursery.run(out, **JOB), whole)
+    assert_same(out, fork_server.run(out, **JOB), whole)
 
 
 def test_another_secret_is_another_model_and_as_many_charges(
-    nursery: Nursery, whole: dict[str, Any], tmp_path: Path
+    fork_server: ForkServer, whole: dict[str, Any], tmp_path: Path
 ) -> None:
     out = with_secrets(tmp_path / "out", first=100)
-    assert nursery.run(out, **JOB)["model_sha256"] != whole["said"]["model_sha256"]
+    assert fork_server.run(out, **JOB)["model_sha256"] != whole["said"]["model_sha256"]
     for site in SITES:
         inputs = {entry.inputs for entry in charged(out, site)}
         assert len(inputs) == len(whole["ledgers"][site])

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to be killed (see `tests.faults.nursery`)."""
+"""Runs in processes of their own, to be killed (see `tests.faults.fork_server`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Victim:
     pid: int
     out: Path
     notes: Path
-    nursery: Nursery
+    fork_server: ForkServer
 
     @property
     def died_at(self) -> str:
@@ -27,7 +27,7 @@ class Victim:
 
     def wait(self) -> int:
         """The exit code; negative is the signal that killed it."""
-        return int(self.nursery.ask({"wait": self.pid}))
+        return int(self.fork_server.ask({"wait": self.pid}))
 
     @property
     def held(self) -> bool:
@@ -50,13 +50,13 @@ class Victim:
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-class Nursery:
-    """Starts runs; see `tests.faults.nursery`."""
+class ForkServer:
+    """Starts runs; see `tests.faults.fork_server`."""
 
     def __init__(self) -> None:
         self._notes = tempfile.TemporaryDirectory()
         self._count = 0
-        command = [sys.executable, "-m", "tests.faults.nursery"]
+        command = [sys.executable, "-m", "tests.faults.fork_server"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         assert self._process.stdout.readline().strip() == "ready"

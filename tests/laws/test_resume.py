@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.faults.victims import Nursery
+from tests.faults.victims import ForkServer
 from tests.scanners import PROTOCOLS
 from tests.toys import toy_sites, toy_study
 
@@ -50,11 +50,13 @@ SLOW = {
 
 
 @pytest.fixture(scope="module", params=STUDIES)
-def whole(request: pytest.FixtureRequest, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(
+    request: pytest.FixtureRequest, fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """An uninterrupted run: what every other one must come to."""
     study = STUDIES[request.param]
     out = tmp_path_factory.mktemp("whole") / "out"
-    said = nursery.run(out, study=study, compare=COMPARE[request.param], listen=True)
+    said = fork_server.run(out, study=study, compare=COMPARE[request.param], listen=True)
     assert "model_sha256" in said, said
     return {"study": study, "compare": COMPARE[request.param], "said": said, "rounds": rounds(out)}
 
@@ -77,7 +79,7 @@ def assert_same(out: Path, said: dict[str, Any], whole: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_act(nursery: Nursery, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_at_any_act(fork_server: ForkServer, whole: dict[str, Any], tmp_path: Path) -> None:
     """An act is a file written, synced, renamed or deleted, a transaction begun or committed, a step of training."""
     heard, parts, chance = whole["said"]["heard"], 8, random.Random(7)
     killed_at: set[str] = set()
@@ -86,19 +88,19 @@ def test_killed_at_any_act(nursery: Nursery, whole: dict[str, Any], tmp_path: Pa
         # At a kind of act that was not tried yet, where this part of the run has one.
         fatal = chance.choice([act for act in acts if heard[act - 1] not in killed_at] or acts)
         out = tmp_path / f"killed-at-{fatal}"
-        victim = nursery.start(out, fatal=fatal, study=whole["study"], compare=whole["compare"])
+        victim = fork_server.start(out, fatal=fatal, study=whole["study"], compare=whole["compare"])
         assert victim.wait() == -signal.SIGKILL
         killed_at.add(victim.died_at)
-        assert_same(out, nursery.run(out, study=whole["study"], compare=whole["compare"]), whole)
+        assert_same(out, fork_server.run(out, study=whole["study"], compare=whole["compare"]), whole)
     assert len(killed_at) >= 6
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(nursery: Nursery, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_again_and_again(fork_server: ForkServer, whole: dict[str, Any], tmp_path: Path) -> None:
     """Every life is a little longer than the one before would need, so the run gets on, one shred at a time."""
     out, lives = tmp_path / "out", 0
     fatal = whole["said"]["acts"] // 5
-    while (victim := nursery.start(out, fatal=fatal, study=whole["study"], compare=whole["compare"])).wait():
+    while (victim := fork_server.start(out, fatal=fatal, study=whole["study"], compare=whole["compare"])).wait():
         lives += 1
         assert lives < 20
     assert lives >= 3
@@ -106,25 +108,25 @@ def test_killed_again_and_again(nursery: Nursery, whole: dict[str, Any], tmp_pat
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(nursery: Nursery, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_at_any_moment(fork_server: ForkServer, whole: dict[str, Any], tmp_path: Path) -> None:
     chance = random.Random(11)
     for index in range(3):
         out = tmp_path / str(index)
-        victim = nursery.start(out, study=whole["study"], compare=whole["compare"])
+        victim = fork_server.start(out, study=whole["study"], compare=whole["compare"])
         time.sleep(chance.uniform(0.02, 0.4))
         os.killpg(victim.pid, signal.SIGKILL)
         victim.wait()
-        assert_same(out, nursery.run(out, study=whole["study"], compare=whole["compare"]), whole)
+        assert_same(out, fork_server.run(out, study=whole["study"], compare=whole["compare"]), whole)
 
 
 # Worker processes and Ctrl-C -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def slow(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def slow(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A whole run whose steps take long enough to be hit; one site is enough for a round, so none may get lost."""
     out = tmp_path_factory.mktemp("slow") / "out"
-    said = nursery.run(out, study=SLOW)
+    said = fork_server.run(out, study=SLOW)
     return {"said": said, "rounds": rounds(out)}
 
 
@@ -148,8 +150,8 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_replaced(nursery: Nursery, slow: dict[str, Any], tmp_path: Path) -> None:
-    victim = nursery.start(tmp_path / "out", study=SLOW, engine="workers", processes=1, hold=True)
+def test_a_worker_that_dies_is_replaced(fork_server: ForkServer, slow: dict[str, Any], tmp_path: Path) -> None:
+    victim = fork_server.start(tmp_path / "out", study=SLOW, engine="workers", processes=1, hold=True)
     until(lambda: victim.held)
     os.kill(children(victim.pid)[0], signal.SIGKILL)
     victim.release()
@@ -159,25 +161,25 @@ def test_a_worker_that_dies_is_replaced(nursery: Nursery, slow: dict[str, Any], 
 
 @pytest.mark.slow
 def test_a_coordinator_that_dies_takes_its_workers_along(
-    nursery: Nursery, slow: dict[str, Any], tmp_path: Path
+    fork_server: ForkServer, slow: dict[str, Any], tmp_path: Path
 ) -> None:
-    victim = nursery.start(tmp_path / "out", study=SLOW, engine="workers", processes=1, hold=True)
+    victim = fork_server.start(tmp_path / "out", study=SLOW, engine="workers", processes=1, hold=True)
     until(lambda: victim.held)
     workers = children(victim.pid)
     assert workers
     os.kill(victim.pid, signal.SIGKILL)
     victim.release()
     assert victim.wait() == -signal.SIGKILL
-    assert_same(victim.out, nursery.run(victim.out, study=SLOW), slow)
+    assert_same(victim.out, fork_server.run(victim.out, study=SLOW), slow)
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 10.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "workers"])
 def test_ctrl_c_stops_cleanly_and_changes_nothing(
-    nursery: Nursery, slow: dict[str, Any], tmp_path: Path, engine: str
+    fork_server: ForkServer, slow: dict[str, Any], tmp_path: Path, engine: str
 ) -> None:
-    victim = nursery.start(tmp_path / "out", study=SLOW, engine=engine, processes=1, hold=True)
+    victim = fork_server.start(tmp_path / "out", study=SLOW, engine=engine, processes=1, hold=True)
     until(lambda: victim.held)
     workers = children(victim.pid)
     os.killpg(victim.pid, signal.SIGINT)
@@ -189,13 +191,13 @@ def test_ctrl_c_stops_cleanly_and_changes_nothing(
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert not (victim.out / "result.json").exists()
     # Every round has all three sites: who had answered before Ctrl-C is not all there is.
-    assert_same(victim.out, nursery.run(victim.out, study=SLOW), slow)
+    assert_same(victim.out, fork_server.run(victim.out, study=SLOW), slow)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "workers"])
 def test_a_service_that_is_stopped_ends_as_with_ctrl_c(
-    nursery: Nursery, slow: dict[str, Any], tmp_path: Path, engine: str
+    fork_server: ForkServer, slow: dict[str, Any], tmp_path: Path, engine: str
 ) -> None:
     """SIGTERM to the command and to every process it started, as a service manager or a batch system sends it."""
     study, out = toy_study(**SLOW), tmp_path / "out"
@@ -204,7 +206,7 @@ def test_a_service_that_is_stopped_ends_as_with_ctrl_c(
     (tmp_path / "sites.yaml").write_text(yaml.safe_dump(sites.model_dump(mode="json")))
     words = ["run", str(tmp_path / "study.yaml"), "--sites", str(tmp_path / "sites.yaml"), "--out", str(out)]
     words += ["--engine", engine, "--processes", "1"]
-    victim = nursery.start(out, command=words, hold=True)
+    victim = fork_server.start(out, command=words, hold=True)
     until(lambda: victim.held)
     workers = children(victim.pid)
     os.killpg(victim.pid, signal.SIGTERM)
@@ -214,7 +216,7 @@ def test_a_service_that_is_stopped_ends_as_with_ctrl_c(
     assert "run the same command again" in victim.printed
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert not (out / "result.json").exists()
-    again = nursery.start(out, command=words)
+    again = fork_server.start(out, command=words)
     assert again.wait() == 0, again.printed
     assert rounds(out) == slow["rounds"]
     assert json.loads((out / "result.json").read_text())["model_sha256"] == slow["said"]["model_sha256"]

@@ -4,18 +4,37 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+LOG    := $(VENV)/install.log
+EXTRAS := demo,dev,privacy,compressed
 
-# Real images, where this machine has them: tests that need them are skipped otherwise.
+# Real images, where this machine has them. Empty or not set means none: no test that reads them runs then.
 WARDROUND_DATA ?= $(wildcard $(abspath ../shared/data))
+ifeq ($(strip $(WARDROUND_DATA)),)
+unexport WARDROUND_DATA
+else
 export WARDROUND_DATA
+endif
 
-.PHONY: demo test lint types docs clean
+# A test worker has one thread; a worker for each core up to eight.
+JOBS   ?= auto
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --constraint constraints.txt
+
+# What pip says goes into a log, and to the terminal only where pip fails: $(call quietly,COMMAND).
+quietly = { $(1); } >>$(LOG) 2>&1 || { cat $(LOG); echo "The packages could not be installed: see above."; exit 1; }
+
+.PHONY: demo test test-all lint types docs clean
 
 demo: $(STAMP)
 	$(BIN)/wardround demo --out runs/demo
 
+# All but the long matrices, with a few examples of each law.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# Everything, the long matrices and many examples of each law as well.
+test-all: $(STAMP)
+	$(PYTEST) --hypothesis-profile=full
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -26,15 +45,19 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@echo "Adding what the pages are made with to $(VENV)"
+	@$(call quietly,$(PIP) --editable '.[docs]')
 	$(BIN)/mkdocs build --strict
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Wardround needs Python 3.11 or newer: make PYTHON=python3.11"'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,privacy,compressed]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Wardround needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	@echo "Making $(VENV) with all packages in their pinned versions (a few minutes, once; the log is $(LOG))"
+	@mkdir -p $(VENV) && : >$(LOG)
+	@$(call quietly,$(PYTHON) -m venv $(VENV))
+	@$(call quietly,$(PIP) torch)
+	@$(call quietly,$(PIP) --editable '.[$(EXTRAS)]')
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs site

@@ -1,4 +1,4 @@
-"""What every test shares: quiet threads, worker processes that find the toys, and no deadline for slow machines."""
+"""What every test shares: quiet threads, hypothesis profiles, real images where there are any, runs to be killed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.examples import FULL
 from tests.faults.victims import ForkServer
+from tests.real_images import lacking
 
-# Before torch is imported, here and in every process that a test starts.
+# Before torch is imported, here and in every process that a test starts: as many workers as cores run at once.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-# No test writes into the cache of whoever runs it; the folder goes when the tests end.
+for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(threads, "1")
+# No test writes into the cache of the person who runs it; the folder goes when the tests end.
 _CACHE = tempfile.TemporaryDirectory(prefix="wardround-cache-")
 os.environ["WARDROUND_CACHE"] = _CACHE.name
 ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
-settings.register_profile("wardround", deadline=None, max_examples=50)
-settings.load_profile("wardround")
+# `make test` tries a few examples of each law, `make test-all` (`--hypothesis-profile=full`) many; see tests.examples.
+settings.register_profile("quick", deadline=None, max_examples=15)
+settings.register_profile("full", deadline=None, max_examples=FULL)
+settings.load_profile("quick")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `data` where the real images that it reads are absent, and say so."""
+    for mark in item.iter_markers("data"):
+        if reason := lacking(mark.args):
+            pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.real_images import root_folder
 
 from wardround.data.dataset import SPLITS, Example, SliceIndex, fit_to_size, head_mask
 from wardround.data.folder import SiteFolder
@@ -146,10 +146,9 @@ def test_the_fingerprint_sees_content_split_and_size_but_no_names(make_site: Mak
     assert index(path).fingerprint() != before
 
 
-@pytest.mark.data
-@pytest.mark.skipif("WARDROUND_DATA" not in os.environ, reason="needs real images: set WARDROUND_DATA")
+@pytest.mark.data("lgg")
 def test_real_heads_are_found() -> None:
-    folder = SiteFolder(Path(os.environ["WARDROUND_DATA"]) / "lgg" / "CS", "CS")
+    folder = SiteFolder(root_folder() / "lgg" / "CS", "CS")
     site = SliceIndex(folder, contrasts=("flair", "t1ce"), size=(128, 128), slices=Slices(), split=Split(), seed=0)
     assert sum(len(site.patients(split)) for split in SPLITS) == len(folder)
     for example in site.examples("test", Slices(per_patient=4)):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 from tests.federation.rig import Rig
 from tests.toys import toy_study
 
@@ -123,7 +124,7 @@ def test_no_planted_name_survives_any_kind_of_error(name: str, kind: Callable[[s
 
 
 @given(NAMES, KINDS)
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(10), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_planted_name_leaves_a_site_or_enters_its_log(
     tmp_path_factory: pytest.TempPathFactory, name: str, kind: Callable[[str], Exception]
 ) -> None:

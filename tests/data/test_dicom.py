@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,8 @@ from pydicom.uid import (
     RLELossless,
 )
 from tests.ct_files import PATIENT_ID, body, ct_header, set_pixels, setting, write_series, write_slice
+from tests.examples import examples
+from tests.real_images import root_folder
 
 from wardround.data.ct_protocol import CTProtocol, acquisition_from_header, protocol_of
 from wardround.data.dicom import read_series, read_slice
@@ -225,7 +226,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path, implicit: bool) ->
             read_slice(tmp_path / "cut.dcm")
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(132, 1800), value=st.integers(0, 255))
 def test_a_spoiled_byte_gives_a_slice_or_one_clear_error(tmp_path: Path, place: int, value: int) -> None:
     source = tmp_path / "a.dcm"
@@ -349,10 +350,9 @@ def test_the_header_fills_an_acquisition_and_the_study_the_rest(tmp_path: Path) 
         acquisition_from_header(CTProtocol(kvp=12.0))
 
 
-@pytest.mark.data
-@pytest.mark.skipif("WARDROUND_DATA" not in os.environ, reason="WARDROUND_DATA names no folder of real images")
+@pytest.mark.data("luad-ct")
 def test_every_real_slice_is_read() -> None:
-    paths = sorted((Path(os.environ["WARDROUND_DATA"]) / "luad-ct").glob("*/*/*.dcm"))
+    paths = sorted((root_folder() / "luad-ct").glob("*/*/*.dcm"))
     assert paths
     models = set()
     for path in paths:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.ct_files import setting, write_series, write_slice
 from tests.data.test_ct_projections import scan, write_projections
+from tests.real_images import root_folder
 from typer.testing import CliRunner
 
 from wardround.cli import app
@@ -76,10 +76,9 @@ def test_a_folder_without_images_stays_unknown(tmp_path: Path) -> None:
     assert inspect_path(tmp_path).kind == "unknown"
 
 
-@pytest.mark.data
-@pytest.mark.skipif("WARDROUND_DATA" not in os.environ, reason="WARDROUND_DATA names no folder of real images")
+@pytest.mark.data("luad-ct")
 def test_a_real_collection() -> None:
-    root = Path(os.environ["WARDROUND_DATA"]) / "luad-ct"
+    root = root_folder() / "luad-ct"
     found = inspect_path(root)
     assert not found.problems
     assert "SIEMENS" in str(found)

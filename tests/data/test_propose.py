@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from tests.ct_files import PATIENT, PATIENT_ID, setting, write_series
 from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
 from tests.data.test_ct_projections import scan, write_projections
+from tests.real_images import root_folder
 from typer.testing import CliRunner
 
 from wardround.cli import app
@@ -232,10 +232,9 @@ def test_ct_that_cannot_be_used_is_refused(make: Any, message: str, tmp_path: Pa
     assert not any(secret in str(error.value) for secret in (PATIENT, PATIENT_ID, "anna", "p0"))
 
 
-@pytest.mark.data
-@pytest.mark.skipif("WARDROUND_DATA" not in os.environ, reason="WARDROUND_DATA names no folder of real images")
+@pytest.mark.data("luad-ct")
 def test_a_study_is_proposed_for_real_hospitals(tmp_path: Path) -> None:
-    shutil.copytree(Path(os.environ["WARDROUND_DATA"]) / "luad-ct" / "34", tmp_path / "data" / "34")
+    shutil.copytree(root_folder() / "luad-ct" / "34", tmp_path / "data" / "34")
     study, text = _proposed(tmp_path / "data", tmp_path / "out")
     assert _geometry(study, "S-34").size == (256, 256)
     assert "TCGA" not in text

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.examples import examples
 from tests.toys import Points, Regression, toy_sites, toy_study
 from wardround.errors import JournalError, NotEnoughSites, StudyError
 from wardround.federation.gradients import BatchedGradients, ExactGradients, autograd
@@ -54,7 +55,7 @@ def test_small_gradients_keep_their_direction_and_size() -> None:
     torch.testing.assert_close(clipped(gradient, 1.0), gradient.double(), rtol=2e-6, atol=0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(scale=st.sampled_from([0.0, 1.0, 1e6, 1e30, math.inf, math.nan]), seed=st.integers(0, 5))
 def test_removing_a_patient_moves_the_sum_by_at_most_the_bound(
     tmp_path_factory: pytest.TempPathFactory, scale: float, seed: int

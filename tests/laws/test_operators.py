@@ -12,6 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.examples import examples
 from wardround.physics.ct import CTProjector
 from wardround.physics.ct_phantom import HEAD, ellipse_image, ellipse_sinogram
 from wardround.physics.ct_system import CTSystem
@@ -95,7 +96,7 @@ every_operator = pytest.mark.parametrize(
     ("build", "is_complex"), [case[1:] for case in OPERATORS], ids=[case[0] for case in OPERATORS]
 )
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 17), st.integers(2, 17), st.integers(0, 99))
-few = hypothesis_settings(max_examples=25, deadline=None)
+few = hypothesis_settings(max_examples=examples(25), deadline=None)
 
 
 def _draw(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:

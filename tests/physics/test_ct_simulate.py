@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from tests.real_images import root_folder
 from torch import Tensor
 
 from wardround.data.dicom import read_slice
@@ -120,10 +118,9 @@ def test_total_variation_beats_filtered_back_projection() -> None:
     assert tv_objective(operator, y, weight, image) < 1.004 * least
 
 
-@pytest.mark.data
-@pytest.mark.skipif("WARDROUND_DATA" not in os.environ, reason="WARDROUND_DATA names no folder of real images")
+@pytest.mark.data("luad-ct")
 def test_a_real_chest_comes_back() -> None:
-    path = sorted((Path(os.environ["WARDROUND_DATA"]) / "luad-ct").glob("*/*/*.dcm"))[0]
+    path = sorted((root_folder() / "luad-ct").glob("*/*/*.dcm"))[0]
     hu = read_slice(path).hu.reshape(256, 2, 256, 2).mean((1, 3))
     geometry = GEOMETRY.model_copy(update={"size": (128, 128), "pixel": 1.95, "views": 180, "bins": 300, "bin": 2.0})
     scan: CTMeasurement = simulate_ct(hu, SCAN.model_copy(update={"geometry": geometry}), _random())

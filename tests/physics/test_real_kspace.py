@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from tests.real_images import root_folder
 
 from wardround.physics.coils import calibration_region, low_resolution_maps
 from wardround.physics.masks import centred
 from wardround.physics.mri import CartesianMRI
 from wardround.physics.solvers import cg_sense, tv, zero_filled
 
-DATA = os.environ.get("WARDROUND_DATA")
-
-pytestmark = [
-    pytest.mark.data,
-    pytest.mark.skipif(DATA is None, reason="WARDROUND_DATA names no folder of real data"),
-]
+pytestmark = pytest.mark.data("kspace")
 
 
 def test_a_real_scan_reconstructs_and_predicts_samples_it_never_saw() -> None:
-    kspace = torch.from_numpy(np.load(Path(DATA or "", "kspace/sigpy_brain8ch_poisson.npy")))[None]
+    kspace = torch.from_numpy(np.load(root_folder() / "kspace" / "sigpy_brain8ch_poisson.npy"))[None]
     mask = (kspace.abs().sum(1) > 0).float()
     block = calibration_region(mask[0].numpy())
     assert block == (24, 24)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from tests.examples import examples
 from wardround.errors import StudyError
 from wardround.protection.accounting import Spending, epsilon_of
 from wardround.protection.discrete_gaussian import (
@@ -80,7 +81,7 @@ def test_shared_noise_composes_with_itself_and_with_a_site_s_own() -> None:
     assert both == epsilon_of([own], 5e-5) + epsilon_of_zcdp(0.1, 5e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     scale=st.floats(0.0, 60.0), size=st.integers(1, 80), seed=st.integers(0, 9), peaked=st.booleans(), odd=st.booleans()
 )

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.protection.parties import Play, Records, context_of, identity, roster_of, sum_of
 from wardround.errors import Rejected
 from wardround.protection.agreement import ADVERT, CONSENT, COORDINATOR, Misbehaviour, consent_fields
@@ -292,7 +293,7 @@ def said(step: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, caught.party
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.data(), st.sampled_from([4, 5, 7]))
 def test_no_schedule_gives_away_a_site(data: st.DataObject, count: int) -> None:
     """A coordinator with every corrupt site it can have tells each honest site what it likes, in several attempts.

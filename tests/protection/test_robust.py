@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
+from tests.examples import examples
 from wardround.errors import Rejected, StudyError
 from wardround.protection import robust
 from wardround.protection.robust import Defence, Floats, aggregate, combine, gram, plan_of
@@ -110,7 +111,7 @@ def test_centred_clipping_is_the_plain_mean_where_nothing_is_far() -> None:
 
 @pytest.mark.parametrize("mixing", MIXING)
 @pytest.mark.parametrize("rule", RULES)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_order_of_sites_does_not_matter(rule: robust.Rule, mixing: robust.Mixing, seed: int) -> None:
     x = updates(seed)
@@ -125,7 +126,7 @@ def test_the_order_of_sites_does_not_matter(rule: robust.Rule, mixing: robust.Mi
 
 @pytest.mark.parametrize("mixing", MIXING)
 @pytest.mark.parametrize("rule", ROBUST)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     seed=st.integers(0, 2**32 - 1),
     f=st.integers(1, 4),

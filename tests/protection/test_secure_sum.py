@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.protection.parties import PHASES, Play, Segments, fixed_entropy, names, safe_threshold, sum_of
 from wardround.errors import NotEnoughSites, StudyError
 from wardround.protection.agreement import implied_peers
@@ -28,7 +29,7 @@ segments = st.lists(
 ).map(tuple)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(st.data(), st.integers(3, 9), segments, st.sampled_from([12, 24, 48]))
 def test_masked_is_plain_bit_for_bit_in_every_schedule(
     data: st.DataObject, count: int, layout: Segments, chunk: int

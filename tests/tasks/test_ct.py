@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -278,10 +277,8 @@ def test_scanners_are_built_once_on_a_machine(
     assert all(path.is_dir() or path.suffix == ".npz" for path in (tmp_path / "cache").rglob("*"))
 
 
-@pytest.mark.data
+@pytest.mark.data("luad-ct")
 def test_the_example_of_real_hospitals_opens() -> None:
-    if not os.environ.get("WARDROUND_DATA"):
-        pytest.skip("WARDROUND_DATA names no folder of real images")
     examples = Path(__file__).parents[2] / "examples"
     sites = load_sites(examples / "luad-sites.yaml")
     study = load_study(examples / "luad-ct.yaml")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from tests.real_images import root_folder
 
 from wardround.errors import DataError, StudyError
 from wardround.models.unrolled import MoDL
@@ -261,17 +261,14 @@ def test_a_custom_task_comes_from_its_factory() -> None:
             build_task(_study(task={"kind": "custom", "factory": factory}))
 
 
-@pytest.mark.data
+@pytest.mark.data("lgg")
 def test_real_images_come_back_better_than_zero_filled() -> None:
-    root = os.environ.get("WARDROUND_DATA")
-    if not root:
-        pytest.skip("WARDROUND_DATA names no folder of real images")
     task = _task(
         sites={"CS": {}},
         task={"kind": "reconstruction", "contrasts": ["flair"], "evaluation": {"slices": {"per_patient": 1}}},
         acquisition={},
     )
-    dataset = task.dataset("CS", (Path(root) / "lgg" / "CS",))
+    dataset = task.dataset("CS", (root_folder() / "lgg" / "CS",))
     scans = [batch for _, batch in dataset.evaluation("test")]
 
     def mean_psnr(name: str, weight: float | None) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.ct_files import setting, write_series, write_slice
-from tests.data.test_ct_projections import scan, write_projections
+from tests.data.test_ct_projections import SHORT, scan, write_projections
 from tests.real_images import root_folder
 from typer.testing import CliRunner
 
@@ -63,10 +63,10 @@ def test_slices_without_air_are_judged_with_the_patients_others(tmp_path: Path) 
 
 
 def test_projections_are_recognised(tmp_path: Path) -> None:
-    write_projections(tmp_path / "MUELLER" / "a", scan())
+    write_projections(tmp_path / "MUELLER" / "a", scan(SHORT), SHORT)
     text = str(inspect_path(tmp_path))
     assert "1 scans" in text
-    assert "120 views of 1 rows of 160 bins of 3.2 mm, fan_arc, source 595 mm" in text
+    assert "24 views of 1 rows of 160 bins of 3.2 mm, fan_arc, source 595 mm" in text
     _spoken(text)
 
 

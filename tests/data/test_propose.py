@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tests.ct_files import PATIENT, PATIENT_ID, setting, write_series
 from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
-from tests.data.test_ct_projections import scan, write_projections
+from tests.data.test_ct_projections import SHORT, scan, write_projections
 from tests.real_images import root_folder
 from typer.testing import CliRunner
 
@@ -220,7 +220,10 @@ def _one_patients_series(root: Path) -> None:
         (_one_patient_each, "no site can train: each has 1 patient"),
         (_one_patients_series, "1 folders of a site hold the same examination of the same patient"),
         (lambda root: write_series(root), r"\(this is CT images in DICOM\).*SITE/PATIENT/\*\.dcm"),
-        (lambda root: write_projections(root / "A" / "p0", scan()), "site A: a DICOM file holds CT projections"),
+        (
+            lambda root: write_projections(root / "A" / "p0", scan(SHORT), SHORT),
+            "site A: a DICOM file holds CT projections",
+        ),
         (_nothing_but_air, "no body was found in any image"),
     ],
     ids=["one patient", "a patient", "a series", "projections", "nothing but air"],

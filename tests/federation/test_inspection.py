@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,23 +209,28 @@ def test_what_is_remembered_survives_a_restart_and_says_nothing_of_the_model(tmp
     assert "moved by" in ask(again, planted(again, state, moved), 2).header.meta["reason"]
 
 
+also = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"local": {**ADAM, "optimizer_state": "keep", "lr": 0.1}},
-        {"local": {**ADAM, "optimizer": "adamw", "weight_decay": 0.1}},
+        also({"local": {**ADAM, "optimizer": "adamw", "weight_decay": 0.1}}),
         {"local": {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.5, "momentum": 0.9, "clip_norm": 0.5}},
-        {"local": {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.1}},
-        {"method": {"kind": "fedavgm"}},
+        also({"local": {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.1}}),
+        also({"method": {"kind": "fedavgm"}}),
         {"method": {"kind": "fedadam", "server_lr": 0.1}},
         {"protection": {"ring_bits": 16, "max_sites": 4}},
-        {"protection": {"compression": {"kind": "rotation"}}},
+        also({"protection": {"compression": {"kind": "rotation"}}}),
         {"protection": {"compression": {"kind": "top_k", "ratio": 0.05}}},
-        {
-            "method": {"kind": "fedbn"},
-            "task": {"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}},
-        },
+        also(
+            {
+                "method": {"kind": "fedbn"},
+                "task": {"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}},
+            }
+        ),
     ],
 )
 def test_honest_rounds_are_never_refused(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -297,8 +297,18 @@ def test_a_stranger_is_served_with_the_nearest_code() -> None:
 # Whole runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "prefix"), [METHODS[0], METHODS[1], METHODS[4]], ids=str)
-@STRANGERS
+@pytest.mark.parametrize(
+    ("method", "prefix", "stranger"),
+    [
+        (*METHODS[0], "mean"),
+        (*METHODS[1], "initial"),
+        pytest.param(*METHODS[0], "initial", marks=pytest.mark.slow),
+        pytest.param(*METHODS[1], "mean", marks=pytest.mark.slow),
+        pytest.param(*METHODS[4], "initial", marks=pytest.mark.slow),
+        pytest.param(*METHODS[4], "mean", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_run_with_a_stranger_and_all_comparisons(
     tmp_path: Path, method: dict[str, Any], prefix: str, stranger: str
 ) -> None:

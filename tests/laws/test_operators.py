@@ -210,11 +210,27 @@ def test_norm_is_the_largest_singular_value_or_above(build: Factory, is_complex:
         x = x / x.norm()
 
 
+def _needing_gradients(build: Factory, is_complex: bool) -> tuple[LinearOperator, Tensor, Tensor]:
+    operator, x, y = _case(build, is_complex, (2, 2, 4, 3, 2), torch.float64)
+    return operator, x.requires_grad_(), y.requires_grad_()
+
+
 @every_operator
 def test_gradients_are_exact(build: Factory, is_complex: bool) -> None:
-    operator, x, y = _case(build, is_complex, (2, 2, 4, 3, 2), torch.float64)
-    x.requires_grad_()
-    y.requires_grad_()
+    operator, x, y = _needing_gradients(build, is_complex)
+    # Against random directions; one number at a time below.
+    assert torch.autograd.gradcheck(operator.A, x, fast_mode=True)
+    assert torch.autograd.gradcheck(operator.A_adjoint, y, fast_mode=True)
+    assert torch.autograd.gradcheck(operator.normal, x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(operator.normal, x, fast_mode=True)
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: operator.solve(x, w, iterations=3), (x, weight), fast_mode=True)
+
+
+@pytest.mark.slow
+@every_operator
+def test_gradients_are_exact_in_every_number(build: Factory, is_complex: bool) -> None:
+    operator, x, y = _needing_gradients(build, is_complex)
     weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(operator.A, x)
     assert torch.autograd.gradcheck(operator.A_adjoint, y)

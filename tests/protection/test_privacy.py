@@ -39,7 +39,13 @@ def test_two_accountants_agree_within_a_percent() -> None:
     assert epsilon_of(spendings, 1e-4, "prv") == pytest.approx(epsilon_of(spendings, 1e-4), rel=0.01)
 
 
-@pytest.mark.parametrize(("module", "name"), [("opacus", "GradSampleModule"), ("opacus.accountants", "PRVAccountant")])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("opacus", "GradSampleModule"),
+        pytest.param("opacus.accountants", "PRVAccountant", marks=pytest.mark.slow),
+    ],
+)
 def test_importing_opacus_leaves_the_root_logger_alone(module: str, name: str) -> None:
     """In a process of its own: Opacus sets up logging when it is imported, and that happens once."""
     program = (

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,9 @@ from hypothesis import settings
 from tests.examples import FULL
 from tests.faults.victims import ForkServer
 from tests.real_images import lacking
+
+if TYPE_CHECKING:
+    from tests.faults.killed import Undisturbed
 
 # Before torch is imported, here and in every process that a test starts: as many workers as cores run at once.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -43,3 +47,12 @@ def fork_server() -> Iterator[ForkServer]:
     started = ForkServer()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Whole runs, for runs that are killed to be compared with."""
+    # Not above: it imports the package, and with it torch, before the threads are set.
+    from tests.faults.killed import Undisturbed
+
+    return Undisturbed(fork_server, tmp_path_factory.mktemp("undisturbed"))

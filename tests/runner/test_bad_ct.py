@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.ct_files import PATIENT, PATIENT_ID, body, setting, write_series, write_slice
 from tests.ct_hospitals import ct_study, make_ct_hospitals, save_dicom, save_nifti, thorax
-from tests.data.test_ct_projections import FAULTS, scan, write_projections
+from tests.data.test_ct_projections import FAULTS, SHORT, scan, write_projections
 from wardround.cli import app
 from wardround.models.build import build_model
 from wardround.runner.release import FORMAT
@@ -32,7 +32,7 @@ def _mixed(folder: Path) -> None:
 
 
 def _projections(fault: str) -> Make:
-    return lambda folder: write_projections(folder, scan(), spoil=FAULTS[fault][0])
+    return lambda folder: write_projections(folder, scan(SHORT), SHORT, spoil=FAULTS[fault][0])
 
 
 def _series(*positions: float, **changes: Any) -> Make:
@@ -150,7 +150,7 @@ PATIENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "site A: a CT image was acquired with a gantry tilt of 12 degrees",
     ),
     "projections": (
-        lambda root: write_projections(root / "A" / "Doe-Jane-9", scan()),
+        lambda root: write_projections(root / "A" / "Doe-Jane-9", scan(SHORT), SHORT),
         "site A: a DICOM file holds CT projections, not an image; training takes images",
     ),
 }

@@ -108,7 +108,14 @@ def test_more_right_guesses_never_lower_the_bound(guesses: int, data: st.DataObj
     assert one_run_bound(400, guesses, right, 1e-6) <= one_run_bound(400, guesses, right + 1, 1e-6) + 1e-9
 
 
-@pytest.mark.parametrize("claim", [Claim(1.0), Claim(2.0, clip=0.3, steps=10), Claim(1.0, steps=5, sampling=0.5)])
+@pytest.mark.parametrize(
+    "claim",
+    [
+        Claim(1.0),
+        Claim(2.0, clip=0.3, steps=10),
+        pytest.param(Claim(1.0, steps=5, sampling=0.5), marks=pytest.mark.slow),
+    ],
+)
 def test_correct_privacy_keeps_its_claim(claim: Claim) -> None:
     gradients = 0.1 * np.random.default_rng(4).standard_normal((16, 2000))
     for seed in range(3):

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from tests.protection.spender import anything, entry, spend_many
 from wardround.errors import JournalError, MissingExtra, StudyError
 from wardround.federation.store import SiteStore
 from wardround.protection.accounting import Spending, epsilon_of, noise_for
-from wardround.protection.ledger import Entry, Ledger
+from wardround.protection.ledger import Ledger
 from wardround.protection.opacus import from_opacus
 from wardround.protection.privacy import BudgetSpent, Purse, Terms, terms_of
 from wardround.protection.secret import SecretRoot, SecretStream
@@ -127,24 +128,16 @@ def test_streams_differ_by_root_and_purpose(tmp_path: Path) -> None:
 # The ledger -----------------------------------------------------------------------------------------------------------
 
 
-def _entry(number: int, study: str = "s") -> Entry:
-    return Entry(study, "federated", number, 10, 0.1, 1.0, "cohort", f"{study}/{number}", "2026-01-01T00:00:00+00:00")
-
-
-def _anything(entries: object) -> None:
-    """No budget."""
-
-
 def _filled(folder: Path, count: int = 3) -> Ledger:
     ledger = Ledger(folder / "ledger.jsonl", SiteStore(folder / "store"))
     for number in range(count):
-        assert ledger.spend(_entry(number), _anything)
+        assert ledger.spend(entry(number), anything)
     return ledger
 
 
 def test_ledger_holds_what_was_spent_once(tmp_path: Path) -> None:
     ledger = _filled(tmp_path)
-    assert not ledger.spend(_entry(1), _anything), "the same bytes cost nothing twice"
+    assert not ledger.spend(entry(1), anything), "the same bytes cost nothing twice"
     assert [entry.round for entry in Ledger(ledger.path, SiteStore(tmp_path / "store")).entries()] == [0, 1, 2]
 
 
@@ -164,17 +157,17 @@ def test_ledger_that_was_lost_or_changed_is_refused(tmp_path: Path, harm: str) -
         case "other":
             another = Ledger(tmp_path / "another.jsonl", SiteStore(tmp_path / "another"))
             for number in range(4):
-                another.spend(_entry(number, "t"), _anything)
+                another.spend(entry(number, "t"), anything)
             ledger.path.write_bytes(another.path.read_bytes())
     with pytest.raises(JournalError, match=r"privacy ledger was (lost|changed)"):
-        ledger.spend(_entry(9), _anything)
+        ledger.spend(entry(9), anything)
 
 
 def test_ledger_forgets_a_torn_line_and_goes_on(tmp_path: Path) -> None:
     ledger = _filled(tmp_path)
     with ledger.path.open("ab") as file:
         file.write(b'{"study": "s", "ar')
-    assert ledger.spend(_entry(3), _anything)
+    assert ledger.spend(entry(3), anything)
     assert [entry.round for entry in ledger.entries()] == [0, 1, 2, 3]
 
 
@@ -182,19 +175,13 @@ def test_ledger_ahead_of_its_anchor_goes_on(tmp_path: Path) -> None:
     """A process died between the two writes, or another study wrote: what the ledger says counts."""
     first = _filled(tmp_path)
     second = Ledger(first.path, SiteStore(tmp_path / "another store"))
-    assert second.spend(_entry(0, "t"), _anything)
+    assert second.spend(entry(0, "t"), anything)
     assert len(first.entries()) == 4
-
-
-def _spend_many(folder: Path, who: str) -> None:
-    ledger = Ledger(folder / "ledger.jsonl", SiteStore(folder / "store"))
-    for number in range(5):
-        ledger.spend(_entry(number, who), _anything)
 
 
 def test_ledger_of_two_processes_at_once(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("spawn")
-    both = [fork.Process(target=_spend_many, args=(tmp_path, who)) for who in "st"]
+    both = [fork.Process(target=spend_many, args=(tmp_path, who)) for who in "st"]
     for process in both:
         process.start()
     for process in both:

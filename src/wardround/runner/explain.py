@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from wardround.federation.patients import REFERENCE
 from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
 from wardround.runner.arms import POOLED
@@ -233,9 +234,11 @@ def _at_the_end(host: Host, *, with_data: bool) -> str:
     if not sites:
         return "nothing of test patients: every site keeps its own results"
     some = "" if with_data and len(sites) == len(host.study.sites) else " (only from sites whose own results leave)"
-    replicates = f", and of {host.replicates} bootstrap replicates" if host.replicates else ""
     bare = "; not masked" if host.study.protection.secure else ""
-    return f"sums over test patients of the same metrics{replicates}{some}{bare}"
+    return (
+        "number of test patients; mean and standard error of the same metrics, and the standard error of their "
+        f"difference to {REFERENCE}{some}{bare}"
+    )
 
 
 def _beside(host: Host) -> str:

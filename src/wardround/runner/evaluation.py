@@ -144,7 +144,7 @@ def _call(host: Host, arm: str, site: str, meta: Mapping[str, Any], body: tuple[
 
 
 def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """`metrics`, `gains`, `left_out`, `withheld` and `failed` of result.json."""
+    """`metric_specs`, `metrics`, `gains`, `left_out`, `withheld` and `failed` of result.json."""
     specs = host.task.metrics
     training = host.study.training_sites
     found = {(m.row, m.site): m for m in measurements}
@@ -170,6 +170,7 @@ def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
         if sites and row in metrics:
             metrics[row][UNSEEN] = _over_sites(specs, sites)
     return {
+        "metric_specs": [spec.to_json() for spec in specs],
         "metrics": metrics,
         "gains": {FEDERATED: _gains(specs, compared, training)},
         "left_out": {

@@ -26,6 +26,7 @@ from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
 
 _WIDTH = 100
+_SCANNER = ("simulated scanner",)
 
 
 def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], overrides: Sequence[str]) -> str:
@@ -64,7 +65,7 @@ def full_study(study_file: Path, overrides: Sequence[str]) -> str:
 
 
 def _study(host: Host, blueprint: Blueprint) -> str:
-    study, model = host.study, host.study.model
+    study = host.study
     sizes = {p.name: p.info.size for p in host.bench.parameters}
     parts = {role: sum(sizes[name] for name in blueprint.policy.names(role)) for role in ("shared", "local", "frozen")}
     meaning = {"shared": "shared", "local": "stay at each site", "frozen": "never change"}
@@ -72,12 +73,25 @@ def _study(host: Host, blueprint: Blueprint) -> str:
     entries = [
         entry("sha256", study_sha256(study)),
         entry("learns", _task(study)),
-        entry("model", f"{model.kind}, preset {model.preset}: {sum(sizes.values()):,} values"),
+        entry("model", f"{_model(study)}: {sum(sizes.values()):,} values"),
         entry("method", f"{study.method.kind}: {roles}"),
     ]
     if study.description:
         entries.insert(0, entry("about", study.description))
     return "\n".join([f"Study {study.name}", *entries])
+
+
+def _simulates(study: Study) -> bool:
+    """Whether raw data are simulated; a task of one's own has no scanner of the study's, and no model of it."""
+    return isinstance(study.task, ReconstructionTask)
+
+
+def _model(study: Study) -> str:
+    return f"{study.model.kind}, preset {study.model.preset}" if _simulates(study) else "the task's own"
+
+
+def _scanner(study: Study, site: str) -> tuple[str, ...]:
+    return (protocol(study.acquisition_of(site).model_dump()),) if _simulates(study) else ()
 
 
 def _task(study: Study) -> str:
@@ -92,8 +106,8 @@ def _task(study: Study) -> str:
 
 def _sites(host: Host) -> str:
     study = host.study
-    rows = [(name, _role(study, name), protocol(study.acquisition_of(name).model_dump())) for name in study.sites]
-    return table(("site", "role", "simulated scanner"), rows)
+    rows = [(name, _role(study, name), *_scanner(study, name)) for name in study.sites]
+    return table(("site", "role", *_SCANNER[: _simulates(study)]), rows)
 
 
 def _sites_with_data(host: Host) -> str:
@@ -102,10 +116,10 @@ def _sites_with_data(host: Host) -> str:
         dataset = host.dataset(name)
         counts = [str(count) for count in patients_in(dataset).values()]
         own = "leave the site" if _results_leave(host, name, dataset.patients("test")) else "stay there"
-        scanner = protocol(study.acquisition_of(name).model_dump())
-        rows.append((name, _role(study, name), *counts, str(len(dataset)), own, scanner))
-    header = ("site", "role", "train", "validation", "test", "examples", "own results", "simulated scanner")
-    note = "(train, validation, test: patients; examples: training slices)"
+        rows.append((name, _role(study, name), *counts, str(len(dataset)), own, *_scanner(study, name)))
+    simulated = _simulates(study)
+    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_SCANNER[:simulated])
+    note = f"(train, validation, test: patients; examples: {'training slices' if simulated else 'to train on'})"
     return f"{table(header, rows)}\n{wrapped(note, '  ')}"
 
 

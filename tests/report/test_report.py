@@ -102,7 +102,8 @@ def test_headline_states_gain_worst_site_distance_to_pooling_and_unseen(whole: t
     text = whole[1].text
     assert (
         "Training together gained +1.20 dB over training alone on average "
-        "(4 of 4 hospitals gained; worst site +0.30 dB) and is 0.20 dB short of pooling the data; at institutions that did not take part, "
+        "(4 of 4 hospitals gained; worst site +0.30 dB) and is 0.20 dB short of pooling the data; "
+        "at institutions that did not take part, "
         "it reaches 32.10 dB, 0.73 dB better than the best model of a single site."
     ) in text
     assert "That is 86% of what pooling all data would have gained" in text

@@ -19,9 +19,9 @@ def table_of(result: Mapping[str, Any]) -> Table | None:
     """
     rows = {arm: row for arm, row in result["metrics"].items() if arm != "baseline"}
     names = {name for row in rows.values() for cell in row.values() if cell for name in cell}
-    metric = next((metric for metric in metrics_in(result) if metric.name in names), None)
-    if metric is None:
+    if not names:
         return None
+    metric = next(metric for metric in metrics_in(result) if metric.name in names)
     better = "higher" if metric.larger_is_better else "lower"
     unit = f" in {metric.unit}" if metric.unit else ""
     table = Table(title=f"{metric.label}{unit} on test patients, {better} is better")

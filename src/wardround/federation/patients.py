@@ -58,7 +58,8 @@ class PatientRows:
         self._rows[row] = dict(values)
         if self._folder is not None:
             plain = json.dumps({name: [float(v) for v in per_patient] for name, per_patient in values.items()})
-            write_text(self._path(row), plain if self._vault is None else self._vault.seal(plain, row))
+            # On disk before the answer: one that outlived its row would leave the others nothing to compare with.
+            write_text(self._path(row), plain if self._vault is None else self._vault.seal(plain, row), durable=True)
         if self._table is not None:
             self._write_table(self._table, names)
 

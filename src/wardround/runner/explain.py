@@ -22,6 +22,7 @@ from wardround.study.protection import Rotation, Subspace, TopK
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
 from wardround.study.tasks import ReconstructionTask
+from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
 
@@ -360,7 +361,7 @@ def _cautions(host: Host) -> Iterator[str]:
             "the same; `protection.secure` hides them in the sum."
         )
     if few:
-        lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals.")
+        lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals, and none below {LEAST_PATIENTS}.")
     for name in host.study.sites:
         dataset = host.dataset(name)
         lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]

@@ -34,7 +34,6 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
 COMMON = (
     "task.evaluation.baselines=[]",
     "task.evaluation.leave_one_out=false",
-    "task.evaluation.bootstrap=0",
     "schedule.validate_every=0",
     "schedule.release=last",
     "local.threads=1",

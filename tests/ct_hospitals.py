@@ -37,7 +37,6 @@ STUDY: dict[str, Any] = {
         "kind": "reconstruction",
         "size": [SIZE, SIZE],
         "evaluation": {
-            "bootstrap": 10,
             "tuning_slices": 1,
             "slices": {"per_patient": 1},
             "tv_weights": [0.0003, 0.001],

@@ -46,7 +46,6 @@ def write_study(folder: Path, data: Path, **changes: Any) -> tuple[Path, Path]:
             "contrasts": ["flair"],
             "size": [SIZE, SIZE],
             "evaluation": {
-                "bootstrap": 10,
                 "tuning_slices": 1,
                 "slices": {"per_patient": 1},
                 "baselines": ["zero_filled", "cg_sense"],

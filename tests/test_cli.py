@@ -240,7 +240,7 @@ def test_check_says_what_leaves_and_what_a_site_keeps(data: Path, tmp_path: Path
         return " ".join(_ok("check", study, "--sites", sites, *options).split())
 
     open_, closed = said(), said(per_site_results=False)
-    assert "at the end sums over test patients of the same metrics, and of 10 bootstrap replicates" in open_
+    assert "at the end number of test patients; mean and standard error of the same metrics" in open_
     assert "only from sites" not in open_
     assert "at the end nothing of test patients: every site keeps its own results" in closed
     assert "only from sites whose own results leave" in " ".join(_ok("check", study).split())

@@ -406,7 +406,7 @@ def _summary(result: Result) -> None:
 def _results(values: Mapping[str, Any]) -> None:
     from wardround.report.terminal import lacking_in, table_of
 
-    table = table_of(values["metrics"])
+    table = table_of(values)
     if table is not None:
         console.print(table)
     for line in lacking_in(values):

@@ -384,7 +384,7 @@ def test_a_round_goes_on_without_a_site_that_fails(tmp_path: Path) -> None:
     study = toy_study(task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"fail": "B"}})
     values = go(tmp_path, study).values
     assert values["participants"] == ["A", "C"]
-    assert "federated, round 1: without B (RuntimeError)" in values["notes"]
+    assert values["notes"] == ["federated, rounds 1–4: without B (RuntimeError) (4 times)"]
     assert values["failed"] == {"B": "RuntimeError"}
     assert values["withheld"] == {}
     assert values["metrics"]["federated"]["B"] is None

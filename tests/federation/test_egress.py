@@ -7,20 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.federation.rig import Rig
 from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError, Withheld
-from wardround.federation.egress import OPEN, EgressRules, check_egress, strictest
+from wardround.federation.egress import ACROSS_HOSPITALS, OPEN, EgressRules, check_egress, strictest
 from wardround.federation.site import Answer
 from wardround.federation.verify import verify
 from wardround.runner.session import Result, run
 from wardround.study.sites import Egress, SitesFile, load_sites
-from wardround.tasks.metrics import replicate_weights
 from wardround.wire.message import FileBody, Header, Message
-from wardround.wire.random import public_generator
 
 
 def ruled(folder: Path, **rules: dict[str, Any]) -> SitesFile:
@@ -126,28 +123,6 @@ def test_an_update_is_as_long_as_its_layout_says(tmp_path: Path) -> None:
             check_egress(reply, {"known": 8}, frozenset())
 
 
-def test_bootstrap_replicates_do_not_give_away_patients(tmp_path: Path) -> None:
-    """Sums of known draws of n patients are n equations for n values: the draws must be nobody else's."""
-    rig = Rig(toy_study(), tmp_path)
-    site = rig.sites["A"]
-    object.__setattr__(site.rules, "replicates", 60)
-    values = np.random.default_rng(0).uniform(0.0, 1.0, 12)
-    fingerprint = site.learner.dataset.fingerprint()
-    told = site._evaluation_sums({"mse": values})["replicates/mse"]
-
-    def solved(*known: str) -> np.ndarray:
-        draws = replicate_weights(12, 60, public_generator(3, "A", "bootstrap", *known))
-        return np.linalg.lstsq(draws.astype(float), told, rcond=None)[0]
-
-    assert solved(fingerprint) == pytest.approx(values)
-    assert np.abs(solved() - values).max() > 0.1
-    # Another arm and another run of the same data draw the same, so intervals can be compared and recomputed.
-    again = Rig(toy_study(), tmp_path / "again").sites["A"]
-    object.__setattr__(again.rules, "replicates", 60)
-    assert again.learner.dataset.fingerprint() == fingerprint
-    assert again._evaluation_sums({"mse": values})["replicates/mse"] == pytest.approx(told)
-
-
 def test_rules_are_checked_when_they_are_read(tmp_path: Path) -> None:
     (tmp_path / "A").mkdir()
     path = tmp_path / "sites.yaml"
@@ -168,3 +143,13 @@ def test_the_strictest_rules_keep_all() -> None:
     )
     assert strictest([]) == OPEN
     assert strictest([closed, some, few]) == EgressRules(False, frozenset({"r"}), 5)
+    assert strictest([EgressRules(floor=ACROSS_HOSPITALS), few]).least == ACROSS_HOSPITALS
+
+
+def test_across_hospitals_no_file_of_a_site_goes_below_the_floor() -> None:
+    agent = EgressRules(minimum_cohort=1, floor=ACROSS_HOSPITALS)
+    assert agent.refusal({"psnr": [1.0] * 4}) == "fewer than 5 patients"
+    assert agent.refusal({"psnr": [1.0] * 5}) is None
+    strict = replace(agent, minimum_cohort=11)
+    assert strict.refusal({"psnr": [1.0] * 10}) == "fewer patients than egress.minimum_cohort"
+    assert agent.counts({"test": 4, "train": 5}) == {"test": None, "train": 5}

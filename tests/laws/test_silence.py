@@ -33,7 +33,7 @@ HEADER = {
 }  # fmt: skip
 META = {
     "keep", "validate", "void", "layout", "scales", "split", "evaluator", "picture", "unknown_site", "model", "again",
-    "reason", "kind", "anchor", "heads", "log",
+    "reason", "kind", "anchor", "heads", "log", "against", "baseline",
 }  # fmt: skip
 SITES = ("Alpha", "Beta", "Gamma")
 # A window of 8 bytes with fewer different ones is a pair of zeros, ones or small counters: it says nothing.

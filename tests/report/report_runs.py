@@ -10,6 +10,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from wardround.tasks.metrics import RECONSTRUCTION_METRICS
+from wardround.tasks.task import MetricSpec
+
 TRAINING = ("CS", "DU", "FG", "HT")
 UNSEEN = ("EZ",)
 PATIENTS = {"CS": 3, "DU": 12, "FG": 4, "HT": 11, "EZ": 1}
@@ -30,6 +33,11 @@ def estimate(value: float, n: int, spread: float, decimals: int = 4) -> dict[str
     half = spread / n**0.5
     low, high = round(value - half, decimals), round(value + 0.8 * half, decimals)
     return {"value": round(value, decimals), "ci_low": low, "ci_high": high, "n": n}
+
+
+def spec(name: str, **changed: Any) -> dict[str, Any]:
+    """An entry of `metric_specs`."""
+    return MetricSpec(name, 0.0, 1e3, 1e-6, **{"larger_is_better": True, "negligible": 0.001, **changed}).to_json()
 
 
 def _metrics_at(psnr: float, n: int) -> dict[str, Any]:
@@ -128,6 +136,7 @@ def result() -> dict[str, Any]:
         "local_sha256": {site: f"{index}c" * 32 for index, site in enumerate(TRAINING)},
         "rounds": 20,
         "participants": list(TRAINING),
+        "metric_specs": [metric.to_json() for metric in RECONSTRUCTION_METRICS],
         "metrics": metrics(),
         "left_out": {
             site: {

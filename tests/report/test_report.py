@@ -10,12 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_runs import PATIENTS, STUDY, TRAINING, UNSEEN, estimate, metrics, result, rounds, write_run
+from report_runs import PATIENTS, STUDY, TRAINING, UNSEEN, estimate, metrics, result, rounds, spec, write_run
 
 from wardround.errors import JournalError
 from wardround.report import write_card, write_report
+from wardround.report.answer import answer
+from wardround.report.metrics import Metric
 from wardround.report.pictures import gallery
-from wardround.report.results import load_run, metric_of
+from wardround.report.results import load_run
+from wardround.report.terminal import table_of
+from wardround.runner.notes import notes_of
+from wardround.tasks.ct_metrics import CT_METRICS
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -87,17 +92,18 @@ def test_every_number_equals_result_json(whole: tuple[Path, Page]) -> None:
     for arm, table in metrics().items():
         for site, entry in table.items():
             for name, found in entry.items():
-                metric = metric_of(name)
+                metric = next(m for m in load_run(whole[0]).metrics if m.name == name)
                 assert metric.show(found["value"]) in page.text, (arm, site, name)
                 interval = f"{metric.show(found['ci_low'])} to {metric.show(found['ci_high'])}"
-                assert interval in page.text, (arm, site, name)
+                assert (interval in page.text) == (found["n"] >= 5), (arm, site, name)
 
 
 def test_headline_states_gain_worst_site_distance_to_pooling_and_unseen(whole: tuple[Path, Page]) -> None:
     text = whole[1].text
     assert (
-        "Training together gained +1.20 dB over training alone on average (worst site +0.30 dB) "
-        "and is 0.20 dB short of pooling the data; at institutions that did not take part, "
+        "Training together gained +1.20 dB over training alone on average "
+        "(4 of 4 hospitals gained; worst site +0.30 dB) and is 0.20 dB short of pooling the data; "
+        "at institutions that did not take part, "
         "it reaches 32.10 dB, 0.73 dB better than the best model of a single site."
     ) in text
     assert "That is 86% of what pooling all data would have gained" in text
@@ -174,7 +180,7 @@ def test_cost_and_identity(whole: tuple[Path, Page]) -> None:
     assert "2.13.0" in text
     assert "Simulated acquisitions, not raw data measured by a scanner" in text
     assert "The peak of PSNR is the volume's maximum" in text
-    assert "patient-level bootstrap" in text
+    assert "95% intervals of a mean over patients (Student's t)" in text
 
 
 def test_a_federation_that_did_not_help_is_said_so(tmp_path: Path) -> None:
@@ -183,7 +189,7 @@ def test_a_federation_that_did_not_help_is_said_so(tmp_path: Path) -> None:
         table["federated"][site]["psnr"]["value"] = table["local"][site]["psnr"]["value"] - 0.8
     text = page_of(write_run(tmp_path / "run", {"metrics": table, "left_out": ...})).text
     assert "Training together did not help: it lost 0.80 dB against training alone on average" in text
-    assert "4 of 4 sites did worse than alone" in text
+    assert "0 of 4 hospitals gained, 4 lost; worst site −0.80 dB" in text
 
 
 def test_a_paired_interval_over_zero_makes_no_claim(tmp_path: Path) -> None:
@@ -201,10 +207,150 @@ def test_smaller_is_better_is_not_turned_around(tmp_path: Path) -> None:
     table = {arm: {site: entry(v) for site in (*TRAINING, "mean")} for arm, v in arms.items()}
     gains = {"federated": {"local": {"mean": {"hd95": {"value": 2, "ci_low": 1.5, "ci_high": 2.25, "n": 48}}}}}
     changed = {"metrics": table, "left_out": ..., "gains": gains}
+    changed["metric_specs"] = [spec("hd95", larger_is_better=False)]
     text = page_of(write_run(tmp_path / "run", changed)).text
     assert "(95% interval −2.250 to −1.500)" in text
     assert "Training together improved on (−2.000 hd95) training alone" in text
     assert "0.500 hd95 short of pooling" in text
+
+
+def everywhere(name: str, arms: dict[str, float], n: int = 12) -> dict[str, Any]:
+    """The tables of one metric, the same at every training site."""
+
+    def entry(value: float) -> dict[str, Any]:
+        return {name: {"value": value, "ci_low": value - 1, "ci_high": value + 1, "n": n}}
+
+    return {arm: {site: entry(v) for site in (*TRAINING, "mean")} for arm, v in arms.items()}
+
+
+def test_direction_unit_and_label_come_from_the_metric_and_not_from_its_name(tmp_path: Path) -> None:
+    """Smaller is better, under a name that says nothing; and psnr is not the task's first metric."""
+    specs = [spec("quirk", larger_is_better=False, label="Surface distance", unit="mm", negligible=0.1), spec("psnr")]
+    table = everywhere("quirk", {"local": 8.0, "federated": 6.0, "pooled": 6.05})
+    for arm, worse in (("local", 30.0), ("federated", 20.0), ("pooled", 30.0)):
+        for entry in table[arm].values():
+            entry["psnr"] = estimate(worse, 12, 0.1)
+    changed = {"metrics": table, "left_out": ..., "metric_specs": specs}
+    out = write_run(tmp_path / "run", changed)
+    text, card = page_of(out).text, write_card(out).read_text(encoding="utf-8")
+    assert [metric.name for metric in load_run(out).metrics] == ["quirk", "psnr"]
+    assert "Training together improved on (−2.0 mm) training alone on average (4 of 4 hospitals gained" in text
+    assert "is level with pooling the data" in text
+    assert "### Surface distance (mm), lower is better" in card
+    shown = table_of(load_run(out).result)
+    assert shown is not None
+    assert shown.title == "Surface distance in mm on test patients, lower is better"
+
+
+def test_a_run_that_does_not_say_how_its_metrics_are_read_is_refused(tmp_path: Path) -> None:
+    for specs in (..., [{"name": "psnr"}], "psnr"):
+        with pytest.raises(JournalError, match="does not say how its metrics are read"):
+            load_run(write_run(tmp_path / "run", {"metric_specs": specs}, with_pictures=False))
+
+
+@pytest.mark.parametrize(
+    ("negligible", "decimals"), [(0.05, 2), (0.001, 3), (0.0002, 4), (0.5, 1), (0.1, 1), (2.0, 0), (0.0, 4), (1e-9, 4)]
+)
+def test_as_many_decimals_as_show_a_difference(negligible: float, decimals: int) -> None:
+    assert Metric.of(spec("any", negligible=negligible)).decimals == decimals
+
+
+def test_one_patient_shows_a_value_and_no_interval(tmp_path: Path) -> None:
+    table = everywhere("psnr", {"local": 30.0, "federated": 30.21}, n=1)
+    gain = {"value": 0.21, "ci_low": 0.21, "ci_high": 0.21, "n": 1}
+    gains = {"federated": {"local": {site: {"psnr": gain} for site in (*TRAINING, "mean")}}}
+    out = write_run(tmp_path / "run", {"metrics": table, "gains": gains, "left_out": ...})
+    page, card = page_of(out), write_card(out).read_text(encoding="utf-8")
+    assert "gained +0.21 dB" in page.text
+    assert "30.21" in card
+    for text in (page.text, card):
+        for ends in ("29.00 to 31.00", "29.21 to 31.21", "+0.21 to +0.21"):
+            assert ends not in text
+    assert not [e for tag, e in page.elements if tag == "line" and e.get("class", "").startswith("interval")]
+
+
+def test_the_headline_counts_hospitals_that_gained(tmp_path: Path) -> None:
+    table = metrics()
+    table["federated"]["DU"]["psnr"]["value"] = table["local"]["DU"]["psnr"]["value"] - 0.2
+    table["federated"]["HT"]["psnr"]["value"] = table["local"]["HT"]["psnr"]["value"] + 0.01
+    text = page_of(write_run(tmp_path / "run", {"metrics": table})).text
+    assert "(2 of 4 hospitals gained, 1 lost; worst site −0.20 dB)" in text
+
+
+@pytest.mark.parametrize("ahead", [0.8, 0.01])
+def test_the_headline_names_a_classical_method_that_is_ahead(tmp_path: Path, ahead: float) -> None:
+    table = metrics()
+    for site in (*TRAINING, "mean"):
+        table["tv"][site]["psnr"]["value"] = table["federated"][site]["psnr"]["value"] + ahead
+    headline = answer(load_run(write_run(tmp_path / "run", {"metrics": table}))).headline.replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
+    assert ("but TV, which learns nothing, is 0.80 dB ahead of the network" in headline) == (ahead > 0.05)
+
+
+def test_the_headline_names_arms_whose_updates_were_cut_off(tmp_path: Path) -> None:
+    lines = rounds(3)
+    for line in lines:
+        line["saturated_share"] = 0.0
+    assert "cut off" not in answer(load_run(write_run(tmp_path / "none", lines=lines))).headline
+    # One tensor of many: all its values, and next to none of the model's.
+    for line in lines:
+        if line["arm"] == "local/HT" and line["round"] > 1:
+            line |= {"saturated": 1.0, "saturated_share": 1e-6}
+    headline = answer(load_run(write_run(tmp_path / "run", lines=lines))).headline
+    assert "values of updates were cut off in Alone at HT (rounds 2–3), at worst 100.00%" in headline
+    lines[0] |= {"saturated": {"model/a": 0.0, "model/b": 2e-3}}
+    headline = answer(load_run(write_run(tmp_path / "both", lines=lines))).headline
+    assert "Together (round 1), Alone at HT (rounds 2–3)" in headline
+
+
+def test_a_repeated_note_is_said_once_with_a_count(tmp_path: Path) -> None:
+    text = page_of(write_run(tmp_path / "run", {"notes": ["The same."] * 27 + ["Another."]})).text
+    assert text.count("The same.") == 1
+    assert "Note of the run: The same. (27 times)" in text
+    assert "Note of the run: Another." in text
+    lines = [
+        {"arm": arm, "round": number, "missing": {"B": "no data"}, "notes": ["slow"] if number == 2 else []}
+        for arm in ("federated", "pooled")
+        for number in (1, 2, 3)
+    ]
+    assert notes_of(lines) == [
+        "federated, rounds 1–3; pooled, rounds 1–3: without B (no data) (6 times)",
+        "federated, round 2; pooled, round 2: slow (2 times)",
+    ]
+    assert notes_of(lines[1:2]) == ["federated, round 2: without B (no data)", "federated, round 2: slow"]
+
+
+def test_patients_are_points_and_have_no_names(tmp_path: Path) -> None:
+    def points(out: Path) -> int:
+        page = page_of(out)
+        assert "Doe-" not in (out / "report.html").read_text(encoding="utf-8")
+        return sum(attributes.get("class") == "patient" for attributes in page.all("circle"))
+
+    out = write_run(tmp_path / "run")
+    assert points(out) == 0
+    lines = ["patient,folder,row,metric,value"]
+    lines += [f"{n},Doe-{n},{row},psnr,{30 + n}" for row in ("federated", "local/CS", "local/DU") for n in range(3)]
+    table = out / "sites" / "CS" / "patients.csv"
+    table.write_text("\n".join(lines), encoding="utf-8")
+    # Of the models trained alone the site's own.
+    assert points(out) == 6
+    table.write_text("\n".join([*lines, "nonsense,,,,"]), encoding="utf-8")
+    assert points(out) == 0
+    table.write_text("\n".join(lines), encoding="utf-8")
+    (out / "result.json").write_text(json.dumps(result() | {"withheld": {"CS": "its rules"}}), encoding="utf-8")
+    assert points(out) == 0
+
+
+def test_a_task_of_ones_own_has_no_scanner_and_no_model_of_the_study(tmp_path: Path) -> None:
+    study = STUDY | {"task": {"kind": "custom", "factory": "my.task:make"}}
+    changed = {"metrics": everywhere("quirk", {"local": 1.0, "federated": 2.0}), "metric_specs": [spec("quirk")]}
+    out = write_run(tmp_path / "run", changed, study=study, with_pictures=False)
+    page, card = page_of(out).text.partition("study.yaml")[0], write_card(out).read_text(encoding="utf-8")
+    for text in (page, card):
+        for invented in ("coils", "random", "modl", "imulated"):
+            assert invented not in text
+    assert "factory my.task:make" in card
 
 
 def test_withheld_sites_say_so_and_why(tmp_path: Path) -> None:
@@ -246,7 +392,8 @@ def test_a_ct_run_says_how_its_projections_were_made(tmp_path: Path) -> None:
     study = {key: value for key, value in STUDY.items() if key != "acquisition"}
     ct = {"kind": "ct", "photons": 1e5, "geometry": {"kind": "fan_arc", "views": 96}}
     study["sites"] = {site: {"role": "train", "acquisition": ct} for site in TRAINING}
-    out = write_run(tmp_path / "run", {"metrics": table, "left_out": ...}, study=study, with_pictures=False)
+    changed = {"metrics": table, "left_out": ..., "metric_specs": [metric.to_json() for metric in CT_METRICS]}
+    out = write_run(tmp_path / "run", changed, study=study, with_pictures=False)
     text, model_card = page_of(out).text, write_card(out).read_text(encoding="utf-8")
     assert "images in Hounsfield units were turned into projections by a model of its scanner" in text
     assert "The range of PSNR is 4096 HU" in text
@@ -255,7 +402,7 @@ def test_a_ct_run_says_how_its_projections_were_made(tmp_path: Path) -> None:
         assert false not in model_card
     assert "RMSE in the body: root of the mean squared error inside the body, lower is better" in text
     assert "lung window (−1350 to 150 HU, range 1500 HU)" in text
-    rules = {name: (m.unit, m.decimals, m.negligible) for name in names if (m := metric_of(name))}
+    rules = {m.name: (m.unit, m.decimals, m.negligible) for m in load_run(out).metrics}
     assert rules["rmse_hu"] == rules["rmse_hu_body"] == ("HU", 1, 0.5)
     assert rules["psnr_lung"] == rules["psnr_soft"] == ("dB", 2, 0.05)
 
@@ -319,7 +466,8 @@ def test_unknown_arms_and_metrics_are_shown_under_their_names(tmp_path: Path) ->
     table = metrics()
     table["fedbn"] = table["federated"]
     table["dreaming"] = {"CS": {"dice": {"value": 0.8125, "ci_low": 0.7, "ci_high": 0.9, "n": 3}}}
-    text = page_of(write_run(tmp_path / "run", {"metrics": table})).text
+    specs = [*result()["metric_specs"], spec("dice")]
+    text = page_of(write_run(tmp_path / "run", {"metrics": table, "metric_specs": specs})).text
     assert "fedbn" in text
     assert "dreaming" in text
     assert "0.812" in text
@@ -402,7 +550,8 @@ def test_model_card(whole: tuple[Path, Page]) -> None:
     for site in (*TRAINING, *UNSEEN):
         found = result()["metrics"]["federated"][site]["psnr"]
         low, high = f"{found['ci_low']:.2f}", f"{found['ci_high']:.2f}"
-        assert f"{found['value']:.2f} ({low} to {high})" in card
+        assert (f"{found['value']:.2f} ({low} to {high})" in card) == (PATIENTS[site] >= 5)
+        assert f"{found['value']:.2f}" in card
         assert re.search(rf"^\| {site} \| \w.* \| {PATIENTS[site]} \|", card, re.MULTILINE)
     for table in re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}

@@ -7,12 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError
 from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.federation.training import learning_rate
 from wardround.runner.arms import arms_of
+from wardround.runner.explain import explain
 from wardround.runner.host import Host
 from wardround.runner.session import open_host, run
 from wardround.study.schema import Local
@@ -106,3 +108,14 @@ def test_the_released_round_is_the_best_or_the_last(tmp_path: Path) -> None:
     assert last.values["selected_round"] == {"federated": 6}
     assert best.values["steps"] == {"federated": 18}
     assert best.values["examples"] == {"federated": 18 * 2 * 3}
+
+
+def test_check_invents_no_scanner_and_no_model_for_a_task_of_ones_own(tmp_path: Path) -> None:
+    study, sites = tmp_path / "study.yaml", tmp_path / "sites.yaml"
+    study.write_text(yaml.safe_dump(toy_study().model_dump(mode="json")), encoding="utf-8")
+    sites.write_text(yaml.safe_dump(toy_sites(tmp_path).model_dump(mode="json")), encoding="utf-8")
+    for given in (None, sites):
+        said = explain(study, given, (), ())
+        assert "model        the task's own: 65 values" in said
+        for invented in ("scanner", "coils", "unrolled", "modl", "preset", "slices"):
+            assert invented not in said.replace("egress.scanner_facts", "")

@@ -158,6 +158,10 @@ class CTFolder:
         """Return a patient's embedding, float32 (tokens, dimension), where the site provides any."""
         return None if self._embeddings is None else self._embeddings.of(self._folders[patient].name)
 
+    def name(self, patient: int) -> str:
+        """Return the name of a patient's folder: it stays at the site."""
+        return self._folders[patient].name
+
     def place(self, patient: int) -> str:
         """Return where a patient's files lie: for the `detail` of errors only."""
         return str(self._folders[patient])
@@ -228,6 +232,10 @@ class CTIndex:
     def site(self) -> str:
         """The site's name."""
         return self._folder.site
+
+    def name(self, patient: int) -> str:
+        """Return the name of a patient's folder: it stays at the site."""
+        return self._folder.name(patient)
 
     def patients(self, split: SplitName) -> tuple[int, ...]:
         """Return the numbers of the patients of a split, ascending."""

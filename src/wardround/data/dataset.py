@@ -78,6 +78,10 @@ class SliceIndex:
         """The site's name."""
         return self._folder.site
 
+    def name(self, patient: int) -> str:
+        """Return the name of a patient's folder: it stays at the site."""
+        return self._folder.name(patient)
+
     def patients(self, split: SplitName) -> tuple[int, ...]:
         """Return the numbers of the patients of a split, ascending."""
         return self._split[split]

@@ -53,6 +53,10 @@ class SiteFolder:
     def __len__(self) -> int:
         return len(self._patients)
 
+    def name(self, patient: int) -> str:
+        """Return the name of a patient's folder: it stays at the site."""
+        return next(iter(self._patients[patient].values())).parent.name
+
     @property
     def contrasts(self) -> tuple[str, ...]:
         """Contrasts that at least one patient has, sorted."""

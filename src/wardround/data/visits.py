@@ -22,6 +22,10 @@ class Index(Protocol):
         """The site's name."""
         ...
 
+    def name(self, patient: int) -> str:
+        """The name of a patient's folder."""
+        ...
+
     def patients(self, split: SplitName) -> tuple[int, ...]:
         """The numbers of the patients of a split, ascending."""
         ...
@@ -61,6 +65,11 @@ class Visits(Generic[AnIndex]):
         self.site = site
         self._homes = [(member, patient) for member in members for patient in member.patients("test")]
         self._members = tuple(members)
+
+    def name(self, patient: int) -> str:
+        """Return the patient's own site and the name of the folder there: it stays at the site."""
+        member, own = self._homes[patient]
+        return f"{member.site}/{member.name(own)}"
 
     def patients(self, split: SplitName) -> tuple[int, ...]:
         """Return the numbers of the patients of a split: all in `test`."""

@@ -17,7 +17,8 @@ class EgressRules:
     """A site's rules; they are its own and no part of the study.
 
     A sum over fewer than `minimum_cohort` patients is withheld: what is known of four patients and of five gives away
-    the fifth. Across hospitals 11 is usual (cells under 11 are suppressed in releases of the US CMS).
+    the fifth. Across hospitals 11 is usual (cells under 11 are suppressed in releases of the US CMS). `floor` is the
+    least that a site's rules cannot go below: 1 where one machine holds all data, `ACROSS_HOSPITALS` for an agent.
     `scanner_facts`: a released model may say what headers name of the site's scanners; no message ever does.
     """
 
@@ -25,6 +26,12 @@ class EgressRules:
     metrics: frozenset[str] | None = None
     minimum_cohort: int = 1
     scanner_facts: bool = True
+    floor: int = 1
+
+    @property
+    def least(self) -> int:
+        """The fewest patients whose sums or mean may leave."""
+        return max(self.floor, self.minimum_cohort)
 
     def refusal(self, values: Mapping[str, Any]) -> str | None:
         """Why sums of these values, metric -> one for each patient, may not leave; nothing when they may.
@@ -34,16 +41,19 @@ class EgressRules:
         hidden = sorted(set(values) - self.metrics) if self.metrics is not None else []
         if hidden:
             return f"{', '.join(hidden)} not in egress.metrics"
-        if any(len(per_patient) < self.minimum_cohort for per_patient in values.values()):
+        fewest = min(map(len, values.values()), default=self.least)
+        if fewest < self.minimum_cohort:
             return "fewer patients than egress.minimum_cohort"
-        return None
+        return f"fewer than {self.floor} patients" if fewest < self.floor else None
 
     def counts(self, patients: Mapping[str, int]) -> dict[str, int | None]:
         """Numbers of patients as they may be told: nothing in place of a handful, while none at all names nobody."""
-        return {what: None if 0 < count < self.minimum_cohort else count for what, count in patients.items()}
+        return {what: None if 0 < count < self.least else count for what, count in patients.items()}
 
 
 OPEN = EgressRules()
+# What is computed from fewer patients gives them away, whatever a site's own file says.
+ACROSS_HOSPITALS = 5
 
 
 def strictest(rules: Iterable[EgressRules]) -> EgressRules:
@@ -56,6 +66,7 @@ def strictest(rules: Iterable[EgressRules]) -> EgressRules:
             frozenset.intersection(*lists) if lists else None,
             max(together.minimum_cohort, one.minimum_cohort),
             together.scanner_facts and one.scanner_facts,
+            max(together.floor, one.floor),
         )
     return together
 

@@ -19,16 +19,18 @@ from wardround.federation.blobs import disk_error
 from wardround.federation.egress import OPEN, EgressRules, check_egress
 from wardround.federation.exchange import DONE, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.inspection import Inspector
+from wardround.federation.measured import MeasuredSets
 from wardround.federation.minutes import SENT, SiteMinutes
+from wardround.federation.patients import OwnResults, PatientRows
 from wardround.federation.record import LOG, Record, begun_by
 from wardround.federation.refusals import refusal
 from wardround.federation.store import Memory, SiteStore
-from wardround.federation.sums import LOSS, SECONDS, evaluation_sums, validation_sums
+from wardround.federation.sums import LOSS, SECONDS, validation_sums
 from wardround.federation.training import Learner
 from wardround.protection.compression import PLAIN, Codec
 from wardround.protection.gates import check_body
-from wardround.tasks.metrics import replicate_weights
 from wardround.tasks.task import Split
+from wardround.wire.canonical import digest
 from wardround.wire.files import written
 from wardround.wire.message import FileBody, Header, Message
 from wardround.wire.random import public_generator
@@ -97,14 +99,14 @@ class Rules:
     """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
 
     With `lint` it looks at every model before it trains on it (`Inspector`). There are so many `rounds`, where they are
-    known, and one more for each void one where that `extends` the study.
+    known, and one more for each void one where that `extends` the study. It measures the model of the `arm`, and the
+    `baselines`.
     """
 
     identity: str
     layout: Layout
     metrics_layout: Layout
     evaluation_layout: Layout
-    replicates: int
     seed: int
     egress: EgressRules = OPEN
     codec: Codec = PLAIN
@@ -112,6 +114,8 @@ class Rules:
     initial_scale: float = 0.2
     rounds: int | None = None
     extends: bool = True
+    arm: str = ""
+    baselines: frozenset[str] = frozenset()
 
 
 class Site:
@@ -127,6 +131,8 @@ class Site:
         protocol: SiteProtocol | None = None,
         evaluators: Mapping[str, Evaluator] | None = None,
         folder: Path | None = None,
+        rows: PatientRows | None = None,
+        sets: MeasuredSets | None = None,
     ) -> None:
         self.name = name
         self.rules = rules
@@ -137,6 +143,7 @@ class Site:
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
+        self._own = OwnResults(name, rules.arm, rules.baselines, rules.egress, rows or PatientRows(), sets)
         inspector = Inspector(name, store, rules.layout, rules.codec, rules.initial_scale, self.minutes.note)
         self._inspector = inspector if rules.lint else None
 
@@ -278,43 +285,50 @@ class Site:
         raise WireError(f"site {self.name} does not know messages of kind {request.header.kind[:40]!r}")
 
     def evaluate(self, request: Message) -> Answer:
-        """Evaluate the model that the request carries: sums over all patients of a split, never a patient's value."""
+        """Evaluate the model that the request carries: what leaves is over all patients of a split, never of one."""
         chunks, layout = self.measure(request)
         return Answer(self.reply_with(request, UPDATE, chunks, layout))
 
     def measure(self, request: Message) -> tuple[Iterator[bytes | memoryview], Layout]:
-        """The bytes of an evaluation's sums, and their layout: the one that is pooled over sites, or the site's own."""
+        """The bytes of an evaluation, and their layout: validation sums to pool, or the site's own results."""
         header = request.header
         split = header.meta.get("split")
         if split not in ("validation", "test"):
             raise WireError("an evaluation needs split: validation or test")
         pooled = header.meta["layout"] == self.rules.metrics_layout.sha256
+        if pooled != (split == "validation"):
+            raise Rejected(f"site {self.name} gives sums of validation patients, and its own results of test patients")
         if not pooled and not self.rules.egress.per_site_results:
             raise Withheld(f"site {self.name} withholds its own results: egress.per_site_results is false")
         learner = self.learner
         which = header.meta.get("evaluator")
         if which is None:
-            learner.load(self._to_measure(request, split), self.store.memory(header.round))
+            learner.load(self._to_measure(request), self.store.memory(header.round))
             values = learner.evaluate(split)
         elif which in self._evaluators:
-            carried = self._to_measure(request, split) if header.body_nbytes else None
+            self._own.row(header)
+            carried = self._to_measure(request) if header.body_nbytes else None
             values = self._evaluators[which](learner, carried, header.meta, split)
         else:
             raise WireError(f"site {self.name} has no evaluator of that name")
         layout = self.rules.metrics_layout if pooled else self.rules.evaluation_layout
-        metrics = self._validation_sums(header.round, values) if pooled else self._evaluation_sums(values)
+        metrics = self._validation_sums(header.round, values) if pooled else self._own.entries(header, values, learner)
         random = public_generator(self.rules.seed, self.name, "no rounding")
         return encode(layout, {}, {}, {}, metrics, random), layout
 
-    def _to_measure(self, request: Message, split: Split) -> TensorFile:
+    def _to_measure(self, request: Message) -> TensorFile:
         """The model that a request carries; a second one is refused.
 
-        Sums of many, chosen to differ at will, would tell patients apart. An arm has one model that is tested, and one
-        a round that is validated; those are measured as often as asked.
+        Means of many, chosen to differ at will, would tell patients apart. An arm has one model that is tested, in one
+        way, and one a round that is validated; those are measured as often as asked.
         """
         header, state = request.header, self.public_state(request)
-        number, each = (0, "an arm") if split == "test" else (header.round, "a round")
-        if self.store.promise(f"measured/{split}", number, header.body_sha256) != header.body_sha256:
+        split, number, each, word = "validation", header.round, "a round", header.body_sha256
+        if header.meta.get("split") == "test":
+            # The private part that completes a model is another one in another round, and none for a stranger.
+            how = [header.meta.get("evaluator"), bool(header.meta.get("unknown_site")), header.round]
+            split, number, each, word = "test", 0, "an arm", digest([header.body_sha256, *how])
+        if self.store.promise(f"measured/{split}", number, word) != word:
             raise Rejected(
                 f"site {self.name} has measured another model: it gives {split} sums of one model of {each}. To "
                 "measure others, start a run in another folder"
@@ -335,20 +349,10 @@ class Site:
 
     def _validation_sums(self, number: int, values: Mapping[str, Array]) -> dict[str, Any]:
         """Sums that are pooled over sites; of no patient where the site's rules withhold them."""
-        if (why := self.rules.egress.refusal(values)) is not None:
+        if (why := self._own.withheld("validation", values, self.learner.dataset)) is not None:
             self.minutes.note("blocked", {"kind": "validation", "round": number, "reason": why})
             return {}
         return validation_sums(values)
-
-    def _evaluation_sums(self, values: Mapping[str, Array]) -> dict[str, Any]:
-        if (why := self.rules.egress.refusal(values)) is not None:
-            raise Withheld(f"site {self.name} withholds its own results: {why}")
-        # The same draws for every arm, so that intervals of arms can be compared, and from nothing but the data
-        # themselves: whoever knew the draws could solve the replicates for every patient's value.
-        fingerprint = str(self.store.fact("fingerprint"))
-        random = public_generator(self.rules.seed, self.name, "bootstrap", fingerprint)
-        patients = max((len(per_patient) for per_patient in values.values()), default=0)
-        return evaluation_sums(values, replicate_weights(patients, self.rules.replicates, random))
 
     def close(self) -> None:
         """Close the store."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from wardround.tasks.metrics import PatientMeans
+from wardround.tasks.estimates import Mean
 from wardround.wire.update import Aggregate, Metric
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ LOSS = "loss"
 SECONDS = "seconds"
 # Of a validation, which may travel in a training round; and of an evaluation, which travels alone.
 _VALIDATED, _VALIDATION = "validation_patients", "validation/"
-_PATIENTS, _TOTAL, _REPLICATES = "patients", "total/", "replicates/"
+_PATIENTS, _VALUE, _ERROR, _PAIRED = "patients", "value/", "error/", "paired/"
 # A site's sum over patients fits its declared range up to this many patients.
 MAX_PATIENTS = 1 << 16
 MAX_LOSS = 1e6
@@ -77,36 +78,55 @@ def round_metrics(specs: Sequence[MetricSpec], *, private: bool = False) -> tupl
     )
 
 
-def evaluation_metrics(specs: Sequence[MetricSpec], replicates: int) -> tuple[Metric, ...]:
-    """Sums over test patients and over the patients of every bootstrap replicate."""
+def evaluation_metrics(specs: Sequence[MetricSpec]) -> tuple[Metric, ...]:
+    """A site's own results: the number of test patients, and of every metric value and standard errors, rounded.
+
+    A standard error of one step below 0 is one that the site does not give.
+    """
     metrics = [Metric(_PATIENTS, 0, MAX_PATIENTS, 1)]
     for s in specs:
-        low, high = min(0.0, s.low) * MAX_PATIENTS, max(0.0, s.high) * MAX_PATIENTS
-        metrics.append(Metric(_TOTAL + s.name, low, high, s.resolution))
-        if replicates:
-            metrics.append(Metric(_REPLICATES + s.name, low, high, s.resolution, replicates))
+        step, widest = s.resolution, s.high - s.low
+        metrics.append(Metric(_VALUE + s.name, min(0.0, s.low), max(0.0, s.high), step))
+        metrics.append(Metric(_ERROR + s.name, -step, widest, step))
+        metrics.append(Metric(_PAIRED + s.name, -step, 2.0 * widest, step))
     return tuple(metrics)
 
 
-def evaluation_sums(values: Mapping[str, Array], weights: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """A site's entries: from each metric's value for every patient (n,), and its replicates' draws (R, n)."""
-    sums: dict[str, Any] = {}
-    for name, per_patient in values.items():
-        means = PatientMeans.of(per_patient, weights)
-        sums |= {_PATIENTS: means.count, _TOTAL + name: means.total}
-        if len(weights):
-            sums[_REPLICATES + name] = means.replicates
-    return sums
+@dataclass(frozen=True)
+class Result:
+    """A metric's mean at a site, and the standard error of its difference to the reference row, paired by patient."""
+
+    mean: Mean
+    paired: float | None = None
 
 
-def patient_means(aggregate: Aggregate, specs: Sequence[MetricSpec]) -> dict[str, PatientMeans]:
-    """The mergeable state of every metric from an evaluation's sums."""
+def evaluation_entries(specs: Sequence[MetricSpec], results: Mapping[str, Result]) -> dict[str, Any]:
+    """A site's entries, from every metric's result."""
+    entries: dict[str, Any] = {}
+    for s in specs:
+        found = results[s.name]
+        hidden = -s.resolution
+        entries |= {
+            _PATIENTS: found.mean.count,
+            _VALUE + s.name: found.mean.value,
+            _ERROR + s.name: hidden if found.mean.error is None else found.mean.error,
+            _PAIRED + s.name: hidden if found.paired is None else found.paired,
+        }
+    return entries
+
+
+def results_in(aggregate: Aggregate, specs: Sequence[MetricSpec]) -> dict[str, Result]:
+    """Every metric's result, from a site's entries."""
     count = int(aggregate.metrics[_PATIENTS][0])
+
+    def error(name: str, step: float) -> float | None:
+        value = float(aggregate.metrics[name][0])
+        return None if value < -0.5 * step else max(0.0, value)
+
     return {
-        s.name: PatientMeans(
-            float(aggregate.metrics[_TOTAL + s.name][0]),
-            count,
-            aggregate.metrics.get(_REPLICATES + s.name, np.zeros(0)),
+        s.name: Result(
+            Mean(float(aggregate.metrics[_VALUE + s.name][0]), error(_ERROR + s.name, s.resolution), count),
+            error(_PAIRED + s.name, s.resolution),
         )
         for s in specs
     }

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wardround.report.results import Arm, Estimate, Metric, Run, estimate_of
+from wardround.report.metrics import Metric
+from wardround.report.results import SATURATION_LIMIT, Arm, Estimate, Round, Run, estimate_of
+from wardround.report.units import in_rounds
 
 Verdict = Literal["better", "same", "worse", "unknown"]
 
@@ -15,7 +17,7 @@ Verdict = Literal["better", "same", "worse", "unknown"]
 class Gain:
     """The difference of two arms at a site; `gain` is positive where `arm` is better, in the metric's units.
 
-    `paired` is the bootstrap interval of the paired difference, where the run computed it.
+    `paired` is the paired difference with its interval, where the run computed it.
     """
 
     site: str
@@ -131,14 +133,14 @@ def unseen_result(run: Run, metric: Metric, arm: str) -> Unseen | None:
 
 
 def _extremes(metric: Metric, gains: Sequence[Gain]) -> str:
+    """How many sites gained and lost, by the bare difference where it is not negligible, and the worst of them."""
     if len(gains) < 2:
         return f" (one site, {gains[0].site})" if gains else ""
     worst = min(gains, key=lambda gain: gain.gain)
-    behind = sum(verdict_of(metric, gain) == "worse" for gain in gains)
-    text = f"worst site {metric.signed(metric.printed(worst.gain))}"
-    if behind:
-        text += f"; {behind} of {len(gains)} sites did worse than alone"
-    return f" ({text})"
+    gained = sum(gain.gain >= metric.negligible for gain in gains)
+    lost = sum(gain.gain <= -metric.negligible for gain in gains)
+    text = f"{gained} of {len(gains)} hospitals gained" + (f", {lost} lost" if lost else "")
+    return f" ({text}; worst site {metric.signed(metric.printed(worst.gain))})"
 
 
 def _against_alone(metric: Metric, mean: Gain, gains: Sequence[Gain]) -> tuple[Verdict, str]:
@@ -205,8 +207,35 @@ def answer(run: Run) -> Answer:
     unseen = unseen_result(run, metric, together.key)
     if unseen is not None:
         text += "; " + _at_unseen(metric, unseen)
-    details += _recovered(metric, mean, to_pooled) + _against_baseline(run, metric, together)
-    return Answer(verdict, text + ".", tuple(details))
+    baseline = _best_rival(run, metric, together)
+    if baseline is not None and baseline[1].gain <= -metric.negligible:
+        arm, gain = baseline
+        text += f"; but {arm.label}, which learns nothing, is {metric.amount(-gain.gain)} ahead of the network"
+    elif baseline is not None:
+        details.append(_over_baseline(metric, *baseline))
+    details += _recovered(metric, mean, to_pooled)
+    return Answer(verdict, f"{text}.{_saturated(run)}", tuple(details))
+
+
+def arm_words(run: Run, key: str) -> str:
+    """An arm of rounds.jsonl in words: of a shared model, of a site alone, or of a model without one site."""
+    known = {arm.key: arm.label for arm in run.arms}
+    group, _, site = key.partition("/")
+    return known.get(key) or f"{ {'local': 'Alone at', 'without': 'Without'}.get(group, group) } {site}".strip()
+
+
+def _saturated(run: Run) -> str:
+    """Which arms lost something to the range of their integers: it may have cost them, and so the comparison."""
+    found: dict[str, list[Round]] = {}
+    for entry in run.rounds:
+        if entry.saturated > SATURATION_LIMIT:
+            found.setdefault(entry.arm, []).append(entry)
+    if not found:
+        return ""
+    worst = max(entry.saturated for entries in found.values() for entry in entries)
+    named = [f"{arm_words(run, arm)} ({in_rounds([e.number for e in entries])})" for arm, entries in found.items()]
+    arms = ", ".join(named) if len(named) <= 3 else f"{', '.join(named[:3])} and {len(named) - 3} more arms"
+    return f" Mind: values of updates were cut off in {arms}, at worst {worst:.2%}; that may have cost them accuracy."
 
 
 def _recovered(metric: Metric, mean: Gain | None, to_pooled: Gain | None) -> list[str]:
@@ -221,13 +250,15 @@ def _recovered(metric: Metric, mean: Gain | None, to_pooled: Gain | None) -> lis
     return [f"That is {share:.0f}% of what pooling all data would have gained over training alone."]
 
 
-def _against_baseline(run: Run, metric: Metric, together: Arm) -> list[str]:
-    own, baseline = run.estimate(together.key, "mean", metric.name), best_baseline(run, metric)
-    if own is None or baseline is None:
-        return []
-    arm, value = baseline
-    gain = metric.gain(own.value, value)
-    name = f"the best method without learning, {arm.label} ({metric.amount(value)})"
-    if abs(gain) < metric.negligible:
-        return [f"It is level with {name}."]
-    return [f"It is {metric.amount(abs(gain))} {'better' if gain > 0 else 'worse'} than {name}."]
+def _best_rival(run: Run, metric: Metric, together: Arm) -> tuple[Arm, Gain] | None:
+    """The best arm that learned nothing, and the network's gain over it, at the training sites that show both."""
+    rivals = [arm for arm in run.arms if arm.kind == "baseline"]
+    found = [(arm, gain) for arm in rivals if (gain := mean_gain(run, metric, together.key, arm.key)) is not None]
+    return min(found, key=lambda pair: pair[1].gain, default=None)
+
+
+def _over_baseline(metric: Metric, arm: Arm, gain: Gain) -> str:
+    name = f"the best method without learning, {arm.label} ({metric.amount(gain.reference)})"
+    if abs(gain.gain) < metric.negligible:
+        return f"It is level with {name}."
+    return f"It is {metric.amount(gain.gain)} better than {name}."

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from wardround.report.answer import answer
-from wardround.report.results import AGGREGATES, SMALL_N, Metric, Run, load_run
+from wardround.report.metrics import Metric
+from wardround.report.results import AGGREGATES, LEAST_N, SMALL_N, Run, load_run
 from wardround.report.units import flat, human_bytes, human_seconds, protocol
 from wardround.report.unmeasured import unmeasured
 from wardround.report.views import site_title, warnings
@@ -57,8 +58,8 @@ def card(run: Run) -> str:
         _data(run),
         "## Results on test patients",
         *(_metric(run, metric) for metric in run.metrics),
-        "Means over test patients with 95% patient-level bootstrap intervals within sites; "
-        "the mean gives every training site the same weight. "
+        "Means over test patients with 95% intervals (Student's t) from the standard errors that sites computed; "
+        f"the mean gives every training site the same weight. Fewer than {LEAST_N} patients have no interval. "
         f"Where n is below {SMALL_N}, a single patient can decide the outcome.",
         "## Training",
         _bullets(_training(run)),
@@ -83,22 +84,21 @@ def _intended(run: Run) -> list[str]:
 
 
 def _data(run: Run) -> str:
-    rows = [
-        (
-            site,
-            "trains" if site in run.training else "evaluated only",
-            "withheld or unknown" if (patients := run.patients(site)) is None else patients,
-            protocol(run.acquisition(site)) or "–",
-        )
-        for site in run.sites
-    ]
-    table = _table(["site", "role", "test patients", "simulated protocol"], rows)
+    simulated = run.simulated is not None
+    rows = []
+    for site in run.sites:
+        patients = run.patients(site)
+        row = [site, "trains" if site in run.training else "evaluated only"]
+        row.append("withheld or unknown" if patients is None else str(patients))
+        rows.append([*row, protocol(run.acquisition(site)) or "–"] if simulated else row)
+    head = ("site", "role", "test patients", *(("simulated protocol",) if simulated else ()))
+    table = _table(head, rows)
     told = {site: HeaderFacts.model_validate(facts).text for site, facts in (run.result.get("scanners") or {}).items()}
     if told:
         table += "\n\nThe scanners that took the images, as the headers of training images name them:\n\n" + _table(
             ["site", "scanners, tube voltage, slice thickness, kernel"], told.items()
         )
-    if run.simulated is None:
+    if not simulated:
         return table
     return table + "\n\nSimulated acquisitions, not raw data measured by a scanner."
 
@@ -135,7 +135,9 @@ def _training(run: Run) -> list[str]:
         f"Sites that trained: {', '.join(run.training) or 'unknown'}",
         f"Rounds: {run.result.get('rounds', '–')}",
     ]
-    for section in ("model", "method", "local", "schedule", "protection"):
+    # A task of one's own builds its own model: that of the study file is none of it.
+    own = (run.study.get("task") or {}).get("kind") == "custom"
+    for section in ("task" if own else "model", "method", "local", "schedule", "protection"):
         settings = ", ".join(f"{key} {value}" for key, value in flat(run.study.get(section) or {}))
         if settings:
             lines.append(f"{section.capitalize()}: {settings}")

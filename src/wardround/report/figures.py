@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from wardround.report.results import MINUS, Round
+from wardround.report.metrics import MINUS
+from wardround.report.results import Round
 
 LANE = 24  # px, the height of a row in a dot chart
 PLOT = 200  # px, the height of a learning curve
@@ -87,10 +88,17 @@ def lane(
     value: float | None,
     interval: tuple[float, float] | None = None,
     guide: float | None = None,
+    patients: Sequence[float] = (),
 ) -> Markup:
-    """One row of a dot chart: grid, interval and mark; `guide` draws the dashed line one compares with."""
+    """One row of a dot chart: grid, interval and mark; `guide` draws the dashed line one compares with.
+
+    `patients` are single values, drawn as small points.
+    """
     parts = [_grid(scale, LANE)]
     middle = LANE / 2
+    point = Markup('<circle class="patient" cx="{}%" cy="{}" r="2.2"/>')
+    # One above the other in turn, so that equal values do not hide each other.
+    parts += [point.format(scale.percent(one), middle + 3 * (number % 5 - 2)) for number, one in enumerate(patients)]
     if guide is not None:
         at = scale.percent(guide)
         parts.append(Markup('<line class="guide" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>').format(at, LANE))

@@ -12,9 +12,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from wardround.report import figures, views
-from wardround.report.answer import answer, unseen_result
+from wardround.report.answer import answer, arm_words, unseen_result
 from wardround.report.pictures import ERROR_GAIN, gallery
-from wardround.report.results import SMALL_N, Run, load_run
+from wardround.report.results import LEAST_N, SMALL_N, Run, load_run
 from wardround.report.units import flat, human_bytes, human_seconds, in_rounds, protocol
 from wardround.wire.files import write_text
 
@@ -80,6 +80,7 @@ def render(run: Run) -> str:
         fingerprint=tuple(flat(run.result.get("fingerprint") or {})),
         training=_training(run),
         small_n=SMALL_N,
+        least_n=LEAST_N,
     )
 
 
@@ -169,13 +170,7 @@ def _training(run: Run) -> tuple[tuple[str, str, str], ...]:
     """(arm, optimiser steps, released round) of every arm that trained."""
     steps, released = _mapping(run, "steps"), _mapping(run, "selected_round")
     keys = dict.fromkeys([*steps, *released])
-    labels = {arm.key: arm.label for arm in run.arms}
-    return tuple((labels.get(key) or _arm_words(key), _text(steps.get(key)), _text(released.get(key))) for key in keys)
-
-
-def _arm_words(key: str) -> str:
-    group, _, site = key.partition("/")
-    return f"{ {'local': 'Alone', 'without': 'Without'}.get(group, group) } {site}".strip()
+    return tuple((arm_words(run, key), _text(steps.get(key)), _text(released.get(key))) for key in keys)
 
 
 def _text(value: object) -> str:

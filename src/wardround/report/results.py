@@ -13,99 +13,15 @@ from typing import Any, Literal
 import yaml
 
 from wardround.errors import JournalError
+from wardround.report.metrics import Metric, metrics_in
 
-MINUS = "\N{MINUS SIGN}"
-NO_BREAK = "\N{NO-BREAK SPACE}"
 AGGREGATES = ("mean", "unseen")
 SMALL_N = 10
+# Fewer patients give no interval, whatever a file says.
+LEAST_N = 5
 SATURATION_LIMIT = 1e-4
 
 Kind = Literal["baseline", "local", "federated", "pooled", "other"]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How one metric is named, rounded and compared; `negligible` is a difference not worth a claim."""
-
-    name: str
-    label: str
-    unit: str = ""
-    larger_is_better: bool = True
-    decimals: int = 3
-    negligible: float = 0.001
-    definition: str = "as the task defines it"
-
-    def show(self, value: float) -> str:
-        """The value, rounded, without its unit."""
-        if not math.isfinite(value):
-            return "∞" if value > 0 else f"{MINUS}∞"
-        return f"{value:.{self.decimals}f}".replace("-", MINUS)
-
-    def amount(self, value: float) -> str:
-        """The value with its unit, or with the metric's label where it has none."""
-        return f"{self.show(value)}{NO_BREAK}{self.unit or self.label}"
-
-    def difference(self, value: float) -> str:
-        """A signed difference, rounded, without its unit; what rounds to nothing has no sign."""
-        text = self.show(abs(value))
-        if not text.strip("0."):
-            return text
-        return f"{'+' if value > 0 else MINUS}{text}"
-
-    def signed(self, value: float) -> str:
-        """A signed difference with its unit, or with the metric's label where it has none."""
-        return f"{self.difference(value)}{NO_BREAK}{self.unit or self.label}"
-
-    def printed(self, gain: float) -> float:
-        """A gain (positive is better) in the metric's own direction: a better NMSE is negative."""
-        return gain if self.larger_is_better else -gain
-
-    def span(self, gains: tuple[float, float]) -> str:
-        """The interval of a gain as signed differences in the metric's own direction."""
-        low, high = sorted(self.printed(end) for end in gains)
-        return f"{self.difference(low)} to {self.difference(high)}"
-
-    def gain(self, value: float, reference: float) -> float:
-        """How much better `value` is than `reference`: positive is better whatever the metric's direction."""
-        return value - reference if self.larger_is_better else reference - value
-
-
-def _windowed(name: str, window: str, ends: str) -> Metric:
-    definition = f"peak signal-to-noise ratio in the {window} window ({ends})"
-    return Metric(name, f"PSNR, {window}", "dB", True, 2, 0.05, definition)
-
-
-_KNOWN_METRICS = (
-    Metric("psnr", "PSNR", "dB", True, 2, 0.05, "peak signal-to-noise ratio over the whole image"),
-    Metric("ssim", "SSIM", "", True, 3, 0.001, "structural similarity over the whole image, at most 1"),
-    Metric("nmse", "NMSE", "", False, 4, 0.0002, "squared error relative to the image's energy, 0 is perfect"),
-    Metric("rmse_hu", "RMSE", "HU", False, 1, 0.5, "root of the mean squared error over the whole image"),
-    Metric("rmse_hu_body", "RMSE in the body", "HU", False, 1, 0.5, "root of the mean squared error inside the body"),
-    _windowed("psnr_lung", "lung", "−1350 to 150 HU, range 1500 HU"),
-    _windowed("psnr_soft", "soft tissue", "−160 to 240 HU, range 400 HU"),
-)
-_SMALLER_IS_BETTER = frozenset({"nmse", "mse", "rmse", "mae", "nrmse", "loss", "hd95", "ece", "brier", "lpips"})
-
-
-def metric_of(name: str) -> Metric:
-    """The display rules of a metric by its name in result.json; unknown names get plain rules."""
-    for known in _KNOWN_METRICS:
-        if name == known.name:
-            return known
-        if name == f"{known.name}_head":
-            definition = known.definition.replace("over the whole image", "inside the head").replace(
-                "to the image's energy", "to the image's energy inside the head"
-            )
-            return Metric(
-                name,
-                f"{known.label} in the head",
-                known.unit,
-                known.larger_is_better,
-                known.decimals,
-                known.negligible,
-                definition,
-            )
-    return Metric(name, name.replace("_", " "), "", name.split("_")[0] not in _SMALLER_IS_BETTER)
 
 
 @dataclass(frozen=True)
@@ -153,7 +69,7 @@ def arm_of(key: str, unknown_index: int = 0) -> Arm:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over test patients with its bootstrap interval; `n` counts patients."""
+    """A mean over test patients with its 95% interval; `n` counts patients."""
 
     value: float
     low: float | None = None
@@ -162,8 +78,9 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The interval's ends, or None where none was computed."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
+        """The interval's ends, or None where none was computed, and where patients are too few for one."""
+        few = self.n is not None and self.n < LEAST_N
+        return None if few or self.low is None or self.high is None else (self.low, self.high)
 
 
 def _number(value: object) -> float | None:
@@ -205,7 +122,14 @@ class Round:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
-    saturated_share: float = 0.0
+    saturated: float = 0.0
+
+
+def _saturated(line: Mapping[str, Any]) -> float:
+    """The largest share of a tensor's values that were cut off; of all values where a run counted those alone."""
+    told = line.get("saturated")
+    shares = [_finite(share) for share in told.values()] if isinstance(told, Mapping) else [_finite(told)]
+    return max((share for share in shares if share is not None), default=_finite(line.get("saturated_share")) or 0.0)
 
 
 def _round_of(line: Mapping[str, Any]) -> Round:
@@ -221,7 +145,7 @@ def _round_of(line: Mapping[str, Any]) -> Round:
         bytes_up=int(line.get("bytes_up") or 0),
         bytes_down=int(line.get("bytes_down") or 0),
         seconds=float(line.get("seconds") or 0.0),
-        saturated_share=_finite(line.get("saturated_share")) or 0.0,
+        saturated=_saturated(line),
     )
 
 
@@ -288,14 +212,11 @@ class Run:
 
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
-        """The metrics of any arm and site, best-known first; the first one answers the study's question."""
-        names = dict.fromkeys(
+        """The task's metrics that any arm and site has, in its order; the first one answers the study's question."""
+        names = {
             name for table in self._metrics.values() for entry in _mapping(table).values() for name in _mapping(entry)
-        )
-        order = [known.name for known in _KNOWN_METRICS]
-        order += [f"{name}_head" for name in order]
-        first = [name for name in order if name in names]
-        return tuple(metric_of(name) for name in dict.fromkeys([*first, *names]))
+        }
+        return tuple(metric for metric in metrics_in(self.result) if metric.name in names) if names else ()
 
     def estimate(self, arm: str, site: str, metric: str) -> Estimate | None:
         """The estimate of an arm at a site (or `mean`, `unseen`), or None."""
@@ -310,7 +231,7 @@ class Run:
         return str(reason) if reason else None
 
     def paired_gain(self, arm: str, reference: str, site: str, metric: str) -> Estimate | None:
-        """The bootstrap of a paired difference: `gains[arm][reference][site][metric]`, positive is better."""
+        """A paired difference: `gains[arm][reference][site][metric]`, positive is better."""
         table = _mapping(_mapping(_mapping(self.result.get("gains")).get(arm)).get(reference))
         return estimate_of(_mapping(table.get(site)).get(metric))
 
@@ -343,7 +264,9 @@ class Run:
         return max(counts, default=None)
 
     def acquisition(self, site: str) -> Mapping[str, Any]:
-        """The simulated protocol of a site: its own, or the study's."""
+        """The simulated protocol of a site: its own, or the study's; empty for a task without scanners."""
+        if self.simulated is None:
+            return {}
         own = _mapping(_mapping(self.study.get("sites")).get(site)).get("acquisition")
         return _mapping(own) or _mapping(self.study.get("acquisition"))
 
@@ -363,8 +286,9 @@ class Run:
         """Which acquisition a reconstruction's raw data are simulated by; None for tasks of another kind."""
         if _mapping(self.study.get("task")).get("kind", "reconstruction") != "reconstruction":
             return None
-        kinds = {self.acquisition(site).get("kind") for site in self.sites}
-        return "ct" if kinds == {"ct"} else "mri"
+        sites, common = _mapping(self.study.get("sites")), _mapping(self.study.get("acquisition"))
+        own = [_mapping(_mapping(sites.get(site)).get("acquisition")) or common for site in self.sites]
+        return "ct" if {acquisition.get("kind") for acquisition in own} == {"ct"} else "mri"
 
 
 def load_run(out: Path) -> Run:
@@ -387,7 +311,16 @@ def load_run(out: Path) -> Run:
         study = _mapping(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise JournalError("study.yaml in the run directory is not YAML", detail=str(study_path)) from error
-    return Run(out, result, _read_rounds(out / "rounds.jsonl"), text, study)
+    run = Run(out, result, _read_rounds(out / "rounds.jsonl"), text, study)
+    try:
+        run.metrics  # noqa: B018 - read once, here
+    except ValueError as error:
+        raise JournalError(
+            "result.json does not say how its metrics are read (metric_specs), as an earlier version wrote it: run the "
+            "study again in another folder",
+            detail=str(path),
+        ) from error
+    return run
 
 
 def _read_rounds(path: Path) -> tuple[Round, ...]:

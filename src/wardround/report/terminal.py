@@ -7,17 +7,21 @@ from typing import Any
 
 from rich.table import Table
 
-from wardround.report.results import arm_of, metric_of
+from wardround.report.metrics import metrics_in
+from wardround.report.results import arm_of
 from wardround.report.unmeasured import FAILED, WITHHELD
 
 
-def table_of(metrics: Mapping[str, Mapping[str, Any]]) -> Table | None:
-    """The first metric of every arm, a row for each site (there may be many sites, but few arms); None without any."""
-    rows = {arm: row for arm, row in metrics.items() if arm != "baseline"}
-    names = [name for row in rows.values() for cell in row.values() if cell for name in cell]
+def table_of(result: Mapping[str, Any]) -> Table | None:
+    """The first metric of every arm, a row for each site (there may be many sites, but few arms); None without any.
+
+    `result` is a result.json, or what measuring it again gave.
+    """
+    rows = {arm: row for arm, row in result["metrics"].items() if arm != "baseline"}
+    names = {name for row in rows.values() for cell in row.values() if cell for name in cell}
     if not names:
         return None
-    metric = metric_of("psnr" if "psnr" in names else names[0])
+    metric = next(metric for metric in metrics_in(result) if metric.name in names)
     better = "higher" if metric.larger_is_better else "lower"
     unit = f" in {metric.unit}" if metric.unit else ""
     table = Table(title=f"{metric.label}{unit} on test patients, {better} is better")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,13 +11,15 @@ from markupsafe import Markup
 from wardround.report import figures
 from wardround.report.answer import Gain, left_out_gains, mean_gain, site_gains, verdict_of
 from wardround.report.figures import Curve, Curves
+from wardround.report.metrics import Metric
+from wardround.report.patients import Points, points_of
 from wardround.report.results import (
     AGGREGATES,
+    LEAST_N,
     SATURATION_LIMIT,
     SMALL_N,
     Arm,
     Estimate,
-    Metric,
     Round,
     Run,
 )
@@ -139,10 +142,14 @@ def _estimates(run: Run, metric: Metric) -> Iterator[Estimate]:
 
 def comparison(run: Run, metric: Metric) -> Comparison:
     """Charts and table of one metric for every site and aggregate."""
-    extremes = [end for found in _estimates(run, metric) for end in (found.value, *(found.interval or ()))]
-    scale = figures.scale_for(extremes)
     keys = _keys(run)
-    charts = tuple(_chart(run, metric, key, scale) for key in keys)
+    points = {key: points_of(run, key) if key in run.sites else {} for key in keys}
+    extremes = [end for found in _estimates(run, metric) for end in (found.value, *(found.interval or ()))]
+    shown = [
+        one for of_site in points.values() for (_, name), ones in of_site.items() if name == metric.name for one in ones
+    ]
+    scale = figures.scale_for([*extremes, *shown])
+    charts = tuple(_chart(run, metric, key, scale, points[key]) for key in keys)
     return Comparison(metric, run.arms, charts, tuple(_row(run, metric, key) for key in keys))
 
 
@@ -153,13 +160,20 @@ def _missing(run: Run, key: str) -> Unmeasured | None:
     return next((why for arm in run.arms if (why := unmeasured(run, arm.key, key))), None)
 
 
-def _chart(run: Run, metric: Metric, key: str, scale: figures.Scale) -> SiteChart:
+def _chart(run: Run, metric: Metric, key: str, scale: figures.Scale, points: Points) -> SiteChart:
     found = [(arm, run.estimate(arm.key, key, metric.name)) for arm in run.arms]
     alone = next((estimate for arm, estimate in found if arm.kind == "local" and estimate), None)
     lanes = tuple(
         Lane(
             arm,
-            figures.lane(scale, arm.style, estimate.value, estimate.interval, alone.value if alone else None),
+            figures.lane(
+                scale,
+                arm.style,
+                estimate.value,
+                estimate.interval,
+                alone.value if alone else None,
+                points.get((arm.key, metric.name), ()),
+            ),
             metric.show(estimate.value),
         )
         for arm, estimate in found
@@ -332,20 +346,22 @@ def absences(run: Run) -> tuple[tuple[str, str, str], ...]:
 
 def warnings(run: Run) -> tuple[str, ...]:
     """What a reader must know before believing the numbers: facts of this run, most important first."""
-    found = [f"Note of the run: {note}" for note in run.result.get("notes") or ()]
+    notes = Counter(str(note) for note in run.result.get("notes") or ())
+    found = [f"Note of the run: {note}" + (f" ({count} times)" if count > 1 else "") for note, count in notes.items()]
     small = [f"{site} ({count})" for site in run.sites if (count := run.patients(site)) and count < SMALL_N]
     if small:
         found.append(
             f"Few test patients, fewer than {SMALL_N}: {', '.join(small)}. "
-            "One unusual patient can move these numbers, and the intervals are themselves uncertain."
+            "One unusual patient can move these numbers, and the intervals are themselves uncertain; "
+            f"below {LEAST_N} there is none."
         )
     missing_at = {site: why.text for site in run.sites if (why := _missing(run, site))}
     for text, what in ((WITHHELD, "Numbers withheld by the site"), (FAILED, "Could not be measured")):
         if sites := [site for site, said in missing_at.items() if said == text]:
             found.append(f"{what}: {', '.join(sites)}.")
-    saturated = [entry.number for entry in run.rounds if entry.saturated_share > SATURATION_LIMIT]
+    saturated = [entry.number for entry in run.rounds if entry.saturated > SATURATION_LIMIT]
     if saturated:
-        worst = max(entry.saturated_share for entry in run.rounds)
+        worst = max(entry.saturated for entry in run.rounds)
         found.append(
             f"Updates were clipped to the fixed-point range in {in_rounds(saturated)} "
             f"(at worst {worst:.2%} of the values) and are less exact there; "

@@ -104,11 +104,6 @@ class Blueprints:
         unit = -arm.local.lr * self.lattice.step / study.protection.privacy.patients_per_step
         return LatticeCodec(study.seed, whole, unit)
 
-    @property
-    def replicates(self) -> int:
-        """Bootstrap replicates of an evaluation."""
-        return 0 if self.study.evaluation is None else self.study.evaluation.bootstrap
-
     def blueprint(self, name: str) -> Blueprint:
         """What an arm is made of."""
         if name not in self._blueprints:
@@ -133,7 +128,7 @@ class Blueprints:
                 policy=policy,
                 layout=Layout(groups, metrics, room, max_weight),
                 metrics_layout=Layout((), validation_metrics(specs), room),
-                evaluation_layout=Layout((), evaluation_metrics(specs, self.replicates), room),
+                evaluation_layout=Layout((), evaluation_metrics(specs), room),
                 codec=self._codec(arm),
             )
         return self._blueprints[name]
@@ -168,7 +163,6 @@ class Blueprints:
             layout=blueprint.codec.sent(blueprint.layout),
             metrics_layout=blueprint.metrics_layout,
             evaluation_layout=blueprint.evaluation_layout,
-            replicates=self.replicates,
             seed=study.seed,
             egress=egress,
             codec=blueprint.codec,
@@ -176,6 +170,8 @@ class Blueprints:
             initial_scale=study.protection.initial_scale,
             rounds=study.schedule.rounds,
             extends=study.protection.privacy is None,
+            arm=name,
+            baselines=frozenset(study.baselines),
         )
 
 

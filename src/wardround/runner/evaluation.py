@@ -8,33 +8,35 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wardround.errors import DataError
 from wardround.federation.exchange import EVALUATE, Call, Engine, ask_one
+from wardround.federation.patients import BASELINE, REFERENCE
 from wardround.federation.refusals import is_withheld
-from wardround.federation.sums import patient_means
+from wardround.federation.sums import Result, results_in
 from wardround.runner.arms import FEDERATED, POOLED
-from wardround.runner.evaluators import BASELINE, RELEASED
+from wardround.runner.evaluators import RELEASED
 from wardround.runner.host import Host
 from wardround.runner.release import as_tensor_file, model_of_study, model_path
-from wardround.tasks.metrics import Estimate, PatientMeans, mean_of_sites
+from wardround.tasks.estimates import Estimate, Mean, estimate, mean_of_sites
 from wardround.tasks.task import MetricSpec
 from wardround.wire.message import EMPTY_SHA256, EmptyBody, FileBody, Message
 from wardround.wire.tensors import TensorFile
 
-Means = dict[str, PatientMeans]
+Results = Mapping[str, Result]
+Means = Mapping[str, Mean]
 MEAN, UNSEEN = "mean", "unseen"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One arm's model (or a baseline) at one site: its sums, or why there are none, and whether its rules say so."""
+    """One arm's model (or a baseline) at one site: what it gave, or why nothing, and whether its rules say so."""
 
     row: str
     site: str
-    means: Means | None
+    results: Results | None
     reason: str = ""
     withheld: bool = False
 
@@ -54,12 +56,13 @@ def measure(
     `done` is called with the number of finished and of all evaluations. Sites answer what they were asked before from
     their stores, unless `again` is a new text. Raises `DataError` when a model is missing.
     """
-    jobs = list(_jobs(host))
+    jobs = sorted(_jobs(host), key=lambda job: job.row != REFERENCE)
     finished, counting = 0, threading.Lock()
 
-    def run(job: _Job) -> Measurement:
+    def run(job: _Job, *, compared: bool) -> Measurement:
         nonlocal finished
-        answer = ask_one(engine, replace(job.call, meta={**job.call.meta, "again": again}) if again else job.call)
+        meta = {**job.call.meta} | ({"again": again} if again else {}) | ({"against": REFERENCE} if compared else {})
+        answer = ask_one(engine, replace(job.call, meta=meta))
         with counting:
             finished += 1
             if done is not None:
@@ -67,15 +70,20 @@ def measure(
         if isinstance(answer, Message):
             reason = str(answer.header.meta.get("reason", "no reason given"))
             return Measurement(job.row, job.site, None, reason, is_withheld(answer))
-        return Measurement(job.row, job.site, patient_means(answer, host.task.metrics))
+        return Measurement(job.row, job.site, results_in(answer, host.task.metrics))
 
-    # One evaluation of a site at a time: a site writes its own picture file.
+    # One evaluation of a site at a time: a site writes its own picture file, and compares with its first row.
     by_site: dict[str, list[_Job]] = {}
     for job in jobs:
         by_site.setdefault(job.site, []).append(job)
 
     def run_site(of_site: list[_Job]) -> list[Measurement]:
-        return [run(job) for job in of_site]
+        found: list[Measurement] = []
+        compared = False
+        for job in of_site:
+            found.append(run(job, compared=compared))
+            compared = compared or (job.row == REFERENCE and found[-1].results is not None)
+        return found
 
     longest_first = sorted(by_site.values(), key=len, reverse=True)
     with ThreadPoolExecutor(len(by_site)) as pool:
@@ -88,11 +96,12 @@ def measure(
 
 
 def _jobs(host: Host) -> Iterator[_Job]:
+    """Every row at every site that measures it."""
     study = host.study
     everywhere = tuple(study.sites)
     for name in study.baselines:
         for site in everywhere:
-            meta: dict[str, Any] = {"evaluator": BASELINE, "baseline": name, "split": "test", "picture": name}
+            meta: dict[str, Any] = {"evaluator": BASELINE, BASELINE: name, "split": "test", "picture": name}
             yield _Job(name, site, _call(host, FEDERATED, site, meta, None))
     for name, arm in host.arms.items():
         folder = arm.folder
@@ -135,64 +144,58 @@ def _call(host: Host, arm: str, site: str, meta: Mapping[str, Any], body: tuple[
 
 
 def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """`metrics`, `gains`, `left_out`, `withheld` and `failed` of result.json."""
+    """`metric_specs`, `metrics`, `gains`, `left_out`, `withheld` and `failed` of result.json."""
     specs = host.task.metrics
     training = host.study.training_sites
     found = {(m.row, m.site): m for m in measurements}
 
-    def means(row: str, site: str) -> Means | None:
+    def results(row: str, site: str) -> Results | None:
         measurement = found.get((row, site))
-        return None if measurement is None else measurement.means
+        return None if measurement is None else measurement.results
 
-    metrics: dict[str, dict[str, Any]] = {}
-    rows = [row for row in dict.fromkeys(m.row for m in measurements) if "/" not in row]
-    for row in rows:
-        metrics[row] = _row(specs, training, {site: means(row, site) for site in host.study.sites})
-    alone = {site: means(f"local/{site}", site) for site in training}
+    # In the study's order, and not in that of measuring.
+    order = (*host.study.baselines, *host.arms)
+    rows = sorted({m.row for m in measurements if "/" not in m.row}, key=order.index)
+    compared = {row: {site: results(row, site) for site in host.study.sites} for row in rows}
+    alone = {site: results(f"local/{site}", site) for site in training}
     if any(alone.values()):
-        metrics["local"] = _row(specs, training, alone)
+        compared["local"] = alone
+    metrics = {row: _row(specs, training, sites) for row, sites in compared.items()}
     baselines = host.study.baselines
     if baselines:
         metrics["baseline"] = metrics[baselines[0]]
-    left_out = _left_out(specs, training, means)
-    for row in ("federated", "local"):
-        key = "federated" if row == "federated" else "best_local"
-        sites = [entry[key] for entry in left_out.values() if key in entry]
+    left_out = _left_out(specs, training, results)
+    for row, key in ((FEDERATED, "federated"), ("local", "best_local")):
+        sites = [_means(entry[key]) for entry in left_out.values() if key in entry]
         if sites and row in metrics:
-            metrics[row][UNSEEN] = _json(specs, {s.name: mean_of_sites([m[s.name] for m in sites]) for s in specs})
-    compared = {row: {site: means(row, site) for site in training} for row in rows}
-    if any(alone.values()):
-        compared["local"] = alone
+            metrics[row][UNSEEN] = _over_sites(specs, sites)
     return {
+        "metric_specs": [spec.to_json() for spec in specs],
         "metrics": metrics,
-        "gains": _gains(specs, compared, training),
+        "gains": {FEDERATED: _gains(specs, compared, training)},
         "left_out": {
-            site: {key: _json(specs, _estimates(specs, value)) for key, value in entry.items()}
+            site: {key: _at_site(specs, _means(results)) for key, results in entry.items()}
             for site, entry in left_out.items()
         },
-        "withheld": {m.site: m.reason for m in measurements if m.means is None and m.withheld},
-        "failed": {m.site: m.reason for m in measurements if m.means is None and not m.withheld},
+        "withheld": {m.site: m.reason for m in measurements if m.results is None and m.withheld},
+        "failed": {m.site: m.reason for m in measurements if m.results is None and not m.withheld},
     }
 
 
-def _row(specs: Sequence[MetricSpec], training: Sequence[str], sites: Mapping[str, Means | None]) -> dict[str, Any]:
+def _row(specs: Sequence[MetricSpec], training: Sequence[str], sites: Mapping[str, Results | None]) -> dict[str, Any]:
     row: dict[str, Any] = {
-        site: None if means is None else _json(specs, _estimates(specs, means)) for site, means in sites.items()
+        site: None if results is None else _at_site(specs, _means(results)) for site, results in sites.items()
     }
     # A mean over some of the sites would look like one over all of them.
-    present = [m for m in (sites.get(s) for s in training) if m is not None]
-    complete = len(present) == len(training)
-    row[MEAN] = _json(specs, {s.name: mean_of_sites([m[s.name] for m in present]) for s in specs}) if complete else None
+    present = [_means(results) for site in training if (results := sites.get(site)) is not None]
+    row[MEAN] = _over_sites(specs, present) if len(present) == len(training) else None
     return row
 
 
 def _gains(
-    specs: Sequence[MetricSpec], rows: Mapping[str, Mapping[str, Means | None]], training: Sequence[str]
+    specs: Sequence[MetricSpec], rows: Mapping[str, Mapping[str, Results | None]], training: Sequence[str]
 ) -> dict[str, Any]:
-    """The federation against every other row, paired by patient: positive where the federation is better.
-
-    All rows share their bootstrap draws, so a replicate of the gain is the difference of two replicates.
-    """
+    """The federation against every other row, paired by patient: positive where the federation is better."""
     ours = rows.get(FEDERATED, {})
     gains: dict[str, Any] = {}
     for row, theirs in rows.items():
@@ -203,55 +206,58 @@ def _gains(
             mine, other = ours.get(site), theirs.get(site)
             if mine is not None and other is not None:
                 sites[site] = {s.name: _gain(s, mine[s.name], other[s.name]) for s in specs}
-        table: dict[str, Any] = {site: _json(specs, _estimates(specs, means)) for site, means in sites.items()}
+        table: dict[str, Any] = {site: _at_site(specs, means) for site, means in sites.items()}
         if len(sites) == len(training):
-            table[MEAN] = _json(specs, {s.name: mean_of_sites([m[s.name] for m in sites.values()]) for s in specs})
+            table[MEAN] = _over_sites(specs, list(sites.values()))
         gains[row] = table
-    return {FEDERATED: gains}
+    return gains
 
 
-def _gain(spec: MetricSpec, mine: PatientMeans, other: PatientMeans) -> PatientMeans:
+def _gain(spec: MetricSpec, mine: Result, other: Result) -> Mean:
     sign = 1.0 if spec.larger_is_better else -1.0
-    return PatientMeans(sign * (mine.total - other.total), mine.count, sign * (mine.replicates - other.replicates))
+    return Mean(sign * (mine.mean.value - other.mean.value), other.paired, other.mean.count)
 
 
 def _left_out(
-    specs: Sequence[MetricSpec], training: Sequence[str], means: Callable[[str, str], Means | None]
-) -> dict[str, dict[str, Means]]:
+    specs: Sequence[MetricSpec], training: Sequence[str], results: Callable[[str, str], Results | None]
+) -> dict[str, dict[str, Results]]:
     """For each institution left out once: the model trained without it, and the best of the other sites' own models.
 
     The best local model is chosen with hindsight, on the test patients of the left-out site: harder to beat than any
     choice that could be made beforehand.
     """
-    found: dict[str, dict[str, Means]] = {}
+    found: dict[str, dict[str, Results]] = {}
     for site in training:
-        entry: dict[str, Means] = {}
-        without = means(f"without/{site}", site)
+        entry: dict[str, Results] = {}
+        without = results(f"without/{site}", site)
         if without is None:
             continue
         entry["federated"] = without
-        others = [m for m in (means(f"local/{other}", site) for other in training if other != site) if m is not None]
+        others = [r for r in (results(f"local/{other}", site) for other in training if other != site) if r is not None]
         if others:
             first = specs[0]
             sign = 1.0 if first.larger_is_better else -1.0
-            entry["best_local"] = max(others, key=lambda m: sign * m[first.name].total)
+            entry["best_local"] = max(others, key=lambda r: sign * r[first.name].mean.value)
         found[site] = entry
     return found
 
 
-def _estimates(specs: Sequence[MetricSpec], means: Means) -> dict[str, Estimate]:
-    return {s.name: means[s.name].compute() for s in specs}
+def _means(results: Results) -> Means:
+    return {name: result.mean for name, result in results.items()}
 
 
-def _json(specs: Sequence[MetricSpec], estimates: Mapping[str, Estimate]) -> dict[str, Any] | None:
-    if not all(estimates[s.name].n for s in specs):
+def _at_site(specs: Sequence[MetricSpec], means: Means) -> dict[str, Any] | None:
+    return _json({s.name: estimate(means[s.name]) for s in specs})
+
+
+def _over_sites(specs: Sequence[MetricSpec], sites: Sequence[Means]) -> dict[str, Any] | None:
+    return _json({s.name: mean_of_sites([means[s.name] for means in sites]) for s in specs})
+
+
+def _json(estimates: Mapping[str, Estimate]) -> dict[str, Any] | None:
+    if not all(found.n for found in estimates.values()):
         return None
     return {
-        s.name: {
-            "value": round(estimates[s.name].value, 6),
-            "ci_low": round(estimates[s.name].ci_low, 6),
-            "ci_high": round(estimates[s.name].ci_high, 6),
-            "n": estimates[s.name].n,
-        }
-        for s in specs
+        name: {key: value if value is None else round(value, 6) for key, value in asdict(found).items()}
+        for name, found in estimates.items()
     }

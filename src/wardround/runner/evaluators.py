@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wardround.errors import WireError
 from wardround.federation.blobs import disk_error
+from wardround.federation.patients import BASELINE
 from wardround.federation.site import Evaluator
 from wardround.federation.training import Learner
 from wardround.tasks.task import Imaging, Split
@@ -24,7 +25,6 @@ from wardround.wire.tensors import TensorFile
 
 Array = npt.NDArray[Any]
 RELEASED = "released"
-BASELINE = "baseline"
 # In a picture file: window/NAME/UNIT is (low, high, units a value).
 WINDOW = "window"
 
@@ -73,7 +73,7 @@ class Baseline:
         self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
     ) -> dict[str, Array]:
         """Each metric's value for every patient of the split."""
-        task, name = learner.task, str(meta["baseline"])
+        task, name = learner.task, str(meta[BASELINE])
         if not isinstance(task, Imaging):
             raise WireError("this task has no classical baselines")
         if name not in self._tuned:

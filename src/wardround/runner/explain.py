@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from wardround.federation.patients import REFERENCE
 from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
 from wardround.runner.arms import POOLED
@@ -21,10 +22,12 @@ from wardround.study.protection import Rotation, Subspace, TopK
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
 from wardround.study.tasks import ReconstructionTask
+from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
 
 _WIDTH = 100
+_SCANNER = ("simulated scanner",)
 
 
 def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], overrides: Sequence[str]) -> str:
@@ -63,7 +66,7 @@ def full_study(study_file: Path, overrides: Sequence[str]) -> str:
 
 
 def _study(host: Host, blueprint: Blueprint) -> str:
-    study, model = host.study, host.study.model
+    study = host.study
     sizes = {p.name: p.info.size for p in host.bench.parameters}
     parts = {role: sum(sizes[name] for name in blueprint.policy.names(role)) for role in ("shared", "local", "frozen")}
     meaning = {"shared": "shared", "local": "stay at each site", "frozen": "never change"}
@@ -71,12 +74,25 @@ def _study(host: Host, blueprint: Blueprint) -> str:
     entries = [
         entry("sha256", study_sha256(study)),
         entry("learns", _task(study)),
-        entry("model", f"{model.kind}, preset {model.preset}: {sum(sizes.values()):,} values"),
+        entry("model", f"{_model(study)}: {sum(sizes.values()):,} values"),
         entry("method", f"{study.method.kind}: {roles}"),
     ]
     if study.description:
         entries.insert(0, entry("about", study.description))
     return "\n".join([f"Study {study.name}", *entries])
+
+
+def _simulates(study: Study) -> bool:
+    """Whether raw data are simulated; a task of one's own has no scanner of the study's, and no model of it."""
+    return isinstance(study.task, ReconstructionTask)
+
+
+def _model(study: Study) -> str:
+    return f"{study.model.kind}, preset {study.model.preset}" if _simulates(study) else "the task's own"
+
+
+def _scanner(study: Study, site: str) -> tuple[str, ...]:
+    return (protocol(study.acquisition_of(site).model_dump()),) if _simulates(study) else ()
 
 
 def _task(study: Study) -> str:
@@ -91,8 +107,8 @@ def _task(study: Study) -> str:
 
 def _sites(host: Host) -> str:
     study = host.study
-    rows = [(name, _role(study, name), protocol(study.acquisition_of(name).model_dump())) for name in study.sites]
-    return table(("site", "role", "simulated scanner"), rows)
+    rows = [(name, _role(study, name), *_scanner(study, name)) for name in study.sites]
+    return table(("site", "role", *_SCANNER[: _simulates(study)]), rows)
 
 
 def _sites_with_data(host: Host) -> str:
@@ -101,10 +117,10 @@ def _sites_with_data(host: Host) -> str:
         dataset = host.dataset(name)
         counts = [str(count) for count in patients_in(dataset).values()]
         own = "leave the site" if _results_leave(host, name, dataset.patients("test")) else "stay there"
-        scanner = protocol(study.acquisition_of(name).model_dump())
-        rows.append((name, _role(study, name), *counts, str(len(dataset)), own, scanner))
-    header = ("site", "role", "train", "validation", "test", "examples", "own results", "simulated scanner")
-    note = "(train, validation, test: patients; examples: training slices)"
+        rows.append((name, _role(study, name), *counts, str(len(dataset)), own, *_scanner(study, name)))
+    simulated = _simulates(study)
+    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_SCANNER[:simulated])
+    note = f"(train, validation, test: patients; examples: {'training slices' if simulated else 'to train on'})"
     return f"{table(header, rows)}\n{wrapped(note, '  ')}"
 
 
@@ -233,9 +249,11 @@ def _at_the_end(host: Host, *, with_data: bool) -> str:
     if not sites:
         return "nothing of test patients: every site keeps its own results"
     some = "" if with_data and len(sites) == len(host.study.sites) else " (only from sites whose own results leave)"
-    replicates = f", and of {host.replicates} bootstrap replicates" if host.replicates else ""
     bare = "; not masked" if host.study.protection.secure else ""
-    return f"sums over test patients of the same metrics{replicates}{some}{bare}"
+    return (
+        "number of test patients; mean and standard error of the same metrics, and the standard error of their "
+        f"difference to {REFERENCE}{some}{bare}"
+    )
 
 
 def _beside(host: Host) -> str:
@@ -343,7 +361,7 @@ def _cautions(host: Host) -> Iterator[str]:
             "the same; `protection.secure` hides them in the sum."
         )
     if few:
-        lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals.")
+        lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals, and none below {LEAST_PATIENTS}.")
     for name in host.study.sites:
         dataset = host.dataset(name)
         lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]

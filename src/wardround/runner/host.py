@@ -14,6 +14,8 @@ from wardround.federation.egress import OPEN, EgressRules, strictest
 from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.federation.exchange import ExchangeFactory, PlainSum
 from wardround.federation.journal import Journal
+from wardround.federation.measured import MeasuredSets
+from wardround.federation.patients import PatientRows
 from wardround.federation.private_training import PrivateTraining
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import SecureUpload, secure_sum
@@ -62,6 +64,7 @@ class Host(Blueprints):
         self._compare = compare
         self._datasets: dict[str, Dataset] = {}
         self._sites: dict[tuple[str, str], Site] = {}
+        self._rows: dict[str, PatientRows] = {}
         self.purses = Purses(study, sites, out, self.arms, lambda: self.lattice)
 
     def find(self, header: Header) -> Site:
@@ -96,9 +99,8 @@ class Host(Blueprints):
     def history(self, site: str) -> Path:
         """The folder in which a site records over all studies what it has answered, or this run's own."""
         entry = self.sites.sites.get(site)
-        return (
-            self.out / "work" / "sites" / site / "history" if entry is None or entry.history is None else entry.history
-        )
+        given = None if entry is None else entry.history
+        return given or self.out / "work" / "sites" / site / "history"
 
     def header_facts(self, site: str) -> HeaderFacts:
         """What the headers of a site's training images say of its scanners, as far as its rules let out.
@@ -193,7 +195,18 @@ class Host(Blueprints):
             protocol=None if threshold is None else SecureUpload(threshold, partial(roster_of, roster)),
             evaluators=evaluators_of(models, pictures),
             folder=models,
+            rows=None if name == POOLED else self._patient_rows(name),
+            sets=None if name == POOLED else MeasuredSets(self.history(name)),
         )
+
+    def _patient_rows(self, site: str) -> PatientRows:
+        """What a site measured of each patient; a readable table of it where its rules let a single patient out."""
+        if site not in self._rows:
+            vault, rules = Vault.of(self.sites.key(site)), self.egress(site)
+            shown = vault is None and rules.per_site_results and rules.least == 1
+            table = self.out / "sites" / site / "patients.csv" if shown else None
+            self._rows[site] = PatientRows(self.out / "work" / "sites" / site / "patients", vault, table)
+        return self._rows[site]
 
     def exchange(self, arm: Arm, journal: Journal) -> ExchangeFactory:
         """How the updates of an arm become one: summed in the clear or under masks, or by a robust rule."""

@@ -32,6 +32,7 @@ from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.evaluation import measure, tables
 from wardround.runner.folder import alone, claim, mixed
 from wardround.runner.host import Host
+from wardround.runner.notes import notes_of
 from wardround.runner.privacy import statement
 from wardround.runner.protocols import read_protocols
 from wardround.runner.release import load_model, save_release, shared_sha256
@@ -59,8 +60,9 @@ class Result:
         """The report."""
         return self.out / "report.html"
 
-    def metric(self, arm: str, site: str = "mean", name: str = "psnr") -> float:
-        """A metric's value; raises `KeyError` for one that was not measured."""
+    def metric(self, arm: str, site: str = "mean", name: str | None = None) -> float:
+        """A metric's value, of the task's first one without a name; raises `KeyError` for one that was not measured."""
+        name = name or str(self.values["metric_specs"][0]["name"])
         return float(self.values["metrics"][arm][site][name]["value"])
 
 
@@ -280,7 +282,7 @@ def _conclude(
         },
         "selected_round": {name: release.number for name, release in releases.items()},
         "fingerprint": fingerprints[-1],
-        "notes": [*mixed(fingerprints), *_notes(lines)],
+        "notes": [*mixed(fingerprints), *notes_of(lines)],
     }
     write_text(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     write_card(out)
@@ -307,12 +309,3 @@ def _purses(host: Host) -> Iterator[tuple[str, Purse]]:
     for site in host.study.training_sites if host.purses.rules is not None else ():
         if _patients(host, site) is not None:
             yield site, host.purses.of(site, host.dataset(site))
-
-
-def _notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    notes = []
-    for line in lines:
-        for site, reason in line["missing"].items():
-            notes.append(f"{line['arm']}, round {line['round']}: without {site} ({reason})")
-        notes.extend(f"{line['arm']}, round {line['round']}: {note}" for note in line["notes"])
-    return notes

@@ -59,8 +59,17 @@ class Evaluation(Config):
     cg_weights: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
     slices: Slices = Slices(per_patient=8)
     tuning_slices: int = Field(2, ge=1, description="slices per validation patient used to tune a baseline")
-    bootstrap: int = Field(200, ge=0, le=10_000, description="patient-level bootstrap replicates")
     leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_replicates(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "bootstrap" in value:
+            raise ValueError(
+                "`bootstrap` is gone: replicate sums gave away every test patient. Sites compute intervals themselves; "
+                "take the key out"
+            )
+        return value
 
     def baselines_for(self, modality: Modality) -> tuple[str, ...]:
         """What a study compares with: as configured, or all that its modality has."""

@@ -20,13 +20,24 @@ SSIM_RANGE = (-1000.0, 1000.0)
 LUNG = (-1350.0, 150.0)  # centre -600, width 1500
 SOFT = (-160.0, 240.0)  # centre 40, width 400
 
+
+def _windowed(name: str, window: str, ends: tuple[float, float]) -> MetricSpec:
+    low, high = (f"{end:.0f}".replace("-", "\N{MINUS SIGN}") for end in ends)
+    width = f"{ends[1] - ends[0]:.0f}"
+    text = f"peak signal-to-noise ratio in the {window} window ({low} to {high} HU, range {width} HU)"
+    return MetricSpec(name, 0.0, 100.0, 1e-4, True, f"PSNR, {window}", "dB", 0.05, text)
+
+
+_RMSE = "root of the mean squared error"
 CT_METRICS = (
-    MetricSpec("psnr", 0.0, 100.0, 1e-4, True),
-    MetricSpec("rmse_hu", 0.0, 4096.0, 1e-3, False),
-    MetricSpec("rmse_hu_body", 0.0, 4096.0, 1e-3, False),
-    MetricSpec("ssim", -1.0, 1.0, 1e-6, True),
-    MetricSpec("psnr_lung", 0.0, 100.0, 1e-4, True),
-    MetricSpec("psnr_soft", 0.0, 100.0, 1e-4, True),
+    MetricSpec("psnr", 0.0, 100.0, 1e-4, True, "PSNR", "dB", 0.05, "peak signal-to-noise ratio over the whole image"),
+    MetricSpec("rmse_hu", 0.0, 4096.0, 1e-3, False, "RMSE", "HU", 0.5, f"{_RMSE} over the whole image"),
+    MetricSpec("rmse_hu_body", 0.0, 4096.0, 1e-3, False, "RMSE in the body", "HU", 0.5, f"{_RMSE} inside the body"),
+    MetricSpec(
+        "ssim", -1.0, 1.0, 1e-6, True, "SSIM", "", 0.001, "structural similarity over the whole image, at most 1"
+    ),
+    _windowed("psnr_lung", "lung", LUNG),
+    _windowed("psnr_soft", "soft tissue", SOFT),
 )
 
 

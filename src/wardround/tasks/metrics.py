@@ -1,4 +1,4 @@
-"""Image metrics with their range stated, and means over patients that can be merged.
+"""Image metrics with their range stated.
 
 All image metrics take magnitude images (B, H, W) scaled so that the volume's maximum is 1: the data range of
 PSNR and SSIM is therefore 1.0, the maximum of the volume and not of the slice. `*_head` restricts a metric to
@@ -7,12 +7,8 @@ the pixels of a mask, because empty background flatters PSNR and punishes SSIM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from wardround.tasks.task import MetricSpec
 
@@ -22,14 +18,24 @@ if TYPE_CHECKING:
 DATA_RANGE = 1.0
 SSIM_WINDOW = 7
 
-RECONSTRUCTION_METRICS = (
-    MetricSpec("psnr", 0.0, 80.0, 1e-4, True),
-    MetricSpec("ssim", -1.0, 1.0, 1e-6, True),
-    MetricSpec("nmse", 0.0, 10.0, 1e-6, False),
-    MetricSpec("psnr_head", 0.0, 80.0, 1e-4, True),
-    MetricSpec("ssim_head", -1.0, 1.0, 1e-6, True),
-    MetricSpec("nmse_head", 0.0, 10.0, 1e-6, False),
+_WHOLE = (
+    MetricSpec("psnr", 0.0, 80.0, 1e-4, True, "PSNR", "dB", 0.05, "peak signal-to-noise ratio over the whole image"),
+    MetricSpec(
+        "ssim", -1.0, 1.0, 1e-6, True, "SSIM", "", 0.001, "structural similarity over the whole image, at most 1"
+    ),
+    MetricSpec(
+        "nmse", 0.0, 10.0, 1e-6, False, "NMSE", "", 0.0002, "squared error relative to the image's energy, 0 is perfect"
+    ),
 )
+
+
+def _in_the_head(spec: MetricSpec) -> MetricSpec:
+    inside = spec.definition.replace("over the whole image", "inside the head")
+    inside = inside.replace("the image's energy", "the image's energy inside the head")
+    return replace(spec, name=f"{spec.name}_head", label=f"{spec.label} in the head", definition=inside)
+
+
+RECONSTRUCTION_METRICS = (*_WHOLE, *map(_in_the_head, _WHOLE))
 
 
 def reconstruction_scores(image: Tensor, target: Tensor, head: Tensor) -> dict[str, Tensor]:
@@ -104,78 +110,3 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     area = weights.sum(dim=(-2, -1))
     inside = (values * weights).sum(dim=(-2, -1)) / area.clamp_min(1.0)
     return inside.where(area > 0, values.mean(dim=(-2, -1)))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over `n` patients with its bootstrap interval; the bounds equal the value without replicates."""
-
-    value: float
-    ci_low: float
-    ci_high: float
-    n: int
-
-
-@dataclass(frozen=True, eq=False)
-class PatientMeans:
-    """A metric summed over patients, with bootstrap replicates; states of different patients add.
-
-    `replicates` (R,) holds, for each replicate, the sum over the patients it drew, with multiplicity: so a
-    site shares R sums and no patient's value. Added across sites, replicate r combines every site's own
-    r-th draw: the interval is that of a bootstrap stratified by site (each site resamples its own number of
-    patients; Efron & Tibshirani, An Introduction to the Bootstrap, 1993), valid for these sites, silent
-    about new ones.
-    """
-
-    total: float
-    count: int
-    replicates: NDArray[np.float64]
-
-    @classmethod
-    def empty(cls, replicates: int) -> PatientMeans:
-        """The neutral element of `+`."""
-        return cls(0.0, 0, np.zeros(replicates))
-
-    @classmethod
-    def of(cls, values: Sequence[float] | NDArray[np.float64], weights: NDArray[np.int64]) -> PatientMeans:
-        """From one value per patient (n,) and `replicate_weights` (R, n)."""
-        per_patient = np.asarray(values, dtype=np.float64)
-        if weights.ndim != 2 or weights.shape[1] != per_patient.size:
-            raise ValueError(f"weights {weights.shape} do not fit {per_patient.size} patients")
-        return cls(float(per_patient.sum()), per_patient.size, weights @ per_patient)
-
-    def __add__(self, other: PatientMeans) -> PatientMeans:
-        if self.replicates.shape != other.replicates.shape:
-            raise ValueError(f"{self.replicates.size} replicates do not add to {other.replicates.size}")
-        return PatientMeans(self.total + other.total, self.count + other.count, self.replicates + other.replicates)
-
-    def compute(self, level: float = 0.95) -> Estimate:
-        """The mean over all patients and its percentile interval; NaN without patients."""
-        if not self.count:
-            return Estimate(np.nan, np.nan, np.nan, 0)
-        return _estimate(self.total / self.count, self.replicates / self.count, self.count, level)
-
-
-def mean_of_sites(sites: Sequence[PatientMeans], level: float = 0.95) -> Estimate:
-    """The unweighted mean of the sites' means, sites without patients left out."""
-    present = [site for site in sites if site.count]
-    if not present:
-        return Estimate(np.nan, np.nan, np.nan, 0)
-    value = float(np.mean([site.total / site.count for site in present]))
-    replicates = np.mean([site.replicates / site.count for site in present], axis=0)
-    return _estimate(value, replicates, sum(site.count for site in present), level)
-
-
-def replicate_weights(patients: int, replicates: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """How often each replicate draws each patient: (replicates, patients); rows sum to `patients`."""
-    if not patients or not replicates:
-        return np.zeros((replicates, patients), dtype=np.int64)
-    return random.multinomial(patients, np.full(patients, 1.0 / patients), size=replicates)
-
-
-def _estimate(value: float, replicates: NDArray[np.float64], count: int, level: float) -> Estimate:
-    if not replicates.size:
-        return Estimate(value, value, value, count)
-    tail = 50.0 * (1.0 - level)
-    low, high = np.percentile(replicates, (tail, 100.0 - tail))
-    return Estimate(value, float(low), float(high), count)

@@ -86,6 +86,10 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
         """Number of patients in a split."""
         return len(self._index.patients(split))
 
+    def names(self, split: Split) -> tuple[str, ...]:
+        """The folder names of the patients of a split, in the order of `evaluation`: they stay at the site."""
+        return tuple(self._index.name(patient) for patient in self._evaluated[split])
+
     def evaluation(self, split: Split) -> Iterator[tuple[int, BatchT]]:
         """(patient number, batch of at most 8 slices), patient by patient, never flipped.
 

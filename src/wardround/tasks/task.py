@@ -26,9 +26,11 @@ Batch: TypeAlias = Any
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """A metric's name and the range and resolution in which fixed-point sums carry it.
+    """A metric: the range and resolution in which fixed-point sums carry it, and how results are read.
 
-    Raises ValueError where the range is empty or the resolution not positive.
+    A report takes direction, `label`, `unit` and `definition` from here. A difference below `negligible` makes no
+    claim; without one the resolution is that bound. Raises ValueError where the range is empty, the resolution not
+    positive or `negligible` below 0.
     """
 
     name: str
@@ -36,10 +38,28 @@ class MetricSpec:
     high: float
     resolution: float
     larger_is_better: bool
+    label: str = ""
+    unit: str = ""
+    negligible: float = 0.0
+    definition: str = "as the task defines it"
 
     def __post_init__(self) -> None:
         if not self.low < self.high or not 0.0 < self.resolution <= self.high - self.low:
             raise ValueError(f"metric {self.name!r}: needs low < high and 0 < resolution <= high - low")
+        if not self.negligible >= 0.0:
+            raise ValueError(f"metric {self.name!r}: negligible is a difference, 0 or more")
+
+    def to_json(self) -> dict[str, Any]:
+        """What a reader of results must know of the metric."""
+        return {
+            "name": self.name,
+            "label": self.label or self.name.replace("_", " "),
+            "unit": self.unit,
+            "larger_is_better": self.larger_is_better,
+            "negligible": self.negligible or self.resolution,
+            "resolution": self.resolution,
+            "definition": self.definition,
+        }
 
     @property
     def worst(self) -> float:
@@ -107,6 +127,15 @@ class Headed(Protocol):
 
     def header_facts(self, minimum: int) -> HeaderFacts:
         """What headers of training patients say, where at least `minimum` patients have a value."""
+        ...
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A data set that tells its patients apart over studies, as long as their names stay."""
+
+    def names(self, split: Split) -> Sequence[str]:
+        """A name for each patient of a split, in the order of `evaluation`. Names stay in the site's own folders."""
         ...
 
 

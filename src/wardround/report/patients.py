@@ -1,0 +1,39 @@
+"""Single test patients as points of a chart, where a run on one machine wrote them into a site's own folder.
+
+Names of patients stay in that file: nothing here reads them.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from wardround.report.results import Run
+
+# (arm, metric) -> a value for each patient.
+Points = Mapping[tuple[str, str], tuple[float, ...]]
+
+
+def points_of(run: Run, site: str) -> Points:
+    """The patients of a site by arm and metric; none where its numbers are withheld, or there is no usable table."""
+    hidden = {*(run.result.get("withheld") or ()), *(run.result.get("failed") or ())}
+    # A name must not lead out of the folder.
+    if Path(site).name != site or site in hidden:
+        return {}
+    found: dict[tuple[str, str], list[float]] = {}
+    try:
+        with (run.folder / "sites" / site / "patients.csv").open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                arm, value = _arm(line["row"], site), float(line["value"])
+                if arm is not None and math.isfinite(value):
+                    found.setdefault((arm, line["metric"]), []).append(value)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return {}
+    return {key: tuple(values) for key, values in found.items()}
+
+
+def _arm(row: str, site: str) -> str | None:
+    """The arm that a row belongs to at a site: of the models trained alone its own."""
+    return "local" if row == f"local/{site}" else None if "/" in row else row

@@ -127,7 +127,8 @@ class Channel:
         """The mean change of every tensor, as this channel says it."""
         from wardround.wire.random import public_generator
         from wardround.wire.ring import ExactSum
-        from wardround.wire.update import Aggregate, encode, limits, next_scales
+        from wardround.wire.scales import next_scales
+        from wardround.wire.update import Aggregate, encode, limits
 
         sent, form = self.codec.sent(self.layout), self.codec.form
         total = ExactSum(sent.segments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -23,13 +23,14 @@ from wardround.federation.exchange import (
     Void,
 )
 from wardround.federation.journal import Journal, RoundReport, State
-from wardround.federation.methods.method import Method, Writers
+from wardround.federation.methods.method import MODEL, Method, Writers
 from wardround.federation.minutes import CoordinatorMinutes
 from wardround.federation.sums import LOSS, SECONDS, validation_means
 from wardround.protection.compression import PLAIN, Codec
 from wardround.wire.message import FileBody, Message
+from wardround.wire.scales import SATURATED, ScaleRules
 from wardround.wire.tensors import TensorFile, TensorWriter
-from wardround.wire.update import Aggregate, Layout, scale_key
+from wardround.wire.update import Aggregate, Layout
 
 Array = npt.NDArray[Any]
 
@@ -57,6 +58,8 @@ class Plan:
     keep: int = 2
     #: Whether void rounds come on top of `rounds`. With privacy they are paid for, and the budget is for `rounds`.
     extends: bool = True
+    #: The state before round 1, by group and tensor: it says where scales start.
+    initial: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,16 +89,12 @@ class Coordinator:
         self._minutes = CoordinatorMinutes(journal)
         self._waited = 0.0
         self._sent = plan.codec.sent(plan.layout)
+        self._scales = ScaleRules(self._sent, plan.initial_scale, plan.initial, frozenset({MODEL}))
 
     def start(self, initial: Callable[[], tuple[Mapping[str, Array], Mapping[str, Array]]]) -> State:
         """The state to go on from: the last committed one, or the initial one, which `initial` makes."""
         state = self._journal.latest()
         if state is None:
-            scales = {
-                scale_key(group.name, info.name): self._plan.initial_scale
-                for group in self._sent.groups
-                for info in group.tensors
-            }
             public, private = initial()
 
             def copy(write: Writers) -> None:
@@ -104,7 +103,7 @@ class Coordinator:
                 for name, tensor in private.items():
                     write.private(name, tensor)
 
-            state = self._write(0, scales, copy)
+            state = self._write(0, self._scales.start, copy)
             self._journal.commit(state, None, {})
         else:
             self._journal.check(state)
@@ -246,6 +245,7 @@ class Coordinator:
         following = self._write(
             number, scales, lambda write: self._method.apply(state.public, state.private, restored, write)
         )
+        following = replace(following, scales=self._scales.capped(scales, following.public))
         elements = aggregate.contributors * sum(
             plan.codec.count(group.name, info.size) for group in self._sent.groups for info in group.tensors
         )
@@ -263,14 +263,16 @@ class Coordinator:
             coordinator_seconds=time.perf_counter() - began - self._waited,
             training_seconds=float(aggregate.metrics[SECONDS][0]),
             saturated_share=sum(aggregate.saturated.values()) / max(1, elements),
+            saturated=max(saturated.values(), default=0.0),
             state_sha256=following.public_sha256,
             notes=(
                 *(f"round {n} is void: not all of it came after its survivors were named" for n in skipped),
                 *exchange.notes,
                 *(
-                    f"{key}: {share:.2%} of values saturated; its scale doubles"
+                    f"{key}: {share:.2%} of values saturated; its scale grows "
+                    f"{following.scales[key] / state.scales[key]:.3g}-fold"
                     for key, share in saturated.items()
-                    if share > 1e-4
+                    if share > SATURATED
                 ),
             ),
         )

@@ -72,6 +72,8 @@ class RoundReport:
     coordinator_seconds: float
     training_seconds: float
     saturated_share: float
+    #: The share of saturated values of the tensor that has most of them.
+    saturated: float
     state_sha256: str
     notes: tuple[str, ...] = field(default=())
 

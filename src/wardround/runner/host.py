@@ -22,6 +22,7 @@ from wardround.federation.store import SiteStore
 from wardround.federation.training import Learner
 from wardround.federation.vault import Vault
 from wardround.protection.robust import Defence
+from wardround.protection.rounding import study_root
 from wardround.runner.arms import POOLED, Arm
 from wardround.runner.blueprints import Blueprint, Blueprints
 from wardround.runner.evaluators import evaluators_of
@@ -93,10 +94,17 @@ class Host(Blueprints):
         """What a site lets out; one that scans the patients of others keeps the strictest rules of those."""
         return strictest(_rules_of(self.sites.of(name).egress) for name in self._scanned_by(site) or (site,))
 
+    @property
+    def rounding_root(self) -> bytes:
+        """What all sites of this machine round from: the study's seed, so that a run gives the same bits again."""
+        return study_root(self.study.seed)
+
     def history(self, site: str) -> Path:
         """The folder in which a site records over all studies what it has answered, or this run's own."""
         entry = self.sites.sites.get(site)
-        return self.out / "work" / "sites" / site / "history" if entry is None or entry.history is None else entry.history
+        return (
+            self.out / "work" / "sites" / site / "history" if entry is None or entry.history is None else entry.history
+        )
 
     def header_facts(self, site: str) -> HeaderFacts:
         """What the headers of a site's training images say of its scanners, as far as its rules let out.
@@ -178,6 +186,7 @@ class Host(Blueprints):
             arm_name,
             egress=OPEN if name == POOLED else self.egress(name),
             lint=name in self.sites.sites and self.sites.of(name).lint,
+            rounding_root=self.rounding_root,
         )
         threshold = blueprint.arm.threshold(self.study)
         roster = self._roster_path(blueprint.arm)

@@ -25,6 +25,7 @@ from wardround.federation.exchange import (
 from wardround.federation.journal import Journal, RoundReport, State
 from wardround.federation.methods.method import MODEL, Method, Writers
 from wardround.federation.minutes import CoordinatorMinutes
+from wardround.federation.selection import Scored, best_round, candidates
 from wardround.federation.sums import LOSS, SECONDS, validation_means
 from wardround.protection.compression import PLAIN, Codec
 from wardround.wire.message import FileBody, Message
@@ -146,11 +147,11 @@ class Coordinator:
             except Void:
                 # It may not be repeated: the last round goes without its validation.
                 return
-            yield self._amend(state.round, exchange.aggregate())
+            yield self._amend(state.round, exchange.aggregate(), exchange.receipts)
 
     def release(self) -> Release:
-        """The released round: the best by validation, or the last."""
-        number = self._best() if self._plan.release == "best" else None
+        """The released round: the best by validation (`selection.best_round`), or the last."""
+        number = best_round(self._scored()) if self._plan.release == "best" else None
         state = self._journal.latest() if number is None else self._journal.state(number)
         if state is None:
             raise JournalError(f"{self._plan.arm}: there is no round to release")
@@ -230,8 +231,7 @@ class Coordinator:
         began, self._waited = time.perf_counter(), 0.0
         skipped = sorted(n for n in void if n > state.round)
         # What was known when the round was first asked for, so that a resumed run asks the very same.
-        best = self._best(before=state.round)
-        keep = sorted({n for n in (best, state.round) if n is not None})
+        keep = sorted({*candidates(self._scored(before=state.round)), state.round})
         due = bool(plan.validate_every) and state.round > 0 and state.round % plan.validate_every == 0
         # Two validations of one model by different sites would differ by what one of them measured.
         validate = due and number == state.round + 1
@@ -239,7 +239,7 @@ class Coordinator:
         exchange, missing, (up, down) = self._run(self._call(TRAIN, state, number, meta, self._sent))
         aggregate = exchange.aggregate()
         if validate:
-            self._amend(state.round, aggregate)
+            self._amend(state.round, aggregate, exchange.receipts)
         scales, saturated = plan.codec.next_scales(aggregate, first=state.round == 0)
         restored = plan.codec.restore(number, plan.layout, aggregate)
         following = self._write(
@@ -303,36 +303,32 @@ class Coordinator:
             scales,
         )
 
-    def _amend(self, number: int, sums: Aggregate) -> RoundReport:
+    def _amend(self, number: int, sums: Aggregate, sites: Collection[str]) -> RoundReport:
         reports = {r.round: r for r in self._journal.reports()}
         if number not in reports:
             raise JournalError(f"round {number} was validated but never committed")
-        report = replace(reports[number], validation=validation_means(sums))
+        report = replace(reports[number], validation=validation_means(sums), validated=tuple(sorted(sites)))
         self._journal.amend(report)
         return report
 
     def _missing_validation(self, number: int) -> bool:
         return all(r.validation is None for r in self._journal.reports() if r.round == number)
 
-    def _best(self, before: int | None = None) -> int | None:
-        name = self._plan.selection
-        scored = [
-            (report.validation[name], report.round)
+    def _scored(self, before: int | None = None) -> list[Scored]:
+        """The validated rounds, with what selects among them: larger is better."""
+        name, sign = self._plan.selection, 1.0 if self._plan.larger_is_better else -1.0
+        return [
+            Scored(report.round, sign * report.validation[name], frozenset(report.validated))
             for report in self._journal.reports()
             if name is not None
             and report.validation
             and name in report.validation
             and (before is None or report.round < before)
         ]
-        if not scored:
-            return None
-        sign = 1.0 if self._plan.larger_is_better else -1.0
-        return max(scored, key=lambda pair: (sign * pair[0], -pair[1]))[1]
 
     def _forget(self, number: int) -> None:
         keep = set(range(number - self._plan.keep + 1, number + 1))
-        best = self._best()
-        self._journal.forget_states(keep if best is None else keep | {best})
+        self._journal.forget_states(keep | candidates(self._scored()))
 
 
 def _numbers(void: Collection[int]) -> dict[str, Any]:

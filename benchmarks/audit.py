@@ -62,7 +62,10 @@ def main() -> None:
             "task.evaluation.leave_one_out=false",
             "task.evaluation.baselines=[zero_filled]",
             "task.evaluation.slices.per_patient=2",
+            "method.weights=samples",
+            "local.steps=38",
             f"schedule.rounds={rounds}",
+            "schedule.validate_every=4",
         ],
     )
     sites = load_sites(ROOT / "examples" / "lgg-sites.yaml")

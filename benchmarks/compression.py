@@ -108,7 +108,9 @@ def _study(folder: Path, overrides: list[str]) -> tuple[Any, Any]:
 
     if "WARDROUND_DATA" not in os.environ:
         return demo_study(folder / "data", overrides)
-    return load_study(ROOT / "examples" / "lgg-mri.yaml", overrides), load_sites(ROOT / "examples" / "lgg-sites.yaml")
+    # Long rounds: what a round loses counts more in them.
+    long = ["method.weights=samples", "local.steps=38", "schedule.rounds=40", *overrides]
+    return load_study(ROOT / "examples" / "lgg-mri.yaml", long), load_sites(ROOT / "examples" / "lgg-sites.yaml")
 
 
 @dataclass
@@ -126,7 +128,8 @@ class Channel:
         """The mean change of every tensor, as this channel says it."""
         from wardround.wire.random import public_generator
         from wardround.wire.ring import ExactSum
-        from wardround.wire.update import Aggregate, encode, limits, next_scales
+        from wardround.wire.scales import next_scales
+        from wardround.wire.update import Aggregate, encode, limits
 
         sent, form = self.codec.sent(self.layout), self.codec.form
         total = ExactSum(sent.segments)

@@ -8,6 +8,7 @@ updates, made here without coordinator, exchange or masks.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from faults_study import CHANGE, PLAIN, ROUNDS, SECURE, SEED, Federation, Setting, announced, opened
+from faults_study import CHANGE, PLAIN, ROOT, ROUNDS, SECURE, Federation, Setting, announced, opened
 from wardround.errors import JournalError
 from wardround.federation.methods.method import MODEL
 from wardround.federation.sums import LOSS, SECONDS
 from wardround.federation.verify import verify
-from wardround.wire.random import public_generator
+from wardround.protection.rounding import rounding
 from wardround.wire.ring import ExactSum
-from wardround.wire.update import Aggregate, encode, next_scales, scale_key
+from wardround.wire.scales import next_scales
+from wardround.wire.update import Aggregate, encode, scale_key
 
 Floats = npt.NDArray[np.float32]
 
@@ -118,7 +120,7 @@ def plain_sum(survivors: Mapping[int, tuple[str, ...]], setting: Setting = SECUR
     for index, number in enumerate(sorted(number for number, names in survivors.items() if names)):
         total = ExactSum(setting.layout.segments)
         for name in survivors[number]:
-            random = public_generator(SEED, name, number, "rounding")
+            random = rounding(ROOT, name, number, scales, hashlib.sha256(weight.tobytes()).hexdigest())
             changes = {MODEL: {"weight": setting.change(number, name)}}
             offset = 0
             for chunk in encode(setting.layout, scales, {MODEL: 1.0}, changes, {LOSS: 0.0, SECONDS: 0.0}, random):

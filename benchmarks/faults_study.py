@@ -31,6 +31,7 @@ from wardround.federation.training import Trained
 from wardround.protection.identity import Roster
 from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.privacy import Purse, Terms
+from wardround.protection.rounding import study_root
 from wardround.protection.secret import SecretRoot
 from wardround.wire.message import Message
 from wardround.wire.tensors import TensorInfo
@@ -41,6 +42,7 @@ CHANGE = 0.3
 STUDY = "faults"
 ARM = "federated"
 SEED = 7
+ROOT = study_root(SEED)
 TERMS = Terms(1000.0, 0.01, 1.0, 1.0, 0.25, 2.0, 1, "exact", "pld")
 # Kept before anything watches it: what the witness writes is no act of the study's.
 _write = os.write
@@ -65,7 +67,9 @@ class Setting:
     def rules(self) -> Rules:
         """Of a site."""
         # What is trained here has no network to look at.
-        return Rules(STUDY, self.layout, self.layout, self.layout, 0, SEED, lint=False)
+        return Rules(
+            STUDY, self.layout, self.layout, self.layout, 0, SEED, lint=False, initial_scale=1.0, rounding_root=ROOT
+        )
 
     @cached_property
     def plan(self) -> Plan:

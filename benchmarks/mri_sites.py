@@ -44,7 +44,7 @@ def main() -> None:
     print("patients:", {site: values["patients"][site] for site in columns if site != "mean"})
     for metric in ("psnr", "psnr_head", "ssim", "ssim_head"):
         rows = []
-        for arm in ("zero_filled", "cg_sense", "tv", "local", "federated", "pooled"):
+        for arm in ("zero_filled", "cg_sense", "tv", "tv_real", "local", "federated", "pooled"):
             cells = [metrics[arm].get(site) for site in columns]
             rows.append([arm, *(cell[metric]["value"] if cell else "-" for cell in cells)])
         print(f"\n{metric} on test patients")
@@ -65,11 +65,13 @@ def main() -> None:
         {
             "baseline_psnr": psnr("zero_filled"),
             "tv_psnr": psnr("tv"),
+            "tv_real_psnr": psnr("tv_real"),
             "local_psnr": psnr("local"),
             "federated_psnr": psnr("federated"),
             "pooled_psnr": psnr("pooled"),
             "gain_over_baseline_db": psnr("federated") - psnr("zero_filled"),
             "gain_over_tv_db": psnr("federated") - psnr("tv"),
+            "gain_over_tv_real_db": psnr("federated") - psnr("tv_real"),
             "gap_to_pooled_db": psnr("pooled") - psnr("federated"),
             "worst_site_gain_over_local_db": min(gains.values()),
             "unseen_gain_over_best_local_db": sum(unseen.values()) / len(unseen) if unseen else None,

@@ -64,7 +64,7 @@ def empty_round(rounds: int) -> tuple[list[float], list[float]]:
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        rules = Rules("study", layout, layout, layout, 0, 7, lint=False)
+        rules = Rules("study", layout, layout, layout, 0, 7, lint=False, initial_scale=0.05)
         names = tuple(f"S{n}" for n in range(SITES))
         sites: dict[str, Any] = {n: Site(n, rules, NoTraining, SiteStore(root / n)) for n in names}  # type: ignore[arg-type]
         engine = LocalEngine(lambda header: sites[header.site])

@@ -77,7 +77,7 @@ class Rig:
         self.sites = {
             name: Site(
                 name,
-                self.host.rules(ARM),
+                self.host.rules(ARM, rounding_root=self.host.rounding_root),
                 lambda name=name: self.learner(name),
                 SiteStore(folder / "sites" / name),
                 protocol=None if site_protocol is None else site_protocol(name),

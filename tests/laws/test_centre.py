@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 
 from tests.federation.rig import Rig
 from tests.toys import Regression, toy_study
+from wardround.protection.rounding import rounding, study_root
 from wardround.wire.random import public_generator, public_seed
 from wardround.wire.ring import ExactSum, levels
+from wardround.wire.scales import next_scales
 from wardround.wire.tensors import TensorInfo
-from wardround.wire.update import WEIGHT_BITS, Aggregate, Group, Layout, encode, next_scales
+from wardround.wire.update import WEIGHT_BITS, Aggregate, Group, Layout, encode
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
@@ -87,8 +90,9 @@ def test_one_site_is_a_plain_training_loop(tmp_path: Path, name: str, ring_bits:
             optimizer.step()
         changes = {"model": {n: (p.detach() - anchor[n]).numpy() for n, p in model.state_dict().items()}}
         total = ExactSum(layout.segments)
-        rounding = public_generator(SEED, "A", number, "rounding")
-        update = encode(layout, scales, {"model": float(len(data))}, changes, {}, rounding)
+        start = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in anchor.values())).hexdigest()
+        draws = rounding(study_root(SEED), "A", number, scales, start)
+        update = encode(layout, scales, {"model": float(len(data))}, changes, {}, draws)
         total.add(b"".join(bytes(c) for c in update), 0)
         aggregate = Aggregate(layout, total, scales)
         with torch.no_grad():

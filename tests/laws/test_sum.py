@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from wardround.errors import Rejected, StudyError, WireError
 from wardround.wire.message import FileBody
-from wardround.wire.random import public_generator
 from wardround.wire.ring import ExactSum, Ring, dequantise, levels, quantise, value_bits
 from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import (
@@ -29,7 +28,6 @@ from wardround.wire.update import (
     Metric,
     check_range,
     encode,
-    next_scales,
     scale_key,
 )
 
@@ -316,44 +314,6 @@ def test_a_wrong_shape_or_weight_is_refused_at_the_site() -> None:
     tensors["control"]["w"] = np.zeros(12, np.float32)
     with pytest.raises(Rejected, match="'w' has shape"):
         list(encode(layout, scales_of(layout), {"model": 1.0, "control": 1.0}, tensors, {}, random))
-
-
-# Scales --------------------------------------------------------------------------------------------------------------
-
-
-def test_saturation_doubles_a_scale_and_is_reported() -> None:
-    layout = layout_of(max_weight=1.0)
-    scales = scales_of(layout, 0.01)
-    tensors = {g.name: {t.name: np.full(t.shape, 0.005, np.float32) for t in g.tensors} for g in layout.groups}
-    tensors["model"]["w"][0, :3] = 1.0
-    chunks = encode(layout, scales, {"model": 1.0, "control": 1.0}, tensors, {}, np.random.default_rng(0))
-    aggregate = Aggregate(layout, total_of(layout, [b"".join(map(bytes, chunks))]), scales)
-    following, saturated = next_scales(aggregate)
-    assert saturated == {"model/w": 3 / 15}
-    assert following["model/w"] == 0.02
-    assert following["model/b"] == pytest.approx(4 * 0.005, rel=0.01)
-
-
-def test_a_scale_follows_the_peak_and_falls_slowly() -> None:
-    layout = layout_of(max_weight=1.0)
-    for value, expected in ((0.5, 2.0), (0.2, 0.8), (0.001, 0.5), (0.0, 0.5)):
-        tensors = {g.name: {t.name: np.full(t.shape, -value, np.float32) for t in g.tensors} for g in layout.groups}
-        chunks = encode(layout, scales_of(layout), {"model": 1.0, "control": 1.0}, tensors, {}, public_generator(1))
-        following, saturated = next_scales(
-            Aggregate(layout, total_of(layout, [b"".join(map(bytes, chunks))]), scales_of(layout))
-        )
-        assert saturated == {}
-        assert following["model/w"] == pytest.approx(expected, rel=1e-3)
-
-
-def test_the_guess_of_the_first_round_falls_at_once_but_not_to_nothing() -> None:
-    layout = layout_of(max_weight=1.0)
-    for value, expected in ((0.5, 2.0), (0.001, 0.064), (0.0, 1.0)):
-        tensors = {g.name: {t.name: np.full(t.shape, value, np.float32) for t in g.tensors} for g in layout.groups}
-        chunks = encode(layout, scales_of(layout), {"model": 1.0, "control": 1.0}, tensors, {}, public_generator(1))
-        total = total_of(layout, [b"".join(map(bytes, chunks))])
-        following, _ = next_scales(Aggregate(layout, total, scales_of(layout)), first=True)
-        assert following["model/w"] == pytest.approx(expected, rel=1e-3)
 
 
 # The gate ------------------------------------------------------------------------------------------------------------

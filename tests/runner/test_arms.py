@@ -97,7 +97,7 @@ def test_a_site_without_data_is_named_before_anything_starts(tmp_path: Path) -> 
 def test_the_released_round_is_the_best_or_the_last(tmp_path: Path) -> None:
     schedule = {"rounds": 6}
     sites = toy_sites(tmp_path, ("A", "B", "C"))
-    local = {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.5}
+    local = {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.2}
     best = run(toy_study(schedule=schedule, local=local), sites, tmp_path / "best", engine="local")
     last = run(
         toy_study(schedule={**schedule, "release": "last"}, local=local), sites, tmp_path / "last", engine="local"

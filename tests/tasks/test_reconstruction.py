@@ -220,8 +220,28 @@ def test_baselines_have_weights_to_choose_from(dataset: MRIDataset) -> None:
         images = [task.baseline(name, weight, batch) for weight in task.baseline_parameters(name)]
         best[name] = max(task.score_images(image, batch)["psnr"].item() for image in images)
     assert best["tv"] > best["cg_sense"] > best["zero_filled"]
+    assert best["tv_real"] > best["zero_filled"]
     with pytest.raises(ValueError, match="needs a weight"):
         task.baseline("tv", None, batch)
+
+
+def test_a_real_image_is_no_baseline_unless_asked_for_and_needs_maps_that_carry_the_phase() -> None:
+    assert _study().baselines == ("zero_filled", "cg_sense", "tv")
+    evaluation = {"baselines": ["zero_filled", "tv_real"]}
+    task = {"kind": "reconstruction", "size": [SIZE, SIZE], "evaluation": evaluation}
+    MRIReconstruction(_study(task=task))
+    true_maps = {"maps": "true", "phase": 0.5}
+    with pytest.raises(StudyError, match=r"tv_real needs coil maps that carry the phase.*take it out of task"):
+        MRIReconstruction(_study(task=task, acquisition=true_maps))
+
+
+def test_a_real_image_has_half_the_unknowns(folders: dict[str, Path]) -> None:
+    """Where it is one: true maps, and no phase of its own."""
+    task = _task(acquisition={"coils": 4, "noise": 0.02, "maps": "true", "phase": 0.0, "mask": {"calibration": 0.12}})
+    batch = task.dataset("A", (folders["A"],)).batch([0], np.random.default_rng(0))
+    real, any_image = (task.baseline(name, 0.002, batch) for name in ("tv_real", "tv"))
+    psnr = [float(task.score_images(image, batch)["psnr"]) for image in (real, any_image)]
+    assert psnr[0] > psnr[1]
 
 
 def test_examples_are_single_test_slices_of_every_contrast(dataset: MRIDataset) -> None:

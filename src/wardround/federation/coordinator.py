@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -23,13 +23,15 @@ from wardround.federation.exchange import (
     Void,
 )
 from wardround.federation.journal import Journal, RoundReport, State
-from wardround.federation.methods.method import Method, Writers
+from wardround.federation.methods.method import MODEL, Method, Writers
 from wardround.federation.minutes import CoordinatorMinutes
+from wardround.federation.selection import Scored, best_round, candidates
 from wardround.federation.sums import LOSS, SECONDS, validation_means
 from wardround.protection.compression import PLAIN, Codec
 from wardround.wire.message import FileBody, Message
+from wardround.wire.scales import SATURATED, ScaleRules
 from wardround.wire.tensors import TensorFile, TensorWriter
-from wardround.wire.update import Aggregate, Layout, scale_key
+from wardround.wire.update import Aggregate, Layout
 
 Array = npt.NDArray[Any]
 
@@ -57,6 +59,8 @@ class Plan:
     keep: int = 2
     #: Whether void rounds come on top of `rounds`. With privacy they are paid for, and the budget is for `rounds`.
     extends: bool = True
+    #: The state before round 1, by group and tensor: it says where scales start.
+    initial: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,16 +90,12 @@ class Coordinator:
         self._minutes = CoordinatorMinutes(journal)
         self._waited = 0.0
         self._sent = plan.codec.sent(plan.layout)
+        self._scales = ScaleRules(self._sent, plan.initial_scale, plan.initial, frozenset({MODEL}))
 
     def start(self, initial: Callable[[], tuple[Mapping[str, Array], Mapping[str, Array]]]) -> State:
         """The state to go on from: the last committed one, or the initial one, which `initial` makes."""
         state = self._journal.latest()
         if state is None:
-            scales = {
-                scale_key(group.name, info.name): self._plan.initial_scale
-                for group in self._sent.groups
-                for info in group.tensors
-            }
             public, private = initial()
 
             def copy(write: Writers) -> None:
@@ -104,7 +104,7 @@ class Coordinator:
                 for name, tensor in private.items():
                     write.private(name, tensor)
 
-            state = self._write(0, scales, copy)
+            state = self._write(0, self._scales.start, copy)
             self._journal.commit(state, None, {})
         else:
             self._journal.check(state)
@@ -147,11 +147,11 @@ class Coordinator:
             except Void:
                 # It may not be repeated: the last round goes without its validation.
                 return
-            yield self._amend(state.round, exchange.aggregate())
+            yield self._amend(state.round, exchange.aggregate(), exchange.receipts)
 
     def release(self) -> Release:
-        """The released round: the best by validation, or the last."""
-        number = self._best() if self._plan.release == "best" else None
+        """The released round: the best by validation (`selection.best_round`), or the last."""
+        number = best_round(self._scored()) if self._plan.release == "best" else None
         state = self._journal.latest() if number is None else self._journal.state(number)
         if state is None:
             raise JournalError(f"{self._plan.arm}: there is no round to release")
@@ -231,8 +231,7 @@ class Coordinator:
         began, self._waited = time.perf_counter(), 0.0
         skipped = sorted(n for n in void if n > state.round)
         # What was known when the round was first asked for, so that a resumed run asks the very same.
-        best = self._best(before=state.round)
-        keep = sorted({n for n in (best, state.round) if n is not None})
+        keep = sorted({*candidates(self._scored(before=state.round)), state.round})
         due = bool(plan.validate_every) and state.round > 0 and state.round % plan.validate_every == 0
         # Two validations of one model by different sites would differ by what one of them measured.
         validate = due and number == state.round + 1
@@ -240,12 +239,13 @@ class Coordinator:
         exchange, missing, (up, down) = self._run(self._call(TRAIN, state, number, meta, self._sent))
         aggregate = exchange.aggregate()
         if validate:
-            self._amend(state.round, aggregate)
+            self._amend(state.round, aggregate, exchange.receipts)
         scales, saturated = plan.codec.next_scales(aggregate, first=state.round == 0)
         restored = plan.codec.restore(number, plan.layout, aggregate)
         following = self._write(
             number, scales, lambda write: self._method.apply(state.public, state.private, restored, write)
         )
+        following = replace(following, scales=self._scales.capped(scales, following.public))
         elements = aggregate.contributors * sum(
             plan.codec.count(group.name, info.size) for group in self._sent.groups for info in group.tensors
         )
@@ -263,14 +263,16 @@ class Coordinator:
             coordinator_seconds=time.perf_counter() - began - self._waited,
             training_seconds=float(aggregate.metrics[SECONDS][0]),
             saturated_share=sum(aggregate.saturated.values()) / max(1, elements),
+            saturated=max(saturated.values(), default=0.0),
             state_sha256=following.public_sha256,
             notes=(
                 *(f"round {n} is void: not all of it came after its survivors were named" for n in skipped),
                 *exchange.notes,
                 *(
-                    f"{key}: {share:.2%} of values saturated; its scale doubles"
+                    f"{key}: {share:.2%} of values saturated; its scale grows "
+                    f"{following.scales[key] / state.scales[key]:.3g}-fold"
                     for key, share in saturated.items()
-                    if share > 1e-4
+                    if share > SATURATED
                 ),
             ),
         )
@@ -301,36 +303,32 @@ class Coordinator:
             scales,
         )
 
-    def _amend(self, number: int, sums: Aggregate) -> RoundReport:
+    def _amend(self, number: int, sums: Aggregate, sites: Collection[str]) -> RoundReport:
         reports = {r.round: r for r in self._journal.reports()}
         if number not in reports:
             raise JournalError(f"round {number} was validated but never committed")
-        report = replace(reports[number], validation=validation_means(sums))
+        report = replace(reports[number], validation=validation_means(sums), validated=tuple(sorted(sites)))
         self._journal.amend(report)
         return report
 
     def _missing_validation(self, number: int) -> bool:
         return all(r.validation is None for r in self._journal.reports() if r.round == number)
 
-    def _best(self, before: int | None = None) -> int | None:
-        name = self._plan.selection
-        scored = [
-            (report.validation[name], report.round)
+    def _scored(self, before: int | None = None) -> list[Scored]:
+        """The validated rounds, with what selects among them: larger is better."""
+        name, sign = self._plan.selection, 1.0 if self._plan.larger_is_better else -1.0
+        return [
+            Scored(report.round, sign * report.validation[name], frozenset(report.validated))
             for report in self._journal.reports()
             if name is not None
             and report.validation
             and name in report.validation
             and (before is None or report.round < before)
         ]
-        if not scored:
-            return None
-        sign = 1.0 if self._plan.larger_is_better else -1.0
-        return max(scored, key=lambda pair: (sign * pair[0], -pair[1]))[1]
 
     def _forget(self, number: int) -> None:
         keep = set(range(number - self._plan.keep + 1, number + 1))
-        best = self._best()
-        self._journal.forget_states(keep if best is None else keep | {best})
+        self._journal.forget_states(keep | candidates(self._scored()))
 
 
 def _numbers(void: Collection[int]) -> dict[str, Any]:

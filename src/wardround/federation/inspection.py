@@ -19,6 +19,7 @@ from wardround.protection.compression import Codec
 from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, drift
 from wardround.protection.lint import Finding, lint_against
 from wardround.wire.ring import levels
+from wardround.wire.scales import GROWTH, headroom
 from wardround.wire.update import Layout, limits, scale_key
 
 Array = npt.NDArray[Any]
@@ -137,21 +138,24 @@ class Inspector:
     def _honest_scales(self, tensors: Mapping[str, Array], own: Reach) -> dict[str, float]:
         """The largest scale that `next_scales` can come to for a tensor, when all sites do what the study says.
 
-        Four times the peak of a sum of as many changes as sites fit, twice that for what grows within a round, and the
-        noise of the roundings before: what a coordinator announces beyond is its own word, and makes no sum coarser. 0
-        where steps have no limit: a model whose move is bounded all the same is so whatever sites send.
+        The headroom over the peak of a sum of as many changes as sites fit, twice that for what grows within a round,
+        the jump of a scale below a change, and the noise of the roundings before: what a coordinator announces beyond
+        is its own word, and makes no sum coarser. 0 where steps have no limit: a model whose move is bounded all the
+        same is so whatever sites send.
         """
         found, sites = {}, self._layout.max_sites
         for group in self._layout.groups:
-            noise = 12.0 * math.sqrt(sites) / levels(self._layout.bits_of(group))
+            bits = self._layout.bits_of(group)
             for info in group.tensors if group.name == MODEL else ():
+                room = headroom(info.size, bits)
+                noise = 3.0 * room * math.sqrt(sites) / levels(bits)
                 length = float(np.linalg.norm(np.asarray(tensors[info.name], np.float64)))
                 one = own.of(info.size, length) if self._codec.turns else own.of_one(length)
                 if math.isinf(one):
                     found[info.name] = 0.0
                     continue
                 # So few bits that roundings may feed on themselves: nobody can say.
-                most = max(self._initial_scale, 8.0 * sites * one)
+                most = max(self._initial_scale, 2.0 * room * sites * one, GROWTH * one)
                 found[info.name] = most / (1.0 - noise) if noise < 1.0 else math.inf
         return found
 

@@ -72,8 +72,12 @@ class RoundReport:
     coordinator_seconds: float
     training_seconds: float
     saturated_share: float
+    #: The share of saturated values of the tensor that has most of them.
+    saturated: float
     state_sha256: str
     notes: tuple[str, ...] = field(default=())
+    #: The sites in whose sums the validation is.
+    validated: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
         """The line as JSON values."""
@@ -82,7 +86,8 @@ class RoundReport:
     @staticmethod
     def from_json(value: dict[str, Any]) -> RoundReport:
         """The report from a line."""
-        return RoundReport(**{**value, "participants": tuple(value["participants"]), "notes": tuple(value["notes"])})
+        listed = {name: tuple(value[name]) for name in ("participants", "notes", "validated")}
+        return RoundReport(**{**value, **listed})
 
 
 class Journal:

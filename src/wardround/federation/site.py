@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,7 @@ from wardround.federation.egress import OPEN, EgressRules, check_egress
 from wardround.federation.exchange import DONE, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.inspection import Inspector
 from wardround.federation.measured import MeasuredSets
+from wardround.federation.methods.method import MODEL
 from wardround.federation.minutes import SENT, SiteMinutes
 from wardround.federation.patients import OwnResults, PatientRows
 from wardround.federation.record import LOG, Record, begun_by
@@ -29,11 +32,13 @@ from wardround.federation.sums import LOSS, SECONDS, validation_sums
 from wardround.federation.training import Learner
 from wardround.protection.compression import PLAIN, Codec
 from wardround.protection.gates import check_body
+from wardround.protection.rounding import kept_root, rounding
 from wardround.tasks.task import Split
 from wardround.wire.canonical import digest
 from wardround.wire.files import written
 from wardround.wire.message import FileBody, Header, Message
 from wardround.wire.random import public_generator
+from wardround.wire.scales import ScaleRules, remembered
 from wardround.wire.tensors import TensorFile
 from wardround.wire.update import Layout, encode, limits
 
@@ -41,6 +46,8 @@ Array = npt.NDArray[Any]
 log = logging.getLogger(__name__)
 # Void rounds that a site believes in beyond as many as the study has rounds: three in a row already stop a run.
 _MOST_VOID = 100
+# The scales of the last round that a site was asked for.
+_SCALES = "scales"
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,9 @@ class Rules:
 
     With `lint` it looks at every model before it trains on it (`Inspector`). There are so many `rounds`, where they are
     known, and one more for each void one where that `extends` the study. It measures the model of the `arm`, and the
-    `baselines`.
+    `baselines`. Scales start at `initial_scale`, or higher
+    where the state before round 1, `initial` by group and tensor, says so. Updates are rounded from `rounding_root`;
+    without one, from a root that the operating system gives and that stays in the site's store.
     """
 
     identity: str
@@ -116,6 +125,8 @@ class Rules:
     extends: bool = True
     arm: str = ""
     baselines: frozenset[str] = frozenset()
+    initial: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    rounding_root: bytes | None = field(default=None, repr=False)
 
 
 class Site:
@@ -146,6 +157,7 @@ class Site:
         self._own = OwnResults(name, rules.arm, rules.baselines, rules.egress, rows or PatientRows(), sets)
         inspector = Inspector(name, store, rules.layout, rules.codec, rules.initial_scale, self.minutes.note)
         self._inspector = inspector if rules.lint else None
+        self._scales = ScaleRules(rules.layout, rules.initial_scale, rules.initial, frozenset({MODEL}))
 
     def handle(self, request: Message) -> Message:
         """Answer a message: from the store if it was answered before, otherwise by doing what it asks."""
@@ -199,6 +211,8 @@ class Site:
         """Validate and train as asked; the update's bytes, the new private state, and the rounds to keep."""
         header = request.header
         public = self.public_state(request)
+        layout, scales = self.rules.layout, _scales(header.meta)
+        self._check_scales(header.round, scales, public)
         memory = self.store.memory(header.round - 1, without=_void(header))
         learner = self.learner
         inspector = self._inspector
@@ -209,7 +223,6 @@ class Site:
             metrics |= self._validation_sums(header.round, learner.evaluate("validation"))
         trained = learner.train(header.round, public, memory)
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
-        layout, scales = self.rules.layout, _scales(header.meta)
         if inspector is not None and seen is not None:
             inspector.remember(seen, scales, trained.weights)
         largest = limits(layout, scales, trained.weights)
@@ -220,10 +233,21 @@ class Site:
             trained.weights,
             changes,
             metrics,
-            public_generator(self.rules.seed, self.name, header.round, "rounding"),
+            rounding(self._rounding_root, self.name, header.round, scales, header.body_sha256),
         )
         keep = frozenset(int(n) for n in header.meta.get("keep", ()))
         return chunks, Memory({**trained.memory, **residual}, {}), keep
+
+    @cached_property
+    def _rounding_root(self) -> bytes:
+        return self.rules.rounding_root or kept_root(self.store)
+
+    def _check_scales(self, number: int, scales: Mapping[str, float], public: TensorFile) -> None:
+        """Refuse scales that no honest rounds come to, with the lint on or off; remember those of the last round."""
+        fact = self.store.fact(_SCALES)
+        self._scales.check(number, scales, public, {} if fact is None else json.loads(fact))
+        # Not durably: after a power cut older scales stand, and more rounds lie in between.
+        self.store.set_fact(_SCALES, json.dumps(remembered(number, scales)), durable=False)
 
     def reply_with(self, request: Message, kind: str, chunks: Iterator[bytes | memoryview], layout: Layout) -> Message:
         """A reply whose body is streamed to the store first."""

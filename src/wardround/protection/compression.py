@@ -17,9 +17,10 @@ import numpy.typing as npt
 from wardround.protection.rotation import rotate, unrotate
 from wardround.study import protection as study
 from wardround.wire.random import public_generator
+from wardround.wire.scales import next_scales
 from wardround.wire.sparse import DENSE, Form, Sparse, kept
 from wardround.wire.tensors import TensorInfo
-from wardround.wire.update import Aggregate, Floats, Group, Layout, next_scales, scale_key
+from wardround.wire.update import Aggregate, Floats, Group, Layout, scale_key
 
 Array = npt.NDArray[Any]
 Changes = Mapping[str, Mapping[str, Array]]
@@ -69,7 +70,7 @@ class Codec:
         return aggregate
 
     def next_scales(self, aggregate: Aggregate, *, first: bool) -> tuple[dict[str, float], dict[str, float]]:
-        """The scales of the next round and the shares of saturated values (`wire.update.next_scales`)."""
+        """The scales of the next round and the shares of saturated values (`wire.scales.next_scales`)."""
         return next_scales(aggregate, self.count, first=first)
 
     def signs(self, number: int, group: str, tensor: str) -> np.random.Generator:

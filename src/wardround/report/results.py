@@ -48,6 +48,7 @@ _KNOWN_ARMS = {
         Arm("fbp", "FBP", "baseline", "zero-filled", "filtered back projection, nothing learned"),
         Arm("cg_sense", "CG-SENSE", "baseline", "cg-sense", "least squares with coil maps, nothing learned"),
         Arm("tv", "TV", "baseline", "tv", "total variation: compressed sensing, nothing learned"),
+        Arm("tv_real", "TV, real image", "baseline", "other-2", "total variation of a real image, nothing learned"),
         Arm("weighted_tv", "Weighted TV", "baseline", "cg-sense", "total variation, rays weighted by their photons"),
         Arm("local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"),
         Arm("federated", "Together", "federated", "federated", "federated: scans stay, sums of updates travel"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -153,10 +154,16 @@ class Blueprints:
             release=schedule.release,
             keep=schedule.keep,
             extends=self.study.protection.privacy is None,
+            initial=self._initial(blueprint),
         )
 
-    def rules(self, name: str, *, egress: EgressRules = OPEN, lint: bool = True) -> Rules:
-        """What a site of an arm agrees to; `egress` and `lint` are its own."""
+    def rules(
+        self, name: str, *, egress: EgressRules = OPEN, lint: bool = True, rounding_root: bytes | None = None
+    ) -> Rules:
+        """What a site of an arm agrees to; `egress` and `lint` are its own, as is what its updates are rounded from.
+
+        Without a `rounding_root` the site draws a secret one.
+        """
         blueprint, study = self.blueprint(name), self.study
         return Rules(
             identity=blueprint.identity,
@@ -172,7 +179,14 @@ class Blueprints:
             extends=study.protection.privacy is None,
             arm=name,
             baselines=frozenset(study.baselines),
+            initial=self._initial(blueprint),
+            rounding_root=rounding_root,
         )
+
+    def _initial(self, blueprint: Blueprint) -> dict[str, npt.NDArray[Any]]:
+        """The state of an arm before round 1, what sites get and what the coordinator keeps."""
+        public, private = blueprint.method.initial(blueprint.layout.groups, self.bench.initial_values())
+        return {**private, **public}
 
 
 def protocols_of(study: Study, sites: Iterable[str]) -> dict[str, npt.NDArray[np.float32]]:

@@ -24,6 +24,7 @@ from wardround.federation.store import SiteStore
 from wardround.federation.training import Learner
 from wardround.federation.vault import Vault
 from wardround.protection.robust import Defence
+from wardround.protection.rounding import study_root
 from wardround.runner.arms import POOLED, Arm
 from wardround.runner.blueprints import Blueprint, Blueprints
 from wardround.runner.evaluators import evaluators_of
@@ -95,6 +96,11 @@ class Host(Blueprints):
     def egress(self, site: str) -> EgressRules:
         """What a site lets out; one that scans the patients of others keeps the strictest rules of those."""
         return strictest(_rules_of(self.sites.of(name).egress) for name in self._scanned_by(site) or (site,))
+
+    @property
+    def rounding_root(self) -> bytes:
+        """What all sites of this machine round from: the study's seed, so that a run gives the same bits again."""
+        return study_root(self.study.seed)
 
     def history(self, site: str) -> Path:
         """The folder in which a site records over all studies what it has answered, or this run's own."""
@@ -182,6 +188,7 @@ class Host(Blueprints):
             arm_name,
             egress=OPEN if name == POOLED else self.egress(name),
             lint=name in self.sites.sites and self.sites.of(name).lint,
+            rounding_root=self.rounding_root,
         )
         threshold = blueprint.arm.threshold(self.study)
         roster = self._roster_path(blueprint.arm)

@@ -28,12 +28,6 @@ class FedProx(_Weighted):
     mu: float = Field(0.01, ge=0.0)
 
 
-class FedBN(_Weighted):
-    """Batch-norm layers stay at the site (Li et al., 2021)."""
-
-    kind: Literal["fedbn"]
-
-
 class _Personal(Config):
     weights: Literal["samples", "equal", "validation"] = Field(
         "equal", description="`validation` is exp(-validation loss), clamped"
@@ -43,6 +37,18 @@ class _Personal(Config):
         description="what a hospital that did not train gets for the private part: its initial values, or the mean of "
         "the sites' private parts. `mean` is a side channel: every round, each site's private part travels as well, "
         "as a further group of the sum; `protection.secure` hides it in the sum like the rest",
+    )
+
+
+class FedBN(_Personal):
+    """Batch-norm layers stay at the site (Li et al., 2021).
+
+    A hospital that did not train normalises by its own images; `stranger` is about scales and shifts.
+    """
+
+    kind: Literal["fedbn"]
+    weights: Literal["samples", "equal", "validation"] = Field(
+        "samples", description="`validation` is exp(-validation loss), clamped"
     )
 
 

@@ -72,7 +72,11 @@ class Schedule(Config):
     rounds: int = Field(20, ge=1)
     min_sites: int = Field(1, ge=1, description="fewer sites than this in a round stop the run")
     validate_every: int = Field(1, ge=0, description="rounds between validations; 0 is never")
-    release: Literal["best", "last"] = Field("best", description="best summed validation metric, or the last round")
+    release: Literal["best", "last"] = Field(
+        "best",
+        description="`best`: the best validation mean among the rounds that the same sites validated (those of most "
+        "rounds, then most sites), or the last round where no two can be compared; `last`: the last round",
+    )
     keep: int = Field(2, ge=1, description="rounds whose global model the journal keeps, besides the best")
 
 

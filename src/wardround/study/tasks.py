@@ -10,7 +10,7 @@ from wardround.study.base import Config
 
 Modality = Literal["mri", "ct"]
 BASELINES: dict[Modality, tuple[str, ...]] = {
-    "mri": ("zero_filled", "cg_sense", "tv"),
+    "mri": ("zero_filled", "cg_sense", "tv", "tv_real"),
     "ct": ("fbp", "tv", "weighted_tv"),
 }
 _TV_WEIGHTS: dict[Modality, tuple[float, ...]] = {
@@ -50,8 +50,10 @@ class Loss(Config):
 class Evaluation(Config):
     """What is measured on test patients."""
 
-    baselines: tuple[Literal["zero_filled", "cg_sense", "fbp", "tv", "weighted_tv"], ...] | None = Field(
-        None, description="default zero_filled, cg_sense and tv for MRI, fbp, tv and weighted_tv for CT"
+    baselines: tuple[Literal["zero_filled", "cg_sense", "fbp", "tv", "tv_real", "weighted_tv"], ...] | None = Field(
+        None,
+        description="default zero_filled, cg_sense and tv for MRI, fbp, tv and weighted_tv for CT; tv_real is TV of a "
+        "real image, what a network with `image: real` assumes, too",
     )
     tv_weights: tuple[float, ...] | None = Field(
         None, description="default 0.0005 to 0.008 for MRI, 0.0002 to 0.0012 for CT"
@@ -72,8 +74,8 @@ class Evaluation(Config):
         return value
 
     def baselines_for(self, modality: Modality) -> tuple[str, ...]:
-        """What a study compares with: as configured, or all that its modality has."""
-        return BASELINES[modality] if self.baselines is None else self.baselines
+        """What a study compares with: as configured, or all of its modality but the one for real images."""
+        return tuple(n for n in BASELINES[modality] if n != "tv_real") if self.baselines is None else self.baselines
 
     def tv_weights_for(self, modality: Modality) -> tuple[float, ...]:
         """The weights among which validation patients choose one for total variation."""

@@ -22,6 +22,7 @@ from wardround.physics.masks import sampling_mask
 from wardround.physics.mri import CartesianMRI
 from wardround.physics.simulate import simulate
 from wardround.physics.solvers import cg_sense, tv, zero_filled
+from wardround.physics.wrapped import RealImage
 from wardround.study import MRIAcquisition, schema
 from wardround.study import models as models_config
 from wardround.study import tasks as tasks_config
@@ -136,13 +137,15 @@ class _Scan:
 class MRIReconstruction(ReconstructionTask[MRIBatch]):
     """Magnitude images from undersampled k-space.
 
-    Raises StudyError for tiny images, and for a real model where the coil maps do not carry the phase.
+    Raises StudyError for tiny images, and for a real model or baseline where the coil maps do not carry the phase.
     """
 
     def __init__(self, study: schema.Study) -> None:
         super().__init__(study)
         if isinstance(study.model, models_config.MoDL) and modl_shape(study.model).image == "real":
-            _require_estimated_maps(study)
+            _require_estimated_maps(study, "model.image: real")
+        if "tv_real" in study.baselines:
+            _require_estimated_maps(study, "the baseline tv_real")
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -203,6 +206,8 @@ class MRIReconstruction(ReconstructionTask[MRIBatch]):
                     return cg_sense(batch.operator, batch.kspace, weight_of(name, parameter)).abs()
                 case "tv":
                     return tv(batch.operator, batch.kspace, weight_of(name, parameter)).abs()
+                case "tv_real":
+                    return tv(RealImage(batch.operator), batch.kspace, weight_of(name, parameter)).abs()
         raise _unknown_baseline(name)
 
     def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
@@ -212,20 +217,21 @@ class MRIReconstruction(ReconstructionTask[MRIBatch]):
                 return (None,)
             case "cg_sense":
                 return self.config.evaluation.cg_weights
-            case "tv":
+            case "tv" | "tv_real":
                 return self.config.evaluation.tv_weights_for("mri")
         raise _unknown_baseline(name)
 
 
-def _require_estimated_maps(study: schema.Study) -> None:
+def _require_estimated_maps(study: schema.Study, what: str) -> None:
+    remedy = "set model.image: complex" if what.startswith("model") else "take it out of task.evaluation.baselines"
     for site in study.sites:
         acquisition = study.acquisition_of(site)
         if isinstance(acquisition, MRIAcquisition) and acquisition.maps == "true" and acquisition.phase > 0.0:
             raise StudyError(
-                f"model.image: real needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
-                "with acquisition.phase above 0; set model.image: complex, or maps: estimated"
+                f"{what} needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
+                f"with acquisition.phase above 0; {remedy}, or set maps: estimated"
             )
 
 
 def _unknown_baseline(name: str) -> StudyError:
-    return StudyError(f"there is no baseline {name!r} for MRI; choose zero_filled, cg_sense or tv")
+    return StudyError(f"there is no baseline {name!r} for MRI; choose zero_filled, cg_sense, tv or tv_real")

@@ -1,8 +1,8 @@
 """The two sources of randomness.
 
 *Public* randomness is derived from names that everybody knows, so that a round can be repeated bit for bit:
-initialisation, shuffling, stochastic rounding, simulated acquisitions. *Secret* randomness comes from the
-operating system and never from here: keys, privacy noise and private sampling.
+initialisation, shuffling, simulated acquisitions. *Secret* randomness comes from the operating system and never from
+here: keys, privacy noise, private sampling, and the rounding of an update (`protection.rounding`).
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ def public_seed(seed: int, *names: str | int) -> int:
 
 
 def public_generator(seed: int, *names: str | int) -> np.random.Generator:
-    """A numpy generator for one purpose, e.g. `public_generator(7, "CS", 3, "rounding")`."""
+    """A numpy generator for one purpose, e.g. `public_generator(7, "CS", 3, "augmentation")`."""
     return np.random.Generator(np.random.SFC64(public_seed(seed, *names)))

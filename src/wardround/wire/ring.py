@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +90,15 @@ def levels(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-def quantise(values: Array, scale: float, bits: int, ring: Ring, random: np.random.Generator) -> tuple[Array, int]:
+class Uniform(Protocol):
+    """Where the draws of a rounding come from: a numpy generator, or a site's own (`protection.rounding`)."""
+
+    def random(self, size: int, dtype: Any) -> Array:
+        """Uniform numbers in [0, 1): (size,)."""
+        ...
+
+
+def quantise(values: Array, scale: float, bits: int, ring: Ring, random: Uniform) -> tuple[Array, int]:
     """Fixed-point elements of `values`, flattened, and how many of them were saturated at `scale`.
 
     Rounding is stochastic and unbiased; the randomness used depends on the number of values only.
@@ -102,7 +110,7 @@ def quantise(values: Array, scale: float, bits: int, ring: Ring, random: np.rand
     saturated = 0
     for start in range(0, flat.size, BLOCK):
         block = flat[start : start + BLOCK] * np.float64(factor)
-        noise = random.random(block.size, dtype=np.float32)
+        noise = random.random(block.size, np.float32)
         outside = int(np.count_nonzero(np.abs(block) > top))
         if outside:
             saturated += outside

@@ -12,7 +12,7 @@ A site sends y = (w / max_weight) x delta and w; the coordinator divides the sum
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from wardround.errors import Rejected, StudyError, WireError
 from wardround.wire.canonical import digest
 from wardround.wire.message import Body
-from wardround.wire.ring import ExactSum, Ring, dequantise, levels, quantise, value_bits, whole_elements
+from wardround.wire.ring import ExactSum, Ring, Uniform, dequantise, levels, quantise, value_bits, whole_elements
 from wardround.wire.tensors import TensorInfo
 
 Array = npt.NDArray[Any]
@@ -31,7 +31,6 @@ Floats = npt.NDArray[np.float64]
 WEIGHT_BITS = 30
 # Elements have 2, 3 or 4 bytes; a body's chunks are a multiple of this (see wire.message.CHUNK).
 ALIGNMENT = 12
-FIRST_HEADROOM = 64.0
 TAIL = Ring(32)
 
 
@@ -188,7 +187,7 @@ def encode(
     weights: Mapping[str, float],
     tensors: Mapping[str, Mapping[str, Array]],
     metrics: Mapping[str, Any],
-    random: np.random.Generator,
+    random: Uniform,
 ) -> Iterator[bytes | memoryview]:
     """The bytes of an update, a tensor at a time.
 
@@ -303,40 +302,6 @@ class Aggregate:
                         return self._total.segment(index)[offset : offset + info.size], info, candidate
                     offset += info.size
         raise KeyError(scale_key(group, tensor))
-
-
-def _all(group: str, size: int) -> int:
-    return size
-
-
-def next_scales(
-    aggregate: Aggregate, count: Callable[[str, int], int] = _all, *, first: bool = False
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The scales of the next round, and the share of saturated values of each tensor where there were any.
-
-    A scale follows four times the peak of the summed change, and never falls by more than half in a round; a share of
-    saturated values above 1e-4 doubles it instead. The scale of the `first` round is the study's guess, far too large
-    where weights are small: it may fall to 64 times the peak at once. `count` says how many values a site sends of a
-    group's tensor of a size. A function of public values only, masked or clear.
-    """
-    scales = aggregate.scales
-    following: dict[str, float] = {}
-    saturated: dict[str, float] = {}
-    for group in aggregate.layout.groups:
-        for info in group.tensors:
-            key = scale_key(group.name, info.name)
-            share = aggregate.saturated[key] / max(1, count(group.name, info.size) * aggregate.contributors)
-            if share > 0.0:
-                saturated[key] = share
-            if share > 1e-4:
-                following[key] = 2.0 * scales[key]
-                continue
-            peak = aggregate.peak(group.name, info.name)
-            if first:
-                following[key] = max(4.0 * peak, min(scales[key], FIRST_HEADROOM * peak)) or scales[key]
-            else:
-                following[key] = max(4.0 * peak, 0.5 * scales[key], 1e-12)
-    return following, saturated
 
 
 def check_range(layout: Layout, body: Body) -> None:

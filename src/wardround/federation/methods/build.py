@@ -31,7 +31,7 @@ def build_method(config: methods_config.Method, protocols: Mapping[str, Array] =
         case methods_config.FedProx():
             return FedProx(config.weights, mu=config.mu)
         case methods_config.FedBN():
-            return FedBN(config.weights)
+            return FedBN(config.weights, config.stranger)
         case methods_config.HyperFed():
             return HyperFed(config.weights, config.stranger)
         case methods_config.ScanPhysFed():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from wardround.errors import StudyError
 from wardround.federation.methods.method import Array, LocalRound, Method, Writers, state_name
 from wardround.federation.policy import Parameter, Policy, Role
 from wardround.protection.drift import UNKNOWN, Reach
 from wardround.wire.update import Aggregate, Group
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # The group in which private parts travel, and names in the coordinator's state; only with `stranger: mean`.
 STRANGER = "stranger"
@@ -28,6 +32,8 @@ class Personal(Method):
     """
 
     stranger: Literal["initial", "mean"] = "initial"
+    #: Whether the mean is also of what no gradient reaches, such as running statistics.
+    tells_buffers: ClassVar[bool] = True
     #: Prefixes of parameters that the method means nothing without, and what to set in the study for a model with them.
     parts: ClassVar[tuple[str, ...]] = ()
     remedy: ClassVar[str] = ""
@@ -62,7 +68,8 @@ class Personal(Method):
 
     def side_channel(self, private: tuple[Parameter, ...], ring_bits: int) -> tuple[Group, ...]:
         """The private part as a group of its own, where strangers get the mean; counters have none."""
-        told = tuple(p.info for p in private if p.is_float) if self.stranger == "mean" else ()
+        floats = [p for p in private if p.is_float and (p.trainable or self.tells_buffers)]
+        told = tuple(p.info for p in floats) if self.stranger == "mean" else ()
         return (Group(STRANGER, told, ring_bits),) if told else ()
 
     def initial(
@@ -81,7 +88,7 @@ class Personal(Method):
             changes[STRANGER] = {
                 name: (tensor.detach() - local.initial[name]).numpy()
                 for name, tensor in local.private.items()
-                if tensor.is_floating_point()
+                if tensor.is_floating_point() and (tensor.requires_grad or self.tells_buffers)
             }
         return changes
 
@@ -129,8 +136,12 @@ def _told(groups: tuple[Group, ...]) -> tuple[str, ...]:
 class FedBN(Personal):
     """Batch-norm layers, weights and running statistics, stay at the site (Li et al., ICLR 2021).
 
-    A site that did not train gets the layers as they were initialised: identity scaling, unit statistics.
+    At a hospital that did not train, the layers normalise by statistics of its own images (`own_statistics`): those of
+    other sites, or none, are of other images. Its scales and shifts are the initial ones, the identity, or the mean of
+    the sites' (`stranger="mean"`), which is what the paper proposes for a new hospital. Running statistics never leave.
     """
+
+    tells_buffers = False
 
     def is_private(self, parameter: Parameter) -> bool:
         """Everything that a batch-norm layer owns."""
@@ -143,6 +154,12 @@ class FedBN(Personal):
                 "method.kind=fedbn needs batch-norm layers, and this model has none; set model.norm: batch"
             )
         return super().policy(parameters)
+
+    def serving_stranger(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Statistics of the hospital's own images."""
+        from wardround.federation.methods.own_statistics import own_statistics
+
+        return own_statistics(model)
 
 
 @dataclass(frozen=True)

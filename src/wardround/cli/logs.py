@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from wardround.cli.shared import errors, say
+from wardround.cli.shared import complain, say
 
 
 def verify_log(
@@ -22,9 +21,9 @@ def verify_log(
         signed = f"{log.signatures} signatures, key {log.key}" if log.key else "no signatures"
         say(f"{log.name}: {len(log.entries)} records, {signed}" + (f" ({log.note})" if log.note else ""))
     for damage in found.damages[:20]:
-        errors.print(Text(damage, style="red"), soft_wrap=True)
+        complain(damage, "red")
     if (more := len(found.damages) - 20) > 0:
-        errors.print(Text(f"... and {more} more", style="red"))
+        complain(f"... and {more} more", "red")
     if found.damages:
         raise typer.Exit(1)
     if found.anchors:

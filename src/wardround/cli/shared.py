@@ -34,6 +34,7 @@ EngineOption = Annotated[
 ProcessesOption = Annotated[
     int | None, typer.Option("--processes", min=1, help="Worker processes (default: one a core).")
 ]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, only results, warnings and errors.")]
 
 
 class Commands(TyperGroup):
@@ -44,7 +45,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except Interrupted as error:
-            errors.print(Text(str(error), style="yellow"), soft_wrap=True)
+            complain(str(error))
             raise typer.Exit(130) from None
         except WardroundError as error:
             explain(str(error), error.detail)
@@ -61,27 +62,44 @@ def words(text: str) -> list[str]:
 
 
 def say(text: str) -> None:
-    """Print a text as it is: no colours guessed, no line broken."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a text as it is, without colours guessed; its lines are broken between words, and only on a terminal."""
+    _print(console, Text(text))
 
 
 def explain(message: str, detail: str) -> None:
     """Print an error, and below it where it is: for eyes on this machine."""
-    errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    _print(errors, Text.assemble(("error: ", "bold red"), message))
     if detail:
-        errors.print(Text(f"       ({detail})", style="dim"), soft_wrap=True)
+        _print(errors, Text(f"       ({detail})", style="dim"))
+
+
+def complain(text: str, style: str = "yellow") -> None:
+    """Print to stderr what went wrong, or what to mind."""
+    _print(errors, Text(text, style=style))
+
+
+def _print(where: Console, text: Text) -> None:
+    """A program that reads the output, and a search in a log, need whole lines; a path is never broken."""
+    if where.is_terminal:
+        where.print(text, overflow="ignore", crop=False)
+    else:
+        where.print(text, soft_wrap=True)
 
 
 @contextmanager
-def watching() -> Iterator[Watcher | None]:
-    """A watcher that draws on the terminal; none where there is no terminal."""
-    if not console.is_terminal:
-        yield None
-        return
-    from wardround.progress import LiveProgress
+def watching(quiet: bool = False) -> Iterator[Watcher]:
+    """A watcher: bars on a terminal, a line for each phase and round elsewhere, and nothing where it is `quiet`."""
+    from wardround.runner.watching import Lines, Silent
 
-    with LiveProgress(console) as live:
-        yield live
+    if quiet:
+        yield Silent()
+    elif not console.is_terminal:
+        yield Lines()
+    else:
+        from wardround.progress import LiveProgress
+
+        with LiveProgress(console) as live:
+            yield live
 
 
 def summary(result: Result) -> None:

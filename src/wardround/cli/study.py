@@ -12,6 +12,7 @@ from wardround.cli.shared import (
     EngineOption,
     OutOption,
     ProcessesOption,
+    QuietOption,
     SetOption,
     SitesOption,
     StudyFile,
@@ -34,6 +35,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Insist on going on with an earlier run.")] = False,
     engine: EngineOption = None,
     processes: ProcessesOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a study, measure it, and write the report. Run it again to go on after any interruption."""
     from wardround.runner.session import run as run_study
@@ -41,7 +43,7 @@ def run(
 
     loaded = load_study(study, overrides or [])
     folder = out or Path("runs") / loaded.name
-    with watching() as watcher:
+    with watching(quiet) as watcher:
         result = run_study(
             loaded,
             sites,
@@ -58,14 +60,14 @@ def run(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write the results.")] = Path("runs/demo"),
     overrides: SetOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Make brain phantoms for four hospitals; three train together, alone and pooled, the fourth only tests."""
     from wardround.runner.demo import demo_study
     from wardround.runner.session import run as run_study
 
-    console.print("Making brain phantoms for four hospitals, each with its own scanner ...")
-    study, sites = demo_study(out / "data", overrides or [])
-    with watching() as watcher:
+    with watching(quiet) as watcher:
+        study, sites = demo_study(out / "data", overrides or [], watcher.phase)
         result = run_study(study, sites, out, compare=["local", "pooled"], watcher=watcher)
     summary(result)
 
@@ -75,6 +77,7 @@ def evaluate(
     sites: SitesOption,
     engine: EngineOption = None,
     processes: ProcessesOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Recompute every metric of result.json from the saved models and the data, and say whether they agree."""
     import json
@@ -82,7 +85,7 @@ def evaluate(
     from wardround.report.terminal import numbers_of
     from wardround.runner.session import evaluate as evaluate_run
 
-    with watching() as watcher:
+    with watching(quiet) as watcher:
         found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher)
     written = json.loads((out / "result.json").read_text(encoding="utf-8"))
     results(found)

@@ -11,7 +11,7 @@ from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
 from wardround.runner.arms import POOLED
 from wardround.runner.blueprints import Blueprint
-from wardround.runner.columns import entry, table, wrapped
+from wardround.runner.columns import WIDTH, entry, table, wrapped
 from wardround.runner.host import NOWHERE, Host
 from wardround.runner.privacy import Outlook, words
 from wardround.runner.session import open_host
@@ -23,8 +23,6 @@ from wardround.study.sites import SiteData, SitesFile, load_sites
 from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
-
-_WIDTH = 100
 
 
 def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], overrides: Sequence[str]) -> str:
@@ -58,7 +56,7 @@ def full_study(study_file: Path, overrides: Sequence[str]) -> str:
     """The study as YAML with overrides applied and every default filled in. Raises `StudyError`."""
     study = load_study(study_file, overrides)
     return str(
-        yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=_WIDTH)
+        yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=WIDTH)
     ).rstrip()
 
 

@@ -146,6 +146,14 @@ class Scanner:
     def _simulator(self) -> CTSimulator:
         return CTSimulator(self.acquisition, refinement=REFINEMENT, cache=user_cache())
 
+    def prepare(self, *, keep: bool) -> None:
+        """Build both; without `keep` only into the cache of the machine, for other processes."""
+        if keep:
+            _ = self.system, self._simulator
+        elif (cache := user_cache()) is not None:
+            CTSystem(self.acquisition, cache=cache)
+            CTSimulator(self.acquisition, refinement=REFINEMENT, cache=cache)
+
     def scan(self, hu: NDArray[np.float32], random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Data (views, bins) of `system` and the true image (H, W) of a slice in HU on `grid`."""
         measured = self._simulator(hu, random)
@@ -200,6 +208,10 @@ class CTDataset(ReconstructionDataset[CTBatch]):
         image, body = self._image(example, flip)
         turned = _turned(image, body, random)
         return self._batch(self._simulate(*turned, random), example)
+
+    def prepare(self, *, keep: bool) -> None:
+        """Build the scanner's matrices."""
+        self.scanner.prepare(keep=keep)
 
     def remarks(self) -> tuple[str, ...]:
         """What somebody should know of the data before training on them."""

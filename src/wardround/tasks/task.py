@@ -110,6 +110,15 @@ class Headed(Protocol):
         ...
 
 
+@runtime_checkable
+class Prepared(Protocol):
+    """A data set with something that is slow to make and the same for all of its examples."""
+
+    def prepare(self, *, keep: bool) -> None:
+        """Make it; without `keep` only where it stays on the disk for other processes to find."""
+        ...
+
+
 class Task(Protocol):
     """What a study learns."""
 

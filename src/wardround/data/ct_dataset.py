@@ -368,7 +368,7 @@ def read_ct_volume(path: Path) -> Volume:
     rows, columns, between = (volume.spacing[int(axis)] for axis in order)
     check_hounsfield(data, path)
     affine = volume.affine @ nibabel.orientations.inv_ornt_aff(turn, volume.data.shape)
-    return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine)
+    return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine, volume.space)
 
 
 def _check_axes(affine: NDArray[np.float64], path: Path) -> None:

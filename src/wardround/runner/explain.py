@@ -55,9 +55,7 @@ def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], o
 def full_study(study_file: Path, overrides: Sequence[str]) -> str:
     """The study as YAML with overrides applied and every default filled in. Raises `StudyError`."""
     study = load_study(study_file, overrides)
-    return str(
-        yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=WIDTH)
-    ).rstrip()
+    return str(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=WIDTH)).rstrip()
 
 
 def _study(host: Host, blueprint: Blueprint) -> str:

@@ -39,7 +39,7 @@ from wardround.tasks.task import MetricSpec, Source, Split, Window
 from wardround.wire.random import public_generator
 
 NO_EMBEDDINGS: Mapping[str, Path] = MappingProxyType({})
-_TV_PENALTY = 0.4  # see `wardround.physics.solvers.tv`
+TV_PENALTY = 0.4  # see `wardround.physics.solvers.tv`
 _PICTURES = 2
 
 
@@ -378,9 +378,9 @@ def _baseline(name: str, parameter: float | None, part: CTScans) -> Tensor:
         case "fbp":
             return part.operator.initial(part.data)
         case "tv":
-            return tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=_TV_PENALTY)
+            return tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=TV_PENALTY)
         case "weighted_tv":
-            return weighted_tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=_TV_PENALTY)
+            return weighted_tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=TV_PENALTY)
     raise _unknown_baseline(name)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -35,6 +36,21 @@ def main() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Train imaging models across hospitals without moving a scan."""
 
 
 def version() -> None:

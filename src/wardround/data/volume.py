@@ -38,8 +38,9 @@ class Space:
 
     def write(self, image: nibabel.Nifti1Image) -> None:
         """Let an image say the same, with its own affine."""
-        image.set_sform(image.affine, self.sform)
-        image.set_qform(image.affine if self.qform else None, self.qform)
+        affine = np.array(image.affine)  # which setting one of the two may change
+        image.set_qform(affine if self.qform else None, self.qform)
+        image.set_sform(affine if self.sform else None, self.sform)
         image.header["xyzt_units"] = self.units
 
 

@@ -25,9 +25,10 @@ Score = Callable[[int, Tensor], Mapping[str, float]]
 CHECKED = 8  # slices of a volume that are looked at, evenly spread
 _REPEATED = 3  # of them, scanned again as in training
 _SIGNAL = 0.1  # of the strongest slice: air has no residual worth the name
-# Measured on 1.4 times what is expected: simulated scans of real patients lie below 1.2, real k-space above 1.6.
+# Times the ratio of scans simulated as in training. Measured with a network for four MRI sites: at most 1.15 on
+# simulated scans of their test patients, 1.75 on k-space of a real scanner, where its image shows folds.
 LIMIT = 1.4
-_WORSE = 0.5  # dB below total variation, where a reference is there to say so
+_WORSE = 0.1  # dB below total variation, where a reference is there to say so
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Depth:
     def fires(self) -> bool:
         """Whether the network is out of its depth."""
         usual = 1.0 if self.expected is None else max(1.0, self.expected.ratio)
-        return self.measured.ratio > LIMIT * usual or self._behind > _WORSE
+        return self.measured.ratio > LIMIT * usual
 
     @property
     def _behind(self) -> float:
@@ -78,15 +79,12 @@ class Depth:
         if self.scores:
             each = "; ".join(f"{name} {_scores(values)}" for name, values in self.scores.items())
             said.append(f"Against the input, on the same slices: {each}.")
+        if self._behind > _WORSE:
+            said.append(f"Mind: total variation, which learns nothing, is {self._behind:.1f} dB nearer to the input.")
         if self.fires:
             said.append(
-                "WARNING: the network is out of its depth here: "
-                + (
-                    f"it is {self._behind:.1f} dB below total variation. "
-                    if self._behind > _WORSE
-                    else f"its image leaves {self.measured.ratio:.1f} times as much unexplained as total variation's. "
-                )
-                + "Do not trust its image; --fallback tv writes total variation's."
+                f"WARNING: the network is out of its depth here: its image leaves {self.measured.ratio:.1f} times as "
+                "much unexplained as total variation's. Do not trust it; --fallback tv writes total variation's."
             )
         return said
 

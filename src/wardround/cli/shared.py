@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,27 +64,44 @@ def words(text: str) -> list[str]:
 
 def say(text: str) -> None:
     """Print a text as it is, without colours guessed; its lines are broken between words, and only on a terminal."""
-    _print(console, Text(text))
+    _print(console, text)
 
 
 def explain(message: str, detail: str) -> None:
     """Print an error, and below it where it is: for eyes on this machine."""
-    _print(errors, Text.assemble(("error: ", "bold red"), message))
+    _print(errors, f"error: {message}", first="bold red")
     if detail:
-        _print(errors, Text(f"       ({detail})", style="dim"))
+        _print(errors, f"       ({detail})", style="dim")
 
 
 def complain(text: str, style: str = "yellow") -> None:
     """Print to stderr what went wrong, or what to mind."""
-    _print(errors, Text(text, style=style))
+    _print(errors, text, style=style)
 
 
-def _print(where: Console, text: Text) -> None:
-    """A program that reads the output, and a search in a log, need whole lines; a path is never broken."""
+def _print(where: Console, text: str, *, style: str = "", first: str = "") -> None:
+    """Print with a style, its first word with that of its own.
+
+    A program that reads the output, and a search in a log, need whole lines; a path is never broken.
+    """
     if where.is_terminal:
-        where.print(text, overflow="ignore", crop=False)
-    else:
-        where.print(text, soft_wrap=True)
+        text = "\n".join(_wrapped(line, where.width) for line in text.split("\n"))
+    styled = Text(text, style=style)
+    if first:
+        styled.stylize(first, 0, text.find(" "))
+    where.print(styled, soft_wrap=True)
+
+
+def _wrapped(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.fill(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def init(
     out: Annotated[Path, typer.Option("--out", help="Where to write study.yaml and sites.yaml.")] = Path("."),
 ) -> None:
     """Propose a commented study file and a sites file for a folder of scans."""
-    from wardround.data.propose import propose_study
+    from wardround.data.propose import propose_study, skipped
 
     study, sites = propose_study(folder)
     study_file, sites_file = out / "study.yaml", out / "sites.yaml"
@@ -120,6 +120,8 @@ def init(
     out.mkdir(parents=True, exist_ok=True)
     for path, text in targets.items():
         path.write_text(text, encoding="utf-8")
+    for line in skipped(folder):
+        say(f"Skipped {line}")
     say(f"Wrote {study_file} and {sites_file}. Look through them, then:")
     say(f"  wardround check {study_file} --sites {sites_file}")
     say(f"  wardround run {study_file} --sites {sites_file} --compare local,pooled")

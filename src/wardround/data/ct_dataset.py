@@ -25,7 +25,7 @@ from wardround.data.hounsfield import check_air, check_hounsfield, check_tissue
 from wardround.data.memory import CACHE_BYTES, ScanCache
 from wardround.data.places import Place
 from wardround.data.split import Role, SplitName, split_patients
-from wardround.data.volume import FloatArray, Volume, read_volume
+from wardround.data.volume import FloatArray, Volume, read_volume, reason
 from wardround.errors import DataError
 from wardround.study.protocols import HeaderFacts
 from wardround.study.tasks import Slices, Split
@@ -167,7 +167,8 @@ class CTFolder:
         try:
             contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self._patients[patient]]
         except OSError as error:
-            raise DataError(f"site {self.site}: an image file cannot be read", detail=str(error)) from error
+            said = f"site {self.site}: an image file cannot be read ({reason(error)})"
+            raise DataError(said, detail=str(error.filename)) from error
         if self._embeddings is not None:
             contents.append(self._embeddings.digest(self._folders[patient].name))
         return hashlib.sha256("/".join(contents).encode()).hexdigest()

@@ -84,7 +84,11 @@ def read_volume(path: Path) -> Volume:
 
 
 def _read(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[np.float64], Space | None]:
-    if not path.is_file():
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        raise DataError(f"an image file cannot be read ({reason(error)})", detail=str(path)) from error
+    if not exists:
         raise DataError("an image file does not exist", detail=str(path))
     try:
         image = nibabel.load(path)
@@ -94,12 +98,17 @@ def _read(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[n
         return array, zooms, np.asarray(image.affine, dtype=np.float64), space
     except PermissionError as error:
         raise DataError(
-            "an image file may not be read by this user; allow it (chmod u+r)", detail=f"{path}: {error.strerror}"
+            f"an image file cannot be read ({reason(error)}); let this user read it", detail=str(path)
         ) from error
     except _UNREADABLE as error:
         raise DataError(
             "an image file is damaged or not NIfTI; copy it again from its source", detail=f"{path}: {error}"
         ) from error
+
+
+def reason(error: OSError) -> str:
+    """Why the disk refuses, in the system's words, which name no file: `Permission denied`."""
+    return error.strerror or type(error).__name__
 
 
 def write_nifti(volume: Volume, path: Path, dtype: type[np.generic] = np.float32, description: str = "") -> None:

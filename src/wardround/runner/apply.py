@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.data.embeddings import Embeddings
-from wardround.data.volume import Volume, read_volume
+from wardround.data.volume import Volume, read_volume, reason
 from wardround.errors import DataError, StudyError
 from wardround.models.build import build_model
 from wardround.physics.coils import low_resolution_maps
@@ -225,6 +225,8 @@ def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
         kspace = np.load(source, allow_pickle=False)
     except FileNotFoundError as error:
         raise DataError("the k-space file does not exist; check its path", detail=str(source)) from error
+    except PermissionError as error:
+        raise DataError(f"the k-space file cannot be read ({reason(error)})", detail=str(source)) from error
     except (OSError, EOFError, ValueError) as error:
         raise DataError("the k-space file is not a NumPy array (.npy)", detail=f"{source}: {error}") from error
     if not isinstance(kspace, np.ndarray):

@@ -14,6 +14,7 @@ from wardround.runner.blueprints import Blueprint
 from wardround.runner.columns import WIDTH, entry, table, wrapped
 from wardround.runner.host import NOWHERE, Host
 from wardround.runner.privacy import Outlook, words
+from wardround.runner.remarks import remarks_on
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256
 from wardround.study.models import anatomy_of
@@ -343,6 +344,7 @@ def _cautions(host: Host) -> Iterator[str]:
     for name in host.study.sites:
         dataset = host.dataset(name)
         lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]
+    lines += [f"{remark}." for remark in remarks_on(host.study, host.sites)]
     if lines:
         yield "Mind"
     for line in lines:

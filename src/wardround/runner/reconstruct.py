@@ -29,8 +29,9 @@ def reconstruct(
 ) -> tuple[Reconstruction, ...]:
     """Reconstruct `inputs` with a released model, each into a file of its own in the folder `out`.
 
-    A single input (no sequence) is written to `out` itself where that ends in .nii or .nii.gz. What an input can be, and
-    `site`, `embedding`, `dose` and `fallback`, see `wardround.runner.apply.Reconstructor`. `told` is called after each.
+    A single input (no sequence) is written to `out` itself where that ends in .nii or .nii.gz. For what an input can
+    be, and for `site`, `embedding`, `dose` and `fallback`, see `wardround.runner.apply.Reconstructor`. `told` is called
+    after each.
     Raises `StudyError`, `DataError` and `GeometryError`; of several inputs those that can be are reconstructed first.
     """
     single = isinstance(inputs, str | os.PathLike)

@@ -36,6 +36,7 @@ from wardround.runner.host import Host
 from wardround.runner.privacy import statement
 from wardround.runner.protocols import read_protocols
 from wardround.runner.release import load_model, save_release, shared_sha256
+from wardround.runner.remarks import remarks_on
 from wardround.runner.rounds import RoundsFile
 from wardround.runner.watching import Lines, Shielded, Watcher
 from wardround.study.load import load_study
@@ -92,6 +93,8 @@ def run(
     """
     shielded = _shielded(watcher, quiet)
     host = open_host(study, sites, out, compare, overrides, shielded)
+    for remark in remarks_on(host.study, host.sites):
+        log.warning("%s", remark)
     began = time.perf_counter()
     host.preflight(shielded.phase)
     try:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from tests.hospitals import head, make_hospitals, save, write_study
 from wardround import __version__
 from wardround.cli import app, shared
+from wardround.report.pictures import read_pictures
 from wardround.runner import session
 from wardround.study.load import load_study
 
@@ -94,6 +95,30 @@ def test_a_run_prints_one_table_and_where_the_report_is(finished: tuple[Path, Pa
     assert f"Report: {out / 'report.html'}" in said
     assert (out / "models" / "federated.safetensors").is_file()
     assert PATIENT not in said
+
+
+def test_pictures_lie_as_radiologists_look_at_them_and_enlarge(finished: tuple[Path, Path, str], data: Path) -> None:
+    """The hospitals' files run to the right, the front and the head: shown as stored, a head lies on its side."""
+    out = finished[0]
+    with np.load(out / "sites" / "Alpha" / "pictures.npz") as archive:
+        stored, turn = archive["reference/0"], archive["turn/0"]
+    volumes = [nib.load(path).get_fdata() for path in (data / "Alpha").glob("*/flair.nii.gz")]  # type: ignore[attr-defined]
+    assert any(np.array_equal(np.round(stored * v.max()), v[..., 1]) for v in volumes)  # as it is stored
+    assert turn.tolist() == [1, 1, 1]
+    shown = read_pictures(out / "sites" / "Alpha" / "pictures.npz").examples[0]
+    for image in shown.values():
+        assert image.shape == (64, 64)
+    np.testing.assert_array_equal(shown["reference"], np.abs(stored).T[::-1, ::-1].astype(np.float32))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    ids = re.findall(r'<figure id="(picture-[\d-]+)"', page)
+    assert len(ids) == len(set(ids)) > 4
+    for key in ids:
+        assert f'class="enlarge" href="#{key}"' in page
+    assert page.count('class="close"') == len(ids)
+    assert "<script" not in page
+    # No picture is there twice.
+    pictures = re.findall(r'src="(data:image/png[^"]+)"', page)
+    assert len(pictures) < 2 * len(ids)
 
 
 def test_the_result_names_no_patient(finished: tuple[Path, Path, str]) -> None:

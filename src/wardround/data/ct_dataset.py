@@ -260,6 +260,9 @@ class CTIndex:
         """Return where the body is, bool (rows, columns) on the grid."""
         return self._placed(example).body
 
+    def turn(self, example: Example) -> None:
+        """Images of CT are turned as they are read: the patient's front on top, his left on the right."""
+
     def prompt(self, example: Example) -> FloatArray | None:
         """Return the embedding of an example's patient, float32 (tokens, dimension), where the site provides any."""
         return self._folder.prompt(example.patient)

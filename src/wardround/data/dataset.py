@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from wardround.data.folder import SiteFolder
+from wardround.data.orientation import Turn
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray
 from wardround.errors import DataError
@@ -111,6 +112,10 @@ class SliceIndex:
     def mask(self, example: Example) -> BoolArray:
         """Return where the head is, bool `(H, W)`: see `head_mask`."""
         return head_mask(self._slice(example), self._survey(example.patient, example.contrast).air)
+
+    def turn(self, example: Example) -> Turn | None:
+        """How a slice is shown to people; None for as it is stored."""
+        return self._folder.turn(example.patient, example.contrast)
 
     def prompt(self, example: Example) -> None:
         """No network for these images takes a prompt."""

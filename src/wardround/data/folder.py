@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from wardround.data.orientation import Turn, turn_of
 from wardround.data.volume import FloatArray, read_volume, reason
 from wardround.errors import DataError
 
@@ -70,6 +71,10 @@ class SiteFolder:
     def place(self, patient: int, contrast: str) -> str:
         """The file of an image: for the `detail` of an error, which stays at the site."""
         return str(self._patients[patient].get(contrast, ""))
+
+    def turn(self, patient: int, contrast: str) -> Turn | None:
+        """How slices of an image are shown; None where its file does not say how the patient lies."""
+        return turn_of(self._patients[patient][contrast])
 
     def require(self, contrasts: Iterable[str]) -> None:
         """Raise DataError unless every patient has every contrast; it says how many lack one, never who."""

@@ -26,7 +26,7 @@ CHECKED = 8  # slices of a volume that are looked at, evenly spread
 _REPEATED = 3  # of them, scanned again as in training
 _SIGNAL = 0.1  # of the strongest slice: air has no residual worth the name
 # Times the ratio of scans simulated as in training. Measured with a network for four MRI sites: at most 1.15 on
-# simulated scans of their test patients, 1.75 on k-space of a real scanner, where its image shows folds.
+# simulated scans of nine patients, 1.75 on k-space of a real scanner, where its image shows folds.
 LIMIT = 1.4
 _WORSE = 0.1  # dB below total variation, where a reference is there to say so
 

@@ -97,6 +97,16 @@ def test_a_run_prints_one_table_and_where_the_report_is(finished: tuple[Path, Pa
     assert PATIENT not in said
 
 
+def test_a_line_of_a_round_shows_the_first_metric(data: Path, tmp_path: Path) -> None:
+    study, sites = write_study(tmp_path, data)
+    done = _run("run", study, "--sites", sites, "--out", tmp_path / "out", "--engine", "local")
+    lines = done.stderr.splitlines()
+    assert re.search(r"^federated, round 2 of 2: loss \S+, psnr \d\d(\.\d+)? after round 1", done.stderr, re.MULTILINE)
+    assert "tuning baselines: 4 baselines at sites" in lines
+    assert lines[-1] == "testing: 2 models at sites"
+    assert max(map(len, lines)) <= 80
+
+
 def test_pictures_lie_as_radiologists_look_at_them_and_enlarge(finished: tuple[Path, Path, str], data: Path) -> None:
     """The hospitals' files run to the right, the front and the head: shown as stored, a head lies on its side."""
     out = finished[0]

@@ -92,7 +92,7 @@ def test_from_python_a_run_says_a_line_for_each_phase_and_round_unless_it_is_qui
     assert lines[:2] == ["reading: 3 sites", f"training: 4 arms, {ROUNDS} rounds each"]
     assert lines[-1] == "testing: 12 models at sites"
     assert sum(line.startswith("federated, round ") for line in lines) == ROUNDS
-    assert "mse" in next(line for line in lines if line.startswith("federated, round 2"))
+    assert ", r -0." in next(line for line in lines if line.startswith("federated, round 2"))
     # What was done before takes one line an arm.
     _go(tmp_path)
     again = capsys.readouterr().err.splitlines()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,11 +206,11 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
                 lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.initial_values())
             )
             for report in journal.reports()[-1:]:
-                watcher.round(report)
+                watcher.round(_by_importance(host, report))
             for _ in coordinator.rounds(state):
                 # The new round, and the one before where it now has its validation.
                 for report in rounds.put(journal.reports()[-2:]):
-                    watcher.round(report)
+                    watcher.round(_by_importance(host, report))
                 if stop.is_set():
                     raise Interrupted(STOPPED)
             return coordinator.release()
@@ -231,6 +231,15 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
                     future.cancel()
                 carrier.engine.close()
     return {name: future.result() for name, future in futures.items()}
+
+
+def _by_importance(host: Host, report: RoundReport) -> RoundReport:
+    """A report whose validation begins with the task's first metric: a journal keeps them by their letters."""
+    known = report.validation
+    if known is None:
+        return report
+    names = [spec.name for spec in host.task.metrics if spec.name in known]
+    return replace(report, validation={name: known[name] for name in names} | dict(known))
 
 
 def _committed(host: Host, blueprint: Blueprint) -> list[RoundReport]:

@@ -18,8 +18,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tests.hospitals import head, make_hospitals, save, write_study
-from wardround import __version__, cli
-from wardround.cli import app
+from wardround import __version__
+from wardround.cli import app, shared
+from wardround.report.pictures import read_pictures
 from wardround.runner import session
 from wardround.study.load import load_study
 
@@ -36,7 +37,8 @@ def _refused(*arguments: object) -> str:
     assert result.exit_code == 2, result.output
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""
-    first, *rest = result.stderr.rstrip("\n").split("\n")
+    said = result.stderr.rstrip("\n").split("\n")
+    first, *rest = [line for line in said if not line.startswith(("reading: ", "training: "))]
     assert first.startswith("error: ")
     assert len(rest) <= 1
     assert all(line.startswith("       (") for line in rest)  # where it is, for local eyes
@@ -95,6 +97,40 @@ def test_a_run_prints_one_table_and_where_the_report_is(finished: tuple[Path, Pa
     assert PATIENT not in said
 
 
+def test_a_line_of_a_round_shows_the_first_metric(data: Path, tmp_path: Path) -> None:
+    study, sites = write_study(tmp_path, data)
+    done = _run("run", study, "--sites", sites, "--out", tmp_path / "out", "--engine", "local")
+    lines = done.stderr.splitlines()
+    assert re.search(r"^federated, round 2 of 2: loss \S+, psnr \d\d(\.\d+)? after round 1", done.stderr, re.MULTILINE)
+    assert "tuning baselines: 4 baselines at sites" in lines
+    assert lines[-1] == "testing: 2 models at sites"
+    assert max(map(len, lines)) <= 80
+
+
+def test_pictures_lie_as_radiologists_look_at_them_and_enlarge(finished: tuple[Path, Path, str], data: Path) -> None:
+    """The hospitals' files run to the right, the front and the head: shown as stored, a head lies on its side."""
+    out = finished[0]
+    with np.load(out / "sites" / "Alpha" / "pictures.npz") as archive:
+        stored, turn = archive["reference/0"], archive["turn/0"]
+    volumes = [nib.load(path).get_fdata() for path in (data / "Alpha").glob("*/flair.nii.gz")]  # type: ignore[attr-defined]
+    assert any(np.array_equal(np.round(stored * v.max()), v[..., 1]) for v in volumes)  # as it is stored
+    assert turn.tolist() == [1, 1, 1]
+    shown = read_pictures(out / "sites" / "Alpha" / "pictures.npz").examples[0]
+    for image in shown.values():
+        assert image.shape == (64, 64)
+    np.testing.assert_array_equal(shown["reference"], np.abs(stored).T[::-1, ::-1].astype(np.float32))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    ids = re.findall(r'<figure id="(picture-[\d-]+)"', page)
+    assert len(ids) == len(set(ids)) > 4
+    for key in ids:
+        assert f'class="enlarge" href="#{key}"' in page
+    assert page.count('class="close"') == len(ids)
+    assert "<script" not in page
+    # No picture is there twice.
+    pictures = re.findall(r'src="(data:image/png[^"]+)"', page)
+    assert len(pictures) < 2 * len(ids)
+
+
 def test_the_result_names_no_patient(finished: tuple[Path, Path, str]) -> None:
     out = finished[0]
     for name in ("result.json", "rounds.jsonl", "report.html", "model_card.md", "study.yaml"):
@@ -110,7 +146,7 @@ def test_evaluate_finds_every_number_again(finished: tuple[Path, Path, str]) -> 
 
 def test_results_say_who_is_lacking_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     lacking = {"withheld": {"Alpha": "Withheld: by rule"}, "failed": {"Beta": "DataError: [path] cannot be read"}}
-    cli._results({"metrics": {}, **lacking})
+    shared.results({"metrics": {}, **lacking})
     assert capsys.readouterr().out.splitlines() == [
         "Alpha: withheld by the site (Withheld: by rule)",
         "Beta: could not be measured (DataError: [path] cannot be read)",
@@ -209,12 +245,12 @@ def test_init_proposes_what_check_accepts(data: Path, tmp_path: Path) -> None:
 def test_check_is_aligned_and_narrow(data: Path, tmp_path: Path) -> None:
     study, sites = write_study(tmp_path, data, description="A long story. " * 20)
     lines = _ok("check", study, "--sites", sites).splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 80
     start = lines.index("Sites") + 1
-    columns = [
-        line.index(word) for line, word in zip(lines[start : start + 3], ("role", "trains", "trains"), strict=True)
-    ]
-    assert len(set(columns)) == 1
+    assert lines[start].startswith("  site   role")
+    rows = [line for line in lines[start : lines.index("Training")] if " role " in line or " trains " in line]
+    assert len(rows) == 3
+    assert len({re.search("role|trains", row).start() for row in rows}) == 1  # type: ignore[union-attr]
     headings = [line for line in lines if line and not line.startswith(" ")]
     assert headings == ["Study tiny", "Sites", "Training", "Arms", "What leaves a site", "Mind"]
 

@@ -2,6 +2,7 @@
 
 result = wardround.run("study.yaml", "sites.yaml", "out", compare=["local", "pooled"])
 result.metric("federated", "mean", "psnr")
+wardround.reconstruct("out/models/federated.safetensors", ["kspace.npy"], "images", fallback="tv")
 """
 
 from __future__ import annotations
@@ -13,12 +14,23 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
-__all__ = ["Result", "Study", "WardroundError", "__version__", "evaluate", "load_sites", "load_study", "run"]
+__all__ = [
+    "Result",
+    "Study",
+    "WardroundError",
+    "__version__",
+    "evaluate",
+    "load_sites",
+    "load_study",
+    "reconstruct",
+    "run",
+]
 
 _HOMES = {
     "Result": "wardround.runner.session",
     "run": "wardround.runner.session",
     "evaluate": "wardround.runner.session",
+    "reconstruct": "wardround.runner.reconstruct",
     "Study": "wardround.study",
     "load_study": "wardround.study.load",
     "load_sites": "wardround.study.sites",
@@ -27,6 +39,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from wardround.errors import WardroundError
+    from wardround.runner.reconstruct import reconstruct
     from wardround.runner.session import Result, evaluate, run
     from wardround.study import Study
     from wardround.study.load import load_study

@@ -25,7 +25,7 @@ from wardround.data.hounsfield import check_air, check_hounsfield, check_tissue
 from wardround.data.memory import CACHE_BYTES, ScanCache
 from wardround.data.places import Place
 from wardround.data.split import Role, SplitName, split_patients
-from wardround.data.volume import FloatArray, Volume, read_volume
+from wardround.data.volume import FloatArray, Volume, read_volume, reason
 from wardround.errors import DataError
 from wardround.study.protocols import HeaderFacts
 from wardround.study.tasks import Slices, Split
@@ -171,7 +171,8 @@ class CTFolder:
         try:
             contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self._patients[patient]]
         except OSError as error:
-            raise DataError(f"site {self.site}: an image file cannot be read", detail=str(error)) from error
+            said = f"site {self.site}: an image file cannot be read ({reason(error)})"
+            raise DataError(said, detail=str(error.filename)) from error
         if self._embeddings is not None:
             contents.append(self._embeddings.digest(self._folders[patient].name))
         return hashlib.sha256("/".join(contents).encode()).hexdigest()
@@ -266,6 +267,9 @@ class CTIndex:
     def mask(self, example: Example) -> BoolArray:
         """Return where the body is, bool (rows, columns) on the grid."""
         return self._placed(example).body
+
+    def turn(self, example: Example) -> None:
+        """Images of CT are turned as they are read: the patient's front on top, his left on the right."""
 
     def prompt(self, example: Example) -> FloatArray | None:
         """Return the embedding of an example's patient, float32 (tokens, dimension), where the site provides any."""
@@ -376,7 +380,7 @@ def read_ct_volume(path: Path) -> Volume:
     rows, columns, between = (volume.spacing[int(axis)] for axis in order)
     check_hounsfield(data, path)
     affine = volume.affine @ nibabel.orientations.inv_ornt_aff(turn, volume.data.shape)
-    return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine)
+    return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine, volume.space)
 
 
 def _check_axes(affine: NDArray[np.float64], path: Path) -> None:

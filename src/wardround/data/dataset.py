@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from wardround.data.folder import SiteFolder
+from wardround.data.orientation import Turn
 from wardround.data.split import Role, SplitName, split_patients
 from wardround.data.volume import FloatArray
 from wardround.errors import DataError
@@ -116,6 +117,10 @@ class SliceIndex:
         """Return where the head is, bool `(H, W)`: see `head_mask`."""
         return head_mask(self._slice(example), self._survey(example.patient, example.contrast).air)
 
+    def turn(self, example: Example) -> Turn | None:
+        """How a slice is shown to people; None for as it is stored."""
+        return self._folder.turn(example.patient, example.contrast)
+
     def prompt(self, example: Example) -> None:
         """No network for these images takes a prompt."""
 
@@ -137,7 +142,7 @@ class SliceIndex:
         key = (patient, contrast)
         if key not in self._surveys:
             volume = self._folder.volume(patient, contrast)
-            self._check(volume, contrast)
+            self._check(volume, contrast, self._folder.place(patient, contrast))
             peak = float(volume.max())
             air = _AIR * float(np.percentile(volume, 99))
             slices = (fit_to_size(volume[:, :, z], self._size) for z in range(volume.shape[2]))
@@ -145,7 +150,7 @@ class SliceIndex:
             self._surveys[key] = _Survey(peak, air, np.array([m.mean() for m in masks], dtype=np.float32))
         return self._surveys[key]
 
-    def _check(self, volume: NDArray[np.uint8] | FloatArray, contrast: str) -> None:
+    def _check(self, volume: NDArray[np.uint8] | FloatArray, contrast: str, place: str) -> None:
         where = f"site {self.site}, contrast {contrast}"
         height, width = volume.shape[:2]
         ratios = (height / self._size[0], width / self._size[1])
@@ -153,11 +158,16 @@ class SliceIndex:
             raise DataError(
                 f"{where}: images of {height} x {width} pixels are too far from the study's size "
                 f"{self._size[0]} x {self._size[1]} to be cropped or padded; "
-                "resample them, or set `task.size` nearer to them"
+                "resample them, or set `task.size` nearer to them",
+                detail=place,
             )
         low, high = float(volume.min()), float(volume.max())
         if high <= 0 or low < -_UNDERSHOOT * high:
-            raise DataError(f"{where}: an image has negative values, so it is no magnitude image")
+            raise DataError(
+                f"{where}: an image has negative values, so it is no magnitude image; store magnitudes, or leave the "
+                "patient out",
+                detail=f"{place}: {low:g} to {high:g}",
+            )
 
 
 def head_mask(image: FloatArray, air: float) -> BoolArray:

@@ -49,6 +49,8 @@ def guarded(message: str, path: Path) -> Iterator[None]:
             yield
         except DataError:
             raise
+        except PermissionError as error:
+            raise DataError("a DICOM file cannot be read (Permission denied)", detail=str(path)) from error
         # Broken files make pydicom and its decoders raise nearly every class of error there is.
         except Exception as error:
             raise DataError(message, detail=f"{path}: {error}") from error

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wardround.data.volume import FloatArray, read_volume
+from wardround.data.orientation import Turn, turn_of
+from wardround.data.volume import FloatArray, read_volume, reason
 from wardround.errors import DataError
 
 _SUFFIXES = (".nii.gz", ".nii")
@@ -42,7 +43,8 @@ class SiteFolder:
 
     def __init__(self, source: Path | Sequence[Path], site: str, *, cache_bytes: int = 2**29) -> None:
         self.site = site
-        found = [images for folder in patient_folders(source, site, "CONTRAST.nii.gz") if (images := _images(folder))]
+        folders = patient_folders(source, site, "CONTRAST.nii.gz")
+        found = [images for folder in folders if (images := _images(folder, site))]
         if not found:
             raise no_patient(site, "CONTRAST.nii.gz", source)
         self._patients = found
@@ -69,6 +71,14 @@ class SiteFolder:
     def lacking(self, contrast: str) -> int:
         """Return how many patients lack a contrast."""
         return sum(contrast not in images for images in self._patients)
+
+    def place(self, patient: int, contrast: str) -> str:
+        """The file of an image: for the `detail` of an error, which stays at the site."""
+        return str(self._patients[patient].get(contrast, ""))
+
+    def turn(self, patient: int, contrast: str) -> Turn | None:
+        """How slices of an image are shown; None where its file does not say how the patient lies."""
+        return turn_of(self._patients[patient][contrast])
 
     def require(self, contrasts: Iterable[str]) -> None:
         """Raise DataError unless every patient has every contrast; it says how many lack one, never who."""
@@ -127,7 +137,9 @@ class SiteFolder:
                 self._digests[path] = (status.st_size, status.st_mtime_ns, digest)
             return digest
         except OSError as error:
-            raise DataError(f"site {self.site}: an image file cannot be read", detail=str(error)) from error
+            raise DataError(
+                f"site {self.site}: an image file cannot be read ({reason(error)})", detail=str(path)
+            ) from error
 
 
 def patient_folders(source: Path | Sequence[Path], site: str, expected: str) -> list[Path]:
@@ -140,7 +152,12 @@ def patient_folders(source: Path | Sequence[Path], site: str, expected: str) -> 
     for path in (source,) if isinstance(source, Path) else source:
         if not path.is_dir():
             raise DataError(f"site {site}: its data folder does not exist", detail=str(path))
-        here = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+        try:
+            here = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+        except OSError as error:
+            raise DataError(
+                f"site {site}: its data folder cannot be read ({reason(error)})", detail=str(path)
+            ) from error
         if not here:
             raise no_patient(site, expected, path)
         found += here
@@ -161,9 +178,15 @@ def no_patient(site: str, expected: str, source: Path | Sequence[Path]) -> DataE
     )
 
 
-def _images(folder: Path) -> dict[str, Path]:
+def _images(folder: Path, site: str) -> dict[str, Path]:
     images: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"site {site}: a patient's folder cannot be read ({reason(error)})", detail=str(folder)
+        ) from error
+    for path in entries:
         suffix = next((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), None)
         if suffix is not None and not path.name.startswith("."):
             images[path.name.removesuffix(suffix)] = path

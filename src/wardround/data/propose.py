@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -140,13 +141,58 @@ def _quoted(path: Path) -> str:
 
 
 def _names(folders: Iterable[str]) -> list[str]:
-    """Return a valid and unique site name for each folder."""
+    """Return a valid and unique site name for each folder, in the folder's own script."""
     names: list[str] = []
     for folder in folders:
-        name = re.sub(r"[^A-Za-z0-9_-]", "-", folder)[:28]
+        composed = unicodedata.normalize("NFC", folder)
+        name = "".join(c if _in_names(c) else "-" for c in composed).strip("-")[:28] or "site"
         if not name[:1].isalpha() or name in RESERVED_NAMES:
             name = f"S-{name}"
+        base, number = name, 1
         while name in names:
-            name = f"{name}b"
+            number += 1
+            name = f"{base}-{number}"
         names.append(name)
     return names
+
+
+def _in_names(character: str) -> bool:
+    """Whether a site's name may hold a character: letters, marks and digits of any script, `_` and `-`."""
+    return character in "_-" or unicodedata.category(character)[0] in "LMN"
+
+
+def skipped(folder: Path) -> list[str]:
+    """What a proposed study leaves out of a folder, and why, for people at the machine: entries by name.
+
+    Files and folders that are hidden are left out unsaid.
+    """
+    root = folder.resolve()
+    if root in (of_ct := ct_sites(root)):
+        return []
+    if is_site(root):
+        others = (child for child in sorted(root.iterdir()) if child.is_dir() and not any(child.glob("[!.]*.nii*")))
+        why = "it holds no CONTRAST.nii.gz, so it is no patient of the site {}"
+        site = "; it looks like a site: then move the images that lie beside it into SITE/PATIENT/"
+        return [
+            f"{child.name}: {why.format(root.name)}{site if is_site(child) else ''}"
+            for child in others
+            if not child.name.startswith(".")
+        ]
+    ct = bool(of_ct) and not _has_contrasts(root)
+    kept = set(of_ct) if ct else {child for child in root.iterdir() if child.is_dir() and is_site(child)}
+    found = []
+    for child in sorted(root.iterdir()):
+        if child in kept or child.name.startswith("."):
+            continue
+        if not child.is_dir():
+            why = "a file beside the sites' folders; a site is a folder SITE/PATIENT/CONTRAST.nii.gz"
+        elif not any(child.iterdir()):
+            why = "an empty folder"
+        elif not ct and child in of_ct:
+            why = "CT, and the other sites are MRI: a study has one modality; give `init` its folder by itself"
+        elif any(child.rglob("*.nii*")):
+            why = "its images do not lie in SITE/PATIENT/CONTRAST.nii.gz; move them there"
+        else:
+            why = "it holds neither NIfTI images nor CT in DICOM"
+        found.append(f"{child.name}: {why}")
+    return found

@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from numpy.typing import NDArray
 
 from wardround.data.dataset import Example
+from wardround.data.orientation import Turn
 from wardround.data.split import SplitName
 from wardround.study.tasks import Slices
 
@@ -40,6 +41,10 @@ class Index(Protocol):
 
     def mask(self, example: Example) -> NDArray[Any]:
         """Where the head or the body is, on the grid of the image."""
+        ...
+
+    def turn(self, example: Example) -> Turn | None:
+        """How a slice is shown to people; None for as it is."""
         ...
 
     def prompt(self, example: Example) -> NDArray[Any] | None:
@@ -95,6 +100,11 @@ class Visits(Generic[AnIndex]):
         """Return the member's mask."""
         member, own = self._at_home(example)
         return member.mask(own)
+
+    def turn(self, example: Example) -> Turn | None:
+        """Return how the member's slice is shown."""
+        member, own = self._at_home(example)
+        return member.turn(own)
 
     def prompt(self, example: Example) -> NDArray[Any] | None:
         """Return what the member provides of the patient."""

@@ -22,16 +22,40 @@ _UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, V
 
 
 @dataclass(frozen=True, eq=False)
+class Space:
+    """What a NIfTI header says of its coordinates: `xyzt_units`, and the codes of its two transforms."""
+
+    units: int
+    sform: int
+    qform: int
+
+    @classmethod
+    def of(cls, header: nibabel.Nifti1Header) -> Space:
+        """The space of a file. A qform that says another place than the affine is left out: only one can be kept."""
+        affine, qform = header.get_best_affine(), header.get_qform()
+        same = np.allclose(affine, qform, rtol=1e-3, atol=1e-3)
+        return cls(int(header["xyzt_units"]), int(header["sform_code"]), int(header["qform_code"]) if same else 0)
+
+    def write(self, image: nibabel.Nifti1Image) -> None:
+        """Let an image say the same, with its own affine."""
+        affine = np.array(image.affine)  # which setting one of the two may change
+        image.set_qform(affine if self.qform else None, self.qform)
+        image.set_sform(affine if self.sform else None, self.sform)
+        image.header["xyzt_units"] = self.units
+
+
+@dataclass(frozen=True, eq=False)
 class Volume:
     """An image of one patient.
 
     `data` is float32 `(H, W, slices)`, `spacing` the voxel size in mm along the same axes (as the file
-    says) and `affine` the `(4, 4)` matrix from voxel indices to scanner coordinates in mm.
+    says) and `affine` the `(4, 4)` matrix from voxel indices to scanner coordinates in mm; `space` is kept for a copy.
     """
 
     data: FloatArray
     spacing: tuple[float, float, float]
     affine: NDArray[np.float64]
+    space: Space | None = None
 
 
 def read_volume(path: Path) -> Volume:
@@ -40,7 +64,7 @@ def read_volume(path: Path) -> Volume:
     Raises DataError, whose message never names the file, for anything that is not a finite, varying, real 3-D
     image.
     """
-    array, spacing, affine = _read(path)
+    array, spacing, affine, space = _read(path)
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     if array.ndim != 3 or 0 in array.shape:
@@ -56,21 +80,35 @@ def read_volume(path: Path) -> Volume:
     if data.max() == data.min():
         raise DataError("an image is constant; it shows nothing", detail=str(path))
     zooms = (*spacing, 1.0, 1.0, 1.0)
-    return Volume(data, (zooms[0], zooms[1], zooms[2]), affine)
+    return Volume(data, (zooms[0], zooms[1], zooms[2]), affine, space)
 
 
-def _read(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[np.float64]]:
-    if not path.is_file():
+def _read(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[np.float64], Space | None]:
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        raise DataError(f"an image file cannot be read ({reason(error)})", detail=str(path)) from error
+    if not exists:
         raise DataError("an image file does not exist", detail=str(path))
     try:
         image = nibabel.load(path)
         array = np.asanyarray(image.dataobj)
         zooms = tuple(float(zoom) for zoom in image.header.get_zooms())
-        return array, zooms, np.asarray(image.affine, dtype=np.float64)
+        space = Space.of(image.header) if isinstance(image.header, nibabel.Nifti1Header) else None
+        return array, zooms, np.asarray(image.affine, dtype=np.float64), space
+    except PermissionError as error:
+        raise DataError(
+            f"an image file cannot be read ({reason(error)}); let this user read it", detail=str(path)
+        ) from error
     except _UNREADABLE as error:
         raise DataError(
             "an image file is damaged or not NIfTI; copy it again from its source", detail=f"{path}: {error}"
         ) from error
+
+
+def reason(error: OSError) -> str:
+    """Why the disk refuses, in the system's words, which name no file: `Permission denied`."""
+    return error.strerror or type(error).__name__
 
 
 def write_nifti(volume: Volume, path: Path, dtype: type[np.generic] = np.float32, description: str = "") -> None:
@@ -84,6 +122,8 @@ def write_nifti(volume: Volume, path: Path, dtype: type[np.generic] = np.float32
     if not np.array_equal(stored.astype(np.float32), volume.data):
         raise DataError(f"an image does not fit the type {np.dtype(dtype).name}; store it as float32")
     image = nibabel.Nifti1Image(stored, volume.affine)
+    if volume.space is not None:
+        volume.space.write(image)
     image.header.set_zooms(volume.spacing)
     image.header["descrip"] = description.encode("ascii", "replace")[:79]
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else ".nii"

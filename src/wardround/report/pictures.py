@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from wardround.data.orientation import Turn
 from wardround.report.results import Run, arm_of
 
 ERROR_GAIN = 5
 BUDGET = 2_600_000  # characters of all data URIs, so that the page stays below 4 MB
 _FITS = ((3, 320), (2, 320), (1, 320), (1, 192), (1, 128), (1, 64))  # examples a site, longest side
-_REFERENCE, _WINDOW = "reference", "window"
+_REFERENCE, _WINDOW, _TURN = "reference", "window", "turn"
 
 Picture = NDArray[np.float32]
 
@@ -91,7 +92,8 @@ class Shown:
 def read_pictures(path: Path) -> Shown:
     """A site's `pictures.npz`; nothing where there is no readable file.
 
-    Entries that are no 2-D arrays, or have another shape than their reference, are left out.
+    Entries that are no 2-D arrays, or have another shape than their reference, are left out. Pictures are turned as the
+    file says that they are to be shown.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -105,11 +107,21 @@ def read_pictures(path: Path) -> Shown:
         if arm and index.isdigit() and array.ndim == 2 and array.size:
             examples.setdefault(int(index), {})[arm] = np.nan_to_num(array.astype(np.float32))
     whole = {
-        index: {arm: image for arm, image in arms.items() if image.shape == arms[_REFERENCE].shape}
+        index: {
+            arm: _turned(image, arrays.get(f"{_TURN}/{index}"))
+            for arm, image in arms.items()
+            if image.shape == arms[_REFERENCE].shape
+        }
         for index, arms in sorted(examples.items())
         if _REFERENCE in arms
     }
     return Shown(whole, tuple(_frames(arrays)))
+
+
+def _turned(image: Picture, turn: NDArray[np.generic] | None) -> Picture:
+    if turn is None or turn.shape != (3,):
+        return image
+    return np.ascontiguousarray(Turn(*(bool(value) for value in turn))(image))
 
 
 def _frames(arrays: dict[str, NDArray[np.generic]]) -> Iterator[Frame]:

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from wardround.data.embeddings import Embeddings
-from wardround.data.volume import Volume, read_volume
+from wardround.data.volume import Volume, read_volume, reason
 from wardround.errors import DataError, StudyError
 from wardround.models.build import build_model
 from wardround.physics.coils import low_resolution_maps
 from wardround.physics.masks import sampling_mask
 from wardround.physics.mri import CartesianMRI
+from wardround.physics.operator import LinearOperator
 from wardround.physics.simulate import simulate
+from wardround.physics.solvers import tv
 from wardround.runner.apply_ct import Done, reconstruct_ct, save_nifti
+from wardround.runner.depth import Depth, Scan, Score, look
 from wardround.runner.protocols import read_protocols, simulated, summary, warning
 from wardround.runner.release import load_model, personal_part, serve, study_of
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.models import anatomy_of
 from wardround.study.protocols import ModelProtocols
 from wardround.study.schema import Study
+from wardround.tasks.metrics import SSIM_WINDOW, reconstruction_scores
 from wardround.wire.random import public_generator
 
 Array = npt.NDArray[Any]
@@ -41,67 +48,131 @@ def reconstruct(
     site: str | None = None,
     embedding: Path | None = None,
     dose: float | None = None,
+    fallback: bool = False,
 ) -> str:
-    """Reconstruct `source` with a released model and write NIfTI to `output`; returns what was done, in a sentence.
+    """Reconstruct `source` with a released model and write NIfTI to `output`; returns what was done, in sentences.
 
-    `source` is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
+    See `Reconstructor`, which does it for several inputs. The output appears whole or not at all.
+    Raises `DataError`, `StudyError` and `GeometryError`.
+    """
+    return Reconstructor(model_file, site=site, embedding=embedding, dose=dose, fallback=fallback)(source, output).said
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What became of one input: `said` is for people, `depth` what was found of the network there, if anything."""
+
+    source: Path
+    output: Path
+    said: str
+    depth: Depth | None = None
+
+    @property
+    def out_of_depth(self) -> bool:
+        """Whether the network's image is not to be trusted."""
+        return self.depth is not None and self.depth.fires
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float]]:
+        """Means of `network` and `tv` against the input, where that is an image: {"network": {"psnr": ...}, ...}."""
+        return {} if self.depth is None else self.depth.scores
+
+
+class Reconstructor:
+    """A released model, opened once, for any number of inputs.
+
+    An input is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
     or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`; a model
     of CT takes other files, see `wardround.runner.apply_ct.reconstruct_ct`. `embedding` is a file with the patient's,
     for a model with anatomy; without it that model's map is neutral. `dose` is a share of the dose of measured
-    projections to be simulated. The output appears whole or not at all.
-    Raises `DataError`, `StudyError` and `GeometryError`.
+    projections to be simulated. With `fallback`, where the network is out of its depth (`wardround.runner.depth`) total
+    variation's image is written instead of the network's. Raises `DataError` and `StudyError`.
     """
-    if not (source.is_dir() or output.name.endswith((".nii", ".nii.gz"))):
-        raise StudyError("the output must be a NIfTI file: NAME.nii.gz", detail=str(output))
-    if output.exists() and source.exists() and output.samefile(source):
-        raise StudyError("the output would overwrite the input; choose another name", detail=str(output))
-    network, study, trained = _open(model_file, site)
-    anatomy, prompt = anatomy_of(study.model), None
-    if embedding is not None:
-        if anatomy is None:
-            raise StudyError("--embedding: this model takes none (its study has no model.anatomy); leave it out")
-        prompt = torch.from_numpy(Embeddings(embedding, anatomy.dimension, "--embedding").only())
-    if study.modality == "ct":
-        done = reconstruct_ct(network, study, source, output, site, prompt, dose)
-    elif dose is not None:
-        raise StudyError("--dose: this is a model for MRI; leave it out")
-    else:
-        done = _reconstruct_mri(_mri_model(network, study, site), source, output, site)
-    mind = warning(trained, done.scan, done.header)
-    neutral = "No --embedding of the patient was given: the model's anatomy map is neutral."
-    said = (
-        done.said,
-        summary(trained),
-        *([neutral] if anatomy is not None and prompt is None else []),
-        *done.minds,
-        *([mind] if mind else []),
-        f"Wrote {output}. Research use only.",
-    )
-    return "\n".join(said)
+
+    def __init__(
+        self,
+        model_file: Path,
+        *,
+        site: str | None = None,
+        embedding: Path | None = None,
+        dose: float | None = None,
+        fallback: bool = False,
+    ) -> None:
+        self._site, self._dose, self._fallback = site, dose, fallback
+        self._network, self.study, self._trained = _open(model_file, site)
+        self._anatomy, self._prompt = anatomy_of(self.study.model), None
+        if embedding is not None:
+            if self._anatomy is None:
+                raise StudyError("--embedding: this model takes none (its study has no model.anatomy); leave it out")
+            self._prompt = torch.from_numpy(Embeddings(embedding, self._anatomy.dimension, "--embedding").only())
+
+    def __call__(self, source: Path, output: Path) -> Reconstruction:
+        """Reconstruct one input. Raises `DataError`, `StudyError` and `GeometryError`."""
+        if not (source.is_dir() or output.name.endswith((".nii", ".nii.gz"))):
+            raise StudyError("the output must be a NIfTI file: NAME.nii.gz", detail=str(output))
+        if output.exists() and source.exists() and output.samefile(source):
+            raise StudyError("the output would overwrite the input; choose another name", detail=str(output))
+        if self.study.modality == "ct":
+            done = reconstruct_ct(
+                self._network, self.study, source, output, self._site, self._prompt, self._dose, self._fallback
+            )
+        elif self._dose is not None:
+            raise StudyError("--dose: this is a model for MRI; leave it out")
+        else:
+            model = _mri_model(self._network, self.study, self._site)
+            done = _reconstruct_mri(model, source, output, self._site, self._fallback)
+        mind = warning(self._trained, done.scan, done.header)
+        neutral = "No --embedding of the patient was given: the model's anatomy map is neutral."
+        written = done.depth is not None and done.depth.fires and self._fallback
+        said = (
+            done.said,
+            summary(self._trained),
+            *([neutral] if self._anatomy is not None and self._prompt is None else []),
+            *done.minds,
+            *([mind] if mind else []),
+            *(done.depth.lines() if done.depth is not None else []),
+            f"Wrote {output}{', the image of total variation' if written else ''}. Research use only.",
+        )
+        return Reconstruction(source, output, "\n".join(said), done.depth)
 
 
-def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None) -> Done:
+def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None, fallback: bool) -> Done:
     if source.is_dir():
         raise StudyError("this is a model for MRI: it takes one file, a NIfTI image or k-space", detail=str(source))
     if source.suffix == ".npy":
         kspace = _read_kspace(source, model.coils)
-        images = _from_kspace(model.network, kspace)
-        volume = Volume(images, (1.0, 1.0, 1.0), np.eye(4))
+        scans, scale = _measured(kspace)
+        score = None
+        affine, spacing, space = np.eye(4), (1.0, 1.0, 1.0), None
         said = (
-            f"Reconstructed {_slices(images)} from k-space of {kspace.shape[1]} coils; "
+            f"Reconstructed {_slices(kspace.shape[-2:], len(scans))} from k-space of {kspace.shape[1]} coils; "
             "k-space holds no voxel size, so 1 mm is written."
         )
         scan: dict[str, float | str] = {"acceleration": _acceleration(kspace), "coils": float(kspace.shape[1])}
     else:
         image = read_volume(source)
-        volume = Volume(_from_image(model, image), image.spacing, image.affine)
+        scale = _peak(image, source)
+        scans, score = _simulated(model, image, scale), _score_of(image, scale)
+        affine, spacing, space = image.affine, image.spacing, image.space
         said = (
-            f"Simulated a scan of {_slices(image.data)} by the scanner of {site or 'the study'} "
+            f"Simulated a scan of {_slices(image.data.shape[:2], len(scans))} by the scanner of {site or 'the study'} "
             f"(R = {model.acquisition.mask.acceleration:g}, {model.acquisition.coils} coils) and reconstructed it."
         )
         scan = simulated(model.acquisition)
-    save_nifti(volume, output)
-    return Done(said, scan)
+
+    def classical(operator: LinearOperator, data: Tensor) -> Tensor:
+        return tv(operator, data, model.tv_weight)
+
+    def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor]:
+        magnitude = image[0].abs().numpy()
+        return _scanned(model, magnitude / max(float(magnitude.max()), 1e-9), number)
+
+    depth = look(model.network, scans, classical, again, score)
+    method = classical if fallback and depth is not None and depth.fires else model.network
+    with torch.no_grad():
+        images = [method(*each())[0].abs().numpy() * np.float32(scale) for each in scans]
+    save_nifti(Volume(np.stack(images, axis=-1), spacing, affine, space), output)
+    return Done(said, scan, depth=depth)
 
 
 @dataclass(frozen=True)
@@ -112,6 +183,7 @@ class _Model:
     acquisition: MRIAcquisition
     coils: tuple[int, ...]
     seed: int
+    tv_weight: float
 
 
 def _open(path: Path, site: str | None) -> tuple[nn.Module, Study, ModelProtocols]:
@@ -137,7 +209,9 @@ def _open(path: Path, site: str | None) -> tuple[nn.Module, Study, ModelProtocol
 def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
     acquisition = study.acquisition if site is None else study.acquisition_of(site)
     assert isinstance(acquisition, MRIAcquisition)
-    return _Model(network, acquisition, _trained_coils(study, site), study.seed)
+    assert study.evaluation is not None
+    weights = study.evaluation.tv_weights_for("mri")
+    return _Model(network, acquisition, _trained_coils(study, site), study.seed, weights[len(weights) // 2])
 
 
 def _trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
@@ -151,6 +225,8 @@ def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
         kspace = np.load(source, allow_pickle=False)
     except FileNotFoundError as error:
         raise DataError("the k-space file does not exist; check its path", detail=str(source)) from error
+    except PermissionError as error:
+        raise DataError(f"the k-space file cannot be read ({reason(error)})", detail=str(source)) from error
     except (OSError, EOFError, ValueError) as error:
         raise DataError("the k-space file is not a NumPy array (.npy)", detail=f"{source}: {error}") from error
     if not isinstance(kspace, np.ndarray):
@@ -178,39 +254,60 @@ def _acceleration(kspace: Array) -> float:
 
 
 @torch.no_grad()
-def _from_kspace(network: nn.Module, kspace: Array) -> Array:
-    slices = [torch.from_numpy(data)[None] for data in kspace]
-    operators = []
-    for data in slices:
+def _measured(kspace: Array) -> tuple[list[Scan], float]:
+    """The scans of a volume of k-space on one scale, and the scale: networks learn volumes whose maximum is 1."""
+
+    def scan(number: int, scale: float) -> tuple[CartesianMRI, Tensor]:
+        data = torch.from_numpy(kspace[number])[None]
         mask = (data.abs().sum(dim=1) > 0).float()
-        operators.append(CartesianMRI(low_resolution_maps(data, mask), mask))
-    # Networks learn volumes whose maximum is 1: scale by the zero-filled peak of the volume, and back.
-    peaks = [operator.A_adjoint(data).abs().amax() for operator, data in zip(operators, slices, strict=True)]
-    scale = torch.stack(peaks).amax()
-    images = [network(operator, data / scale)[0].abs() for operator, data in zip(operators, slices, strict=True)]
-    return np.stack([(image * scale).numpy() for image in images], axis=-1)
+        return CartesianMRI(low_resolution_maps(data, mask), mask), data / scale
+
+    # The zero-filled peak of the volume.
+    scale = max(
+        float(operator.A_adjoint(data).abs().amax()) for operator, data in (scan(n, 1.0) for n in range(len(kspace)))
+    )
+    return [partial(scan, number, scale) for number in range(len(kspace))], scale
 
 
-@torch.no_grad()
-def _from_image(model: _Model, volume: Volume) -> Array:
+def _peak(volume: Volume, source: Path) -> float:
+    """The maximum of a magnitude image. Raises DataError for any other image."""
     peak = float(volume.data.max())
     if peak <= 0 or float(volume.data.min()) < -_UNDERSHOOT * peak:
-        raise DataError("the image has negative values, so it is no magnitude image")
+        raise DataError("the image has negative values, so it is no magnitude image", detail=str(source))
+    return peak
+
+
+def _simulated(model: _Model, volume: Volume, peak: float) -> list[Scan]:
     height, width, count = volume.data.shape
     mask = sampling_mask(model.acquisition.mask, (height, width), public_generator(model.seed, "reconstruct", "mask"))
-    slices = []
-    for number in range(count):
-        image = np.clip(volume.data[..., number] / peak, 0.0, 1.0).astype(np.float32)
-        measured = simulate(image, model.acquisition, public_generator(model.seed, "reconstruct", number), mask)
-        operator = CartesianMRI(measured.maps[None], measured.mask[None])
-        slices.append(model.network(operator, measured.kspace[None]).abs()[0].numpy() * peak)
-    return np.stack(slices, axis=-1)
+    return [partial(_scanned, model, volume.data[..., number] / peak, number, mask) for number in range(count)]
+
+
+def _scanned(
+    model: _Model, image: Array, number: int, mask: NDArray[np.float32] | None = None
+) -> tuple[CartesianMRI, Tensor]:
+    """A slice, peak 1, scanned as in training."""
+    clipped = np.clip(image, 0.0, 1.0).astype(np.float32)
+    measured = simulate(clipped, model.acquisition, public_generator(model.seed, "reconstruct", number), mask)
+    return CartesianMRI(measured.maps[None], measured.mask[None]), measured.kspace[None]
+
+
+def _score_of(volume: Volume, peak: float) -> Score | None:
+    """Metrics of a slice against the image that was scanned; none where it is smaller than their windows."""
+    if min(volume.data.shape[:2]) < SSIM_WINDOW:
+        return None
+
+    def score(number: int, image: Tensor) -> dict[str, float]:
+        target = torch.from_numpy(np.clip(volume.data[..., number] / peak, 0.0, 1.0))[None]
+        values = reconstruction_scores(image.abs(), target, torch.ones_like(target))
+        return {name: float(values[name]) for name in ("psnr", "ssim", "nmse")}
+
+    return score
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _slices(images: Array) -> str:
-    count = images.shape[-1]
-    return f"{count} slice{'s' if count != 1 else ''} of {images.shape[0]} x {images.shape[1]}"
+def _slices(size: tuple[int, ...], count: int) -> str:
+    return f"{count} slice{'s' if count != 1 else ''} of {size[0]} x {size[1]}"

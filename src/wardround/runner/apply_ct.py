@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,25 +25,32 @@ from wardround.errors import DataError, GeometryError, StudyError
 from wardround.physics.ct_noise import insert_noise
 from wardround.physics.ct_system import CTSystem
 from wardround.physics.operator import LinearOperator
+from wardround.physics.solvers import tv
 from wardround.physics.wrapped import Prompted
+from wardround.runner.depth import Classical, Depth, Scan, look
 from wardround.runner.protocols import Facts, simulated, stated
 from wardround.study.ct import CTAcquisition, CTGeometry
 from wardround.study.schema import Study
-from wardround.tasks.ct import Scanner
+from wardround.tasks.ct import TV_PENALTY, Scanner
+from wardround.tasks.ct_metrics import ct_scores
+from wardround.tasks.metrics import SSIM_WINDOW
 from wardround.wire.random import public_generator
+
+_ROWS = 2  # of measured projections are looked at: total variation of one takes minutes at clinical sizes
 
 
 @dataclass(frozen=True)
 class Done:
     """What was done, in a sentence, the protocol of the scan that was reconstructed, and what its header says.
 
-    `minds` are lines about the input that whoever uses the output must know.
+    `minds` are lines about the input that whoever uses the output must know, `depth` how the network did there.
     """
 
     said: str
     scan: Facts
     header: Facts = field(default_factory=dict)
     minds: tuple[str, ...] = ()
+    depth: Depth | None = None
 
 
 def reconstruct_ct(
@@ -53,6 +61,7 @@ def reconstruct_ct(
     site: str | None,
     prompt: Tensor | None = None,
     dose: float | None = None,
+    fallback: bool = False,
 ) -> Done:
     """Reconstruct `source` and write it to `output`; returns what was done.
 
@@ -61,7 +70,8 @@ def reconstruct_ct(
     the folder of a derived one. Images come back on the grid of the input; those of projections on the study's number
     of pixels over the field of view. `prompt` is the patient's embedding (tokens, dimension), for a network that takes
     one. With a `dose` in (0, 1), noise is first put into projections that makes them those of a scan with this share of
-    their dose. Raises `DataError`, `StudyError` and `GeometryError`.
+    their dose. With `fallback` it is total variation's image where the network is out of its depth.
+    Raises `DataError`, `StudyError` and `GeometryError`.
     """
     if dose is not None and not 0 < dose < 1:
         raise StudyError(f"--dose is the share of the measured dose that is left, above 0 and below 1; got {dose:g}")
@@ -82,17 +92,18 @@ def reconstruct_ct(
     elif _holds_projections(source):
         if not nifti:
             raise StudyError("images of projections are written as NIfTI: NAME.nii.gz", detail=str(output))
-        return _from_projections(network, study, source, output, prompt, dose)
+        return _from_projections(network, study, source, output, prompt, dose, fallback)
     else:
         series = read_series(source)
         minds = (f"Mind: slices of the series may be missing: {series.gaps}.",) if series.gaps else ()
         if not nifti:
-            images = _rescanned(network, study, series.volume, site, prompt)
+            images, depth = _rescanned(network, study, series.volume, site, prompt, fallback)
             write_derived(series, images, output, f"Simulated scan and reconstruction, study {study.name}")
-            return _done(series.volume, study, site, stated(series.protocol), minds)
+            return _done(series.volume, study, site, stated(series.protocol), minds, depth)
         volume, header = series.volume, stated(series.protocol)
-    save_nifti(Volume(_rescanned(network, study, volume, site, prompt), volume.spacing, volume.affine), output)
-    return _done(volume, study, site, header, minds)
+    images, depth = _rescanned(network, study, volume, site, prompt, fallback)
+    save_nifti(replace(volume, data=images), output)
+    return _done(volume, study, site, header, minds, depth)
 
 
 def save_nifti(volume: Volume, output: Path, description: str = "") -> None:
@@ -116,19 +127,54 @@ def _acquisition(study: Study, site: str | None) -> CTAcquisition:
 
 
 @torch.no_grad()
-def _rescanned(network: nn.Module, study: Study, volume: Volume, site: str | None, prompt: Tensor | None) -> FloatArray:
+def _rescanned(
+    network: nn.Module, study: Study, volume: Volume, site: str | None, prompt: Tensor | None, fallback: bool
+) -> tuple[FloatArray, Depth | None]:
     """Every slice scanned and reconstructed, in HU on the volume's grid (rows, columns, slices)."""
     scanner = Scanner(_acquisition(study, site))
     grid, slices = scanner.grid, slices_of(volume)
     middle = _middle(slices, grid)
-    inside, images = grid.inside(), []
+    inside = grid.inside()
     operator = _prompted(scanner.system, prompt)
-    for number, image in enumerate(slices):
+
+    def scan(number: int) -> tuple[Tensor, Tensor]:
+        image = slices[number]
         hu = np.where(inside, on_grid(image.hu, image.spacing, middle, grid, AIR), np.float32(AIR))
-        data, _ = scanner.scan(hu, public_generator(study.seed, "reconstruct", number))
-        reconstructed = _hounsfield(network(operator, data[None]))
-        images.append(_back(reconstructed, scanner.acquisition.geometry.pixel, image, middle))
-    return np.stack(images, axis=-1)
+        return scanner.scan(hu, public_generator(study.seed, "reconstruct", number))
+
+    def score(number: int, image: Tensor) -> dict[str, float]:
+        target = scan(number)[1][None]
+        values = ct_scores(image.clamp_min(0.0), target, torch.ones_like(target))
+        return {name: float(values[name]) for name in ("psnr", "rmse_hu", "ssim")}
+
+    def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor]:
+        data, _ = scanner.scan(_hounsfield(image), public_generator(study.seed, "again", number))
+        return operator, data[None]
+
+    def measured(number: int) -> tuple[LinearOperator, Tensor]:
+        return operator, scan(number)[0][None]
+
+    scans = [partial(measured, number) for number in range(len(slices))]
+    classical = _total_variation(study)
+    small = min(scanner.acquisition.geometry.size) < SSIM_WINDOW
+    depth = look(network, scans, classical, again, None if small else score)
+    method = classical if fallback and depth is not None and depth.fires else network
+    pixel = scanner.acquisition.geometry.pixel
+    images = [
+        _back(_hounsfield(method(*each())), pixel, like, middle) for each, like in zip(scans, slices, strict=True)
+    ]
+    return np.stack(images, axis=-1), depth
+
+
+def _total_variation(study: Study) -> Classical:
+    """Total variation with the middle weight of the study, which no patient chose."""
+    assert study.evaluation is not None
+    weights = study.evaluation.tv_weights_for("ct")
+
+    def classical(operator: LinearOperator, data: Tensor) -> Tensor:
+        return tv(operator, data, weights[len(weights) // 2], penalty_factor=TV_PENALTY)
+
+    return classical
 
 
 def _middle(slices: list[Slice], grid: Grid) -> tuple[float, float]:
@@ -160,13 +206,20 @@ def _back(image: FloatArray, pixel: float, like: Slice, middle: tuple[float, flo
 
 @torch.no_grad()
 def _from_projections(
-    network: nn.Module, study: Study, source: Path, output: Path, prompt: Tensor | None, dose: float | None
+    network: nn.Module,
+    study: Study,
+    source: Path,
+    output: Path,
+    prompt: Tensor | None,
+    dose: float | None,
+    fallback: bool,
 ) -> Done:
     assert study.task.kind == "reconstruction"
     projections = read_projections(source, size=study.task.size)
     if dose is not None:
         projections = _at_dose(projections, dose, public_generator(study.seed, "dose"))
-    images, heights, skipped = [], [], 0
+    scans: list[Scan] = []
+    heights, skipped = [], 0
     system: CTSystem | None = None
     for row in range(projections.sinogram.shape[1]):
         try:
@@ -176,11 +229,14 @@ def _from_projections(
             continue
         if system is None:
             system = CTSystem(_measured(projections, geometry))
-        sinogram = torch.from_numpy(np.ascontiguousarray(projections.sinogram[:, row]))
-        images.append(_hounsfield(network(_prompted(system, prompt), system.scaled(sinogram)[None])))
+        scans.append(partial(_row, projections, row, system, prompt))
         heights.append(projections.row_height(row))
     if system is None:
         raise GeometryError("no detector row of the projections lies near enough to the plane of the source")
+    classical = _total_variation(study)
+    depth = look(network, scans, classical, _as_in_training(study, system, prompt), most=_ROWS)
+    method = classical if fallback and depth is not None and depth.fires else network
+    images = [_hounsfield(method(*scan())) for scan in scans]
     lowered = "" if dose is None else f"simulated at {dose:.3g} of the measured dose"
     save_nifti(_placed(images, heights, projections), output, lowered)
     left = f"; {skipped} rows lie too far off the plane of the source" if skipped else ""
@@ -193,7 +249,32 @@ def _from_projections(
     minds = tuple(_orientation(projections.position))
     if dose is not None:
         said += f" The dose is {lowered}: noise was put into the projections."
-    return Done(said, {name: value for name, value in scan.items() if name not in unknown}, header, minds)
+    return Done(said, {name: value for name, value in scan.items() if name not in unknown}, header, minds, depth)
+
+
+def _row(
+    projections: CTProjections, row: int, system: CTSystem, prompt: Tensor | None
+) -> tuple[LinearOperator, Tensor]:
+    sinogram = torch.from_numpy(np.ascontiguousarray(projections.sinogram[:, row]))
+    return _prompted(system, prompt), system.scaled(sinogram)[None]
+
+
+def _as_in_training(
+    study: Study, system: CTSystem, prompt: Tensor | None
+) -> Callable[[int, Tensor], tuple[LinearOperator, Tensor] | None]:
+    """Scans an image on the grid of `system` with the scanner of the first training site."""
+    acquisition = study.acquisition_of(study.training_sites[0])
+    assert isinstance(acquisition, CTAcquisition)
+    scanner, pixel = Scanner(acquisition), system.acquisition.geometry.pixel
+
+    def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor] | None:
+        hu, grid = _hounsfield(image), scanner.grid
+        middle = ((hu.shape[0] - 1) / 2, (hu.shape[1] - 1) / 2)
+        placed = np.where(grid.inside(), on_grid(hu, (pixel, pixel), middle, grid, AIR), np.float32(AIR))
+        data, _ = scanner.scan(placed, public_generator(study.seed, "again", number))
+        return _prompted(scanner.system, prompt), data[None]
+
+    return again
 
 
 def _at_dose(projections: CTProjections, dose: float, random: np.random.Generator) -> CTProjections:
@@ -250,7 +331,9 @@ def _hounsfield(image: Tensor) -> FloatArray:
     return np.asarray(1000.0 * (image[0].clamp_min(0.0) - 1.0).numpy(), np.float32)
 
 
-def _done(volume: Volume, study: Study, site: str | None, header: Facts, minds: tuple[str, ...]) -> Done:
+def _done(
+    volume: Volume, study: Study, site: str | None, header: Facts, minds: tuple[str, ...], depth: Depth | None
+) -> Done:
     count = volume.data.shape[-1]
     acquisition = _acquisition(study, site)
     said = (
@@ -260,7 +343,7 @@ def _done(volume: Volume, study: Study, site: str | None, header: Facts, minds: 
     )
     # The tube voltage of a simulation decides nothing unless it has a spectrum; the input's own is in its header.
     scan = {name: value for name, value in simulated(acquisition).items() if name != "tube voltage"}
-    return Done(said, scan, header, minds)
+    return Done(said, scan, header, minds, depth)
 
 
 def _resolution(acquisition: CTAcquisition) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.evaluators import RELEASED
 from wardround.runner.host import Host
 from wardround.runner.release import as_tensor_file, model_of_study, model_path
+from wardround.runner.watching import TESTING, TUNING, Phase
 from wardround.tasks.estimates import Estimate, Mean, estimate, mean_of_sites
 from wardround.tasks.task import MetricSpec
 from wardround.wire.message import EMPTY_SHA256, EmptyBody, FileBody, Message
@@ -47,26 +49,33 @@ class _Job:
     site: str
     call: Call
 
+    @property
+    def phase(self) -> str:
+        """A site tunes a baseline when it is first asked for it."""
+        return TUNING if self.call.meta["evaluator"] == BASELINE else TESTING
 
-def measure(
-    host: Host, engine: Engine, done: Callable[[int, int], None] | None = None, *, again: str = ""
-) -> list[Measurement]:
+
+def measure(host: Host, engine: Engine, phase: Phase = lambda *_: None, *, again: str = "") -> list[Measurement]:
     """Evaluate every released model and baseline at every site where the comparison needs it.
 
-    `done` is called with the number of finished and of all evaluations. Sites answer what they were asked before from
-    their stores, unless `again` is a new text. Raises `DataError` when a model is missing.
+    `phase` is called with each phase and its numbers of finished and of all evaluations. Sites answer what they were
+    asked before from their stores, unless `again` is a new text. Raises `DataError` when a model is missing.
     """
     jobs = sorted(_jobs(host), key=lambda job: job.row != REFERENCE)
-    finished, counting = 0, threading.Lock()
+    totals = Counter(job.phase for job in jobs)
+    finished: dict[str, int] = {}
+    counting = threading.Lock()
 
     def run(job: _Job, *, compared: bool) -> Measurement:
-        nonlocal finished
+        with counting:
+            if job.phase not in finished:
+                finished[job.phase] = 0
+                phase(job.phase, 0, totals[job.phase])
         meta = {**job.call.meta} | ({"again": again} if again else {}) | ({"against": REFERENCE} if compared else {})
         answer = ask_one(engine, replace(job.call, meta=meta))
         with counting:
-            finished += 1
-            if done is not None:
-                done(finished, len(jobs))
+            finished[job.phase] += 1
+            phase(job.phase, finished[job.phase], totals[job.phase])
         if isinstance(answer, Message):
             reason = str(answer.header.meta.get("reason", "no reason given"))
             return Measurement(job.row, job.site, None, reason, is_withheld(answer))

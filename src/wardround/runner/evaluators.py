@@ -19,7 +19,7 @@ from wardround.federation.blobs import disk_error
 from wardround.federation.patients import BASELINE
 from wardround.federation.site import Evaluator
 from wardround.federation.training import Learner
-from wardround.tasks.task import Imaging, Split
+from wardround.tasks.task import Imaging, Oriented, Split
 from wardround.wire.files import written
 from wardround.wire.tensors import TensorFile
 
@@ -27,6 +27,8 @@ Array = npt.NDArray[Any]
 RELEASED = "released"
 # In a picture file: window/NAME/UNIT is (low, high, units a value).
 WINDOW = "window"
+# And turn/NUMBER says how an example is shown, as `Turn`.
+TURN = "turn"
 
 
 def evaluators_of(models: Path, pictures: Path) -> dict[str, Evaluator]:
@@ -122,6 +124,9 @@ def _write_pictures(path: Path, label: str, learner: Learner, reconstruct: Calla
         for number, batch in enumerate(task.examples(learner.dataset)):
             known[f"reference/{number}"] = task.reference(batch)[0].numpy()
             known[f"{label}/{number}"] = reconstruct(batch)[0].numpy()
+    if isinstance(task, Oriented):
+        turns = enumerate(task.turns(learner.dataset))
+        known |= {f"{TURN}/{number}": np.array(turn, np.uint8) for number, turn in turns if turn is not None}
     try:
         with written(path) as file:
             np.savez_compressed(file, **known)  # type: ignore[arg-type]

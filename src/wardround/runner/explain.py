@@ -12,9 +12,10 @@ from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
 from wardround.runner.arms import POOLED
 from wardround.runner.blueprints import Blueprint
-from wardround.runner.columns import entry, table, wrapped
+from wardround.runner.columns import WIDTH, entry, table, wrapped
 from wardround.runner.host import NOWHERE, Host
 from wardround.runner.privacy import Outlook, words
+from wardround.runner.remarks import remarks_on
 from wardround.runner.session import open_host
 from wardround.study.load import load_study, study_sha256
 from wardround.study.models import anatomy_of
@@ -26,7 +27,6 @@ from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
 
-_WIDTH = 100
 _SCANNER = ("simulated scanner",)
 
 
@@ -60,9 +60,7 @@ def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], o
 def full_study(study_file: Path, overrides: Sequence[str]) -> str:
     """The study as YAML with overrides applied and every default filled in. Raises `StudyError`."""
     study = load_study(study_file, overrides)
-    return str(
-        yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=_WIDTH)
-    ).rstrip()
+    return str(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=WIDTH)).rstrip()
 
 
 def _study(host: Host, blueprint: Blueprint) -> str:
@@ -365,6 +363,7 @@ def _cautions(host: Host) -> Iterator[str]:
     for name in host.study.sites:
         dataset = host.dataset(name)
         lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]
+    lines += [f"{remark}." for remark in remarks_on(host.study, host.sites)]
     if lines:
         yield "Mind"
     for line in lines:

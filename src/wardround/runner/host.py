@@ -30,10 +30,11 @@ from wardround.runner.blueprints import Blueprint, Blueprints
 from wardround.runner.evaluators import evaluators_of
 from wardround.runner.privacy import Purses
 from wardround.runner.rosters import enrolled, roster_of
+from wardround.runner.watching import OPERATORS, READING, Phase
 from wardround.study.protocols import HeaderFacts
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SitesFile
-from wardround.tasks.task import Dataset, Headed, Visited
+from wardround.tasks.task import Dataset, Headed, Prepared, Visited
 from wardround.wire.message import Header
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class Host(Blueprints):
     def _scanned_by(self, site: str) -> tuple[str, ...]:
         return self.study.sites[site].scans if site in self.study.sites else ()
 
-    def preflight(self) -> None:
+    def preflight(self, phase: Phase = lambda *_: None) -> None:
         """Build every arm and open every site's data; raises what would stop a run, before it has written anything.
 
         Across hospitals a round goes on without a site that fails. On one machine that would hide a mistake in the
@@ -135,7 +136,8 @@ class Host(Blueprints):
         """
         for name in self.arms:
             self.blueprint(name)
-        for site in self.study.sites:
+        for number, site in enumerate(self.study.sites):
+            phase(READING, number, len(self.study.sites))
             try:
                 dataset = self.dataset(site)
                 if self.purses.rules is not None and site in self.study.training_sites:
@@ -144,6 +146,19 @@ class Host(Blueprints):
                 raise
             except Exception:
                 log.debug("a site's data could not be opened", exc_info=True)
+        phase(READING, len(self.study.sites), len(self.study.sites))
+
+    def build_operators(self, phase: Phase, *, keep: bool) -> None:
+        """Build what scanners of the study are slow to make before the first round, instead of in it.
+
+        Without `keep`, for other processes: where they find it on the disk, and nowhere else.
+        """
+        slow = [dataset for dataset in self._datasets.values() if isinstance(dataset, Prepared)]
+        for number, dataset in enumerate(slow):
+            phase(OPERATORS, number, len(slow))
+            dataset.prepare(keep=keep)
+        if slow:
+            phase(OPERATORS, len(slow), len(slow))
 
     def open_stores(self) -> None:
         """Open what sites kept of an earlier run in the folder: another key is an error of the whole run."""

@@ -1,12 +1,18 @@
-"""What a released model is, for people who have nothing but its file."""
+"""What a released model is, for people who have nothing but its file, and how far a run has come."""
 
 from __future__ import annotations
 
+import fcntl
+import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from wardround.runner.arms import FEDERATED
+from wardround.runner.arms import FEDERATED, arms_of
+from wardround.runner.columns import entry, table
 from wardround.runner.protocols import lines, read_protocols
-from wardround.runner.release import load_model, study_of
+from wardround.runner.release import load_model, model_path, study_of
+from wardround.study.load import load_study, study_sha256
 
 
 def inspect_model(path: Path) -> str:
@@ -22,3 +28,67 @@ def inspect_model(path: Path) -> str:
         f"{study.method.kind}",
     )
     return "\n  ".join((*heading, *lines(read_protocols(metadata, study))))
+
+
+def inspect_run(out: Path) -> str:
+    """The state of a run, its sites, and the rounds and models of its arms. Reads only. Raises `StudyError`."""
+    study = load_study(out / "study.yaml")
+    finished = _json(out / "result.json")
+    compared = {name.partition("/")[0] for name in _json(out / "work" / "compare.json") or ()}
+    arms = arms_of(study, tuple(sorted(compared & {"local", "pooled"})))
+    done = Counter(line.get("arm") for line in _rounds(out / "rounds.jsonl"))
+    released = (finished or {}).get("selected_round", {})
+    rows = [
+        (arm.name, f"{done[arm.name]} of {study.schedule.rounds}", _model_of(out, arm.folder, released.get(arm.name)))
+        for arm in arms
+    ]
+    if finished is not None:
+        state = "finished; report.html"
+    elif _at_work(out):
+        state = "at work"
+    else:
+        state = "stopped; run the same command again to go on"
+    unseen = f"; only tested: {', '.join(study.unseen_sites)}" if study.unseen_sites else ""
+    return "\n".join(
+        (
+            f"a run of study {study.name}",
+            entry("state", state),
+            entry("sha256", study_sha256(study)),
+            entry("sites", f"{', '.join(study.training_sites)}{unseen}"),
+            "",
+            table(("arm", "rounds", "model"), rows),
+        )
+    )
+
+
+def _model_of(out: Path, folder: str, number: int | None) -> str:
+    path = model_path(out, folder)
+    if not path.exists():
+        return "not yet released"
+    return f"models/{folder}.safetensors" + ("" if number is None else f", of round {number}")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _rounds(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def _at_work(out: Path) -> bool:
+    """Whether a process holds the folder's lock."""
+    try:
+        with (out / "work" / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
+from wardround.data.volume import reason
 from wardround.errors import DataError, StudyError
 from wardround.federation.coordinator import Release
 from wardround.federation.methods.build import build_method
@@ -75,6 +76,8 @@ def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
         tensors = load_file(path)
+    except PermissionError as error:
+        raise DataError(f"the model file cannot be read ({reason(error)})", detail=str(path)) from error
     except (OSError, SafetensorError) as error:
         raise DataError(
             "the model file cannot be read: it must be a .safetensors file that `wardround run` wrote",

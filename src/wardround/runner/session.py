@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from wardround.federation.training import patients_in
 from wardround.protection.privacy import Purse
 from wardround.report import write_card, write_report
 from wardround.runner.arms import FEDERATED, POOLED
+from wardround.runner.blueprints import Blueprint
 from wardround.runner.evaluation import measure, tables
 from wardround.runner.folder import alone, claim, mixed
 from wardround.runner.host import Host
@@ -36,7 +37,9 @@ from wardround.runner.notes import notes_of
 from wardround.runner.privacy import statement
 from wardround.runner.protocols import read_protocols
 from wardround.runner.release import load_model, save_release, shared_sha256
-from wardround.runner.watching import Shielded, Watcher
+from wardround.runner.remarks import remarks_on
+from wardround.runner.rounds import RoundsFile
+from wardround.runner.watching import Lines, Shielded, Watcher
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
@@ -65,6 +68,10 @@ class Result:
         name = name or str(self.values["metric_specs"][0]["name"])
         return float(self.values["metrics"][arm][site][name]["value"])
 
+    def __repr__(self) -> str:
+        rows = ", ".join(arm for arm in self.values["metrics"] if arm != "baseline")
+        return f"<Result of {self.values['study']}, {self.values['rounds']} rounds: {rows}; {self.report}>"
+
 
 def run(
     study: Study | str | Path | Mapping[str, Any],
@@ -77,25 +84,30 @@ def run(
     processes: int | None = None,
     resume: bool = False,
     watcher: Watcher | None = None,
+    quiet: bool = False,
 ) -> Result:
     """Train a study, compare it with training alone and on pooled data, and write the result files into `out`.
 
     A run that was stopped, by whatever, goes on where it was when the same call is made again; `resume` insists that
-    there is something to go on with. Raises `StudyError`, `DataError`, `JournalError`, `NotEnoughSites`, and
+    there is something to go on with. A line for each phase and round goes to stderr, unless the run is `quiet` or a
+    `watcher` sees to that. Raises `StudyError`, `DataError`, `JournalError`, `NotEnoughSites`, and
     `Interrupted` after Ctrl-C.
     """
-    shielded = Shielded(watcher)
+    shielded = _shielded(watcher, quiet)
     host = open_host(study, sites, out, compare, overrides, shielded)
+    for remark in remarks_on(host.study, host.sites):
+        log.warning("%s", remark)
     began = time.perf_counter()
-    host.preflight()
+    host.preflight(shielded.phase)
     try:
         with alone(host.out), closing(host):
             fingerprints = claim(host, resume=resume)
             host.open_stores()
             with _Carrier(host, engine, processes, shielded) as carrier:
+                host.build_operators(shielded.phase, keep=carrier.parallel == 1)
                 releases = _train(host, carrier, shielded)
                 _release(host, carrier.engine, releases)
-                measured = tables(host, measure(host, carrier.engine, shielded.evaluated))
+                measured = tables(host, measure(host, carrier.engine, shielded.phase))
             return _conclude(host, releases, measured, fingerprints, time.perf_counter() - began)
     except KeyboardInterrupt:
         raise Interrupted(STOPPED) from None
@@ -110,24 +122,29 @@ def evaluate(
     engine: EngineName | None = None,
     processes: int | None = None,
     watcher: Watcher | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Recompute the metrics of result.json from the saved models of a finished run and the sites' data.
 
     Raises `StudyError` and `DataError` where the run or its models are not what they were, and `JournalError` while
-    another process is at work in the folder.
+    another process is at work in the folder. Says what it does as `run` does.
     """
     out = Path(out)
     if not (out / "result.json").exists():
         raise StudyError("the folder holds no finished run (no result.json)", detail=str(out))
     before = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    shielded = Shielded(watcher)
+    shielded = _shielded(watcher, quiet)
     host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded)
     if host.study_sha256 != before["study_sha256"]:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
     with alone(out), closing(host), _Carrier(host, engine, processes, shielded) as carrier:
         # A number of its own: sites answer a request that they know from their store, and here they must measure.
         again = secrets.token_hex(16)
-        return tables(host, measure(host, carrier.engine, shielded.evaluated, again=again))
+        return tables(host, measure(host, carrier.engine, shielded.phase, again=again))
+
+
+def _shielded(watcher: Watcher | None, quiet: bool) -> Shielded:
+    return Shielded(watcher if watcher is not None or quiet else Lines())
 
 
 def open_host(
@@ -178,8 +195,11 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
     stop = threading.Event()
     watcher.arms(list(host.arms), host.study.schedule.rounds)
     blueprints = {name: host.blueprint(name) for name in host.arms}
+    rounds = RoundsFile(host.out / "rounds.jsonl", list(host.arms))
+    for blueprint in blueprints.values():
+        rounds.put(_committed(host, blueprint))
 
-    def train(name: str) -> tuple[Release, Sequence[RoundReport]]:
+    def train(name: str) -> Release:
         blueprint, plan = blueprints[name], host.plan(name)
         with closing(Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)) as journal:
             protocol = host.exchange(blueprint.arm, journal)
@@ -187,13 +207,15 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
             state = coordinator.start(
                 lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.initial_values())
             )
-            for report in journal.reports():
-                watcher.round(report)
-            for report in coordinator.rounds(state):
-                watcher.round(report)
+            for report in journal.reports()[-1:]:
+                watcher.round(_by_importance(host, report))
+            for _ in coordinator.rounds(state):
+                # The new round, and the one before where it now has its validation.
+                for report in rounds.put(journal.reports()[-2:]):
+                    watcher.round(_by_importance(host, report))
                 if stop.is_set():
                     raise Interrupted(STOPPED)
-            return coordinator.release(), journal.reports()
+            return coordinator.release()
 
     with ThreadPoolExecutor(carrier.parallel) as pool:
         futures = {name: pool.submit(train, name) for name in host.arms}
@@ -210,10 +232,25 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
                 for future in futures.values():
                     future.cancel()
                 carrier.engine.close()
-    trained = {name: future.result() for name, future in futures.items()}
-    lines = [line for _, reports in trained.values() for line in reports]
-    write_text(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
-    return {name: release for name, (release, _) in trained.items()}
+    return {name: future.result() for name, future in futures.items()}
+
+
+def _by_importance(host: Host, report: RoundReport) -> RoundReport:
+    """A report whose validation begins with the task's first metric: a journal keeps them by their letters."""
+    known = report.validation
+    if known is None:
+        return report
+    names = [spec.name for spec in host.task.metrics if spec.name in known]
+    return replace(report, validation={name: known[name] for name in names} | dict(known))
+
+
+def _committed(host: Host, blueprint: Blueprint) -> list[RoundReport]:
+    """The rounds of an arm that an earlier process committed."""
+    folder = host.out / "work" / "arms" / blueprint.arm.folder
+    if not folder.exists():
+        return []
+    with closing(Journal(folder, blueprint.identity)) as journal:
+        return journal.reports()
 
 
 def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> None:

@@ -5,9 +5,10 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from wardround.errors import StudyError
 from wardround.study.acquisition import MRIAcquisition
@@ -18,7 +19,12 @@ from wardround.study.models import Model, MoDL, check_modality
 from wardround.study.protection import Protection
 from wardround.study.tasks import BASELINES, Evaluation, Modality, ReconstructionTask, Task
 
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
+# Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
+SiteName = Annotated[
+    str,
+    Field(pattern=r"^\p{L}[\p{L}\p{M}\p{N}_-]{0,31}$"),
+    BeforeValidator(lambda name: unicodedata.normalize("NFC", name) if isinstance(name, str) else name),
+]
 # Names of arms, of aggregates in result.json and of the pooled site.
 RESERVED_NAMES = frozenset({"mean", "unseen", "pooled", "local", "federated", "baseline", "coordinator"})
 

@@ -39,7 +39,7 @@ from wardround.tasks.task import MetricSpec, Source, Split, Window
 from wardround.wire.random import public_generator
 
 NO_EMBEDDINGS: Mapping[str, Path] = MappingProxyType({})
-_TV_PENALTY = 0.4  # see `wardround.physics.solvers.tv`
+TV_PENALTY = 0.4  # see `wardround.physics.solvers.tv`
 _PICTURES = 2
 
 
@@ -146,6 +146,14 @@ class Scanner:
     def _simulator(self) -> CTSimulator:
         return CTSimulator(self.acquisition, refinement=REFINEMENT, cache=user_cache())
 
+    def prepare(self, *, keep: bool) -> None:
+        """Build both; without `keep` only into the cache of the machine, for other processes."""
+        if keep:
+            _ = self.system, self._simulator
+        elif (cache := user_cache()) is not None:
+            CTSystem(self.acquisition, cache=cache)
+            CTSimulator(self.acquisition, refinement=REFINEMENT, cache=cache)
+
     def scan(self, hu: NDArray[np.float32], random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Data (views, bins) of `system` and the true image (H, W) of a slice in HU on `grid`."""
         measured = self._simulator(hu, random)
@@ -200,6 +208,10 @@ class CTDataset(ReconstructionDataset[CTBatch]):
         image, body = self._image(example, flip)
         turned = _turned(image, body, random)
         return self._batch(self._simulate(*turned, random), example)
+
+    def prepare(self, *, keep: bool) -> None:
+        """Build the scanner's matrices."""
+        self.scanner.prepare(keep=keep)
 
     def remarks(self) -> tuple[str, ...]:
         """What somebody should know of the data before training on them."""
@@ -366,9 +378,9 @@ def _baseline(name: str, parameter: float | None, part: CTScans) -> Tensor:
         case "fbp":
             return part.operator.initial(part.data)
         case "tv":
-            return tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=_TV_PENALTY)
+            return tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=TV_PENALTY)
         case "weighted_tv":
-            return weighted_tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=_TV_PENALTY)
+            return weighted_tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=TV_PENALTY)
     raise _unknown_baseline(name)
 
 

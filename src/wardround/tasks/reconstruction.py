@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wardround.data.dataset import Example
+from wardround.data.orientation import Turn
 from wardround.data.visits import Index
 from wardround.errors import StudyError
 from wardround.models.build import build_model
@@ -107,6 +108,13 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
             for contrast in dict.fromkeys(example.contrast for example in examples):
                 of_contrast = [example for example in examples if example.contrast == contrast]
                 yield patient, contrast, self.scan(of_contrast[len(of_contrast) // 2], False)
+
+    def turns(self, split: Split) -> Iterator[Turn | None]:
+        """How each slice of `middle` is shown to people; None for as it is."""
+        for examples in self._evaluated[split].values():
+            for contrast in dict.fromkeys(example.contrast for example in examples):
+                of_contrast = [example for example in examples if example.contrast == contrast]
+                yield self._index.turn(of_contrast[len(of_contrast) // 2])
 
     def _by_patient(self, split: Split) -> dict[int, list[Example]]:
         rule = self.task.evaluation.slices
@@ -273,6 +281,11 @@ class ReconstructionTask(ABC, Generic[BatchT]):
         """The middle slice of each contrast of the first test patient, for a site's own picture report."""
         if isinstance(dataset, ReconstructionDataset):
             yield from islice((batch for _, _, batch in dataset.middle("test")), self._shown)
+
+    def turns(self, dataset: Dataset) -> Iterator[Turn | None]:
+        """How each of these examples is shown; None for as it is."""
+        if isinstance(dataset, ReconstructionDataset):
+            yield from islice(dataset.turns("test"), self._shown)
 
     @property
     def _shown(self) -> int:

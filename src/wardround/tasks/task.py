@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from wardround.data.orientation import Turn
     from wardround.study.protocols import HeaderFacts
 
 Split: TypeAlias = Literal["train", "validation", "test"]
@@ -139,6 +140,15 @@ class Named(Protocol):
         ...
 
 
+@runtime_checkable
+class Prepared(Protocol):
+    """A data set with something that is slow to make and the same for all of its examples."""
+
+    def prepare(self, *, keep: bool) -> None:
+        """Make it; without `keep` only where it stays on the disk for other processes to find."""
+        ...
+
+
 class Task(Protocol):
     """What a study learns."""
 
@@ -208,4 +218,13 @@ class Imaging(Task, Protocol):
 
     def examples(self, dataset: Dataset) -> Iterator[Batch]:
         """A few single test examples (B = 1) to show in a picture report, always the same ones."""
+        ...
+
+
+@runtime_checkable
+class Oriented(Protocol):
+    """A task that knows how the patient lies in its examples."""
+
+    def turns(self, dataset: Dataset) -> Iterator[Turn | None]:
+        """How each of `Imaging.examples` is shown to people; None for as it is."""
         ...

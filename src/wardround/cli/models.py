@@ -1,0 +1,76 @@
+"""The commands of released models and of files: apply one, and say what a path holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from wardround.cli.shared import say
+from wardround.errors import StudyError
+
+
+def reconstruct(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A released model (models/ARM.safetensors).")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="INPUT...",
+            help="NIfTI images, k-space (.npy: slices x coils x H x W), DICOM CT folders. Without --out the last path "
+            "is the output: a NIfTI file, or for DICOM a folder.",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="A folder for the NIfTI files of all inputs.")] = None,
+    site: Annotated[str | None, typer.Option("--site", help="Whose scanner and coils (default: the study's).")] = None,
+    embedding: Annotated[
+        Path | None, typer.Option("--embedding", help="A file with the patient's embedding, for a model with anatomy.")
+    ] = None,
+    dose: Annotated[
+        float | None, typer.Option("--dose", help="Put noise into CT projections first: the share of their dose left.")
+    ] = None,
+    fallback: Annotated[
+        Literal["tv"] | None,
+        typer.Option("--fallback", help="Write total variation's image where the network is out of its depth."),
+    ] = None,
+) -> None:
+    """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
+    from wardround.runner.apply import reconstruct as apply
+    from wardround.runner.reconstruct import reconstruct as apply_to_all
+
+    if out is not None:
+        apply_to_all(
+            model,
+            paths,
+            out,
+            site=site,
+            embedding=embedding,
+            dose=dose,
+            fallback=fallback,
+            told=lambda found: say(f"{found.source}\n{found.said}"),
+        )
+    elif len(paths) == 2:
+        say(apply(model, *paths, site=site, embedding=embedding, dose=dose, fallback=fallback == "tv"))
+    else:
+        raise StudyError("give one input and the output, or several inputs and a folder for them with --out")
+
+
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A file, a folder, a released model, or the folder of a run.")
+    ],
+) -> None:
+    """Say what a file or folder holds, without naming a patient; of a run, how far it has come."""
+    from wardround.data.convert import inspect_path
+
+    if path.suffix == ".safetensors" or is_run(path):
+        from wardround.runner.inspection import inspect_model, inspect_run
+
+        say(inspect_run(path) if path.is_dir() else inspect_model(path))
+        return
+    say(str(inspect_path(path)))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run, finished or not."""
+    return (path / "study.yaml").is_file() and (path / "work").is_dir()

@@ -14,10 +14,22 @@ import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from wardround.errors import JournalError, Rejected, WireError
-from wardround.federation.exchange import EVALUATE, TRAIN, UPDATE, Call, Exchange, ExchangeFactory, Void
+from wardround.federation.alone import own_results
+from wardround.federation.exchange import (
+    EVALUATE,
+    TRAIN,
+    UPDATE,
+    Call,
+    Exchange,
+    ExchangeFactory,
+    Void,
+    add_body,
+)
+from wardround.federation.history import MASKED, Joined, MaskedHistory
 from wardround.federation.journal import Journal, survivors_of
 from wardround.federation.site import Answer, Site
 from wardround.protection.gates import check_masked, check_reply
@@ -49,8 +61,8 @@ SIGN, CONSENT = "sum/sign", "sum/consent"
 REVEAL, REVEALED = "sum/reveal", "sum/revealed"
 # Where the third request carries what the secure sum adds to it.
 DEAL = "deal"
-# Every other request names the context of its attempt.
-CONTEXT = "context"
+# Every other request names the context of its attempt, and the numbers that void rounds used up.
+CONTEXT, VOID_NUMBERS = "context", "void"
 
 
 def secure_sum(roster: Roster, threshold: int, journal: Journal) -> ExchangeFactory:
@@ -180,9 +192,10 @@ class SecureSum(Exchange):
         self._phase += 1
         call, phase = self._call, self._phase
         # The context makes a request of one attempt differ from any other's: sites answer a known one from their store.
-        about = self._session.context.sha256.hex()
+        about = {CONTEXT: self._session.context.sha256.hex()}
+        about |= {name: value for name, value in call.meta.items() if name == VOID_NUMBERS}
         return self._sent(
-            Message(Header(kind, call.study, site, call.round, call.attempt, phase, meta={**meta, CONTEXT: about}))
+            Message(Header(kind, call.study, site, call.round, call.attempt, phase, meta={**meta, **about}))
             for site, meta in metas.items()
         )
 
@@ -203,10 +216,7 @@ class SecureSum(Exchange):
     def _add(self, reply: Message) -> None:
         check_masked(self._call.layout, reply)
         self._session.uploaded(reply.header.site)
-        offset = 0
-        for chunk in reply.body.chunks():
-            self._total.add(chunk, offset)
-            offset += len(chunk)
+        add_body(self._total, reply.body)
         self._receipts[reply.header.site] = reply.header.body_sha256
 
     def _announce(self) -> list[Message]:
@@ -239,15 +249,16 @@ class SecureUpload:
     """A site whose updates leave masked, and in no other way.
 
     The keys of an attempt live in this object only: a site that was restarted cannot go on with the attempt and drops
-    out of it.
+    out of it. `history` is where the site records, over all studies, which sums it was part of; default: its store.
     """
 
     replies = frozenset({ADVERT, SHARES, CONSENT, REVEALED})
     kinds = frozenset({ADVERTISE, SHARE, TRAIN, EVALUATE, SIGN, REVEAL})
 
-    def __init__(self, threshold: int, roster: Callable[[], Roster]) -> None:
+    def __init__(self, threshold: int, roster: Callable[[], Roster], history: Path | None = None) -> None:
         self._threshold = threshold
         self._load_roster = roster
+        self._history_folder = history
         self._roster: Roster | None = None
         self._session: SiteSession | None = None
         self._kind = ""
@@ -255,7 +266,7 @@ class SecureUpload:
     def answer(self, request: Message, site: Site) -> Answer:
         """Answer one phase."""
         header = request.header
-        meta = {name: value for name, value in header.meta.items() if name != CONTEXT}
+        meta = {name: value for name, value in header.meta.items() if name not in (CONTEXT, VOID_NUMBERS)}
         match header.kind:
             case "sum/advertise":
                 return self._advertise(request, site)
@@ -265,7 +276,15 @@ class SecureUpload:
             case "sum/sign":
                 session, record = self._attempt(header), survivors_of(self._kind)
                 announcement = Announcement.from_json(meta)
-                consent = session.sign(announcement, lambda value: site.store.promise(record, header.round, value))
+
+                def remember(value: str) -> str:
+                    standing = site.store.promise(record, header.round, value)
+                    if standing == value:
+                        # From here on the sum may be read, and that it was not is the coordinator's word alone.
+                        self._history(site).join(self._joined(session.context, site, announcement.survivors))
+                    return standing
+
+                consent = session.sign(announcement, remember)
                 about = {"kind": self._kind, "round": header.round, "attempt": header.attempt}
                 site.minutes.note("signed", {**about, "list": digest(announcement.to_json())})
                 return Answer(request.reply(CONSENT, meta=consent.to_json()))
@@ -303,6 +322,7 @@ class SecureUpload:
                 f"site {site.name} and the coordinator do not agree on what the secure sum is about: another roster, "
                 "threshold or version"
             )
+        self._history(site).check(self._joined(context, site))
         if self._session is not None:
             self._session.abort()
         self._session, self._kind = SiteSession(site.name, site.store.enrol(), roster, context), kind
@@ -312,7 +332,7 @@ class SecureUpload:
         header = request.header
         if header.kind == EVALUATE and header.meta.get("layout") == site.rules.evaluation_layout.sha256:
             # A site's own results are a release of their own, which its egress policy decides on.
-            return site.evaluate(request)
+            return own_results(request, site)
         if DEAL not in header.meta:
             raise Rejected(f"site {site.name} sums securely (protection.secure); a clear update is not given")
         expected = site.rules.metrics_layout if header.kind == EVALUATE else site.rules.layout
@@ -343,6 +363,21 @@ class SecureUpload:
                 "drops out of it"
             )
         return session
+
+    def _history(self, site: Site) -> MaskedHistory:
+        return MaskedHistory((self._history_folder or site.store.root) / MASKED)
+
+    def _joined(self, context: Context, site: Site, survivors: tuple[str, ...] = ()) -> Joined:
+        roster = self._pinned(site).sites
+        return Joined(
+            start=context.model,
+            site=site.name,
+            roster=roster,
+            survivors=tuple(sorted(survivors)),
+            threshold=context.threshold,
+            study=context.study,
+            round=context.round,
+        )
 
     def _pinned(self, site: Site) -> Roster:
         if self._roster is None:

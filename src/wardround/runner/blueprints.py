@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,8 @@ from wardround.tasks.build import build_task
 from wardround.tasks.task import Task
 from wardround.wire.ring import value_bits
 from wardround.wire.update import Layout
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,10 @@ class Blueprints:
             keep=schedule.keep,
             extends=self.study.protection.privacy is None,
         )
+
+    def initial(self, blueprint: Blueprint) -> tuple[dict[str, Array], dict[str, Array]]:
+        """What an arm begins with: the values that sites get, and what only its coordinator keeps."""
+        return blueprint.method.initial(blueprint.layout.groups, self.bench.initial_values())
 
     def rules(self, name: str, *, egress: EgressRules = OPEN, lint: bool = True) -> Rules:
         """What a site of an arm agrees to; `egress` and `lint` are its own."""

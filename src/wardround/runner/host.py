@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import StudyError, WardroundError
+from wardround.federation.alone import OwnArm, OwnResults, TrainsAlone
 from wardround.federation.egress import OPEN, EgressRules, strictest
 from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.federation.exchange import ExchangeFactory, PlainSum
@@ -17,14 +18,14 @@ from wardround.federation.journal import Journal
 from wardround.federation.private_training import PrivateTraining
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import SecureUpload, secure_sum
-from wardround.federation.site import Site
+from wardround.federation.site import Site, SiteProtocol
 from wardround.federation.store import SiteStore
 from wardround.federation.training import Learner
 from wardround.federation.vault import Vault
 from wardround.protection.robust import Defence
 from wardround.runner.arms import POOLED, Arm
 from wardround.runner.blueprints import Blueprint, Blueprints
-from wardround.runner.evaluators import evaluators_of
+from wardround.runner.evaluators import evaluators_of, own_model
 from wardround.runner.privacy import Purses
 from wardround.runner.rosters import enrolled, roster_of
 from wardround.study.protocols import HeaderFacts
@@ -96,7 +97,8 @@ class Host(Blueprints):
     def history(self, site: str) -> Path:
         """The folder in which a site records over all studies what it has answered, or this run's own."""
         entry = self.sites.sites.get(site)
-        return self.out / "work" / "sites" / site / "history" if entry is None or entry.history is None else entry.history
+        own = self.out / "work" / "sites" / site / "history"
+        return own if entry is None or entry.history is None else entry.history
 
     def header_facts(self, site: str) -> HeaderFacts:
         """What the headers of a site's training images say of its scanners, as far as its rules let out.
@@ -179,8 +181,11 @@ class Host(Blueprints):
             egress=OPEN if name == POOLED else self.egress(name),
             lint=name in self.sites.sites and self.sites.of(name).lint,
         )
-        threshold = blueprint.arm.threshold(self.study)
-        roster = self._roster_path(blueprint.arm)
+        if blueprint.arm.inside(self.study) and name not in blueprint.arm.sites:
+            raise StudyError(
+                f"site {name} has no part in an arm that another site trains alone: under protection.secure it stays "
+                "inside that site"
+            )
         models = self.out / "models" / name / blueprint.arm.folder
         pictures = self.out / "sites" / name / "pictures.npz"
         return Site(
@@ -188,10 +193,34 @@ class Host(Blueprints):
             rules,
             lambda: self.learner(blueprint, name),
             self._store(blueprint.arm, name),
-            protocol=None if threshold is None else SecureUpload(threshold, partial(roster_of, roster)),
+            protocol=self._protocol(blueprint, name, models),
             evaluators=evaluators_of(models, pictures),
             folder=models,
         )
+
+    def _protocol(self, blueprint: Blueprint, name: str, models: Path) -> SiteProtocol | None:
+        """How a site answers in an arm; nothing special where its updates are summed in the clear."""
+        arm = blueprint.arm
+        if name not in arm.sites:
+            return OwnResults()
+        if arm.inside(self.study):
+            # Late: it needs this module.
+            from wardround.runner.release import save_release
+
+            model = own_model(models)
+            return TrainsAlone(
+                OwnArm(
+                    plan=self.plan(arm.name),
+                    method=blueprint.method,
+                    initial=partial(self.initial, blueprint),
+                    save=lambda release: save_release(self, blueprint, release, model),
+                    model=model,
+                )
+            )
+        threshold = arm.threshold(self.study)
+        if threshold is None:
+            return None
+        return SecureUpload(threshold, partial(roster_of, self._roster_path(arm)), self.history(name))
 
     def exchange(self, arm: Arm, journal: Journal) -> ExchangeFactory:
         """How the updates of an arm become one: summed in the clear or under masks, or by a robust rule."""

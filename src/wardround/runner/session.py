@@ -28,6 +28,7 @@ from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.training import patients_in
 from wardround.protection.privacy import Purse
 from wardround.report import write_card, write_report
+from wardround.runner.alone import train_alone
 from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.evaluation import measure, tables
 from wardround.runner.folder import alone, claim, mixed
@@ -177,14 +178,18 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
     watcher.arms(list(host.arms), host.study.schedule.rounds)
     blueprints = {name: host.blueprint(name) for name in host.arms}
 
-    def train(name: str) -> tuple[Release, Sequence[RoundReport]]:
+    def train(name: str) -> tuple[Release | None, Sequence[RoundReport]]:
         blueprint, plan = blueprints[name], host.plan(name)
+        if blueprint.arm.inside(host.study):
+            for number in range(1, plan.rounds + 1):
+                watcher.round(train_alone(carrier.engine, blueprint, number))
+                if stop.is_set():
+                    raise Interrupted(STOPPED)
+            return None, ()
         with closing(Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)) as journal:
             protocol = host.exchange(blueprint.arm, journal)
             coordinator = Coordinator(plan, blueprint.method, carrier.engine, journal, protocol)
-            state = coordinator.start(
-                lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.initial_values())
-            )
+            state = coordinator.start(lambda: host.initial(blueprint))
             for report in journal.reports():
                 watcher.round(report)
             for report in coordinator.rounds(state):
@@ -211,7 +216,7 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
     trained = {name: future.result() for name, future in futures.items()}
     lines = [line for _, reports in trained.values() for line in reports]
     write_text(host.out / "rounds.jsonl", "".join(json.dumps(line.to_json()) + "\n" for line in lines))
-    return {name: release for name, (release, _) in trained.items()}
+    return {name: release for name, (release, _) in trained.items() if release is not None}
 
 
 def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> None:
@@ -227,6 +232,8 @@ def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> Non
             sites=tuple(s for s in blueprint.arm.sites if s != POOLED),
             layout=blueprint.metrics_layout,
             scales={},
+            # Rounds that took the place of void ones come after the study's last.
+            meta={"void": sorted(release.void)} if release.void else {},
         )
         for reply in engine.exchange(call.message(site) for site in call.sites):
             if "reason" in reply.header.meta:

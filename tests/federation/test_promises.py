@@ -19,7 +19,7 @@ from wardround.federation.exchange import ALONE, ERROR, EVALUATE, RELEASE, TRAIN
 from wardround.federation.journal import State
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import ADVERTISE, SIGN
-from wardround.federation.verify import verify
+from wardround.federation.verify import read_log
 from wardround.protection.robust import Defence
 from wardround.runner import session
 from wardround.runner.session import run
@@ -224,7 +224,7 @@ def test_a_round_that_a_restart_made_void_is_in_the_log(tmp_path: Path) -> None:
         secure.restart_coordinator()
         secure.train()
         assert voids(secure) == [(TRAIN, 2)]
-    assert verify(tmp_path).damages == []
+    assert read_log(secure.journal.record.path, "coordinator").damages == []
 
 
 def test_a_void_round_that_was_seen_is_in_the_log_once(tmp_path: Path) -> None:

@@ -60,7 +60,10 @@ class Evaluation(Config):
     slices: Slices = Slices(per_patient=8)
     tuning_slices: int = Field(2, ge=1, description="slices per validation patient used to tune a baseline")
     bootstrap: int = Field(200, ge=0, le=10_000, description="patient-level bootstrap replicates")
-    leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
+    leave_one_out: bool = Field(
+        False,
+        description="train once without each training site for the `unseen` figures; not with `protection.secure`",
+    )
 
     def baselines_for(self, modality: Modality) -> tuple[str, ...]:
         """What a study compares with: as configured, or all that its modality has."""

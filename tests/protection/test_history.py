@@ -15,6 +15,7 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError, NotEnoughSites, Rejected
 from wardround.federation.exchange import ERROR, EVALUATE, TRAIN
 from wardround.federation.history import MASKED, Joined, MaskedHistory
+from wardround.federation.journal import Journal
 from wardround.federation.secure import ADVERTISE, REVEAL, SIGN
 from wardround.runner.session import Result, run
 from wardround.study.sites import SitesFile
@@ -151,15 +152,22 @@ def test_the_same_run_again_comes_to_the_same_model(tmp_path: Path) -> None:
     assert (tmp_path / "history" / "A" / MASKED).read_bytes() == records
 
 
-def test_a_round_done_again_without_a_site_is_refused_by_the_others(tmp_path: Path) -> None:
-    """A void round may have been read all the same: that it was not is the coordinator's word."""
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_void_round_is_done_again_with_the_same_sites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, honest: bool
+) -> None:
+    """Whether its sum was read is the coordinator's word. An honest one waits; from any other the sites refuse."""
+    if not honest:
+        monkeypatch.setattr(Journal, "standing", lambda self, kind: None)
     secure = SecureRig(study_of(rounds=2), tmp_path)
     secure.line.lose = lambda m: (
         (m.header.kind == REVEAL and m.header.site in "AB" and m.header.round == 2)
         or (m.header.site == "D" and m.header.round > 2)
     )
-    with pytest.raises(NotEnoughSites, match="the difference would be what D sent"):
+    told = "without D the difference of the two would" if honest else "the difference would be what D sent"
+    with pytest.raises(NotEnoughSites, match=told):
         secure.train()
+    assert bool(secure.journal.void(TRAIN) - {2}) == (not honest)
     # With D back, the sum is over the same sites: the run goes on.
     secure.line.lose = lambda m: False
     secure.restart_coordinator()
@@ -176,11 +184,22 @@ def test_a_validation_and_a_training_round_from_one_model_have_the_same_survivor
     call = secure.coordinator._call(EVALUATE, state, 1, {"split": "validation"}, secure.blueprint.metrics_layout)
     secure.coordinator._run(call)
     secure.line.lose = losing("D", TRAIN, 2)
-    # Round 2 without D comes to nothing, and round 3 with all of them counts.
-    assert next(states).round == 3
-    (void,) = [e for e in secure.journal.record.entries() if e.event == "void"]
-    assert void.round == 2
-    assert "the difference would be what D sent" in void.payload["reason"]
+    with pytest.raises(NotEnoughSites, match="the difference would be what D sent"):
+        next(states)
+
+
+def test_a_site_that_was_not_in_a_void_round_waits_for_the_next_that_counts(tmp_path: Path) -> None:
+    """It is back, and with it the sum would differ by what it sends: the others would not consent."""
+    secure = SecureRig(study_of(rounds=3), tmp_path)
+    # D sends no update in round 2, and the sum of the others is void.
+    secure.line.lose = lambda m: m.header.round == 2 and (m.header.kind, m.header.site) in ((TRAIN, "D"), (REVEAL, "A"))
+    secure.train()
+    assert [(r.round, "".join(r.participants)) for r in secure.journal.reports()] == [
+        (1, "ABCD"),
+        (3, "ABC"),
+        (4, "ABCD"),
+    ]
+    assert "only the sites of the void round before it were asked: A, B, C" in secure.journal.reports()[1].notes
 
 
 def test_a_site_says_no_before_it_trains(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wardround.errors import JournalError, Rejected, WireError
+from wardround.errors import JournalError, NotEnoughSites, Rejected, WireError
 from wardround.federation.alone import own_results
 from wardround.federation.exchange import (
     EVALUATE,
@@ -97,6 +97,7 @@ class SecureSum(Exchange):
         self._receipts: dict[str, str] = {}
         self._requests: dict[str, str] = {}
         self._answered: set[str] = set()
+        self._standing: tuple[str, ...] = ()
         self._phase = 0
 
     def open(self) -> list[Message]:
@@ -104,6 +105,11 @@ class SecureSum(Exchange):
         name, number = survivors_of(self._call.kind), self._call.round
         if number in self._journal.rounds_with(name):
             raise Void(f"round {number} is void: its survivor list was announced and the round was not finished")
+        standing = self._journal.standing(self._call.kind)
+        if standing is not None:
+            # From this model the sites consent to the sum that they consented to before, and to no other.
+            self._standing = Announcement.from_json(standing).survivors
+            self._call = replace(self._call, sites=tuple(s for s in self._call.sites if s in self._standing))
         self._call = replace(self._call, attempt=self._new_attempt())
         self.attempt = self._call.attempt
         context = context_of(self._call.message(self._call.sites[0]).header, self._roster, self._threshold)
@@ -175,6 +181,12 @@ class SecureSum(Exchange):
         """Survivor -> hash of its masked update."""
         return self._receipts
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """That a round had to be of the same sites as the void one before it."""
+        asked = f"only the sites of the void round before it were asked: {', '.join(self._standing)}"
+        return (asked,) if self._standing else ()
+
     def aggregate(self) -> Aggregate:
         """The sum, unmasked."""
         return Aggregate(self._call.layout, self._total, self._call.scales)
@@ -221,6 +233,13 @@ class SecureSum(Exchange):
 
     def _announce(self) -> list[Message]:
         announcement, call = self._session.announce(), self._call
+        away = sorted(set(self._standing) - set(announcement.survivors))
+        if away:
+            raise NotEnoughSites(
+                f"round {call.round} begins where a void one did, whose sum was over {', '.join(self._standing)}; "
+                f"without {', '.join(away)} the difference of the two would be what they sent. Bring them back and run "
+                "again with --resume, or start a study with another seed"
+            )
         value = announcement.to_json()
         # On record first: from here on the round ends with exactly this list, or not at all.
         if self._journal.decide(call.round, call.attempt, survivors_of(call.kind), value) != value:

@@ -65,10 +65,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Release:
-    """The round that an arm releases, and its global state."""
+    """The round that an arm releases, its global state, and the numbers that void rounds used up."""
 
     number: int
     state: State
+    void: frozenset[int] = frozenset()
 
 
 class Coordinator:
@@ -144,8 +145,9 @@ class Coordinator:
             evaluate = self._call(EVALUATE, state, state.round, asked, plan.metrics_layout)
             try:
                 exchange, _, _ = self._run(evaluate)
-            except Void:
+            except Void as void:
                 # It may not be repeated: the last round goes without its validation.
+                self._minutes.void(state.round, str(void), EVALUATE)
                 return
             yield self._amend(state.round, exchange.aggregate(), exchange.receipts)
 
@@ -155,7 +157,7 @@ class Coordinator:
         state = self._journal.latest() if number is None else self._journal.state(number)
         if state is None:
             raise JournalError(f"{self._plan.arm}: there is no round to release")
-        released = Release(state.round, state)
+        released = Release(state.round, state, self._journal.void(TRAIN))
         self._journal.check(released.state)
         self._minutes.released(released.number, released.state.public_sha256)
         return released
@@ -203,7 +205,10 @@ class Coordinator:
                     missing.pop(site, None)
                     self._minutes.accepted(call, exchange.attempt, reply)
             self._require(exchange, missing)
-            messages = exchange.close()
+            try:
+                messages = exchange.close()
+            except Void as void:
+                raise Void(f"{void} ({_reasons(missing)})" if missing else str(void)) from void
         return exchange, missing, (up, down)
 
     def _waiting(self, replies: Iterator[Message]) -> Iterator[Message]:
@@ -219,10 +224,9 @@ class Coordinator:
     def _require(self, exchange: Exchange, missing: Mapping[str, str]) -> None:
         present = len(exchange.present)
         if present < self._plan.min_sites:
-            reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
             raise NotEnoughSites(
-                f"{self._plan.arm}: {present} of {len(self._plan.sites)} sites answered and "
-                f"schedule.min_sites is {self._plan.min_sites} ({reasons}). Mend the cause and run again with --resume"
+                f"{self._plan.arm}: {present} of {len(self._plan.sites)} sites answered and schedule.min_sites is "
+                f"{self._plan.min_sites} ({_reasons(missing)}). Mend the cause and run again with --resume"
             )
 
     def _round(self, state: State) -> tuple[State, RoundReport]:
@@ -329,6 +333,10 @@ class Coordinator:
     def _forget(self, number: int) -> None:
         keep = set(range(number - self._plan.keep + 1, number + 1))
         self._journal.forget_states(keep | candidates(self._scored()))
+
+
+def _reasons(missing: Mapping[str, str]) -> str:
+    return "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
 
 
 def _numbers(void: Collection[int]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from wardround.errors import Rejected, WardroundError
+from wardround.errors import JournalError, Rejected, WardroundError, WireError
 from wardround.protection.gates import check_reply, check_update
 from wardround.wire.message import EMPTY, EMPTY_SHA256, Body, Header, Message
 from wardround.wire.ring import ExactSum
@@ -23,6 +23,8 @@ from wardround.wire.update import Aggregate, Layout, Scales
 TRAIN = "train"
 EVALUATE = "evaluate"
 RELEASE = "release"
+# Train up to a round of an arm that never leaves the site; the answer is that it is done.
+ALONE = "alone"
 UPDATE = "update"
 DONE = "done"
 ERROR = "error"
@@ -165,6 +167,19 @@ class ClearExchange(Exchange):
         return self._receipts
 
 
+def add_body(total: ExactSum, body: Body) -> None:
+    """Add an update that was verified; raises `JournalError` when it is no longer whole, for the sum is spoilt then."""
+    offset = 0
+    try:
+        for chunk in body.chunks():
+            total.add(chunk, offset)
+            offset += len(chunk)
+    except (OSError, WireError) as error:
+        raise JournalError(
+            "an update changed on the disk while it was added; run again with --resume: the round is repeated whole"
+        ) from error
+
+
 class PlainSum(ClearExchange):
     """An update is verified whole, then added, then forgotten."""
 
@@ -174,10 +189,7 @@ class PlainSum(ClearExchange):
 
     def _take(self, reply: Message) -> None:
         check_update(self._call.layout, reply, self._call.form)
-        offset = 0
-        for chunk in self._call.form.unpack(self._call.layout, reply.body).chunks():
-            self._total.add(chunk, offset)
-            offset += len(chunk)
+        add_body(self._total, self._call.form.unpack(self._call.layout, reply.body))
 
     def aggregate(self) -> Aggregate:
         """The sum of all accepted updates."""
@@ -185,13 +197,17 @@ class PlainSum(ClearExchange):
 
 
 def ask_one(engine: Engine, call: Call) -> Aggregate | Message:
-    """Ask the one site of a call for sums of its own; its `error` reply when it declines.
+    """Ask the one site of a call for sums of its own; an `error` reply when it declines or its answer is refused.
 
     A sum over one site is that site's own release, which its egress policy decides on: there is nothing to mask.
     """
     exchange = PlainSum(call)
-    (reply,) = engine.exchange(exchange.open())
+    (request,) = exchange.open()
+    (reply,) = engine.exchange([request])
     if reply.header.kind == ERROR:
         return reply
-    exchange.accept(reply)
+    try:
+        exchange.accept(reply)
+    except WireError as error:
+        return request.reply(ERROR, meta={"reason": str(error)})
     return exchange.aggregate()

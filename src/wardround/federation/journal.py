@@ -183,6 +183,18 @@ class Journal:
         rows = self._database.rows("SELECT round FROM rounds")
         return self.rounds_with(survivors_of(kind)) - {int(str(row[0])) for row in rows}
 
+    def standing(self, kind: str) -> Any:
+        """The survivor list of the last void round after the last committed one, if there is any.
+
+        Sites that signed it consent to no other from the same model, so that no difference of two sums is one site's.
+        """
+        rows = self._database.rows(
+            "SELECT value FROM decisions WHERE name = ? AND round > (SELECT coalesce(max(round), 0) FROM rounds) "
+            "ORDER BY round DESC, attempt DESC LIMIT 1",
+            survivors_of(kind),
+        )
+        return json.loads(str(rows[0][0])) if rows else None
+
     def commit(self, state: State, report: RoundReport | None, receipts: Mapping[str, str]) -> None:
         """Make a round exist: its state, its report and the hash of what each site sent, in one durable transaction.
 

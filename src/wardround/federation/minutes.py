@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from wardround.errors import JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
-from wardround.federation.exchange import DONE, ERROR, TRAIN, UPDATE, Call, Exchange
+from wardround.federation.exchange import ALONE, DONE, ERROR, TRAIN, UPDATE, Call, Exchange
 from wardround.federation.journal import SIGNED_EVENTS, Journal
 from wardround.federation.record import Entry, Record, is_hash
 from wardround.wire.canonical import digest
@@ -44,6 +44,7 @@ class CoordinatorMinutes:
         self._journal = journal
         self._record = journal.record
         self._heads: dict[str, str] = {}
+        self._void: set[tuple[str, int]] = set()
 
     def settle(self) -> None:
         """After a start: log and journal must tell the same rounds.
@@ -73,6 +74,11 @@ class CoordinatorMinutes:
                 if entry.event == "accepted" and entry.round == number and entry.payload["kind"] == TRAIN:
                     self._heads[entry.payload["site"]] = entry.payload["head"]
             self.committed(number)
+        if self._record.last(VOID) is not None:
+            voided = (entry.payload for entry in self._record.entries() if entry.event == VOID)
+            self._void = {(payload.get("kind", TRAIN), payload["round"]) for payload in voided}
+        for number in sorted(self._journal.void(TRAIN)):
+            self.void(number, f"the coordinator stopped after the survivors of round {number} were named")
 
     def anchor(self) -> dict[str, Any]:
         """What a request shows of all logs: a pure function of what is committed, so that it can be asked again."""
@@ -115,9 +121,12 @@ class CoordinatorMinutes:
         }
         self._record.note(COMMITTED, payload, sync=True)
 
-    def void(self, number: int, reason: str) -> None:
-        """A round came to nothing."""
-        self._record.note(VOID, {"round": number, "reason": reason}, sync=True)
+    def void(self, number: int, reason: str, kind: str = TRAIN) -> None:
+        """A round came to nothing, or the validation that follows the last one; on record once."""
+        if (kind, number) not in self._void:
+            about = {} if kind == TRAIN else {"kind": kind}
+            self._record.note(VOID, {**about, "round": number, "reason": reason}, sync=True)
+            self._void.add((kind, number))
 
     def released(self, number: int, state_sha256: str) -> None:
         """A round's model is the one that is released."""
@@ -161,7 +170,8 @@ class SiteMinutes:
             head = self.record.note(SENT, payload, sync=True)
             return Message(replace(header, meta={**header.meta, HEAD: shown(head, header)}), reply.body)
         if header.kind == DONE:
-            self.record.note("released", {"round": header.round}, sync=True)
+            event = ALONE if request.header.kind == ALONE else "released"
+            self.record.note(event, {"round": header.round}, sync=True)
         return reply
 
     def declined(self, request: Message, error: Exception, reason: str) -> None:

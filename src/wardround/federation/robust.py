@@ -17,7 +17,7 @@ import numpy.typing as npt
 from wardround.errors import NotEnoughSites, Rejected
 from wardround.federation.blobs import disk_error
 from wardround.federation.exchange import Call, ClearExchange, ExchangeFactory, PlainSum
-from wardround.protection.gates import check_update
+from wardround.protection.gates import Received, check_update
 from wardround.protection.robust import Defence, combine, gram, norm_gate, plan_of
 from wardround.wire.message import FileBody, Message
 from wardround.wire.ring import ExactSum, Ring, dequantise
@@ -126,7 +126,7 @@ class RobustMean(ClearExchange):
             raise Rejected(f"an update of {reply.body.nbytes} bytes where the study says {layout.nbytes}")
         try:
             with path.open("wb") as file:
-                for chunk in reply.body.chunks():
+                for chunk in Received(reply.body).chunks():
                     file.write(chunk)
         except OSError as error:
             raise disk_error(error) from error

@@ -14,10 +14,22 @@ import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from wardround.errors import JournalError, Rejected, WireError
-from wardround.federation.exchange import EVALUATE, TRAIN, UPDATE, Call, Exchange, ExchangeFactory, Void
+from wardround.errors import JournalError, NotEnoughSites, Rejected, WireError
+from wardround.federation.alone import own_results
+from wardround.federation.exchange import (
+    EVALUATE,
+    TRAIN,
+    UPDATE,
+    Call,
+    Exchange,
+    ExchangeFactory,
+    Void,
+    add_body,
+)
+from wardround.federation.history import MASKED, Joined, MaskedHistory
 from wardround.federation.journal import Journal, survivors_of
 from wardround.federation.site import Answer, Site
 from wardround.protection.gates import check_masked, check_reply
@@ -49,8 +61,8 @@ SIGN, CONSENT = "sum/sign", "sum/consent"
 REVEAL, REVEALED = "sum/reveal", "sum/revealed"
 # Where the third request carries what the secure sum adds to it.
 DEAL = "deal"
-# Every other request names the context of its attempt.
-CONTEXT = "context"
+# Every other request names the context of its attempt, and the numbers that void rounds used up.
+CONTEXT, VOID_NUMBERS = "context", "void"
 
 
 def secure_sum(roster: Roster, threshold: int, journal: Journal) -> ExchangeFactory:
@@ -85,6 +97,7 @@ class SecureSum(Exchange):
         self._receipts: dict[str, str] = {}
         self._requests: dict[str, str] = {}
         self._answered: set[str] = set()
+        self._standing: tuple[str, ...] = ()
         self._phase = 0
 
     def open(self) -> list[Message]:
@@ -92,6 +105,11 @@ class SecureSum(Exchange):
         name, number = survivors_of(self._call.kind), self._call.round
         if number in self._journal.rounds_with(name):
             raise Void(f"round {number} is void: its survivor list was announced and the round was not finished")
+        standing = self._journal.standing(self._call.kind)
+        if standing is not None:
+            # From this model the sites consent to the sum that they consented to before, and to no other.
+            self._standing = Announcement.from_json(standing).survivors
+            self._call = replace(self._call, sites=tuple(s for s in self._call.sites if s in self._standing))
         self._call = replace(self._call, attempt=self._new_attempt())
         self.attempt = self._call.attempt
         context = context_of(self._call.message(self._call.sites[0]).header, self._roster, self._threshold)
@@ -163,6 +181,12 @@ class SecureSum(Exchange):
         """Survivor -> hash of its masked update."""
         return self._receipts
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """That a round had to be of the same sites as the void one before it."""
+        asked = f"only the sites of the void round before it were asked: {', '.join(self._standing)}"
+        return (asked,) if self._standing else ()
+
     def aggregate(self) -> Aggregate:
         """The sum, unmasked."""
         return Aggregate(self._call.layout, self._total, self._call.scales)
@@ -180,9 +204,10 @@ class SecureSum(Exchange):
         self._phase += 1
         call, phase = self._call, self._phase
         # The context makes a request of one attempt differ from any other's: sites answer a known one from their store.
-        about = self._session.context.sha256.hex()
+        about = {CONTEXT: self._session.context.sha256.hex()}
+        about |= {name: value for name, value in call.meta.items() if name == VOID_NUMBERS}
         return self._sent(
-            Message(Header(kind, call.study, site, call.round, call.attempt, phase, meta={**meta, CONTEXT: about}))
+            Message(Header(kind, call.study, site, call.round, call.attempt, phase, meta={**meta, **about}))
             for site, meta in metas.items()
         )
 
@@ -203,14 +228,18 @@ class SecureSum(Exchange):
     def _add(self, reply: Message) -> None:
         check_masked(self._call.layout, reply)
         self._session.uploaded(reply.header.site)
-        offset = 0
-        for chunk in reply.body.chunks():
-            self._total.add(chunk, offset)
-            offset += len(chunk)
+        add_body(self._total, reply.body)
         self._receipts[reply.header.site] = reply.header.body_sha256
 
     def _announce(self) -> list[Message]:
         announcement, call = self._session.announce(), self._call
+        away = sorted(set(self._standing) - set(announcement.survivors))
+        if away:
+            raise NotEnoughSites(
+                f"round {call.round} begins where a void one did, whose sum was over {', '.join(self._standing)}; "
+                f"without {', '.join(away)} the difference of the two would be what they sent. Bring them back and run "
+                "again with --resume, or start a study with another seed"
+            )
         value = announcement.to_json()
         # On record first: from here on the round ends with exactly this list, or not at all.
         if self._journal.decide(call.round, call.attempt, survivors_of(call.kind), value) != value:
@@ -239,15 +268,16 @@ class SecureUpload:
     """A site whose updates leave masked, and in no other way.
 
     The keys of an attempt live in this object only: a site that was restarted cannot go on with the attempt and drops
-    out of it.
+    out of it. `history` is where the site records, over all studies, which sums it was part of; default: its store.
     """
 
     replies = frozenset({ADVERT, SHARES, CONSENT, REVEALED})
     kinds = frozenset({ADVERTISE, SHARE, TRAIN, EVALUATE, SIGN, REVEAL})
 
-    def __init__(self, threshold: int, roster: Callable[[], Roster]) -> None:
+    def __init__(self, threshold: int, roster: Callable[[], Roster], history: Path | None = None) -> None:
         self._threshold = threshold
         self._load_roster = roster
+        self._history_folder = history
         self._roster: Roster | None = None
         self._session: SiteSession | None = None
         self._kind = ""
@@ -255,7 +285,7 @@ class SecureUpload:
     def answer(self, request: Message, site: Site) -> Answer:
         """Answer one phase."""
         header = request.header
-        meta = {name: value for name, value in header.meta.items() if name != CONTEXT}
+        meta = {name: value for name, value in header.meta.items() if name not in (CONTEXT, VOID_NUMBERS)}
         match header.kind:
             case "sum/advertise":
                 return self._advertise(request, site)
@@ -265,7 +295,15 @@ class SecureUpload:
             case "sum/sign":
                 session, record = self._attempt(header), survivors_of(self._kind)
                 announcement = Announcement.from_json(meta)
-                consent = session.sign(announcement, lambda value: site.store.promise(record, header.round, value))
+
+                def remember(value: str) -> str:
+                    standing = site.store.promise(record, header.round, value)
+                    if standing == value:
+                        # From here on the sum may be read, and that it was not is the coordinator's word alone.
+                        self._history(site).join(self._joined(session.context, site, announcement.survivors))
+                    return standing
+
+                consent = session.sign(announcement, remember)
                 about = {"kind": self._kind, "round": header.round, "attempt": header.attempt}
                 site.minutes.note("signed", {**about, "list": digest(announcement.to_json())})
                 return Answer(request.reply(CONSENT, meta=consent.to_json()))
@@ -303,6 +341,7 @@ class SecureUpload:
                 f"site {site.name} and the coordinator do not agree on what the secure sum is about: another roster, "
                 "threshold or version"
             )
+        self._history(site).check(self._joined(context, site))
         if self._session is not None:
             self._session.abort()
         self._session, self._kind = SiteSession(site.name, site.store.enrol(), roster, context), kind
@@ -312,7 +351,7 @@ class SecureUpload:
         header = request.header
         if header.kind == EVALUATE and header.meta.get("layout") == site.rules.evaluation_layout.sha256:
             # A site's own results are a release of their own, which its egress policy decides on.
-            return site.evaluate(request)
+            return own_results(request, site)
         if DEAL not in header.meta:
             raise Rejected(f"site {site.name} sums securely (protection.secure); a clear update is not given")
         expected = site.rules.metrics_layout if header.kind == EVALUATE else site.rules.layout
@@ -343,6 +382,21 @@ class SecureUpload:
                 "drops out of it"
             )
         return session
+
+    def _history(self, site: Site) -> MaskedHistory:
+        return MaskedHistory((self._history_folder or site.store.root) / MASKED)
+
+    def _joined(self, context: Context, site: Site, survivors: tuple[str, ...] = ()) -> Joined:
+        roster = self._pinned(site).sites
+        return Joined(
+            start=context.model,
+            site=site.name,
+            roster=roster,
+            survivors=tuple(sorted(survivors)),
+            threshold=context.threshold,
+            study=context.study,
+            round=context.round,
+        )
 
     def _pinned(self, site: Site) -> Roster:
         if self._roster is None:

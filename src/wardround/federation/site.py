@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -180,6 +181,13 @@ class Site:
             self.minutes.declined(request, error, reason)
             return refusal(request, error)
 
+    def inside(self) -> Site:
+        """The same site for itself: it answers in the clear, and whoever asks must be within."""
+        _ = self.learner  # made once, for the copies too
+        inner = copy(self)
+        inner._protocol = ClearUpload()
+        return inner
+
     @property
     def learner(self) -> Learner:
         """The learner, made when it is first needed: its data must be those the run began with."""
@@ -220,6 +228,8 @@ class Site:
         learner.load(public, memory)
         metrics: dict[str, Any] = {}
         if header.meta.get("validate"):
+            # The model is the one of the round before, and has one validation, whichever kind of request asks.
+            self._measure_once("validation", header.round - 1, header.body_sha256)
             metrics |= self._validation_sums(header.round, learner.evaluate("validation"))
         trained = learner.train(header.round, public, memory)
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
@@ -285,13 +295,12 @@ class Site:
                 f"site {self.name} has gone on to round {last} and is asked for round {header.round}: the coordinator "
                 "was restored from an older copy, or is not the one it was. Restore its newest copy"
             )
-        if header.kind in (TRAIN, EVALUATE):
-            self._check_end(header)
+        self._check_end(header)
         self.minutes.check(header, last)
 
     def _check_end(self, header: Header) -> None:
-        """Refuse a round after the study's last: a number too high would explain any move of the model, or one more
-        validation."""
+        """Refuse a round after the study's last, whatever is asked: a number too high would explain any move of the
+        model, buy one more validation, or be the last that the site answers."""
         rules = self.rules
         if rules.rounds is None:
             return
@@ -347,17 +356,21 @@ class Site:
         way, and one a round that is validated; those are measured as often as asked.
         """
         header, state = request.header, self.public_state(request)
-        split, number, each, word = "validation", header.round, "a round", header.body_sha256
         if header.meta.get("split") == "test":
             # The private part that completes a model is another one in another round, and none for a stranger.
             how = [header.meta.get("evaluator"), bool(header.meta.get("unknown_site")), header.round]
-            split, number, each, word = "test", 0, "an arm", digest([header.body_sha256, *how])
-        if self.store.promise(f"measured/{split}", number, word) != word:
+            self._measure_once("test", 0, digest([header.body_sha256, *how]))
+        else:
+            self._measure_once("validation", header.round, header.body_sha256)
+        return state
+
+    def _measure_once(self, split: Split, number: int, model: str) -> None:
+        if self.store.promise(f"measured/{split}", number, model) != model:
+            each = "an arm" if split == "test" else "a round"
             raise Rejected(
                 f"site {self.name} has measured another model: it gives {split} sums of one model of {each}. To "
                 "measure others, start a run in another folder"
             )
-        return state
 
     def _release(self, request: Message) -> Answer:
         """Write the private part of the released model into the site's own folder."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from wardround.errors import Rejected
-from wardround.wire.message import HashingBody, Message, body_sha256
+from wardround.wire.message import Body, HashingBody, Message, body_sha256
 from wardround.wire.sparse import DENSE, Form
 from wardround.wire.update import Layout, check_range
 
@@ -21,10 +23,30 @@ def check_reply(reply: Message, kind: str, requests: Mapping[str, str]) -> None:
         raise Rejected(f"site {header.site} sent {header.kind[:40]!r} where {kind!r} was expected")
 
 
+@dataclass(frozen=True)
+class Received:
+    """A body as it came: that its file is missing, or is none, is its sender's failure and no reason to stop a run."""
+
+    body: Body
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes, as the sender says."""
+        return self.body.nbytes
+
+    def chunks(self, offset: int = 0) -> Iterator[memoryview]:
+        """The bytes from `offset` on; raises `Rejected` when they cannot be read."""
+        try:
+            yield from self.body.chunks(offset)
+        except OSError as error:
+            cause = os.strerror(error.errno) if error.errno else type(error).__name__
+            raise Rejected(f"a body that cannot be read ({cause}): it was lost on the way") from error
+
+
 def check_body(message: Message) -> None:
     """Refuse a body whose length or hash is not what the header says; raises `Rejected`."""
     _check_length(message)
-    if body_sha256(message.body) != message.header.body_sha256:
+    if body_sha256(Received(message.body)) != message.header.body_sha256:
         raise Rejected(_CHANGED)
 
 
@@ -36,7 +58,7 @@ def check_update(layout: Layout, reply: Message, form: Form = DENSE) -> None:
     """
     _check_layout(layout, reply, form)
     _check_length(reply)
-    body = HashingBody(reply.body)
+    body = HashingBody(Received(reply.body))
     try:
         check_range(layout, form.unpack(layout, body))
     except Rejected:

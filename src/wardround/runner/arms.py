@@ -14,6 +14,7 @@ from wardround.wire.canonical import digest
 
 POOLED = "pooled"
 FEDERATED = "federated"
+LOCAL, WITHOUT = "local/", "without/"
 Comparison = Literal["local", "pooled"]
 COMPARISONS: tuple[Comparison, ...] = ("local", "pooled")
 
@@ -39,13 +40,15 @@ class Arm:
     def threshold(self, study: Study) -> int | None:
         """The threshold of the arm's secure sum; `None` where it sums in the clear.
 
-        An arm of one site has nobody to hide from. Raises `StudyError` for a left-out arm that is too small.
+        An arm of one site has no other site to be summed with. Raises `StudyError` for a federation that is too small.
         """
         if not study.protection.secure or len(self.sites) == 1:
             return None
-        asked = study.protection.threshold
-        fitting = study.protection.model_copy(update={"threshold": asked and min(asked, len(self.sites))})
-        return fitting.threshold_for(len(self.sites))
+        return study.protection.threshold_for(len(self.sites))
+
+    def inside(self, study: Study) -> bool:
+        """Whether a site trains the arm by itself: what came out of it would give away its share of a masked sum."""
+        return study.protection.secure and self.name.startswith(LOCAL)
 
     def compression(self, study: Study) -> Compression:
         """How the arm's updates are compressed: not at all in a comparison of one site, which has nobody to send to."""
@@ -65,40 +68,52 @@ class Arm:
 def arms_of(study: Study, compare: Collection[str]) -> tuple[Arm, ...]:
     """The federation, the comparisons asked for, and the left-out runs of the study; long ones first.
 
-    Raises `StudyError` for a comparison that does not exist.
+    Raises `StudyError` for a comparison that does not exist, or that undoes what the study promises.
     """
     unknown = sorted(set(compare) - set(COMPARISONS))
     if unknown:
         raise StudyError(f"--compare {unknown[0]}: choose from {', '.join(COMPARISONS)}")
-    training = study.training_sites
-    alone = FedAvg(weights="equal")
-    arms = [Arm(FEDERATED, training, training, study.method, study.local)]
-    if POOLED in compare and study.protection.privacy is not None:
+    privacy = study.protection.privacy
+    if POOLED in compare and privacy is not None:
         raise StudyError(
             "--compare pooled: pooled data know no site's privacy budget; compare with local, or pool in a run without "
             "protection.privacy"
         )
-    if compare and study.protection.privacy is not None and study.protection.privacy.noise == "distributed":
+    if compare and privacy is not None and privacy.noise == "distributed":
         raise StudyError(
             "--compare local: with protection.privacy.noise=distributed a site alone has too little noise; leave it out"
         )
+    if study.evaluation is not None and study.evaluation.leave_one_out:
+        _check_left_out(study)
+    return every_arm(study, compare)
+
+
+def _check_left_out(study: Study) -> None:
+    training = study.training_sites
+    if study.protection.secure:
+        raise StudyError(
+            "task.evaluation.leave_one_out: with protection.secure, the sum of all sites minus the sum without one is "
+            "the update of that one, so no left-out arm is trained; set it to false"
+        )
+    if len(training) < 3:
+        raise StudyError("task.evaluation.leave_one_out needs at least 3 training sites")
+    if study.protection.robust is not None:
+        study.protection.robust.tolerated(len(training) - 1)
+
+
+def every_arm(study: Study, compare: Collection[str] = COMPARISONS) -> tuple[Arm, ...]:
+    """The arms that a model of the study may come from, also of a run that this version would refuse."""
+    training = study.training_sites
+    alone = FedAvg(weights="equal")
+    arms = [Arm(FEDERATED, training, training, study.method, study.local)]
     if POOLED in compare:
         # One step of every site in the federation is one step on the union of their batches here (law of the centre).
         union = study.local.model_copy(update={"batch": study.local.batch * len(training)})
         arms.insert(0, Arm(POOLED, (POOLED,), training, alone, union))
     if study.evaluation is not None and study.evaluation.leave_one_out:
-        if len(training) < 3:
-            raise StudyError("task.evaluation.leave_one_out needs at least 3 training sites")
-        if study.protection.secure and len(training) < 4:
-            raise StudyError(
-                "task.evaluation.leave_one_out with protection.secure needs at least 4 training sites: a sum of two "
-                "hides nothing"
-            )
-        if study.protection.robust is not None:
-            study.protection.robust.tolerated(len(training) - 1)
         for site in training:
             rest = tuple(s for s in training if s != site)
-            arms.append(Arm(f"without/{site}", rest, rest, study.method, study.local))
+            arms.append(Arm(WITHOUT + site, rest, rest, study.method, study.local))
     if "local" in compare:
-        arms.extend(Arm(f"local/{site}", (site,), (site,), alone, study.local) for site in training)
+        arms.extend(Arm(LOCAL + site, (site,), (site,), alone, study.local) for site in training)
     return tuple(arms)

@@ -33,6 +33,8 @@ from wardround.tasks.task import Task
 from wardround.wire.ring import value_bits
 from wardround.wire.update import Layout
 
+Array = npt.NDArray[Any]
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -157,6 +159,10 @@ class Blueprints:
             initial=self._initial(blueprint),
         )
 
+    def initial(self, blueprint: Blueprint) -> tuple[dict[str, Array], dict[str, Array]]:
+        """What an arm begins with: the values that sites get, and what only its coordinator keeps."""
+        return blueprint.method.initial(blueprint.layout.groups, self.bench.initial_values())
+
     def rules(
         self, name: str, *, egress: EgressRules = OPEN, lint: bool = True, rounding_root: bytes | None = None
     ) -> Rules:
@@ -185,7 +191,7 @@ class Blueprints:
 
     def _initial(self, blueprint: Blueprint) -> dict[str, npt.NDArray[Any]]:
         """The state of an arm before round 1, what sites get and what the coordinator keeps."""
-        public, private = blueprint.method.initial(blueprint.layout.groups, self.bench.initial_values())
+        public, private = self.initial(blueprint)
         return {**private, **public}
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wardround.errors import DataError
+from wardround.federation.alone import OWN
 from wardround.federation.exchange import EVALUATE, Call, Engine, ask_one
 from wardround.federation.patients import BASELINE, REFERENCE
 from wardround.federation.refusals import is_withheld
@@ -113,6 +114,11 @@ def _jobs(host: Host) -> Iterator[_Job]:
             meta: dict[str, Any] = {"evaluator": BASELINE, BASELINE: name, "split": "test", "picture": name}
             yield _Job(name, site, _call(host, FEDERATED, site, meta, None))
     for name, arm in host.arms.items():
+        if arm.inside(study):
+            (site,) = arm.sites
+            meta = {"evaluator": OWN, "split": "test", "picture": "local"}
+            yield _Job(name, site, _call(host, name, site, meta, None))
+            continue
         folder = arm.folder
         path = model_path(host.out, folder)
         if not path.exists():

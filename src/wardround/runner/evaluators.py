@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from wardround.errors import WireError
+from wardround.errors import DataError, WireError
+from wardround.federation.alone import OWN
 from wardround.federation.blobs import disk_error
 from wardround.federation.patients import BASELINE
 from wardround.federation.site import Evaluator
@@ -33,7 +35,33 @@ TURN = "turn"
 
 def evaluators_of(models: Path, pictures: Path) -> dict[str, Evaluator]:
     """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file."""
-    return {RELEASED: Released(models, pictures), BASELINE: Baseline(pictures)}
+    return {RELEASED: Released(models, pictures), BASELINE: Baseline(pictures), OWN: Own(models, pictures)}
+
+
+def own_model(models: Path) -> Path:
+    """The model that a site trained by itself, among what it keeps of an arm."""
+    return models / "model.safetensors"
+
+
+class Own:
+    """The model that the site trained by itself and that nobody else has; its request carries none."""
+
+    def __init__(self, models: Path, pictures: Path) -> None:
+        self._models, self._released = models, Released(models, pictures)
+
+    def __call__(
+        self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
+    ) -> dict[str, Array]:
+        """Each metric's value for every patient of the split."""
+        try:
+            tensors = load_file(own_model(self._models))
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"the model that site {learner.site} trained alone cannot be read; delete its file and run again: the "
+                "site writes it anew",
+                detail=f"{own_model(self._models)}: {error}",
+            ) from error
+        return self._released(learner, tensors, meta, split)
 
 
 class Released:
@@ -43,7 +71,7 @@ class Released:
         self._models, self._pictures = models, pictures
 
     def __call__(
-        self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
+        self, learner: Learner, tensors: Mapping[str, Array] | None, meta: Mapping[str, Any], split: Split
     ) -> dict[str, Array]:
         """Each metric's value for every patient of the split."""
         if tensors is None:

@@ -10,7 +10,6 @@ import yaml
 from wardround.federation.patients import REFERENCE
 from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
-from wardround.runner.arms import POOLED
 from wardround.runner.blueprints import Blueprint
 from wardround.runner.columns import WIDTH, entry, table, wrapped
 from wardround.runner.host import NOWHERE, Host
@@ -233,11 +232,10 @@ def _egress(host: Host, blueprint: Blueprint, *, with_data: bool) -> str:
 
 
 def _unmasked(host: Host) -> Iterator[str]:
-    """The arms of a secure study in which a site has nobody to be summed with."""
-    study = host.study
-    alone = [name for name, arm in host.arms.items() if arm.threshold(study) is None and POOLED not in arm.sites]
-    if study.protection.secure and alone:
-        yield entry("", f"(not in {', '.join(alone)}: an arm of one site has no sum, and its updates can be read)")
+    """The arms of a secure study in which a site has no other to be summed with."""
+    alone = [name for name, arm in host.arms.items() if arm.inside(host.study)]
+    if alone:
+        yield entry("", f"(nothing of {', '.join(alone)}: a site trains that inside and sends its test results only)")
 
 
 def _at_the_end(host: Host, *, with_data: bool) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import StudyError, WardroundError
+from wardround.federation.alone import OnlyTests, OwnArm, TrainsAlone
 from wardround.federation.egress import OPEN, EgressRules, strictest
 from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.federation.exchange import ExchangeFactory, PlainSum
@@ -19,7 +20,7 @@ from wardround.federation.patients import PatientRows
 from wardround.federation.private_training import PrivateTraining
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import SecureUpload, secure_sum
-from wardround.federation.site import Site
+from wardround.federation.site import Site, SiteProtocol
 from wardround.federation.store import SiteStore
 from wardround.federation.training import Learner
 from wardround.federation.vault import Vault
@@ -27,7 +28,7 @@ from wardround.protection.robust import Defence
 from wardround.protection.rounding import study_root
 from wardround.runner.arms import POOLED, Arm
 from wardround.runner.blueprints import Blueprint, Blueprints
-from wardround.runner.evaluators import evaluators_of
+from wardround.runner.evaluators import evaluators_of, own_model
 from wardround.runner.privacy import Purses
 from wardround.runner.rosters import enrolled, roster_of
 from wardround.runner.watching import OPERATORS, READING, Phase
@@ -205,8 +206,11 @@ class Host(Blueprints):
             lint=name in self.sites.sites and self.sites.of(name).lint,
             rounding_root=self.rounding_root,
         )
-        threshold = blueprint.arm.threshold(self.study)
-        roster = self._roster_path(blueprint.arm)
+        if blueprint.arm.inside(self.study) and name not in blueprint.arm.sites:
+            raise StudyError(
+                f"site {name} has no part in an arm that another site trains alone: under protection.secure it stays "
+                "inside that site"
+            )
         models = self.out / "models" / name / blueprint.arm.folder
         pictures = self.out / "sites" / name / "pictures.npz"
         return Site(
@@ -214,7 +218,7 @@ class Host(Blueprints):
             rules,
             lambda: self.learner(blueprint, name),
             self._store(blueprint.arm, name),
-            protocol=None if threshold is None else SecureUpload(threshold, partial(roster_of, roster)),
+            protocol=self._protocol(blueprint, name, models),
             evaluators=evaluators_of(models, pictures),
             folder=models,
             rows=None if name == POOLED else self._patient_rows(name),
@@ -229,6 +233,30 @@ class Host(Blueprints):
             table = self.out / "sites" / site / "patients.csv" if shown else None
             self._rows[site] = PatientRows(self.out / "work" / "sites" / site / "patients", vault, table)
         return self._rows[site]
+
+    def _protocol(self, blueprint: Blueprint, name: str, models: Path) -> SiteProtocol | None:
+        """How a site answers in an arm; nothing special where its updates are summed in the clear."""
+        arm = blueprint.arm
+        if name not in arm.sites:
+            return OnlyTests()
+        if arm.inside(self.study):
+            # Late: it needs this module.
+            from wardround.runner.release import save_release
+
+            model = own_model(models)
+            return TrainsAlone(
+                OwnArm(
+                    plan=self.plan(arm.name),
+                    method=blueprint.method,
+                    initial=partial(self.initial, blueprint),
+                    save=lambda release: save_release(self, blueprint, release, model),
+                    model=model,
+                )
+            )
+        threshold = arm.threshold(self.study)
+        if threshold is None:
+            return None
+        return SecureUpload(threshold, partial(roster_of, self._roster_path(arm)), self.history(name))
 
     def exchange(self, arm: Arm, journal: Journal) -> ExchangeFactory:
         """How the updates of an arm become one: summed in the clear or under masks, or by a robust rule."""

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from wardround.data.ct_protocol import CTProtocol
 from wardround.errors import DataError
 from wardround.report.units import protocol
-from wardround.runner.arms import COMPARISONS, FEDERATED, Arm, arms_of
+from wardround.runner.arms import FEDERATED, Arm, every_arm
 from wardround.runner.host import Host
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.ct import CTAcquisition
@@ -48,7 +48,7 @@ def read_protocols(metadata: Mapping[str, str], study: Study) -> ModelProtocols:
     Raises `DataError` where they cannot be read.
     """
     if PROTOCOLS not in metadata:
-        arms = {arm.name: arm for arm in arms_of(study, COMPARISONS)}
+        arms = {arm.name: arm for arm in every_arm(study)}
         members = arms[metadata.get("arm", FEDERATED)].members
         return ModelProtocols(scanners={site: study.acquisition_of(site) for site in members})
     try:

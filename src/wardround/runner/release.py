@@ -16,7 +16,7 @@ from wardround.data.volume import reason
 from wardround.errors import DataError, StudyError
 from wardround.federation.coordinator import Release
 from wardround.federation.methods.build import build_method
-from wardround.runner.arms import COMPARISONS, FEDERATED, arms_of
+from wardround.runner.arms import FEDERATED, every_arm
 from wardround.runner.blueprints import Blueprint, protocols_of
 from wardround.runner.host import Host
 from wardround.runner.protocols import PROTOCOLS, protocols_of_arm
@@ -33,14 +33,14 @@ Array = npt.NDArray[Any]
 FORMAT = "wardround-model-1"
 
 
-def save_release(host: Host, blueprint: Blueprint, release: Release) -> Path:
+def save_release(host: Host, blueprint: Blueprint, release: Release, path: Path | None = None) -> Path:
     """Write models/ARM.safetensors: the model as a site that did not take part gets it, and what it was trained on.
 
-    Whole or not at all; raises `OSError` where the disk is full.
+    `path` is another place for it. Whole or not at all; raises `OSError` where the disk is full.
     """
     shared = blueprint.method.release_for(None, release.state.public, release.state.private)
     rest = {name: t.numpy() for name, t in host.bench.initial.items() if name not in shared}
-    path = model_path(host.out, blueprint.arm.folder)
+    path = path or model_path(host.out, blueprint.arm.folder)
     metadata = {
         "format": FORMAT,
         "study": host.study.model_dump_json(),
@@ -140,7 +140,7 @@ def serve(network: nn.Module, study: Study, metadata: Mapping[str, str], site: s
 
     A custom method is left out: who has nothing but the model may lack its package.
     """
-    arms = {arm.name: arm for arm in arms_of(study, COMPARISONS)}
+    arms = {arm.name: arm for arm in every_arm(study)}
     arm = arms[metadata.get("arm", FEDERATED)]
     if site not in arm.members and not isinstance(arm.method, CustomMethod):
         build_method(arm.method, protocols_of(study, arm.members)).serving_stranger(network)

@@ -28,6 +28,7 @@ from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.training import patients_in
 from wardround.protection.privacy import Purse
 from wardround.report import write_card, write_report
+from wardround.runner.alone import train_alone
 from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.blueprints import Blueprint
 from wardround.runner.evaluation import measure, tables
@@ -199,14 +200,18 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
     for blueprint in blueprints.values():
         rounds.put(_committed(host, blueprint))
 
-    def train(name: str) -> Release:
+    def train(name: str) -> Release | None:
         blueprint, plan = blueprints[name], host.plan(name)
+        if blueprint.arm.inside(host.study):
+            for number in range(1, plan.rounds + 1):
+                watcher.round(train_alone(carrier.engine, blueprint, number))
+                if stop.is_set():
+                    raise Interrupted(STOPPED)
+            return None
         with closing(Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)) as journal:
             protocol = host.exchange(blueprint.arm, journal)
             coordinator = Coordinator(plan, blueprint.method, carrier.engine, journal, protocol)
-            state = coordinator.start(
-                lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.initial_values())
-            )
+            state = coordinator.start(lambda: host.initial(blueprint))
             for report in journal.reports()[-1:]:
                 watcher.round(_by_importance(host, report))
             for _ in coordinator.rounds(state):
@@ -232,7 +237,8 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
                 for future in futures.values():
                     future.cancel()
                 carrier.engine.close()
-    return {name: future.result() for name, future in futures.items()}
+    trained = {name: future.result() for name, future in futures.items()}
+    return {name: release for name, release in trained.items() if release is not None}
 
 
 def _by_importance(host: Host, report: RoundReport) -> RoundReport:
@@ -266,6 +272,8 @@ def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> Non
             sites=tuple(s for s in blueprint.arm.sites if s != POOLED),
             layout=blueprint.metrics_layout,
             scales={},
+            # Rounds that took the place of void ones come after the study's last.
+            meta={"void": sorted(release.void)} if release.void else {},
         )
         for reply in engine.exchange(call.message(site) for site in call.sites):
             if "reason" in reply.header.meta:

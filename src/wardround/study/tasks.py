@@ -61,7 +61,10 @@ class Evaluation(Config):
     cg_weights: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
     slices: Slices = Slices(per_patient=8)
     tuning_slices: int = Field(2, ge=1, description="slices per validation patient used to tune a baseline")
-    leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
+    leave_one_out: bool = Field(
+        False,
+        description="train once without each training site for the `unseen` figures; not with `protection.secure`",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -92,6 +92,9 @@ def run(
     compare: CompareOption = "",
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Insist on going on with an earlier run.")] = False,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", metavar="SITE", help="Go on without a site whose data changed.")
+    ] = None,
     engine: EngineOption = None,
     processes: ProcessesOption = None,
 ) -> None:
@@ -110,6 +113,7 @@ def run(
             engine=engine,
             processes=processes,
             resume=resume,
+            without=without or [],
             watcher=watcher,
         )
     _summary(result)
@@ -122,8 +126,10 @@ def demo(
 ) -> None:
     """Make brain phantoms for four hospitals; three train together, alone and pooled, the fourth only tests."""
     from wardround.runner.demo import demo_study
+    from wardround.runner.folder import reserve
     from wardround.runner.session import run as run_study
 
+    reserve(out)
     console.print("Making brain phantoms for four hospitals, each with its own scanner ...")
     study, sites = demo_study(out / "data", overrides or [])
     with _watcher() as watcher:

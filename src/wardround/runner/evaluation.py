@@ -89,7 +89,7 @@ def measure(
 
 def _jobs(host: Host) -> Iterator[_Job]:
     study = host.study
-    everywhere = tuple(study.sites)
+    everywhere = host.remaining(study.sites)
     for name in study.baselines:
         for site in everywhere:
             meta: dict[str, Any] = {"evaluator": BASELINE, "baseline": name, "split": "test", "picture": name}
@@ -137,7 +137,7 @@ def _call(host: Host, arm: str, site: str, meta: Mapping[str, Any], body: tuple[
 def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
     """`metrics`, `gains`, `left_out`, `withheld` and `failed` of result.json."""
     specs = host.task.metrics
-    training = host.study.training_sites
+    training = host.remaining(host.study.training_sites)
     found = {(m.row, m.site): m for m in measurements}
 
     def means(row: str, site: str) -> Means | None:
@@ -171,7 +171,10 @@ def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
             for site, entry in left_out.items()
         },
         "withheld": {m.site: m.reason for m in measurements if m.means is None and m.withheld},
-        "failed": {m.site: m.reason for m in measurements if m.means is None and not m.withheld},
+        "failed": {
+            **dict.fromkeys(sorted(host.without), "the run went on without it (--without)"),
+            **{m.site: m.reason for m in measurements if m.means is None and not m.withheld},
+        },
     }
 
 

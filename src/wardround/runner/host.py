@@ -147,8 +147,10 @@ class Host(Blueprints):
         Nothing with differential privacy, which has no noise for it, and nothing where the data cannot be used: a run
         survives that.
         """
+        if site in self.without:
+            return HeaderFacts()
         rules = self.egress(site)
-        if site in self.without or not rules.scanner_facts or self.study.protection.privacy is not None:
+        if not rules.scanner_facts or self.study.protection.privacy is not None:
             return HeaderFacts()
         try:
             dataset = self.dataset(site)

@@ -146,11 +146,11 @@ def open_host(
         study = load_study(study.model_dump(mode="json"), overrides)
     if not isinstance(sites, SitesFile):
         sites = load_sites(sites)
+    gone = without_in(Path(out)).union(without)
     for name, site in study.sites.items():
-        if not site.scans and name not in without:
+        if not site.scans and name not in gone:
             sites.of(name)
-    step, gone = None if watcher is None else watcher.step, without_in(Path(out)).union(without)
-    return Host(study, sites, Path(out), tuple(compare), step, gone)
+    return Host(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone)
 
 
 class _Carrier:

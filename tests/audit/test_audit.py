@@ -26,6 +26,7 @@ from wardround.audit.inversion import ATTACKS, Attack, Recovered, Victim, invert
 from wardround.audit.results import Audit, render
 from wardround.audit.signature import identity_of, sign
 from wardround.cli import app
+from wardround.errors import JournalError
 from wardround.federation.store import SiteStore
 from wardround.protection.identity import Identity
 from wardround.runner.release import load_model
@@ -294,6 +295,17 @@ def test_a_signature_speaks_for_the_site_of_its_report(signed: Path) -> None:
     study_sha256 = json.loads((signed / "audit.json").read_text())["study_sha256"]
     sign(signed, "Beta", study_sha256, Identity.generate())
     assert "speaks for another site" in _verify(signed).stderr
+
+
+@pytest.mark.parametrize("name", ["audit.html", "notes.txt", "audit.json"])
+def test_a_folder_of_something_else_is_refused_before_anything_is_done(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"site": "Beta", "study_sha256": ""}')
+    with pytest.raises(JournalError, match="not of this run") as caught:
+        audit(toy_study(), toy_sites(tmp_path / "data"), "Alpha", out)
+    assert caught.value.detail == str(out / name)
+    assert [path.name for path in out.iterdir()] == [name]
 
 
 def test_a_store_that_a_run_writes_is_only_looked_at(tmp_path: Path) -> None:

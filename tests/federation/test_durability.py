@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -106,7 +107,16 @@ def test_a_power_cut_costs_no_site_its_place_and_counts_nothing_twice(
         for file in path.parent.glob(path.name + "*"):
             shutil.copy(file, place / file.name)
 
+    synced: dict[Path, int] = {}
+    fsync = os.fsync
+
+    def noted(handle: Any) -> None:
+        fsync(handle)
+        number = handle if isinstance(handle, int) else handle.fileno()
+        synced[Path(os.readlink(f"/proc/self/fd/{number}"))] = os.fstat(number).st_size
+
     monkeypatch.setattr(Database, "transaction", kept)
+    monkeypatch.setattr(os, "fsync", noted)
     rig = Rig(study, folder)
     for report in rig.coordinator.rounds(rig.start()):
         if report.round == rounds:
@@ -115,7 +125,14 @@ def test_a_power_cut_costs_no_site_its_place_and_counts_nothing_twice(
     for site in rig.sites.values():
         site.close()
     monkeypatch.undo()
-    # The lights go out: of the databases stands what was synced; updates that were sent have their length alone.
+    # The lights go out: of databases and logs stands what was synced; updates that were sent have their length alone.
+    logs = [*folder.rglob(LOG)]
+    assert len(logs) == 4
+    lost = 0
+    for log in logs:
+        lost += log.stat().st_size - synced[log]
+        os.truncate(log, synced[log])
+    assert lost > 0 or rounds == 1  # A process syncs the first of its records: its log may be a new file.
     for path in [*folder.rglob("*.sqlite*")]:
         path.unlink()
     for path in durable.rglob("*.sqlite*"):
@@ -128,6 +145,26 @@ def test_a_power_cut_costs_no_site_its_place_and_counts_nothing_twice(
     assert all(not report.missing for report in again.journal.reports())
     assert not verify(folder).damages
     assert len([e for e in again.journal.record.entries() if e.event == "committed"]) == 4
+
+
+def test_a_round_costs_a_site_one_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state, its answer and the end of its log are one transaction; the log's file is synced once in a while."""
+    rig = Rig(toy_study(schedule={"rounds": 6, "validate_every": 0, "release": "last"}), tmp_path)
+    found: list[str] = []
+    fsync = os.fsync
+
+    def noted(handle: Any) -> None:
+        number = handle if isinstance(handle, int) else handle.fileno()
+        found.append(os.readlink(f"/proc/self/fd/{number}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    rounds = rig.coordinator.rounds(rig.start())
+    next(rounds)
+    found.clear()
+    assert len(list(rounds)) == 5
+    assert not [path for path in found if "/sites/" in path]
+    assert [path for path in found if path.endswith(LOG)]
 
 
 def _is_memory(path: Path) -> bool:

@@ -26,6 +26,7 @@ from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.privacy import Purse, Terms
 from wardround.protection.secret import SecretRoot
 from wardround.runner import session
+from wardround.runner.folder import reserve
 from wardround.runner.privacy import SHARED, statement
 
 CLIP = 0.7
@@ -242,6 +243,7 @@ def test_a_ledger_of_the_site_stops_the_next_study(tmp_path: Path) -> None:
 def test_a_lost_ledger_stops_the_site(tmp_path: Path) -> None:
     sites, out = toy_sites(tmp_path), tmp_path / "out"
     study = _study()
+    reserve(out)
     host = session.open_host(study, sites, out, (), (), None)
     purse = host.purses.of("A", host.dataset("A"))
     purse.pay("s", "a", 1, 1, "c", [])

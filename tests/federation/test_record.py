@@ -22,7 +22,7 @@ from wardround.cli import app
 from wardround.errors import JournalError
 from wardround.federation.journal import Journal
 from wardround.federation.minutes import ANCHOR, head_of
-from wardround.federation.record import LOG, PURPOSE, Entry, Record, begun_by
+from wardround.federation.record import LOG, MAX_TAIL, PURPOSE, Entry, Record, begun_by
 from wardround.federation.verify import verify
 from wardround.protection.identity import Identity
 from wardround.runner.session import run
@@ -94,6 +94,41 @@ def test_a_line_that_a_killed_process_left_unfinished_is_removed(tmp_path: Path)
     assert "unfinished" in found.logs[0].note
     assert Record(tmp_path / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 1}) == record.head
     assert (tmp_path / LOG).read_bytes() == whole
+
+
+def test_what_a_power_cut_took_from_a_log_is_written_again_from_what_was_kept(tmp_path: Path) -> None:
+    path, begun = tmp_path / LOG, {"study": "s"}
+    record = Record(path, "site A", begun)
+    record.note("sent", {"round": 1}, sync=True)
+    assert record.tail().lines == b""
+    synced = path.stat().st_size
+    record.note("sent", {"round": 2})
+    record.note("sent", {"round": 3})
+    kept, whole = record.tail(), path.read_bytes()
+    assert (kept.offset, kept.lines) == (synced, whole[synced:])
+    lost = [whole[:synced], whole[: synced + 50], whole[:-1], whole[:synced] + bytes(len(whole)), whole]
+    for left in lost:
+        path.write_bytes(left)
+        assert Record(path, "site A", begun, tail=kept).round_of(record.head) == 3
+        assert path.read_bytes() == whole
+    # What was synced is not made up for, and what somebody wrote is not written over.
+    path.write_bytes(whole[: synced - 1])
+    assert Record(path, "site A", begun, tail=kept).round_of(record.head) is None
+    path.write_bytes(whole[:-30] + b"?" + whole[-29:])
+    with pytest.raises(JournalError, match=r"was edited|is not"):
+        Record(path, "site A", begun, tail=kept).round_of(record.head)
+
+
+def test_the_end_of_a_log_that_waits_for_a_sync_stays_short(tmp_path: Path) -> None:
+    record = Record(tmp_path / LOG, "site A", {"study": "s"})
+    record.note("sent", {"round": 0})
+    # The file's own name may be lost as well.
+    assert record.tail().lines == b""
+    longest = 0
+    for number in range(1, 200):
+        record.note("sent", {"round": number})
+        longest = max(longest, len(record.tail().lines))
+    assert 0 < longest <= MAX_TAIL < (tmp_path / LOG).stat().st_size
 
 
 def test_many_writers_make_one_chain(tmp_path: Path) -> None:

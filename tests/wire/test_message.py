@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 
 from wardround.errors import WireError
 from wardround.wire.canonical import MAX_DEPTH, canonical_json, digest, parse_json
-from wardround.wire.message import CHUNK, EMPTY, FileBody, Header, Message, body_sha256, write_body
+from wardround.wire.message import (
+    CHUNK,
+    EMPTY,
+    SMALL,
+    FileBody,
+    Header,
+    HeldBody,
+    Message,
+    body_sha256,
+    held,
+    write_body,
+)
 from wardround.wire.random import public_generator, public_seed
 from wardround.wire.tensors import DTYPES, TensorFile, TensorInfo, TensorWriter, parse_table, table_of, tensors_sha256
 
@@ -276,3 +287,20 @@ def test_public_randomness_depends_on_every_name() -> None:
     }
     assert len(seeds) == 5
     assert public_generator(1, "A").random() == public_generator(1, "A").random()
+
+
+def test_a_small_body_is_held_and_a_large_one_left_in_its_file(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 2000
+    body, sha256 = write_body(tmp_path / "body", [data])
+    small = held(body)
+    assert isinstance(small, HeldBody)
+    assert (small.nbytes, body_sha256(small), held(small), held(EMPTY)) == (len(data), sha256, small, EMPTY)
+    for offset in (0, 1, CHUNK, len(data) - 1, len(data)):
+        assert b"".join(small.chunks(offset)) == data[offset:]
+    # What was verified is what is used, whatever happens to the file.
+    (tmp_path / "body").write_bytes(bytes(len(data)))
+    assert body_sha256(small) == sha256
+    large = FileBody(tmp_path / "body", SMALL + 1)
+    assert held(large) is large
+    with pytest.raises(WireError, match="ends 1 bytes before its length"):
+        held(FileBody(tmp_path / "body", len(data) + 1))

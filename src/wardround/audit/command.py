@@ -9,9 +9,10 @@ from wardround.audit.auditor import Auditor, Effort
 from wardround.audit.epsilon import Claim
 from wardround.audit.inversion import ATTACKS, Attack
 from wardround.audit.results import PARTS, Audit, write_audit
-from wardround.audit.signature import identity_of, sign
+from wardround.audit.signature import holds_audit, identity_of, sign
 from wardround.errors import StudyError
 from wardround.federation.vault import Vault
+from wardround.runner.folder import refuse_foreign
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 
@@ -37,11 +38,13 @@ def audit(
 
     `model` is a released model of the study or the folder of its run; without one, the initial weights are audited.
     `parts` of PARTS are done, and the lint always; nothing but the lint where there are none.
-    Raises StudyError and DataError where study, model or data do not fit.
+    Raises StudyError and DataError where study, model or data do not fit, and JournalError where `out` holds anything
+    but an audit of the same site.
     """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise StudyError(f"--only: there is no part {unknown[0]!r}; choose among lint, {', '.join(PARTS)}")
+    refuse_foreign(out, ours=holds_audit(out, site))
     effort = Effort.of(quick=quick, trials=trials)
     auditor = Auditor(study, sites, site, effort, model=model, attacks=attacks, claim=claim)
     found = auditor.run(quick=quick, parts=[part for part in PARTS if part in parts])

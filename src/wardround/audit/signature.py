@@ -44,6 +44,15 @@ def identity_of(site: str, out: Path, run: Path | None, store: Path | None, vaul
         opened.close()
 
 
+def holds_audit(out: Path, site: str) -> bool:
+    """Whether a folder holds an audit of the site, which a new one may replace."""
+    try:
+        value = json.loads((out / FILES[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("site") == site and "study_sha256" in value
+
+
 def sign(out: Path, site: str, study_sha256: str, identity: Identity) -> Path:
     """Sign the files of a folder; the path of the signature."""
     files = {name: _sha256(out / name) for name in FILES}

@@ -33,6 +33,9 @@ def run(
     compare: CompareOption = "",
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Insist on going on with an earlier run.")] = False,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", metavar="SITE", help="Go on without a site whose data changed.")
+    ] = None,
     engine: EngineOption = None,
     processes: ProcessesOption = None,
     quiet: QuietOption = False,
@@ -52,6 +55,7 @@ def run(
             engine=engine,
             processes=processes,
             resume=resume,
+            without=without or [],
             watcher=watcher,
         )
     summary(result)
@@ -64,8 +68,10 @@ def demo(
 ) -> None:
     """Make brain phantoms for four hospitals; three train together, alone and pooled, the fourth only tests."""
     from wardround.runner.demo import demo_study
+    from wardround.runner.folder import reserve
     from wardround.runner.session import run as run_study
 
+    reserve(out)
     with watching(quiet) as watcher:
         study, sites = demo_study(out / "data", overrides or [], watcher.phase)
         result = run_study(study, sites, out, compare=["local", "pooled"], watcher=watcher)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wardround.errors import JournalError
 from wardround.federation.blobs import disk_error
-from wardround.wire.files import sync_folder
+from wardround.wire.files import refuse_links, sync_folder
 
 _PATIENCE = 30.0  # seconds that a process waits for another one's lock
 _CREATING = threading.Lock()
@@ -26,6 +26,7 @@ class Database:
 
     def __init__(self, path: Path, schema: str) -> None:
         try:
+            refuse_links(path.parent, *(path.with_name(path.name + end) for end in ("", "-wal", "-shm", "-journal")))
             path.parent.mkdir(parents=True, exist_ok=True)
             _create(path)
             _close_to_others(path)

@@ -18,6 +18,7 @@ from wardround.federation.database import Database
 from wardround.federation.record import LOG, Record, begun_by
 from wardround.protection.identity import Identity
 from wardround.wire.canonical import canonical_json
+from wardround.wire.files import refuse_links
 from wardround.wire.tensors import TensorFile, parse_table
 
 _SCHEMA = """
@@ -94,6 +95,7 @@ class Journal:
     """Transactions of one arm, and its log; `identity` is the hash of study and arm."""
 
     def __init__(self, root: Path, identity: str) -> None:
+        refuse_links(root)
         self.blobs = Blobs(root / "blobs")
         self._database = Database(root / "journal.sqlite", _SCHEMA)
         found = self.fact("identity")
@@ -244,8 +246,9 @@ class Journal:
             marks = ",".join("?" * len(keep))
             connection.execute(f"DELETE FROM states WHERE round NOT IN ({marks})", tuple(keep))
         rows = self._database.rows("SELECT public_sha256, private_sha256 FROM states")
-        self.blobs.keep({str(name) for row in rows for name in row})
+        self.blobs.keep({str(name) for row in rows for name in row}, reuse=True)
 
     def close(self) -> None:
         """Close the database."""
+        self.blobs.close()
         self._database.close()

@@ -161,13 +161,16 @@ class SiteMinutes:
                 )
         self.record.note("anchored", {"round": header.round, "anchor": meta[ANCHOR], "heads": digest(heads)})
 
-    def sent(self, request: Message, reply: Message) -> Message:
-        """Note an answer before it leaves; an update shows the log's head from then on."""
+    def sent(self, request: Message, reply: Message, *, sync: bool = True) -> Message:
+        """Note an answer before it leaves; an update shows the log's head from then on.
+
+        Without `sync`, the caller keeps the log's `tail` with the answer, as durably.
+        """
         header = reply.header
         if header.kind == UPDATE:
             about = {**_about(header), "kind": request.header.kind}
             payload = {**about, "request": request.id, "body_sha256": header.body_sha256}
-            head = self.record.note(SENT, payload, sync=True)
+            head = self.record.note(SENT, payload, sync=sync)
             return Message(replace(header, meta={**header.meta, HEAD: shown(head, header)}), reply.body)
         if header.kind == DONE:
             event = ALONE if request.header.kind == ALONE else "released"

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ CHECKPOINT_EVERY = 100
 CHECKPOINT = "checkpoint"
 KEY, SIGNS = "key", "signs"
 PURPOSE = "wardround log checkpoint"
+# Bytes of a log that may wait for a sync while something else keeps them.
+MAX_TAIL = 1 << 13
 _HASH = re.compile(r"[0-9a-f]{64}")
 _KEYS: dict[str, type] = {
     "seq": int,
@@ -76,7 +78,7 @@ class Entry:
         """A new record after the one of hash `prev`."""
         now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
         plain = Entry(seq, now, actor, event, payload, digest(dict(payload)), prev, "")
-        return Entry(**{**plain.__dict__, "hash": plain.expected})
+        return replace(plain, hash=plain.expected)
 
     @property
     def expected(self) -> str:
@@ -129,12 +131,21 @@ def signed_events(begun: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(event for event in told if isinstance(event, str)) if isinstance(told, list) else frozenset()
 
 
+@dataclass(frozen=True)
+class Tail:
+    """The last lines of a log, from a byte of its file on."""
+
+    offset: int
+    lines: bytes
+
+
 class Record:
     """The log of one party in one arm.
 
     `begun` says in its first record whose it is, and with which key it is signed (`begun_by`), if with any. A fact is
     written once: one that is noted again, after a restart that came between log and journal, is found and not repeated.
-    Several processes may write, in turn.
+    Several processes may write, in turn. `tail` is what an earlier process kept of `tail()`: where a power cut took it
+    from the file, it is written again.
 
     Raises `JournalError` when the file is not the chain it was, or cannot be written.
     """
@@ -145,14 +156,17 @@ class Record:
         actor: str,
         begun: Mapping[str, Any],
         signer: Callable[[], Identity | None] = lambda: None,
+        tail: Tail | None = None,
     ) -> None:
         self.path = path
+        self._tail = tail
         self._actor = actor
         self._begun = begun
         self._signer = signer
         self._offset = 0
         self._next = 0
-        self._unsynced, self._named = False, False
+        # What this process does not know to be on disk: bytes, and whether the file's name is.
+        self._unsynced, self._named = bytearray(), False
         self.head, self._newest = START, ""
         self._key: str | None = None
         self._signs: frozenset[str] = frozenset()
@@ -173,11 +187,24 @@ class Record:
                 if self._due():
                     self._checkpoint(file)
             if sync and self._unsynced:
-                os.fsync(file)
-                if not self._named:
-                    sync_folder(self.path.parent)
-                self._unsynced, self._named = False, True
+                self._sync(file)
             return known
+
+    def tail(self) -> Tail:
+        """What a power cut could take from the file, for a caller that keeps it in a transaction of its own instead.
+
+        It is short: a longer one is synced first, and so is one of a file whose name may not be on disk yet.
+        """
+        if self._unsynced and (not self._named or len(self._unsynced) > MAX_TAIL):
+            with self._open() as file:
+                self._sync(file)
+        return Tail(self._offset - len(self._unsynced), bytes(self._unsynced))
+
+    def _sync(self, file: int) -> None:
+        os.fsync(file)
+        if not self._named:
+            sync_folder(self.path.parent)
+        self._unsynced, self._named = bytearray(), True
 
     def last(self, event: str) -> Entry | None:
         """The last record of an event."""
@@ -200,26 +227,47 @@ class Record:
     # ---------------------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        if self.path.exists():
-            with self._open():
+        try:
+            with self._open(os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW):
                 pass
-        elif self._offset:
-            raise self._broken("is gone")
+        except FileNotFoundError:
+            if self._offset:
+                raise self._broken("is gone") from None
 
     @contextmanager
-    def _open(self) -> Iterator[int]:
-        """The file, locked, with everything read that others wrote."""
+    def _open(self, flags: int = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CREAT) -> Iterator[int]:
+        """The file, locked, with everything read that others wrote; `FileNotFoundError` where it is not to be made."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                file = os.open(self.path, flags, 0o600)
+            except FileNotFoundError:
+                if not flags & os.O_CREAT:
+                    raise
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = os.open(self.path, flags, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
+                self._restore(file)
                 self._catch_up(file)
                 yield file
             finally:
                 os.close(file)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise disk_error(error) from error
+
+    def _restore(self, file: int) -> None:
+        """Write again what a power cut took from the end of the file, once; anything else is left as it is found."""
+        tail, self._tail = self._tail, None
+        if tail is None or not tail.lines:
+            return
+        # A file system may have kept the length of what it lost.
+        found = os.pread(file, len(tail.lines), tail.offset).rstrip(b"\0")
+        size = os.fstat(file).st_size
+        if size >= tail.offset and len(found) < len(tail.lines) and tail.lines.startswith(found):
+            os.ftruncate(file, tail.offset + len(found))
+            _write(file, tail.lines[len(found) :])
 
     def _catch_up(self, file: int) -> None:
         size = os.fstat(file).st_size
@@ -230,13 +278,14 @@ class Record:
         os.lseek(file, self._offset, os.SEEK_SET)
         with os.fdopen(os.dup(file), "rb") as stream:
             for line in stream:
-                # Whoever wrote it may have died before it was on disk, and so may the file's name.
-                self._unsynced, self._named = True, False
                 if not line.endswith(b"\n"):
                     # A process died while it wrote; nobody was told of what it did not finish.
                     os.ftruncate(file, self._offset)
                     return
                 self._take(line)
+                # Whoever wrote it may have died before it was on disk, and so may the file's name.
+                self._unsynced += line
+                self._named = False
 
     def _take(self, line: bytes) -> None:
         entry = self._entry(line, self._next)
@@ -263,13 +312,11 @@ class Record:
         entry = Entry.make(self._next, self._actor, event, payload, self.head)
         line = entry.line()
         try:
-            written = os.write(file, line)
-            if written < len(line):
-                os.write(file, line[written:])
+            _write(file, line)
         except OSError:
             os.ftruncate(file, self._offset)
             raise
-        self._unsynced = True
+        self._unsynced += line
         self._remember(entry, len(line))
         return entry.hash
 
@@ -290,6 +337,12 @@ class Record:
             "restore the file to go on",
             detail=str(self.path),
         )
+
+
+def _write(file: int, data: bytes) -> None:
+    written = os.write(file, data)
+    if written < len(data):
+        os.write(file, data[written:])
 
 
 def _key(event: str, payload_sha256: str) -> str:

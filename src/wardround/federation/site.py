@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +36,7 @@ from wardround.protection.rounding import kept_root, rounding
 from wardround.tasks.task import Split
 from wardround.wire.canonical import digest
 from wardround.wire.files import written
-from wardround.wire.message import FileBody, Header, Message
+from wardround.wire.message import FileBody, Header, HeldBody, Message, held, write_chunks
 from wardround.wire.random import public_generator
 from wardround.wire.scales import ScaleRules, remembered
 from wardround.wire.tensors import TensorFile
@@ -170,8 +169,9 @@ class Site:
             answer = self._answer(request)
             check_egress(answer.reply, self._layouts, self._protocol.replies)
             # On record before it can leave; told again after a crash in between, it is the same record.
-            reply = self.minutes.sent(request, answer.reply)
-            self.store.finish(reply, answer.memory, set(answer.keep), void=_void(request.header))
+            reply = self.minutes.sent(request, answer.reply, sync=answer.memory is None)
+            tail = self.minutes.record.tail()
+            self.store.finish(reply, answer.memory, set(answer.keep), void=_void(request.header), tail=tail)
             return reply
         except Exception as error:
             # The cause stays here; what leaves is text that is safe by construction. Logs are read outside, too.
@@ -207,10 +207,13 @@ class Site:
 
     def public_state(self, request: Message) -> TensorFile:
         """The verified global state that a request carries; raises `WireError` when bytes are not what was signed."""
-        check_body(request)
         if not isinstance(request.body, FileBody):
             raise WireError("a global state must arrive as a file")
-        state = TensorFile(request.body.path, request.header.tensors)
+        # A small one is read and hashed once in this process: what is used are the very bytes that were verified.
+        body = held(request.body)
+        check_body(replace(request, body=body))
+        data = memoryview(body.data) if isinstance(body, HeldBody) else None
+        state = TensorFile(request.body.path, request.header.tensors, data)
         if state.nbytes != request.header.body_nbytes:
             raise Rejected("the tensor table does not fit the body")
         return state
@@ -261,12 +264,8 @@ class Site:
 
     def reply_with(self, request: Message, kind: str, chunks: Iterator[bytes | memoryview], layout: Layout) -> Message:
         """A reply whose body is streamed to the store first."""
-        total, nbytes = hashlib.sha256(), 0
         with self.store.blobs.draft(durable=False) as draft:
-            for chunk in chunks:
-                total.update(chunk)
-                nbytes += draft.file.write(chunk)
-            draft.name = total.hexdigest()
+            nbytes, draft.name = write_chunks(draft.file, chunks)
         reply = request.reply(kind, meta={"layout": layout.sha256})
         header = replace(reply.header, body_nbytes=nbytes, body_sha256=draft.name)
         return Message(header, FileBody(self.store.blobs.path(draft.name), nbytes))
@@ -399,7 +398,7 @@ class Site:
 
 def _record(name: str, identity: str, store: SiteStore) -> Record:
     begun = begun_by(store.enrol(), (SENT,), study=identity, site=name)
-    return Record(store.root / LOG, f"site {name}", begun, lambda: store.identity)
+    return Record(store.root / LOG, f"site {name}", begun, lambda: store.identity, store.tail)
 
 
 def _void(header: Header) -> frozenset[int]:

@@ -21,9 +21,11 @@ import numpy.typing as npt
 from wardround.errors import JournalError
 from wardround.federation.blobs import Blobs
 from wardround.federation.database import Database
+from wardround.federation.record import Tail
 from wardround.federation.vault import Vault, sealed_nbytes
 from wardround.protection.identity import Identity
 from wardround.wire.canonical import canonical_json
+from wardround.wire.files import refuse_links
 from wardround.wire.message import EmptyBody, FileBody, Header, Message
 from wardround.wire.tensors import TensorFile, TensorWriter, parse_table, tensors_in
 
@@ -35,6 +37,8 @@ CREATE TABLE IF NOT EXISTS memories (
   round INTEGER PRIMARY KEY, sha256 TEXT NOT NULL, tensors TEXT NOT NULL, meta TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS replies (
   request TEXT PRIMARY KEY, round INTEGER NOT NULL, header TEXT NOT NULL, sha256 TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS log_tail (
+  one INTEGER PRIMARY KEY CHECK (one = 1), offset INTEGER NOT NULL, lines BLOB NOT NULL);
 """
 
 # A fact that only a sealed store has; it does not open with another key.
@@ -63,6 +67,8 @@ class SiteStore:
     def __init__(self, root: Path, vault: Vault | None = None, *, tidy: bool = True) -> None:
         self.root = root
         self._vault = vault
+        self._identity: Identity | None = None
+        refuse_links(root)
         self.blobs = Blobs(root / "blobs", tidy=tidy)
         self._database = Database(root / "store.sqlite", _SCHEMA)
         # What a killed process wrote before its transaction: nothing refers to it.
@@ -177,21 +183,37 @@ class SiteStore:
     @property
     def identity(self) -> Identity | None:
         """The site's signing key, if it was ever given one."""
-        fact = self.fact("identity")
-        return None if fact is None else Identity(bytes.fromhex(json.loads(fact)[1]))
+        if self._identity is None and (fact := self.fact("identity")) is not None:
+            self._identity = Identity(bytes.fromhex(json.loads(fact)[1]))
+        return self._identity
 
     def enrol(self) -> Identity:
         """The site's signing key, made on first use and kept here."""
         return Identity(bytes.fromhex(self.promise("identity", 0, Identity.generate().private.hex())))
 
-    def finish(self, reply: Message, memory: Memory | None, keep: set[int], *, void: Collection[int] = ()) -> None:
+    @property
+    def tail(self) -> Tail | None:
+        """The end of the site's log as the last `finish` was given it."""
+        rows = self._database.rows("SELECT offset, lines FROM log_tail")
+        return None if not rows else Tail(int(str(rows[0][0])), cast("bytes", rows[0][1]))
+
+    def finish(
+        self,
+        reply: Message,
+        memory: Memory | None,
+        keep: set[int],
+        *,
+        void: Collection[int] = (),
+        tail: Tail | None = None,
+    ) -> None:
         """Record a reply and the state it leaves in one transaction; then forget rounds not in `keep`, and void ones.
 
-        With a memory, even an empty one, it survives a power cut. Replies of earlier rounds are forgotten with it:
-        nobody may ask for them again.
+        With a memory, even an empty one, it survives a power cut, and so does `tail`, the end of the site's log, which
+        needs no sync of its own then. Replies of earlier rounds are forgotten with it: nobody may ask for them again.
         """
         number = reply.header.round
         dropped: set[str] = set()
+        answered: set[str] = set()
         with ExitStack() as stack:
             row: tuple[str, str, str] | None = None
             if memory is not None and (memory.tensors or memory.meta):
@@ -217,14 +239,17 @@ class SiteStore:
                 gone = f"DELETE FROM memories WHERE round NOT IN ({_marks(kept)}) RETURNING sha256"
                 dropped |= {str(row[0]) for row in connection.execute(gone, tuple(kept)).fetchall()}
             gone = "DELETE FROM replies WHERE round < ? RETURNING sha256"
-            dropped |= {str(row[0]) for row in connection.execute(gone, (number,)).fetchall()}
+            answered |= {str(row[0]) for row in connection.execute(gone, (number,)).fetchall()}
             connection.execute(
                 "INSERT OR REPLACE INTO replies VALUES (?,?,?,?)",
                 (reply.header.reply_to, number, reply.header.to_bytes().decode(), reply.header.body_sha256),
             )
-        if dropped:
-            for name in dropped - self._named():
-                self.blobs.drop(name)
+            if tail is not None:
+                connection.execute("INSERT OR REPLACE INTO log_tail VALUES (1,?,?)", (tail.offset, tail.lines))
+        if unused := dropped | answered:
+            for name in unused - self._named():
+                # Nothing private stays behind in a file that is written over later.
+                self.blobs.drop(name, reuse=name not in dropped)
 
     def _named(self) -> set[str]:
         """The files that something refers to."""
@@ -233,6 +258,7 @@ class SiteStore:
 
     def close(self) -> None:
         """Close the database."""
+        self.blobs.close()
         self._database.close()
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol
 from wardround.errors import JournalError
 from wardround.protection.accounting import Spending
 from wardround.wire.canonical import digest
-from wardround.wire.files import sync_folder
+from wardround.wire.files import refuse_links, sync_folder
 
 _ANCHOR = "privacy/ledger"
 _START = "wardround-ledger-1"
@@ -94,6 +94,7 @@ class Ledger:
 
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
+        refuse_links(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = not self.path.exists()

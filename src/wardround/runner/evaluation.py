@@ -108,7 +108,7 @@ def measure(host: Host, engine: Engine, phase: Phase = lambda *_: None, *, again
 def _jobs(host: Host) -> Iterator[_Job]:
     """Every row at every site that measures it."""
     study = host.study
-    everywhere = tuple(study.sites)
+    everywhere = host.remaining(study.sites)
     for name in study.baselines:
         for site in everywhere:
             meta: dict[str, Any] = {"evaluator": BASELINE, BASELINE: name, "split": "test", "picture": name}
@@ -161,7 +161,7 @@ def _call(host: Host, arm: str, site: str, meta: Mapping[str, Any], body: tuple[
 def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
     """`metric_specs`, `metrics`, `gains`, `left_out`, `withheld` and `failed` of result.json."""
     specs = host.task.metrics
-    training = host.study.training_sites
+    training = host.remaining(host.study.training_sites)
     found = {(m.row, m.site): m for m in measurements}
 
     def results(row: str, site: str) -> Results | None:
@@ -193,7 +193,10 @@ def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
             for site, entry in left_out.items()
         },
         "withheld": {m.site: m.reason for m in measurements if m.results is None and m.withheld},
-        "failed": {m.site: m.reason for m in measurements if m.results is None and not m.withheld},
+        "failed": {
+            **dict.fromkeys(sorted(host.without), "the run went on without it (--without)"),
+            **{m.site: m.reason for m in measurements if m.results is None and not m.withheld},
+        },
     }
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,20 +16,67 @@ import yaml
 from wardround.errors import JournalError
 from wardround.runner.host import Host
 from wardround.study.load import load_study
-from wardround.wire.files import write_text
+from wardround.wire.files import refuse_links, write_text
 
 log = logging.getLogger(__name__)
 Fingerprint = Mapping[str, str]
+
+
+# What the lock of a run's folder holds: without it, or the list of its arms, the folder is somebody else's.
+_MARK = b"wardround run\n"
+_ARMS, _WITHOUT = "compare.json", "without.json"
+
+
+def refuse_foreign(out: Path, *, ours: bool) -> None:
+    """Refuse a folder that is neither absent, nor empty, nor `ours`: its files and new ones would be mixed.
+
+    Raises `JournalError`, whose detail names what lies in the way; nothing is written.
+    """
+    if ours or not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise JournalError("a file lies where the folder of results belongs; choose another --out", detail=str(out))
+    if found := sorted(os.listdir(out)):
+        raise JournalError(
+            "the folder holds files that are not of this run or audit, and nothing was written into it; choose another "
+            "--out, or move them away",
+            detail=str(out / found[0]),
+        )
+
+
+def reserve(out: Path) -> Path:
+    """Make the folder of a run, or find that it is one; its lock file.
+
+    Raises `JournalError` where it holds anything else, or a symbolic link where a run keeps its own files.
+    """
+    work = out / "work"
+    lock = work / "lock"
+    refuse_foreign(out, ours=_is_ours(out, work, lock))
+    for top in (work, out / "models", out / "sites"):
+        refuse_links(top)
+        for folder, folders, files in os.walk(top):
+            refuse_links(*(Path(folder) / name for name in (*folders, *files)))
+    work.mkdir(parents=True, exist_ok=True)
+    with lock.open("ab") as file:
+        if not file.tell():
+            file.write(_MARK)
+    return lock
+
+
+def _is_ours(out: Path, work: Path, lock: Path) -> bool:
+    if (work / _ARMS).is_file() or (lock.is_file() and lock.read_bytes() == _MARK):
+        return True
+    # A process that was killed at once has left no more than that.
+    return work.is_dir() and os.listdir(out) == [work.name] and set(os.listdir(work)) <= {lock.name}
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Keep a second process out of the folder: two of them would delete each other's files.
 
-    Raises `JournalError` while another is at work.
+    Raises `JournalError` while another is at work, and as `reserve` does.
     """
-    (out / "work").mkdir(parents=True, exist_ok=True)
-    with (out / "work" / "lock").open("wb") as file:
+    with reserve(out).open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -51,14 +99,32 @@ def claim(host: Host, *, resume: bool) -> list[Fingerprint]:
                 "the folder holds a run of another study: choose another --out, or restore the study as it was",
                 detail=str(out),
             )
-        previous = out / "work" / "compare.json"
-        if previous.exists() and json.loads(previous.read_text(encoding="utf-8")) != sorted(host.arms):
+        previous = out / "work" / _ARMS
+        if previous.exists() and json.loads(previous.read_text(encoding="utf-8")) != sorted(host.asked):
             raise JournalError("the folder holds a run with another --compare: choose another --out", detail=str(out))
     elif resume:
         raise JournalError("--resume: the folder holds no run to go on with", detail=str(out))
-    write_text(out / "work" / "compare.json", json.dumps(sorted(host.arms)))
+    elif host.without:
+        raise JournalError(
+            "--without: the folder holds no run to go on with; take the site out of the study, and start without it",
+            detail=str(out),
+        )
+    write_text(out / "work" / _ARMS, json.dumps(sorted(host.asked)))
+    record_without(out, host.without)
     write_text(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return _add_fingerprint(out / "work" / "fingerprint.json")
+
+
+def without_in(out: Path) -> frozenset[str]:
+    """The sites that the run in a folder goes on without, as was decided when it was resumed before."""
+    path = out / "work" / _WITHOUT
+    return frozenset(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else frozenset()
+
+
+def record_without(out: Path, sites: Collection[str]) -> None:
+    """Write down which sites a run goes on without: a later process goes on without them, too."""
+    if sites:
+        write_text(out / "work" / _WITHOUT, json.dumps(sorted(sites)) + "\n", durable=True)
 
 
 def _add_fingerprint(path: Path) -> list[Fingerprint]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from wardround.errors import StudyError, WardroundError
+from wardround.errors import DataError, StudyError, WardroundError
 from wardround.federation.alone import OnlyTests, OwnArm, TrainsAlone
+from wardround.federation.coordinator import Plan
 from wardround.federation.egress import OPEN, EgressRules, strictest
 from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.federation.exchange import ExchangeFactory, PlainSum
@@ -47,7 +50,8 @@ Progress = Callable[[str, str, int, int, int], None]
 class Host(Blueprints):
     """A study on this machine: its sites with their data, stores and purses, each made when it is first needed.
 
-    `progress` is called with arm, site, round, step and steps.
+    `progress` is called with arm, site, round, step and steps. A run that was resumed goes on `without` some sites:
+    they are not asked any more, and arms that cannot do without them are left out.
     """
 
     def __init__(
@@ -57,11 +61,15 @@ class Host(Blueprints):
         out: Path,
         compare: tuple[str, ...],
         progress: Progress | None = None,
+        without: Collection[str] = (),
     ) -> None:
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
         super().__init__(study, compare, embeddings)
         self.sites = sites
         self.out = out
+        self.without = frozenset(without)
+        self.asked = tuple(self.arms)
+        self._leave_out()
         self._progress = progress
         self._by_identity = {arm.identity(self.study_sha256): arm for arm in self.arms.values()}
         self._compare = compare
@@ -69,6 +77,39 @@ class Host(Blueprints):
         self._sites: dict[tuple[str, str], Site] = {}
         self._rows: dict[str, PatientRows] = {}
         self.purses = Purses(study, sites, out, self.arms, lambda: self.lattice)
+
+    def _leave_out(self) -> None:
+        if unknown := sorted(self.without - self.study.sites.keys()):
+            raise StudyError(
+                f"--without {unknown[0]}: the study has no such site; it has {', '.join(self.study.sites)}"
+            )
+        if self.without and self.study.protection.privacy is not None:
+            raise StudyError(
+                "--without: with protection.privacy the run's statement needs what every site spent; restore the "
+                "site's data, or start a new run in another folder"
+            )
+        gone = [arm for arm in self.arms.values() if self._needs(arm)]
+        self.arms = {name: arm for name, arm in self.arms.items() if arm not in gone}
+        left, needed = len(self.remaining(self.study.training_sites)), self.study.schedule.min_sites
+        if self.without and left < needed:
+            raise StudyError(
+                f"--without {', '.join(sorted(self.without))}: {left} training sites are left, and schedule.min_sites "
+                f"is {needed}; restore the data, or start a new run in another folder"
+            )
+
+    def _needs(self, arm: Arm) -> bool:
+        """Whether an arm is nothing without one of the sites that are left out."""
+        alone = len(arm.sites) == 1 or arm.name.removeprefix("without/") in self.without
+        return alone and not self.without.isdisjoint((*arm.members, arm.name.removeprefix("without/")))
+
+    def remaining(self, sites: Iterable[str]) -> tuple[str, ...]:
+        """The sites among those that the run goes on with."""
+        return tuple(site for site in sites if site not in self.without)
+
+    def plan(self, name: str) -> Plan:
+        """What the coordinator of an arm must know: whom it asks, too."""
+        plan = super().plan(name)
+        return replace(plan, sites=self.remaining(plan.sites))
 
     def find(self, header: Header) -> Site:
         """The site that a message addresses; built when it is first asked for."""
@@ -116,6 +157,8 @@ class Host(Blueprints):
         Nothing with differential privacy, which has no noise for it, and nothing where the data cannot be used: a run
         survives that.
         """
+        if site in self.without:
+            return HeaderFacts()
         rules = self.egress(site)
         if not rules.scanner_facts or self.study.protection.privacy is not None:
             return HeaderFacts()
@@ -137,8 +180,9 @@ class Host(Blueprints):
         """
         for name in self.arms:
             self.blueprint(name)
-        for number, site in enumerate(self.study.sites):
-            phase(READING, number, len(self.study.sites))
+        sites = self.remaining(self.study.sites)
+        for number, site in enumerate(sites):
+            phase(READING, number, len(sites))
             try:
                 dataset = self.dataset(site)
                 if self.purses.rules is not None and site in self.study.training_sites:
@@ -147,7 +191,7 @@ class Host(Blueprints):
                 raise
             except Exception:
                 log.debug("a site's data could not be opened", exc_info=True)
-        phase(READING, len(self.study.sites), len(self.study.sites))
+        phase(READING, len(sites), len(sites))
 
     def build_operators(self, phase: Phase, *, keep: bool) -> None:
         """Build what scanners of the study are slow to make before the first round, instead of in it.
@@ -162,11 +206,37 @@ class Host(Blueprints):
             phase(OPERATORS, len(slow), len(slow))
 
     def open_stores(self) -> None:
-        """Open what sites kept of an earlier run in the folder: another key is an error of the whole run."""
-        for arm in self.arms.values():
-            for site in arm.sites:
+        """Open what sites kept of an earlier run in the folder: another key is an error of the whole run.
+
+        So are other data than the run began with: raises `DataError`, which names every site that has them.
+        """
+        changed: list[str] = []
+        for site in (POOLED, *self.remaining(self.study.sites)):
+            known: set[str] = set()
+            for arm in self.arms.values():
                 if (self.out / "work" / "sites" / site / arm.folder).exists():
-                    self._store(arm, site).close()
+                    with closing(self._store(arm, site)) as store:
+                        known |= {fact for fact in [store.fact("fingerprint")] if fact is not None}
+            found = self._fingerprint(site) if known and site != POOLED else None
+            if found is not None and known != {found}:
+                changed.append(site)
+        if changed:
+            names = ", ".join(changed)
+            again = " ".join(f"--without {name}" for name in changed)
+            raise DataError(
+                f"the data of {names} changed since the run began. Restore them and run again; or start a new run in "
+                f"another folder; or go on without {names}: {again}"
+            )
+
+    def _fingerprint(self, site: str) -> str | None:
+        """What a site's data are; nothing where they cannot be read for a reason that is left to the round."""
+        try:
+            return self.dataset(site).fingerprint()
+        except WardroundError:
+            raise
+        except Exception:
+            log.debug("a site's data could not be read", exc_info=True)
+            return None
 
     def close(self) -> None:
         """Close what the sites of this process keep open; a site that is asked again opens it again."""
@@ -181,6 +251,7 @@ class Host(Blueprints):
             "sites": self.sites.model_dump(mode="json"),
             "out": str(self.out),
             "compare": list(self._compare),
+            "without": sorted(self.without),
         }
 
     @staticmethod
@@ -192,6 +263,7 @@ class Host(Blueprints):
             Path(spec["out"]),
             tuple(spec["compare"]),
             progress,
+            spec["without"],
         )
 
     def _build(self, arm_name: str, name: str) -> Site:

@@ -32,7 +32,7 @@ from wardround.runner.alone import train_alone
 from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.blueprints import Blueprint
 from wardround.runner.evaluation import measure, tables
-from wardround.runner.folder import alone, claim, mixed
+from wardround.runner.folder import alone, claim, mixed, without_in
 from wardround.runner.host import Host
 from wardround.runner.notes import notes_of
 from wardround.runner.privacy import statement
@@ -84,18 +84,20 @@ def run(
     engine: EngineName | None = None,
     processes: int | None = None,
     resume: bool = False,
+    without: Sequence[str] = (),
     watcher: Watcher | None = None,
     quiet: bool = False,
 ) -> Result:
     """Train a study, compare it with training alone and on pooled data, and write the result files into `out`.
 
     A run that was stopped, by whatever, goes on where it was when the same call is made again; `resume` insists that
-    there is something to go on with. A line for each phase and round goes to stderr, unless the run is `quiet` or a
-    `watcher` sees to that. Raises `StudyError`, `DataError`, `JournalError`, `NotEnoughSites`, and
-    `Interrupted` after Ctrl-C.
+    there is something to go on with. A run whose data at a site changed since it began is refused; `without` names the
+    sites to go on without, for good: the run records it, and its report says so. A line for each phase and round
+    goes to stderr, unless the run is `quiet` or a `watcher` sees to that. Raises `StudyError`, `DataError`, `JournalError`,
+    `NotEnoughSites`, and `Interrupted` after Ctrl-C.
     """
     shielded = _shielded(watcher, quiet)
-    host = open_host(study, sites, out, compare, overrides, shielded)
+    host = open_host(study, sites, out, compare, overrides, shielded, without)
     for remark in remarks_on(host.study, host.sites):
         log.warning("%s", remark)
     began = time.perf_counter()
@@ -155,18 +157,20 @@ def open_host(
     compare: Sequence[str],
     overrides: Sequence[str],
     watcher: Shielded | None,
+    without: Sequence[str] = (),
 ) -> Host:
-    """The host of a run: study and sites loaded, and fitting each other."""
+    """The host of a run: study and sites loaded, and fitting each other; without the sites that it goes on without."""
     if not isinstance(study, Study):
         study = load_study(study, overrides)
     elif overrides:
         study = load_study(study.model_dump(mode="json"), overrides)
     if not isinstance(sites, SitesFile):
         sites = load_sites(sites)
+    gone = without_in(Path(out)).union(without)
     for name, site in study.sites.items():
-        if not site.scans:
+        if not site.scans and name not in gone:
             sites.of(name)
-    return Host(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step)
+    return Host(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone)
 
 
 class _Carrier:
@@ -269,7 +273,7 @@ def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> Non
             kind=RELEASE,
             study=blueprint.identity,
             round=release.number,
-            sites=tuple(s for s in blueprint.arm.sites if s != POOLED),
+            sites=tuple(s for s in host.remaining(blueprint.arm.sites) if s != POOLED),
             layout=blueprint.metrics_layout,
             scales={},
             # Rounds that took the place of void ones come after the study's last.
@@ -327,7 +331,7 @@ def _conclude(
         },
         "selected_round": {name: release.number for name, release in releases.items()},
         "fingerprint": fingerprints[-1],
-        "notes": [*mixed(fingerprints), *notes_of(lines)],
+        "notes": [*_gone_without(host, lines), *mixed(fingerprints), *notes_of(lines)],
     }
     write_text(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     write_card(out)
@@ -346,7 +350,7 @@ def _patients(host: Host, site: str) -> dict[str, int] | None:
 
 def _told(host: Host, site: str) -> Mapping[str, int | None] | None:
     """As many of them as the site's rules let out."""
-    patients = _patients(host, site)
+    patients = None if site in host.without else _patients(host, site)
     return None if patients is None else host.egress(site).counts(patients)
 
 
@@ -354,3 +358,13 @@ def _purses(host: Host) -> Iterator[tuple[str, Purse]]:
     for site in host.study.training_sites if host.purses.rules is not None else ():
         if _patients(host, site) is not None:
             yield site, host.purses.of(site, host.dataset(site))
+
+
+def _gone_without(host: Host, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What to say of the sites that the run went on without, and of the arms that ended with them."""
+    for site in sorted(host.without):
+        took_part = [line["round"] for line in lines if line["arm"] == FEDERATED and site in line["participants"]]
+        last = f"it took part up to round {max(took_part)}" if took_part else "it took part in no round"
+        yield f"the run was resumed without {site} (--without): {last}, and is in no number and no mean of the results"
+    if ended := [name for name in host.asked if name not in host.arms]:
+        yield f"without {', '.join(sorted(host.without))} there are no results of {', '.join(ended)}"

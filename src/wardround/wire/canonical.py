@@ -13,6 +13,7 @@ MAX_DEPTH = 16
 # Commas and colons: a model of twenty thousand tensors has fewer. A parsed value takes fifty times its bytes of memory
 # where they are many short keys; so four million bytes of them are refused unread.
 MAX_MARKS = 1 << 18
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -20,7 +21,7 @@ def canonical_json(value: Any) -> bytes:
 
     Raises `ValueError` for NaN or infinity and `TypeError` for anything JSON cannot hold.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -8,18 +8,41 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from wardround.errors import JournalError
+
+
+def refuse_links(*paths: Path) -> None:
+    """Refuse symbolic links where a run keeps its files: what it writes or deletes there would lie elsewhere.
+
+    Raises `JournalError`.
+    """
+    for path in paths:
+        if path.is_symlink():
+            raise link_error(path)
+
+
+def link_error(path: Path | str) -> JournalError:
+    """What to say of a symbolic link in the way."""
+    return JournalError(
+        "a symbolic link lies where the run keeps files of its own, and is not followed; put the real file or folder "
+        "in its place, or choose another folder",
+        detail=str(path),
+    )
+
 
 @contextmanager
 def written(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """Write a file, in a folder that is made where it is missing: on leaving, a draft takes the name of `path`.
 
     After any error the draft is gone, and what was at `path` is still there. With `durable` the file survives a power
-    cut. One process at a time may write a path. Raises `OSError`, where the disk is full too.
+    cut. One process at a time may write a path. A symbolic link at `path` is replaced; one in the draft's place is not
+    followed. Raises `OSError`, where the disk is full too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".draft")
     try:
-        with draft.open("wb") as file:
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+        with os.fdopen(handle, "wb") as file:
             yield file
             if durable:
                 file.flush()

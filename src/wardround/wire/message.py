@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from wardround.errors import WireError
 from wardround.wire.canonical import canonical_json, parse_json
@@ -18,6 +18,8 @@ SCHEMA = 1
 # the cache while it is hashed, checked and added.
 CHUNK = 12 << 14
 MAX_HEADER = 1 << 22
+# Bodies up to this many bytes may be held in memory; longer ones are read from their files, chunk by chunk.
+SMALL = 4 << 20
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 
@@ -39,6 +41,14 @@ class FileBody:
     path: Path
     nbytes: int
 
+    @cached_property
+    def _held(self) -> HeldBody:
+        with self.path.open("rb") as file:
+            data = file.read(self.nbytes)
+        if len(data) < self.nbytes:
+            raise WireError(f"a body ends {self.nbytes - len(data)} bytes before its length of {self.nbytes}")
+        return HeldBody(data)
+
     def chunks(self, offset: int = 0) -> Iterator[memoryview]:
         """The bytes from `offset` on; raises `WireError` when the file is shorter than promised."""
         buffer = bytearray(min(CHUNK, max(self.nbytes - offset, 1)))
@@ -52,6 +62,38 @@ class FileBody:
                     raise WireError(f"a body ends {left} bytes before its length of {self.nbytes}")
                 left -= read
                 yield view[:read]
+
+
+@dataclass(frozen=True)
+class HeldBody:
+    """A small body in memory."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return len(self.data)
+
+    def chunks(self, offset: int = 0) -> Iterator[memoryview]:
+        """The bytes from `offset` on, in one piece."""
+        return iter((memoryview(self.data)[offset:],) if offset < len(self.data) else ())
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the bytes, in hex: computed once, as they cannot change."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def held(body: Body) -> Body:
+    """The body itself; in place of a small one in a file, its bytes, for whoever reads them more than once.
+
+    They are read once and are the same each time, whatever happens to the file; all messages that share the body share
+    them. Raises `WireError` when the file is shorter than promised.
+    """
+    if not isinstance(body, FileBody) or body.nbytes > SMALL:
+        return body
+    return body._held
 
 
 @dataclass(frozen=True)
@@ -94,6 +136,8 @@ class HashingBody:
 
 def body_sha256(body: Body) -> str:
     """SHA-256 of all bytes of a body, in hex."""
+    if isinstance(body, HeldBody):
+        return body.sha256
     total = hashlib.sha256()
     for chunk in body.chunks():
         total.update(chunk)
@@ -219,10 +263,15 @@ class Message:
 
 def write_body(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[FileBody, str]:
     """Write chunks to `path` and return the body with its SHA-256."""
-    total = hashlib.sha256()
-    nbytes = 0
     with path.open("wb") as file:
-        for chunk in chunks:
-            total.update(chunk)
-            nbytes += file.write(chunk)
-    return FileBody(path, nbytes), total.hexdigest()
+        nbytes, sha256 = write_chunks(file, chunks)
+    return FileBody(path, nbytes), sha256
+
+
+def write_chunks(file: BinaryIO, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write chunks to an open file; their length in bytes and their SHA-256."""
+    total, nbytes = hashlib.sha256(), 0
+    for chunk in chunks:
+        total.update(chunk)
+        nbytes += file.write(chunk)
+    return nbytes, total.hexdigest()

@@ -61,6 +61,8 @@ class Ring:
 
     def signed(self, elements: Array) -> npt.NDArray[np.int64]:
         """The representative of each element in [-2^(bits-1), 2^(bits-1))."""
+        if self.bits != 24:
+            return elements.view(np.dtype(f"<i{self.itemsize}")).astype(np.int64)
         shift = 64 - self.bits
         return (elements.astype(np.int64) << shift) >> shift
 

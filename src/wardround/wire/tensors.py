@@ -72,11 +72,15 @@ def parse_table(rows: Any) -> tuple[TensorInfo, ...]:
 
 
 class TensorFile(Mapping[str, Array]):
-    """Tensors in a file, read one at a time so that memory holds one tensor, not the model."""
+    """Tensors in a file, read one at a time so that memory holds one tensor, not the model.
 
-    def __init__(self, path: Path, table: Iterable[TensorInfo]) -> None:
+    With `data`, the bytes of the file, nothing more is read from it.
+    """
+
+    def __init__(self, path: Path, table: Iterable[TensorInfo], data: memoryview | None = None) -> None:
         self.path = path
         self.table = tuple(table)
+        self._data = data
         self._where: dict[str, tuple[TensorInfo, int]] = {}
         offset = 0
         for info in self.table:
@@ -88,6 +92,9 @@ class TensorFile(Mapping[str, Array]):
         info, offset = self._where[name]
         out = np.empty(info.shape, dtype=info.dtype)
         if not out.size:
+            return out
+        if self._data is not None:
+            out.reshape(-1)[:] = np.frombuffer(self._data, info.dtype, info.size, offset)
             return out
         with self.path.open("rb") as file:
             file.seek(offset)

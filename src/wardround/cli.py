@@ -117,18 +117,29 @@ def run(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where to write the results.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the results; default runs/demo or runs/contrasts.")
+    ] = None,
     overrides: SetOption = None,
+    contrasts: Annotated[
+        bool,
+        typer.Option("--contrasts", help="Another kind of scan at every hospital: training together does not help."),
+    ] = False,
 ) -> None:
-    """Make brain phantoms for four hospitals; three train together, alone and pooled, the fourth only tests."""
-    from wardround.runner.demo import demo_study
+    """Make phantoms of patients for made-up hospitals; most train, alone, together and pooled, one only tests."""
+    from wardround.runner.demo import CONTRASTS, DEMO, demo_study
     from wardround.runner.session import run as run_study
 
-    console.print("Making brain phantoms for four hospitals, each with its own scanner ...")
-    study, sites = demo_study(out / "data", overrides or [])
+    chosen = CONTRASTS if contrasts else DEMO
+    folder = out or Path("runs") / chosen.name
+    _say(
+        f"Making phantoms: {chosen.total} made-up patients of {len(chosen.sites)} hospitals, each with its own scanner."
+    )
+    study, sites = demo_study(folder / "data", overrides or [], demo=chosen)
     with _watcher() as watcher:
-        result = run_study(study, sites, out, compare=["local", "pooled"], watcher=watcher)
+        result = run_study(study, sites, folder, compare=["local", "pooled"], watcher=watcher)
     _summary(result)
+    _say(study.description)
 
 
 @app.command()

@@ -96,7 +96,9 @@ class Host(Blueprints):
     def history(self, site: str) -> Path:
         """The folder in which a site records over all studies what it has answered, or this run's own."""
         entry = self.sites.sites.get(site)
-        return self.out / "work" / "sites" / site / "history" if entry is None or entry.history is None else entry.history
+        return (
+            self.out / "work" / "sites" / site / "history" if entry is None or entry.history is None else entry.history
+        )
 
     def header_facts(self, site: str) -> HeaderFacts:
         """What the headers of a site's training images say of its scanners, as far as its rules let out.

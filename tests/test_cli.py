@@ -18,8 +18,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tests.hospitals import head, make_hospitals, save, write_study
-from wardround import __version__, cli
-from wardround.cli import app
+from wardround import __version__
+from wardround.cli import app, shared
 from wardround.runner import session
 from wardround.study.load import load_study
 
@@ -110,7 +110,7 @@ def test_evaluate_finds_every_number_again(finished: tuple[Path, Path, str]) -> 
 
 def test_results_say_who_is_lacking_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     lacking = {"withheld": {"Alpha": "Withheld: by rule"}, "failed": {"Beta": "DataError: [path] cannot be read"}}
-    cli._results({"metrics": {}, **lacking})
+    shared.results({"metrics": {}, **lacking})
     assert capsys.readouterr().out.splitlines() == [
         "Alpha: withheld by the site (Withheld: by rule)",
         "Beta: could not be measured (DataError: [path] cannot be read)",

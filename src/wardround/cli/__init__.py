@@ -1,0 +1,53 @@
+"""The commands; thin. A file a group; here they get their names."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from types import FrameType
+
+import typer
+
+from wardround import __version__
+from wardround.cli import audit, convert, logs, models, study
+from wardround.cli.shared import Commands, say
+from wardround.logs import log_to_stderr
+
+app = typer.Typer(
+    cls=Commands,
+    help="Train imaging models across hospitals without moving a scan.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+convert_app = typer.Typer(help="Convert public downloads into Wardround's folder layout.", no_args_is_help=True)
+log_app = typer.Typer(help="Look at the logs that every party of a run keeps.", no_args_is_help=True)
+
+
+def main() -> None:
+    """The entry of the `wardround` command."""
+    log_to_stderr(logging.DEBUG if os.environ.get("WARDROUND_DEBUG") else logging.WARNING)
+    # Whoever stops a service or a batch job sends this: it ends a run as Ctrl-C does, to be gone on with.
+    signal.signal(signal.SIGTERM, _interrupt)
+    app()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def version() -> None:
+    """Print the version."""
+    say(__version__)
+
+
+for command in (study.run, study.demo, study.evaluate, models.reconstruct, study.init, study.check, models.inspect):
+    app.command()(command)
+app.command()(audit.audit)
+app.command("verify-audit")(audit.verify_audit)
+app.command()(version)
+log_app.command("verify")(logs.verify_log)
+convert_app.command("lgg")(convert.convert_lgg)
+app.add_typer(convert_app, name="convert")
+app.add_typer(log_app, name="log")

@@ -1,0 +1,144 @@
+"""The commands of a study: propose one, look at what it would do, run it, and measure it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wardround.cli.shared import (
+    CompareOption,
+    EngineOption,
+    OutOption,
+    ProcessesOption,
+    SetOption,
+    SitesOption,
+    StudyFile,
+    console,
+    results,
+    say,
+    summary,
+    watching,
+    words,
+)
+from wardround.errors import WardroundError
+
+
+def run(
+    study: StudyFile,
+    sites: SitesOption,
+    out: OutOption = None,
+    compare: CompareOption = "",
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Insist on going on with an earlier run.")] = False,
+    engine: EngineOption = None,
+    processes: ProcessesOption = None,
+) -> None:
+    """Train a study, measure it, and write the report. Run it again to go on after any interruption."""
+    from wardround.runner.session import run as run_study
+    from wardround.study.load import load_study
+
+    loaded = load_study(study, overrides or [])
+    folder = out or Path("runs") / loaded.name
+    with watching() as watcher:
+        result = run_study(
+            loaded,
+            sites,
+            folder,
+            compare=words(compare),
+            engine=engine,
+            processes=processes,
+            resume=resume,
+            watcher=watcher,
+        )
+    summary(result)
+
+
+def demo(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the results; default runs/demo or runs/contrasts.")
+    ] = None,
+    overrides: SetOption = None,
+    contrasts: Annotated[
+        bool,
+        typer.Option("--contrasts", help="Another kind of scan at every hospital: training together does not help."),
+    ] = False,
+) -> None:
+    """Make phantoms of patients for made-up hospitals; most train, alone, together and pooled, one only tests."""
+    from wardround.runner.demo import CONTRASTS, DEMO, demo_study
+    from wardround.runner.session import run as run_study
+
+    chosen = CONTRASTS if contrasts else DEMO
+    folder = out or Path("runs") / chosen.name
+    say(f"Making phantoms: {chosen.total} made-up patients of {len(chosen.sites)} hospitals, each with its own scanner")
+    study, sites = demo_study(folder / "data", overrides or [], demo=chosen)
+    with watching() as watcher:
+        result = run_study(study, sites, folder, compare=["local", "pooled"], watcher=watcher)
+    summary(result)
+    say(study.description)
+
+
+def evaluate(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a finished run.")],
+    sites: SitesOption,
+    engine: EngineOption = None,
+    processes: ProcessesOption = None,
+) -> None:
+    """Recompute every metric of result.json from the saved models and the data, and say whether they agree."""
+    import json
+
+    from wardround.report.terminal import numbers_of
+    from wardround.runner.session import evaluate as evaluate_run
+
+    with watching() as watcher:
+        found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher)
+    written = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    results(found)
+    if failed := set(found["failed"]) - set(written.get("failed", ())):
+        raise WardroundError(
+            f"{', '.join(sorted(failed))} could not be measured this time, so not every number was compared; mend what "
+            "the lines above say"
+        )
+    now, then = numbers_of(found["metrics"]), numbers_of(written["metrics"])
+    differing = [key for key in {**now, **then} if now.get(key) != then.get(key)]
+    if differing:
+        raise WardroundError(
+            f"{len(differing)} of {len(then)} numbers differ from result.json, the first is {differing[0]}: "
+            f"{then.get(differing[0])} there, {now.get(differing[0])} now. Other data, other models, another machine?"
+        )
+    console.print(f"All {len(then)} numbers agree with result.json.", highlight=False)
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="SITE/PATIENT/CONTRAST.nii.gz, or for CT *.dcm.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write study.yaml and sites.yaml.")] = Path("."),
+) -> None:
+    """Propose a commented study file and a sites file for a folder of scans."""
+    from wardround.data.propose import propose_study
+
+    study, sites = propose_study(folder)
+    study_file, sites_file = out / "study.yaml", out / "sites.yaml"
+    targets = {study_file: study, sites_file: sites}
+    for path in targets:
+        if path.exists():
+            raise WardroundError(f"{path.name} exists already; choose another --out", detail=str(path))
+    out.mkdir(parents=True, exist_ok=True)
+    for path, text in targets.items():
+        path.write_text(text, encoding="utf-8")
+    say(f"Wrote {study_file} and {sites_file}. Look through them, then:")
+    say(f"  wardround check {study_file} --sites {sites_file}")
+    say(f"  wardround run {study_file} --sites {sites_file} --compare local,pooled")
+
+
+def check(
+    study: StudyFile,
+    sites: Annotated[Path | None, typer.Option("--sites", help="Also look at the data.")] = None,
+    compare: CompareOption = "",
+    overrides: SetOption = None,
+    full: Annotated[bool, typer.Option("--full", help="Only print the study with every default filled in.")] = False,
+) -> None:
+    """Explain what a study would do, without doing it."""
+    from wardround.runner.explain import explain, full_study
+
+    say(full_study(study, overrides or []) if full else explain(study, sites, words(compare), overrides or []))

@@ -48,7 +48,7 @@ class Demo:
 
 
 # Of 13 patients two train, one validates and ten test: enough for an interval at every hospital.
-DEMO = Demo("demo", DEMO_SITES, train=13, unseen=10, slices=8)
+DEMO = Demo("demo", DEMO_SITES, train=13, unseen=10, slices=6)
 CONTRASTS = Demo("contrasts", CONTRAST_SITES, train=8, unseen=3, slices=12)
 
 

@@ -8,13 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from wardround.data.dataset import SliceIndex
 from wardround.data.folder import SiteFolder
 from wardround.data.volume import Volume, read_volume
 from wardround.errors import MissingExtra
 from wardround.physics import phantoms
-from wardround.physics.phantoms import DEMO_SITES, TISSUES, Protocol, Tissue, make_patient, make_site, signal
+from wardround.physics.phantoms import (
+    CONTRAST_SITES,
+    DEMO_SITES,
+    TISSUES,
+    PhantomSite,
+    Protocol,
+    Tissue,
+    make_patient,
+    make_site,
+    signal,
+)
 from wardround.study.tasks import Slices, Split
 
 SMALL = {"size": 64, "slices": 4}
@@ -23,7 +34,7 @@ SMALL = {"size": 64, "slices": 4}
 @pytest.fixture(scope="module")
 def patients() -> dict[str, tuple[Volume, Volume]]:
     pytest.importorskip("nilearn")
-    return {site.name: make_patient(site, np.random.default_rng(3), **SMALL) for site in DEMO_SITES}
+    return {site.name: make_patient(site, np.random.default_rng(3), **SMALL) for site in CONTRAST_SITES}
 
 
 def test_signals_have_their_textbook_limits() -> None:
@@ -50,15 +61,35 @@ def test_signals_have_their_textbook_limits() -> None:
     ],
 )
 def test_protocols_order_the_tissues_as_radiologists_expect(site: str, order: list[str]) -> None:
-    protocol = next(s.protocol for s in DEMO_SITES if s.name == site)
+    protocol = next(s.protocol for s in CONTRAST_SITES if s.name == site)
     signals = [abs(signal(protocol, TISSUES[protocol.field][name])) for name in order]
     assert signals == sorted(signals)
 
 
-def test_three_hospitals_train_and_one_is_unseen() -> None:
-    assert [site.role for site in DEMO_SITES].count("train") == 3
-    assert [site.role for site in DEMO_SITES].count("unseen") == 1
-    assert len({site.protocol for site in DEMO_SITES}) == len({site.name for site in DEMO_SITES}) == 4
+@pytest.mark.parametrize(("sites", "training"), [(DEMO_SITES, 4), (CONTRAST_SITES, 3)])
+def test_one_hospital_is_unseen_and_no_two_scan_alike(sites: tuple[PhantomSite, ...], training: int) -> None:
+    assert [site.role for site in sites].count("train") == training
+    assert [site.role for site in sites].count("unseen") == 1
+    assert len({site.protocol for site in sites}) == len({site.name for site in sites}) == training + 1
+
+
+@pytest.mark.parametrize("site", DEMO_SITES, ids=lambda site: site.name)
+def test_the_demo_makes_the_same_kind_of_scan_everywhere(site: PhantomSite) -> None:
+    tissues = TISSUES[site.protocol.field]
+    csf, grey, white, fat = (abs(signal(site.protocol, tissues[name])) for name in ("csf", "grey", "white", "fat"))
+    assert csf < grey < white < fat
+
+
+@pytest.mark.parametrize("length", [9.0, 28.0])
+def test_a_texture_is_filtered_noise(length: float) -> None:
+    grid = phantoms._Grid(32, 6, 3.0, 8.0)
+    noise = np.random.default_rng(5).standard_normal(grid.shape, dtype=np.float32)
+    sigma = (length / 3.0, length / 3.0, length / 8.0)
+    expected = ndimage.gaussian_filter(noise.astype(np.float64), sigma, mode="wrap", truncate=8)
+    expected = (expected - expected.mean()) / expected.std()
+    found = grid.texture(np.random.default_rng(5), length)
+    assert (found.mean(), found.std()) == pytest.approx((0, 1), abs=1e-4)
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.999
 
 
 def test_patients_have_heads_and_tumours(patients: dict[str, tuple[Volume, Volume]]) -> None:

@@ -62,20 +62,30 @@ def run(
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where to write the results.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the results; default runs/demo or runs/contrasts.")
+    ] = None,
     overrides: SetOption = None,
+    contrasts: Annotated[
+        bool,
+        typer.Option("--contrasts", help="Another kind of scan at every hospital: training together does not help."),
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make brain phantoms for four hospitals; three train together, alone and pooled, the fourth only tests."""
-    from wardround.runner.demo import demo_study
+    """Make phantoms of patients for made-up hospitals; most train, alone, together and pooled, one only tests."""
+    from wardround.runner.demo import CONTRASTS, DEMO, demo_study
     from wardround.runner.folder import reserve
     from wardround.runner.session import run as run_study
 
-    reserve(out)
+    chosen = CONTRASTS if contrasts else DEMO
+    folder = out or Path("runs") / chosen.name
+    reserve(folder)
+    say(f"Making phantoms: {chosen.total} made-up patients of {len(chosen.sites)} hospitals, each with its own scanner")
     with watching(quiet) as watcher:
-        study, sites = demo_study(out / "data", overrides or [], watcher.phase)
-        result = run_study(study, sites, out, compare=["local", "pooled"], watcher=watcher)
+        study, sites = demo_study(folder / "data", overrides or [], demo=chosen, phase=watcher.phase)
+        result = run_study(study, sites, folder, compare=["local", "pooled"], watcher=watcher)
     summary(result)
+    say(study.description)
 
 
 def evaluate(

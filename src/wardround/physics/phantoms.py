@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import fft, ndimage
 
 from wardround.data.volume import FloatArray, Volume, write_nifti
 from wardround.errors import MissingExtra
@@ -88,7 +91,20 @@ class PhantomSite:
     role: Literal["train", "unseen"] = "train"
 
 
+def _t1w(tr: float, te: float, field: float) -> Protocol:
+    return Protocol("spin_echo", tr=tr, te=te, field=field)
+
+
+# The same kind of scan on unlike scanners.
 DEMO_SITES: tuple[PhantomSite, ...] = (
+    PhantomSite("Northfield", "T1w spin echo 550/12, 1.5 T", _t1w(550, 12, 1.5), 230, 0.12),
+    PhantomSite("Harbour", "T1w spin echo 650/15, 3 T", _t1w(650, 15, 3.0), 220, 0.25),
+    PhantomSite("Valley", "T1w spin echo 450/10, 1.5 T", _t1w(450, 10, 1.5), 250, 0.1),
+    PhantomSite("Seaside", "T1w spin echo 600/12, 1.5 T", _t1w(600, 12, 1.5), 235, 0.15),
+    PhantomSite("Island", "T1w spin echo 600/14, 3 T", _t1w(600, 14, 3.0), 240, 0.25, role="unseen"),
+)
+# Another kind of scan at every hospital.
+CONTRAST_SITES: tuple[PhantomSite, ...] = (
     PhantomSite("Northfield", "T1w spin echo, 1.5 T", Protocol("spin_echo", tr=550, te=12), 230, 0.12),
     PhantomSite("Harbour", "FLAIR, 3 T", Protocol("inversion_recovery", 9000, 110, ti=2480, field=3.0), 220, 0.25),
     PhantomSite("Valley", "T2w spin echo, 1.5 T", Protocol("spin_echo", tr=4500, te=100), 250, 0.1),
@@ -121,18 +137,35 @@ def signal(protocol: Protocol, tissue: Tissue) -> float:
     return float(tissue.density * longitudinal * np.exp(-protocol.te / decay))
 
 
-def make_site(out: Path, site: PhantomSite, patients: int, seed: int, *, size: int = 128, slices: int = 12) -> Path:
+def make_site(
+    out: Path,
+    site: PhantomSite,
+    patients: int,
+    seed: int,
+    *,
+    size: int = 128,
+    slices: int = 12,
+    made: Callable[[], None] = lambda: None,
+) -> Path:
     """Write a hospital's patients as `out/SITE/PATIENT/{image,seg}.nii.gz` and return `out/SITE`.
 
     Images are uint16 `(size, size, slices)`, front of the head up; `seg` is 1 where the tumour or its oedema
-    is. The same seed gives the same bytes. Raises MissingExtra without nilearn.
+    is. The same seed gives the same bytes. Patients are made on all cores; `made` is called after each, in a thread
+    of its own. Raises MissingExtra without nilearn.
     """
-    for number in range(patients):
+    _atlas()  # once, before threads ask for it
+
+    def make(number: int) -> None:
         random = public_generator(seed, "phantom", site.name, number)
         image, seg = make_patient(site, random, size=size, slices=slices)
         folder = out / site.name / f"P{number + 1:03d}"
         write_nifti(image, folder / "image.nii.gz", np.uint16)
         write_nifti(seg, folder / "seg.nii.gz", np.uint8)
+        made()
+
+    # Threads, not processes: filters, transforms and compression, nearly all of the time, run without Python's lock.
+    with ThreadPoolExecutor(_cores()) as pool:
+        list(pool.map(make, range(patients)))
     return out / site.name
 
 
@@ -157,6 +190,10 @@ def make_patient(
     return Volume(image, spacing, affine), Volume((lesion > 0.5).astype(np.float32), spacing, affine)
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class _Grid:
     """The scanned slab: `size` x `size` pixels of `pixel` mm, `slices` of `thickness` mm."""
@@ -179,9 +216,20 @@ class _Grid:
         return np.stack([x, y, z]).astype(np.float32)
 
     def texture(self, random: np.random.Generator, length: float) -> FloatArray:
-        """Return a random field of zero mean and unit variance that varies over `length` mm."""
-        sigma = (length / self.pixel, length / self.pixel, length / self.thickness)
-        field = ndimage.gaussian_filter(random.standard_normal(self.shape, dtype=np.float32), sigma, mode="wrap")
+        """Return a random field of zero mean and unit variance that varies over `length` mm.
+
+        White noise under a Gaussian that wraps around, as a product in the frequencies: a fifth of the time of a
+        convolution.
+        """
+        noise = random.standard_normal(self.shape, dtype=np.float32)
+        sigmas = (length / self.pixel, length / self.pixel, length / self.thickness)
+        frequencies = (*(fft.fftfreq(n) for n in self.shape[:2]), fft.rfftfreq(self.shape[2]))
+        rows, columns, heights = (
+            np.exp(-2 * (np.pi * sigma * f) ** 2).astype(np.float32)
+            for sigma, f in zip(sigmas, frequencies, strict=True)
+        )
+        response = rows[:, None, None] * columns[None, :, None] * heights[None, None, :]
+        field = fft.irfftn(fft.rfftn(noise) * response, s=self.shape)
         field -= field.mean()
         return np.asarray(field / field.std(), dtype=np.float32)
 

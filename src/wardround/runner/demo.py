@@ -1,39 +1,116 @@
-"""The embedded demo: brain phantoms for four hospitals, and the study in which three of them train."""
+"""The embedded demos: brain phantoms for made-up hospitals, and the studies on them.
+
+`DEMO` has few patients at each of four hospitals and the same kind of scan on unlike scanners: training together helps.
+`CONTRASTS` has another kind of scan at every hospital: it does not, and a report must say that, too.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from wardround.physics.phantoms import DEMO_SITES, make_site
-from wardround.runner.watching import PHANTOMS, Phase
+from wardround.errors import StudyError
+from wardround.physics.phantoms import CONTRAST_SITES, DEMO_SITES, PhantomSite, make_site
+from wardround.runner.watching import PHANTOMS as MAKING
+from wardround.runner.watching import Phase
 from wardround.study.load import load_study, read_yaml
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
+from wardround.study.tasks import ReconstructionTask
+from wardround.wire.files import write_text
 
-PATIENTS = {"train": 8, "unseen": 3}
-SEED = 2026
+PHANTOMS = "phantoms.json"
 _SITES_FILE = """# Where the phantoms of the demo lie: for `wardround evaluate`, `check` and `audit`.
 sites:
 """
 
 
-def demo_study(data: Path, overrides: Sequence[str], phase: Phase = lambda *_: None) -> tuple[Study, SitesFile]:
+@dataclass(frozen=True)
+class Demo:
+    """An embedded study `examples/NAME.yaml`, its hospitals, and how many patients of how many slices each one has."""
+
+    name: str
+    sites: tuple[PhantomSite, ...]
+    train: int
+    unseen: int
+    slices: int
+
+    def patients(self, site: PhantomSite) -> int:
+        """How many patients a hospital has."""
+        return self.train if site.role == "train" else self.unseen
+
+    @property
+    def total(self) -> int:
+        """How many patients all hospitals have."""
+        return sum(self.patients(site) for site in self.sites)
+
+
+# Of 13 patients two train, one validates and ten test: enough for an interval at every hospital.
+DEMO = Demo("demo", DEMO_SITES, train=13, unseen=10, slices=6)
+CONTRASTS = Demo("contrasts", CONTRAST_SITES, train=8, unseen=3, slices=12)
+
+
+def demo_study(
+    data: Path, overrides: Sequence[str] = (), *, demo: Demo = DEMO, phase: Phase = lambda *_: None
+) -> tuple[Study, SitesFile]:
     """Make the phantoms where they are not there yet; the demo's study and sites, which `data/sites.yaml` holds, too.
 
-    Raises `MissingExtra`.
+    Phantoms follow the study: its seed, and the size of its images. `phase` is called after each patient, from a thread
+    of its own. Raises `MissingExtra`, and `StudyError` where `data` holds anything else under the hospitals' names:
+    phantoms of another seed, size or demo, or files that are no phantoms.
     """
-    for number, site in enumerate(DEMO_SITES):
-        folder = data / site.name
-        done = folder / ".complete"
-        if not done.exists():
-            phase(PHANTOMS, number, len(DEMO_SITES))
-            make_site(data, site, PATIENTS[site.role], SEED)
+    embedded = files("wardround").joinpath("examples", f"{demo.name}.yaml")
+    study = load_study(read_yaml(Path(str(embedded)), "study"), overrides)
+    if not isinstance(study.task, ReconstructionTask):
+        raise StudyError("the demo reconstructs images: leave task.kind as it is")
+    size = max(study.task.size)
+    _claim(data, demo, _recipe(demo, study.seed, size))
+    count = iter(range(1, demo.total + 1))
+    phase(MAKING, 0, demo.total)
+
+    def made() -> None:
+        phase(MAKING, next(count), demo.total)
+
+    for site in demo.sites:
+        done = data / site.name / ".complete"
+        if done.exists():
+            for _ in range(demo.patients(site)):
+                made()
+        else:
+            make_site(data, site, demo.patients(site), study.seed, size=size, slices=demo.slices, made=made)
             done.touch()
-            phase(PHANTOMS, number + 1, len(DEMO_SITES))
-    with_files = files("wardround").joinpath("examples", "demo.yaml")
-    study = load_study(read_yaml(Path(str(with_files)), "study"), overrides)
     sites = data / "sites.yaml"
-    sites.write_text(_SITES_FILE + "".join(f"  {s.name}: {{data: {s.name}}}\n" for s in DEMO_SITES), encoding="utf-8")
+    write_text(sites, _SITES_FILE + "".join(f"  {s.name}: {{data: {s.name}}}\n" for s in demo.sites))
     return study, load_sites(sites)
+
+
+def _recipe(demo: Demo, seed: int, size: int) -> dict[str, Any]:
+    """All that decides the phantoms of a folder."""
+    sites = {site.name: {**asdict(site), "patients": demo.patients(site)} for site in demo.sites}
+    return {"seed": seed, "size": size, "slices": demo.slices, "sites": sites}
+
+
+def _claim(data: Path, demo: Demo, recipe: dict[str, Any]) -> None:
+    """Write what is going to be made; raises StudyError where a folder holds anything else."""
+    path = data / PHANTOMS
+    if path.exists():
+        if path.read_text(encoding="utf-8") != _text(recipe):
+            raise StudyError(
+                "the folder holds phantoms of another seed, image size or demo; choose another --out, or delete it",
+                detail=str(data),
+            )
+        return
+    if strangers := [site.name for site in demo.sites if (data / site.name).exists()]:
+        raise StudyError(
+            f"{strangers[0]} is there already, and the demo did not make it; choose another --out, or move it away",
+            detail=str(data),
+        )
+    write_text(path, _text(recipe))
+
+
+def _text(recipe: dict[str, Any]) -> str:
+    return json.dumps(recipe, indent=2, sort_keys=True) + "\n"

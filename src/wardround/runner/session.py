@@ -93,8 +93,8 @@ def run(
     A run that was stopped, by whatever, goes on where it was when the same call is made again; `resume` insists that
     there is something to go on with. A run whose data at a site changed since it began is refused; `without` names the
     sites to go on without, for good: the run records it, and its report says so. A line for each phase and round
-    goes to stderr, unless the run is `quiet` or a `watcher` sees to that. Raises `StudyError`, `DataError`, `JournalError`,
-    `NotEnoughSites`, and `Interrupted` after Ctrl-C.
+    goes to stderr, unless the run is `quiet` or a `watcher` sees to that. Raises `StudyError`, `DataError`,
+    `JournalError`, `NotEnoughSites`, and `Interrupted` after Ctrl-C.
     """
     shielded = _shielded(watcher, quiet)
     host = open_host(study, sites, out, compare, overrides, shielded, without)

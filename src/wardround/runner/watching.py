@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 PHANTOMS, READING, OPERATORS = "making phantoms", "reading", "building operators"
 TRAINING, TUNING, TESTING = "training", "tuning baselines", "testing"
 _COUNTED = {
-    PHANTOMS: "site",
+    PHANTOMS: "patient",
     READING: "site",
     OPERATORS: "scanner",
     TUNING: "baseline at a site",

@@ -71,6 +71,10 @@ ProcessesOption = Annotated[
     int | None, typer.Option("--processes", min=1, help="Worker processes (default: one a core).")
 ]
 
+AllowCodeOption = Annotated[
+    bool, typer.Option("--allow-code", help="Let the study name any code, not only plug-ins of the sites file.")
+]
+
 
 def main() -> None:
     """The entry of the `wardround` command."""
@@ -94,6 +98,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Insist on going on with an earlier run.")] = False,
     engine: EngineOption = None,
     processes: ProcessesOption = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Train a study, measure it, and write the report. Run it again to go on after any interruption."""
     from wardround.runner.session import run as run_study
@@ -111,6 +116,7 @@ def run(
             processes=processes,
             resume=resume,
             watcher=watcher,
+            allow_code=allow_code,
         )
     _summary(result)
 
@@ -137,6 +143,7 @@ def evaluate(
     sites: SitesOption,
     engine: EngineOption = None,
     processes: ProcessesOption = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Recompute every metric of result.json from the saved models and the data, and say whether they agree."""
     import json
@@ -145,7 +152,7 @@ def evaluate(
     from wardround.runner.session import evaluate as evaluate_run
 
     with _watcher() as watcher:
-        found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher)
+        found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher, allow_code=allow_code)
     written = json.loads((out / "result.json").read_text(encoding="utf-8"))
     _results(found)
     if failed := set(found["failed"]) - set(written.get("failed", ())):
@@ -216,11 +223,15 @@ def check(
     compare: CompareOption = "",
     overrides: SetOption = None,
     full: Annotated[bool, typer.Option("--full", help="Only print the study with every default filled in.")] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Explain what a study would do, without doing it."""
     from wardround.runner.explain import explain, full_study
 
-    _say(full_study(study, overrides or []) if full else explain(study, sites, _words(compare), overrides or []))
+    if full:
+        _say(full_study(study, overrides or []))
+    else:
+        _say(explain(study, sites, _words(compare), overrides or [], allow_code=allow_code))
 
 
 @app.command()
@@ -272,6 +283,7 @@ def audit(
         typer.Option("--identity", help="The store with the site's key (default: the run's, or one by --out)."),
     ] = None,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Attack a site's own updates, at the site, and say what they give away. Exit code 2 where a claim is refuted."""
     from wardround.audit.command import audit as audit_site
@@ -284,9 +296,10 @@ def audit(
         noise_multiplier,
         {"clip": clip, "dp-steps": dp_steps, "sampling": sampling, "delta": delta, "epsilon": epsilon},
     )
+    known = load_sites(sites)
     found = audit_site(
         load_study(study, overrides or []),
-        load_sites(sites),
+        known.with_code() if allow_code else known,
         site,
         out,
         model=model,

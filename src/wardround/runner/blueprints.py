@@ -26,6 +26,7 @@ from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
 from wardround.runner.arms import Arm, arms_of
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import study_sha256
+from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
 from wardround.tasks.task import Task
@@ -53,20 +54,28 @@ class Blueprint:
 class Blueprints:
     """Everything that follows from a study alone, each part made once and only when it is needed.
 
-    `embeddings` are the files that sites provide beside their images, by site.
+    `embeddings` are the files that sites provide beside their images, by site; `plugins` what of the code that the
+    study names may be called.
     """
 
-    def __init__(self, study: Study, compare: tuple[str, ...], embeddings: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        compare: tuple[str, ...],
+        embeddings: Mapping[str, Path] | None = None,
+        plugins: Plugins = NO_PLUGINS,
+    ) -> None:
         self.study = study
         self.study_sha256 = study_sha256(study)
         self.arms = {arm.name: arm for arm in arms_of(study, compare)}
         self._embeddings = dict(embeddings or {})
+        self.plugins = plugins
         self._blueprints: dict[str, Blueprint] = {}
 
     @cached_property
     def task(self) -> Task:
         """The task of the study."""
-        return build_task(self.study, self._embeddings)
+        return build_task(self.study, self._embeddings, self.plugins)
 
     @cached_property
     def bench(self) -> Workbench:
@@ -113,7 +122,7 @@ class Blueprints:
         """What an arm is made of."""
         if name not in self._blueprints:
             arm = self.arms[name]
-            method = build_method(arm.method, protocols_of(self.study, arm.members))
+            method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
             policy = method.policy(self.bench.parameters)
             shared = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "shared")
             private = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "local")

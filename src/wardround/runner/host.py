@@ -27,6 +27,7 @@ from wardround.runner.blueprints import Blueprint, Blueprints
 from wardround.runner.evaluators import evaluators_of
 from wardround.runner.privacy import Purses
 from wardround.runner.rosters import enrolled, roster_of
+from wardround.study.plugins import Plugins
 from wardround.study.protocols import HeaderFacts
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SitesFile
@@ -54,7 +55,7 @@ class Host(Blueprints):
         progress: Progress | None = None,
     ) -> None:
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
-        super().__init__(study, compare, embeddings)
+        super().__init__(study, compare, embeddings, Plugins.of(study, sites))
         self.sites = sites
         self.out = out
         self._progress = progress
@@ -96,7 +97,9 @@ class Host(Blueprints):
     def history(self, site: str) -> Path:
         """The folder in which a site records over all studies what it has answered, or this run's own."""
         entry = self.sites.sites.get(site)
-        return self.out / "work" / "sites" / site / "history" if entry is None or entry.history is None else entry.history
+        return (
+            self.out / "work" / "sites" / site / "history" if entry is None or entry.history is None else entry.history
+        )
 
     def header_facts(self, site: str) -> HeaderFacts:
         """What the headers of a site's training images say of its scanners, as far as its rules let out.
@@ -153,6 +156,7 @@ class Host(Blueprints):
         return {
             "study": self.study.model_dump(mode="json"),
             "sites": self.sites.model_dump(mode="json"),
+            "allow_code": self.sites.allows_code,
             "out": str(self.out),
             "compare": list(self._compare),
         }
@@ -160,9 +164,10 @@ class Host(Blueprints):
     @staticmethod
     def from_spec(spec: dict[str, Any], progress: Progress | None = None) -> Host:
         """The host of a worker process."""
+        sites = SitesFile.model_validate(spec["sites"])
         return Host(
             Study.model_validate(spec["study"]),
-            SitesFile.model_validate(spec["sites"]),
+            sites.with_code() if spec["allow_code"] else sites,
             Path(spec["out"]),
             tuple(spec["compare"]),
             progress,

@@ -75,15 +75,19 @@ def run(
     processes: int | None = None,
     resume: bool = False,
     watcher: Watcher | None = None,
+    allow_code: bool = False,
 ) -> Result:
     """Train a study, compare it with training alone and on pooled data, and write the result files into `out`.
+
+    `allow_code` lets the study name any code (`task.factory: package.module:callable`), not only the plug-ins that the
+    sites file allows: for your own study on your own machine.
 
     A run that was stopped, by whatever, goes on where it was when the same call is made again; `resume` insists that
     there is something to go on with. Raises `StudyError`, `DataError`, `JournalError`, `NotEnoughSites`, and
     `Interrupted` after Ctrl-C.
     """
     shielded = Shielded(watcher)
-    host = open_host(study, sites, out, compare, overrides, shielded)
+    host = open_host(study, sites, out, compare, overrides, shielded, allow_code=allow_code)
     began = time.perf_counter()
     host.preflight()
     try:
@@ -108,8 +112,11 @@ def evaluate(
     engine: EngineName | None = None,
     processes: int | None = None,
     watcher: Watcher | None = None,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """Recompute the metrics of result.json from the saved models of a finished run and the sites' data.
+
+    `allow_code` is that of `run`.
 
     Raises `StudyError` and `DataError` where the run or its models are not what they were, and `JournalError` while
     another process is at work in the folder.
@@ -119,7 +126,7 @@ def evaluate(
         raise StudyError("the folder holds no finished run (no result.json)", detail=str(out))
     before = json.loads((out / "result.json").read_text(encoding="utf-8"))
     shielded = Shielded(watcher)
-    host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded)
+    host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded, allow_code=allow_code)
     if host.study_sha256 != before["study_sha256"]:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
     with alone(out), closing(host), _Carrier(host, engine, processes, shielded) as carrier:
@@ -135,6 +142,8 @@ def open_host(
     compare: Sequence[str],
     overrides: Sequence[str],
     watcher: Shielded | None,
+    *,
+    allow_code: bool = False,
 ) -> Host:
     """The host of a run: study and sites loaded, and fitting each other."""
     if not isinstance(study, Study):
@@ -143,6 +152,8 @@ def open_host(
         study = load_study(study.model_dump(mode="json"), overrides)
     if not isinstance(sites, SitesFile):
         sites = load_sites(sites)
+    if allow_code:
+        sites = sites.with_code()
     for name, site in study.sites.items():
         if not site.scans:
             sites.of(name)

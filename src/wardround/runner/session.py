@@ -124,7 +124,10 @@ def evaluate(
     out = Path(out)
     if not (out / "result.json").exists():
         raise StudyError("the folder holds no finished run (no result.json)", detail=str(out))
-    before = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    try:
+        before = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StudyError("result.json of the folder is not JSON; restore it", detail=str(out)) from error
     shielded = Shielded(watcher)
     host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded, allow_code=allow_code)
     if host.study_sha256 != before["study_sha256"]:

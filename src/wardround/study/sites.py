@@ -11,8 +11,9 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from wardround.errors import StudyError
 from wardround.study.base import Config
-from wardround.study.load import read_yaml, validate
+from wardround.study.load import validate
 from wardround.study.schema import SiteName
+from wardround.study.yaml_text import read_yaml
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wardround.report.results import Run, arm_of
+from wardround.wire.archives import read_npz
 
 ERROR_GAIN = 5
 BUDGET = 2_600_000  # characters of all data URIs, so that the page stays below 4 MB
@@ -94,9 +95,8 @@ def read_pictures(path: Path) -> Shown:
     Entries that are no 2-D arrays, or have another shape than their reference, are left out.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            stored = {key: np.asarray(archive[key]) for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile):
+        stored = read_npz(path)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return Shown({})
     arrays = {key: np.abs(array) if np.iscomplexobj(array) else array for key, array in stored.items()}
     examples: dict[int, dict[str, Picture]] = {}

@@ -19,6 +19,7 @@ from wardround.federation.blobs import disk_error
 from wardround.federation.egress import OPEN, EgressRules, check_egress
 from wardround.federation.exchange import DONE, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.inspection import Inspector
+from wardround.federation.methods.method import MODEL
 from wardround.federation.minutes import SENT, SiteMinutes
 from wardround.federation.record import LOG, Record, begun_by
 from wardround.federation.refusals import refusal
@@ -96,8 +97,9 @@ class Evaluator(Protocol):
 class Rules:
     """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
 
-    With `lint` it looks at every model before it trains on it (`Inspector`). There are so many `rounds`, where they are
-    known, and one more for each void one where that `extends` the study.
+    With `lint` it looks at every model before it trains on it (`Inspector`), and lets up to `catch_up` rounds that it
+    missed explain a move. `rounds` is how many there are, where that is known, and one more for each void one where that
+    `extends` the study.
     """
 
     identity: str
@@ -109,6 +111,7 @@ class Rules:
     egress: EgressRules = OPEN
     codec: Codec = PLAIN
     lint: bool = True
+    catch_up: int = 0
     initial_scale: float = 0.2
     rounds: int | None = None
     extends: bool = True
@@ -137,7 +140,9 @@ class Site:
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
-        inspector = Inspector(name, store, rules.layout, rules.codec, rules.initial_scale, self.minutes.note)
+        inspector = Inspector(
+            name, store, rules.layout, rules.codec, rules.initial_scale, self.minutes.note, rules.catch_up
+        )
         self._inspector = inspector if rules.lint else None
 
     def handle(self, request: Message) -> Message:
@@ -204,7 +209,7 @@ class Site:
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
         layout, scales = self.rules.layout, _scales(header.meta)
         if inspector is not None and seen is not None:
-            inspector.remember(seen, scales, trained.weights)
+            inspector.remember(seen, scales, trained.weights, trained.changes.get(MODEL, {}))
         largest = limits(layout, scales, trained.weights)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
         chunks = encode(

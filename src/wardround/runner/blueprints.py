@@ -169,8 +169,8 @@ class Blueprints:
             extends=self.study.protection.privacy is None,
         )
 
-    def rules(self, name: str, *, egress: EgressRules = OPEN, lint: bool = True) -> Rules:
-        """What a site of an arm agrees to; `egress` and `lint` are its own."""
+    def rules(self, name: str, *, egress: EgressRules = OPEN, lint: bool = True, catch_up: int = 0) -> Rules:
+        """What a site of an arm agrees to; `egress`, `lint` and `catch_up` are its own."""
         blueprint, study = self.blueprint(name), self.study
         return Rules(
             identity=blueprint.identity,
@@ -182,6 +182,7 @@ class Blueprints:
             egress=egress,
             codec=blueprint.codec,
             lint=lint,
+            catch_up=catch_up,
             initial_scale=study.protection.initial_scale,
             rounds=study.schedule.rounds,
             extends=study.protection.privacy is None,

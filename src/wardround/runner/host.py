@@ -183,6 +183,7 @@ class Host(Blueprints):
             arm_name,
             egress=OPEN if name == POOLED else self.egress(name),
             lint=name in self.sites.sites and self.sites.of(name).lint,
+            catch_up=self.sites.of(name).catch_up if name in self.sites.sites else 0,
         )
         threshold = blueprint.arm.threshold(self.study)
         roster = self._roster_path(blueprint.arm)

@@ -53,6 +53,13 @@ class SiteData(Config):
     lint: bool = Field(
         True, description="whether to refuse, before training, a received model that looks like one built to leak"
     )
+    catch_up: int = Field(
+        0,
+        ge=0,
+        description="how many rounds without this site may explain how far a received model moved since it last took "
+        "part; that they took place is the coordinator's word. 0: a model that moved further than one round explains "
+        "is refused",
+    )
     plugins: tuple[str, ...] = Field(
         (),
         description="names of the installed entry points (groups `wardround.tasks`, `wardround.methods`) whose code a "

@@ -77,7 +77,8 @@ def ours(engine_name: str) -> dict[str, float]:
                 "schedule": {"rounds": ROUNDS, "validate_every": 0, "release": "last"},
             }
         )
-        host = Host(study, SitesFile(sites={n: SiteData(data=out) for n in names}), out, ())
+        sites = SitesFile(sites={n: SiteData(data=out) for n in names}).with_code()
+        host = Host(study, sites, out, ())
         if engine_name == "local":
             engine: Any = LocalEngine(host.find)
         else:

@@ -174,7 +174,7 @@ def _xray(folder: Path, name: str, quick: bool) -> dict[str, Any]:
     if name != NONE:
         study["protection"] = {"privacy": {**XRAY_PRIVACY, "preset": name}}
     overrides = ["schedule.rounds=2"] if quick else []
-    values = wardround.run(study, sites, out, overrides=overrides, engine="local").values
+    values = wardround.run(study, sites, out, overrides=overrides, engine="local", allow_code=True).values
     found = scores(load_file(out / "models" / "federated.safetensors"))
     low, high = interval(*found)
     return {"utility": auroc(*found), "ci_low": low, "ci_high": high} | _spent(out, values["privacy"])

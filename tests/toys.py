@@ -188,7 +188,7 @@ def toy_study(sites: Sequence[str] | Mapping[str, Any] = ("A", "B", "C"), **chan
 
 
 def toy_sites(folder: Path, sites: Sequence[str] = ("A", "B", "C")) -> SitesFile:
-    """A sites file with an empty folder for each site."""
+    """A sites file with an empty folder for each site, on a machine where a study may name any code: the toys."""
     for name in sites:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    return SitesFile(sites={name: SiteData(data=folder / name) for name in sites})
+    return SitesFile(sites={name: SiteData(data=folder / name) for name in sites}).with_code()

@@ -13,9 +13,9 @@ import torch
 
 from tests.toys import Regression, toy_sites, toy_study
 from wardround.errors import StudyError
-from wardround.federation.gradients import ExactGradients
+from wardround.federation.gradients import Drawn, ExactGradients
 from wardround.federation.methods.method import MODEL, LocalRound
-from wardround.federation.private_training import Draw, PrivateTraining
+from wardround.federation.private_training import PrivateTraining
 from wardround.federation.store import SiteStore
 from wardround.protection.compression import Codec
 from wardround.protection.discrete_gaussian import discrete_gaussians, epsilon_of_zcdp, squared_norm
@@ -23,7 +23,7 @@ from wardround.protection.lattice import Lattice, LatticeCodec
 from wardround.protection.ledger import Ledger
 from wardround.protection.privacy import Purse, Terms
 from wardround.protection.rotation import unrotate
-from wardround.protection.secret import SecretRoot
+from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.runner import session
 from wardround.wire.ring import ExactSum, Ring, levels, whole_elements
 from wardround.wire.tensors import TensorInfo
@@ -103,6 +103,11 @@ def test_training_with_little_shared_noise_follows_the_gradients(tmp_path: Path)
     assert np.abs(noisy - exact).std() < 3 * 0.05 * 100 / math.sqrt(3) * 0.1 / 8 * 2
 
 
+def drawn(examples: tuple[tuple[int, ...], ...]) -> tuple[Drawn, ...]:
+    """Patients of a step, each with a stream of its own."""
+    return tuple(Drawn(own, SecretStream(bytes([n]) * 32)) for n, own in enumerate(examples))
+
+
 def _whole_sums(folder: Path, examples: tuple[tuple[int, ...], ...], scale: float = 1.0) -> tuple[np.ndarray, Any]:
     """A site's sum without its noise, rotated, in steps; and the clipped sum that it stands for."""
     task = Regression(patients=24)
@@ -113,16 +118,16 @@ def _whole_sums(folder: Path, examples: tuple[tuple[int, ...], ...], scale: floa
     training = PrivateTraining(task, dataset, purse, "study", "federated")
     torch.manual_seed(0)
     model = task.build_model()
-    gradients, drawn = ExactGradients(task, model), Draw(examples, np.random.default_rng(0))
-    training.draw = lambda secret, step: drawn  # type: ignore[method-assign]
+    gradients = ExactGradients(task, model)
+    training.draw = lambda secret, step: drawn(examples)  # type: ignore[method-assign]
     context = LocalRound("A", model, {}, {}, {}, {}, 5, 1, 0.1, seed=3)
     secret = purse.pay("s", "a", 5, 1, "c", [])
     sums = training.whole_sums(context, gradients, secret, 0, LATTICE)
-    noise = discrete_gaussians(secret.stream(0, "noise"), LATTICE.deviation, LATTICE.dimension)
+    noise = discrete_gaussians(secret.noise(0), LATTICE.deviation, LATTICE.dimension)
     whole = np.concatenate([part.ravel() for part in sums.values()]) - noise
     turned = np.split(whole * LATTICE.step, np.cumsum([part.size for part in sums.values()])[:-1])
     back = [unrotate(part, Codec(3).signs(5, MODEL, name)) for name, part in zip(sums, turned, strict=True)]
-    exact = training.clipped_sum(gradients, drawn, LATTICE.dimension).numpy()
+    exact = training.clipped_sum(gradients, drawn(examples), LATTICE.dimension).numpy()
     return whole, (np.concatenate(back), exact)
 
 

@@ -27,7 +27,7 @@ def ruled(folder: Path, **rules: dict[str, Any]) -> SitesFile:
             name: entry.model_copy(update={"egress": Egress.model_validate(rules.get(name, {}))})
             for name, entry in sites.sites.items()
         }
-    )
+    ).with_code()
 
 
 def go(tmp_path: Path, **rules: dict[str, Any]) -> Result:

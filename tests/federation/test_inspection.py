@@ -18,15 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.federation.rig import Rig
-from tests.toys import toy_study
+from tests.toys import toy_sites, toy_study
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
 from wardround.federation.journal import State
 from wardround.federation.methods.method import Method
 from wardround.federation.methods.personal import FedBN, HyperFed
 from wardround.federation.methods.server import FedAdam, FedAvgM
+from wardround.federation.site import Site
 from wardround.federation.training import build_optimizer
 from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, adam_ratio, drift, local_reach
 from wardround.protection.lint import lint_against
+from wardround.runner.host import Host
 from wardround.study.schema import Local
 from wardround.wire.message import Message
 from wardround.wire.tensors import TensorWriter
@@ -117,7 +119,7 @@ def test_the_model_of_round_1_must_be_the_one_that_the_study_starts_with(tmp_pat
     assert "moved by 0.849 since round 1, and no round lies in between" in reply.header.meta["reason"]
 
 
-def test_a_number_beyond_the_study_is_refused_and_a_long_absence_is_on_record(tmp_path: Path) -> None:
+def test_a_number_beyond_the_study_is_refused_and_a_long_absence_explains_nothing(tmp_path: Path) -> None:
     rig = Rig(study(schedule={"rounds": 40}), tmp_path)
     site = rig.sites["A"]
     object.__setattr__(site.rules, "rounds", 40)
@@ -126,16 +128,94 @@ def test_a_number_beyond_the_study_is_refused_and_a_long_absence_is_on_record(tm
     far = planted(rig, state, moved)
     assert "the study ends with round 40" in ask(rig, far, 10**9).header.meta["reason"]
     assert "moved by" in ask(rig, far, 5).header.meta["reason"]
-    # A site that was away for long goes on, and says what it could not tell.
+    # That rounds went by without the site is the coordinator's word: its operator has to agree.
+    reason = ask(rig, far, 40).header.meta["reason"]
+    assert "38 without this site are said to lie in between, and none is believed" in reason
+    assert "set catch_up: 38 in its sites file" in reason
+    away(site, 5)
+    assert "the site lets 5 explain a move" in ask(rig, far, 40).header.meta["reason"]
+    away(site, 38)
     assert ask(rig, far, 40).header.kind == UPDATE
     events = [e for e in site.minutes.record.entries() if e.event == "security"]
-    assert "39 are said to lie" in events[-1].payload["reason"]
+    assert "in 1 round; 39 are said to lie" in events[-1].payload["reason"]
     # Void rounds come on top, as many as may be.
     call = rig.coordinator._call(TRAIN, state, 41, {"keep": [], "validate": False, "void": [7]}, rig.blueprint.layout)
     assert "the study ends" not in str(site.handle(call.message("A")).header.meta.get("reason"))
     lies = {"keep": [], "validate": False, "void": list(range(1, 10_000))}
     call = rig.coordinator._call(TRAIN, state, 10_000, lies, rig.blueprint.layout)
     assert "the study ends with round 180" in site.handle(call.message("A")).header.meta["reason"]
+
+
+def away(site: Site, rounds: int) -> None:
+    """The site's operator lets so many missed rounds explain a move."""
+    assert site._inspector is not None
+    site._inspector._catch_up = rounds
+
+
+def test_what_a_sites_file_agrees_to_reaches_its_inspector(tmp_path: Path) -> None:
+    sites = toy_sites(tmp_path)
+    agreed = sites.of("B").model_copy(update={"catch_up": 7})
+    host = Host(study(), sites.model_copy(update={"sites": {**sites.sites, "B": agreed}}), tmp_path / "out", ())
+    found = {name: host._build("federated", name)._inspector for name in ("A", "B")}
+    assert [0 if each is None else each._catch_up for each in found.values()] == [0, 7]
+    host.close()
+
+
+def test_an_honest_site_that_missed_rounds_is_welcome(tmp_path: Path) -> None:
+    """One round's limit is far above what honest rounds do together."""
+    rig = Rig(study(local={**ADAM, "steps": 10}, schedule={"rounds": 12, "min_sites": 2}), tmp_path)
+    honest = rig.sites["A"].handle
+
+    def absent(request: Message) -> Message:
+        if request.header.round in range(4, 9):
+            return request.reply(ERROR, meta={"reason": "away"})
+        return honest(request)
+
+    rig.sites["A"].handle = absent  # type: ignore[method-assign]
+    rig.train()
+    missing = {report.round: set(report.missing) for report in rig.journal.reports()}
+    assert missing == {number: {"A"} if number in range(4, 9) else set() for number in range(1, 13)}
+
+
+UNLIMITED = {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.1}
+
+
+def test_where_the_optimiser_has_no_limit_the_sites_own_training_is_one(tmp_path: Path) -> None:
+    rig = Rig(study(local=UNLIMITED), tmp_path)
+    state = rig.start()
+    assert ask(rig, state, 1).header.kind == UPDATE
+    known = json.loads(rig.sites["A"].store.fact("lint/seen") or "{}")["own"]
+    assert known.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert all(length > 0 for length in known.values())
+
+    def by(factor: float) -> Callable[[Tensors], None]:
+        def change(tensors: Tensors) -> None:
+            tensors["model/0.weight"][0, 0] += factor * known["0.weight"]
+
+        return change
+
+    assert ask(rig, planted(rig, state, by(10.0)), 2).header.kind == UPDATE
+    rig = Rig(study(local=UNLIMITED), tmp_path / "other")
+    state = rig.start()
+    assert ask(rig, state, 1).header.kind == UPDATE
+    reason = ask(rig, planted(rig, state, by(100.0)), 2).header.meta["reason"]
+    assert "0.weight moved by" in reason
+    assert "what the site saw makes it" in reason
+    momentum = Rig(study(local=UNLIMITED, method={"kind": "fedavgm", "momentum": 0.9}), tmp_path / "momentum")
+    state = momentum.start()
+    assert ask(momentum, state, 1).header.kind == UPDATE
+    assert ask(momentum, planted(momentum, state, by(100.0)), 2).header.kind == UPDATE
+
+
+def test_a_site_that_never_saw_a_round_believes_in_none(tmp_path: Path) -> None:
+    rig = Rig(study(local=UNLIMITED, schedule={"rounds": 60}), tmp_path)
+    state = rig.start()
+    trained = planted(rig, state, moved)
+    reason = ask(rig, trained, 60).header.meta["reason"]
+    assert "how far a round of this study goes cannot be said" in reason
+    assert "set catch_up: 58" in reason
+    away(rig.sites["A"], 58)
+    assert ask(rig, trained, 60).header.kind == UPDATE
 
 
 def test_scales_that_no_honest_round_comes_to_allow_nothing(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from wardround.federation.methods.personal import FedBN
 from wardround.federation.methods.proximal import FedProx
 from wardround.federation.training import Trained, parameters_of
 from wardround.study import methods as methods_config
+from wardround.study.plugins import Plugins
 
 Array = npt.NDArray[Any]
 ROUNDS = 4
@@ -220,6 +221,8 @@ def test_floating_buffers_are_averaged_and_counters_stay(tmp_path: Path) -> None
 def test_a_custom_method_must_be_one() -> None:
     custom = methods_config.CustomMethod(kind="custom", factory="tests.toys:make_task", options={})
     with pytest.raises(StudyError, match="does not make"):
-        build_method(custom)
+        build_method(custom, plugins=Plugins(code=True))
     with pytest.raises(StudyError, match="cannot be imported"):
-        build_method(methods_config.CustomMethod(kind="custom", factory="tests.toys:nothing"))
+        build_method(
+            methods_config.CustomMethod(kind="custom", factory="tests.toys:nothing"), plugins=Plugins(code=True)
+        )

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from tests.examples import examples
 from tests.toys import Points, Regression, toy_sites, toy_study
 from wardround.errors import JournalError, NotEnoughSites, StudyError
-from wardround.federation.gradients import BatchedGradients, ExactGradients, autograd
-from wardround.federation.private_training import Draw, PrivateTraining, clipped, refuse_shared_statistics
+from wardround.federation.gradients import BatchedGradients, Drawn, ExactGradients, autograd
+from wardround.federation.private_training import PrivateTraining, clipped, refuse_shared_statistics
 from wardround.federation.store import SiteStore
 from wardround.protection.ledger import Entry, Ledger
-from wardround.protection.privacy import Purse, Terms
-from wardround.protection.secret import SecretRoot
+from wardround.protection.privacy import Purse, SecretRound, Terms
+from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.runner import session
 from wardround.runner.folder import reserve
 from wardround.runner.privacy import SHARED, statement
@@ -38,6 +38,11 @@ def _training(folder: Path, *, rate: float = 0.25, noise: float = 1.0, patients:
     terms = Terms(1e6, 1e-3, CLIP, noise, rate, rate * (patients - 4), 2, "exact", "pld")
     purse = Purse("A", terms, Ledger(folder / "ledger.jsonl", store), SecretRoot.of(store))
     return PrivateTraining(task, task.dataset("A", (folder,)), purse, "study", "federated")
+
+
+def _drawn(examples: Sequence[tuple[int, ...]]) -> tuple[Drawn, ...]:
+    """Patients of a step, each with a stream of its own."""
+    return tuple(Drawn(own, SecretStream(bytes([own[0]]) * 32)) for own in examples)
 
 
 def _model(seed: int = 0) -> nn.Module:
@@ -68,11 +73,8 @@ def test_removing_a_patient_moves_the_sum_by_at_most_the_bound(
     training._dataset = dataset
     model = _model(seed)
     gradients, size = ExactGradients(task, model), sum(p.numel() for p in model.parameters())
-    everybody = Draw(((0, 1), (2,), (3,), (6, 7)), np.random.default_rng(0))
-    sums = [
-        training.clipped_sum(gradients, Draw(examples, everybody.generator), size)
-        for examples in (everybody.examples, everybody.examples[1:])
-    ]
+    everybody = ((0, 1), (2,), (3,), (6, 7))
+    sums = [training.clipped_sum(gradients, _drawn(examples), size) for examples in (everybody, everybody[1:])]
     assert bool(torch.isfinite(sums[0]).all())
     assert float((sums[0] - sums[1]).norm()) <= CLIP * (1 + 1e-12)
 
@@ -96,19 +98,19 @@ def test_patients_are_drawn_independently_at_the_stated_rate(tmp_path: Path) -> 
     training = _training(tmp_path, rate=0.1)
     secret = training._purse.pay("s", "a", 1, 1, "c", [])
     draws = [training.draw(secret, step) for step in range(400)]
-    sizes = np.array([len(draw.examples) for draw in draws])
+    sizes = np.array([len(draw) for draw in draws])
     expected, patients = 2.0, 20
     assert abs(sizes.mean() - expected) < 5 * math.sqrt(expected * 0.9 / 400)
     assert sizes.var() == pytest.approx(patients * 0.1 * 0.9, rel=0.4), "a fixed batch has no variance"
     assert (sizes == 0).any(), "empty draws stay"
     for draw in draws:
-        assert all(len({i // 2 for i in own}) == 1 and len(own) == 2 for own in draw.examples)
+        assert all(len({i // 2 for i in own.examples}) == 1 and len(own.examples) == 2 for own in draw)
 
 
 def test_an_empty_draw_is_a_step_of_noise(tmp_path: Path) -> None:
     training = _training(tmp_path, rate=0.001)
     secret = training._purse.pay("s", "a", 1, 1, "c", [])
-    assert training.draw(secret, 0).examples == ()
+    assert training.draw(secret, 0) == ()
     model = _model()
     size = sum(p.numel() for p in model.parameters())
     step = training.noisy_mean(ExactGradients(Regression(), model), secret, 0, size)
@@ -119,14 +121,98 @@ def test_batched_gradients_are_those_of_each_patient(tmp_path: Path) -> None:
     task = Regression(patients=24)
     dataset, model = task.dataset("A", (tmp_path,)), _model()
     examples = [(0, 1), (4,), (8, 9), (3,)]
-    exact = list(ExactGradients(task, model).per_patient(dataset, examples, np.random.default_rng(0)))
+    exact = list(ExactGradients(task, model).per_patient(dataset, _drawn(examples)))
     with BatchedGradients.attached(task, model) as batched:
         batched.self_test(dataset)
-        found = list(batched.per_patient(dataset, examples, np.random.default_rng(0)))
+        found = list(batched.per_patient(dataset, _drawn(examples)))
     torch.testing.assert_close(torch.stack(found), torch.stack(exact), rtol=1e-4, atol=1e-6)
     # Nothing of Opacus may stay: the model goes on to be evaluated and to train other arms.
     autograd(task, model, dataset.batch([0], np.random.default_rng(0)))
     assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+
+
+@dataclass(frozen=True)
+class _Lacking:
+    """A data set without some of its patients; the others keep their numbers, as their examples do."""
+
+    whole: Points
+    without: frozenset[int]
+
+    def fingerprint(self) -> str:
+        return self.whole.fingerprint()
+
+    def owners(self) -> list[int]:
+        return [owner for owner in self.whole.owners() if owner not in self.without]
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        kept = [i for i, owner in enumerate(self.whole.owners()) if owner not in self.without]
+        x, y = self.whole.batch([kept[i] for i in indices], random)
+        return x + 0.1 * torch.from_numpy(random.standard_normal(x.shape).astype(np.float32)), y
+
+
+def _dropping(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.5), nn.Tanh(), nn.Dropout1d(0.3), nn.Linear(32, 1)).train()
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.6])
+@pytest.mark.parametrize("without", [0, 7, 19])
+def test_a_patient_less_changes_nothing_of_the_others_with_dropout_and_augmentation(
+    tmp_path: Path, rate: float, without: int
+) -> None:
+    """Dropout from a public seed ran through all patients: one less shifted the masks of all that followed."""
+    whole, model = Regression(patients=24).dataset("A", (tmp_path,)), _dropping()
+    whole.y[:] *= 50.0  # Every patient's gradient is clipped: each has all of the bound.
+    size = sum(p.numel() for p in model.parameters())
+    secret = SecretRound(SecretRoot(b"s" * 32))
+    sums, drawn = [], []
+    for lacking in (frozenset[int](), frozenset({without})):
+        training = _training(tmp_path, rate=rate, patients=24)
+        data: Any = _Lacking(whole, lacking)
+        training = PrivateTraining(training._task, data, training._purse, "study", "federated")
+        draw = training.draw(secret, 3)
+        drawn.append(len(draw))
+        torch.manual_seed(5)
+        state = torch.get_rng_state()
+        sums.append(training.clipped_sum(ExactGradients(training._task, model), draw, size))
+        assert torch.equal(torch.get_rng_state(), state)
+    moved = float((sums[0] - sums[1]).norm())
+    taken = drawn[0] - drawn[1]
+    assert taken in ((1,) if rate == 1.0 else (0, 1))
+    # Twenty sums of 0.7 in double precision; nothing else may differ.
+    assert moved <= taken * CLIP + 1e-12
+    assert moved == pytest.approx(taken * CLIP, abs=1e-5)
+
+
+def test_dropout_draws_anew_for_every_patient_and_step(tmp_path: Path) -> None:
+    training, model = _training(tmp_path, rate=1.0), _dropping()
+    secret = SecretRound(SecretRoot(b"s" * 32))
+    one = training.draw(secret, 0)[0].examples
+    same = [Drawn(one, secret.patient(step, patient)) for step, patient in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    found = list(ExactGradients(training._task, model).per_patient(training._dataset, same))
+    assert torch.equal(found[0], found[3])
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_opacus_refuses_a_network_that_draws_random_numbers(tmp_path: Path) -> None:
+    """Also where dropout is too rare for wrong gradients to show, and where it is no module."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(torch.as_tensor(self.layer(x)), 1e-9, self.training)
+
+    task = Regression(patients=24)
+    for model in (_dropping(), Functional().train()):
+        with (
+            BatchedGradients.attached(task, model) as batched,
+            pytest.raises(StudyError, match=r"draws random numbers in training.*set `gradients: exact`"),
+        ):
+            batched.self_test(task.dataset("A", (tmp_path,)))
 
 
 class _ChannelsLast(nn.Module):

@@ -109,7 +109,7 @@ def keyed(folder: Path, place: str | None) -> SitesFile:
     sites = toy_sites(folder)
     return SitesFile(
         sites={name: entry.model_copy(update={"encryption_key": place}) for name, entry in sites.sites.items()}
-    )
+    ).with_code()
 
 
 @pytest.mark.parametrize("secure", [False, True])

@@ -22,7 +22,7 @@ from wardround.protection.accounting import Spending, epsilon_of, noise_for
 from wardround.protection.ledger import Ledger
 from wardround.protection.opacus import from_opacus
 from wardround.protection.privacy import BudgetSpent, Purse, Terms, terms_of
-from wardround.protection.secret import SecretRoot, SecretStream
+from wardround.protection.secret import SecretRoot, SecretStream, coin
 from wardround.study.protection import Privacy
 
 
@@ -111,11 +111,14 @@ def test_noise_is_standard_normal() -> None:
     assert stats.kurtosis(drawn) == pytest.approx(0.0, abs=5 * np.sqrt(24 / 300_000))
 
 
+KEYS = [SecretRoot(b"r" * 32).key(0, "sampling", patient) for patient in range(10_000)]
+
+
 @settings(deadline=None)
 @given(rate=st.floats(0.01, 1.0))
 def test_poisson_rate(rate: float) -> None:
-    chosen = SecretStream(b"r" * 32).chosen(20_000, rate)
-    assert abs(chosen.mean() - rate) <= 5.5 * np.sqrt(rate * (1 - rate) / 20_000)
+    chosen = np.array([coin(key, rate) for key in KEYS])
+    assert abs(chosen.mean() - rate) <= 5.5 * np.sqrt(rate * (1 - rate) / len(KEYS))
 
 
 def test_streams_differ_by_root_and_purpose(tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_budget_is_never_passed_and_spans_studies(tmp_path: Path) -> None:
 def test_the_same_inputs_give_the_same_noise_and_others_other(tmp_path: Path) -> None:
     purse = _purse(tmp_path, 8.0)
     one, same, other = (purse.pay("s", "a", 1, 5, "cohort", [inputs]) for inputs in ("x", "x", "y"))
-    draw = [secret.stream(0, "noise").normals(4).tolist() for secret in (one, same, other)]
+    draw = [secret.noise(0).normals(4).tolist() for secret in (one, same, other)]
     assert draw[0] == draw[1] != draw[2]
     assert len(purse.ledger.entries()) == 2
     assert json.loads(purse.ledger.path.read_text().splitlines()[0])["cohort"] == "cohort"

@@ -67,10 +67,10 @@ def test_the_demo_leaves_a_sites_file(tmp_path: Path) -> None:
 
 
 def test_phantoms_follow_the_study(tmp_path: Path) -> None:
-    made: list[None] = []
-    study, _ = demo_study(tmp_path / "a", SMALL, demo=tiny(DEMO), made=lambda: made.append(None))
+    made: list[int] = []
+    study, _ = demo_study(tmp_path / "a", SMALL, demo=tiny(DEMO), phase=lambda _, done, __: made.append(done))
     assert study.seed == 2026
-    assert len(made) == tiny(DEMO).total == 13
+    assert made == list(range(tiny(DEMO).total + 1))
     again, _ = demo_study(tmp_path / "b", SMALL, demo=tiny(DEMO))
     other, _ = demo_study(tmp_path / "c", [*SMALL, "seed=7"], demo=tiny(DEMO))
     assert (again.seed, other.seed) == (2026, 7)
@@ -96,9 +96,12 @@ def test_phantoms_of_another_study_are_refused_and_stay(tmp_path: Path, change: 
 def test_phantoms_that_are_there_are_not_made_again(tmp_path: Path) -> None:
     demo_study(tmp_path, SMALL, demo=tiny(DEMO))
     (tmp_path / "Harbour" / ".complete").unlink()  # stopped while it made this hospital
-    made: list[None] = []
-    demo_study(tmp_path, SMALL, demo=tiny(DEMO), made=lambda: made.append(None))
-    assert len(made) == 3
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nii.gz")}
+    made: list[int] = []
+    demo_study(tmp_path, SMALL, demo=tiny(DEMO), phase=lambda _, done, __: made.append(done))
+    assert made == list(range(tiny(DEMO).total + 1))
+    anew = {path.parent.parent.name for path, when in written.items() if path.stat().st_mtime_ns != when}
+    assert anew == {"Harbour"}
 
 
 def test_a_folder_that_the_demo_did_not_make_stays(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.real_images import root_folder
 from wardround.errors import DataError, StudyError
 from wardround.models.unrolled import MoDL
 from wardround.study import Study
+from wardround.study.plugins import Plugins
 from wardround.study.tasks import BASELINES
 from wardround.tasks.build import build_task
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS
@@ -22,6 +23,9 @@ from wardround.tasks.mri import MRIBatch, MRIDataset, MRIReconstruction
 from wardround.tasks.reconstruction import PooledDataset
 
 SIZE = 64
+
+
+ANY = Plugins(code=True)
 
 
 def _volume(seed: int) -> np.ndarray:
@@ -273,12 +277,12 @@ def test_a_bad_image_of_any_patient_is_found_before_training(patient: int, tmp_p
 def test_a_custom_task_comes_from_its_factory() -> None:
     study = _study(task={"kind": "custom", "factory": "types:SimpleNamespace", "options": {"metrics": ()}})
     with pytest.raises(StudyError, match="build_model, dataset"):
-        build_task(study)
+        build_task(study, plugins=ANY)
     with pytest.raises(StudyError, match=r"task\.options.*cannot be called"):
-        build_task(_study(task={"kind": "custom", "factory": "textwrap:dedent", "options": {"depth": 3}}))
+        build_task(_study(task={"kind": "custom", "factory": "textwrap:dedent", "options": {"depth": 3}}), plugins=ANY)
     for factory in ("no_such_package:make", "types:no_such_name"):
         with pytest.raises(StudyError, match="cannot be imported"):
-            build_task(_study(task={"kind": "custom", "factory": factory}))
+            build_task(_study(task={"kind": "custom", "factory": factory}), plugins=ANY)
 
 
 @pytest.mark.data("lgg")

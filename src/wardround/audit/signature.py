@@ -85,12 +85,20 @@ def verify(folder: Path, key: str | None = None) -> Signed:
     fields = _fields(site, value["study_sha256"], files)
     if not signer.verify(site, bytes.fromhex(value["signature"]), PURPOSE, *fields):
         raise StudyError(f"{SIGNATURE} was not made with the key that it names", detail=str(folder))
-    told = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
-    if (told["site"], told["study_sha256"]) != (site, value["study_sha256"]):
+    if _told(folder / FILES[0]) != (site, value["study_sha256"]):
         raise StudyError(f"{SIGNATURE} speaks for another site or study than {FILES[0]}", detail=str(folder))
     if key is not None and key.lower() != value["key"]:
         raise StudyError(f"the audit was signed with another key than the one given: {value['key']}")
     return Signed(site, value["key"])
+
+
+def _told(path: Path) -> tuple[Any, Any] | None:
+    """The site and the study that an audit speaks of; nothing where it is none, whoever signed it."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return told["site"], told["study_sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _fields(site: str, study_sha256: str, files: dict[str, str]) -> list[str]:
@@ -111,7 +119,7 @@ def _read(folder: Path) -> dict[str, Any]:
             and len(bytes.fromhex(value["key"])) == KEY_BYTES
             and bool(bytes.fromhex(value["signature"]))
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise StudyError(f"{SIGNATURE} cannot be read: it was changed", detail=str(folder))

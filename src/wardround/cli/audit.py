@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wardround.cli.shared import SetOption, SitesOption, StudyFile, say, words
+from wardround.cli.shared import AllowCodeOption, SetOption, SitesOption, StudyFile, say, words
 from wardround.errors import WardroundError
 
 
@@ -44,6 +44,7 @@ def audit(
         typer.Option("--identity", help="The store with the site's key (default: the run's, or one by --out)."),
     ] = None,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Attack a site's own updates, at the site, and say what they give away. Exit code 2 where a claim is refuted."""
     from wardround.audit.command import audit as audit_site
@@ -56,9 +57,10 @@ def audit(
         noise_multiplier,
         {"clip": clip, "dp-steps": dp_steps, "sampling": sampling, "delta": delta, "epsilon": epsilon},
     )
+    known = load_sites(sites)
     found = audit_site(
         load_study(study, overrides or []),
-        load_sites(sites),
+        known.with_code() if allow_code else known,
         site,
         out,
         model=model,

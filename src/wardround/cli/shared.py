@@ -35,6 +35,9 @@ EngineOption = Annotated[
 ProcessesOption = Annotated[
     int | None, typer.Option("--processes", min=1, help="Worker processes (default: one a core).")
 ]
+AllowCodeOption = Annotated[
+    bool, typer.Option("--allow-code", help="Let the study name any code, not only plug-ins of the sites file.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, only results, warnings and errors.")]
 
 

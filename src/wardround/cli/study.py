@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from wardround.cli.shared import (
+    AllowCodeOption,
     CompareOption,
     EngineOption,
     OutOption,
@@ -39,6 +40,7 @@ def run(
     engine: EngineOption = None,
     processes: ProcessesOption = None,
     quiet: QuietOption = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Train a study, measure it, and write the report. Run it again to go on after any interruption."""
     from wardround.runner.session import run as run_study
@@ -57,6 +59,7 @@ def run(
             resume=resume,
             without=without or [],
             watcher=watcher,
+            allow_code=allow_code,
         )
     summary(result)
 
@@ -94,6 +97,7 @@ def evaluate(
     engine: EngineOption = None,
     processes: ProcessesOption = None,
     quiet: QuietOption = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Recompute every metric of result.json from the saved models and the data, and say whether they agree."""
     import json
@@ -102,7 +106,7 @@ def evaluate(
     from wardround.runner.session import evaluate as evaluate_run
 
     with watching(quiet) as watcher:
-        found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher)
+        found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher, allow_code=allow_code)
     written = json.loads((out / "result.json").read_text(encoding="utf-8"))
     results(found)
     if failed := set(found["failed"]) - set(written.get("failed", ())):
@@ -149,8 +153,12 @@ def check(
     compare: CompareOption = "",
     overrides: SetOption = None,
     full: Annotated[bool, typer.Option("--full", help="Only print the study with every default filled in.")] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Explain what a study would do, without doing it."""
     from wardround.runner.explain import explain, full_study
 
-    say(full_study(study, overrides or []) if full else explain(study, sites, words(compare), overrides or []))
+    if full:
+        say(full_study(study, overrides or []))
+    else:
+        say(explain(study, sites, words(compare), overrides or [], allow_code=allow_code))

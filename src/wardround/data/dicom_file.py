@@ -7,6 +7,7 @@ not at all.
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 import re
 import struct
@@ -20,11 +21,15 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
 from pydicom.tag import Tag
-from pydicom.uid import RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
+from wardround.data.bounds import MOST_PIXELS, RLE_RATIO, inflates_to
 from wardround.errors import DataError
 
+# A file whose whole content is deflated: far more than an image of 8192 x 8192 pixels and its header.
+_MOST_INFLATED = 1 << 28
 # Image files of compressed collections that are lossless; every other compression is taken for lossy.
 _LOSSLESS = frozenset(
     {
@@ -62,13 +67,30 @@ def open_dicom(path: Path, *, pixels: bool = True) -> FileDataset:
         raise DataError("a DICOM file does not exist", detail=str(path))
     with guarded("a DICOM file is damaged or cannot be read; copy it again from its source", path):
         try:
-            dataset = pydicom.dcmread(path, stop_before_pixels=not pixels)
+            if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+                with _Bounded(path) as file:
+                    dataset = pydicom.dcmread(file, stop_before_pixels=not pixels)
+            else:
+                dataset = pydicom.dcmread(path, stop_before_pixels=not pixels)
         except InvalidDicomError as error:
             raise DataError(
                 "a file is not DICOM; keep other files out of the folder, or copy it again from its source",
                 detail=str(path),
             ) from error
     return dataset
+
+
+class _Bounded(io.FileIO):
+    """A deflated DICOM file; pydicom reads its compressed rest at once and unpacks it whole, however much that is."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of a file; raises DataError for a rest that comes to more than any image."""
+        data = super().read(-1 if size is None else size) or b""
+        if (size is None or size < 0) and not inflates_to(data, _MOST_INFLATED):
+            raise DataError(
+                f"a DICOM file comes to more than {_MOST_INFLATED:,} bytes when it is unpacked; is it the right file?"
+            )
+        return data
 
 
 def path_of(header: Dataset) -> Path:
@@ -156,6 +178,8 @@ def pixels(dataset: FileDataset) -> NDArray[np.generic]:
         frames, samples = int(dataset.get("NumberOfFrames") or 1), int(dataset.get("SamplesPerPixel") or 1)
         syntax = dataset.file_meta.TransferSyntaxUID
         compressed = bool(syntax.is_encapsulated)
+        rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+        bits = int(dataset.get("BitsAllocated") or 0)
     if frames != 1:
         raise DataError(
             f"a DICOM file holds {frames} frames; export it as classic CT, one file per slice", detail=str(path)
@@ -170,6 +194,17 @@ def pixels(dataset: FileDataset) -> NDArray[np.generic]:
         )
     if "PixelData" not in dataset:
         raise no_pixels(path)
+    said = f"a DICOM header says {rows} x {columns} pixels"
+    if rows * columns > MOST_PIXELS:
+        raise DataError(f"{said}, and at most {MOST_PIXELS:,} are read; is the file damaged?", detail=str(path))
+    held = len(dataset.PixelData or b"")
+    ratio = RLE_RATIO if syntax == RLELossless else None if compressed else 1
+    if ratio is not None and rows * columns * bits > 8 * ratio * held:
+        raise DataError(
+            f"{said} of {bits} bits, and the file is damaged or cut short: it holds {held:,} bytes of pixels; copy it "
+            "again from its source",
+            detail=str(path),
+        )
     with guarded(damaged, path):
         if compressed and syntax != RLELossless:
             dataset.pixel_array_options(decoding_plugin="gdcm")

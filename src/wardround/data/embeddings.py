@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from wardround.data.volume import FloatArray
 from wardround.errors import DataError
+from wardround.wire.archives import read_npz
 
 # The name of a vector that serves every patient who has none of their own.
 EVERYBODY = "all"
@@ -86,8 +87,7 @@ def _read(path: Path, whose: str) -> dict[str, NDArray[np.generic]]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
+            return read_npz(path)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, SafetensorError) as error:
         raise DataError(
             f"{whose}: the file of embeddings is damaged or holds Python objects; store plain arrays",

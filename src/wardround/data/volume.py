@@ -14,6 +14,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
+from wardround.data.bounds import check_nifti
 from wardround.errors import DataError
 
 FloatArray = NDArray[np.float32]
@@ -62,7 +63,7 @@ def read_volume(path: Path) -> Volume:
     """Read a 3-D NIfTI file; a fourth axis of length one is dropped.
 
     Raises DataError, whose message never names the file, for anything that is not a finite, varying, real 3-D
-    image.
+    image, and before memory is taken for one whose header says more voxels than its file holds.
     """
     array, spacing, affine, space = _read(path)
     if array.ndim == 4 and array.shape[3] == 1:
@@ -91,6 +92,7 @@ def _read(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[n
     if not exists:
         raise DataError("an image file does not exist", detail=str(path))
     try:
+        check_nifti(path)
         image = nibabel.load(path)
         array = np.asanyarray(image.dataobj)
         zooms = tuple(float(zoom) for zoom in image.header.get_zooms())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wardround.errors import StudyError, WardroundError
 from wardround.protection.opacus import from_opacus
+from wardround.protection.secret import SecretStream
 from wardround.tasks.task import Batch, Dataset, Task
 from wardround.wire.random import public_generator
 
@@ -21,13 +22,19 @@ from wardround.wire.random import public_generator
 CHUNK = 16
 LARGEST_ERROR = 1e-3
 
-Examples = Sequence[Sequence[int]]
+
+@dataclass(frozen=True)
+class Drawn:
+    """A patient of a step: the examples taken of it, and the secret stream of all that is random about it."""
+
+    examples: tuple[int, ...]
+    stream: SecretStream
 
 
 class Gradients(Protocol):
     """How a patient's gradient is found."""
 
-    def per_patient(self, dataset: Dataset, examples: Examples, random: np.random.Generator) -> Iterator[Tensor]:
+    def per_patient(self, dataset: Dataset, patients: Sequence[Drawn]) -> Iterator[Tensor]:
         """For each patient the mean gradient over its examples, all trainable parameters behind one another."""
         ...
 
@@ -39,10 +46,16 @@ class ExactGradients:
     task: Task
     model: nn.Module
 
-    def per_patient(self, dataset: Dataset, examples: Examples, random: np.random.Generator) -> Iterator[Tensor]:
-        """See `Gradients`. The mean over examples is the task's, as its loss is of a batch."""
-        for own in examples:
-            yield autograd(self.task, self.model, dataset.batch(own, random))
+    def per_patient(self, dataset: Dataset, patients: Sequence[Drawn]) -> Iterator[Tensor]:
+        """See `Gradients`. The mean over examples is the task's, as its loss is of a batch.
+
+        Augmentation and dropout come from each patient's own stream: one patient more changes no other's gradient.
+        """
+        for own in patients:
+            batch = dataset.batch(own.examples, own.stream.generator())
+            with _seeded(own.stream):
+                gradient = autograd(self.task, self.model, batch)
+            yield gradient
 
 
 def autograd(task: Task, model: nn.Module, batch: Batch) -> Tensor:
@@ -85,11 +98,17 @@ class BatchedGradients:
             hooked.remove_hooks()
             _detach(model)
 
-    def per_patient(self, dataset: Dataset, examples: Examples, random: np.random.Generator) -> Iterator[Tensor]:
-        """See `Gradients`; whole patients go through the network together, about `CHUNK` examples at once."""
-        for patients in _chunks(examples):
-            of_example = self.per_example(dataset.batch([i for own in patients for i in own], random))
-            for rows in torch.split(of_example, [len(own) for own in patients]):
+    def per_patient(self, dataset: Dataset, patients: Sequence[Drawn]) -> Iterator[Tensor]:
+        """See `Gradients`; whole patients go through the network together, about `CHUNK` examples at once.
+
+        A batch is augmented from the stream of its first patient. A network that draws random numbers itself is none
+        that `self_test` lets pass.
+        """
+        for chunk in _chunks(patients):
+            batch = dataset.batch([i for own in chunk for i in own.examples], chunk[0].stream.generator())
+            with _seeded(chunk[0].stream):
+                of_example = self.per_example(batch)
+            for rows in torch.split(of_example, [len(own.examples) for own in chunk]):
                 yield rows.mean(dim=0)
 
     def per_example(self, batch: Batch) -> Tensor:
@@ -111,15 +130,32 @@ class BatchedGradients:
     def self_test(self, dataset: Dataset) -> None:
         """Compare with autograd on two examples, each first in a batch of both; raises `StudyError` where they differ.
 
+        A model that draws random numbers, as dropout does, is refused: in a batch, which ones an example gets depends
+        on the patients before it.
         The weights are moved a little meanwhile: a layer that starts at zero would hide what lies before it.
         """
         if len(dataset) < 2:
             raise _refused("two training examples are needed to test Opacus on this model")
         first, last = 0, len(dataset) - 1
+        if self._draws(dataset.batch([first, last], public_generator(0, "self-test"))):
+            raise _refused(
+                "this model draws random numbers in training (dropout), in a batch not for each patient alone"
+            )
         with _moved(self._model):
             worst = max(self._error(dataset, pair) for pair in ((first, last), (last, first)))
         if not worst <= LARGEST_ERROR:
             raise _refused(f"Opacus's gradients of single examples are wrong by {worst:.1e} on this model")
+
+    def _draws(self, batch: Batch) -> bool:
+        """Whether the loss of a batch takes from torch's random numbers."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            before = torch.get_rng_state()
+            self._hooks.disable_hooks()
+            try:
+                self._task.loss(self._model, batch)
+            finally:
+                self._hooks.enable_hooks()
+            return not torch.equal(before, torch.get_rng_state())
 
     def _error(self, dataset: Dataset, pair: tuple[int, int]) -> float:
         def draws() -> np.random.Generator:
@@ -148,10 +184,18 @@ class BatchedGradients:
         )
 
 
-def _chunks(examples: Examples) -> Iterator[list[Sequence[int]]]:
-    chunk: list[Sequence[int]] = []
-    for own in examples:
-        if chunk and sum(map(len, chunk)) + len(own) > CHUNK:
+@contextmanager
+def _seeded(stream: SecretStream) -> Iterator[None]:
+    """Torch draws from a secret stream until the context is left, and goes on afterwards where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream.words(1)[0] >> np.uint64(1)))
+        yield
+
+
+def _chunks(patients: Sequence[Drawn]) -> Iterator[list[Drawn]]:
+    chunk: list[Drawn] = []
+    for own in patients:
+        if chunk and sum(len(known.examples) for known in chunk) + len(own.examples) > CHUNK:
             yield chunk
             chunk = []
         chunk.append(own)

@@ -6,6 +6,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from wardround.federation.exchange import TRAIN
 from wardround.federation.methods.method import MODEL
 from wardround.federation.store import SiteStore
 from wardround.protection.compression import Codec
-from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, drift
+from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, drift, witnessed
 from wardround.protection.lint import Finding, lint_against
 from wardround.wire.ring import levels
 from wardround.wire.scales import GROWTH, headroom
@@ -24,8 +25,6 @@ from wardround.wire.update import Layout, limits, scale_key
 
 Array = npt.NDArray[Any]
 _SECRET, _SEEN = "lint/secret", "lint/seen"
-# A site that was away for longer says so in its log where the model moved further than so many rounds explain.
-_AWAY = 4
 
 
 class Agreed(Protocol):
@@ -39,6 +38,10 @@ class Agreed(Protocol):
     @property
     def reach(self) -> Reach:
         """How far a round can move them."""
+        ...
+
+    def reach_after(self, own: Reach) -> Reach:
+        """How far it can move them where every site's steps go as far as `own`."""
         ...
 
     @property
@@ -63,8 +66,9 @@ class Agreed(Protocol):
 class Inspector:
     """Looks at the models that one site receives in one arm; what it remembers of them lies in the site's store.
 
-    Where a `codec` sends a part of a change rounds later, nobody can say how far one round moves. `initial_scale` is
-    the study's. `note` writes a record of an event into the site's log.
+    Where a `codec` sends a part of a change rounds later, it cannot be said how far one round moves. `initial_scale` is
+    the study's. `note` writes a record of an event into the site's log. `catch_up` is how many rounds without the site
+    its operator lets explain a move: that they took place is the coordinator's word.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Inspector:
         codec: Codec,
         initial_scale: float,
         note: Callable[[str, Mapping[str, Any]], None],
+        catch_up: int = 0,
     ) -> None:
         self._site = site
         self._store = store
@@ -82,6 +87,7 @@ class Inspector:
         self._codec = codec
         self._initial_scale = initial_scale
         self._note = note
+        self._catch_up = catch_up
         self._approved: dict[str, Array] = {}
         self._largest_scales: dict[str, float] = {}
 
@@ -94,29 +100,71 @@ class Inspector:
         if findings:
             raise self._refusal(number, findings[0])
         sketcher = Sketcher(bytes.fromhex(self._store.promise(_SECRET, 0, secrets.token_hex(32))))
-        reach = UNKNOWN if self._codec.lags else agreed.reach
         self._largest_scales = self._honest_scales(tensors, agreed.own_reach)
         known = self._seen(agreed, sketcher)
-        for finding in drift(known, tensors, number, reach, sketcher):
-            raise self._refusal(number, finding)
-        # Only the coordinator says how long the site was away. An honest one may be right: it is put on record.
-        for finding in drift(known, tensors, min(number, known.round + _AWAY), reach, sketcher):
-            said = (
-                f"{finding.tensor} {finding.text} in {_AWAY} rounds; {number - known.round} are said to lie in between"
-            )
+        reach = self._reach(agreed, known, tensors)
+        believed = min(number, known.round + 1 + self._catch_up)
+        for finding in drift(known, tensors, believed, reach, sketcher):
+            raise self._refusal(number, self._unwitnessed(finding, number - known.round))
+        if reach == UNKNOWN and not known.own and number > believed:
+            # It never saw how far a round goes, and is told of several.
+            for finding in drift(known, tensors, known.round, Reach(), sketcher):
+                told = f"moved since round {known.round}, and how far a round of this study goes cannot be said"
+                finding = Finding("drift", finding.tensor, told)
+                raise self._refusal(number, self._unwitnessed(finding, number - known.round))
+        # What its operator agreed to all the same is put on record.
+        for finding in drift(known, tensors, min(number, known.round + 1), reach, sketcher):
+            said = f"{finding.tensor} {finding.text} in 1 round; {number - known.round} are said to lie in between"
             self._note("security", {"kind": TRAIN, "round": number, "reason": said})
             break
         names = agreed.trained
-        return Seen(number, {name: sketcher.sketch(name, tensors[name]) for name in tensors if name in names}, {})
+        sketches = {name: sketcher.sketch(name, tensors[name]) for name in tensors if name in names}
+        return Seen(number, sketches, {}, known.own)
 
-    def remember(self, seen: Seen, scales: Mapping[str, float], weights: Mapping[str, float]) -> None:
+    def _reach(self, agreed: Agreed, known: Seen, tensors: Mapping[str, Array]) -> Reach | dict[str, Reach]:
+        """How far a round goes: as the study's optimisers say, or where they have no limit as the site's own training
+        showed.
+        """
+        if self._codec.lags or agreed.reach != UNKNOWN or not known.own:
+            return UNKNOWN if self._codec.lags else agreed.reach
+        sizes = {name: int(np.asarray(tensors[name]).size) for name in known.sketches}
+        own = {name: length for name, length in known.own.items() if name in sizes}
+        return {name: agreed.reach_after(witnessed(own, sizes, name)) for name in sizes}
+
+    def _unwitnessed(self, finding: Finding, between: int) -> Finding:
+        """A finding, with what the site's operator can do where the coordinator says that the site was away."""
+        missed = between - 1
+        if missed <= self._catch_up:
+            return finding
+        agreed = f"of these the site lets {self._catch_up} explain a move" if self._catch_up else "none is believed"
+        told = (
+            f"{finding.text} in {1 + self._catch_up} round{'s' if self._catch_up else ''}; {missed} without this site "
+            f"are said to lie in between, and {agreed}: if it was away for so long, set catch_up: {missed} in its "
+            "sites file"
+        )
+        return Finding(finding.check, finding.tensor, told)
+
+    def remember(
+        self,
+        seen: Seen,
+        scales: Mapping[str, float],
+        weights: Mapping[str, float],
+        changes: Mapping[str, Array],
+    ) -> None:
         """Keep what `check` returned, once the round's weights are known: they say how coarse its sum is.
+
+        `changes` are the site's own, which say how far a round goes.
 
         Not durably: after a power cut an older memory stands, and more rounds lie in between.
         """
+        lengths = {
+            n: float(np.linalg.norm(np.asarray(t, np.float64))) for n, t in changes.items() if n in seen.sketches
+        }
+        own = {n: max(length, seen.own.get(n, 0.0)) for n, length in lengths.items() if math.isfinite(length)}
+        seen = replace(seen, own={**seen.own, **own})
         if MODEL in weights:
             rounding = self._rounding(scales, weights)
-            seen = Seen(seen.round, seen.sketches, {n: v for n, v in rounding.items() if n in seen.sketches})
+            seen = replace(seen, rounding={n: v for n, v in rounding.items() if n in seen.sketches})
         self._store.set_fact(_SEEN, json.dumps(seen.to_json()), durable=False)
 
     def _seen(self, agreed: Agreed, sketcher: Sketcher) -> Seen:

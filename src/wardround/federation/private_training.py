@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
-from wardround.federation.gradients import BatchedGradients, ExactGradients, Gradients
+from wardround.federation.gradients import BatchedGradients, Drawn, ExactGradients, Gradients
 from wardround.federation.methods.method import MODEL, LocalRound, Method
 from wardround.protection.compression import Codec
 from wardround.protection.discrete_gaussian import discrete_gaussians, rounded
 from wardround.protection.lattice import Lattice
 from wardround.protection.privacy import Purse, SecretRound, Terms
 from wardround.protection.rotation import rotate
+from wardround.protection.secret import SecretStream
 from wardround.tasks.task import Dataset, Task
 from wardround.wire.tensors import tensors_sha256
 
@@ -62,14 +63,6 @@ def clipped(gradient: Tensor, bound: float) -> Tensor:
     return gradient * (bound * _ROUNDING / max(norm, bound))
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The patients of a step and the examples taken of each."""
-
-    examples: tuple[tuple[int, ...], ...]
-    generator: np.random.Generator
-
-
 class PrivateTraining:
     """Takes the place of loss and backward pass at a site with privacy."""
 
@@ -83,7 +76,7 @@ class PrivateTraining:
         of_patient: dict[int, list[int]] = {}
         for index, owner in enumerate(owners):
             of_patient.setdefault(owner, []).append(index)
-        self._patients = tuple(tuple(of_patient[owner]) for owner in sorted(of_patient))
+        self._patients = {owner: tuple(of_patient[owner]) for owner in sorted(of_patient)}
         self._tested = False
 
     @property
@@ -113,21 +106,26 @@ class PrivateTraining:
                 self._tested = True
             yield PrivateRound(self, context, method, batched, secret)
 
-    def draw(self, secret: SecretRound, step: int) -> Draw:
-        """Poisson sampling of patients, then of examples of each without replacement."""
-        chosen = secret.stream(step, "sampling").chosen(len(self._patients), self.terms.rate)
-        generator = secret.stream(step, "examples").generator()
-        examples = []
-        for patient in np.flatnonzero(chosen):
-            own = self._patients[int(patient)]
-            count = min(self.terms.examples_per_patient, len(own))
-            examples.append(tuple(own[int(i)] for i in generator.choice(len(own), count, replace=False)))
-        return Draw(tuple(examples), generator)
+    def draw(self, secret: SecretRound, step: int) -> tuple[Drawn, ...]:
+        """Poisson sampling of patients, then of examples of each without replacement.
 
-    def clipped_sum(self, gradients: Gradients, draw: Draw, size: int) -> Tensor:
+        All that is random about a patient is a function of the secret and of the patient's number: what the sum holds
+        of the others is the same, bit for bit, whether or not one patient more is there.
+        """
+        return tuple(
+            self._drawn(secret.patient(step, patient), own)
+            for patient, own in self._patients.items()
+            if secret.draws(step, patient, self.terms.rate)
+        )
+
+    def _drawn(self, stream: SecretStream, own: tuple[int, ...]) -> Drawn:
+        count = min(self.terms.examples_per_patient, len(own))
+        return Drawn(tuple(own[int(i)] for i in stream.generator().choice(len(own), count, replace=False)), stream)
+
+    def clipped_sum(self, gradients: Gradients, draw: Sequence[Drawn], size: int) -> Tensor:
         """The sum over drawn patients of their clipped gradients, without noise: (size,), double precision."""
         total = torch.zeros(size, dtype=torch.float64)
-        for gradient in gradients.per_patient(self._dataset, draw.examples, draw.generator):
+        for gradient in gradients.per_patient(self._dataset, draw):
             total += clipped(gradient, self.terms.clip)
         return total
 
@@ -141,16 +139,15 @@ class PrivateTraining:
         codec, named = Codec(context.seed), dict(context.model.named_parameters())
         infos = {name: named[name] for name in named if named[name].requires_grad}
         sizes = [p.numel() for p in infos.values()]
-        total = discrete_gaussians(secret.stream(step, "noise"), lattice.deviation, sum(sizes))
-        roundings = secret.stream(step, "rounding")
+        total = discrete_gaussians(secret.noise(step), lattice.deviation, sum(sizes))
         draw = self.draw(secret, step)
-        for gradient in gradients.per_patient(self._dataset, draw.examples, draw.generator):
+        for own, gradient in zip(draw, gradients.per_patient(self._dataset, draw), strict=True):
             parts = torch.split(clipped(gradient, self.terms.clip), sizes)
             turned = [
                 rotate(part.numpy(), codec.signs(context.number, MODEL, name))
                 for name, part in zip(infos, parts, strict=True)
             ]
-            total += rounded(np.concatenate(turned) / lattice.step, lattice.bound, roundings)
+            total += rounded(np.concatenate(turned) / lattice.step, lattice.bound, own.stream)
         ends = np.cumsum(sizes)[:-1]
         return {
             name: part.reshape(tuple(info.shape))
@@ -161,7 +158,7 @@ class PrivateTraining:
         """What a step follows: (size,), double precision."""
         terms = self.terms
         total = self.clipped_sum(gradients, self.draw(secret, step), size)
-        noise = torch.from_numpy(secret.stream(step, "noise").normals(size))
+        noise = torch.from_numpy(secret.noise(step).normals(size))
         return (total + terms.noise * terms.clip * noise) / terms.patients_per_step
 
 

@@ -105,11 +105,11 @@ class Evaluator(Protocol):
 class Rules:
     """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
 
-    With `lint` it looks at every model before it trains on it (`Inspector`). There are so many `rounds`, where they are
-    known, and one more for each void one where that `extends` the study. It measures the model of the `arm`, and the
-    `baselines`. Scales start at `initial_scale`, or higher
-    where the state before round 1, `initial` by group and tensor, says so. Updates are rounded from `rounding_root`;
-    without one, from a root that the operating system gives and that stays in the site's store.
+    With `lint` it looks at every model before it trains on it (`Inspector`), and lets up to `catch_up` rounds that it
+    missed explain a move. `rounds` is how many there are, where that is known, and one more for each void one where
+    that `extends` the study. It measures the model of the `arm`, and the `baselines`. Scales start at `initial_scale`,
+    or higher where the state before round 1, `initial` by group and tensor, says so. Updates are rounded from
+    `rounding_root`; without one, from a root that the operating system gives and that stays in the site's store.
     """
 
     identity: str
@@ -120,6 +120,7 @@ class Rules:
     egress: EgressRules = OPEN
     codec: Codec = PLAIN
     lint: bool = True
+    catch_up: int = 0
     initial_scale: float = 0.2
     rounds: int | None = None
     extends: bool = True
@@ -155,7 +156,9 @@ class Site:
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
         self._own = OwnResults(name, rules.arm, rules.baselines, rules.egress, rows or PatientRows(), sets)
-        inspector = Inspector(name, store, rules.layout, rules.codec, rules.initial_scale, self.minutes.note)
+        inspector = Inspector(
+            name, store, rules.layout, rules.codec, rules.initial_scale, self.minutes.note, rules.catch_up
+        )
         self._inspector = inspector if rules.lint else None
         self._scales = ScaleRules(rules.layout, rules.initial_scale, rules.initial, frozenset({MODEL}))
 
@@ -237,7 +240,7 @@ class Site:
         trained = learner.train(header.round, public, memory)
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
         if inspector is not None and seen is not None:
-            inspector.remember(seen, scales, trained.weights)
+            inspector.remember(seen, scales, trained.weights, trained.changes.get(MODEL, {}))
         largest = limits(layout, scales, trained.weights)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
         chunks = encode(

@@ -158,6 +158,10 @@ class Learner:
         """How far a round of the study can move them."""
         return self._method.reach(self.own_reach)
 
+    def reach_after(self, own: Reach) -> Reach:
+        """How far it can move them where every site's steps go as far as `own`."""
+        return self._method.reach(own)
+
     @property
     def own_reach(self) -> Reach:
         """How far the steps of one site go in a round."""

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +27,8 @@ Floats = npt.NDArray[np.float64]
 BUCKETS = 128
 # A length told by 128 buckets has a relative standard deviation of 1/16: this is eight of them above.
 _SLACK = 1.5
+# Times as far as a site's own training went may those of the others have gone.
+_OTHERS = 20.0
 # A model that should not have moved at all may differ by what processors make of the same initialisation.
 _STILL = 1e-3
 
@@ -126,18 +128,21 @@ class Sketcher:
 class Seen:
     """What a site remembers of the model of a round: a sketch of every tensor, and what rounding may have added to it
     in one round since (the root mean square of its values).
+
+    `own` is the furthest that its own training of a round has moved each tensor, in length.
     """
 
     round: int
     sketches: Mapping[str, Floats]
     rounding: Mapping[str, float]
+    own: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As the site's store keeps it."""
         sketches = {
             name: base64.b64encode(sketch.astype("<f4").tobytes()).decode() for name, sketch in self.sketches.items()
         }
-        return {"round": self.round, "sketches": sketches, "rounding": dict(self.rounding)}
+        return {"round": self.round, "sketches": sketches, "rounding": dict(self.rounding), "own": dict(self.own)}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Seen:
@@ -146,11 +151,26 @@ class Seen:
             name: np.frombuffer(base64.b64decode(octets), "<f4").astype(np.float64)
             for name, octets in value["sketches"].items()
         }
-        return Seen(int(value["round"]), sketches, dict(value["rounding"]))
+        return Seen(int(value["round"]), sketches, dict(value["rounding"]), dict(value.get("own", {})))
 
 
-def drift(seen: Seen, tensors: Mapping[str, Array], number: int, reach: Reach, sketcher: Sketcher) -> Iterator[Finding]:
-    """Which tensors of the model of round `number` moved further than the study's optimisers can have moved them."""
+def witnessed(own: Mapping[str, float], sizes: Mapping[str, int], name: str) -> Reach:
+    """How far a round moves a tensor by what a site's own training showed, where the optimiser has no limit.
+
+    Other sites may have gone further: up to `_OTHERS` times, which is also what the whole model's mean change gives a
+    tensor that stood still here.
+    """
+    everything = math.sqrt(sum(length**2 for length in own.values()) / max(1, sum(sizes[n] for n in own)))
+    return Reach(norm=_OTHERS * max(own.get(name, 0.0), everything * math.sqrt(sizes[name])))
+
+
+def drift(
+    seen: Seen, tensors: Mapping[str, Array], number: int, reach: Reach | Mapping[str, Reach], sketcher: Sketcher
+) -> Iterator[Finding]:
+    """Which tensors of the model of round `number` moved further than the rounds in between can have moved them.
+
+    `reach` is how far one of those goes: the study's optimisers, or of each tensor what the site knows by itself.
+    """
     rounds = max(0, number - seen.round)
     if rounds and reach == UNKNOWN:
         return
@@ -158,8 +178,10 @@ def drift(seen: Seen, tensors: Mapping[str, Array], number: int, reach: Reach, s
         tensor = np.asarray(tensors[name], np.float64)
         length = float(np.linalg.norm(tensor))
         moved = float(np.linalg.norm(sketcher.sketch(name, tensor) - before))
-        each = reach.of(tensor.size, length) + seen.rounding.get(name, 0.0) * math.sqrt(tensor.size)
+        one = reach if isinstance(reach, Reach) else reach[name]
+        each = one.of(tensor.size, length) + seen.rounding.get(name, 0.0) * math.sqrt(tensor.size)
         most = _SLACK * rounds * each if rounds else 0.0
         if moved > most + _STILL * length + 1e-6 * math.sqrt(tensor.size):
-            reachable = f"the study's optimisers reach {most:.3g} at most" if rounds else "no round lies in between"
+            whose = "the study's optimisers reach" if isinstance(reach, Reach) else "what the site saw makes it"
+            reachable = f"{whose} {most:.3g} at most" if rounds else "no round lies in between"
             yield Finding("drift", name, f"moved by {moved:.3g} since round {seen.round}, and {reachable}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,13 @@ Array = npt.NDArray[Any]
 LARGEST_GAIN = 1e3
 # Fewer rows or biases than these make no imprint worth having, and chance could line them up.
 _ROWS, _BIASES = 8, 16
-_SAME = 0.999  # cosine between rows
+# Cosines from which on rows are alike, by the values of a row. Rows of 16 values that were trained honestly stay below
+# 0.97, as chance does by far; so a trap cannot hide behind a little noise. Rows of few values come near by chance.
+_SAME = ((32, 0.98), (16, 0.99), (0, 0.999))
+# Rows of two layers in a row come nearer to each other: few directions are worth learning. Fewer twins say nothing.
+_SAME_OF_TWO, _TWINS_OF_TWO = 0.999, 8
+# Columns that stand for the inputs of a wide layer, drawn at random once and for all.
+_PROJECTED = 256
 _EVEN = 0.1  # coefficient of variation of the gaps between sorted biases; about 1 for random ones
 _AMPLIFIED = 10.0  # times the median row
 
@@ -45,24 +52,30 @@ def lint_against(tensors: Mapping[str, Array], approved: Mapping[str, Array]) ->
     """What is suspicious about tensors, given `approved`, the initial ones of the network that a site agreed to.
 
     Compares the architecture, and looks for values that are not finite, gains above 1e3, layers that imprint (rows
-    alike, or biases on the even quantiles of a distribution: Fowl et al., "Robbing the Fed", ICLR 2022) and output rows
-    that single out a class (Wen et al., "Fishing for user data", ICML 2022). What the approved tensors show themselves
-    is no news. Rows of a tensor that starts at zero are not compared: whatever it learns first is of low rank, and
-    honest.
+    alike, in one layer or through two, or biases on the even quantiles of a distribution: Fowl et al., "Robbing the
+    Fed", ICLR 2022) and output rows that single out a class (Wen et al., "Fishing for user data", ICML 2022). What the
+    approved tensors show themselves is no news. Two rows alike are enough where they have none and chance makes none.
+    Rows that start at zero are not compared: whatever they learn first is of low rank, and honest.
     """
     other = tuple(_architecture(tensors, approved))
     if other:
         return other
     zero = {name for name, tensor in approved.items() if not tensor.any()}
-    found = lint_tensors(tensors, learned_from_zero=zero)
+    found = lint_tensors(tensors, learned_from_zero=zero, approved=approved)
     if not found:
         return ()
-    known = {(finding.check, finding.tensor) for finding in lint_tensors(approved)}
+    # Of rows, their number has been compared.
+    known = {(f.check, f.tensor) for f in lint_tensors(approved) if f.check != "imprint" or approved[f.tensor].ndim < 2}
     return tuple(finding for finding in found if (finding.check, finding.tensor) not in known)
 
 
-def lint_tensors(tensors: Mapping[str, Array], *, learned_from_zero: Set[str] = frozenset()) -> tuple[Finding, ...]:
-    """The checks of `lint_against` that need nothing to compare with."""
+def lint_tensors(
+    tensors: Mapping[str, Array],
+    *,
+    learned_from_zero: Set[str] = frozenset(),
+    approved: Mapping[str, Array] | None = None,
+) -> tuple[Finding, ...]:
+    """The checks of `lint_against` that need nothing to compare with; rows may be as alike as those of `approved`."""
     floats = {name: np.asarray(t, np.float64) for name, t in tensors.items() if np.issubdtype(t.dtype, np.floating)}
     found: list[Finding] = []
     whole: dict[str, Array] = {}
@@ -72,9 +85,13 @@ def lint_tensors(tensors: Mapping[str, Array], *, learned_from_zero: Set[str] = 
             continue
         found += _gain(name, tensor, floats)
         whole[name] = tensor
-        if tensor.ndim == 1 or name not in learned_from_zero:
-            found += _imprint(name, tensor)
-    return (*found, *_fishing(whole, learned_from_zero))
+        if tensor.ndim >= 2:
+            found += _twins(name, tensor, None if approved is None else approved[name])
+        else:
+            found += _bins(name, tensor)
+    named = {finding.tensor for finding in found}
+    through = [finding for finding in _through_two(whole, approved) if finding.tensor not in named]
+    return (*found, *through, *_fishing(whole, learned_from_zero))
 
 
 def _architecture(tensors: Mapping[str, Array], approved: Mapping[str, Array]) -> Iterable[Finding]:
@@ -101,35 +118,73 @@ def _gain(name: str, tensor: Array, tensors: Mapping[str, Array]) -> Iterable[Fi
         yield Finding("gain", name, f"amplifies by {gain:.3g}; {limit}")
 
 
-def _imprint(name: str, tensor: Array) -> Iterable[Finding]:
-    if tensor.ndim >= 2 and tensor.shape[0] >= _ROWS and tensor[0].size >= 2:
-        rows = tensor.reshape(tensor.shape[0], -1)
-        lengths = np.linalg.norm(rows, axis=1)
-        # Layers that start at zero are innocent: a row of zeros says nothing.
-        rows = (rows[lengths > 0] / lengths[lengths > 0, None]).astype(np.float32)
-        alike = _alike(rows)
-        if len(rows) >= _ROWS and alike > 0.25 + _by_chance(*rows.shape):
-            yield Finding("imprint", name, f"{alike:.0%} of its rows are alike: each one would measure the same thing")
-    elif tensor.ndim == 1 and tensor.size >= _BIASES and name.endswith("bias") and _evenly_spaced(tensor):
+def _twins(name: str, tensor: Array, approved: Array | None) -> Iterable[Finding]:
+    """Rows of a layer that point the same way, beyond those that the approved tensor and chance have."""
+    if tensor.shape[0] < _ROWS or tensor[0].size < 2:
+        return
+    inputs = tensor[0].size
+    same = next(cosine for least, cosine in _SAME if inputs >= least)
+    before = None if approved is None else approved.reshape(len(approved), -1)
+    rows = tensor.reshape(len(tensor), -1)
+    if before is not None:
+        rows = rows[before.any(axis=1)]
+    twins, known = _alike(rows, same), 0 if before is None else _alike(before, same)
+    if len(rows) >= _ROWS and twins > known + _by_chance(len(rows), inputs, same):
+        share = f"{twins / len(rows):.0%} of its rows are alike ({twins})"
+        yield Finding("imprint", name, f"{share}: each one would measure the same thing")
+
+
+def _bins(name: str, tensor: Array) -> Iterable[Finding]:
+    if tensor.ndim == 1 and tensor.size >= _BIASES and name.endswith("bias") and _evenly_spaced(tensor):
         yield Finding("imprint", name, "its values lie evenly on a distribution: bins that sort inputs one by one")
 
 
-def _alike(rows: Array) -> float:
-    """The share of rows that have a twin."""
-    if len(rows) < 2:
-        return 0.0
+def _through_two(tensors: Mapping[str, Array], approved: Mapping[str, Array] | None) -> Iterable[Finding]:
+    """Rows of two linear layers that are alike when taken together, as where each layer hides what the other undoes."""
+    layers = [(name, tensor) for name, tensor in tensors.items() if tensor.ndim == 2]
+    for (first, one), (second, two) in pairwise(layers):
+        if two.shape[1] != one.shape[0] or two.shape[0] < _ROWS:
+            continue
+        known = 0
+        if approved is not None:
+            if not (approved[first].any() and approved[second].any()):
+                continue
+            known = _alike(_product(approved[first], approved[second]), _SAME_OF_TWO)
+        twins, rank = _alike(_product(one, two), _SAME_OF_TWO), min(one.shape)
+        chance = _by_chance(len(two), rank, _SAME_OF_TWO) if rank > 1 else len(two)
+        if twins >= max(_TWINS_OF_TWO, known + chance + 1):
+            share = f"{twins / len(two):.0%} of its rows are alike ({twins})"
+            yield Finding("imprint", second, f"{share} behind {first}: each one would measure the same thing")
+
+
+def _product(first: Array, second: Array) -> Array:
+    """What two linear layers do to inputs, or to random combinations of them where they are many."""
+    one = np.asarray(first, np.float64)
+    if one.shape[1] > _PROJECTED:
+        one = one @ np.random.Generator(np.random.Philox(0)).standard_normal((one.shape[1], _PROJECTED))
+    product: Array = np.asarray(second, np.float64) @ one
+    return product
+
+
+def _alike(rows: Array, same: float) -> int:
+    """How many rows have a twin, in direction or against it; a row of zeros says nothing."""
+    lengths = np.linalg.norm(np.asarray(rows, np.float64), axis=1)
+    # What is left of rows that were decayed to nothing has no direction in float32.
+    kept = lengths > np.finfo(np.float32).tiny
+    unit = (rows[kept] / lengths[kept, None]).astype(np.float32)
     twins = 0
-    for start in range(0, len(rows), 512):
-        cosines = np.abs(rows[start : start + 512] @ rows.T)
+    for start in range(0, len(unit), 512):
+        cosines = np.abs(unit[start : start + 512] @ unit.T)
         cosines[np.arange(len(cosines)), start + np.arange(len(cosines))] = 0.0
-        twins += int((cosines.max(axis=1) > _SAME).sum())
-    return twins / len(rows)
+        twins += int((cosines.max(axis=1, initial=0.0) > same).sum())
+    return twins
 
 
-def _by_chance(rows: int, inputs: int) -> float:
-    """The share of so many random rows that would have a twin: most of them where a row has two or three values."""
-    pair = float(betainc((inputs - 1) / 2, 0.5, 1.0 - _SAME**2))
-    return 1.0 - float((1.0 - pair) ** (rows - 1))
+def _by_chance(rows: int, inputs: int, same: float) -> int:
+    """The most of so many random rows that chance gives a twin, six standard deviations above: none of long rows."""
+    pair = float(betainc((inputs - 1) / 2, 0.5, 1.0 - same**2))
+    expected = rows * (1.0 - float((1.0 - pair) ** (rows - 1)))
+    return int(expected + 6.0 * math.sqrt(expected))
 
 
 def _evenly_spaced(biases: Array) -> bool:

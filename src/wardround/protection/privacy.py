@@ -12,7 +12,7 @@ from wardround.errors import StudyError, WardroundError
 from wardround.protection.accounting import Accountant, Spending, epsilon_of, noise_for
 from wardround.protection.lattice import Lattice
 from wardround.protection.ledger import Entry, Ledger
-from wardround.protection.secret import SecretRoot, SecretStream
+from wardround.protection.secret import SecretRoot, SecretStream, coin
 from wardround.study.protection import Gradients, Privacy
 from wardround.wire.canonical import canonical_json
 
@@ -129,13 +129,24 @@ class Purse:
 
 @dataclass(frozen=True)
 class SecretRound:
-    """The secret randomness of one round: another stream for every step and purpose."""
+    """The secret randomness of one round: another stream for every step and purpose, and for every patient.
+
+    A patient's own stream is what keeps the others' randomness as it is when one patient more is there.
+    """
 
     root: SecretRoot
 
-    def stream(self, step: int, purpose: str) -> SecretStream:
-        """The stream of a step for `sampling`, `examples`, `rounding` or `noise`."""
-        return SecretStream(self.root.key(step, purpose))
+    def noise(self, step: int) -> SecretStream:
+        """The stream of a step's noise."""
+        return SecretStream(self.root.key(step, "noise"))
+
+    def draws(self, step: int, patient: int, rate: float) -> bool:
+        """Whether a patient is in a step: true with probability `rate`, independently of all others."""
+        return coin(self.root.key(step, "sampling", patient), rate)
+
+    def patient(self, step: int, patient: int) -> SecretStream:
+        """The stream of a patient in a step: for its examples, their augmentation, torch, and rounding."""
+        return SecretStream(self.root.key(step, "patient", patient))
 
 
 def spent(entries: Sequence[Entry], delta: float, accountant: Accountant, study: str | None = None) -> float:

@@ -56,12 +56,6 @@ class SecretStream:
         """Uniform 64-bit integers: (count,)."""
         return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
 
-    def chosen(self, count: int, rate: float) -> npt.NDArray[np.bool_]:
-        """Independent draws that are true with probability `rate` (rounded down to a multiple of 2^-64): (count,)."""
-        if rate >= 1.0:
-            return np.ones(count, dtype=np.bool_)
-        return np.asarray(self.words(count) < np.uint64(int(rate * 2.0**64)), dtype=np.bool_)
-
     def normals(self, count: int) -> npt.NDArray[np.float64]:
         """Standard normal numbers in double precision: (count,).
 
@@ -80,3 +74,8 @@ class SecretStream:
             # Half a step above a multiple of 2^-53: neither 0 nor 1 can occur, whose quantiles are infinite.
             uniform = ((self.words(4 * length) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
             yield 0.5 * ndtri(uniform).reshape(4, length).sum(axis=0)
+
+
+def coin(key: bytes, rate: float) -> bool:
+    """Whether a key draws what has probability `rate`, rounded down to a multiple of 2^-64."""
+    return rate >= 1.0 or int.from_bytes(key[:8], "little") < int(rate * 2.0**64)

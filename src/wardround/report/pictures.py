@@ -17,6 +17,7 @@ from PIL import Image
 
 from wardround.data.orientation import Turn
 from wardround.report.results import Run, arm_of
+from wardround.wire.archives import read_npz
 
 ERROR_GAIN = 5
 BUDGET = 2_600_000  # characters of all data URIs, so that the page stays below 4 MB
@@ -96,9 +97,8 @@ def read_pictures(path: Path) -> Shown:
     file says that they are to be shown.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            stored = {key: np.asarray(archive[key]) for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile):
+        stored = read_npz(path)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return Shown({})
     arrays = {key: np.abs(array) if np.iscomplexobj(array) else array for key, array in stored.items()}
     examples: dict[int, dict[str, Picture]] = {}

@@ -10,10 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from wardround.errors import JournalError
+from wardround.errors import JournalError, StudyError
 from wardround.report.metrics import Metric, metrics_in
+from wardround.study.yaml_text import parse_yaml
 
 AGGREGATES = ("mean", "unseen")
 SMALL_N = 10
@@ -302,15 +301,15 @@ def load_run(out: Path) -> Run:
         raise JournalError("no result.json in the run directory: finish the run first", detail=str(out))
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JournalError("result.json is not JSON: run again or resume", detail=str(path)) from error
     if not isinstance(result, dict):
         raise JournalError("result.json is not a JSON object: run again or resume", detail=str(path))
     study_path = out / "study.yaml"
     text = study_path.read_text(encoding="utf-8") if study_path.is_file() else ""
     try:
-        study = _mapping(yaml.safe_load(text))
-    except yaml.YAMLError as error:
+        study = _mapping(parse_yaml(text, "study.yaml"))
+    except StudyError as error:
         raise JournalError("study.yaml in the run directory is not YAML", detail=str(study_path)) from error
     run = Run(out, result, _read_rounds(out / "rounds.jsonl"), text, study)
     try:
@@ -332,7 +331,7 @@ def _read_rounds(path: Path) -> tuple[Round, ...]:
             continue
         try:
             rounds.append(_round_of(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if number == len(lines):  # a stopped run may leave half a line behind
                 break
             raise JournalError(f"line {number} of rounds.jsonl is no round: resume rebuilds it") from error

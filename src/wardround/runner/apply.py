@@ -222,7 +222,8 @@ def _trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
 
 def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
     try:
-        kspace = np.load(source, allow_pickle=False)
+        # Mapped: a header that says more than the file holds takes no memory.
+        kspace = np.load(source, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise DataError("the k-space file does not exist; check its path", detail=str(source)) from error
     except PermissionError as error:

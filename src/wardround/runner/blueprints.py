@@ -27,6 +27,7 @@ from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
 from wardround.runner.arms import Arm, arms_of
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import study_sha256
+from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
 from wardround.tasks.task import Task
@@ -56,20 +57,28 @@ class Blueprint:
 class Blueprints:
     """Everything that follows from a study alone, each part made once and only when it is needed.
 
-    `embeddings` are the files that sites provide beside their images, by site.
+    `embeddings` are the files that sites provide beside their images, by site; `plugins` what of the code that the
+    study names may be called.
     """
 
-    def __init__(self, study: Study, compare: tuple[str, ...], embeddings: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        compare: tuple[str, ...],
+        embeddings: Mapping[str, Path] | None = None,
+        plugins: Plugins = NO_PLUGINS,
+    ) -> None:
         self.study = study
         self.study_sha256 = study_sha256(study)
         self.arms = {arm.name: arm for arm in arms_of(study, compare)}
         self._embeddings = dict(embeddings or {})
+        self.plugins = plugins
         self._blueprints: dict[str, Blueprint] = {}
 
     @cached_property
     def task(self) -> Task:
         """The task of the study."""
-        return build_task(self.study, self._embeddings)
+        return build_task(self.study, self._embeddings, self.plugins)
 
     @cached_property
     def bench(self) -> Workbench:
@@ -111,7 +120,7 @@ class Blueprints:
         """What an arm is made of."""
         if name not in self._blueprints:
             arm = self.arms[name]
-            method = build_method(arm.method, protocols_of(self.study, arm.members))
+            method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
             policy = method.policy(self.bench.parameters)
             shared = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "shared")
             private = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "local")
@@ -164,11 +173,17 @@ class Blueprints:
         return blueprint.method.initial(blueprint.layout.groups, self.bench.initial_values())
 
     def rules(
-        self, name: str, *, egress: EgressRules = OPEN, lint: bool = True, rounding_root: bytes | None = None
+        self,
+        name: str,
+        *,
+        egress: EgressRules = OPEN,
+        lint: bool = True,
+        catch_up: int = 0,
+        rounding_root: bytes | None = None,
     ) -> Rules:
-        """What a site of an arm agrees to; `egress` and `lint` are its own, as is what its updates are rounded from.
+        """What a site of an arm agrees to; all but the arm is its own.
 
-        Without a `rounding_root` the site draws a secret one.
+        Without a `rounding_root` the site draws a secret one, from which its updates are rounded.
         """
         blueprint, study = self.blueprint(name), self.study
         return Rules(
@@ -180,6 +195,7 @@ class Blueprints:
             egress=egress,
             codec=blueprint.codec,
             lint=lint,
+            catch_up=catch_up,
             initial_scale=study.protection.initial_scale,
             rounds=study.schedule.rounds,
             extends=study.protection.privacy is None,

@@ -22,6 +22,7 @@ from wardround.federation.patients import BASELINE
 from wardround.federation.site import Evaluator
 from wardround.federation.training import Learner
 from wardround.tasks.task import Imaging, Oriented, Split
+from wardround.wire.archives import read_npz
 from wardround.wire.files import written
 from wardround.wire.tensors import TensorFile
 
@@ -145,8 +146,7 @@ def _write_pictures(path: Path, label: str, learner: Learner, reconstruct: Calla
     assert isinstance(task, Imaging)
     known: dict[str, Array] = {}
     if path.exists():
-        with np.load(path) as stored:
-            known = dict(stored)
+        known = read_npz(path)
     known |= {f"{WINDOW}/{w.name}/{w.unit}": np.array([w.low, w.high, w.scale]) for w in task.windows}
     with torch.no_grad():
         for number, batch in enumerate(task.examples(learner.dataset)):

@@ -12,6 +12,7 @@ from wardround.federation.training import patients_in
 from wardround.report.units import human_bytes, protocol
 from wardround.runner.blueprints import Blueprint
 from wardround.runner.columns import WIDTH, entry, table, wrapped
+from wardround.runner.explain_plugins import uncalled
 from wardround.runner.host import NOWHERE, Host
 from wardround.runner.privacy import Outlook, words
 from wardround.runner.remarks import remarks_on
@@ -29,18 +30,29 @@ from wardround.wire.ring import value_bits
 _SCANNER = ("simulated scanner",)
 
 
-def explain(study_file: Path, sites_file: Path | None, compare: Sequence[str], overrides: Sequence[str]) -> str:
+def explain(
+    study_file: Path,
+    sites_file: Path | None,
+    compare: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    allow_code: bool = False,
+) -> str:
     """Sites, what is learned, arms, what travels and how much of it; with a sites file also every site's patients.
 
-    Reads the study and the data, writes nothing. Raises `StudyError` and `DataError` for whatever would stop the run.
+    Reads the study and the data, writes nothing. Code that the study names is called where the sites file allows it, or
+    with `allow_code`: without either it says that, and what can be said all the same. Raises `StudyError` and
+    `DataError` for whatever would stop the run.
     """
     study = load_study(study_file, overrides)
     if sites_file is None:
         nowhere = SitesFile(sites={name: SiteData(data=(Path(),)) for name in study.sites})
-        host = open_host(study, nowhere, NOWHERE, compare, (), None)
+        host = open_host(study, nowhere, NOWHERE, compare, (), None, allow_code=allow_code)
+        if (text := uncalled(host)) is not None:
+            return text
         sites, mind = _sites(host), "Data: not looked at; add --sites SITES to see every site's patients."
     else:
-        host = open_host(study, load_sites(sites_file), NOWHERE, compare, (), None)
+        host = open_host(study, load_sites(sites_file), NOWHERE, compare, (), None, allow_code=allow_code)
         sites, mind = _sites_with_data(host), "\n".join(_cautions(host))
     blueprint = host.blueprint("federated")
     sections = (

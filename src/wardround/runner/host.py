@@ -35,6 +35,7 @@ from wardround.runner.evaluators import evaluators_of, own_model
 from wardround.runner.privacy import Purses
 from wardround.runner.rosters import enrolled, roster_of
 from wardround.runner.watching import OPERATORS, READING, Phase
+from wardround.study.plugins import Plugins
 from wardround.study.protocols import HeaderFacts
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SitesFile
@@ -64,7 +65,7 @@ class Host(Blueprints):
         without: Collection[str] = (),
     ) -> None:
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
-        super().__init__(study, compare, embeddings)
+        super().__init__(study, compare, embeddings, Plugins.of(study, sites))
         self.sites = sites
         self.out = out
         self.without = frozenset(without)
@@ -249,6 +250,7 @@ class Host(Blueprints):
         return {
             "study": self.study.model_dump(mode="json"),
             "sites": self.sites.model_dump(mode="json"),
+            "allow_code": self.sites.allows_code,
             "out": str(self.out),
             "compare": list(self._compare),
             "without": sorted(self.without),
@@ -257,9 +259,10 @@ class Host(Blueprints):
     @staticmethod
     def from_spec(spec: dict[str, Any], progress: Progress | None = None) -> Host:
         """The host of a worker process."""
+        sites = SitesFile.model_validate(spec["sites"])
         return Host(
             Study.model_validate(spec["study"]),
-            SitesFile.model_validate(spec["sites"]),
+            sites.with_code() if spec["allow_code"] else sites,
             Path(spec["out"]),
             tuple(spec["compare"]),
             progress,
@@ -277,6 +280,7 @@ class Host(Blueprints):
             egress=OPEN if name == POOLED else self.egress(name),
             lint=name in self.sites.sites and self.sites.of(name).lint,
             rounding_root=self.rounding_root,
+            catch_up=self.sites.of(name).catch_up if name in self.sites.sites else 0,
         )
         if blueprint.arm.inside(self.study) and name not in blueprint.arm.sites:
             raise StudyError(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from wardround.data.volume import reason
-from wardround.errors import DataError, StudyError
+from wardround.errors import DataError, StudyError, WireError
 from wardround.federation.coordinator import Release
 from wardround.federation.methods.build import build_method
 from wardround.runner.arms import FEDERATED, every_arm
@@ -23,6 +23,7 @@ from wardround.runner.protocols import PROTOCOLS, protocols_of_arm
 from wardround.study.load import load_study
 from wardround.study.methods import CustomMethod
 from wardround.study.schema import Study
+from wardround.wire.canonical import parse_json
 from wardround.wire.files import written
 from wardround.wire.tensors import TensorFile, TensorWriter, tensors_sha256
 
@@ -91,8 +92,8 @@ def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 def study_of(path: Path, metadata: Mapping[str, str]) -> Study:
     """The study that a released model carries; raises `DataError` where this version does not read it."""
     try:
-        return load_study(json.loads(metadata["study"]))
-    except (KeyError, ValueError, StudyError) as error:
+        return load_study(parse_json(metadata["study"]))
+    except (KeyError, ValueError, TypeError, StudyError, WireError) as error:
         raise DataError(
             "the model file holds no study that this version of Wardround reads; use the version that wrote it",
             detail=f"{path}: {' '.join(str(error).split())}",

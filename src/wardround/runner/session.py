@@ -87,8 +87,12 @@ def run(
     without: Sequence[str] = (),
     watcher: Watcher | None = None,
     quiet: bool = False,
+    allow_code: bool = False,
 ) -> Result:
     """Train a study, compare it with training alone and on pooled data, and write the result files into `out`.
+
+    `allow_code` lets the study name any code (`task.factory: package.module:callable`), not only the plug-ins that the
+    sites file allows: for your own study on your own machine.
 
     A run that was stopped, by whatever, goes on where it was when the same call is made again; `resume` insists that
     there is something to go on with. A run whose data at a site changed since it began is refused; `without` names the
@@ -97,7 +101,7 @@ def run(
     `JournalError`, `NotEnoughSites`, and `Interrupted` after Ctrl-C.
     """
     shielded = _shielded(watcher, quiet)
-    host = open_host(study, sites, out, compare, overrides, shielded, without)
+    host = open_host(study, sites, out, compare, overrides, shielded, without, allow_code=allow_code)
     for remark in remarks_on(host.study, host.sites):
         log.warning("%s", remark)
     began = time.perf_counter()
@@ -126,8 +130,11 @@ def evaluate(
     processes: int | None = None,
     watcher: Watcher | None = None,
     quiet: bool = False,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """Recompute the metrics of result.json from the saved models of a finished run and the sites' data.
+
+    `allow_code` is that of `run`.
 
     Raises `StudyError` and `DataError` where the run or its models are not what they were, and `JournalError` while
     another process is at work in the folder. Says what it does as `run` does.
@@ -135,9 +142,12 @@ def evaluate(
     out = Path(out)
     if not (out / "result.json").exists():
         raise StudyError("the folder holds no finished run (no result.json)", detail=str(out))
-    before = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    try:
+        before = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StudyError("result.json of the folder is not JSON; restore it", detail=str(out)) from error
     shielded = _shielded(watcher, quiet)
-    host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded)
+    host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded, allow_code=allow_code)
     if host.study_sha256 != before["study_sha256"]:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
     with alone(out), closing(host), _Carrier(host, engine, processes, shielded) as carrier:
@@ -158,6 +168,8 @@ def open_host(
     overrides: Sequence[str],
     watcher: Shielded | None,
     without: Sequence[str] = (),
+    *,
+    allow_code: bool = False,
 ) -> Host:
     """The host of a run: study and sites loaded, and fitting each other; without the sites that it goes on without."""
     if not isinstance(study, Study):
@@ -166,6 +178,8 @@ def open_host(
         study = load_study(study.model_dump(mode="json"), overrides)
     if not isinstance(sites, SitesFile):
         sites = load_sites(sites)
+    if allow_code:
+        sites = sites.with_code()
     gone = without_in(Path(out)).union(without)
     for name, site in study.sites.items():
         if not site.scans and name not in gone:

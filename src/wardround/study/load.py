@@ -7,19 +7,22 @@ import hashlib
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from wardround.errors import StudyError
 from wardround.study.schema import Study
-from wardround.wire.canonical import canonical_json
+from wardround.study.yaml_text import parse_yaml
+from wardround.study.yaml_text import read_yaml as read_yaml
+from wardround.wire.canonical import MAX_DEPTH, canonical_json
 
 _Model = TypeVar("_Model", bound=BaseModel)
+# Problems that an error lists: a file from strangers can have any number.
+_SHOWN = 50
 
 
 def load_study(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Study:
@@ -51,87 +54,23 @@ def study_sha256(study: Study) -> str:
         ) from error
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads booleans and floats as YAML 1.2 does.
-
-    YAML 1.1 would read a site called `NO` as false and `lr: 1e-3` as text.
-    """
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    [*"-+0123456789."],
-)
-
-
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: set[str] = set()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
-
-
-def _parse_yaml(text: str, what: str) -> Any:
-    try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-        raise StudyError(f"the {what} is not valid YAML: {error.problem}{where}", detail=str(error)) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise StudyError(f"the {what} is not valid YAML", detail=str(error)) from error
-
-
-def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping; `what` names the file in errors. Raises StudyError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise StudyError(
-            f"the {what} file cannot be read: {error.strerror}; check its path", detail=str(path)
-        ) from error
-    except UnicodeDecodeError as error:
-        raise StudyError(f"the {what} file is not UTF-8 text; is it the right file?", detail=str(path)) from error
-    data = _parse_yaml(text, f"{what} file")
-    if not isinstance(data, dict):
-        raise StudyError(f"the {what} file must hold `key: value` lines; it is empty or a list", detail=str(path))
-    return data
-
-
-def _copy(value: Any) -> Any:
+def _copy(value: Any, depth: int = 0) -> Any:
     """Copy nested mappings and sequences so that overrides never touch the caller's."""
     if isinstance(value, BaseModel):
         return value.model_dump()
+    if depth > MAX_DEPTH:
+        raise StudyError(f"the study is nested deeper than {MAX_DEPTH} levels; no study needs as many")
     if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
+        return {key: _copy(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_copy(item) for item in value]
+        return [_copy(item, depth + 1) for item in value]
     return value
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) > MAX_DEPTH:
         raise StudyError(f"override {override!r} is not of the form a.b.c=value")
     if keys[0] == "sites" and len(keys) > 1 and keys[1] not in (data.get("sites") or {}):
         known = list(data.get("sites") or {})
@@ -144,7 +83,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             above = ".".join(keys[: depth + 1])
             raise StudyError(f"override {path.strip()}: `{above}` has no keys below it; set it as a whole")
-    place[keys[-1]] = _parse_yaml(text, f"value of override {path.strip()}")
+    place[keys[-1]] = parse_yaml(text, f"value of override {path.strip()}")
 
 
 def validate(model: type[_Model], data: dict[str, Any], what: str, *, show_values: bool = True) -> _Model:
@@ -156,8 +95,9 @@ def validate(model: type[_Model], data: dict[str, Any], what: str, *, show_value
         return model.model_validate(data)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=True)
-    lines = [_explain(model, data, item, show_values) for item in found]
-    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    lines = [_explain(model, data, item, show_values) for item in found[:_SHOWN]]
+    lines += [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
     raise StudyError(f"the {what} file has {count}:\n" + "\n".join(f"  - {line}" for line in lines))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from wardround.study.base import Config
+from wardround.study.base import Config, Factory
 
 
 class _Weighted(Config):
@@ -100,10 +100,12 @@ class FedAdam(_Weighted):
 
 
 class CustomMethod(Config):
-    """Your own method: an entry point of the group `wardround.methods`, or `package.module:callable`."""
+    """Your own method: `factory` is an entry point of the group `wardround.methods` that the site allows in
+    `plugins`, or `package.module:callable` with `--allow-code`.
+    """
 
     kind: Literal["custom"]
-    factory: str
+    factory: Factory
     options: dict[str, Any] = Field(default_factory=dict)
 
 

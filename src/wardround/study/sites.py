@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 
 from wardround.errors import StudyError
 from wardround.study.base import Config
-from wardround.study.load import read_yaml, validate
+from wardround.study.load import validate
 from wardround.study.schema import SiteName
+from wardround.study.yaml_text import read_yaml
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
@@ -52,6 +53,18 @@ class SiteData(Config):
     lint: bool = Field(
         True, description="whether to refuse, before training, a received model that looks like one built to leak"
     )
+    catch_up: int = Field(
+        0,
+        ge=0,
+        description="how many rounds without this site may explain how far a received model moved since it last took "
+        "part; that they took place is the coordinator's word. 0: a model that moved further than one round explains "
+        "is refused",
+    )
+    plugins: tuple[str, ...] = Field(
+        (),
+        description="names of the installed entry points (groups `wardround.tasks`, `wardround.methods`) whose code a "
+        "study may have called here; a study that names another is refused",
+    )
     encryption_key: str | None = Field(
         None,
         description="`${VARIABLE}` or a file with 32 bytes in hex: encrypts what the site keeps of a run; make one "
@@ -78,6 +91,19 @@ class SitesFile(Config):
     """Every site known on this machine."""
 
     sites: dict[SiteName, SiteData]
+    # No key of the file: it is asked for each time, by who starts a run.
+    _code: bool = PrivateAttr(default=False)
+
+    @property
+    def allows_code(self) -> bool:
+        """Whether whatever a study names may be called (`with_code`)."""
+        return self._code
+
+    def with_code(self) -> SitesFile:
+        """The same sites, on a machine whose owner lets a study name any code (`--allow-code`)."""
+        found = self.model_copy()
+        found._code = True
+        return found
 
     def of(self, site: str) -> SiteData:
         """Return a site's entry. Raises StudyError where the file does not name the site."""

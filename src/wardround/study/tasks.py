@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from wardround.study.base import Config
+from wardround.study.base import Config, Factory
 
 Modality = Literal["mri", "ct"]
 BASELINES: dict[Modality, tuple[str, ...]] = {
@@ -100,10 +100,14 @@ class ReconstructionTask(Config):
 
 
 class CustomTask(Config):
-    """Your own task: `factory` is `package.module:callable`, called with `options`, returning a `Task`."""
+    """Your own task: `factory` is called with `options` and returns a `Task`.
+
+    It is an entry point of the group `wardround.tasks` that the site allows in `plugins`, or `package.module:callable`
+    with `--allow-code`.
+    """
 
     kind: Literal["custom"]
-    factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    factory: Factory
     options: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 
 from wardround.errors import StudyError
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
+from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.tasks.task import Task
 
 _PARTS = ("metrics", "build_model", "dataset", "pooled", "loss", "score")
 
 
-def build_task(study: schema.Study, embeddings: Mapping[str, Path] | None = None) -> Task:
+def build_task(
+    study: schema.Study, embeddings: Mapping[str, Path] | None = None, plugins: Plugins = NO_PLUGINS
+) -> Task:
     """The task of a study; `embeddings` are the files of the sites that provide them.
 
-    Raises StudyError where a custom factory cannot be imported or makes no task.
+    Raises StudyError where a custom factory is not allowed by `plugins`, cannot be imported or makes no task.
     """
     # Late: a process imports the readers, operators and networks of its own task alone.
     match study.task:
@@ -31,19 +33,11 @@ def build_task(study: schema.Study, embeddings: Mapping[str, Path] | None = None
 
             return MRIReconstruction(study)
         case tasks_config.CustomTask() as custom:
-            return _custom(custom)
+            return _custom(custom, plugins)
 
 
-def _custom(config: tasks_config.CustomTask) -> Task:
-    module, _, name = config.factory.partition(":")
-    try:
-        factory = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise StudyError(
-            f"task.factory: {config.factory!r} cannot be imported; check the spelling, "
-            "and that its package is installed in this environment",
-            detail=str(error),
-        ) from error
+def _custom(config: tasks_config.CustomTask, plugins: Plugins) -> Task:
+    factory = plugins.load("task", config.factory)
     try:
         inspect.signature(factory).bind(**config.options)
     except TypeError as error:

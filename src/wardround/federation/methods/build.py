@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Any
 
 from wardround.errors import StudyError
 from wardround.federation.methods.method import Array, Method
@@ -15,19 +12,21 @@ from wardround.federation.methods.proximal import FedProx
 from wardround.federation.methods.scan import ScanPhysFed
 from wardround.federation.methods.server import FedAdam, FedAvgM
 from wardround.study import methods as methods_config
+from wardround.study.plugins import NO_PLUGINS, Plugins
 
-ENTRY_POINTS = "wardround.methods"
 NO_PROTOCOLS: Mapping[str, Array] = MappingProxyType({})
 
 
-def build_method(config: methods_config.Method, protocols: Mapping[str, Array] = NO_PROTOCOLS) -> Method:
-    """The method of a study; a custom one comes from an entry point or from `package.module:callable`.
+def build_method(
+    config: methods_config.Method, protocols: Mapping[str, Array] = NO_PROTOCOLS, plugins: Plugins = NO_PLUGINS
+) -> Method:
+    """The method of a study; raises StudyError for a custom one that `plugins` do not allow.
 
     `protocols` are the features (7,) of the training sites' scanners, public as the study is.
     """
     match config:
         case methods_config.CustomMethod():
-            return _custom(config)
+            return _custom(config, plugins)
         case methods_config.FedProx():
             return FedProx(config.weights, mu=config.mu)
         case methods_config.FedBN():
@@ -55,20 +54,8 @@ def build_method(config: methods_config.Method, protocols: Mapping[str, Array] =
             return Method(config.weights)
 
 
-def _custom(config: methods_config.CustomMethod) -> Method:
-    found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    try:
-        if config.factory in found:
-            factory: Any = found[config.factory].load()
-        else:
-            module, _, name = config.factory.partition(":")
-            factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise StudyError(
-            f"method.factory={config.factory!r} cannot be imported; it must be an entry point of the group "
-            f"{ENTRY_POINTS} ({', '.join(sorted(found)) or 'none installed'}) or package.module:callable"
-        ) from error
-    method = factory(**config.options)
+def _custom(config: methods_config.CustomMethod, plugins: Plugins) -> Method:
+    method = plugins.load("method", config.factory)(**config.options)
     if not isinstance(method, Method):
         raise StudyError(f"method.factory={config.factory!r} does not make a wardround Method")
     return method

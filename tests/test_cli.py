@@ -102,8 +102,7 @@ def test_a_line_of_a_round_shows_the_first_metric(data: Path, tmp_path: Path) ->
     done = _run("run", study, "--sites", sites, "--out", tmp_path / "out", "--engine", "local")
     lines = done.stderr.splitlines()
     assert re.search(r"^federated, round 2 of 2: loss \S+, psnr \d\d(\.\d+)? after round 1", done.stderr, re.MULTILINE)
-    assert "tuning baselines: 4 baselines at sites" in lines
-    assert lines[-1] == "testing: 2 models at sites"
+    assert {"tuning baselines: 4 baselines at sites", "testing: 2 models at sites"} <= set(lines)
     assert max(map(len, lines)) <= 80
 
 

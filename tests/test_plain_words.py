@@ -51,6 +51,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(data: Path, monkeypat
 
     monkeypatch.setattr(nibabel, "load", refuse)
     monkeypatch.setattr("pydicom.dcmread", refuse)
+    monkeypatch.setattr("wardround.data.dicom_file.read_file_meta_info", refuse)
     for read in (read_volume, open_dicom):
         with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)") as raised:
             read(path)

@@ -169,6 +169,8 @@ def test_a_body_that_goes_while_it_is_added_spoils_no_sum(tmp_path: Path, monkey
     expected = Rig(toy_study(schedule={"rounds": 1, "validate_every": 0}), tmp_path / "whole").train().public_sha256
     from wardround.federation import exchange as module
 
+    # Bodies above this stay in their files.
+    monkeypatch.setattr("wardround.wire.message.SMALL", 0)
     check, calls = module.check_update, []
 
     def vanishing(layout: Any, reply: Message, form: Any) -> None:

@@ -115,7 +115,7 @@ def test_check_invents_no_scanner_and_no_model_for_a_task_of_ones_own(tmp_path: 
     study.write_text(yaml.safe_dump(toy_study().model_dump(mode="json")), encoding="utf-8")
     sites.write_text(yaml.safe_dump(toy_sites(tmp_path).model_dump(mode="json")), encoding="utf-8")
     for given in (None, sites):
-        said = explain(study, given, (), ())
+        said = explain(study, given, (), (), allow_code=True)
         assert "model        the task's own: 65 values" in said
         for invented in ("scanner", "coils", "unrolled", "modl", "preset", "slices"):
             assert invented not in said.replace("egress.scanner_facts", "")

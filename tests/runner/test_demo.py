@@ -30,7 +30,6 @@ QUICK = [
     "local.steps=1",
     "schedule={rounds: 1}",
     "task.evaluation.baselines=[zero_filled]",
-    "task.evaluation.bootstrap=2",
 ]
 
 

@@ -43,7 +43,7 @@ def _spend(path: Path, folder: Path, *, noise: float, steps: int) -> None:
 
 def test_every_site_s_terms_and_cost_are_named(tmp_path: Path) -> None:
     study, sites = _files(tmp_path)
-    said = explain(study, sites, ("local",), ())
+    said = explain(study, sites, ("local",), (), allow_code=True)
     site, patients, rate, noise, delta, epsilon, ledger = _row(said, "B")
     assert (site, patients, rate, delta, ledger) == ("B", "8", "0.25", "0.013", "-")
     assert float(noise) > 0.3
@@ -55,10 +55,10 @@ def test_every_site_s_terms_and_cost_are_named(tmp_path: Path) -> None:
 def test_a_ledger_that_others_wrote_ends_the_study_early(tmp_path: Path) -> None:
     path = tmp_path / "ledgers" / "B.jsonl"
     study, sites = _files(tmp_path, ledger=path)
-    assert _row(explain(study, sites, (), ()), "B")[-1] == "0.00"
+    assert _row(explain(study, sites, (), (), allow_code=True), "B")[-1] == "0.00"
     assert not path.exists(), "a look writes nothing"
     _spend(path, tmp_path, noise=1.0, steps=9)
-    said = explain(study, sites, (), ())
+    said = explain(study, sites, (), (), allow_code=True)
     assert float(_row(said, "B")[-1]) > 1.0
     stops = [line for line in said.splitlines() if "would stop" in line]
     assert len(stops) == 1
@@ -67,21 +67,21 @@ def test_a_ledger_that_others_wrote_ends_the_study_early(tmp_path: Path) -> None
     assert 1 <= number < 6
     path.write_bytes(path.read_bytes().replace(b'"steps": 9', b'"steps": 1'))
     with pytest.raises(JournalError, match="chain of hashes is broken"):
-        explain(study, sites, (), ())
+        explain(study, sites, (), (), allow_code=True)
 
 
 def test_a_spent_ledger_lets_no_round_begin(tmp_path: Path) -> None:
     path = tmp_path / "B.jsonl"
     study, sites = _files(tmp_path, ledger=path)
     _spend(path, tmp_path, noise=0.5, steps=300)
-    assert "B would stop before its first round" in " ".join(explain(study, sites, (), ()).split())
+    assert "B would stop before its first round" in " ".join(explain(study, sites, (), (), allow_code=True).split())
 
 
 def test_the_guard_does_not_promise_what_it_does_not_hold(tmp_path: Path) -> None:
     study, sites = _files(tmp_path, preset="reconstruction-guard")
-    said = " ".join(explain(study, sites, (), ()).split())
+    said = " ".join(explain(study, sites, (), (), allow_code=True).split())
     assert "promises nothing against other attacks" in said
-    assert float(_row(explain(study, sites, (), ()), "A")[3]) == 0.3
-    without = explain(study, None, (), ())
+    assert float(_row(explain(study, sites, (), (), allow_code=True), "A")[3]) == 0.3
+    without = explain(study, None, (), (), allow_code=True)
     assert "promises nothing" in " ".join(without.split())
     assert "add --sites" in without

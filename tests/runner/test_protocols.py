@@ -139,9 +139,9 @@ def test_reconstruct_warns_of_scanners_that_the_model_does_not_know(
     other = setting(ConvolutionKernel="B70f", KVP="80", PixelSpacing=["4", "4"])
     known = _reconstructed(model, write_series(tmp_path / "known", change=like), tmp_path / "a.nii.gz")
     assert "Trained on the simulated scanners of A (fan_flat, 24 views, 100000 photons), B (fan_arc," in known
-    assert "Mind" not in known
+    assert "Mind: unlike" not in known
     strange = _reconstructed(model, write_series(tmp_path / "strange", change=other), tmp_path / "b.nii.gz")
-    (mind,) = (line for line in strange.splitlines() if line.startswith("Mind"))
+    (mind,) = (line for line in strange.splitlines() if line.startswith("Mind: unlike"))
     assert "tube voltage 80 kV (trained on 120 kV)" in mind
     assert "kernel B70f (trained on B30f)" in mind
     assert "views" not in mind

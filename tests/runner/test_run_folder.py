@@ -163,7 +163,7 @@ def test_a_run_goes_on_without_a_site_and_says_so(
     assert "pooled" not in values["metrics"]
     assert "the run was resumed without B" in (result.out / "report.html").read_text()
     # It is on record: neither the next process nor the numbers anew ask the site again.
-    sites = SitesFile(sites={name: entry for name, entry in sites.sites.items() if name != "B"})
+    sites = SitesFile(sites={name: entry for name, entry in sites.sites.items() if name != "B"}).with_code()
     again = go_on(tmp_path, study, sites, compare=compare).values
     assert [again[key] for key in ("notes", "metrics")] == [values[key] for key in ("notes", "metrics")]
     assert evaluate(result.out, sites, engine="local")["metrics"] == values["metrics"]

@@ -121,6 +121,7 @@ def _report(arm: str, number: int, **changes: Any) -> RoundReport:
         "coordinator_seconds": 0.0,
         "training_seconds": 0.0,
         "saturated_share": 0.0,
+        "saturated": 0.0,
         "state_sha256": "",
     }
     return RoundReport(arm=arm, round=number, **{**values, **changes})

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from wardround.errors import JournalError, Rejected, WardroundError, WireError
-from wardround.protection.gates import check_reply, check_update
-from wardround.wire.message import EMPTY, EMPTY_SHA256, Body, Header, Message, held
+from wardround.protection.gates import check_reply, check_update, held_reply
+from wardround.wire.message import EMPTY, EMPTY_SHA256, Body, Header, Message
 from wardround.wire.ring import ExactSum
 from wardround.wire.sparse import DENSE, Form
 from wardround.wire.tensors import TensorInfo
@@ -188,7 +188,7 @@ class PlainSum(ClearExchange):
         self._total = ExactSum(call.layout.segments)
 
     def _take(self, reply: Message) -> None:
-        reply = replace(reply, body=held(reply.body))
+        reply = held_reply(reply)
         check_update(self._call.layout, reply, self._call.form)
         add_body(self._total, self._call.form.unpack(self._call.layout, reply.body))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wardround.errors import Rejected
-from wardround.wire.message import Body, HashingBody, Message, body_sha256
+from wardround.wire.message import Body, HashingBody, Message, body_sha256, held
 from wardround.wire.sparse import DENSE, Form
 from wardround.wire.update import Layout, check_range
 
@@ -39,8 +39,20 @@ class Received:
         try:
             yield from self.body.chunks(offset)
         except OSError as error:
-            cause = os.strerror(error.errno) if error.errno else type(error).__name__
-            raise Rejected(f"a body that cannot be read ({cause}): it was lost on the way") from error
+            raise _lost(error) from error
+
+
+def held_reply(reply: Message) -> Message:
+    """The reply with a small body in memory, which later readings share; raises `Rejected` when it cannot be read."""
+    try:
+        return replace(reply, body=held(reply.body))
+    except OSError as error:
+        raise _lost(error) from error
+
+
+def _lost(error: OSError) -> Rejected:
+    cause = os.strerror(error.errno) if error.errno else type(error).__name__
+    return Rejected(f"a body that cannot be read ({cause}): it was lost on the way")
 
 
 def check_body(message: Message) -> None:

@@ -98,8 +98,8 @@ class Rules:
     """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
 
     With `lint` it looks at every model before it trains on it (`Inspector`), and lets up to `catch_up` rounds that it
-    missed explain a move. `rounds` is how many there are, where that is known, and one more for each void one where that
-    `extends` the study.
+    missed explain a move. `rounds` is how many there are, where that is known, with one more for each void one where
+    that `extends` the study.
     """
 
     identity: str
@@ -205,7 +205,12 @@ class Site:
         metrics: dict[str, Any] = {}
         if header.meta.get("validate"):
             metrics |= self._validation_sums(header.round, learner.evaluate("validation"))
-        trained = learner.train(header.round, public, memory)
+        try:
+            trained = learner.train(header.round, public, memory)
+        except Exception:
+            if inspector is not None and seen is not None:
+                inspector.remember(seen, {}, {}, {})
+            raise
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
         layout, scales = self.rules.layout, _scales(header.meta)
         if inspector is not None and seen is not None:

@@ -105,13 +105,15 @@ class Inspector:
         reach = self._reach(agreed, known, tensors)
         believed = min(number, known.round + 1 + self._catch_up)
         for finding in drift(known, tensors, believed, reach, sketcher):
-            raise self._refusal(number, self._unwitnessed(finding, number - known.round))
+            limit = f"in {1 + self._catch_up} round{'s' if self._catch_up else ''}"
+            raise self._refusal(number, self._unwitnessed(finding, limit, number - known.round))
         if reach == UNKNOWN and not known.own and number > believed:
             # It never saw how far a round goes, and is told of several.
             for finding in drift(known, tensors, known.round, Reach(), sketcher):
-                told = f"moved since round {known.round}, and how far a round of this study goes cannot be said"
+                told = f"moved since round {known.round}"
+                limit = "and how far a round of this study goes cannot be said"
                 finding = Finding("drift", finding.tensor, told)
-                raise self._refusal(number, self._unwitnessed(finding, number - known.round))
+                raise self._refusal(number, self._unwitnessed(finding, limit, number - known.round))
         # What its operator agreed to all the same is put on record.
         for finding in drift(known, tensors, min(number, known.round + 1), reach, sketcher):
             said = f"{finding.tensor} {finding.text} in 1 round; {number - known.round} are said to lie in between"
@@ -119,7 +121,7 @@ class Inspector:
             break
         names = agreed.trained
         sketches = {name: sketcher.sketch(name, tensors[name]) for name in tensors if name in names}
-        return Seen(number, sketches, {}, known.own)
+        return Seen(number, sketches, known.rounding, known.own)
 
     def _reach(self, agreed: Agreed, known: Seen, tensors: Mapping[str, Array]) -> Reach | dict[str, Reach]:
         """How far a round goes: as the study's optimisers say, or where they have no limit as the site's own training
@@ -131,16 +133,15 @@ class Inspector:
         own = {name: length for name, length in known.own.items() if name in sizes}
         return {name: agreed.reach_after(witnessed(own, sizes, name)) for name in sizes}
 
-    def _unwitnessed(self, finding: Finding, between: int) -> Finding:
+    def _unwitnessed(self, finding: Finding, limit: str, between: int) -> Finding:
         """A finding, with what the site's operator can do where the coordinator says that the site was away."""
         missed = between - 1
         if missed <= self._catch_up:
             return finding
         agreed = f"of these the site lets {self._catch_up} explain a move" if self._catch_up else "none is believed"
         told = (
-            f"{finding.text} in {1 + self._catch_up} round{'s' if self._catch_up else ''}; {missed} without this site "
-            f"are said to lie in between, and {agreed}: if it was away for so long, set catch_up: {missed} in its "
-            "sites file"
+            f"{finding.text} {limit}; {missed} without this site are said to lie in between, and {agreed}: if it was "
+            f"away for as long, set catch_up: {missed} in its sites file"
         )
         return Finding(finding.check, finding.tensor, told)
 
@@ -153,7 +154,8 @@ class Inspector:
     ) -> None:
         """Keep what `check` returned, once the round's weights are known: they say how coarse its sum is.
 
-        `changes` are the site's own, which say how far a round goes.
+        `changes` are the site's own, which say how far a round goes. Where its training failed there is neither: the
+        model was seen all the same.
 
         Not durably: after a power cut an older memory stands, and more rounds lie in between.
         """

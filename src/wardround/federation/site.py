@@ -106,7 +106,7 @@ class Rules:
     """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
 
     With `lint` it looks at every model before it trains on it (`Inspector`), and lets up to `catch_up` rounds that it
-    missed explain a move. `rounds` is how many there are, where that is known, and one more for each void one where
+    missed explain a move. `rounds` is how many there are, where that is known, with one more for each void one where
     that `extends` the study. It measures the model of the `arm`, and the `baselines`. Scales start at `initial_scale`,
     or higher where the state before round 1, `initial` by group and tensor, says so. Updates are rounded from
     `rounding_root`; without one, from a root that the operating system gives and that stays in the site's store.
@@ -237,7 +237,12 @@ class Site:
             # The model is the one of the round before, and has one validation, whichever kind of request asks.
             self._measure_once("validation", header.round - 1, header.body_sha256)
             metrics |= self._validation_sums(header.round, learner.evaluate("validation"))
-        trained = learner.train(header.round, public, memory)
+        try:
+            trained = learner.train(header.round, public, memory)
+        except Exception:
+            if inspector is not None and seen is not None:
+                inspector.remember(seen, {}, {}, {})
+            raise
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
         if inspector is not None and seen is not None:
             inspector.remember(seen, scales, trained.weights, trained.changes.get(MODEL, {}))

@@ -67,6 +67,7 @@ class Rig:
         protocol: ExchangeFactory = PlainSum,
         site_protocol: Callable[[str], SiteProtocol] | None = None,
         task: Any = None,
+        lint: bool = True,
     ) -> None:
         self.host = Host(study, toy_sites(folder / "data", tuple(study.sites)), folder / "out", ())
         if task is not None:
@@ -77,7 +78,7 @@ class Rig:
         self.sites = {
             name: Site(
                 name,
-                self.host.rules(ARM, rounding_root=self.host.rounding_root),
+                self.host.rules(ARM, lint=lint, rounding_root=self.host.rounding_root),
                 lambda name=name: self.learner(name),
                 SiteStore(folder / "sites" / name),
                 protocol=None if site_protocol is None else site_protocol(name),

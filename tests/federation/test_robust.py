@@ -85,7 +85,8 @@ class Poisoner:
 
 def poisoned(folder: Path, poison: Poison | None, protocol: ExchangeFactory, weight: float = 1.0) -> tuple[Rig, Any]:
     """A run whose first two sites are malicious, and its last global model as one vector."""
-    rig = Rig(study(), folder, protocol=protocol)
+    # Honest sites would refuse to go on from where a plain mean is moved to: how far that is, is the question here.
+    rig = Rig(study(), folder, protocol=protocol, lint=protocol is not PlainSum)
     if poison is not None:
         rig.coordinator._engine = Poisoner(rig.engine, rig, poison, folder, weight)
     state = rig.train()

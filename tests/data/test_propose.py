@@ -125,6 +125,7 @@ def test_a_proposed_ct_study_runs(tmp_path: Path) -> None:
     settings = [part for setting_ in (*small, *fewer) for part in ("--set", setting_)]
     ran = _run("run", *files, "--out", tmp_path / "out", "--engine", "local", *settings)
     assert ran.exit_code == 0, ran.output
+    assert "building operators: " in ran.stderr
     assert (tmp_path / "out" / "models" / "federated.safetensors").is_file()
 
 

@@ -16,6 +16,7 @@ from wardround.federation.exchange import UPDATE
 from wardround.federation.store import SiteStore
 from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.secret import SecretRoot
+from wardround.runner.folder import reserve
 from wardround.wire.message import Header
 
 ROUNDS, STEPS = 3, 2
@@ -49,6 +50,7 @@ def rounds(out: Path) -> list[dict[str, Any]]:
 
 def with_secrets(out: Path, first: int = 0) -> Path:
     """A folder whose sites have their secret roots already: the same in every folder."""
+    reserve(out)
     for number, site in enumerate(SITES, first):
         store = SiteStore(site_folder(out, site) / "privacy")
         store.promise("privacy/root", 0, bytes([number] * 32).hex())

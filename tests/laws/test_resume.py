@@ -161,7 +161,7 @@ def test_a_service_that_is_stopped_ends_as_with_ctrl_c(
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json")))
     (tmp_path / "sites.yaml").write_text(yaml.safe_dump(sites.model_dump(mode="json")))
     words = ["run", str(tmp_path / "study.yaml"), "--sites", str(tmp_path / "sites.yaml"), "--out", str(out)]
-    words += ["--engine", engine, "--processes", "1"]
+    words += ["--engine", engine, "--processes", "1", "--allow-code"]
     victim = fork_server.start(out, command=words, hold=True)
     until(lambda: victim.held)
     workers = children(victim.pid)

@@ -225,6 +225,9 @@ class MaskedUpload:
         self._name, self._later = name, names[names.index(name) + 1 :]
         self._given: dict[str, int] = {}
 
+    def admit(self, request: Message, site: Site) -> None:
+        """Nothing is refused."""
+
     def answer(self, request: Message, site: Site) -> Answer:
         if request.header.kind == SEEDS:
             self._given = {other: int.from_bytes(os.urandom(8), "big") for other in self._later}

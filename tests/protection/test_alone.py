@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from tests.toys import toy_sites, toy_study
 from wardround.engines.local import LocalEngine
 from wardround.errors import Interrupted, NotEnoughSites, StudyError
 from wardround.federation.alone import OWN
+from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import ALONE, DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE, Call
+from wardround.federation.journal import Journal
 from wardround.federation.verify import verify
 from wardround.runner import session
 from wardround.runner.host import Host
@@ -125,6 +128,29 @@ def test_evaluate_finds_the_same_numbers_and_a_lost_model_is_written_anew(tmp_pa
     again = evaluate(result.out, toy_sites(tmp_path / "data", SITES), engine="local")
     assert again["metrics"] == result.values["metrics"]
     assert own(result.out, "B").read_bytes() == before
+
+
+def test_a_request_that_equals_one_within_is_refused(tmp_path: Path) -> None:
+    """Of round 1 a coordinator can foretell every byte, and what the site said within lies in its store."""
+    host = Host(study_of(secure=True), toy_sites(tmp_path / "data", SITES), tmp_path / "out", ("local",))
+    blueprint, asked = host.blueprint("local/A"), []
+
+    class Foretelling:
+        def exchange(self, messages: Any) -> Iterator[Message]:
+            asked.extend(messages)
+            raise Interrupted("foretold")
+
+        def close(self) -> None:
+            """Nothing is open."""
+
+    with closing(Journal(tmp_path / "foretold", blueprint.identity)) as journal:
+        coordinator = Coordinator(host.plan("local/A"), blueprint.method, Foretelling(), journal)
+        with pytest.raises(Interrupted):
+            list(coordinator.rounds(coordinator.start(lambda: host.initial(blueprint))))
+    site = host.find(asked[0].header)
+    assert site.handle(Message(Header(ALONE, blueprint.identity, "A", 1))).header.kind == DONE
+    assert [site.handle(message).header.kind for message in asked] == [ERROR]
+    host.close()
 
 
 def test_a_site_that_withholds_its_results_withholds_those_of_its_own_model(tmp_path: Path) -> None:

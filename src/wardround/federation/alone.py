@@ -34,11 +34,13 @@ class OnlyTests:
     kinds = frozenset({TRAIN, EVALUATE, RELEASE})
     replies = frozenset[str]()
 
+    def admit(self, request: Message, site: Site) -> None:
+        """Refuse all but a test."""
+        if request.header.kind != EVALUATE:
+            raise Rejected(f"site {site.name} does not train in this arm: it only tests the model")
+
     def answer(self, request: Message, site: Site) -> Answer:
         """Sums over the site's own test patients, where its rules let them out."""
-        header = request.header
-        if header.kind != EVALUATE:
-            raise Rejected(f"site {site.name} does not train in this arm: it only tests the model")
         return own_results(request, site)
 
 
@@ -79,26 +81,33 @@ class TrainsAlone:
     def __init__(self, arm: OwnArm) -> None:
         self._arm = arm
 
-    def answer(self, request: Message, site: Site) -> Answer:
-        """Train, or test what was trained."""
+    def admit(self, request: Message, site: Site) -> None:
+        """Refuse all but the two requests of this arm.
+
+        What the site said to itself lies in its store: a request from outside may be, byte for byte, one from within.
+        """
         header = request.header
         match header.kind:
             case "alone":
                 if header.meta or header.body_nbytes or header.round < 1:
                     raise WireError("a request to train alone names a round and nothing else")
-                self._train(site, header.round)
-                return Answer(request.reply(DONE))
             case "evaluate":
                 if header.meta.get("evaluator") != OWN or header.body_nbytes:
                     raise Rejected(f"site {site.name} tests the model that it trained alone, and no other in this arm")
-                if not self._arm.model.exists():
-                    self._train(site, self._arm.plan.rounds, again=True)
-                return own_results(request, site)
             case _:
                 raise Rejected(
                     f"site {site.name} trains this arm inside (protection.secure): its update would be its share of "
                     "the masked sum"
                 )
+
+    def answer(self, request: Message, site: Site) -> Answer:
+        """Train, or test what was trained."""
+        if request.header.kind == ALONE:
+            self._train(site, request.header.round)
+            return Answer(request.reply(DONE))
+        if not self._arm.model.exists():
+            self._train(site, self._arm.plan.rounds, again=True)
+        return own_results(request, site)
 
     def _train(self, site: Site, number: int, *, again: bool = False) -> None:
         """Train the rounds up to `number` that are not done; after the last one, write the released model.

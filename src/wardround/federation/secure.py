@@ -282,6 +282,9 @@ class SecureUpload:
         self._session: SiteSession | None = None
         self._kind = ""
 
+    def admit(self, request: Message, site: Site) -> None:
+        """Whatever the site answers, it may answer again."""
+
     def answer(self, request: Message, site: Site) -> Answer:
         """Answer one phase."""
         header = request.header

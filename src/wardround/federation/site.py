@@ -72,6 +72,10 @@ class SiteProtocol(Protocol):
         """The kinds of its answers, beside updates."""
         ...
 
+    def admit(self, request: Message, site: Site) -> None:
+        """Raise for a message that must have no answer, not even one from the store."""
+        ...
+
     def answer(self, request: Message, site: Site) -> Answer:
         """Answer one message of those kinds."""
         ...
@@ -82,6 +86,9 @@ class ClearUpload:
 
     kinds = frozenset({TRAIN})
     replies = frozenset[str]()
+
+    def admit(self, request: Message, site: Site) -> None:
+        """Whatever the site answers, it may answer again."""
 
     def answer(self, request: Message, site: Site) -> Answer:
         """Train and send."""
@@ -165,6 +172,7 @@ class Site:
     def handle(self, request: Message) -> Message:
         """Answer a message: from the store if it was answered before, otherwise by doing what it asks."""
         try:
+            self._protocol.admit(request, self)
             done = self.store.reply(request.id)
             if done is not None:
                 return done
@@ -225,6 +233,10 @@ class Site:
         """Validate and train as asked; the update's bytes, the new private state, and the rounds to keep."""
         header = request.header
         public = self.public_state(request)
+        # One more tensor, or another order, would make another start of the same model (`federation.history`).
+        names, known = [info.name for info in header.tensors], self.rules.initial
+        if known and names != [name for name in known if name in set(names)]:
+            raise Rejected("the global state holds other tensors than the study's, or in another order")
         layout, scales = self.rules.layout, _scales(header.meta)
         self._check_scales(header.round, scales, public)
         memory = self.store.memory(header.round - 1, without=_void(header))
@@ -246,6 +258,8 @@ class Site:
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
         if inspector is not None and seen is not None:
             inspector.remember(seen, scales, trained.weights, trained.changes.get(MODEL, {}))
+        # Not durably: after a power cut older scales stand, and more rounds lie in between.
+        self.store.set_fact(_SCALES, json.dumps(remembered(header.round, scales)), durable=False)
         largest = limits(layout, scales, trained.weights)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
         chunks = encode(
@@ -264,11 +278,9 @@ class Site:
         return self.rules.rounding_root or kept_root(self.store)
 
     def _check_scales(self, number: int, scales: Mapping[str, float], public: TensorFile) -> None:
-        """Refuse scales that no honest rounds come to, with the lint on or off; remember those of the last round."""
+        """Refuse scales that no honest rounds come to, with the lint on or off."""
         fact = self.store.fact(_SCALES)
         self._scales.check(number, scales, public, {} if fact is None else json.loads(fact))
-        # Not durably: after a power cut older scales stand, and more rounds lie in between.
-        self.store.set_fact(_SCALES, json.dumps(remembered(number, scales)), durable=False)
 
     def reply_with(self, request: Message, kind: str, chunks: Iterator[bytes | memoryview], layout: Layout) -> Message:
         """A reply whose body is streamed to the store first."""
@@ -302,6 +314,8 @@ class Site:
                 f"site {self.name} has gone on to round {last} and is asked for round {header.round}: the coordinator "
                 "was restored from an older copy, or is not the one it was. Restore its newest copy"
             )
+        if any(number < 1 for number in _void(header)):
+            raise WireError("a message names void rounds that no study has")
         self._check_end(header)
         self.minutes.check(header, last)
 

@@ -126,7 +126,7 @@ def parse_yaml(text: str, what: str) -> Any:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
         raise StudyError(f"the {what} is not valid YAML: {error.problem}{where}", detail=str(error)) from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
         raise StudyError(f"the {what} is not valid YAML", detail=str(error)) from error
 
 

@@ -84,6 +84,59 @@ def broadcast(tensors: Tensors) -> None:
     tensors["model/0.bias"] = np.ones(1, np.float32)
 
 
+def junk(tensors: Tensors) -> None:
+    tensors["model/junk"] = np.zeros(3, np.float32)
+
+
+def turned(tensors: Tensors) -> None:
+    items = list(tensors.items())[::-1]
+    tensors.clear()
+    tensors.update(items)
+
+
+@pytest.mark.parametrize("change", [junk, turned])
+def test_a_model_has_one_start(tmp_path: Path, change: Callable[[Tensors], None]) -> None:
+    """The record of masked sums knows a start by its hash: the same model must not have two."""
+    rig = Rig(study(), tmp_path)
+    state = rig.start()
+    reply = ask(rig, planted(rig, state, change), 1)
+    assert reply.header.kind == ERROR
+    assert "other tensors than the study's, or in another order" in reply.header.meta["reason"]
+    assert ask(rig, state, 1).header.kind == UPDATE
+
+
+def test_many_requests_of_one_round_walk_no_further_than_one(tmp_path: Path) -> None:
+    rig = Rig(study(), tmp_path)
+    state = rig.start()
+
+    def grown(times: int) -> State:
+        def change(tensors: Tensors) -> None:
+            for name in tensors:
+                tensors[name] = (tensors[name] * 1.0009**times).astype(np.float32)
+
+        return planted(rig, state, change)
+
+    kinds = [ask(rig, grown(times), 1).header.kind for times in range(6)]
+    assert kinds[:2] == [UPDATE, UPDATE]
+    assert set(kinds[3:]) == {ERROR}
+
+
+def test_scales_of_a_refused_request_excuse_none_later(tmp_path: Path) -> None:
+    rig = Rig(study(), tmp_path)
+    state = rig.start()
+    loudest = replace(state, scales={key: 4096.0 * scale for key, scale in state.scales.items()})
+
+    def immense(tensors: Tensors) -> None:
+        for tensor in tensors.values():
+            tensor[:] = 1e30
+
+    assert ask(rig, loudest, 1).header.kind == ERROR
+    assert ask(rig, planted(rig, loudest, immense), 3).header.kind == ERROR
+    reply = ask(rig, loudest, 1)
+    assert reply.header.kind == ERROR
+    assert "comes with a scale of" in reply.header.meta["reason"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -93,6 +93,9 @@ def test_what_is_wrong_is_said(change: dict[str, Any], expected: str) -> None:
         ("- name\n", "must hold `key: value` lines"),
         ("", "must hold `key: value` lines"),
         ("? [1]\n: 2\n", "the study file is not valid YAML"),
+        ("name: !!timestamp foo\n", "the study file is not valid YAML"),
+        ("name: !!bool foo\n", "the study file is not valid YAML"),
+        ("name: !!float ''\n", "the study file is not valid YAML"),
         ("name: !!python/object/apply:os.getcwd []\n", "the study file is not valid YAML"),
     ],
 )

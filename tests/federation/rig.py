@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.toys import toy_sites
 from wardround.engines.local import LocalEngine
 from wardround.federation.coordinator import Coordinator
@@ -16,6 +18,7 @@ from wardround.federation.journal import Journal, State
 from wardround.federation.site import Site, SiteProtocol
 from wardround.federation.store import SiteStore
 from wardround.federation.training import Learner
+from wardround.runner import session
 from wardround.runner.host import Host
 from wardround.study.schema import Study
 from wardround.wire.message import Message
@@ -54,6 +57,19 @@ class Recorder:
 
     def _record(self, message: Message) -> None:
         self.sent.append(Sent(message, b"".join(bytes(c) for c in message.body.chunks())))
+
+
+def recorded_sessions(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
+    """Every message of the sessions that follow."""
+    sent: list[Sent] = []
+
+    class Recording(Recorder):
+        def __init__(self, find: Any) -> None:
+            super().__init__(LocalEngine(find))
+            self.sent = sent
+
+    monkeypatch.setattr(session, "LocalEngine", Recording)
+    return sent
 
 
 class Rig:

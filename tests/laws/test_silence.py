@@ -13,13 +13,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.ct_hospitals import ct_study, make_ct_hospitals
-from tests.federation.rig import Recorder, Rig, Sent
+from tests.federation.rig import Recorder, Rig, Sent, recorded_sessions
 from tests.scanners import scanner_study
 from tests.toys import toy_sites, toy_study
 from wardround.engines.local import LocalEngine
 from wardround.federation.exchange import ERROR, EVALUATE, Call
 from wardround.federation.store import SiteStore
-from wardround.runner import session
 from wardround.runner.session import Result, evaluate, run
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SiteData, SitesFile
@@ -52,19 +51,6 @@ def private_study(optimizer: str = "adam", **changes: Any) -> Study:
     )
 
 
-def record(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
-    """Every message of the sessions that follow."""
-    sent: list[Sent] = []
-
-    class Recording(Recorder):
-        def __init__(self, find: Any) -> None:
-            super().__init__(LocalEngine(find))
-            self.sent = sent
-
-    monkeypatch.setattr(session, "LocalEngine", Recording)
-    return sent
-
-
 def windows(data: bytes, size: int = 8) -> Iterator[bytes]:
     """All telling windows of whole float32 values."""
     for start in range(0, len(data) - size + 1, 4):
@@ -95,7 +81,7 @@ def memories(out: Path) -> dict[str, bytes]:
 def test_no_private_tensor_and_no_example_is_in_any_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    sent = record(monkeypatch)
+    sent = recorded_sessions(monkeypatch)
     folder = tmp_path / "Archive-Doe-Jane"
     sites = toy_sites(folder, SITES)
     study = private_study(optimizer)
@@ -121,7 +107,7 @@ def test_no_private_tensor_and_no_example_is_in_any_byte(
 
 
 def test_headers_say_only_what_their_schema_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = record(monkeypatch)
+    sent = recorded_sessions(monkeypatch)
     run(private_study(), toy_sites(tmp_path, SITES), tmp_path / "out", engine="local")
     shared = {"0.weight", "0.bias", "3.weight", "3.bias"}
     for one in sent:
@@ -150,7 +136,7 @@ def test_private_parts_are_in_the_sum_only_where_the_study_declares_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: str
 ) -> None:
     """Declared, how far a site's part is from its start is a group of its updates; their mean goes to no site."""
-    sent = record(monkeypatch)
+    sent = recorded_sessions(monkeypatch)
     study = scanner_study({"kind": "hyperfed", "stranger": stranger}, SITES)
     out = run(study, toy_sites(tmp_path, SITES), tmp_path / "out", engine="local").out
     kept = memories(out)
@@ -201,7 +187,7 @@ def test_neither_embeddings_of_patients_nor_what_headers_say_is_in_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model with an anatomy prompt, trained on DICOM: its update is all that tells of them."""
-    sent = record(monkeypatch)
+    sent = recorded_sessions(monkeypatch)
     random, entries, secrets = np.random.default_rng(0), {}, set[bytes]()
     for site, folder in make_ct_hospitals(tmp_path / "hospitals").items():
         vectors = {f.name: random.standard_normal(12).astype(np.float32) for f in sorted(folder.iterdir())}
@@ -245,7 +231,7 @@ def test_nothing_frozen_or_private_is_in_an_update_even_where_all_is_shared(tmp_
 def test_an_error_at_a_site_leaves_no_trace_of_whose_scan_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = record(monkeypatch)
+    sent = recorded_sessions(monkeypatch)
     study = toy_study(task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"fail": "B"}})
     sites = toy_sites(tmp_path / "MEIER", tuple(study.sites))
     result = run(study, sites, tmp_path / "out", engine="local")
@@ -294,7 +280,7 @@ def test_a_request_that_quotes_a_path_is_not_quoted_back(tmp_path: Path) -> None
 def test_a_site_that_withholds_its_results_says_nothing_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = record(monkeypatch)
+    sent = recorded_sessions(monkeypatch)
     sites = toy_sites(tmp_path, SITES)
     closed = sites.sites["Beta"].model_copy(update={"egress": Egress(per_site_results=False)})
     sites = sites.model_copy(update={"sites": {**sites.sites, "Beta": closed}})

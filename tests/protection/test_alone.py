@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from tests.federation.rig import Recorder, Sent
+from tests.federation.rig import recorded_sessions
 from tests.toys import toy_sites, toy_study
 from wardround.engines.local import LocalEngine
 from wardround.errors import Interrupted, NotEnoughSites, StudyError
@@ -21,7 +21,6 @@ from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import ALONE, DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE, Call
 from wardround.federation.journal import Journal
 from wardround.federation.verify import verify
-from wardround.runner import session
 from wardround.runner.host import Host
 from wardround.runner.release import load_model, serve, shared_sha256
 from wardround.runner.session import Result, evaluate, run
@@ -39,18 +38,6 @@ def study_of(*, secure: bool, **changes: Any) -> Study:
     protection = {"secure": secure, "initial_scale": 8.0, "max_sites": 4}
     local = {"steps": 2, "batch": 2, "optimizer": "adam", "lr": 0.1, "optimizer_state": "keep"}
     return toy_study(SITES, protection=protection, local=local, schedule={"rounds": ROUNDS}, **changes)
-
-
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
-    sent: list[Sent] = []
-
-    class Recording(Recorder):
-        def __init__(self, find: Any) -> None:
-            super().__init__(LocalEngine(find))
-            self.sent = sent
-
-    monkeypatch.setattr(session, "LocalEngine", Recording)
-    return sent
 
 
 def compared(folder: Path, name: str, *, secure: bool, sites: SitesFile | None = None, **how: Any) -> Result:
@@ -71,7 +58,7 @@ def clear(tmp_path_factory: pytest.TempPathFactory) -> Result:
 def test_an_arm_that_stays_inside_comes_to_the_model_of_one_that_is_sent(
     tmp_path: Path, clear: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = recorded(monkeypatch)
+    sent = recorded_sessions(monkeypatch)
     result = compared(tmp_path, "out", secure=True)
     for site in SITES:
         expected = clear.out / "models" / f"local-{site}.safetensors"
@@ -106,7 +93,7 @@ def test_no_update_of_a_local_arm_equals_a_masked_one(
     tmp_path: Path, clear: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The attack: what local/X sends in round 1 is X's share of the masked sum, from the same start and examples."""
-    sent = recorded(monkeypatch)
+    sent = recorded_sessions(monkeypatch)
     result = compared(tmp_path, "out", secure=True)
     updates = [s for s in sent if s.message.header.kind == UPDATE]
     asked = {s.message.id: s.message.header for s in sent if not s.message.header.reply_to}

@@ -6,18 +6,17 @@ see that; the site can. A record is on disk before the site consents to a sum, a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from wardround.errors import JournalError, Rejected
 from wardround.wire.canonical import canonical_json
-from wardround.wire.files import sync_folder
+from wardround.wire.lines import locked, whole_lines
 
 MASKED = "masked.jsonl"
 
@@ -99,15 +98,10 @@ class MaskedHistory:
             os.fsync(file.fileno())
 
     @contextmanager
-    def _open(self) -> Iterator[IO[bytes]]:
-        """The file, locked, its unfinished last line cut off."""
+    def _open(self) -> Iterator[BinaryIO]:
+        """The file, locked."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = not self.path.exists()
-            with self.path.open("a+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if new:
-                    sync_folder(self.path.parent)
+            with locked(self.path) as file:
                 yield file
         except OSError as error:
             cause = os.strerror(error.errno) if error.errno else type(error).__name__
@@ -117,14 +111,9 @@ class MaskedHistory:
                 detail=str(self.path),
             ) from error
 
-    def _read(self, file: IO[bytes]) -> Iterator[Joined]:
-        file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            # A process died while it wrote; the site had not consented to that sum.
-            file.truncate(whole)
-        for line in content[:whole].splitlines():
+    def _read(self, file: BinaryIO) -> Iterator[Joined]:
+        # The site had not consented to the sum of a line that is not whole.
+        for line in whole_lines(file).splitlines():
             yield self._parse(line)
 
     def _parse(self, line: bytes) -> Joined:

@@ -119,6 +119,9 @@ class Inspector:
             said = f"{finding.tensor} {finding.text} in 1 round; {number - known.round} are said to lie in between"
             self._note("security", {"kind": TRAIN, "round": number, "reason": said})
             break
+        if number <= known.round and self._store.fact(_SEEN) is not None:
+            # Many requests of one round must not walk a model further than one.
+            return known
         names = agreed.trained
         sketches = {name: sketcher.sketch(name, tensors[name]) for name in tensors if name in names}
         return Seen(number, sketches, known.rounding, known.own)
@@ -167,11 +170,6 @@ class Inspector:
         if MODEL in weights:
             rounding = self._rounding(scales, weights)
             seen = replace(seen, rounding={n: v for n, v in rounding.items() if n in seen.sketches})
-        fact = self._store.fact(_SEEN)
-        known = None if fact is None else Seen.from_json(json.loads(fact))
-        if known is not None and known.round >= seen.round:
-            # Many requests of one round must not walk a model further than one.
-            seen = replace(seen, round=known.round, sketches=known.sketches)
         self._store.set_fact(_SEEN, json.dumps(seen.to_json()), durable=False)
 
     def _seen(self, agreed: Agreed, sketcher: Sketcher) -> Seen:

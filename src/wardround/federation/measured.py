@@ -7,14 +7,13 @@ results of, and refuses a new one where some weighted sum of all of them is over
 
 from __future__ import annotations
 
-import fcntl
 import hmac
 import json
 import math
 import os
 import secrets
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import DataError
+from wardround.wire.lines import locked, whole_lines
 
 SETS, KEY = "measured.jsonl", "measured.key"
 _DIGEST = 16
@@ -70,7 +70,7 @@ class MeasuredSets:
         by `fingerprint`. Raises `DataError` where the record cannot be read or written.
         """
         try:
-            with self._locked() as file:
+            with locked(self._folder / SETS) as file:
                 secret, known = self._secret(), self._read(file)
                 same = [one for one in known if one.split == split]
                 ours = [one.patients for one in same if one.named]
@@ -100,13 +100,6 @@ class MeasuredSets:
         except OSError as error:
             raise DataError("the site's history folder cannot be read or written", detail=str(error)) from error
 
-    @contextmanager
-    def _locked(self) -> Iterator[BinaryIO]:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / SETS).open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
-
     def _secret(self) -> bytes:
         """The key of the digests, made at the first use. Called under the lock."""
         path = self._folder / KEY
@@ -132,13 +125,8 @@ class MeasuredSets:
 
     def _read(self, file: BinaryIO) -> list[_Set]:
         """The recorded sets. A last line that a crash cut off is taken out: its results had not left."""
-        file.seek(0)
-        data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            file.truncate(len(whole))
         try:
-            return [_Set.of(line) for line in whole.splitlines()]
+            return [_Set.of(line) for line in whole_lines(file).splitlines()]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 "the site's record of measured patients is damaged; restore it", detail=str(self._folder / SETS)

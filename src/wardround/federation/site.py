@@ -235,7 +235,8 @@ class Site:
         public = self.public_state(request)
         # One more tensor, or another order, would make another start of the same model (`federation.history`).
         names, known = [info.name for info in header.tensors], self.rules.initial
-        if known and names != [name for name in known if name in set(names)]:
+        carried = set(names)
+        if known and names != [name for name in known if name in carried]:
             raise Rejected("the global state holds other tensors than the study's, or in another order")
         layout, scales = self.rules.layout, _scales(header.meta)
         self._check_scales(header.round, scales, public)

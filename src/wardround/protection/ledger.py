@@ -7,19 +7,18 @@ an old copy is found, and refused.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from wardround.errors import JournalError
 from wardround.protection.accounting import Spending
 from wardround.wire.canonical import digest
-from wardround.wire.files import refuse_links, sync_folder
+from wardround.wire.lines import locked, whole_lines
 
 _ANCHOR = "privacy/ledger"
 _START = "wardround-ledger-1"
@@ -93,16 +92,10 @@ class Ledger:
             return True
 
     @contextmanager
-    def _open(self) -> Iterator[IO[bytes]]:
-        refuse_links(self.path)
+    def _open(self) -> Iterator[BinaryIO]:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = not self.path.exists()
-            with self.path.open("a+b") as file:
-                # Two arms of a run may spend at once, in two processes.
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if new:
-                    sync_folder(self.path.parent)
+            # Two arms of a run may spend at once, in two processes.
+            with locked(self.path) as file:
                 yield file
         except OSError as error:
             raise JournalError(
@@ -110,14 +103,8 @@ class Ledger:
                 detail=f"{self.path}: {error}",
             ) from error
 
-    def _read(self, file: IO[bytes]) -> tuple[tuple[Entry, ...], list[str]]:
-        file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            # A process died while it wrote; nothing was made of that entry.
-            file.truncate(whole)
-        return _chain(content[:whole], self.path)
+    def _read(self, file: BinaryIO) -> tuple[tuple[Entry, ...], list[str]]:
+        return _chain(whole_lines(file), self.path)
 
     def _agree(self, hashes: Sequence[str]) -> None:
         fact = self._anchor.fact(_ANCHOR)

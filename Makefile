@@ -37,8 +37,8 @@ test-all: $(STAMP)
 	$(PYTEST) --hypothesis-profile=full
 
 lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/lint-imports
 
 types: $(STAMP)

@@ -6,9 +6,8 @@ The tests half is measured in a clean clone without real images (`first_run_test
 
 from __future__ import annotations
 
-from first_run_demo import SEEDS, measure_demo
-
 from common import arguments, conditions, finish, table
+from first_run_demo import SEEDS, measure_demo
 from first_run_tests import CORES, measure_tests
 
 

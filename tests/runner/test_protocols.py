@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from tests.ct_files import setting, write_series
 from tests.ct_hospitals import ct_study, make_ct_hospitals
 from tests.federation.rig import Sent
-from tests.laws.test_silence import leaks, record
+from tests.federation.rig import recorded_sessions
+from tests.laws.test_silence import leaks
 from wardround.cli import app
 from wardround.data.ct_protocol import CTProtocol, facts_of
 from wardround.runner.host import Host
@@ -47,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def finished(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, list[Sent]]:
     """A run in which a value must be that of two patients to be told, and its messages."""
     with pytest.MonkeyPatch.context() as patch:
-        sent = record(patch)
+        sent = recorded_sessions(patch)
         out = tmp_path_factory.mktemp("run")
         rules = {"minimum_cohort": 2, "per_site_results": False}
         result = run(ct_study(), _sites(folders, **rules), out, compare=("local",), engine="local")

@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from tests.ct_files import setting, write_series
 from tests.ct_hospitals import ct_study, make_ct_hospitals
-from tests.federation.rig import Sent
-from tests.federation.rig import recorded_sessions
+from tests.federation.rig import Sent, recorded_sessions
 from tests.laws.test_silence import leaks
 from wardround.cli import app
 from wardround.data.ct_protocol import CTProtocol, facts_of

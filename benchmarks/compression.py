@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from common import arguments, conditions, finish, table
+from wardround.results.files import read_rounds
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -64,10 +65,10 @@ def main() -> None:
         measured: dict[str, dict[str, float]] = _errors(with_kind, sites, folder / "errors")
         for name, kind in with_kind.items():
             result = wardround.run(kind, sites, folder / name.replace(" ", "-"), engine="local")
-            lines = [json.loads(line) for line in (result.out / "rounds.jsonl").read_text().splitlines()]
+            lines = read_rounds(result.out)
             measured[name] |= {
-                "bytes_up_per_round": sum(line["bytes_up"] for line in lines) / len(lines),
-                "saturated_share": max(line["saturated_share"] for line in lines),
+                "bytes_up_per_round": sum(line.bytes_up for line in lines) / len(lines),
+                "saturated_share": max(line.saturated_share for line in lines),
                 "psnr": result.metric("federated"),
             }
             measured[name]["ratio_to_float32"] = measured[name]["bytes_up_per_round"] / measured[name].pop("float32")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, conditions, cpu_seconds, finish, table
+from wardround.results.schema import Result
 
 ROOT = Path(__file__).resolve().parent.parent
 UNSEEN = "NewScanner"
@@ -36,8 +37,8 @@ METHODS: dict[str, list[str]] = {
 METRICS = ("psnr", "ssim", "rmse_hu", "psnr_lung", "psnr_soft")
 
 
-def train(folder: Path, overrides: list[str], compare: list[str]) -> dict[str, Any]:
-    """What result.json says of one run of the example, with some changes."""
+def train(folder: Path, overrides: list[str], compare: list[str]) -> Result:
+    """The result of one run of the example, with some changes."""
     import wardround
 
     since = time.perf_counter()
@@ -49,7 +50,7 @@ def train(folder: Path, overrides: list[str], compare: list[str]) -> dict[str, A
         overrides=overrides,
     )
     print(f"{folder.name}: {time.perf_counter() - since:.0f} s", flush=True)
-    return dict(result.values)
+    return result
 
 
 def main() -> None:
@@ -69,24 +70,24 @@ def main() -> None:
     others = {name: train(folder / name, [*overrides, *REST], []) for name, overrides in chosen.items()}
     seconds = time.perf_counter() - began
 
-    metrics, training = conditioned["metrics"], conditioned["participants"]
+    metrics, training = conditioned.metrics, conditioned.participants
     columns = [*training, "mean", UNSEEN]
-    print("patients:", {site: conditioned["patients"][site] for site in [*training, UNSEEN]})
+    print("patients:", {site: conditioned.patients[site] for site in [*training, UNSEEN]})
     rows: dict[str, dict[str, Any]] = {name: metrics[name] for name in ("fbp", "tv", "weighted_tv", "local", "pooled")}
     rows["conditioned"] = metrics["federated"]
-    rows |= {name: values["metrics"]["federated"] for name, values in others.items()}
+    rows |= {name: values.metrics["federated"] for name, values in others.items()}
     summary: dict[str, dict[str, dict[str, float | None]]] = {}
     for metric in METRICS:
         print(f"\n{metric} on test patients")
         cells = {
-            name: {site: row[site][metric]["value"] if row.get(site) else None for site in columns}
+            name: {site: row[site][metric].value if row.get(site) else None for site in columns}
             for name, row in rows.items()
         }
         table(["", *columns], [[name, *("-" if v is None else v for v in row.values())] for name, row in cells.items()])
         summary[metric] = cells
 
     def psnr(row: str, site: str = "mean") -> float:
-        return float(rows[row][site]["psnr"]["value"])
+        return float(rows[row][site]["psnr"].value)
 
     finish(
         {
@@ -104,13 +105,13 @@ def main() -> None:
             "seconds": seconds,
             "cpu_seconds": cpu_seconds() - cpu,
             "table": summary["psnr"],
-            "gains": {row: table["mean"]["psnr"] for row, table in conditioned["gains"]["federated"].items()},
+            "gains": {row: table["mean"]["psnr"].model_dump() for row, table in conditioned.gains["federated"].items()},
             "conditions": {
                 **state,
-                "study_sha256": conditioned["study_sha256"],
-                "selected_round": conditioned["selected_round"],
-                "steps": conditioned["steps"],
-                "patients": conditioned["patients"],
+                "study_sha256": conditioned.study_sha256,
+                "selected_round": conditioned.selected_round,
+                "steps": conditioned.steps,
+                "patients": conditioned.patients,
             },
         }
     )

@@ -6,16 +6,16 @@ were chosen on phantoms of other seeds (docs/data.md).
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from common import arguments, conditions, finish, median, table
+from wardround.results.files import read_result
+from wardround.results.schema import Table
 
 SEEDS = (2026, 7, 11)
 _ALONE, _TOGETHER = "local", "federated"
@@ -39,10 +39,10 @@ def measure_demo(seeds: Sequence[int] = SEEDS) -> dict[str, float]:
     return {"demo_seconds": median(seconds), **gains(found), **found}
 
 
-def psnrs(seed: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+def psnrs(seed: int, metrics: Mapping[str, Table]) -> dict[str, float]:
     """The mean PSNR of every arm at every hospital, by `SEED/SITE/ARM`, of the metrics in a result.json."""
     return {
-        f"{seed}/{site}/{arm}": cell["psnr"]["value"]
+        f"{seed}/{site}/{arm}": cell["psnr"].value
         for arm, row in metrics.items()
         for site, cell in row.items()
         if arm != "baseline" and site not in ("mean", "unseen") and cell
@@ -75,7 +75,7 @@ def show(measured: Mapping[str, float]) -> None:
     table(["seed", "hospital", *arms], rows)
 
 
-def _run(seed: int) -> tuple[float, dict[str, Any]]:
+def _run(seed: int) -> tuple[float, Mapping[str, Table]]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "demo"
         command = [sys.executable, "-m", "wardround", "demo", "--out", str(out), "--set", f"seed={seed}"]
@@ -84,8 +84,7 @@ def _run(seed: int) -> tuple[float, dict[str, Any]]:
         seconds = time.perf_counter() - began
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
-        result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    return seconds, result["metrics"]
+        return seconds, read_result(out).metrics
 
 
 def main() -> None:

@@ -38,24 +38,22 @@ def main() -> None:
         overrides=["task.evaluation.leave_one_out=false"] if options.quick else [],
     )
     seconds = time.perf_counter() - began
-    values = result.values
-    metrics, training = values["metrics"], values["participants"]
+    metrics, training = result.metrics, result.participants
     columns = [*training, "EZ", "mean"]
-    print("patients:", {site: values["patients"][site] for site in columns if site != "mean"})
+    print("patients:", {site: result.patients[site] for site in columns if site != "mean"})
     for metric in ("psnr", "psnr_head", "ssim", "ssim_head"):
         rows = []
         for arm in ("zero_filled", "cg_sense", "tv", "tv_real", "local", "federated", "pooled"):
             cells = [metrics[arm].get(site) for site in columns]
-            rows.append([arm, *(cell[metric]["value"] if cell else "-" for cell in cells)])
+            rows.append([arm, *(cell[metric].value if cell else "-" for cell in cells)])
         print(f"\n{metric} on test patients")
         table(["", *columns], rows)
 
     def psnr(arm: str, site: str = "mean", metric: str = "psnr") -> float:
-        return float(metrics[arm][site][metric]["value"])
+        return float(metrics[arm][site][metric].value)
 
     unseen = {
-        site: entry["federated"]["psnr"]["value"] - entry["best_local"]["psnr"]["value"]
-        for site, entry in values["left_out"].items()
+        site: entry.federated["psnr"].value - entry.best_local["psnr"].value for site, entry in result.left_out.items()
     }
     if unseen:
         print("\nleft out: trained without it, minus the best other site's own model (dB)")
@@ -76,7 +74,7 @@ def main() -> None:
             "worst_site_gain_over_local_db": min(gains.values()),
             "unseen_gain_over_best_local_db": sum(unseen.values()) / len(unseen) if unseen else None,
             "seconds": seconds,
-            "conditions": {**state, "selected_round": values["selected_round"], "steps": values["steps"]},
+            "conditions": {**state, "selected_round": result.selected_round, "steps": result.steps},
         }
     )
     if options.out is None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, conditions, finish, table
+from wardround.results.schema import PrivacyStatement, Result
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("reconstruction-guard", "moderate", "strict")
@@ -149,14 +150,14 @@ def _mri(folder: Path, name: str, quick: bool) -> dict[str, Any]:
         privacy = {**MRI_PRIVACY, "preset": name, "patients_per_step": MRI_CHOICE[name]["patients_per_step"]}
         settings.append(f"protection.privacy={json.dumps(privacy)}")
     study, sites, out = ROOT / "examples" / "lgg-mri.yaml", ROOT / "examples" / "lgg-sites.yaml", folder / f"mri-{name}"
-    values = wardround.run(study, sites, out, overrides=settings, engine="local").values
-    row = _psnr(values, "federated") | _spent(out, values["privacy"])
-    return row | ({"zero_filled": _psnr(values, "zero_filled")} if name == NONE else {})
+    result = wardround.run(study, sites, out, overrides=settings, engine="local")
+    row = _psnr(result, "federated") | _spent(out, result.privacy)
+    return row | ({"zero_filled": _psnr(result, "zero_filled")} if name == NONE else {})
 
 
-def _psnr(values: dict[str, Any], arm: str) -> dict[str, Any]:
-    psnr = values["metrics"][arm]["mean"]["psnr"]
-    return {"utility": psnr["value"], "ci_low": psnr["ci_low"], "ci_high": psnr["ci_high"]}
+def _psnr(result: Result, arm: str) -> dict[str, Any]:
+    psnr = result.metrics[arm]["mean"]["psnr"]
+    return {"utility": psnr.value, "ci_low": psnr.ci_low, "ci_high": psnr.ci_high}
 
 
 def _xray(folder: Path, name: str, quick: bool) -> dict[str, Any]:
@@ -174,30 +175,30 @@ def _xray(folder: Path, name: str, quick: bool) -> dict[str, Any]:
     if name != NONE:
         study["protection"] = {"privacy": {**XRAY_PRIVACY, "preset": name}}
     overrides = ["schedule.rounds=2"] if quick else []
-    values = wardround.run(study, sites, out, overrides=overrides, engine="local", allow_code=True).values
+    result = wardround.run(study, sites, out, overrides=overrides, engine="local", allow_code=True)
     found = scores(load_file(out / "models" / "federated.safetensors"))
     low, high = interval(*found)
-    return {"utility": auroc(*found), "ci_low": low, "ci_high": high} | _spent(out, values["privacy"])
+    return {"utility": auroc(*found), "ci_low": low, "ci_high": high} | _spent(out, result.privacy)
 
 
-def _spent(out: Path, privacy: dict[str, Any] | None) -> dict[str, Any]:
+def _spent(out: Path, privacy: PrivacyStatement | None) -> dict[str, Any]:
     """What the ledgers of a run come to at the worst site, by both accountants."""
     from wardround.protection.accounting import Spending, epsilon_of
 
     if privacy is None:
         return {}
     found = []
-    for site, said in privacy["sites"].items():
+    for site, said in privacy.sites.items():
         lines = (out / "work" / "sites" / site / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [Spending(entry["noise"], entry["rate"], entry["steps"]) for entry in map(json.loads, lines)]
-        pld, prv = (epsilon_of(steps, said["delta"], which) for which in ("pld", "prv"))
+        pld, prv = (epsilon_of(steps, said.delta, which) for which in ("pld", "prv"))
         found.append(
             {
                 "epsilon_pld": pld,
                 "epsilon_prv": prv,
-                "delta": said["delta"],
-                "noise": said["noise_multiplier"],
-                "sample_rate": said["sample_rate"],
+                "delta": said.delta,
+                "noise": said.noise_multiplier,
+                "sample_rate": said.sample_rate,
                 "steps": sum(s.steps for s in steps),
                 "worst_site": site,
             }

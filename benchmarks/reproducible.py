@@ -54,7 +54,7 @@ def child(data: Path, out: Path, engine: str, order: int) -> None:
     sites = SitesFile(sites={name: SiteData(data=data / name) for name in STUDY["sites"]})
     study = wardround.load_study(STUDY)
     result = wardround.run(study, sites, out, engine=engine, processes=2)  # type: ignore[arg-type]
-    print(result.values["model_sha256"])
+    print(result.model_sha256)
 
 
 def finished(data: Path, out: Path, engine: str, order: int, kills: int, chance: random.Random) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -20,7 +21,8 @@ from typer.testing import CliRunner
 from tests.hospitals import head, make_hospitals, save, write_study
 from wardround import __version__
 from wardround.cli import app, shared
-from wardround.report.pictures import read_pictures
+from wardround.results.pictures import read_pictures
+from wardround.results.schema import Measured
 from wardround.runner import session
 from wardround.study.load import load_study
 
@@ -145,7 +147,7 @@ def test_evaluate_finds_every_number_again(finished: tuple[Path, Path, str]) -> 
 
 def test_results_say_who_is_lacking_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     lacking = {"withheld": {"Alpha": "Withheld: by rule"}, "failed": {"Beta": "DataError: [path] cannot be read"}}
-    shared.results({"metrics": {}, **lacking})
+    shared.results(Measured(metric_specs=(), metrics={}, gains={}, left_out={}, **lacking))
     assert capsys.readouterr().out.splitlines() == [
         "Alpha: withheld by the site (Withheld: by rule)",
         "Beta: could not be measured (DataError: [path] cannot be read)",
@@ -158,8 +160,9 @@ def test_evaluate_does_not_agree_where_a_site_could_not_be_measured(
     out, sites = copy
     again = session.evaluate
 
-    def lacking(*arguments: Any, **options: Any) -> dict[str, Any]:
-        return {**again(*arguments, **options), "failed": {"Alpha": "JournalError: a site's store does not open"}}
+    def lacking(*arguments: Any, **options: Any) -> Measured:
+        failed = {"Alpha": "JournalError: a site's store does not open"}
+        return again(*arguments, **options).model_copy(update={"failed": failed})
 
     monkeypatch.setattr(session, "evaluate", lacking)
     result = _run("evaluate", out, "--sites", sites, "--engine", "local")
@@ -178,6 +181,25 @@ def test_evaluate_says_which_number_differs(copy: tuple[Path, Path]) -> None:
     assert result.exit_code == 2
     assert "error: 1 of " in result.stderr
     assert "federated.mean.psnr.value" in result.stderr
+
+
+def test_inspect_writes_the_numbers_of_a_finished_run_as_a_table(
+    finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    out, file = finished[0], tmp_path / "new" / "numbers.csv"
+    assert "Wrote" in _ok("inspect", out, "--csv", file)
+    rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    written = json.loads((out / "result.json").read_text(encoding="utf-8"))["metrics"]
+    # A row for every number, and the alias of the first baseline not again.
+    cells = [cell for arm, table in written.items() if arm != "baseline" for cell in table.values() if cell]
+    assert len(rows) == sum(map(len, cells))
+    assert list(rows[0]) == ["arm", "site", "metric", "value", "se", "ci_low", "ci_high", "n", "absent"]
+    for row in rows:
+        found = written[row["arm"]][row["site"]][row["metric"]]
+        assert float(row["value"]) == found["value"]
+        assert (int(row["n"]), int(row["absent"])) == (found["n"], 0)
+        assert row["ci_low"] == ("" if found["ci_low"] is None else str(found["ci_low"]))
+    assert "no finished run" in _refused("inspect", tmp_path, "--csv", file)
 
 
 def test_a_model_of_another_study_is_not_evaluated(copy: tuple[Path, Path], data: Path, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from wardround.data.dicom_file import open_dicom
 from wardround.data.propose import propose_study
 from wardround.data.volume import read_volume
 from wardround.errors import DataError
+from wardround.federation.journal import RoundReport
+from wardround.results.files import line_of
 from wardround.study.load import load_study
 from wardround.study.sites import load_sites
 
@@ -203,7 +205,8 @@ def test_inspect_says_how_far_a_run_has_come(data: Path, tmp_path: Path) -> None
     out = tmp_path / "out"
     (out / "work").mkdir(parents=True)
     (out / "study.yaml").write_text(study.read_text())
-    (out / "rounds.jsonl").write_text('{"arm": "federated", "round": 1}\n')
+    report = RoundReport("federated", 1, 0, ("Alpha",), {}, 0.1, None, 1, 1, 1.0, 0.1, 0.1, 0.0, 0.0, "0d" * 32)
+    (out / "rounds.jsonl").write_text(line_of(report))
     said = _run("inspect", out).stdout
     assert "stopped; run the same command again to go on" in said
     assert "federated  1 of 2  not yet released" in said

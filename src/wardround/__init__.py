@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Result": "wardround.runner.session",
+    "Result": "wardround.results.schema",
     "run": "wardround.runner.session",
     "evaluate": "wardround.runner.session",
     "reconstruct": "wardround.runner.reconstruct",
@@ -39,8 +39,9 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from wardround.errors import WardroundError
+    from wardround.results.schema import Result
     from wardround.runner.reconstruct import reconstruct
-    from wardround.runner.session import Result, evaluate, run
+    from wardround.runner.session import evaluate, run
     from wardround.study import Study
     from wardround.study.load import load_study
     from wardround.study.sites import load_sites

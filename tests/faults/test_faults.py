@@ -26,7 +26,7 @@ from wardround.federation.exchange import UPDATE
 from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.site import Site
 from wardround.protection.gates import check_body
-from wardround.report.terminal import lacking_in
+from wardround.results.terminal import lacking_in
 from wardround.runner import folder, session
 from wardround.runner.folder import alone
 from wardround.runner.session import Result, evaluate, run
@@ -128,9 +128,9 @@ def test_a_disk_that_is_full_when_the_model_is_to_be_written(
     assert not list(out.rglob("*.draft"))
     assert len(list(out.rglob("*.safetensors"))) == (0 if method == "fedavg" else 1)
     ballast.unlink()
-    again, whole = (run(study, sites, folder, engine="local").values for folder in (out, tmp_path / "whole"))
+    again, whole = (run(study, sites, folder, engine="local") for folder in (out, tmp_path / "whole"))
     for key in ("model_sha256", "local_sha256", "metrics"):
-        assert again[key] == whole[key]
+        assert getattr(again, key) == getattr(whole, key)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, None])
@@ -160,7 +160,7 @@ def test_a_lost_answer_is_made_anew_and_a_lost_model_is_said(tmp_path: Path) -> 
     for site in study.sites:
         for blob in (lost.out / "work" / "sites" / site / "federated" / "blobs").iterdir():
             blob.unlink()
-    assert go(tmp_path, study).values["metrics"] == whole.values["metrics"]
+    assert go(tmp_path, study).metrics == whole.metrics
     for blob in (lost.out / "work" / "arms" / "federated" / "blobs").iterdir():
         blob.unlink()
     with pytest.raises(JournalError, match="has lost the model of round"):
@@ -343,14 +343,14 @@ def test_a_run_resumed_on_another_fingerprint_says_so(
             go(tmp_path, study, watcher=Stopping())
     # Back where it began: the rounds in between are another machine's all the same.
     caplog.clear()
-    values = go(tmp_path, study).values
-    (note,) = values["notes"]
+    values = go(tmp_path, study)
+    (note,) = values.notes
     assert f"torch 9.9 and {ours['torch']}; cpu_capability ABACUS and {ours['cpu_capability']}" in note
     assert "numpy" not in note
     assert note in caplog.messages
-    assert values["fingerprint"] == ours
+    assert values.fingerprint == ours
     assert note in html.unescape((tmp_path / "out" / "report.html").read_text())
-    assert go(tmp_path / "plain", study).values["notes"] == go(tmp_path / "plain", study).values["notes"] == []
+    assert go(tmp_path / "plain", study).notes == go(tmp_path / "plain", study).notes == ()
 
 
 # Sites ---------------------------------------------------------------------------------------------------------------
@@ -358,13 +358,13 @@ def test_a_run_resumed_on_another_fingerprint_says_so(
 
 def test_a_round_goes_on_without_a_site_that_fails(tmp_path: Path) -> None:
     study = toy_study(task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"fail": "B"}})
-    values = go(tmp_path, study).values
-    assert values["participants"] == ["A", "C"]
-    assert values["notes"] == ["federated, rounds 1–4: without B (RuntimeError) (4 times)"]
-    assert values["failed"] == {"B": "RuntimeError"}
-    assert values["withheld"] == {}
-    assert values["metrics"]["federated"]["B"] is None
-    assert values["metrics"]["federated"]["A"] is not None
+    values = go(tmp_path, study)
+    assert values.participants == ("A", "C")
+    assert values.notes == ("federated, rounds 1–4: without B (RuntimeError) (4 times)",)
+    assert values.failed == {"B": "RuntimeError"}
+    assert values.withheld == {}
+    assert values.metrics["federated"]["B"] is None
+    assert values.metrics["federated"]["A"] is not None
     report = (tmp_path / "out" / "report.html").read_text()
     assert "without B" in report
     for page in (report, (tmp_path / "out" / "model_card.md").read_text()):
@@ -388,13 +388,13 @@ class Broken(Silent):
 
 def test_a_broken_watcher_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     study, sites = toy_study(), toy_sites(tmp_path / "data")
-    watched = run(study, sites, tmp_path / "watched", engine="local", watcher=Broken()).values
+    watched = run(study, sites, tmp_path / "watched", engine="local", watcher=Broken())
     (said,) = [record.getMessage() for record in caplog.records if "watcher" in record.getMessage()]
     assert "the run goes on" in said
     assert "JANE" not in said
-    assert watched["participants"] == ["A", "B", "C"]
-    assert watched["notes"] == []
-    assert watched["model_sha256"] == run(study, sites, tmp_path / "plain", engine="local").values["model_sha256"]
+    assert watched.participants == ("A", "B", "C")
+    assert watched.notes == ()
+    assert watched.model_sha256 == run(study, sites, tmp_path / "plain", engine="local").model_sha256
 
 
 def test_too_few_sites_stop_the_run_with_reasons(tmp_path: Path) -> None:
@@ -406,8 +406,8 @@ def test_too_few_sites_stop_the_run_with_reasons(tmp_path: Path) -> None:
 
 def test_a_site_whose_loss_is_not_a_number_sends_nothing(tmp_path: Path) -> None:
     study = toy_study(task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"nan": "C"}})
-    values = go(tmp_path, study).values
-    assert values["participants"] == ["A", "B"]
-    (note,) = (n for n in values["notes"] if "round 1: without C" in n)
+    values = go(tmp_path, study)
+    assert values.participants == ("A", "B")
+    (note,) = (n for n in values.notes if "round 1: without C" in n)
     assert "not finite" in note
     assert "local.lr" in note

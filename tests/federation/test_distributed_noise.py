@@ -75,14 +75,14 @@ def test_a_secure_round_holds_the_noise_of_all_its_sites(tmp_path: Path) -> None
 
 def test_a_study_says_and_charges_what_shared_noise_costs(tmp_path: Path) -> None:
     result = session.run(_study(), toy_sites(tmp_path), tmp_path / "out", engine="local")
-    privacy = result.values["privacy"]
-    assert (privacy["secure"], privacy["noise"]) == (True, "distributed")
-    assert 7.9 < privacy["epsilon"] <= 8.0
-    assert "no site's own noise is enough" in privacy["note"]
+    privacy = result.privacy
+    assert (privacy.secure, privacy.noise) == (True, "distributed")
+    assert 7.9 < privacy.epsilon <= 8.0
+    assert "no site's own noise is enough" in privacy.note
     lines = (tmp_path / "out" / "work" / "sites" / "A" / "ledger.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     assert [entry["round"] for entry in entries] == [1, 2, 3]
-    assert epsilon_of_zcdp(sum(e["rho"] for e in entries), 0.01) == pytest.approx(privacy["epsilon"], abs=1e-4)
+    assert epsilon_of_zcdp(sum(e["rho"] for e in entries), 0.01) == pytest.approx(privacy.epsilon, abs=1e-4)
 
 
 def test_training_with_little_shared_noise_follows_the_gradients(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_training_with_little_shared_noise_follows_the_gradients(tmp_path: Path)
         }
     )
     session.run(plain, toy_sites(tmp_path), tmp_path / "plain", engine="local")
-    assert private.values["privacy"]["epsilon"] > 100
+    assert private.privacy.epsilon > 100
     exact, noisy = _change(tmp_path / "plain"), _change(tmp_path / "private")
     # Noise of 0.05 x 100 / sqrt(3) x 0.1 / 8 x sqrt(4) a coordinate is what may be between them.
     assert np.abs(noisy - exact).std() < 3 * 0.05 * 100 / math.sqrt(3) * 0.1 / 8 * 2

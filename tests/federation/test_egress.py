@@ -50,16 +50,16 @@ def blocked(out: Path, site: str) -> set[str]:
     ],
 )
 def test_small_cohorts_and_unlisted_metrics_stay(tmp_path: Path, rules: dict[str, Any], why: str) -> None:
-    values = go(tmp_path, B=rules).values
-    assert values["metrics"]["federated"]["B"] is None
-    assert why in values["withheld"]["B"]
-    assert values["metrics"]["federated"]["A"] is not None
-    assert values["participants"] == ["A", "B", "C"]
+    values = go(tmp_path, B=rules)
+    assert values.metrics["federated"]["B"] is None
+    assert why in values.withheld["B"]
+    assert values.metrics["federated"]["A"] is not None
+    assert values.participants == ("A", "B", "C")
     assert why in blocked(tmp_path / "out", "B")
     assert not blocked(tmp_path / "out", "A")
     # The model is that of a run without rules, and validation is the mean over the others.
-    bare = go(tmp_path / "bare").values
-    assert values["model_sha256"] == bare["model_sha256"]
+    bare = go(tmp_path / "bare")
+    assert values.model_sha256 == bare.model_sha256
     rows = [json.loads(line) for line in (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()]
     plain = [json.loads(line) for line in (tmp_path / "bare" / "out" / "rounds.jsonl").read_text().splitlines()]
     assert all(row["validation"] for row in rows)
@@ -67,13 +67,13 @@ def test_small_cohorts_and_unlisted_metrics_stay(tmp_path: Path, rules: dict[str
 
 
 def test_a_cohort_of_just_enough_leaves(tmp_path: Path) -> None:
-    values = go(tmp_path, B={"minimum_cohort": 2, "metrics": ["r", "mse"]}).values
-    assert values["metrics"]["federated"]["B"] is not None
+    values = go(tmp_path, B={"minimum_cohort": 2, "metrics": ["r", "mse"]})
+    assert values.metrics["federated"]["B"] is not None
     assert not blocked(tmp_path / "out", "B")
 
 
 def test_a_handful_of_patients_is_not_even_counted(tmp_path: Path) -> None:
-    patients = go(tmp_path, B={"minimum_cohort": 3}).values["patients"]
+    patients = go(tmp_path, B={"minimum_cohort": 3}).patients
     assert patients["A"] == {"train": 4, "validation": 2, "test": 2}
     assert patients["B"] == {"train": 4, "validation": None, "test": None}
     assert EgressRules(minimum_cohort=11).counts({"train": 11, "test": 0}) == {"train": 11, "test": 0}
@@ -81,9 +81,9 @@ def test_a_handful_of_patients_is_not_even_counted(tmp_path: Path) -> None:
 
 def test_without_any_sites_validation_the_last_round_is_released(tmp_path: Path) -> None:
     few = {"minimum_cohort": 11}
-    values = go(tmp_path, A=few, B=few, C=few).values
-    assert values["selected_round"]["federated"] == 4
-    assert all(values["metrics"]["federated"][site] is None for site in "ABC")
+    values = go(tmp_path, A=few, B=few, C=few)
+    assert values.selected_round["federated"] == 4
+    assert all(values.metrics["federated"][site] is None for site in "ABC")
 
 
 def test_an_answer_that_says_more_is_blocked_at_the_last_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

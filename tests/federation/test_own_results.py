@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -119,44 +118,44 @@ def test_the_bytes_of_an_evaluation_hold_n_value_and_standard_errors_alone(whole
 
 
 def test_every_number_of_a_result_follows_from_the_patients(whole: Whole) -> None:
-    values = whole.result.values
+    values = whole.result
     gains: dict[str, list[Mean]] = {"pooled": [], "local": []}
     for site in "ABC":
         table = table_of(whole.result.out, site)
         assert {row for row, _ in table} == {"federated", "pooled", "local/A", "local/B", "local/C"}
         for arm, row in (("federated", "federated"), ("local", f"local/{site}")):
-            told, patients = values["metrics"][arm][site]["mse"], table[(row, "mse")]
-            assert told["value"] == pytest.approx(patients.mean(), abs=STEP)
-            assert told["n"] == len(patients) == (3 if site == "B" else 7)
+            told, patients = values.metrics[arm][site]["mse"], table[(row, "mse")]
+            assert told.value == pytest.approx(patients.mean(), abs=STEP)
+            assert told.n == len(patients) == (3 if site == "B" else 7)
             if site == "B":
-                assert told["se"] is told["ci_low"] is told["ci_high"] is None
+                assert told.se is told.ci_low is told.ci_high is None
             else:
                 ends = stats.t.interval(0.95, 6, patients.mean(), stats.sem(patients))
-                assert [told["ci_low"], told["ci_high"]] == pytest.approx(ends, abs=1e-5)
+                assert [told.ci_low, told.ci_high] == pytest.approx(ends, abs=1e-5)
         for row in gains:
             other = table[("pooled" if row == "pooled" else f"local/{site}", "mse")]
             difference = other - table[("federated", "mse")]
-            told = values["gains"]["federated"][row][site]["mse"]
-            assert told["value"] == pytest.approx(difference.mean(), abs=2 * STEP)
-            assert told["se"] == (None if site == "B" else pytest.approx(stats.sem(difference), abs=2 * STEP))
+            told = values.gains["federated"][row][site]["mse"]
+            assert told.value == pytest.approx(difference.mean(), abs=2 * STEP)
+            assert told.se == (None if site == "B" else pytest.approx(stats.sem(difference), abs=2 * STEP))
             gains[row].append(mean_of(difference))
     for row, means in gains.items():
-        told = values["gains"]["federated"][row]["mean"]["mse"]
+        told = values.gains["federated"][row]["mean"]["mse"]
         squares = [mean.error**2 for mean in means if mean.error is not None]
-        assert told["se"] == pytest.approx(math.sqrt(sum(squares)) / 3, abs=2 * STEP)
-        assert told["ci_low"] < told["value"] < told["ci_high"]
-    assert evaluate(whole.result.out, whole.sites, engine="local", allow_code=True)["gains"] == values["gains"]
+        assert told.se == pytest.approx(math.sqrt(sum(squares)) / 3, abs=2 * STEP)
+        assert told.ci_low < told.value < told.ci_high
+    assert evaluate(whole.result.out, whole.sites, engine="local", allow_code=True).gains == values.gains
 
 
 def test_one_patient_gives_a_value_and_no_interval(tmp_path: Path) -> None:
     sites = ruled(tmp_path)
     for site in "ABC":
         let_test(tmp_path / site, [9])
-    values = run(cohort_study(), sites, tmp_path / "out", compare=("local",), engine="local", allow_code=True).values
-    for table in (*values["metrics"].values(), values["gains"]["federated"]["local"]):
+    values = run(cohort_study(), sites, tmp_path / "out", compare=("local",), engine="local", allow_code=True)
+    for table in (*values.metrics.values(), values.gains["federated"]["local"]):
         for entry in table.values():
-            assert entry["mse"]["value"] is not None
-            assert entry["mse"]["se"] is entry["mse"]["ci_low"] is entry["mse"]["ci_high"] is None
+            assert entry["mse"].value is not None
+            assert entry["mse"].se is entry["mse"].ci_low is entry["mse"].ci_high is None
 
 
 def test_replicates_are_refused_with_the_reason() -> None:
@@ -404,17 +403,15 @@ def test_a_later_study_with_one_patient_more_gets_no_results(tmp_path: Path, nam
     )
     study = cohort_study(options={"named": named})
 
-    def go(name: str, **changes: Any) -> dict[str, Any]:
-        return dict(
-            run(study.model_copy(update=changes), sites, tmp_path / name, engine="local", allow_code=True).values
-        )
+    def go(name: str, **changes: Any) -> Result:
+        return run(study.model_copy(update=changes), sites, tmp_path / name, engine="local", allow_code=True)
 
-    assert go("first")["withheld"] == {}
+    assert go("first").withheld == {}
     let_test(tmp_path / "B", range(9, 17))
     if not named:
         (tmp_path / "B" / "changed").touch()
     second = go("second", seed=4)
-    assert second["withheld"].keys() == {"B"}
-    assert second["metrics"]["federated"]["A"] is not None
-    assert ("fewer than 5" if named else "cannot be told") in second["withheld"]["B"]
-    assert "Doe" not in json.dumps(second)
+    assert second.withheld.keys() == {"B"}
+    assert second.metrics["federated"]["A"] is not None
+    assert ("fewer than 5" if named else "cannot be told") in second.withheld["B"]
+    assert "Doe" not in second.model_dump_json()

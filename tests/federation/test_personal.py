@@ -319,7 +319,7 @@ def test_a_run_with_a_stranger_and_all_comparisons(
     rig = Rig(study, tmp_path / "rig")
     released = load_file(result.out / "models" / "federated.safetensors")
     parts = [load_file(result.out / "models" / site / "federated" / "local.safetensors") for site in TRAINING]
-    assert set(result.values["local_sha256"]) == set(TRAINING)
+    assert set(result.local_sha256) == set(TRAINING)
     initial = rig.host.bench.initial_values()
     for name in parts[0]:
         if not name.startswith(prefix) or name.endswith("num_batches_tracked"):
@@ -334,7 +334,7 @@ def test_a_run_with_a_stranger_and_all_comparisons(
     with torch.no_grad(), rig.method.serving_stranger(model.eval()):
         mse = float((model(x) - y).square().mean())
     assert result.metric("federated", "Delta", "mse") == pytest.approx(mse, abs=2e-6)
-    assert set(result.values["metrics"]) >= {"federated", "local", "pooled"}
+    assert set(result.metrics) >= {"federated", "local", "pooled"}
 
 
 def test_left_out_arms_know_only_the_scanners_of_their_own_sites() -> None:

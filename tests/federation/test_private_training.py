@@ -282,15 +282,15 @@ def _study(**privacy: Any) -> Any:
 def test_a_run_says_what_was_spent(tmp_path: Path, gradients: str) -> None:
     values = session.run(
         _study(gradients=gradients), toy_sites(tmp_path), tmp_path / "out", compare=("local",), engine="local"
-    ).values
-    spent = values["privacy"]
-    assert spent["unit"] == "patient"
-    assert spent["secure"] is False
-    assert 7.8 < spent["epsilon"] <= 8.0, "noise is chosen for all rounds of all arms"
-    assert spent["epsilon"] == max(site["epsilon"] for site in spent["sites"].values())
+    )
+    spent = values.privacy
+    assert spent.unit == "patient"
+    assert spent.secure is False
+    assert 7.8 < spent.epsilon <= 8.0, "noise is chosen for all rounds of all arms"
+    assert spent.epsilon == max(site.epsilon for site in spent.sites.values())
     # 3 rounds of 3 steps in two arms: together and alone.
-    assert spent["sites"]["B"]["steps"] == 18
-    assert (spent["sites"]["B"]["sample_rate"], spent["sites"]["B"]["delta"]) == (2 / 8, 1 / 80)
+    assert spent.sites["B"].steps == 18
+    assert (spent.sites["B"].sample_rate, spent.sites["B"].delta) == (2 / 8, 1 / 80)
     lines = [json.loads(line) for line in (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()]
     assert {line["loss"] for line in lines} == {None}, "a loss is of training patients and has no noise"
     assert "patient" in (tmp_path / "out" / "model_card.md").read_text()
@@ -303,12 +303,12 @@ def test_a_site_that_trains_nothing_is_tested_and_has_no_purse(tmp_path: Path) -
     result = session.run(study, toy_sites(tmp_path, names), tmp_path / "out", engine="local")
     assert result.metric("federated", "Unseen", "mse") > 0
     assert not (tmp_path / "out" / "work" / "sites" / "Unseen" / "privacy").exists()
-    assert sorted(result.values["privacy"]["sites"]) == ["A", "B", "C"]
+    assert sorted(result.privacy.sites) == ["A", "B", "C"]
 
 
 def test_sites_with_other_secrets_train_other_models(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path)
-    found = [session.run(_study(), sites, tmp_path / out, engine="local").values["model_sha256"] for out in "ab"]
+    found = [session.run(_study(), sites, tmp_path / out, engine="local").model_sha256 for out in "ab"]
     assert found[0] != found[1]
 
 
@@ -316,14 +316,14 @@ def test_a_ledger_of_the_site_stops_the_next_study(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path)
     own = {n: s.model_copy(update={"ledger": tmp_path / f"{n}.jsonl"}) for n, s in sites.sites.items() if n == "A"}
     sites = sites.model_copy(update={"sites": {**sites.sites, **own}})
-    first = session.run(_study(), sites, tmp_path / "first", engine="local").values
+    first = session.run(_study(), sites, tmp_path / "first", engine="local")
     another = _study().model_copy(update={"name": "another"})
-    second = session.run(another, sites, tmp_path / "second", engine="local").values
-    assert first["notes"] == [n for n in first["notes"] if "budget" not in n]
-    assert any("without A (BudgetSpent: site A stops training" in note for note in second["notes"])
-    assert second["privacy"]["sites"]["A"]["epsilon_ledger"] <= 8.0
-    assert second["participants"] == ["B", "C"]
-    assert second["privacy"]["sites"]["A"]["steps"] == 0
+    second = session.run(another, sites, tmp_path / "second", engine="local")
+    assert not any("budget" in note for note in first.notes)
+    assert any("without A (BudgetSpent: site A stops training" in note for note in second.notes)
+    assert second.privacy.sites["A"].epsilon_ledger <= 8.0
+    assert second.participants == ("B", "C")
+    assert second.privacy.sites["A"].steps == 0
 
 
 def test_a_lost_ledger_stops_the_site(tmp_path: Path) -> None:
@@ -371,11 +371,11 @@ def test_an_epsilon_that_rests_on_shared_noise_of_another_study_says_so(tmp_path
     purse = host.purses.of("A", host.dataset("A"))
     told = statement(host.study, "study", iter([("A", purse)]))
     assert told is not None
-    assert SHARED not in told["note"]
+    assert SHARED not in told.note
     entry = Entry("another", "federated", 1, 1, 0.25, 5.0, "c", "i", "then", rho=0.01)
     purse.ledger.spend(entry, lambda entries: None)
     told = statement(host.study, "study", iter([("A", purse)]))
     assert told is not None
-    assert (told["sites"]["A"]["epsilon"], told["noise"]) == (0.0, "site")
-    assert told["sites"]["A"]["epsilon_ledger"] > 0.0
-    assert SHARED in told["note"]
+    assert (told.sites["A"].epsilon, told.noise) == (0.0, "site")
+    assert told.sites["A"].epsilon_ledger > 0.0
+    assert SHARED in told.note

@@ -106,8 +106,8 @@ def test_rounds_that_took_the_place_of_void_ones_are_released(tmp_path: Path, mo
 
     monkeypatch.setattr(session, "LocalEngine", Losing)
     result = run(study, toy_sites(tmp_path, ("A", "B", "C")), tmp_path / "out", engine="local")
-    assert result.values["selected_round"] == {"federated": 3}
-    assert set(result.values["local_sha256"]) == {"A", "B", "C"}
+    assert result.selected_round == {"federated": 3}
+    assert set(result.local_sha256) == {"A", "B", "C"}
 
 
 # A reply whose body is not there -----------------------------------------------------------------------------------
@@ -199,8 +199,8 @@ def test_a_test_result_without_its_body_is_its_sites_failure(tmp_path: Path, mon
 
     monkeypatch.setattr(session, "LocalEngine", Spoiling)
     result = run(study, toy_sites(tmp_path, study.training_sites), tmp_path / "out", engine="local")
-    assert "a body that cannot be read" in result.values["failed"]["B"]
-    assert result.values["metrics"]["federated"]["A"] is not None
+    assert "a body that cannot be read" in result.failed["B"]
+    assert result.metrics["federated"]["A"] is not None
 
 
 # Void rounds on record ---------------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_a_robust_study_runs_from_end_to_end_and_keeps_its_momentum_at_the_site(
         local={"steps": 2, "batch": 2, "optimizer": "sgd", "lr": 0.1}, schedule={"rounds": 2, "release": "last"}
     )
     result = wardround.run(told, toy_sites(tmp_path / "data", SITES), tmp_path / "out", engine="local")
-    assert set(result.values["participants"]) <= set(SITES)
+    assert set(result.participants) <= set(SITES)
     rig = Rig(told, tmp_path / "rig")
     assert rig.host.arms[ARM].robust(told) == told.protection.robust
     learner = rig.host.learner(rig.blueprint, "A")

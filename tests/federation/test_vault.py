@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -122,10 +121,10 @@ def test_a_run_under_keys_gives_the_same_bits_and_wants_the_same_key(
         return run(study, keyed(tmp_path / "data", place), tmp_path / name, engine="local")
 
     monkeypatch.setenv("SITE_KEY", KEY.hex())
-    clear, sealed = go("clear", None).values, go("sealed", "${SITE_KEY}").values
-    compared: tuple[Any, ...] = ("model_sha256", "local_sha256", "metrics")
-    assert [clear[key] for key in compared] == [sealed[key] for key in compared]
-    assert go("sealed", "${SITE_KEY}").values["model_sha256"] == clear["model_sha256"]
+    clear, sealed = go("clear", None), go("sealed", "${SITE_KEY}")
+    for key in ("model_sha256", "local_sha256", "metrics"):
+        assert getattr(clear, key) == getattr(sealed, key)
+    assert go("sealed", "${SITE_KEY}").model_sha256 == clear.model_sha256
     monkeypatch.setenv("SITE_KEY", OTHER.hex())
     with pytest.raises(JournalError, match="does not open"):
         go("sealed", "${SITE_KEY}")

@@ -103,7 +103,7 @@ def test_no_private_tensor_and_no_example_is_in_any_byte(
 
     names = [str(folder).encode(), str(tmp_path).encode(), b"Archive-Doe-Jane"]
     assert leaks(sent, {*local, *examples, *names}) == []
-    assert set(result.values["local_sha256"]) == set(SITES)
+    assert set(result.local_sha256) == set(SITES)
 
 
 def test_headers_say_only_what_their_schema_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,5 +297,5 @@ def test_a_site_that_withholds_its_results_says_nothing_of_them(
         assert reply.message.header.meta.keys() == {"reason", "kind"}
         assert reply.message.header.meta["kind"] == "Withheld"
         assert not any(c.isdigit() for c in reply.message.header.meta["reason"])
-    assert result.values["metrics"]["federated"]["Beta"] is None
-    assert "per_site_results" in result.values["withheld"]["Beta"]
+    assert result.metrics["federated"]["Beta"] is None
+    assert "per_site_results" in result.withheld["Beta"]

@@ -65,8 +65,8 @@ def test_an_arm_that_stays_inside_comes_to_the_model_of_one_that_is_sent(
         assert shared_sha256(own(result.out, site)) == shared_sha256(expected)
         assert load_model(own(result.out, site))[1]["round"] == load_model(expected)[1]["round"]
         assert not (result.out / "models" / f"local-{site}.safetensors").exists()
-    assert result.values["metrics"]["local"] == clear.values["metrics"]["local"]
-    assert result.values["selected_round"].keys() == {"federated"}
+    assert result.metrics["local"] == clear.metrics["local"]
+    assert result.selected_round.keys() == {"federated"}
     assert {json.loads(line)["arm"] for line in (result.out / "rounds.jsonl").read_text().splitlines()} == {"federated"}
 
     # At the seam: a request without a body, an answer that holds nothing; at the end the test result, and no more.
@@ -113,7 +113,7 @@ def test_evaluate_finds_the_same_numbers_and_a_lost_model_is_written_anew(tmp_pa
     before = own(result.out, "B").read_bytes()
     own(result.out, "B").unlink()
     again = evaluate(result.out, toy_sites(tmp_path / "data", SITES), engine="local")
-    assert again["metrics"] == result.values["metrics"]
+    assert again.metrics == result.metrics
     assert own(result.out, "B").read_bytes() == before
 
 
@@ -145,8 +145,8 @@ def test_a_site_that_withholds_its_results_withholds_those_of_its_own_model(tmp_
     closed = sites.sites["B"].model_copy(update={"egress": Egress(per_site_results=False)})
     sites = sites.model_copy(update={"sites": {**sites.sites, "B": closed}})
     result = compared(tmp_path, "out", secure=True, sites=sites)
-    assert result.values["metrics"]["local"]["B"] is None
-    assert result.values["metrics"]["local"]["A"] is not None
+    assert result.metrics["local"]["B"] is None
+    assert result.metrics["local"]["A"] is not None
 
 
 # A coordinator that asks for more ----------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_an_arm_inside_goes_on_after_a_kill(
     result = compared(tmp_path, "out", secure=True)
     for site in SITES:
         assert shared_sha256(own(result.out, site)) == shared_sha256(clear.out / "models" / f"local-{site}.safetensors")
-    assert result.values["metrics"]["local"] == clear.values["metrics"]["local"]
+    assert result.metrics["local"] == clear.metrics["local"]
     assert verify(result.out).damages == []
 
 
@@ -305,7 +305,7 @@ def test_a_run_stops_between_two_rounds_inside(tmp_path: Path, clear: Result) ->
         compared(tmp_path, "out", secure=True, watcher=Stopping())
     assert not own(tmp_path / "out", "A").exists()
     result = compared(tmp_path, "out", secure=True)
-    assert result.values["metrics"]["local"] == clear.values["metrics"]["local"]
+    assert result.metrics["local"] == clear.metrics["local"]
 
 
 def test_a_site_that_cannot_train_stops_the_run_and_says_why(tmp_path: Path) -> None:

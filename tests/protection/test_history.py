@@ -141,14 +141,14 @@ def test_two_studies_whose_rosters_differ_by_one_site_are_not_both_trained(tmp_p
     # Other settings of training do not make it another start.
     with pytest.raises(NotEnoughSites, match="the difference would be what D sent"):
         masked_run(tmp_path, "longer", "ABC", local={"steps": 5, "batch": 2, "optimizer": "sgd", "lr": 0.1})
-    assert masked_run(tmp_path, "seed", "ABC", seed=4).values["participants"] == ["A", "B", "C"]
+    assert masked_run(tmp_path, "seed", "ABC", seed=4).participants == ("A", "B", "C")
 
 
 def test_the_same_run_again_comes_to_the_same_model(tmp_path: Path) -> None:
-    first = masked_run(tmp_path, "out", "ABC").values["model_sha256"]
+    first = masked_run(tmp_path, "out", "ABC").model_sha256
     records = (tmp_path / "history" / "A" / MASKED).read_bytes()
     shutil.rmtree(tmp_path / "out")
-    assert masked_run(tmp_path, "out", "ABC").values["model_sha256"] == first
+    assert masked_run(tmp_path, "out", "ABC").model_sha256 == first
     assert (tmp_path / "history" / "A" / MASKED).read_bytes() == records
 
 

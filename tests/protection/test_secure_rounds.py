@@ -387,7 +387,7 @@ def test_sites_promise_once_and_never_go_back(tmp_path: Path) -> None:
 def _hash(tmp_path: Path, name: str, *overrides: str, **how: Any) -> str:
     sites = toy_sites(tmp_path / "data", tuple(SITES))
     result = run(study_of(2), sites, tmp_path / name, overrides=overrides, **how)
-    return str(result.values["model_sha256"])
+    return str(result.model_sha256)
 
 
 def test_a_laptop_run_gives_the_same_model(tmp_path: Path) -> None:

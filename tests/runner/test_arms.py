@@ -104,10 +104,10 @@ def test_the_released_round_is_the_best_or_the_last(tmp_path: Path) -> None:
     )
     lines = [json.loads(line) for line in (best.out / "rounds.jsonl").read_text().splitlines()]
     scores = {line["round"]: line["validation"]["r"] for line in lines}
-    assert best.values["selected_round"] == {"federated": max(scores, key=lambda n: scores[n])}
-    assert last.values["selected_round"] == {"federated": 6}
-    assert best.values["steps"] == {"federated": 18}
-    assert best.values["examples"] == {"federated": 18 * 2 * 3}
+    assert best.selected_round == {"federated": max(scores, key=lambda n: scores[n])}
+    assert last.selected_round == {"federated": 6}
+    assert best.steps == {"federated": 18}
+    assert best.examples == {"federated": 18 * 2 * 3}
 
 
 def test_check_invents_no_scanner_and_no_model_for_a_task_of_ones_own(tmp_path: Path) -> None:

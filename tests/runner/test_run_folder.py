@@ -148,25 +148,25 @@ def test_a_run_goes_on_without_a_site_and_says_so(
         (["A", "C", "D"], {}),
     ]
     assert not caplog.records
-    values = result.values
-    (note, *others) = values["notes"]
+    values = result
+    (note, *others) = values.notes
     assert note == (
         "the run was resumed without B (--without): it took part up to round 1, and is in no number and no mean of the "
         "results"
     )
     ended = "without B there are no results of pooled, local/B"
     assert others[:1] == ([] if secure else [ended])
-    assert values["failed"] == {"B": "the run went on without it (--without)"}
-    assert values["metrics"]["federated"]["B"] is None
-    assert values["metrics"]["federated"]["mean"] is not None
-    assert (values["metrics"].get("local", {}).get("mean") is None) == secure
-    assert "pooled" not in values["metrics"]
+    assert values.failed == {"B": "the run went on without it (--without)"}
+    assert values.metrics["federated"]["B"] is None
+    assert values.metrics["federated"]["mean"] is not None
+    assert (values.metrics.get("local", {}).get("mean") is None) == secure
+    assert "pooled" not in values.metrics
     assert "the run was resumed without B" in (result.out / "report.html").read_text()
     # It is on record: neither the next process nor the numbers anew ask the site again.
     sites = SitesFile(sites={name: entry for name, entry in sites.sites.items() if name != "B"}).with_code()
-    again = go_on(tmp_path, study, sites, compare=compare).values
-    assert [again[key] for key in ("notes", "metrics")] == [values[key] for key in ("notes", "metrics")]
-    assert evaluate(result.out, sites, engine="local")["metrics"] == values["metrics"]
+    again = go_on(tmp_path, study, sites, compare=compare)
+    assert (again.notes, again.metrics) == (values.notes, values.metrics)
+    assert evaluate(result.out, sites, engine="local").metrics == values.metrics
 
 
 def test_what_a_run_cannot_go_on_without_is_said(tmp_path: Path) -> None:

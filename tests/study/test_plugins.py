@@ -126,8 +126,8 @@ def test_an_installed_plugin_is_called_where_every_site_allows_it(package: Path,
     method = {"kind": "custom", "factory": "toy", "options": {}}
     result = wardround.run(named(method=method), everyone, tmp_path / "out", engine="local")
     assert (tmp_path / "imported").exists()
-    assert result.values["participants"] == list(SITES)
-    assert wardround.evaluate(tmp_path / "out", everyone, engine="local")["metrics"]
+    assert result.participants == tuple(SITES)
+    assert wardround.evaluate(tmp_path / "out", everyone, engine="local").metrics
     assert in_a_worker(Host(named(), everyone, tmp_path, ())).task.metrics
     with pytest.raises(StudyError, match="does not allow the plug-in"):
         assert in_a_worker(Host(named(), some, tmp_path, ())).task
@@ -140,7 +140,7 @@ def test_code_by_its_place_needs_the_flag_whatever_a_sites_file_lists(tmp_path: 
     listed = sites_of(tmp_path / "data", dict.fromkeys(SITES, ("tests.toys:make_task",)))
     with pytest.raises(StudyError, match="give --allow-code"):
         wardround.run(study, listed, tmp_path / "out")
-    assert wardround.run(study, listed, tmp_path / "out", engine="local", allow_code=True).values
+    assert wardround.run(study, listed, tmp_path / "out", engine="local", allow_code=True)
     assert in_a_worker(Host(study, listed.with_code(), tmp_path, ())).task.metrics
     with pytest.raises(StudyError, match="give --allow-code"):
         assert in_a_worker(Host(study, listed, tmp_path, ())).task

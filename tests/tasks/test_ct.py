@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from wardround.data.ct_dataset import CTFolder
 from wardround.errors import StudyError
 from wardround.physics import ct_cache
 from wardround.physics.ct_cache import VARIABLE
+from wardround.results.files import read_result
 from wardround.runner.host import Host
 from wardround.study.load import load_study
 from wardround.study.sites import Egress, SiteData, SitesFile, load_sites
@@ -239,12 +239,10 @@ def test_a_run_of_two_hospitals_ends_in_a_report(folders: dict[str, Path], tmp_p
     sites = SitesFile(sites={site: SiteData(data=(folders[site],)) for site in "AB"})
     out = tmp_path / "run"
     result = wardround.run(load_study(ct_study()), sites, out, compare=("local", "pooled"), engine="local")
-    metrics = json.loads((out / "result.json").read_text())["metrics"]
+    metrics = read_result(out).metrics
     assert set(metrics) == {"fbp", "tv", "weighted_tv", "local", "federated", "pooled", "baseline"}
-    assert metrics["tv"]["mean"]["psnr"]["value"] > metrics["fbp"]["mean"]["psnr"]["value"]
-    assert metrics["federated"]["New"]["rmse_hu_body"]["n"] == sum(
-        result.values["patients"][site]["test"] for site in "AB"
-    )
+    assert metrics["tv"]["mean"]["psnr"].value > metrics["fbp"]["mean"]["psnr"].value
+    assert metrics["federated"]["New"]["rmse_hu_body"].n == sum(result.patients[site]["test"] for site in "AB")
     page = (out / "report.html").read_text()
     assert "FBP" in page
     assert "soft tissue" in page

@@ -163,7 +163,7 @@ def render(audit: Audit, *, pictures: bool = False) -> str:
     )
     template = environment.from_string(_resource("wardround.audit", "page.html"))
     return template.render(
-        css=Markup(_resource("wardround.report", "style.css")),  # ours, not a result's
+        css=Markup(_resource("wardround.results", "style.css")),  # ours, not a result's
         audit=audit,
         style={"green": "better", "red": "worse"}.get(audit.light, ""),
         knowledge=KNOWLEDGE,

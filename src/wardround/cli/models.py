@@ -59,16 +59,32 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="A file, a folder, a released model, or the folder of a run.")
     ],
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Of a finished run: write its numbers into this file, a row for each.")
+    ] = None,
 ) -> None:
     """Say what a file or folder holds, without naming a patient; of a run, how far it has come."""
     from wardround.data.convert import inspect_path
 
+    if csv is not None:
+        write_numbers(path, csv)
+        return
     if path.suffix == ".safetensors" or is_run(path):
         from wardround.runner.inspection import inspect_model, inspect_run
 
         say(inspect_run(path) if path.is_dir() else inspect_model(path))
         return
     say(str(inspect_path(path)))
+
+
+def write_numbers(out: Path, file: Path) -> None:
+    """Write the numbers of a finished run as CSV."""
+    from wardround.results.files import read_result
+    from wardround.results.tables import csv_of
+    from wardround.wire.files import write_text
+
+    write_text(file, csv_of(read_result(out)))
+    say(f"Wrote {file}")
 
 
 def is_run(path: Path) -> bool:

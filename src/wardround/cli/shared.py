@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from wardround.errors import Interrupted, WardroundError
 
 if TYPE_CHECKING:
-    from wardround.runner.session import Result
+    from wardround.results.schema import Measured, Result
     from wardround.runner.watching import Watcher
 
 console = Console()
@@ -125,17 +125,17 @@ def watching(quiet: bool = False) -> Iterator[Watcher]:
 
 def summary(result: Result) -> None:
     """Print a run's results and where its files are."""
-    results(result.values)
+    results(result)
     say(f"Report: {result.report}")
     say(f"Model:  {result.out / 'models' / 'federated.safetensors'}")
 
 
-def results(values: Mapping[str, Any]) -> None:
+def results(measured: Measured) -> None:
     """Print the table of the results, and which sites are lacking in it and why."""
-    from wardround.report.terminal import lacking_in, table_of
+    from wardround.results.terminal import lacking_in, table_of
 
-    table = table_of(values)
+    table = table_of(measured)
     if table is not None:
         console.print(table)
-    for line in lacking_in(values):
+    for line in lacking_in(measured):
         say(line)

@@ -100,21 +100,20 @@ def evaluate(
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Recompute every metric of result.json from the saved models and the data, and say whether they agree."""
-    import json
-
-    from wardround.report.terminal import numbers_of
+    from wardround.results.files import read_result
+    from wardround.results.tables import numbers_of
     from wardround.runner.session import evaluate as evaluate_run
 
     with watching(quiet) as watcher:
         found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher, allow_code=allow_code)
-    written = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    written = read_result(out)
     results(found)
-    if failed := set(found["failed"]) - set(written.get("failed", ())):
+    if failed := set(found.failed) - set(written.failed):
         raise WardroundError(
             f"{', '.join(sorted(failed))} could not be measured this time, so not every number was compared; mend what "
             "the lines above say"
         )
-    now, then = numbers_of(found["metrics"]), numbers_of(written["metrics"])
+    now, then = numbers_of(found), numbers_of(written)
     differing = [key for key in {**now, **then} if now.get(key) != then.get(key)]
     if differing:
         raise WardroundError(

@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wardround.errors import DataError
@@ -18,12 +18,15 @@ from wardround.federation.exchange import EVALUATE, Call, Engine, ask_one
 from wardround.federation.patients import BASELINE, REFERENCE
 from wardround.federation.refusals import is_withheld
 from wardround.federation.sums import Result, results_in
+from wardround.results.metrics import MetricInfo
+from wardround.results.schema import ALIAS, Estimate, LeftOut, Measured, Row, Table
 from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.evaluators import RELEASED
 from wardround.runner.host import Host
 from wardround.runner.release import as_tensor_file, model_of_study, model_path
 from wardround.runner.watching import TESTING, TUNING, Phase
-from wardround.tasks.estimates import Estimate, Mean, estimate, mean_of_sites
+from wardround.tasks.estimates import Estimate as Found
+from wardround.tasks.estimates import Mean, estimate, mean_of_sites
 from wardround.tasks.task import MetricSpec
 from wardround.wire.message import EMPTY_SHA256, EmptyBody, FileBody, Message
 from wardround.wire.tensors import TensorFile
@@ -158,8 +161,8 @@ def _call(host: Host, arm: str, site: str, meta: Mapping[str, Any], body: tuple[
 # From measurements to the tables of result.json -------------------------------------------------------------------
 
 
-def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """`metric_specs`, `metrics`, `gains`, `left_out`, `withheld` and `failed` of result.json."""
+def tables(host: Host, measurements: Sequence[Measurement]) -> Measured:
+    """What result.json says of the measurements."""
     specs = host.task.metrics
     training = host.remaining(host.study.training_sites)
     found = {(m.row, m.site): m for m in measurements}
@@ -175,33 +178,33 @@ def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
     alone = {site: results(f"local/{site}", site) for site in training}
     if any(alone.values()):
         compared["local"] = alone
-    metrics = {row: _row(specs, training, sites) for row, sites in compared.items()}
+    metrics: dict[str, Table] = {row: _row(specs, training, sites) for row, sites in compared.items()}
     baselines = host.study.baselines
     if baselines:
-        metrics["baseline"] = metrics[baselines[0]]
+        metrics[ALIAS] = metrics[baselines[0]]
     left_out = _left_out(specs, training, results)
     for row, key in ((FEDERATED, "federated"), ("local", "best_local")):
         sites = [_means(entry[key]) for entry in left_out.values() if key in entry]
         if sites and row in metrics:
             metrics[row][UNSEEN] = _over_sites(specs, sites)
-    return {
-        "metric_specs": [spec.to_json() for spec in specs],
-        "metrics": metrics,
-        "gains": {FEDERATED: _gains(specs, compared, training)},
-        "left_out": {
-            site: {key: _at_site(specs, _means(results)) for key, results in entry.items()}
+    return Measured(
+        metric_specs=tuple(MetricInfo(**spec.to_json()) for spec in specs),
+        metrics=metrics,
+        gains={FEDERATED: _gains(specs, compared, training)},
+        left_out={
+            site: LeftOut(**{key: _at_site(specs, _means(results)) for key, results in entry.items()})
             for site, entry in left_out.items()
         },
-        "withheld": {m.site: m.reason for m in measurements if m.results is None and m.withheld},
-        "failed": {
+        withheld={m.site: m.reason for m in measurements if m.results is None and m.withheld},
+        failed={
             **dict.fromkeys(sorted(host.without), "the run went on without it (--without)"),
             **{m.site: m.reason for m in measurements if m.results is None and not m.withheld},
         },
-    }
+    )
 
 
-def _row(specs: Sequence[MetricSpec], training: Sequence[str], sites: Mapping[str, Results | None]) -> dict[str, Any]:
-    row: dict[str, Any] = {
+def _row(specs: Sequence[MetricSpec], training: Sequence[str], sites: Mapping[str, Results | None]) -> Table:
+    row: Table = {
         site: None if results is None else _at_site(specs, _means(results)) for site, results in sites.items()
     }
     # A mean over some of the sites would look like one over all of them.
@@ -212,10 +215,10 @@ def _row(specs: Sequence[MetricSpec], training: Sequence[str], sites: Mapping[st
 
 def _gains(
     specs: Sequence[MetricSpec], rows: Mapping[str, Mapping[str, Results | None]], training: Sequence[str]
-) -> dict[str, Any]:
+) -> dict[str, Table]:
     """The federation against every other row, paired by patient: positive where the federation is better."""
     ours = rows.get(FEDERATED, {})
-    gains: dict[str, Any] = {}
+    gains: dict[str, Table] = {}
     for row, theirs in rows.items():
         if row == FEDERATED:
             continue
@@ -224,7 +227,7 @@ def _gains(
             mine, other = ours.get(site), theirs.get(site)
             if mine is not None and other is not None:
                 sites[site] = {s.name: _gain(s, mine[s.name], other[s.name]) for s in specs}
-        table: dict[str, Any] = {site: _at_site(specs, means) for site, means in sites.items()}
+        table: Table = {site: _at_site(specs, means) for site, means in sites.items()}
         if len(sites) == len(training):
             table[MEAN] = _over_sites(specs, list(sites.values()))
         gains[row] = table
@@ -233,7 +236,8 @@ def _gains(
 
 def _gain(spec: MetricSpec, mine: Result, other: Result) -> Mean:
     sign = 1.0 if spec.larger_is_better else -1.0
-    return Mean(sign * (mine.mean.value - other.mean.value), other.paired, other.mean.count)
+    count = min(mine.mean.count, other.mean.count)
+    return Mean(sign * (mine.mean.value - other.mean.value), other.paired, count)
 
 
 def _left_out(
@@ -264,18 +268,19 @@ def _means(results: Results) -> Means:
     return {name: result.mean for name, result in results.items()}
 
 
-def _at_site(specs: Sequence[MetricSpec], means: Means) -> dict[str, Any] | None:
-    return _json({s.name: estimate(means[s.name]) for s in specs})
+def _at_site(specs: Sequence[MetricSpec], means: Means) -> Row | None:
+    return _row_of({s.name: estimate(means[s.name]) for s in specs})
 
 
-def _over_sites(specs: Sequence[MetricSpec], sites: Sequence[Means]) -> dict[str, Any] | None:
-    return _json({s.name: mean_of_sites([means[s.name] for means in sites]) for s in specs})
+def _over_sites(specs: Sequence[MetricSpec], sites: Sequence[Means]) -> Row | None:
+    return _row_of({s.name: mean_of_sites([means[s.name] for means in sites]) for s in specs})
 
 
-def _json(estimates: Mapping[str, Estimate]) -> dict[str, Any] | None:
-    if not all(found.n for found in estimates.values()):
+def _row_of(estimates: Mapping[str, Found]) -> Row | None:
+    """The row of result.json; nothing of a metric that no patient has, and nothing at all where that is true of all."""
+    if not any(found.n for found in estimates.values()):
         return None
     return {
-        name: {key: value if value is None else round(value, 6) for key, value in asdict(found).items()}
+        name: Estimate.model_validate(found, from_attributes=True) if found.n else None
         for name, found in estimates.items()
     }

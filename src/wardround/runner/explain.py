@@ -9,7 +9,7 @@ import yaml
 
 from wardround.federation.patients import REFERENCE
 from wardround.federation.training import patients_in
-from wardround.report.units import human_bytes, protocol
+from wardround.results.units import human_bytes, protocol
 from wardround.runner.blueprints import Blueprint
 from wardround.runner.columns import WIDTH, entry, table, wrapped
 from wardround.runner.explain_plugins import uncalled
@@ -101,7 +101,7 @@ def _model(study: Study) -> str:
 
 
 def _scanner(study: Study, site: str) -> tuple[str, ...]:
-    return (protocol(study.acquisition_of(site).model_dump()),) if _simulates(study) else ()
+    return (protocol(study.acquisition_of(site)),) if _simulates(study) else ()
 
 
 def _task(study: Study) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from wardround.physics.ct import VARIABLE, MatrixPlan
 from wardround.physics.ct_memory import machine_memory, planned_matrices
-from wardround.report.units import human_bytes
+from wardround.results.units import human_bytes
 from wardround.runner.columns import table, wrapped
 from wardround.study.ct import CTAcquisition
 from wardround.study.schema import Study

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wardround.report.units import protocol
+from wardround.results.units import protocol
 from wardround.runner.columns import entry, table, wrapped
 from wardround.runner.host import Host
 from wardround.study.load import study_sha256
@@ -22,7 +22,7 @@ def uncalled(host: Host) -> str | None:
     facts += [entry("method", study.method.kind), entry("rounds", str(study.schedule.rounds))]
     header = ("site", "role") if own else ("site", "role", "simulated scanner")
     rows = [
-        (name, "trains" if site.role == "train" else "unseen", protocol(study.acquisition_of(name).model_dump()))
+        (name, "trains" if site.role == "train" else "unseen", protocol(study.acquisition_of(name)))
         for name, site in study.sites.items()
     ]
     mind = "The study names code, and check did not call it: what it learns, the model and what travels is not known."

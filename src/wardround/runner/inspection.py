@@ -6,8 +6,8 @@ import fcntl
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
+from wardround.results.files import RESULT_FILE, read_result, read_rounds
 from wardround.runner.arms import FEDERATED, arms_of
 from wardround.runner.columns import entry, table
 from wardround.runner.protocols import lines, read_protocols
@@ -31,13 +31,15 @@ def inspect_model(path: Path) -> str:
 
 
 def inspect_run(out: Path) -> str:
-    """The state of a run, its sites, and the rounds and models of its arms. Reads only. Raises `StudyError`."""
+    """The state of a run, its sites, and the rounds and models of its arms. Reads only.
+
+    Raises `StudyError` for the study and `JournalError` for result files that are damaged or of another version.
+    """
     study = load_study(out / "study.yaml")
-    finished = _json(out / "result.json")
-    compared = {name.partition("/")[0] for name in _json(out / "work" / "compare.json") or ()}
-    arms = arms_of(study, tuple(sorted(compared & {"local", "pooled"})))
-    done = Counter(line.get("arm") for line in _rounds(out / "rounds.jsonl"))
-    released = (finished or {}).get("selected_round", {})
+    finished = read_result(out) if (out / RESULT_FILE).exists() else None
+    arms = arms_of(study, tuple(sorted(_compared(out) & {"local", "pooled"})))
+    done = Counter(line.arm for line in read_rounds(out))
+    released = {} if finished is None else finished.selected_round
     rows = [
         (arm.name, f"{done[arm.name]} of {study.schedule.rounds}", _model_of(out, arm.folder, released.get(arm.name)))
         for arm in arms
@@ -68,18 +70,12 @@ def _model_of(out: Path, folder: str, number: int | None) -> str:
     return f"models/{folder}.safetensors" + ("" if number is None else f", of round {number}")
 
 
-def _json(path: Path) -> Any:
+def _compared(out: Path) -> set[str]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        asked: list[str] = json.loads((out / "work" / "compare.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-
-
-def _rounds(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        return []
+        return set()
+    return {name.partition("/")[0] for name in asked}
 
 
 def _at_work(out: Path) -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from wardround.report.units import in_rounds
+from wardround.results.schema import RoundLine
+from wardround.results.units import in_rounds
 
 
-def notes_of(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def notes_of(lines: Sequence[RoundLine]) -> list[str]:
     """From the lines of rounds.jsonl, in order; what is said of several rounds or arms stands once, with a count."""
     found: dict[str, list[tuple[str, int]]] = {}
     for line in lines:
         for text in _said(line):
-            found.setdefault(text, []).append((str(line["arm"]), int(line["round"])))
+            found.setdefault(text, []).append((line.arm, line.round))
     notes = []
     for text, places in found.items():
         arms = {arm: [number for other, number in places if other == arm] for arm, _ in places}
@@ -22,7 +22,7 @@ def notes_of(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _said(line: Mapping[str, Any]) -> Iterator[str]:
-    for site, reason in line["missing"].items():
+def _said(line: RoundLine) -> Iterator[str]:
+    for site, reason in line.missing.items():
         yield f"without {site} ({reason})"
-    yield from line["notes"]
+    yield from line.notes

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from wardround.federation.private_training import training_patients
 from wardround.federation.store import SiteStore
@@ -16,6 +15,7 @@ from wardround.protection.lattice import Lattice
 from wardround.protection.ledger import Ledger, peek
 from wardround.protection.privacy import Purse, Terms, spent, terms_of
 from wardround.protection.secret import SecretRoot
+from wardround.results.schema import PrivacyStatement, SitePrivacy
 from wardround.runner.arms import Arm
 from wardround.study.protection import Privacy
 from wardround.study.schema import Study
@@ -131,26 +131,26 @@ class Purses:
             self._stores.pop().close()
 
 
-def statement(study: Study, study_sha256: str, purses: Iterator[tuple[str, Purse]]) -> dict[str, Any] | None:
+def statement(study: Study, study_sha256: str, purses: Iterator[tuple[str, Purse]]) -> PrivacyStatement | None:
     """`privacy` of result.json: nothing where updates were neither noised nor summed under masks."""
     rules, secure = study.protection.privacy, study.protection.secure
     if rules is None:
-        return {"secure": True, "unit": None, "epsilon": None} if secure else None
+        return PrivacyStatement(secure=True) if secure else None
     opened = dict(purses)
     sites = {site: _site(purse, study_sha256) for site, purse in opened.items()}
     # A ledger may hold rounds of another study, whose noise was shared.
     shared = any(entry.rho > 0.0 for purse in opened.values() for entry in purse.ledger.entries())
-    return {
-        "secure": secure,
-        "unit": "patient",
-        "preset": rules.preset,
-        "epsilon": max((entry["epsilon"] for entry in sites.values()), default=0.0),
-        "budget": rules.budget,
-        "noise": rules.noise,
-        "accountant": rules.accountant,
-        "sites": sites,
-        "note": " ".join((words(rules), SCOPE, *([SHARED] if shared or rules.noise == "distributed" else []))),
-    }
+    return PrivacyStatement(
+        secure=secure,
+        unit="patient",
+        preset=rules.preset,
+        epsilon=max((entry.epsilon for entry in sites.values()), default=0.0),
+        budget=rules.budget,
+        noise=rules.noise,
+        accountant=rules.accountant,
+        sites=sites,
+        note=" ".join((words(rules), SCOPE, *([SHARED] if shared or rules.noise == "distributed" else []))),
+    )
 
 
 def words(rules: Privacy) -> str:
@@ -160,13 +160,13 @@ def words(rules: Privacy) -> str:
     return WORDS[rules.preset]
 
 
-def _site(purse: Purse, study: str) -> dict[str, Any]:
+def _site(purse: Purse, study: str) -> SitePrivacy:
     entries, terms = purse.ledger.entries(), purse.terms
-    return {
-        "epsilon": round(spent(entries, terms.delta, terms.accountant, study), 4),
-        "epsilon_ledger": round(spent(entries, terms.delta, terms.accountant), 4),
-        "delta": terms.delta,
-        "steps": sum(entry.steps for entry in entries if entry.study == study),
-        "noise_multiplier": terms.noise,
-        "sample_rate": terms.rate,
-    }
+    return SitePrivacy(
+        epsilon=round(spent(entries, terms.delta, terms.accountant, study), 4),
+        epsilon_ledger=round(spent(entries, terms.delta, terms.accountant), 4),
+        delta=terms.delta,
+        steps=sum(entry.steps for entry in entries if entry.study == study),
+        noise_multiplier=terms.noise,
+        sample_rate=terms.rate,
+    )

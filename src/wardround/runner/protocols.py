@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from wardround.data.ct_protocol import CTProtocol
 from wardround.errors import DataError
-from wardround.report.units import protocol
+from wardround.results.units import protocol
 from wardround.runner.arms import FEDERATED, Arm, every_arm
 from wardround.runner.host import Host
 from wardround.study.acquisition import MRIAcquisition
@@ -72,7 +72,7 @@ def lines(protocols: ModelProtocols) -> list[str]:
 
 def summary(protocols: ModelProtocols) -> str:
     """The training scanners in one line."""
-    sites = [f"{site} ({protocol(a.model_dump())})" for site, a in protocols.scanners.items()]
+    sites = [f"{site} ({protocol(a)})" for site, a in protocols.scanners.items()]
     more = f" and {len(sites) - _SHOWN} others" if len(sites) > _SHOWN else ""
     return f"Trained on the simulated scanners of {', '.join(sites[:_SHOWN])}{more}."
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from wardround.federation.journal import RoundReport
+from wardround.results.files import ROUNDS_FILE, line_of
 
 
 class RoundsFile:
@@ -19,19 +19,18 @@ class RoundsFile:
     disk is full.
     """
 
-    def __init__(self, path: Path, arms: Sequence[str]) -> None:
-        self._path = path
-        self._known: dict[str, dict[int, RoundReport]] = {arm: {} for arm in arms}
+    def __init__(self, out: Path, arms: Sequence[str]) -> None:
+        self._path = out / ROUNDS_FILE
         self._lines: dict[str, dict[int, str]] = {arm: {} for arm in arms}
         self._lock = threading.Lock()
 
     def put(self, reports: Iterable[RoundReport]) -> list[RoundReport]:
         """Add or replace the lines of rounds and write the file; returns the reports that say something new."""
         with self._lock:
-            new = [report for report in reports if self._known[report.arm].get(report.round) != report]
-            for report in new:
-                self._known[report.arm][report.round] = report
-                self._lines[report.arm][report.round] = json.dumps(report.to_json()) + "\n"
+            lines = [(report, line_of(report)) for report in reports]
+            new = [report for report, line in lines if self._lines[report.arm].get(report.round) != line]
+            for report, line in lines:
+                self._lines[report.arm][report.round] = line
             if new or not self._path.exists():
                 self._write()
         return new

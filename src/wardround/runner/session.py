@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,10 @@ from wardround.federation.exchange import RELEASE, Call, Engine
 from wardround.federation.journal import Journal, RoundReport
 from wardround.federation.training import patients_in
 from wardround.protection.privacy import Purse
-from wardround.report import write_card, write_report
+from wardround.results.card import write_card
+from wardround.results.files import read_result, read_rounds, write_result
+from wardround.results.html import write_report
+from wardround.results.schema import Measured, Result, RoundLine, Seconds, Traffic
 from wardround.runner.alone import train_alone
 from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.blueprints import Blueprint
@@ -50,28 +53,6 @@ from wardround.wire.tensors import tensors_sha256
 log = logging.getLogger(__name__)
 EngineName = Literal["local", "workers"]
 SPEC = "spec.json"
-
-
-@dataclass(frozen=True)
-class Result:
-    """Where a run's files are, and what result.json says."""
-
-    out: Path
-    values: Mapping[str, Any]
-
-    @property
-    def report(self) -> Path:
-        """The report."""
-        return self.out / "report.html"
-
-    def metric(self, arm: str, site: str = "mean", name: str | None = None) -> float:
-        """A metric's value, of the task's first one without a name; raises `KeyError` for one that was not measured."""
-        name = name or str(self.values["metric_specs"][0]["name"])
-        return float(self.values["metrics"][arm][site][name]["value"])
-
-    def __repr__(self) -> str:
-        rows = ", ".join(arm for arm in self.values["metrics"] if arm != "baseline")
-        return f"<Result of {self.values['study']}, {self.values['rounds']} rounds: {rows}; {self.report}>"
 
 
 def run(
@@ -131,24 +112,20 @@ def evaluate(
     watcher: Watcher | None = None,
     quiet: bool = False,
     allow_code: bool = False,
-) -> dict[str, Any]:
+) -> Measured:
     """Recompute the metrics of result.json from the saved models of a finished run and the sites' data.
 
     `allow_code` is that of `run`.
 
-    Raises `StudyError` and `DataError` where the run or its models are not what they were, and `JournalError` while
-    another process is at work in the folder. Says what it does as `run` does.
+    Raises `StudyError` and `DataError` where the run or its models are not what they were, and `JournalError` where
+    there is no readable result.json, and while another process is at work in the folder. Says what it does as `run`
+    does.
     """
     out = Path(out)
-    if not (out / "result.json").exists():
-        raise StudyError("the folder holds no finished run (no result.json)", detail=str(out))
-    try:
-        before = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise StudyError("result.json of the folder is not JSON; restore it", detail=str(out)) from error
+    before = read_result(out)
     shielded = _shielded(watcher, quiet)
-    host = open_host(out / "study.yaml", sites, out, before["compare"], (), shielded, allow_code=allow_code)
-    if host.study_sha256 != before["study_sha256"]:
+    host = open_host(out / "study.yaml", sites, out, before.compare, (), shielded, allow_code=allow_code)
+    if host.study_sha256 != before.study_sha256:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
     with alone(out), closing(host), _Carrier(host, engine, processes, shielded) as carrier:
         # A number of its own: sites answer a request that they know from their store, and here they must measure.
@@ -214,7 +191,7 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
     stop = threading.Event()
     watcher.arms(list(host.arms), host.study.schedule.rounds)
     blueprints = {name: host.blueprint(name) for name in host.arms}
-    rounds = RoundsFile(host.out / "rounds.jsonl", list(host.arms))
+    rounds = RoundsFile(host.out, list(host.arms))
     for blueprint in blueprints.values():
         rounds.put(_committed(host, blueprint))
 
@@ -301,13 +278,13 @@ def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> Non
 def _conclude(
     host: Host,
     releases: Mapping[str, Release],
-    measured: dict[str, Any],
+    measured: Measured,
     fingerprints: Sequence[Mapping[str, str]],
     seconds: float,
 ) -> Result:
     out = host.out
-    lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    federated = [line for line in lines if line["arm"] == FEDERATED]
+    lines = read_rounds(out)
+    federated = [line for line in lines if line.arm == FEDERATED]
     rules = host.study.protection.privacy
     # With privacy a step has as many patients as were drawn: what is expected, at most.
     batch = host.study.local.batch if rules is None else round(rules.patients_per_step * rules.examples_per_patient)
@@ -317,40 +294,39 @@ def _conclude(
     }
     model = out / "models" / f"{FEDERATED}.safetensors"
     trained_on = read_protocols(load_model(model)[1], host.study)
-    values = {
-        "study": host.study.name,
-        "study_sha256": host.study_sha256,
-        "model_sha256": shared_sha256(model),
-        "local_sha256": local_sha256,
-        "scanners": {site: facts.model_dump(mode="json") for site, facts in trained_on.headers.items()},
-        "rounds": host.study.schedule.rounds,
-        "participants": sorted({site for line in federated for site in line["participants"]}),
-        "compare": sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"}),
-        **measured,
-        "patients": {site: _told(host, site) for site in host.study.sites},
-        "traffic": {
-            "bytes_up": sum(line["bytes_up"] for line in federated),
-            "bytes_down": sum(line["bytes_down"] for line in federated),
-        },
-        "seconds": {
-            "total": round(seconds, 3),
-            "training": round(sum(line["training_seconds"] for line in lines), 3),
-            "overhead": round(sum(line["coordinator_seconds"] for line in lines), 3),
-        },
-        "privacy": statement(host.study, host.study_sha256, _purses(host)),
-        "steps": {name: arm.local.steps * host.study.schedule.rounds for name, arm in host.arms.items()},
-        "examples": {
+    result = Result(
+        **dict(measured),
+        study=host.study.name,
+        study_sha256=host.study_sha256,
+        model_sha256=shared_sha256(model),
+        local_sha256=local_sha256,
+        scanners=trained_on.headers,
+        rounds=host.study.schedule.rounds,
+        participants=tuple(sorted({site for line in federated for site in line.participants})),
+        compare=tuple(sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"})),
+        patients={site: _told(host, site) for site in host.study.sites},
+        traffic=Traffic(
+            bytes_up=sum(line.bytes_up for line in federated), bytes_down=sum(line.bytes_down for line in federated)
+        ),
+        seconds=Seconds(
+            total=round(seconds, 3),
+            training=round(sum(line.training_seconds for line in lines), 3),
+            overhead=round(sum(line.coordinator_seconds for line in lines), 3),
+        ),
+        privacy=statement(host.study, host.study_sha256, _purses(host)),
+        steps={name: arm.local.steps * host.study.schedule.rounds for name, arm in host.arms.items()},
+        examples={
             name: arm.local.steps * batch * host.study.schedule.rounds * len(arm.sites)
             for name, arm in host.arms.items()
         },
-        "selected_round": {name: release.number for name, release in releases.items()},
-        "fingerprint": fingerprints[-1],
-        "notes": [*_gone_without(host, lines), *mixed(fingerprints), *notes_of(lines)],
-    }
-    write_text(out / "result.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+        selected_round={name: release.number for name, release in releases.items()},
+        fingerprint=fingerprints[-1],
+        notes=(*_gone_without(host, lines), *mixed(fingerprints), *notes_of(lines)),
+    )
+    result = write_result(out, result)
     write_card(out)
     write_report(out)
-    return Result(out, values)
+    return result
 
 
 def _patients(host: Host, site: str) -> dict[str, int] | None:
@@ -374,10 +350,10 @@ def _purses(host: Host) -> Iterator[tuple[str, Purse]]:
             yield site, host.purses.of(site, host.dataset(site))
 
 
-def _gone_without(host: Host, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _gone_without(host: Host, lines: Sequence[RoundLine]) -> Iterator[str]:
     """What to say of the sites that the run went on without, and of the arms that ended with them."""
     for site in sorted(host.without):
-        took_part = [line["round"] for line in lines if line["arm"] == FEDERATED and site in line["participants"]]
+        took_part = [line.round for line in lines if line.arm == FEDERATED and site in line.participants]
         last = f"it took part up to round {max(took_part)}" if took_part else "it took part in no round"
         yield f"the run was resumed without {site} (--without): {last}, and is in no number and no mean of the results"
     if ended := [name for name in host.asked if name not in host.arms]:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from report_runs import write_run
 
-from wardround.report import write_report
-from wardround.report.pictures import Frame, gallery, psnr, read_pictures
-from wardround.report.results import load_run
+from wardround.results.html import write_report
+from wardround.results.pictures import Frame, gallery, psnr, read_pictures
+from wardround.results.run import load_run
 
 
 def test_every_slice_is_shown_in_every_window_and_errors_are_named_in_its_unit(tmp_path: Path) -> None:

@@ -89,6 +89,11 @@ def rounds(count: int = 20) -> list[dict[str, Any]]:
                     "arm": arm,
                     "round": number,
                     "attempt": int(shared and number == 6),
+                    "coordinator_seconds": 0.2,
+                    "training_seconds": 10.5,
+                    "state_sha256": "0d" * 32,
+                    "notes": [],
+                    "validated": there if shared else [],
                     "participants": there if shared else [arm.partition("/")[2] or arm],
                     "missing": away,
                     "loss": 0.09 * float(np.exp(-number / 6)) + 0.02 + 0.002 * random.random() + 0.001 * index,
@@ -96,7 +101,8 @@ def rounds(count: int = 20) -> list[dict[str, Any]]:
                     "bytes_up": 452_000 * len(there) if shared else 0,
                     "bytes_down": 449_000 * len(there) if shared else 0,
                     "seconds": 11.2,
-                    "saturated_share": 3e-4 if shared and number == 1 else 0.0,
+                    "saturated_share": 1e-6,
+                    "saturated": 3e-4 if shared and number == 1 else 0.0,
                 }
             )
     return lines
@@ -130,12 +136,20 @@ STUDY: dict[str, Any] = {
 def result() -> dict[str, Any]:
     """A whole result.json."""
     return {
+        "version": 1,
         "study": STUDY["name"],
         "study_sha256": "5f" * 32,
         "model_sha256": "a1" * 32,
         "local_sha256": {site: f"{index}c" * 32 for index, site in enumerate(TRAINING)},
         "rounds": 20,
         "participants": list(TRAINING),
+        "compare": ["local", "pooled"],
+        "patients": {site: {"train": 20, "validation": 4, "test": count} for site, count in PATIENTS.items()},
+        "scanners": {},
+        "examples": {"federated": 6400, "pooled": 1600},
+        "gains": {},
+        "withheld": {},
+        "failed": {},
         "metric_specs": [metric.to_json() for metric in RECONSTRUCTION_METRICS],
         "metrics": metrics(),
         "left_out": {
@@ -148,8 +162,8 @@ def result() -> dict[str, Any]:
         "traffic": {"bytes_up": 34_352_000, "bytes_down": 34_124_000},
         "seconds": {"total": 1843.0, "training": 1622.5, "overhead": 8.25},
         "privacy": None,
-        "fingerprint": {"python": "3.11.9", "torch": "2.13.0", "machine": "x86_64", "threads": 1},
-        "steps": {"federated": 1600, "pooled": 1600, "local": {"CS": 400, "DU": 400, "FG": 400, "HT": 400}},
+        "fingerprint": {"python": "3.11.9", "torch": "2.13.0", "machine": "x86_64"},
+        "steps": {"federated": 1600, "pooled": 1600, **{f"local/{site}": 400 for site in TRAINING}},
         "selected_round": {"federated": 18, "pooled": 20, "local/CS": 11},
         "notes": ["Coil maps were estimated from the calibration lines."],
     }
@@ -198,9 +212,9 @@ def write_run(
     with_pictures: bool = True,
     size: int = 64,
 ) -> Path:
-    """Writes a run directory; `changed` replaces keys of result.json, and a value of `...` removes one."""
+    """Writes a run directory; `changed` replaces keys of result.json, and a value of `...` empties one."""
     out.mkdir(parents=True, exist_ok=True)
-    whole = {key: value for key, value in (result() | (changed or {})).items() if value is not ...}
+    whole = {key: {} if value is ... else value for key, value in (result() | (changed or {})).items()}
     (out / "result.json").write_text(json.dumps(whole), encoding="utf-8")
     entries = rounds() if lines is None else lines
     (out / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in entries), encoding="utf-8")

@@ -9,11 +9,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wardround.report.card import escape
-from wardround.report.figures import Curve, curves, scale_for
-from wardround.report.metrics import Metric
-from wardround.report.pictures import psnr
-from wardround.report.units import human_bytes, human_seconds, ranges
+from wardround.results.card import escape
+from wardround.results.figures import Curve, curves, scale_for
+from wardround.results.metrics import MetricInfo
+from wardround.results.pictures import psnr
+from wardround.results.units import human_bytes, human_seconds, ranges
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS
 
 values = st.floats(-1e6, 1e6).map(lambda value: round(value, 4))
@@ -62,12 +62,12 @@ def test_psnr_of_a_known_error() -> None:
 
 
 def test_metrics_print_with_a_real_minus_and_no_signed_zero() -> None:
-    of = {spec.name: Metric.of(spec.to_json()) for spec in RECONSTRUCTION_METRICS}
+    of = {spec.name: MetricInfo(**spec.to_json()) for spec in RECONSTRUCTION_METRICS}
     metric = of["psnr"]
     assert metric.difference(-0.304) == "−0.30"
     assert metric.difference(0.304) == "+0.30"
     assert metric.difference(-0.001) == "0.00"
-    assert metric.show(math.inf) == "∞"
+    assert metric.show(-1.234) == "−1.23"
     assert metric.gain(2.0, 1.0) == 1.0
     assert of["nmse_head"].gain(2.0, 1.0) == -1.0
 

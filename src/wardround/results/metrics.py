@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+
+from pydantic import Field
+
+from wardround.study.base import Config
 
 MINUS = "\N{MINUS SIGN}"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 _MOST_DECIMALS = 4
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How one metric is named, rounded and compared; `negligible` is a difference not worth a claim."""
+class MetricInfo(Config):
+    """How one metric of a task is named, rounded and compared."""
 
     name: str
     label: str
-    unit: str
+    unit: str = Field(description="empty for a plain number")
     larger_is_better: bool
-    negligible: float
+    negligible: float = Field(ge=0.0, description="a difference below this makes no claim")
+    resolution: float = Field(ge=0.0, description="the step in which sums carry the metric")
     definition: str
-
-    @classmethod
-    def of(cls, spec: Mapping[str, Any]) -> Metric:
-        """From an entry of `metric_specs`; raises KeyError, TypeError and ValueError for anything else."""
-        return cls(
-            name=str(spec["name"]),
-            label=str(spec["label"]),
-            unit=str(spec["unit"]),
-            larger_is_better=bool(spec["larger_is_better"]),
-            negligible=float(spec["negligible"]),
-            definition=str(spec["definition"]),
-        )
 
     @property
     def decimals(self) -> int:
@@ -42,10 +31,18 @@ class Metric:
             return 0 if self.negligible >= 1.0 else _MOST_DECIMALS
         return min(_MOST_DECIMALS, math.ceil(-math.log10(self.negligible) - 1e-9))
 
+    @property
+    def heading(self) -> str:
+        """`PSNR (dB)`."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    @property
+    def direction(self) -> str:
+        """`higher is better` or `lower is better`."""
+        return f"{'higher' if self.larger_is_better else 'lower'} is better"
+
     def show(self, value: float) -> str:
         """The value, rounded, without its unit."""
-        if not math.isfinite(value):
-            return "∞" if value > 0 else f"{MINUS}∞"
         return f"{value:.{self.decimals}f}".replace("-", MINUS)
 
     def amount(self, value: float) -> str:
@@ -74,12 +71,4 @@ class Metric:
 
     def gain(self, value: float, reference: float) -> float:
         """How much better `value` is than `reference`: positive is better whatever the metric's direction."""
-        return value - reference if self.larger_is_better else reference - value
-
-
-def metrics_in(result: Mapping[str, Any]) -> tuple[Metric, ...]:
-    """The metrics of a result.json in the task's order; raises ValueError where they do not say how they are read."""
-    try:
-        return tuple(Metric.of(spec) for spec in result["metric_specs"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError("no metric_specs, or entries of it that are none") from error
+        return self.printed(value - reference)

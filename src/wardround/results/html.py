@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from wardround.report import figures, views
-from wardround.report.answer import answer, arm_words, unseen_result
-from wardround.report.pictures import ERROR_GAIN, gallery
-from wardround.report.results import LEAST_N, SMALL_N, Run, load_run
-from wardround.report.units import flat, human_bytes, human_seconds, in_rounds, protocol
+from wardround.results import figures, views
+from wardround.results.answer import answer, arm_words, unseen_result
+from wardround.results.pictures import ERROR_GAIN, gallery
+from wardround.results.run import SMALL_N, Run, load_run
+from wardround.results.schema import Seconds
+from wardround.results.units import human_bytes, human_seconds, in_rounds, protocol
+from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.wire.files import write_text
 
 
@@ -32,7 +32,7 @@ class Fact:
 def write_report(out: Path) -> Path:
     """Writes `out/report.html` from the result files in `out` and returns its path.
 
-    Raises `JournalError` where `result.json` is missing or a result file is damaged.
+    Raises `JournalError` where `result.json` is missing or a result file is damaged, `StudyError` for the study file.
     """
     page = render(load_run(out))
     path = out / "report.html"
@@ -49,18 +49,19 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    metric = run.metrics[0] if run.metrics else None
+    metrics = run.result.measured
+    metric = metrics[0] if metrics else None
     template = environment.from_string(_resource("template.html"))
     return template.render(
         css=Markup(_resource("style.css")),  # ours, not a result's
         run=run,
-        description=str(run.study.get("description") or ""),
+        description=run.study.description,
         answer=answer(run),
         facts=_facts(run),
         warnings=views.warnings(run),
         metric=metric,
-        metrics=run.metrics,
-        comparisons=[views.comparison(run, each) for each in run.metrics],
+        metrics=metrics,
+        comparisons=[(each, views.comparison(run, each)) for each in metrics],
         gains=views.gains_over_alone(run, metric) if metric else None,
         left_out=views.gains_at_left_out(run, metric) if metric else None,
         mark=figures.mark,
@@ -73,33 +74,28 @@ def render(run: Run) -> str:
         rounds=_rounds_sentence(run),
         traffic=_traffic(run),
         seconds=_seconds(run),
-        privacy=tuple(flat(run.privacy)),
+        privacy=run.spent,
         simulated=run.simulated,
         protocols=_protocols(run),
-        hashes=_hashes(run),
-        fingerprint=tuple(flat(run.result.get("fingerprint") or {})),
+        hashes=run.hashes,
+        fingerprint=tuple(run.result.fingerprint.items()),
         training=_training(run),
         small_n=SMALL_N,
-        least_n=LEAST_N,
+        least_n=LEAST_PATIENTS,
     )
 
 
 def _resource(name: str) -> str:
-    return resources.files("wardround.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _mapping(run: Run, key: str) -> Mapping[str, Any]:
-    value = run.result.get(key)
-    return value if isinstance(value, Mapping) else {}
+    return resources.files("wardround.results").joinpath(name).read_text(encoding="utf-8")
 
 
 def _facts(run: Run) -> tuple[Fact, ...]:
-    if not run.metrics:
+    if not run.result.measured:
         return ()
-    metric, together = run.metrics[0], run.arm("federated")
+    metric, together = run.result.measured[0], run.arm("federated")
     found = []
     for arm in (run.arm("local"), together, run.arm("pooled")):
-        estimate = run.estimate(arm.key, "mean", metric.name) if arm else None
+        estimate = run.result.estimate(arm.key, "mean", metric.name) if arm else None
         if arm is not None and estimate is not None:
             found.append(Fact(arm.label, metric.amount(estimate.value), "mean of training sites", arm.style))
     unseen = unseen_result(run, metric, together.key) if together else None
@@ -109,44 +105,30 @@ def _facts(run: Run) -> tuple[Fact, ...]:
 
 
 def _rounds_sentence(run: Run) -> str:
-    together = run.arm("federated")
-    history = run.history(together.key if together else "federated")
+    history = run.federated_history
     if not history:
         return "The run left no record of its rounds."
     full = sum(set(run.training) <= set(entry.participants) for entry in history)
-    repeated = sorted(entry.number for entry in history if entry.attempt > 0)
+    repeated = sorted(entry.round for entry in history if entry.attempt > 0)
     text = f"{len(run.training)} training sites, {len(history)} rounds; all sites took part in {full} of them."
     return text + (f" More than one attempt was needed in {in_rounds(repeated)}." if repeated else "")
 
 
 def _traffic(run: Run) -> tuple[Fact, ...]:
-    together = run.arm("federated")
-    history = run.history(together.key if together else "federated")
-    visits = sum(len(entry.participants) for entry in history)
-    visits = visits or len(run.training) * int(run.result.get("rounds") or 0)
-    facts = []
-    for key, name, note in (
-        ("bytes_up", "From the sites", "updates: sums of what was learned, no images"),
-        ("bytes_down", "To the sites", "the shared model, round by round"),
-    ):
-        total = _mapping(run, "traffic").get(key)
-        if isinstance(total, int | float):
-            each = f"{human_bytes(total / visits)} per round and site; " if visits else ""
-            facts.append(Fact(name, human_bytes(total), each + note))
-    return tuple(facts)
+    visits, traffic = sum(len(entry.participants) for entry in run.federated_history), run.result.traffic
+    return tuple(
+        Fact(name, human_bytes(total), (f"{human_bytes(total / visits)} per round and site; " if visits else "") + note)
+        for name, total, note in (
+            ("From the sites", traffic.bytes_up, "updates: sums of what was learned, no images"),
+            ("To the sites", traffic.bytes_down, "the shared model, round by round"),
+        )
+    )
 
 
 def _seconds(run: Run) -> tuple[Fact, ...]:
-    notes = {
-        "total": "the whole run, all arms",
-        "training": "of which training at the sites",
-        "overhead": "of which moving, checking and adding updates",
-    }
-    found = _mapping(run, "seconds")
     return tuple(
-        Fact(key.capitalize(), human_seconds(float(value)), notes.get(key, ""))
-        for key, value in found.items()
-        if isinstance(value, int | float)
+        Fact(key.capitalize(), human_seconds(value), Seconds.model_fields[key].description or "")
+        for key, value in run.result.seconds
     )
 
 
@@ -157,23 +139,9 @@ def _protocols(run: Run) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _hashes(run: Run) -> tuple[tuple[str, str], ...]:
-    found = [
-        ("study_sha256", run.result.get("study_sha256")),
-        ("model_sha256", run.result.get("model_sha256")),
-    ]
-    found += list(flat(_mapping(run, "local_sha256"), "local_sha256"))
-    return tuple((name, str(value)) for name, value in found if value)
-
-
 def _training(run: Run) -> tuple[tuple[str, str, str], ...]:
     """(arm, optimiser steps, released round) of every arm that trained."""
-    steps, released = _mapping(run, "steps"), _mapping(run, "selected_round")
-    keys = dict.fromkeys([*steps, *released])
-    return tuple((arm_words(run, key), _text(steps.get(key)), _text(released.get(key))) for key in keys)
-
-
-def _text(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)
+    steps, released = run.result.steps, run.result.selected_round
+    return tuple(
+        (arm_words(run, arm), f"{steps[arm]:,}", f"{released[arm]:,}" if arm in released else "–") for arm in steps
+    )

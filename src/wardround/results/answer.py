@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wardround.report.metrics import Metric
-from wardround.report.results import SATURATION_LIMIT, Arm, Estimate, Round, Run, estimate_of
-from wardround.report.units import in_rounds
+from wardround.results.metrics import MetricInfo
+from wardround.results.run import Arm, Run
+from wardround.results.schema import Estimate
+from wardround.results.units import in_rounds
 
 Verdict = Literal["better", "same", "worse", "unknown"]
 
@@ -37,21 +38,21 @@ class Answer:
     details: tuple[str, ...] = ()
 
 
-def _gain(run: Run, metric: Metric, arm: str, reference: str, site: str) -> Gain | None:
-    mine, other = run.estimate(arm, site, metric.name), run.estimate(reference, site, metric.name)
+def _gain(run: Run, metric: MetricInfo, arm: str, reference: str, site: str) -> Gain | None:
+    mine, other = run.result.estimate(arm, site, metric.name), run.result.estimate(reference, site, metric.name)
     if mine is None or other is None:
         return None
-    paired = run.paired_gain(arm, reference, site, metric.name)
+    paired = run.result.gain(arm, reference, site, metric.name)
     return Gain(site, mine.value, other.value, metric.gain(mine.value, other.value), mine.n, paired)
 
 
-def site_gains(run: Run, metric: Metric, arm: str, reference: str) -> tuple[Gain, ...]:
+def site_gains(run: Run, metric: MetricInfo, arm: str, reference: str) -> tuple[Gain, ...]:
     """The gain of an arm over another at every training site that shows both."""
     found = (_gain(run, metric, arm, reference, site) for site in run.training)
     return tuple(gain for gain in found if gain is not None)
 
 
-def mean_gain(run: Run, metric: Metric, arm: str, reference: str) -> Gain | None:
+def mean_gain(run: Run, metric: MetricInfo, arm: str, reference: str) -> Gain | None:
     """The unweighted mean gain over training sites: over those that show both arms where a site withholds."""
     gains = site_gains(run, metric, arm, reference)
     whole = _gain(run, metric, arm, reference, "mean")
@@ -64,7 +65,7 @@ def mean_gain(run: Run, metric: Metric, arm: str, reference: str) -> Gain | None
     return Gain("mean", value, other, metric.gain(value, other), None)
 
 
-def verdict_of(metric: Metric, gain: Gain) -> Verdict:
+def verdict_of(metric: MetricInfo, gain: Gain) -> Verdict:
     """Better or worse only where the difference is worth a claim and no paired interval holds 0."""
     interval = gain.paired.interval if gain.paired else None
     if abs(gain.gain) < metric.negligible or (interval and interval[0] <= 0.0 <= interval[1]):
@@ -72,12 +73,12 @@ def verdict_of(metric: Metric, gain: Gain) -> Verdict:
     return "better" if gain.gain > 0 else "worse"
 
 
-def best_baseline(run: Run, metric: Metric, site: str = "mean") -> tuple[Arm, float] | None:
+def best_baseline(run: Run, metric: MetricInfo, site: str = "mean") -> tuple[Arm, float] | None:
     """The best arm that learned nothing, and its value."""
     found = [
         (arm, estimate.value)
         for arm in run.arms
-        if arm.kind == "baseline" and (estimate := run.estimate(arm.key, site, metric.name)) is not None
+        if arm.kind == "baseline" and (estimate := run.result.estimate(arm.key, site, metric.name)) is not None
     ]
     sign = 1.0 if metric.larger_is_better else -1.0
     return max(found, key=lambda pair: sign * pair[1], default=None)
@@ -93,36 +94,35 @@ class Unseen:
     gain: float | None = None
 
 
-def left_out_gains(run: Run, metric: Metric) -> tuple[Gain, ...]:
+def left_out_gains(run: Run, metric: MetricInfo) -> tuple[Gain, ...]:
     """Per left-out site: the model trained without it against the best model of one other site."""
     gains = []
-    for site, entry in run.left_out.items():
-        mine = estimate_of((entry.get("federated") or {}).get(metric.name))
-        other = estimate_of((entry.get("best_local") or {}).get(metric.name))
+    for site, entry in run.result.left_out.items():
+        mine, other = (entry.federated or {}).get(metric.name), (entry.best_local or {}).get(metric.name)
         if mine is not None and other is not None:
             gain = metric.gain(mine.value, other.value)
             gains.append(Gain(site, mine.value, other.value, gain, mine.n))
     return tuple(gains)
 
 
-def unseen_result(run: Run, metric: Metric, arm: str) -> Unseen | None:
+def unseen_result(run: Run, metric: MetricInfo, arm: str) -> Unseen | None:
     """The result at institutions that did not take part: left out in turn, or of role `unseen`."""
-    whole = run.estimate(arm, "unseen", metric.name)
+    whole = run.result.estimate(arm, "unseen", metric.name)
     where = "institutions that did not take part"
     gains = left_out_gains(run, metric)
     if gains:
         value = whole.value if whole else sum(gain.value for gain in gains) / len(gains)
         gain = sum(gain.gain for gain in gains) / len(gains)
         return Unseen(where, value, "the best model of a single site", gain)
-    sites = [site for site in run.unseen if run.estimate(arm, site, metric.name)]
+    sites = [site for site in run.unseen if run.result.estimate(arm, site, metric.name)]
     key = "unseen" if whole else (sites[0] if len(sites) == 1 else "")
     if not key:
         return None
     if key != "unseen":
         where = f"{key}, which did not take part"
-    mine = run.estimate(arm, key, metric.name)
+    mine = run.result.estimate(arm, key, metric.name)
     assert mine is not None
-    other = run.estimate("local", key, metric.name)
+    other = run.result.estimate("local", key, metric.name)
     if other is not None:
         return Unseen(where, mine.value, "models trained alone", metric.gain(mine.value, other.value))
     baseline = best_baseline(run, metric, key)
@@ -132,7 +132,7 @@ def unseen_result(run: Run, metric: Metric, arm: str) -> Unseen | None:
     return Unseen(where, mine.value)
 
 
-def _extremes(metric: Metric, gains: Sequence[Gain]) -> str:
+def _extremes(metric: MetricInfo, gains: Sequence[Gain]) -> str:
     """How many sites gained and lost, by the bare difference where it is not negligible, and the worst of them."""
     if len(gains) < 2:
         return f" (one site, {gains[0].site})" if gains else ""
@@ -143,7 +143,7 @@ def _extremes(metric: Metric, gains: Sequence[Gain]) -> str:
     return f" ({text}; worst site {metric.signed(metric.printed(worst.gain))})"
 
 
-def _against_alone(metric: Metric, mean: Gain, gains: Sequence[Gain]) -> tuple[Verdict, str]:
+def _against_alone(metric: MetricInfo, mean: Gain, gains: Sequence[Gain]) -> tuple[Verdict, str]:
     verdict, amount = verdict_of(metric, mean), metric.amount(abs(mean.gain))
     signed = metric.signed(metric.printed(mean.gain))
     average = " on average" if len(gains) != 1 else ""
@@ -157,7 +157,7 @@ def _against_alone(metric: Metric, mean: Gain, gains: Sequence[Gain]) -> tuple[V
     return verdict, f"Training together made no clear difference to training alone: {signed}{average}{tail}"
 
 
-def _against_pooled(metric: Metric, mean: Gain) -> str:
+def _against_pooled(metric: MetricInfo, mean: Gain) -> str:
     verdict = verdict_of(metric, mean)
     if verdict == "same":
         return "is level with pooling the data"
@@ -165,7 +165,7 @@ def _against_pooled(metric: Metric, mean: Gain) -> str:
     return f"is {metric.amount(abs(mean.gain))} {side} pooling the data"
 
 
-def _at_unseen(metric: Metric, unseen: Unseen) -> str:
+def _at_unseen(metric: MetricInfo, unseen: Unseen) -> str:
     text = f"at {unseen.where}, it reaches {metric.amount(unseen.value)}"
     if unseen.gain is None:
         return text
@@ -178,15 +178,15 @@ def _at_unseen(metric: Metric, unseen: Unseen) -> str:
 def answer(run: Run) -> Answer:
     """The headline and its qualifications for the study's first metric."""
     together, alone, pooled = run.arm("federated"), run.arm("local"), run.arm("pooled")
-    if not run.metrics:
+    if not run.result.measured:
         return Answer("unknown", "This run holds no metrics, so it says nothing about training together.")
-    metric = run.metrics[0]
+    metric = run.result.measured[0]
     if together is None:
         return Answer("unknown", "This run has no federated arm, so it says nothing about training together.")
     mean = mean_gain(run, metric, together.key, alone.key) if alone else None
     details: list[str] = []
     if mean is None or alone is None:
-        own = run.estimate(together.key, "mean", metric.name)
+        own = run.result.estimate(together.key, "mean", metric.name)
         reached = f": it reached {metric.amount(own.value)} on average" if own else ""
         verdict: Verdict = "unknown"
         text = f"Training together was not compared with training alone{reached}"
@@ -226,19 +226,18 @@ def arm_words(run: Run, key: str) -> str:
 
 def _saturated(run: Run) -> str:
     """Which arms lost something to the range of their integers: it may have cost them, and so the comparison."""
-    found: dict[str, list[Round]] = {}
-    for entry in run.rounds:
-        if entry.saturated > SATURATION_LIMIT:
-            found.setdefault(entry.arm, []).append(entry)
+    found: dict[str, list[int]] = {}
+    for line in run.saturated:
+        found.setdefault(line.arm, []).append(line.round)
     if not found:
         return ""
-    worst = max(entry.saturated for entries in found.values() for entry in entries)
-    named = [f"{arm_words(run, arm)} ({in_rounds([e.number for e in entries])})" for arm, entries in found.items()]
+    worst = max(line.saturated for line in run.saturated)
+    named = [f"{arm_words(run, arm)} ({in_rounds(numbers)})" for arm, numbers in found.items()]
     arms = ", ".join(named) if len(named) <= 3 else f"{', '.join(named[:3])} and {len(named) - 3} more arms"
     return f" Mind: values of updates were cut off in {arms}, at worst {worst:.2%}; that may have cost them accuracy."
 
 
-def _recovered(metric: Metric, mean: Gain | None, to_pooled: Gain | None) -> list[str]:
+def _recovered(metric: MetricInfo, mean: Gain | None, to_pooled: Gain | None) -> list[str]:
     if mean is None or to_pooled is None:
         return []
     possible = mean.gain - to_pooled.gain
@@ -250,14 +249,14 @@ def _recovered(metric: Metric, mean: Gain | None, to_pooled: Gain | None) -> lis
     return [f"That is {share:.0f}% of what pooling all data would have gained over training alone."]
 
 
-def _best_rival(run: Run, metric: Metric, together: Arm) -> tuple[Arm, Gain] | None:
+def _best_rival(run: Run, metric: MetricInfo, together: Arm) -> tuple[Arm, Gain] | None:
     """The best arm that learned nothing, and the network's gain over it, at the training sites that show both."""
     rivals = [arm for arm in run.arms if arm.kind == "baseline"]
     found = [(arm, gain) for arm in rivals if (gain := mean_gain(run, metric, together.key, arm.key)) is not None]
     return min(found, key=lambda pair: pair[1].gain, default=None)
 
 
-def _over_baseline(metric: Metric, arm: Arm, gain: Gain) -> str:
+def _over_baseline(metric: MetricInfo, arm: Arm, gain: Gain) -> str:
     name = f"the best method without learning, {arm.label} ({metric.amount(gain.reference)})"
     if abs(gain.gain) < metric.negligible:
         return f"It is level with {name}."

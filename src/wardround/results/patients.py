@@ -8,9 +8,8 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
-from wardround.report.results import Run
+from wardround.results.run import Run
 
 # (arm, metric) -> a value for each patient.
 Points = Mapping[tuple[str, str], tuple[float, ...]]
@@ -18,9 +17,7 @@ Points = Mapping[tuple[str, str], tuple[float, ...]]
 
 def points_of(run: Run, site: str) -> Points:
     """The patients of a site by arm and metric; none where its numbers are withheld, or there is no usable table."""
-    hidden = {*(run.result.get("withheld") or ()), *(run.result.get("failed") or ())}
-    # A name must not lead out of the folder.
-    if Path(site).name != site or site in hidden:
+    if site in run.hidden:
         return {}
     found: dict[tuple[str, str], list[float]] = {}
     try:

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from report_runs import PATIENTS, STUDY, TRAINING, UNSEEN, estimate, metrics, result, rounds, spec, write_run
 
-from wardround.errors import JournalError
-from wardround.report import write_card, write_report
-from wardround.report.answer import answer
-from wardround.report.metrics import Metric
-from wardround.report.pictures import gallery
-from wardround.report.results import load_run
-from wardround.report.terminal import table_of
+from wardround.errors import JournalError, StudyError
+from wardround.results.answer import answer
+from wardround.results.card import write_card
+from wardround.results.html import write_report
+from wardround.results.metrics import MetricInfo
+from wardround.results.pictures import gallery
+from wardround.results.run import load_run
+from wardround.results.schema import RoundLine
+from wardround.results.terminal import table_of
+from wardround.results.views import comparison
 from wardround.runner.notes import notes_of
 from wardround.tasks.ct_metrics import CT_METRICS
 
@@ -89,14 +92,15 @@ def test_sections_are_there_and_linked(whole: tuple[Path, Page]) -> None:
 
 
 def test_every_number_equals_result_json(whole: tuple[Path, Page]) -> None:
-    page = whole[1]
+    text = whole[1].text
+    specs = {metric.name: metric for metric in load_run(whole[0]).result.measured}
     for arm, table in metrics().items():
         for site, entry in table.items():
             for name, found in entry.items():
-                metric = next(m for m in load_run(whole[0]).metrics if m.name == name)
-                assert metric.show(found["value"]) in page.text, (arm, site, name)
+                metric = specs[name]
+                assert metric.show(found["value"]) in text, (arm, site, name)
                 interval = f"{metric.show(found['ci_low'])} to {metric.show(found['ci_high'])}"
-                assert (interval in page.text) == (found["n"] >= 5), (arm, site, name)
+                assert (interval in text) == (found["n"] >= 5), (arm, site, name)
 
 
 def test_headline_states_gain_worst_site_distance_to_pooling_and_unseen(whole: tuple[Path, Page]) -> None:
@@ -234,7 +238,7 @@ def test_direction_unit_and_label_come_from_the_metric_and_not_from_its_name(tmp
     changed = {"metrics": table, "left_out": ..., "metric_specs": specs}
     out = write_run(tmp_path / "run", changed)
     text, card = page_of(out).text, write_card(out).read_text(encoding="utf-8")
-    assert [metric.name for metric in load_run(out).metrics] == ["quirk", "psnr"]
+    assert [metric.name for metric in load_run(out).result.measured] == ["quirk", "psnr"]
     assert "Training together improved on (−2.0 mm) training alone on average (4 of 4 hospitals gained" in text
     assert "is level with pooling the data" in text
     assert "### Surface distance (mm), lower is better" in card
@@ -245,7 +249,7 @@ def test_direction_unit_and_label_come_from_the_metric_and_not_from_its_name(tmp
 
 def test_a_run_that_does_not_say_how_its_metrics_are_read_is_refused(tmp_path: Path) -> None:
     for specs in (..., [{"name": "psnr"}], "psnr"):
-        with pytest.raises(JournalError, match="does not say how its metrics are read"):
+        with pytest.raises(JournalError, match=r"result\.json is damaged: metric_specs"):
             load_run(write_run(tmp_path / "run", {"metric_specs": specs}, with_pictures=False))
 
 
@@ -253,7 +257,7 @@ def test_a_run_that_does_not_say_how_its_metrics_are_read_is_refused(tmp_path: P
     ("negligible", "decimals"), [(0.05, 2), (0.001, 3), (0.0002, 4), (0.5, 1), (0.1, 1), (2.0, 0), (0.0, 4), (1e-9, 4)]
 )
 def test_as_many_decimals_as_show_a_difference(negligible: float, decimals: int) -> None:
-    assert Metric.of(spec("any", negligible=negligible)).decimals == decimals
+    assert MetricInfo(**spec("any", negligible=negligible)).decimals == decimals
 
 
 def test_one_patient_shows_a_value_and_no_interval(tmp_path: Path) -> None:
@@ -268,6 +272,17 @@ def test_one_patient_shows_a_value_and_no_interval(tmp_path: Path) -> None:
         for ends in ("29.00 to 31.00", "29.21 to 31.21", "+0.21 to +0.21"):
             assert ends not in text
     assert not [e for tag, e in page.elements if tag == "line" and e.get("class", "").startswith("interval")]
+
+
+def test_patients_without_a_value_are_counted_by_metric_and_site(tmp_path: Path) -> None:
+    table = metrics()
+    for arm in ("local", "federated"):
+        table[arm]["DU"]["ssim"]["absent"] = 2
+    out = write_run(tmp_path / "run", {"metrics": table}, with_pictures=False)
+    said = "Patients without a value of SSIM, who count in none of its means: DU (2)."
+    assert said in page_of(out).text
+    assert said in write_card(out).read_text(encoding="utf-8")
+    assert "without a value" not in page_of(write_run(tmp_path / "run", with_pictures=False)).text
 
 
 def test_the_headline_counts_hospitals_that_gained(tmp_path: Path) -> None:
@@ -292,15 +307,15 @@ def test_the_headline_names_a_classical_method_that_is_ahead(tmp_path: Path, ahe
 def test_the_headline_names_arms_whose_updates_were_cut_off(tmp_path: Path) -> None:
     lines = rounds(3)
     for line in lines:
-        line["saturated_share"] = 0.0
+        line["saturated"] = 0.0
     assert "cut off" not in answer(load_run(write_run(tmp_path / "none", lines=lines))).headline
     # One tensor of many: all its values, and next to none of the model's.
     for line in lines:
         if line["arm"] == "local/HT" and line["round"] > 1:
-            line |= {"saturated": 1.0, "saturated_share": 1e-6}
+            line |= {"saturated": 1.0}
     headline = answer(load_run(write_run(tmp_path / "run", lines=lines))).headline
     assert "values of updates were cut off in Alone at HT (rounds 2–3), at worst 100.00%" in headline
-    lines[0] |= {"saturated": {"model/a": 0.0, "model/b": 2e-3}}
+    lines[0] |= {"saturated": 2e-3}
     headline = answer(load_run(write_run(tmp_path / "both", lines=lines))).headline
     assert "Together (round 1), Alone at HT (rounds 2–3)" in headline
 
@@ -311,9 +326,9 @@ def test_a_repeated_note_is_said_once_with_a_count(tmp_path: Path) -> None:
     assert "Note of the run: The same. (27 times)" in text
     assert "Note of the run: Another." in text
     lines = [
-        {"arm": arm, "round": number, "missing": {"B": "no data"}, "notes": ["slow"] if number == 2 else []}
-        for arm in ("federated", "pooled")
-        for number in (1, 2, 3)
+        RoundLine(**line | {"missing": {"B": "no data"}, "notes": ["slow"] if line["round"] == 2 else []})
+        for line in rounds(3)
+        if line["arm"] in ("federated", "pooled")
     ]
     assert notes_of(lines) == [
         "federated, rounds 1–3; pooled, rounds 1–3: without B (no data) (6 times)",
@@ -339,7 +354,7 @@ def test_patients_are_points_and_have_no_names(tmp_path: Path) -> None:
     table.write_text("\n".join([*lines, "nonsense,,,,"]), encoding="utf-8")
     assert points(out) == 0
     table.write_text("\n".join(lines), encoding="utf-8")
-    (out / "result.json").write_text(json.dumps(result() | {"withheld": {"CS": "its rules"}}), encoding="utf-8")
+    write_run(out, {"withheld": {"CS": "its rules"}})
     assert points(out) == 0
 
 
@@ -391,8 +406,10 @@ def test_a_ct_run_says_how_its_projections_were_made(tmp_path: Path) -> None:
         for arm in ("local", "federated")
     }
     study = {key: value for key, value in STUDY.items() if key != "acquisition"}
-    ct = {"kind": "ct", "photons": 1e5, "geometry": {"kind": "fan_arc", "views": 96}}
+    lengths = {"source_distance": 595.0, "detector_distance": 490.6}
+    ct = {"kind": "ct", "photons": 1e5, "geometry": {"kind": "fan_arc", "views": 96, "size": [128, 128], **lengths}}
     study["sites"] = {site: {"role": "train", "acquisition": ct} for site in TRAINING}
+    study["model"] = {"kind": "lpd"}
     changed = {"metrics": table, "left_out": ..., "metric_specs": [metric.to_json() for metric in CT_METRICS]}
     out = write_run(tmp_path / "run", changed, study=study, with_pictures=False)
     text, model_card = page_of(out).text, write_card(out).read_text(encoding="utf-8")
@@ -403,7 +420,7 @@ def test_a_ct_run_says_how_its_projections_were_made(tmp_path: Path) -> None:
         assert false not in model_card
     assert "RMSE in the body: root of the mean squared error inside the body, lower is better" in text
     assert "lung window (−1350 to 150 HU, range 1500 HU)" in text
-    rules = {m.name: (m.unit, m.decimals, m.negligible) for m in load_run(out).metrics}
+    rules = {m.name: (m.unit, m.decimals, m.negligible) for m in load_run(out).result.measured}
     assert rules["rmse_hu"] == rules["rmse_hu_body"] == ("HU", 1, 0.5)
     assert rules["psnr_lung"] == rules["psnr_soft"] == ("dB", 2, 0.05)
 
@@ -417,33 +434,43 @@ def test_a_secure_run_without_noise_spends_nothing(tmp_path: Path) -> None:
     assert "only their sum over sites could be read" in text
 
 
-def test_null_and_nan_metrics_are_dashes(tmp_path: Path) -> None:
+def test_a_metric_that_no_patient_of_a_site_has_is_a_dash(tmp_path: Path) -> None:
     table = metrics()
     table["federated"]["CS"]["psnr"] = None
-    table["federated"]["DU"]["psnr"]["value"] = float("nan")
     table["federated"]["FG"]["psnr"] |= {"ci_low": None, "ci_high": None}
-    text = page_of(write_run(tmp_path / "run", {"metrics": table})).text
-    assert "nan" not in text.lower().split()
-    assert "Over the 2 of 4 training sites" in text
+    out = write_run(tmp_path / "run", {"metrics": table})
+    assert "Over the 3 of 4 training sites" in page_of(out).text
+    (row,) = (row for row in comparison(load_run(out), load_run(out).result.measured[0]) if row.title == "CS")
+    assert [cell.text for cell in row.cells].count("–") == 1
+    table["federated"]["DU"]["psnr"]["value"] = float("nan")
+    with pytest.raises(JournalError, match=r"damaged: metrics\.federated\.DU\.psnr\.value"):
+        load_run(write_run(tmp_path / "run", {"metrics": table}))
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     evil = "</pre></style><script>alert(1)</script><img src=x onerror=alert(1)>"
     table = metrics()
-    for key in ("federated", "local"):
-        table[key] = {evil if site == "CS" else site: entry for site, entry in table[key].items()}
     table["pooled"]["CS"] = None
     table[evil] = {"DU": {evil: {"value": 1.0, "ci_low": 0.5, "ci_high": 1.5, "n": 2}}}
     lines = rounds(3)
-    lines[0] |= {"missing": {evil: evil, "CS": evil}, "validation": {evil: 1.0}}
-    lines.append({"arm": f"local/{evil}", "round": 1, "loss": 1.0})
+    lines[0] |= {"missing": {evil: evil, "CS": evil}, "validation": {evil: 1.0}, "participants": [evil]}
+    lines.append(lines[0] | {"arm": f"local/{evil}", "missing": {}})
+    spent = {
+        "epsilon": 1.0,
+        "epsilon_ledger": 1.0,
+        "delta": 0.1,
+        "noise_multiplier": 1.0,
+        "sample_rate": 1.0,
+        "steps": 1,
+    }
     changed = {
         "study": evil, "metrics": table, "notes": [evil], "fingerprint": {evil: evil},
-        "privacy": {evil: evil},
-        "steps": {evil: 1}, "selected_round": {evil: evil}, "study_sha256": evil, "withheld": {"FG": evil},
-        "participants": [evil, *TRAINING], "local_sha256": {evil: evil},
+        "privacy": {"secure": True, "epsilon": 1.0, "note": evil, "sites": {evil: spent}},
+        "steps": {evil: 1}, "selected_round": {evil: 1}, "study_sha256": evil, "withheld": {"FG": evil},
+        "failed": {evil: evil}, "participants": [evil, *TRAINING], "local_sha256": {evil: evil},
+        "scanners": {evil: {"scanners": [evil]}},
     }  # fmt: skip
-    study = STUDY | {"description": evil, "name": evil}
+    study = STUDY | {"description": evil}
     out = write_run(tmp_path / "run", changed, study=study, lines=lines)
     page = page_of(out)
     assert not page.all("script")
@@ -456,11 +483,14 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_a_site_name_cannot_lead_out_of_the_run(tmp_path: Path) -> None:
-    outside = tmp_path / "elsewhere"
+    outside, name = tmp_path / "elsewhere", "../../elsewhere/sites/CS"
     write_run(outside)
-    table = {"federated": {"../../elsewhere/sites/CS": metrics()["federated"]["CS"]}}
-    out = write_run(tmp_path / "run", {"metrics": table}, with_pictures=False)
+    table = {"federated": {name: metrics()["federated"]["CS"]}}
+    out = write_run(tmp_path / "run", {"metrics": table, "left_out": ...}, with_pictures=False)
     assert page_of(out).all("img") == []
+    study = STUDY | {"sites": {**STUDY["sites"], name: {"role": "unseen"}}}
+    with pytest.raises(StudyError, match="sites"):
+        page_of(write_run(tmp_path / "run", {"metrics": table}, study=study, with_pictures=False))
 
 
 def test_unknown_arms_and_metrics_are_shown_under_their_names(tmp_path: Path) -> None:
@@ -505,12 +535,13 @@ def test_any_single_arm_makes_a_page(tmp_path: Path, left: str) -> None:
         assert "not compared with training alone: it reached 33.12 dB" in text
 
 
-def test_the_barest_run(tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text("{}", encoding="utf-8")
-    page = page_of(tmp_path)
+def test_a_run_in_which_nothing_could_be_measured(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run", {"metrics": ..., "left_out": ...}, lines=[], with_pictures=False)
+    page = page_of(out)
     assert "This run holds no metrics" in page.text
     assert "The run left no record of its rounds" in page.text
-    assert "Research use only" in write_card(tmp_path).read_text(encoding="utf-8")
+    assert "Research use only" in write_card(out).read_text(encoding="utf-8")
+    assert table_of(load_run(out).result) is None
 
 
 def test_a_half_written_last_round_is_left_out(tmp_path: Path) -> None:
@@ -526,7 +557,18 @@ def test_a_half_written_last_round_is_left_out(tmp_path: Path) -> None:
         load_run(out)
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "no result"), ("{", "not JSON"), ("[]", "not a JSON")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no finished run"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON"),
+        ("{}", "another version"),
+        ("\xff", "not JSON"),
+        ('{"version": 2}', "another version"),
+        ('{"version": 1}', "damaged: metric_specs: Field required"),
+    ],
+)
 def test_errors_name_the_file_and_not_the_folder(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "result.json").write_text(content, encoding="utf-8")

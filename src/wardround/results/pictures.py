@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wardround.data.orientation import Turn
-from wardround.report.results import Run, arm_of
+from wardround.results.run import Run, arm_of
 from wardround.wire.archives import read_npz
 
 ERROR_GAIN = 5
@@ -121,7 +120,9 @@ def read_pictures(path: Path) -> Shown:
 def _turned(image: Picture, turn: NDArray[np.generic] | None) -> Picture:
     if turn is None or turn.shape != (3,):
         return image
-    return np.ascontiguousarray(Turn(*(bool(value) for value in turn))(image))
+    swap, rows, columns = (bool(value) for value in turn)
+    turned = image.T if swap else image
+    return np.ascontiguousarray(turned[:: -1 if rows else 1, :: -1 if columns else 1])
 
 
 def _frames(arrays: dict[str, NDArray[np.generic]]) -> Iterator[Frame]:
@@ -202,9 +203,7 @@ def _weight(sites: dict[str, tuple[Example, ...]]) -> int:
 def gallery(run: Run) -> Gallery:
     """The pictures of every site, fewer and smaller where they would make the page too large."""
     # Where numbers stay, pictures stay; a site that failed may not have come to say so.
-    hidden = {*(run.result.get("withheld") or ()), *(run.result.get("failed") or ())}
-    # A name must not lead out of the folder.
-    open_sites = [site for site in run.sites if Path(site).name == site and site not in hidden]
+    open_sites = [site for site in run.sites if site not in run.hidden]
     found = {site: read_pictures(run.folder / "sites" / site / "pictures.npz") for site in open_sites}
     palette = _palette()
     sites: dict[str, tuple[Example, ...]] = {}

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from wardround.report.metrics import MINUS
-from wardround.report.results import Round
+from wardround.results.metrics import MINUS
+from wardround.results.schema import RoundLine
 
 LANE = 24  # px, the height of a row in a dot chart
 PLOT = 200  # px, the height of a learning curve
@@ -102,12 +102,7 @@ def lane(
     if guide is not None:
         at = scale.percent(guide)
         parts.append(Markup('<line class="guide" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>').format(at, LANE))
-    if interval is not None:
-        low, high = scale.percent(interval[0]), scale.percent(interval[1])
-        line = Markup('<line class="interval" x1="{}%" x2="{}%" y1="{}" y2="{}"/>')
-        parts.append(line.format(low, high, middle, middle))
-        for end in (low, high):
-            parts.append(line.format(end, end, middle - 3, middle + 3))
+    parts += _interval(scale, interval, "interval")
     if value is not None:
         shape = Markup('<svg x="{}%" y="{}" overflow="visible">{}</svg>')
         parts.append(shape.format(scale.percent(value), middle, _MARKS.get(style, _MARKS["other-1"])))
@@ -117,7 +112,6 @@ def lane(
 def bar(scale: Scale, value: float, interval: tuple[float, float] | None = None) -> Markup:
     """One row of a gain chart: a bar from zero, with the paired interval where there is one."""
     zero, end = scale.percent(0.0), scale.percent(value)
-    middle = LANE / 2
     parts = [
         _grid(scale, LANE),
         Markup('<rect class="bar" x="{}%" width="{}%" y="6" height="{}" rx="1.5"/>').format(
@@ -125,12 +119,18 @@ def bar(scale: Scale, value: float, interval: tuple[float, float] | None = None)
         ),
         Markup('<line class="zero" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>').format(zero, LANE),
     ]
-    if interval is not None:
-        line = Markup('<line class="interval over" x1="{}%" x2="{}%" y1="{}" y2="{}"/>')
-        low, high = scale.percent(interval[0]), scale.percent(interval[1])
-        parts += [line.format(low, high, middle, middle)]
-        parts += [line.format(end, end, middle - 3, middle + 3) for end in (low, high)]
+    parts += _interval(scale, interval, "interval over")
     return _lane(parts, "gain-up" if value >= 0 else "gain-down")
+
+
+def _interval(scale: Scale, ends: tuple[float, float] | None, style: str) -> list[Markup]:
+    """A line between the ends of an interval, and a short one across at each."""
+    if ends is None:
+        return []
+    low, high, middle = scale.percent(ends[0]), scale.percent(ends[1]), LANE / 2
+    places = [(low, high, middle, middle), *((end, end, middle - 3, middle + 3) for end in (low, high))]
+    line = Markup('<line class="{}" x1="{}%" x2="{}%" y1="{}" y2="{}"/>')
+    return [line.format(style, *place) for place in places]
 
 
 def _lane(parts: Sequence[Markup], style: str) -> Markup:
@@ -232,7 +232,7 @@ def curves(title: str, lines: Sequence[Curve]) -> Curves | None:
     )
 
 
-def attendance(site: str, history: Sequence[Round]) -> Markup:
+def attendance(site: str, history: Sequence[RoundLine]) -> Markup:
     """A strip of rounds for one site: filled where it took part, crossed where it was missing."""
     width = 100 / max(len(history), 1)
     cell = Markup('<rect class="{}" x="{:.3f}%" y="6" width="{:.3f}%" height="12" rx="1.5"><title>{}</title></rect>')
@@ -242,7 +242,7 @@ def attendance(site: str, history: Sequence[Round]) -> Markup:
     for index, entry in enumerate(history):
         here = site in entry.participants
         reason = "" if here else f": missing, {entry.missing.get(site, 'no reason recorded')}"
-        title = f"Round {entry.number}{reason or ': took part'}"
+        title = f"Round {entry.round}{reason or ': took part'}"
         parts.append(cell.format("here" if here else "away", index * width, width - gap, title))
         if not here and len(history) <= _CROSSED_ROUNDS:
             parts.append(cross.format(index * width + (width - gap) / 2))

@@ -6,20 +6,20 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from wardround.report.answer import answer
-from wardround.report.metrics import Metric
-from wardround.report.results import AGGREGATES, LEAST_N, SMALL_N, Run, load_run
-from wardround.report.units import flat, human_bytes, human_seconds, protocol
-from wardround.report.unmeasured import unmeasured
-from wardround.report.views import site_title, warnings
-from wardround.study.protocols import HeaderFacts
+from wardround.results.answer import answer
+from wardround.results.metrics import MetricInfo
+from wardround.results.run import SMALL_N, Run, load_run
+from wardround.results.units import flat, human_bytes, human_seconds, protocol
+from wardround.results.views import comparison, warnings
+from wardround.study.tasks import CustomTask
+from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.wire.files import write_text
 
 
 def write_card(out: Path) -> Path:
     """Writes `out/model_card.md` from the result files in `out` and returns its path.
 
-    Raises `JournalError` where `result.json` is missing or a result file is damaged.
+    Raises `JournalError` where `result.json` is missing or a result file is damaged, `StudyError` for the study file.
     """
     path = out / "model_card.md"
     write_text(path, card(load_run(out)))
@@ -47,9 +47,9 @@ def card(run: Run) -> str:
     """The Markdown of a run's model card."""
     found = answer(run)
     parts = [
-        f"# Model card: {escape(run.name)}",
+        f"# Model card: {escape(run.result.study)}",
         "**Research use only. Not a medical device: not for diagnosis or treatment.**",
-        escape(run.study.get("description") or ""),
+        escape(run.study.description),
         escape(found.headline),
         _bullets(found.details),
         "## Intended use",
@@ -57,16 +57,16 @@ def card(run: Run) -> str:
         "## Data",
         _data(run),
         "## Results on test patients",
-        *(_metric(run, metric) for metric in run.metrics),
+        *(_metric(run, metric) for metric in run.result.measured),
         "Means over test patients with 95% intervals (Student's t) from the standard errors that sites computed; "
-        f"the mean gives every training site the same weight. Fewer than {LEAST_N} patients have no interval. "
+        f"the mean gives every training site the same weight. Fewer than {LEAST_PATIENTS} patients have no interval. "
         f"Where n is below {SMALL_N}, a single patient can decide the outcome.",
         "## Training",
         _bullets(_training(run)),
         "## Limits",
         _bullets(_limits(run)),
         "## Reproducibility",
-        _table(["what", "value"], _identity(run)),
+        _table(["what", "value"], [*run.hashes, *run.result.fingerprint.items()]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,61 +93,37 @@ def _data(run: Run) -> str:
         rows.append([*row, protocol(run.acquisition(site)) or "–"] if simulated else row)
     head = ("site", "role", "test patients", *(("simulated protocol",) if simulated else ()))
     table = _table(head, rows)
-    told = {site: HeaderFacts.model_validate(facts).text for site, facts in (run.result.get("scanners") or {}).items()}
-    if told:
+    if run.result.scanners:
         table += "\n\nThe scanners that took the images, as the headers of training images name them:\n\n" + _table(
-            ["site", "scanners, tube voltage, slice thickness, kernel"], told.items()
+            ["site", "scanners, tube voltage, slice thickness, kernel"],
+            [(site, facts.text) for site, facts in run.result.scanners.items()],
         )
     if not simulated:
         return table
     return table + "\n\nSimulated acquisitions, not raw data measured by a scanner."
 
 
-def _metric(run: Run, metric: Metric) -> str:
-    keys = [key for key in (*run.sites, *AGGREGATES) if key in run.sites or _any(run, key, metric)]
-    unit = f" ({metric.unit})" if metric.unit else ""
-    direction = "higher" if metric.larger_is_better else "lower"
+def _metric(run: Run, metric: MetricInfo) -> str:
+    rows = [
+        [row.title, row.n, *(cell.text + (f" ({cell.interval})" if cell.interval else "") for cell in row.cells)]
+        for row in comparison(run, metric)
+    ]
     head = ["site", "n", *(escape(arm.label) for arm in run.arms)]
-    rows = []
-    for key in keys:
-        patients = run.patients(key)
-        cells = [_cell(run, metric, arm.key, key) for arm in run.arms]
-        rows.append([site_title(key), "–" if patients is None else str(patients), *cells])
-    return f"### {escape(metric.label)}{unit}, {direction} is better\n\n{_table(head, rows)}"
-
-
-def _any(run: Run, key: str, metric: Metric) -> bool:
-    return any(run.estimate(arm.key, key, metric.name) for arm in run.arms)
-
-
-def _cell(run: Run, metric: Metric, arm: str, key: str) -> str:
-    estimate = run.estimate(arm, key, metric.name)
-    if estimate is None:
-        why = unmeasured(run, arm, key)
-        return why.text if why else "–"
-    ends = estimate.interval
-    interval = f" ({metric.show(ends[0])} to {metric.show(ends[1])})" if ends else ""
-    return metric.show(estimate.value) + interval
+    return f"### {escape(metric.heading)}, {metric.direction}\n\n{_table(head, rows)}"
 
 
 def _training(run: Run) -> list[str]:
-    lines = [
-        f"Sites that trained: {', '.join(run.training) or 'unknown'}",
-        f"Rounds: {run.result.get('rounds', '–')}",
-    ]
+    result, study = run.result, run.study.model_dump(mode="json")
+    lines = [f"Sites that trained: {', '.join(run.training)}", f"Rounds: {result.rounds}"]
     # A task of one's own builds its own model: that of the study file is none of it.
-    own = (run.study.get("task") or {}).get("kind") == "custom"
+    own = isinstance(run.study.task, CustomTask)
     for section in ("task" if own else "model", "method", "local", "schedule", "protection"):
-        settings = ", ".join(f"{key} {value}" for key, value in flat(run.study.get(section) or {}))
-        if settings:
-            lines.append(f"{section.capitalize()}: {settings}")
-    traffic, seconds = run.result.get("traffic") or {}, run.result.get("seconds") or {}
-    if {"bytes_up", "bytes_down"} <= traffic.keys():
-        up, down = human_bytes(traffic["bytes_up"]), human_bytes(traffic["bytes_down"])
-        lines.append(f"Traffic: {up} from the sites, {down} to the sites")
-    if "total" in seconds:
-        lines.append(f"Time: {human_seconds(seconds['total'])}")
-    spent = ", ".join(f"{key} {value}" for key, value in flat(run.privacy))
+        settings = ", ".join(f"{key} {value}" for key, value in flat(study[section]))
+        lines.append(f"{section.capitalize()}: {settings}")
+    up, down = human_bytes(result.traffic.bytes_up), human_bytes(result.traffic.bytes_down)
+    lines.append(f"Traffic: {up} from the sites, {down} to the sites")
+    lines.append(f"Time: {human_seconds(result.seconds.total)}")
+    spent = ", ".join(f"{key} {value}" for key, value in run.spent)
     lines.append(f"Differential privacy: {spent or 'none'}")
     if not spent:
         lines.append(f"Secure sum: {'yes' if run.secure else 'no'}")
@@ -161,10 +137,3 @@ def _limits(run: Run) -> list[str]:
         "Patients of the participating sites do not represent all patients; "
         "results by age, sex, field strength or disease are not measured here.",
     ]
-
-
-def _identity(run: Run) -> list[tuple[str, str]]:
-    rows = [(key, str(run.result[key])) for key in ("study_sha256", "model_sha256") if run.result.get(key)]
-    rows += list(flat(run.result.get("local_sha256") or {}, "local_sha256"))
-    rows += list(flat(run.result.get("fingerprint") or {}))
-    return rows

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+
+from wardround.study.acquisition import MRIAcquisition
+from wardround.study.ct import CTAcquisition
 
 
 def human_bytes(count: float) -> str:
@@ -54,22 +56,12 @@ def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, "none" if settings is None else str(settings)
 
 
-def protocol(acquisition: Mapping[str, Any]) -> str:
+def protocol(acquisition: MRIAcquisition | CTAcquisition | None) -> str:
     """A simulated protocol in a few words: `4× random, 8 coils, noise 0.005`, `fan_arc, 96 views, 30000 photons`."""
-    mask, geometry = acquisition.get("mask"), acquisition.get("geometry")
-    parts = []
-    if isinstance(geometry, Mapping):
-        parts += [str(geometry.get("kind")), f"{geometry.get('views')} views"]
-    if "photons" in acquisition:
-        parts.append(f"{_plain(acquisition['photons'])} photons")
-    if isinstance(mask, Mapping) and "acceleration" in mask:
-        parts.append(f"{_plain(mask['acceleration'])}× {mask.get('family', '')}".strip())
-    if "coils" in acquisition:
-        parts.append(f"{acquisition['coils']} coils")
-    if "noise" in acquisition:
-        parts.append(f"noise {acquisition['noise']}")
-    return ", ".join(parts)
-
-
-def _plain(number: object) -> str:
-    return f"{number:g}" if isinstance(number, int | float) else str(number)
+    if acquisition is None:
+        return ""
+    if isinstance(acquisition, CTAcquisition):
+        geometry = acquisition.geometry
+        return f"{geometry.kind}, {geometry.views} views, {acquisition.photons:g} photons"
+    mask = acquisition.mask
+    return f"{mask.acceleration:g}× {mask.family}, {acquisition.coils} coils, noise {acquisition.noise}"

@@ -1,0 +1,180 @@
+"""A run directory as typed, read-only values: its result, its rounds, its study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from wardround.results.files import read_result, read_rounds
+from wardround.results.schema import Measured, Result, RoundLine
+from wardround.results.units import flat
+from wardround.study.acquisition import MRIAcquisition
+from wardround.study.ct import CTAcquisition
+from wardround.study.load import load_study
+from wardround.study.schema import Study
+from wardround.study.tasks import Modality, ReconstructionTask
+
+SMALL_N = 10
+SATURATION_LIMIT = 1e-4
+WITHHELD = "withheld by the site"
+FAILED = "could not be measured"
+
+Kind = Literal["baseline", "local", "federated", "pooled", "other"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of getting a model, or none: its key in result.json, its name in print, its style."""
+
+    key: str
+    label: str
+    kind: Kind
+    style: str
+    description: str = ""
+
+
+# In reading order, from baselines to pooled; unknown arms stand before the last.
+_KNOWN_ARMS = (
+    Arm("zero_filled", "Zero-filled", "baseline", "zero-filled", "no reconstruction: missing samples are zero"),
+    Arm("fbp", "FBP", "baseline", "zero-filled", "filtered back projection, nothing learned"),
+    Arm("cg_sense", "CG-SENSE", "baseline", "cg-sense", "least squares with coil maps, nothing learned"),
+    Arm("tv", "TV", "baseline", "tv", "total variation: compressed sensing, nothing learned"),
+    Arm("tv_real", "TV, real image", "baseline", "other-2", "total variation of a real image, nothing learned"),
+    Arm("weighted_tv", "Weighted TV", "baseline", "cg-sense", "total variation, rays weighted by their photons"),
+    Arm("local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"),
+    Arm("federated", "Together", "federated", "federated", "federated: scans stay, sums of updates travel"),
+    Arm("pooled", "Pooled", "pooled", "pooled", "all data in one place: the ideal that privacy forbids"),
+)
+_ARM_ORDER: tuple[Kind, ...] = ("baseline", "local", "federated", "other", "pooled")
+
+
+def arm_of(key: str, unknown_index: int = 0) -> Arm:
+    """The arm of a key; unknown keys are shown under their own name with one of four spare styles."""
+    if known := next((arm for arm in _KNOWN_ARMS if arm.key == key), None):
+        return known
+    style = f"other-{unknown_index % 4}"
+    if key == "baseline":
+        return Arm(key, "Baseline", "baseline", style, "nothing learned")
+    return Arm(key, key.replace("_", " "), "other", style)
+
+
+def arms_of(measured: Measured) -> tuple[Arm, ...]:
+    """The arms of a result in reading order."""
+    known = [arm for arm in _KNOWN_ARMS if arm.key in measured.arms]
+    unknown = [key for key in measured.arms if key not in [arm.key for arm in known]]
+    arms = known + [arm_of(key, index) for index, key in enumerate(unknown)]
+    return tuple(sorted(arms, key=lambda arm: _ARM_ORDER.index(arm.kind)))
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """What to say in place of numbers, and the reason."""
+
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a report says about one run directory."""
+
+    folder: Path
+    result: Result
+    rounds: tuple[RoundLine, ...]
+    study: Study
+    study_text: str
+
+    @cached_property
+    def arms(self) -> tuple[Arm, ...]:
+        """Arms in reading order."""
+        return arms_of(self.result)
+
+    def arm(self, kind: Kind) -> Arm | None:
+        """The first arm of a kind (the plain one before its variants)."""
+        return next((arm for arm in self.arms if arm.kind == kind), None)
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """Sites that train, in the study's order."""
+        return self.study.training_sites
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Sites that are evaluated only."""
+        return self.study.unseen_sites
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All sites: those that train, then those that are evaluated only."""
+        return self.training + self.unseen
+
+    def history(self, arm: str) -> tuple[RoundLine, ...]:
+        """The rounds of an arm in order."""
+        return tuple(line for line in self.rounds if line.arm == arm)
+
+    @cached_property
+    def federated_history(self) -> tuple[RoundLine, ...]:
+        """The rounds of the federated arm."""
+        return self.history("federated")
+
+    @cached_property
+    def saturated(self) -> tuple[RoundLine, ...]:
+        """The rounds of any arm that lost values of a tensor to the range of their integers."""
+        return tuple(line for line in self.rounds if line.saturated > SATURATION_LIMIT)
+
+    def patients(self, site: str) -> int | None:
+        """Test patients behind a site's numbers: the most of any arm and metric."""
+        return max((found.n for _, where, _, found in self.result.estimates() if where == site), default=None)
+
+    @cached_property
+    def hidden(self) -> frozenset[str]:
+        """Sites whose numbers and pictures stay: where numbers stay, pictures stay."""
+        return frozenset((*self.result.withheld, *self.result.failed))
+
+    def unmeasured(self, arm: str, site: str) -> Unmeasured | None:
+        """Why an arm has no numbers at a site; None where it has some, or the run knows of no reason."""
+        if self.result.metrics.get(arm, {}).get(site):
+            return None
+        for text, reasons in ((WITHHELD, self.result.withheld), (FAILED, self.result.failed)):
+            if site in reasons:
+                return Unmeasured(text, reasons[site])
+        return None
+
+    @property
+    def simulated(self) -> Modality | None:
+        """Which acquisition a reconstruction's raw data are simulated by; None for tasks of another kind."""
+        return self.study.modality if isinstance(self.study.task, ReconstructionTask) else None
+
+    def acquisition(self, site: str) -> MRIAcquisition | CTAcquisition | None:
+        """The simulated protocol of a site; None for a task without scanners."""
+        return None if self.simulated is None else self.study.acquisition_of(site)
+
+    @property
+    def secure(self) -> bool:
+        """Whether updates were summed under masks."""
+        return self.result.privacy is not None and self.result.privacy.secure
+
+    @property
+    def spent(self) -> tuple[tuple[str, str], ...]:
+        """What differential privacy cost, by name; nothing where nothing was noised, even if sums were masked."""
+        privacy = self.result.privacy
+        return () if privacy is None or privacy.epsilon is None else tuple(flat(privacy.model_dump()))
+
+    @property
+    def hashes(self) -> tuple[tuple[str, str], ...]:
+        """The hashes of study and models, by name."""
+        found = self.result.model_dump(include={"study_sha256", "model_sha256", "local_sha256"})
+        return tuple(flat({key: found[key] for key in ("study_sha256", "model_sha256", "local_sha256")}))
+
+
+def load_run(out: Path) -> Run:
+    """Reads result.json, rounds.jsonl and study.yaml.
+
+    Raises `JournalError` where result.json is missing or a file of the two is not what its name says, and `StudyError`
+    for the study.
+    """
+    result = read_result(out)
+    path = out / "study.yaml"
+    return Run(out, result, read_rounds(out), load_study(path), path.read_text(encoding="utf-8"))

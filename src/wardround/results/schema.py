@@ -1,0 +1,232 @@
+"""What a run writes: `result.json` and the lines of `rounds.jsonl`, as frozen values.
+
+docs/results.md holds the JSON schemas. A name here is a key that other programs read: changing or removing one takes
+another `version`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, WithJsonSchema
+
+from wardround.results.metrics import MetricInfo
+from wardround.study.base import Config
+from wardround.study.protocols import HeaderFacts
+from wardround.tasks.estimates import LEAST_PATIENTS
+
+AGGREGATES = ("mean", "unseen")
+# The name of the first baseline's table once more, for programs that know no baseline by its own.
+ALIAS = "baseline"
+
+_Rounded = Annotated[float, AfterValidator(lambda value: round(value, 6))]
+# An accountant may find no bound, and JSON has no infinity.
+_Epsilon = Annotated[
+    float,
+    Field(allow_inf_nan=True),
+    PlainSerializer(lambda value: value if math.isfinite(value) else "Infinity", when_used="json"),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "Infinity"}]}),
+]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class Estimate(Config):
+    """A metric over `n` test patients, or the paired difference of two arms; no interval below 5 patients."""
+
+    value: _Rounded
+    n: _Count = Field(description="patients that the value is of")
+    se: _Rounded | None = Field(None, description="standard error; `null` where there is no interval")
+    ci_low: _Rounded | None = Field(None, description="lower end of the 95% interval")
+    ci_high: _Rounded | None = Field(None, description="upper end of the 95% interval")
+    absent: _Count = Field(
+        0, exclude_if=lambda count: count == 0, description="patients without a value; not written where 0"
+    )
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The interval's ends, or None where none was computed, and where patients are too few for one."""
+        if self.n < LEAST_PATIENTS or self.ci_low is None or self.ci_high is None:
+            return None
+        return self.ci_low, self.ci_high
+
+
+# By metric; a metric that no patient has a value of is `null`.
+Row = dict[str, Estimate | None]
+# By site, `mean` (patients, then site, then unweighted training sites) and `unseen`; `null` where there are no numbers.
+Table = dict[str, Row | None]
+
+
+class LeftOut(Config):
+    """What a training site gets that one federation left out."""
+
+    federated: Row | None = Field(description="the model that the other sites trained together")
+    best_local: Row | None = Field(None, description="the best of the other sites' own models, chosen with hindsight")
+
+
+class Measured(Config):
+    """What the models of a run gave on test patients."""
+
+    metric_specs: tuple[MetricInfo, ...] = Field(description="in the task's order; the first answers the question")
+    metrics: dict[str, Table] = Field(description="by arm: `federated`, `local`, `pooled`, `baseline`, each baseline")
+    gains: dict[str, dict[str, Table]] = Field(
+        description="by arm and reference arm: paired differences, positive where the arm is better"
+    )
+    left_out: dict[str, LeftOut] = Field(description="by training site, where each was left out once")
+    withheld: dict[str, str] = Field(description="by site: the rule of the site that keeps its numbers")
+    failed: dict[str, str] = Field(description="by site: why it could not be measured")
+
+    def estimate(self, arm: str, site: str, metric: str) -> Estimate | None:
+        """The estimate of an arm at a site (or `mean`, `unseen`), or None where there is none."""
+        return _cell(self.metrics.get(arm), site, metric)
+
+    def gain(self, arm: str, reference: str, site: str, metric: str) -> Estimate | None:
+        """The paired difference of two arms at a site (or `mean`), or None where there is none."""
+        return _cell(self.gains.get(arm, {}).get(reference), site, metric)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that have a table, without the alias `baseline`."""
+        alias = self.metrics.get(ALIAS) in [table for arm, table in self.metrics.items() if arm != ALIAS]
+        return tuple(arm for arm in self.metrics if not (arm == ALIAS and alias))
+
+    def estimates(self) -> Iterator[tuple[str, str, str, Estimate]]:
+        """Arm, site, metric and estimate of every number, in the order of the tables."""
+        for arm in self.arms:
+            for site, row in self.metrics[arm].items():
+                yield from ((arm, site, name, found) for name, found in (row or {}).items() if found is not None)
+
+    @property
+    def measured(self) -> tuple[MetricInfo, ...]:
+        """The metrics that any arm has anywhere, in the task's order."""
+        names = {name for _, _, name, _ in self.estimates()}
+        return tuple(metric for metric in self.metric_specs if metric.name in names)
+
+
+def _cell(table: Table | None, site: str, metric: str) -> Estimate | None:
+    return ((table or {}).get(site) or {}).get(metric)
+
+
+class Traffic(Config):
+    """Bytes of the federated arm, all rounds and sites."""
+
+    bytes_up: _Count = Field(description="from the sites")
+    bytes_down: _Count = Field(description="to the sites")
+
+
+class Seconds(Config):
+    """Wall-clock seconds."""
+
+    total: float = Field(description="the whole run, all arms")
+    training: float = Field(description="of which training at the sites")
+    overhead: float = Field(description="of which moving, checking and adding updates")
+
+
+class SitePrivacy(Config):
+    """What a site spent and under which terms."""
+
+    delta: float
+    epsilon: _Epsilon = Field(description="of this study; `Infinity` where the accountant finds no bound")
+    epsilon_ledger: _Epsilon = Field(description="of everything in the site's ledger")
+    noise_multiplier: float
+    sample_rate: float
+    steps: _Count
+
+
+class PrivacyStatement(Config):
+    """What protected the updates and what it cost; noise has a `unit`, masks alone have none."""
+
+    accountant: str | None = None
+    budget: float | None = Field(None, description="the epsilon at which a site stops")
+    epsilon: _Epsilon | None = Field(None, description="the largest of the sites; `null` without noise")
+    noise: str | None = None
+    note: str | None = Field(None, description="what is promised, and what is not")
+    preset: str | None = None
+    secure: bool = Field(description="whether updates were summed under masks")
+    sites: dict[str, SitePrivacy] = Field({}, description="those with a budget")
+    unit: Literal["patient"] | None = None
+
+
+class Result(Measured):
+    """A finished run: everything that its `result.json` holds, as attributes."""
+
+    version: Literal[1] = 1
+    study: str = Field(description="the study's name")
+    study_sha256: str
+    model_sha256: str = Field(description="over the shared tensors of the released federated model")
+    local_sha256: dict[str, str] = Field(description="by site: over the tensors that stay there")
+    scanners: dict[str, HeaderFacts] = Field(description="by site: what headers say, where the site lets it out")
+    rounds: _Count
+    participants: tuple[str, ...] = Field(description="sites that took part in any federated round")
+    compare: tuple[str, ...]
+    patients: dict[str, dict[Literal["train", "validation", "test"], int | None] | None] = Field(
+        description="by site and split; `null` where the site's rules keep a small number"
+    )
+    traffic: Traffic
+    seconds: Seconds
+    privacy: PrivacyStatement | None = Field(description="`null` where updates were neither noised nor masked")
+    steps: dict[str, _Count] = Field(description="by arm: optimiser steps of a site, all rounds")
+    examples: dict[str, _Count] = Field(description="by arm: training examples, all rounds and sites")
+    selected_round: dict[str, _Count] = Field(description="by arm: the round whose model was released")
+    fingerprint: dict[str, str] = Field(description="software and machine")
+    notes: tuple[str, ...] = Field(description="what a reader must know of single rounds")
+
+    _out: Path = PrivateAttr(default=Path())
+
+    @property
+    def out(self) -> Path:
+        """The folder of the run."""
+        return self._out
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self._out / "report.html"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What `result.json` holds, as JSON values."""
+        return self.model_dump(mode="json")
+
+    def lying_in(self, out: Path) -> Result:
+        """The same result, with the folder where its files are."""
+        found = self.model_copy()
+        found._out = out
+        return found
+
+    def metric(self, arm: str, site: str = "mean", name: str | None = None) -> float:
+        """A metric's value, of the task's first one without a name; raises `KeyError` for one that was not measured."""
+        name = name or self.metric_specs[0].name
+        found = self.estimate(arm, site, name)
+        if found is None:
+            raise KeyError(f"the run has no {name} of {arm} at {site}")
+        return found.value
+
+    def __repr__(self) -> str:
+        return f"<Result of {self.study}, {self.rounds} rounds: {', '.join(self.arms)}; {self.report}>"
+
+    __str__ = __repr__
+
+
+class RoundLine(Config):
+    """A line of `rounds.jsonl`, one for each committed round of every arm: none of its numbers is from one patient."""
+
+    arm: str = Field(description="`federated`, `pooled`, `local/SITE`, `without/SITE`")
+    round: int = Field(ge=1)
+    attempt: _Count
+    participants: tuple[str, ...]
+    missing: dict[str, str] = Field(description="by site: why it did not take part")
+    loss: float | None
+    validation: dict[str, float] | None = Field(description="by metric, over the sites in `validated`")
+    bytes_up: _Count
+    bytes_down: _Count
+    seconds: float
+    coordinator_seconds: float
+    training_seconds: float
+    saturated_share: float = Field(description="of all values of updates, those that were cut off")
+    saturated: float = Field(description="the same of the tensor that has most of them")
+    state_sha256: str
+    notes: tuple[str, ...] = ()
+    validated: tuple[str, ...] = ()

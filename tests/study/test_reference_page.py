@@ -1,13 +1,25 @@
-"""The page of the study file is generated; it must not lag behind the schema."""
+"""The pages of the study file and of the result files are generated; they must not lag behind the schemas."""
 
 from __future__ import annotations
 
+import json
+import re
 import runpy
 from pathlib import Path
+
+import pytest
+
+from wardround.results.schema import Result, RoundLine
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_page_is_the_schema() -> None:
-    page = runpy.run_path(str(DOCS / "study_reference.py"))["page"]
-    assert page() == (DOCS / "study.md").read_text(encoding="utf-8"), "run: python docs/study_reference.py"
+@pytest.mark.parametrize("name", ["study.md", "results.md"])
+def test_the_page_is_the_schema(name: str) -> None:
+    pages = runpy.run_path(str(DOCS / "reference.py"))["pages"]()
+    assert pages[name] == (DOCS / name).read_text(encoding="utf-8"), "run: python docs/reference.py"
+
+
+def test_the_documented_json_schemas_are_those_of_the_code() -> None:
+    blocks = re.findall(r"```json\n(.*?)\n```", (DOCS / "results.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert [json.loads(block) for block in blocks] == [Result.model_json_schema(), RoundLine.model_json_schema()]

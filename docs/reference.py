@@ -1,7 +1,8 @@
-"""Writes docs/study.md from the schema, so that the page cannot lag behind the code: python docs/study_reference.py"""
+"""Writes study.md and results.md from the schemas, so that no page can lag behind the code: python docs/reference.py"""
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from pathlib import Path
@@ -11,11 +12,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from wardround.results.schema import Result, RoundLine
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 
-PAGE = Path(__file__).parent / "study.md"
-INTRO = """# The study file
+DOCS = Path(__file__).parent
+STUDY = """# The study file
 
 A study is one YAML file that holds everything that decides the result. Unknown keys are refused; errors name the key
 and the fix. `--set a.b=value` overrides a key before the study is hashed; `wardround check STUDY --full` prints every
@@ -25,16 +27,58 @@ A file (study, sites, `--set`) of more than 2^20 bytes, 50,000 values (aliases w
 the place, whatever it stands for. Code that a study names is called where the site's file [allows
 it](data.md#plug-ins).
 
-This page is generated from the schema (`docs/study_reference.py`).
+This page is generated from the schema (`docs/reference.py`).
+"""
+RESULTS = """# The result files
+
+`wardround run` writes `result.json` and `rounds.jsonl` (a line for each committed round of every arm). Other programs
+may read them: names stay, and a changed or removed one takes another `version`. A file of another version, or with an
+unknown key, is refused with one error; running the study again with the same `--out` writes it anew.
+
+From Python the same is read as frozen values, with the names below as attributes:
+
+```python
+from pathlib import Path
+from wardround.results.files import read_result, read_rounds
+
+result = read_result(Path("out"))  # what wardround.run returned
+result.metrics["federated"]["mean"]["psnr"].value
+result.metric("federated", "mean", "psnr")  # the same; a KeyError where it was not measured
+result.privacy.epsilon if result.privacy else None
+[line.loss for line in read_rounds(Path("out")) if line.arm == "federated"]
+```
+
+`wardround.evaluate` returns the part of it that is measured again (the keys `metric_specs`,
+`metrics`, `gains`, `left_out`, `withheld`, `failed`).
+
+For a spreadsheet, `wardround inspect OUT --csv numbers.csv` writes a row for every number: arm, site (or `mean`,
+`unseen`), metric, value, se, ci_low, ci_high, n, absent. Numbers that are withheld have no row, and `baseline`, which
+holds the first baseline once more, has none either.
+
+Numbers are finite; values, standard errors and intervals are rounded to 6 decimals. Where a site's numbers are `null`,
+`withheld` or `failed` says why ([the report](report.md#numbers-that-are-not-there)).
+
+This page is generated from the schema (`docs/reference.py`).
 """
 
 
-def page() -> str:
-    """The page as Markdown."""
+def pages() -> dict[str, str]:
+    """The pages as Markdown, by name."""
+    schemas = "".join(
+        f"\n## JSON schema of {name}\n\n```json\n{json.dumps(model.model_json_schema(), indent=2)}\n```\n"
+        for name, model in (("result.json", Result), ("a line of rounds.jsonl", RoundLine))
+    )
+    return {
+        "study.md": STUDY + _sections(Study, SitesFile),
+        "results.md": RESULTS + _sections(Result, RoundLine) + schemas,
+    }
+
+
+def _sections(*models: type[BaseModel]) -> str:
     seen: list[type[BaseModel]] = []
-    _collect(Study, seen)
-    _collect(SitesFile, seen)
-    return INTRO + "".join(_section(model) for model in seen)
+    for model in models:
+        _collect(model, seen)
+    return "".join(_section(model) for model in seen)
 
 
 def _collect(model: type[BaseModel], seen: list[type[BaseModel]]) -> None:
@@ -115,4 +159,5 @@ def _limits(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for name, text in pages().items():
+        (DOCS / name).write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ from wardround.federation.methods.build import build_method
 from wardround.federation.methods.method import BUFFERS, Method
 from wardround.federation.methods.personal import STRANGER
 from wardround.federation.policy import Policy
-from wardround.federation.site import Rules
+from wardround.federation.rules import Rules
 from wardround.federation.sums import evaluation_metrics, round_metrics, validation_metrics
 from wardround.federation.training import Workbench
 from wardround.physics.scanners import protocol_features

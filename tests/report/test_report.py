@@ -18,7 +18,7 @@ from wardround.report.answer import answer
 from wardround.report.metrics import Metric
 from wardround.report.pictures import gallery
 from wardround.report.results import load_run
-from wardround.report.terminal import table_of
+from wardround.report.terminal import tables_of
 from wardround.runner.notes import notes_of
 from wardround.tasks.ct_metrics import CT_METRICS
 
@@ -238,8 +238,7 @@ def test_direction_unit_and_label_come_from_the_metric_and_not_from_its_name(tmp
     assert "Training together improved on (−2.0 mm) training alone on average (4 of 4 hospitals gained" in text
     assert "is level with pooling the data" in text
     assert "### Surface distance (mm), lower is better" in card
-    shown = table_of(load_run(out).result)
-    assert shown is not None
+    (shown,) = tables_of(load_run(out).result, 80)
     assert shown.title == "Surface distance in mm on test patients, lower is better"
 
 

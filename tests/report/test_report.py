@@ -242,6 +242,15 @@ def test_direction_unit_and_label_come_from_the_metric_and_not_from_its_name(tmp
     assert shown.title == "Surface distance in mm on test patients, lower is better"
 
 
+def test_what_a_model_leaves_to_its_preset_is_not_none_in_the_card(tmp_path: Path) -> None:
+    study = {**STUDY, "model": {"kind": "modl", "preset": "small", "unrolls": None, "norm": None}}
+    study["protection"] = {"robust": None}
+    out = write_run(tmp_path / "run", study=study, with_pictures=False)
+    lines = write_card(out).read_text(encoding="utf-8").splitlines()
+    assert "- Model: kind modl, preset small" in lines
+    assert "- Protection: robust none" in lines
+
+
 def test_a_run_that_does_not_say_how_its_metrics_are_read_is_refused(tmp_path: Path) -> None:
     for specs in (..., [{"name": "psnr"}], "psnr"):
         with pytest.raises(JournalError, match="does not say how its metrics are read"):

@@ -6,9 +6,9 @@ import io
 from typing import Any
 
 import pytest
+from report_runs import spec
 from rich.cells import cell_len
 from rich.console import Console
-from tests.report.report_runs import spec
 
 from wardround.cli import shared
 
@@ -44,12 +44,15 @@ def test_no_number_is_cut_however_long_the_names(
             assert f" {cell['psnr']['value']:.3f} " in printed
     # Every name is whole where the first column is read downwards.
     first = "".join(line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│"))
-    assert all(first.count(site) == first.count("mean") for site in sites)
+    assert all(first.count(site) == first.count("training") for site in sites)
 
 
 def test_what_fits_is_one_table_with_labels_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = _printed(_result(["Northfield", "Harbour"], EIGHT[3:]), monkeypatch)
+    printed = _printed(_result(["Northfield", "Harbour"], EIGHT[3:5] + EIGHT[6:]), monkeypatch)
     assert printed.count("Northfield") == 1
-    assert all(label in printed for label in ("TV, real image", "Weighted TV", "Alone", "Together", "Pooled"))
+    assert all(label in printed for label in ("TV, real image", "Weighted TV", "Together", "Pooled"))
+    # The words of the report: the mean leaves out sites that did not train.
+    assert "Mean of training sites" in printed
+    assert "Left-out institutions" in printed
     assert _printed(_result(["Northfield"], EIGHT), monkeypatch).count("Northfield") == 2
     assert _printed(_result(["Northfield"], EIGHT), monkeypatch, 120).count("Northfield") == 1

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.table import Table
 
 from wardround.report.metrics import metrics_in
-from wardround.report.results import arm_of
+from wardround.report.results import arm_of, site_title
 from wardround.report.unmeasured import FAILED, WITHHELD
 
 # A label is broken over lines where it is longer; a site's name has this much room, and more where there is more.
@@ -39,8 +39,9 @@ def tables_of(result: Mapping[str, Any], width: int) -> list[Table]:
     better = "higher" if metric.larger_is_better else "lower"
     unit = f" in {metric.unit}" if metric.unit else ""
     title = f"{metric.label}{unit} on test patients, {better} is better"
-    longest = max(map(cell_len, sites))
-    return [_drawn(title, sites, beside, longest, width) for beside in _beside(columns, longest, width)]
+    titles = [site_title(site) for site in sites]
+    longest = max(map(cell_len, titles))
+    return [_drawn(title, titles, beside, longest, width) for beside in _beside(columns, longest, width)]
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Demo:
 
 # Of 10 patients one trains, one validates and eight test: enough for an interval at every hospital. Pooled training
 # would take a third of the time and is no part of the question whether to train together.
-DEMO = Demo("demo", DEMO_SITES, train=10, unseen=8, slices=6, compare=("local",))
+DEMO = Demo("demo", DEMO_SITES, train=10, unseen=8, slices=4, compare=("local",))
 CONTRASTS = Demo("contrasts", CONTRAST_SITES, train=8, unseen=3, slices=12, compare=("local", "pooled"))
 
 

@@ -20,7 +20,7 @@ from wardround.results.metrics import MetricInfo
 from wardround.results.pictures import gallery
 from wardround.results.run import load_run
 from wardround.results.schema import RoundLine
-from wardround.results.terminal import table_of
+from wardround.results.terminal import tables_of
 from wardround.results.views import comparison
 from wardround.runner.notes import notes_of
 from wardround.tasks.ct_metrics import CT_METRICS
@@ -242,9 +242,17 @@ def test_direction_unit_and_label_come_from_the_metric_and_not_from_its_name(tmp
     assert "Training together improved on (−2.0 mm) training alone on average (4 of 4 hospitals gained" in text
     assert "is level with pooling the data" in text
     assert "### Surface distance (mm), lower is better" in card
-    shown = table_of(load_run(out).result)
-    assert shown is not None
+    (shown,) = tables_of(load_run(out).result, 80)
     assert shown.title == "Surface distance in mm on test patients, lower is better"
+
+
+def test_what_a_model_leaves_to_its_preset_is_not_none_in_the_card(tmp_path: Path) -> None:
+    study = {**STUDY, "model": {"kind": "modl", "preset": "small", "unrolls": None, "norm": None}}
+    study["protection"] = {"robust": None}
+    out = write_run(tmp_path / "run", study=study, with_pictures=False)
+    lines = write_card(out).read_text(encoding="utf-8").splitlines()
+    assert "- Model: kind modl, preset small" in lines
+    assert any(line.startswith("- Protection: ") and "robust none" in line for line in lines)
 
 
 def test_a_run_that_does_not_say_how_its_metrics_are_read_is_refused(tmp_path: Path) -> None:
@@ -541,7 +549,7 @@ def test_a_run_in_which_nothing_could_be_measured(tmp_path: Path) -> None:
     assert "This run holds no metrics" in page.text
     assert "The run left no record of its rounds" in page.text
     assert "Research use only" in write_card(out).read_text(encoding="utf-8")
-    assert table_of(load_run(out).result) is None
+    assert tables_of(load_run(out).result, 80) == []
 
 
 def test_a_half_written_last_round_is_left_out(tmp_path: Path) -> None:

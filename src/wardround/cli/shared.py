@@ -132,10 +132,9 @@ def summary(result: Result) -> None:
 
 def results(measured: Measured) -> None:
     """Print the table of the results, and which sites are lacking in it and why."""
-    from wardround.results.terminal import lacking_in, table_of
+    from wardround.results.terminal import lacking_in, tables_of
 
-    table = table_of(measured)
-    if table is not None:
+    for table in tables_of(measured, console.width):
         console.print(table)
     for line in lacking_in(measured):
         say(line)

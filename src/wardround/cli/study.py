@@ -73,9 +73,13 @@ def demo(
         bool,
         typer.Option("--contrasts", help="Another kind of scan at every hospital: training together does not help."),
     ] = False,
+    processes: ProcessesOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Make phantoms of patients for made-up hospitals; most train, alone, together and pooled, one only tests."""
+    """Make phantoms of patients for made-up hospitals; most train, alone and together, one only tests.
+
+    With --contrasts they also train on all data pooled.
+    """
     from wardround.runner.demo import CONTRASTS, DEMO, demo_study
     from wardround.runner.folder import reserve
     from wardround.runner.session import run as run_study
@@ -83,10 +87,12 @@ def demo(
     chosen = CONTRASTS if contrasts else DEMO
     folder = out or Path("runs") / chosen.name
     reserve(folder)
-    say(f"Making phantoms: {chosen.total} made-up patients of {len(chosen.sites)} hospitals, each with its own scanner")
+    if not quiet:
+        hospitals = f"{len(chosen.sites)} hospitals, each with its own scanner"
+        say(f"Making phantoms: {chosen.total} made-up patients of {hospitals}")
     with watching(quiet) as watcher:
         study, sites = demo_study(folder / "data", overrides or [], demo=chosen, phase=watcher.phase)
-        result = run_study(study, sites, folder, compare=["local", "pooled"], watcher=watcher)
+        result = run_study(study, sites, folder, compare=chosen.compare, processes=processes, watcher=watcher)
     summary(result)
     say(study.description)
 

@@ -118,8 +118,9 @@ def _training(run: Run) -> list[str]:
     # A task of one's own builds its own model: that of the study file is none of it.
     own = isinstance(run.study.task, CustomTask)
     for section in ("task" if own else "model", "method", "local", "schedule", "protection"):
-        settings = ", ".join(f"{key} {value}" for key, value in flat(study[section]))
-        lines.append(f"{section.capitalize()}: {settings}")
+        # What a study leaves to the model's preset is not "none".
+        shown = {key: value for key, value in study[section].items() if section != "model" or value is not None}
+        lines.append(f"{section.capitalize()}: {', '.join(f'{key} {value}' for key, value in flat(shown))}")
     up, down = human_bytes(result.traffic.bytes_up), human_bytes(result.traffic.bytes_down)
     lines.append(f"Traffic: {up} from the sites, {down} to the sites")
     lines.append(f"Time: {human_seconds(result.seconds.total)}")

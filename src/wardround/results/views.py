@@ -13,7 +13,7 @@ from wardround.results.answer import Gain, left_out_gains, mean_gain, site_gains
 from wardround.results.figures import Curve, Curves
 from wardround.results.metrics import MetricInfo
 from wardround.results.patients import Points, points_of
-from wardround.results.run import FAILED, SMALL_N, WITHHELD, Arm, Run, Unmeasured
+from wardround.results.run import FAILED, SMALL_N, WITHHELD, Arm, Run, Unmeasured, site_title
 from wardround.results.schema import AGGREGATES, Estimate, RoundLine
 from wardround.results.units import in_rounds, protocol, ranges
 from wardround.tasks.estimates import LEAST_PATIENTS
@@ -71,11 +71,6 @@ class GainTable:
     paired: bool
     any_worse: bool
     shows_pooled: bool = False
-
-
-def site_title(key: str) -> str:
-    """A site's name, or the words for an aggregate of sites."""
-    return {"mean": "Mean of training sites", "unseen": "Left-out institutions"}.get(key, key)
 
 
 def comparison(run: Run, metric: MetricInfo) -> tuple[SiteView, ...]:

@@ -30,6 +30,7 @@ from wardround.federation.refusals import refusal
 from wardround.federation.store import Memory, SiteStore
 from wardround.federation.sums import LOSS, SECONDS, validation_sums
 from wardround.federation.training import Learner
+from wardround.federation.voids import VoidRounds
 from wardround.protection.compression import PLAIN, Codec
 from wardround.protection.gates import check_body
 from wardround.protection.rounding import kept_root, rounding
@@ -44,8 +45,6 @@ from wardround.wire.update import Layout, encode, limits
 
 Array = npt.NDArray[Any]
 log = logging.getLogger(__name__)
-# Void rounds that a site believes in beyond as many as the study has rounds: three in a row already stop a run.
-_MOST_VOID = 100
 # The scales of the last round that a site was asked for.
 _SCALES = "scales"
 
@@ -114,7 +113,7 @@ class Rules:
 
     With `lint` it looks at every model before it trains on it (`Inspector`), and lets up to `catch_up` rounds that it
     missed explain a move. `rounds` is how many there are, where that is known, with one more for each void one where
-    that `extends` the study. It measures the model of the `arm`, and the `baselines`. Scales start at `initial_scale`,
+    that `extends` the study; there are void ones only where updates are summed `masked`. It measures the model of the `arm`, and the `baselines`. Scales start at `initial_scale`,
     or higher where the state before round 1, `initial` by group and tensor, says so. Updates are rounded from
     `rounding_root`; without one, from a root that the operating system gives and that stays in the site's store.
     """
@@ -130,7 +129,8 @@ class Rules:
     catch_up: int = 0
     initial_scale: float = 0.2
     rounds: int | None = None
-    extends: bool = True
+    extends: bool = False
+    masked: bool = False
     arm: str = ""
     baselines: frozenset[str] = frozenset()
     initial: Mapping[str, Array] = field(default_factory=dict, repr=False)
@@ -158,6 +158,7 @@ class Site:
         self.store = store
         self.folder = folder
         self.minutes = SiteMinutes(name, _record(name, rules.identity, store))
+        self.voids = VoidRounds(store)
         self._make_learner = learner
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
@@ -317,6 +318,11 @@ class Site:
             )
         if any(number < 1 for number in _void(header)):
             raise WireError("a message names void rounds that no study has")
+        if _void(header) and not self.rules.masked:
+            raise Rejected(
+                f"a request to site {self.name} names void rounds, and an arm without a secure sum has none; a "
+                "coordinator of this version sends no such request"
+            )
         self._check_end(header)
         self.minutes.check(header, last)
 
@@ -326,7 +332,7 @@ class Site:
         rules = self.rules
         if rules.rounds is None:
             return
-        end = rules.rounds + (min(len(_void(header)), rules.rounds + _MOST_VOID) if rules.extends else 0)
+        end = rules.rounds + (self.voids.believed(header, _void(header)) if rules.extends else 0)
         if header.round > end:
             raise Rejected(f"site {self.name} is asked for round {header.round}, and the study ends with round {end}")
 

@@ -164,7 +164,7 @@ class Blueprints:
             validate_every=schedule.validate_every,
             release=schedule.release,
             keep=schedule.keep,
-            extends=self.study.protection.privacy is None,
+            extends=self._extends(blueprint.arm),
             initial=self._initial(blueprint),
         )
 
@@ -198,12 +198,17 @@ class Blueprints:
             catch_up=catch_up,
             initial_scale=study.protection.initial_scale,
             rounds=study.schedule.rounds,
-            extends=study.protection.privacy is None,
+            extends=self._extends(blueprint.arm),
+            masked=blueprint.arm.masked(study),
             arm=name,
             baselines=frozenset(study.baselines),
             initial=self._initial(blueprint),
             rounding_root=rounding_root,
         )
+
+    def _extends(self, arm: Arm) -> bool:
+        """Whether a void round comes on top of the study's; with privacy it is paid for."""
+        return arm.masked(self.study) and self.study.protection.privacy is None
 
     def _initial(self, blueprint: Blueprint) -> dict[str, npt.NDArray[Any]]:
         """The state of an arm before round 1, what sites get and what the coordinator keeps."""

@@ -111,6 +111,8 @@ SECURE = Setting(("A", "B", "C", "D"), numbers=40, threshold=3)
 class Known:
     """A learner whose update is known. `spoil` spoils what it learns next; `trained` are the rounds it worked in."""
 
+    weighs_by_validation = False
+
     class dataset:
         @staticmethod
         def fingerprint() -> str:

@@ -10,8 +10,9 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
@@ -45,6 +46,7 @@ from wardround.wire.update import Layout, encode, limits
 
 Array = npt.NDArray[Any]
 log = logging.getLogger(__name__)
+_EACH = {"test": "an arm", "validation": "a round", "weight": "a round"}
 # The scales of the last round that a site was asked for.
 _SCALES = "scales"
 
@@ -245,6 +247,8 @@ class Site:
         learner = self.learner
         inspector = self._inspector
         seen = None if inspector is None else inspector.check(header.round, public, learner)
+        if learner.weighs_by_validation:
+            self._weigh(header, learner)
         learner.load(public, memory)
         metrics: dict[str, Any] = {}
         if header.meta.get("validate"):
@@ -392,12 +396,25 @@ class Site:
             self._measure_once("validation", header.round, header.body_sha256)
         return state
 
-    def _measure_once(self, split: Split, number: int, model: str) -> None:
-        if self.store.promise(f"measured/{split}", number, model) != model:
-            each = "an arm" if split == "test" else "a round"
+    def _weigh(self, header: Header, learner: Learner) -> None:
+        """Raise unless a weight by validation loss may leave: it is a mean over the validation patients, of the model
+        that the site trains, so it leaves by the rules of their sums, and one a round."""
+        patients = np.empty(learner.dataset.patients("validation"))
+        if (why := self._own.withheld("validation", {LOSS: patients}, learner.dataset)) is not None:
+            raise Withheld(
+                f"site {self.name} withholds its weight, which method.weights=validation makes from the loss of its "
+                f"validation patients: {why}. Give the study method.weights=samples or equal, or the site more "
+                "validation patients"
+            )
+        # What is trained follows from the start, the round and, by the void rounds, what the site remembers.
+        self._measure_once("weight", header.round, digest([header.body_sha256, sorted(_void(header))]))
+
+    def _measure_once(self, what: Literal["test", "validation", "weight"], number: int, model: str) -> None:
+        if self.store.promise(f"measured/{what}", number, model) != model:
+            gives = "one weight by validation loss" if what == "weight" else f"{what} sums of one model"
             raise Rejected(
-                f"site {self.name} has measured another model: it gives {split} sums of one model of {each}. To "
-                "measure others, start a run in another folder"
+                f"site {self.name} has measured another model: it gives {gives} of {_EACH[what]}. To measure others, "
+                "start a run in another folder"
             )
 
     def _release(self, request: Message) -> Answer:

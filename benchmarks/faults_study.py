@@ -69,9 +69,7 @@ class Setting:
         # What is trained here has no network to look at.
         layouts = (self.layout, self.layout, self.layout)
         masked = self.threshold is not None
-        return Rules(
-            STUDY, *layouts, 0, SEED, lint=False, initial_scale=1.0, masked=masked, rounding_root=ROOT
-        )
+        return Rules(STUDY, *layouts, 0, SEED, lint=False, initial_scale=1.0, masked=masked, rounding_root=ROOT)
 
     @cached_property
     def plan(self) -> Plan:

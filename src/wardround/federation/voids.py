@@ -43,7 +43,7 @@ class VoidRounds:
         self._store.set_fact(_FACT, value, durable=False)
 
     def believed(self, header: Header, said: Set[int]) -> int:
-        """How many of the rounds that a request says are void count: those that were seen, and up to `UNSEEN` others."""
+        """How many rounds of those that a request says are void count: the ones seen, and up to `UNSEEN` others."""
         last, before, void = self._known()
         seen = void & said
         if last in said and last < header.round and self._start(header) == before:

@@ -43,9 +43,9 @@ class _Loader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, token_class: type[yaml.Token]) -> None:
         """Open a bracket as the library does; it reads a thousand ahead, each slower than the one before."""
         if self.flow_level >= MAX_DEPTH:
-            mark: Any = self.get_mark()  # type: ignore[no-untyped-call]
+            mark: Any = self.get_mark()
             raise yaml.MarkedYAMLError(problem=_DEEP, problem_mark=mark)
-        super().fetch_flow_collection_start(token_class)  # type: ignore[no-untyped-call]
+        super().fetch_flow_collection_start(token_class)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Make a dictionary as the library does, of keys that are text or short."""

@@ -77,6 +77,31 @@ def test_rounds_that_the_site_saw_to_be_void_all_count(tmp_path: Path) -> None:
     assert f"{ENDS} {8 + UNSEEN}" in offer(secure, 8 + UNSEEN + 1, list(range(1, 100)), "another model")
 
 
+def evaluated(secure: SecureRig, state: State, number: int) -> None:
+    """A masked validation of a model under a number of the coordinator's choice, after two void rounds."""
+    meta = {"split": "validation", "void": [1, 2]}
+    secure.coordinator._run(secure.coordinator._call(EVALUATE, state, number, meta, secure.blueprint.metrics_layout))
+
+
+def test_rounds_that_are_repeated_buy_no_validations(tmp_path: Path) -> None:
+    """The attack: the same round again and again, and under each number a validation of another model."""
+    secure = SecureRig(study_of(rounds=2, schedule={"validate_every": 0}), tmp_path)
+    secure.line.lose = lambda m: m.header.kind == SIGN and m.header.site in "AB" and m.header.round < 3
+    secure.train()
+    state, site = secure.journal.latest(), secure.sites["A"]
+    assert state is not None
+    assert site.voids.saw(1)
+    assert site.voids.saw(2)
+    for number in (1, 2):
+        with pytest.raises(NotEnoughSites, match=f"asked to validate round {number}, which was void"):
+            evaluated(secure, state, number)
+    assert f"{ENDS} 4" in offer(secure, 5, [1, 2])
+    # Validated first, a round is no void one when it is done again: the number is spent.
+    evaluated(secure, state, 4)
+    site.voids.answered(5, site.voids._known()[1])
+    assert not site.voids.saw(4)
+
+
 def test_a_site_believes_a_few_rounds_that_it_was_away_from(tmp_path: Path) -> None:
     secure = SecureRig(study_of(rounds=3), tmp_path)
     object.__setattr__(secure.sites["D"].rules, "catch_up", 3)

@@ -394,6 +394,8 @@ class Site:
             how = [header.meta.get("evaluator"), bool(header.meta.get("unknown_site")), header.round]
             self._measure_once("test", 0, digest([header.body_sha256, *how]))
         else:
+            if self.voids.saw(header.round):
+                raise Rejected(f"site {self.name} is asked to validate round {header.round}, which was void")
             self._measure_once("validation", header.round, header.body_sha256)
         return state
 

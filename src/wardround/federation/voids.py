@@ -3,7 +3,8 @@
 The number of a void round of a secure sum is used up, and the study ends one number later. That a round is void is the
 coordinator's word, and with it further rounds and validations could be had. But an honest coordinator goes on after a
 void round from the same model. So a number counts where the next round that the site sent a masked update of began from
-the very model that this one began from: all that the coordinator gets for it is the same round again.
+the very model that this one began from: all that the coordinator gets for it is the same round again. A void round has
+no model, so none is validated under its number.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ OFFER = "sum/advertise"
 # Void rounds of a study that a site believes in without having seen them, because it was away or its update was lost:
 # as many as stop a run when they come in a row.
 UNSEEN = 3
+# The promise of which model the site validated as that of a round.
+VALIDATED = "measured/validation"
 _FACT = "void rounds"
 
 
@@ -37,7 +40,7 @@ class VoidRounds:
         Not durable by itself: the answer is, and with it what was written before.
         """
         last, before, void = self._known()
-        if last < number and before == start:
+        if last < number and before == start and not self._validated(last):
             void = void | {last}
         value = json.dumps({"last": number, "start": start, "void": sorted(void)})
         self._store.set_fact(_FACT, value, durable=False)
@@ -46,9 +49,18 @@ class VoidRounds:
         """How many rounds of those that a request says are void count: the ones seen, and up to `UNSEEN` others."""
         last, before, void = self._known()
         seen = void & said
-        if last in said and last < header.round and self._start(header) == before:
+        repeated = last < header.round and self._start(header) == before
+        if last in said and repeated and not self._validated(last):
             seen |= {last}
         return len(seen) + min(len(said - seen), UNSEEN)
+
+    def saw(self, number: int) -> bool:
+        """Whether round `number` came to nothing, as far as the site can tell."""
+        return number in self._known()[2]
+
+    def _validated(self, number: int) -> bool:
+        """Whether a model was validated as that of round `number`, or of a later one: then it was not void."""
+        return self._store.promised(VALIDATED) >= number
 
     def _start(self, header: Header) -> str:
         """The model from which the round that a request belongs to begins, where that is known; else nothing."""

@@ -67,16 +67,26 @@ class Setting:
     def rules(self) -> Rules:
         """Of a site."""
         # What is trained here has no network to look at.
-        return Rules(
-            STUDY, self.layout, self.layout, self.layout, 0, SEED, lint=False, initial_scale=1.0, rounding_root=ROOT
-        )
+        layouts = (self.layout, self.layout, self.layout)
+        masked = self.threshold is not None
+        return Rules(STUDY, *layouts, 0, SEED, lint=False, initial_scale=1.0, masked=masked, rounding_root=ROOT)
 
     @cached_property
     def plan(self) -> Plan:
         """Of the coordinator: in the clear every site must answer, under masks as many as the threshold."""
         least = self.threshold or len(self.names)
         return Plan(
-            ARM, STUDY, self.names, ROUNDS, least, self.layout, self.layout, 1.0, validate_every=0, release="last"
+            ARM,
+            STUDY,
+            self.names,
+            ROUNDS,
+            least,
+            self.layout,
+            self.layout,
+            1.0,
+            validate_every=0,
+            release="last",
+            extends=self.threshold is not None,
         )
 
     def nothing(self) -> npt.NDArray[np.float32]:
@@ -98,6 +108,8 @@ SECURE = Setting(("A", "B", "C", "D"), numbers=40, threshold=3)
 
 class Known:
     """A learner whose update is known. `spoil` spoils what it learns next; `trained` are the rounds it worked in."""
+
+    weighs_by_validation = False
 
     class dataset:
         @staticmethod

@@ -51,6 +51,8 @@ def empty_round(rounds: int) -> tuple[list[float], list[float]]:
     class NoTraining:
         """A learner that has learned already."""
 
+        weighs_by_validation = False
+
         class dataset:
             @staticmethod
             def fingerprint() -> str:

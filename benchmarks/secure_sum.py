@@ -149,6 +149,8 @@ def at_the_seam(count: int, values: int) -> dict[str, float]:
     class NoTraining:
         """A learner that has learned already."""
 
+        weighs_by_validation = False
+
         class dataset:
             @staticmethod
             def fingerprint() -> str:

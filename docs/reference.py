@@ -23,7 +23,7 @@ A study is one YAML file that holds everything that decides the result. Unknown 
 and the fix. `--set a.b=value` overrides a key before the study is hashed; `wardround check STUDY --full` prints every
 default. Where a site's data lie is never in it: the [sites file](#sitesfile) says that.
 
-A file (study, sites, `--set`) of more than 2^20 bytes, 50,000 values (aliases written out) or 16 levels is refused with
+A file (study, sites, `--set`) of more than 2^20 bytes, 32,000 values (aliases written out) or 16 levels is refused with
 the place, whatever it stands for. Code that a study names is called where the site's file [allows
 it](data.md#plug-ins).
 

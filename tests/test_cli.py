@@ -308,6 +308,11 @@ def test_check_says_what_leaves_and_what_a_site_keeps(data: Path, tmp_path: Path
     assert "No validation patient at Alpha, Beta." in empty
     assert "Sums over validation patients stay" not in empty
     assert "Sums over validation patients stay at Alpha" in said(minimum_cohort=2)
+    weighed = ("--set", "method.weights=validation")
+    assert "Alpha (fewer patients than egress.minimum_cohort), Beta" in said(*weighed, minimum_cohort=2)
+    assert "will refuse every round" in said(*weighed, minimum_cohort=2)
+    for fine in (said(*weighed), said(minimum_cohort=2)):
+        assert "will refuse every round" not in fine
 
 
 def test_check_adds_up_the_traffic(data: Path, tmp_path: Path) -> None:

@@ -191,12 +191,6 @@ def test_a_number_beyond_the_study_is_refused_and_a_long_absence_explains_nothin
     assert ask(rig, far, 40).header.kind == UPDATE
     events = [e for e in site.minutes.record.entries() if e.event == "security"]
     assert "in 1 round; 39 are said to lie" in events[-1].payload["reason"]
-    # Void rounds come on top, as many as may be.
-    call = rig.coordinator._call(TRAIN, state, 41, {"keep": [], "validate": False, "void": [7]}, rig.blueprint.layout)
-    assert "the study ends" not in str(site.handle(call.message("A")).header.meta.get("reason"))
-    lies = {"keep": [], "validate": False, "void": list(range(1, 10_000))}
-    call = rig.coordinator._call(TRAIN, state, 10_000, lies, rig.blueprint.layout)
-    assert "the study ends with round 180" in site.handle(call.message("A")).header.meta["reason"]
 
 
 def away(site: Site, rounds: int) -> None:

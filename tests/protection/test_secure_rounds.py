@@ -43,6 +43,11 @@ def study_of(rounds: int = 3, **changes: Any) -> Study:
     return toy_study(SITES, schedule=schedule, protection=protection, **changes)
 
 
+def masked(study: Study) -> Study:
+    """The same study, summed securely."""
+    return study.model_copy(update={"protection": study.protection.model_copy(update={"secure": True})})
+
+
 class Faulty:
     """An engine that loses the replies to some messages; the site has answered, or never heard, as `heard` says."""
 
@@ -69,7 +74,7 @@ class SecureRig(Rig):
 
     def __init__(self, study: Study, folder: Path) -> None:
         super().__init__(
-            study,
+            masked(study),
             folder,
             protocol=lambda call: SecureSum(call, self.roster(), THRESHOLD, self.journal),
             site_protocol=lambda name: SecureUpload(THRESHOLD, self.roster),

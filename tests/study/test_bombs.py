@@ -14,9 +14,10 @@ from wardround.errors import DataError, StudyError
 from wardround.runner.release import FORMAT, study_of
 from wardround.study.load import load_study
 from wardround.study.sites import load_sites
-from wardround.study.yaml_text import MAX_BYTES, parse_yaml
+from wardround.study.yaml_text import MAX_BYTES, MAX_VALUES, _Loader, parse_yaml
 from wardround.wire.canonical import MAX_DEPTH
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 HEAD = "name: gift\nsites: {A: {}}\n"
 # Ten levels of ten: 10^10 values in half a kilobyte.
 BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10 if n else ['x'] * 10)}]\n" for n in range(10))
@@ -24,9 +25,12 @@ BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10 if n else ['x'] * 1
 MERGED = "m0: &m0 {x: 1}\n" + "".join(
     f"m{n}: &m{n} {{k{n}: 0, <<: [{', '.join([f'*m{n - 1}'] * 10)}]}}\n" for n in range(1, 10)
 )
+# One place of a dictionary for all of them.
+COLLIDING = ", ".join(f"{number * (2**61 - 1)}: 1" for number in range(1, 4))
+PLAIN_KEY = "a key that is no text and longer than 15 characters"
 CASES: dict[str, tuple[str, str]] = {
-    "aliases": (HEAD + BOMB, "more than 50,000 values, with every alias written out"),
-    "merged keys": (HEAD + MERGED, "more than 50,000 values"),
+    "aliases": (HEAD + BOMB, "more than 32,000 values, with every alias written out"),
+    "merged keys": (HEAD + MERGED, "more than 32,000 values"),
     "brackets": (HEAD + "task: " + "[" * 20_000, "nested deeper than 16 levels"),
     "braces": (HEAD + "task: " + "{a: " * 5_000, "nested deeper than 16 levels"),
     "indents": ("\n".join(" " * n + "a:" for n in range(500)), "nested deeper than 16 levels"),
@@ -38,6 +42,10 @@ CASES: dict[str, tuple[str, str]] = {
     "itself": (HEAD + "task: &a [*a]\n", "an alias stands inside of what it repeats"),
     "itself in a key": (HEAD + "task: &a {b: {c: *a}}\n", "an alias stands inside of what it repeats"),
     "base 60": (HEAD + "seed: 1" + ":1" * 5_000, "a whole number of more than 64 characters"),
+    "colliding keys": (HEAD + f"task: {{{COLLIDING}}}\n", PLAIN_KEY),
+    "colliding keys in a block": (HEAD + "task:\n  " + COLLIDING.replace(", ", "\n  "), PLAIN_KEY),
+    "colliding keys of a set": (HEAD + f"task: !!set {{{COLLIDING}}}\n", PLAIN_KEY),
+    "colliding keys merged": (HEAD + f"task: {{<<: {{{COLLIDING}}}}}\n", PLAIN_KEY),
     "long": (HEAD + "#" * MAX_BYTES, "longer than 1,048,576 bytes"),
 }
 
@@ -53,6 +61,35 @@ def test_a_bomb_is_one_error_with_its_place(tmp_path: Path, case: str, read: Cal
     assert len(str(caught.value)) < 400
     if case != "long":
         assert "(line " in str(caught.value)
+
+
+@pytest.mark.parametrize("opened", ["[", "{", "[[{", "{a: ", "- [", "? ["])
+def test_open_brackets_are_not_read_to_their_end(monkeypatch: pytest.MonkeyPatch, opened: str) -> None:
+    """The library reads a thousand characters ahead, and looks at all open brackets for each."""
+    steps = []
+    fetch = _Loader.fetch_more_tokens
+    monkeypatch.setattr(_Loader, "fetch_more_tokens", lambda self: (steps.append(1), fetch(self))[1])
+    with pytest.raises(StudyError, match="nested deeper than 16 levels"):
+        parse_yaml(opened * (200_000 // len(opened)), "text")
+    assert len(steps) < 4 * MAX_DEPTH
+
+
+def test_brackets_in_texts_and_comments_open_nothing() -> None:
+    many = "[" * (MAX_DEPTH + 1)
+    text = f"a: \"{many}\" # {many}\nb: x{many}\nc: |\n  {many}\nd: '{many}'\n"
+    assert parse_yaml(text, "text") == {"a": many, "b": f"x{many}", "c": f"{many}\n", "d": many}
+    assert parse_yaml("123456789012345: 1\n2024-05-01: 2\n1.5: 3\n", "text").keys() >= {123456789012345, 1.5}
+
+
+def test_a_study_of_500_sites_has_fewer_values_than_are_read() -> None:
+    def count(value: Any) -> int:
+        if isinstance(value, dict):
+            return 1 + sum(1 + count(part) for part in value.values())
+        return 1 + sum(map(count, value)) if isinstance(value, list) else 1
+
+    study = load_study(EXAMPLES / "luad-ct.yaml").model_dump(mode="json")
+    site = max(1 + count(site) for site in study["sites"].values())
+    assert 500 * site + count(study) < MAX_VALUES
 
 
 def test_values_are_counted_without_aliases_too(monkeypatch: pytest.MonkeyPatch) -> None:

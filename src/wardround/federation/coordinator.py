@@ -57,8 +57,9 @@ class Plan:
     validate_every: int = 1
     release: str = "best"
     keep: int = 2
-    #: Whether void rounds come on top of `rounds`. With privacy they are paid for, and the budget is for `rounds`.
-    extends: bool = True
+    #: Whether void rounds, which only a secure sum has, come on top of `rounds`. With privacy they are paid for, and
+    #: the budget is for `rounds`.
+    extends: bool = False
     #: The state before round 1, by group and tensor: it says where scales start.
     initial: Mapping[str, Array] = field(default_factory=dict)
 

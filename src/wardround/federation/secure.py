@@ -32,6 +32,7 @@ from wardround.federation.exchange import (
 from wardround.federation.history import MASKED, Joined, MaskedHistory
 from wardround.federation.journal import Journal, survivors_of
 from wardround.federation.site import Answer, Site
+from wardround.federation.voids import OFFER
 from wardround.protection.gates import check_masked, check_reply
 from wardround.protection.secure_coordinator import CoordinatorSession, Unrecoverable
 from wardround.protection.secure_site import SiteSession
@@ -55,7 +56,7 @@ from wardround.wire.update import Aggregate
 
 log = logging.getLogger(__name__)
 
-ADVERTISE, ADVERT = "sum/advertise", "sum/advert"
+ADVERTISE, ADVERT = OFFER, "sum/advert"
 SHARE, SHARES = "sum/share", "sum/shares"
 SIGN, CONSENT = "sum/sign", "sum/consent"
 REVEAL, REVEALED = "sum/reveal", "sum/revealed"
@@ -370,6 +371,7 @@ class SecureUpload:
                 update, layout = site.measure(request)
             else:
                 (update, memory, keep), layout = site.work(request), site.rules.layout
+                site.voids.answered(header.round, session.context.model)
             chunks = MaskStream(masks, layout.segments).masked(update)
             return Answer(site.reply_with(request, UPDATE, chunks, layout), memory, keep)
         except BaseException:

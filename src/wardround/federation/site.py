@@ -10,8 +10,9 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
@@ -31,6 +32,7 @@ from wardround.federation.rules import Rules
 from wardround.federation.store import Memory, SiteStore
 from wardround.federation.sums import LOSS, SECONDS, validation_sums
 from wardround.federation.training import Learner
+from wardround.federation.voids import VoidRounds
 from wardround.protection.gates import check_body
 from wardround.protection.rounding import kept_root, rounding
 from wardround.tasks.task import Split
@@ -44,6 +46,7 @@ from wardround.wire.update import Layout, encode, limits
 
 Array = npt.NDArray[Any]
 log = logging.getLogger(__name__)
+_EACH = {"test": "an arm", "validation": "a round", "weight": "a round"}
 # The scales of the last round that a site answered.
 _SCALES = "scales"
 
@@ -127,6 +130,7 @@ class Site:
         self.store = store
         self.folder = folder
         self.minutes = SiteMinutes(name, _record(name, rules.identity, store))
+        self.voids = VoidRounds(store)
         self._make_learner = learner
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
@@ -216,6 +220,8 @@ class Site:
         learner = self.learner
         inspector = self._inspector
         seen = None if inspector is None else inspector.check(header.round, public, learner)
+        if learner.weighs_by_validation:
+            self._weigh(header, learner)
         learner.load(public, memory)
         metrics: dict[str, Any] = {}
         if header.meta.get("validate"):
@@ -280,14 +286,22 @@ class Site:
             )
         if any(number < 1 for number in _void(header)):
             raise WireError("a message names void rounds that no study has")
+        if _void(header) and not self.rules.masked:
+            raise Rejected(
+                f"a request to site {self.name} names void rounds, and an arm without a secure sum has none; a "
+                "coordinator of this version sends no such request"
+            )
         self._check_end(header)
         self.minutes.check(header, last)
 
     def _check_end(self, header: Header) -> None:
         """Refuse a round after the study's last, whatever is asked: a number too high would explain any move of the
         model, buy one more validation, or be the last that the site answers."""
-        end = self.rules.last_round(_void(header))
-        if end is not None and header.round > end:
+        rules = self.rules
+        if rules.rounds is None:
+            return
+        end = rules.rounds + (self.voids.believed(header, _void(header)) if rules.extends else 0)
+        if header.round > end:
             raise Rejected(f"site {self.name} is asked for round {header.round}, and the study ends with round {end}")
 
     def _answer(self, request: Message) -> Answer:
@@ -343,15 +357,30 @@ class Site:
             how = [header.meta.get("evaluator"), bool(header.meta.get("unknown_site")), header.round]
             self._measure_once("test", 0, digest([header.body_sha256, *how]))
         else:
+            if self.voids.saw(header.round):
+                raise Rejected(f"site {self.name} is asked to validate round {header.round}, which was void")
             self._measure_once("validation", header.round, header.body_sha256)
         return state
 
-    def _measure_once(self, split: Split, number: int, model: str) -> None:
-        if self.store.promise(f"measured/{split}", number, model) != model:
-            each = "an arm" if split == "test" else "a round"
+    def _weigh(self, header: Header, learner: Learner) -> None:
+        """Raise unless a weight by validation loss may leave: it is a mean over the validation patients, of the model
+        that the site trains, so it leaves by the rules of their sums, and one a round."""
+        patients = np.empty(learner.dataset.patients("validation"))
+        if (why := self._own.withheld("validation", {LOSS: patients}, learner.dataset)) is not None:
+            raise Withheld(
+                f"site {self.name} withholds its weight, which method.weights=validation makes from the loss of its "
+                f"validation patients: {why}. Give the study method.weights=samples or equal, or the site more "
+                "validation patients"
+            )
+        # What is trained follows from the start, the round and, by the void rounds, what the site remembers.
+        self._measure_once("weight", header.round, digest([header.body_sha256, sorted(_void(header))]))
+
+    def _measure_once(self, what: Literal["test", "validation", "weight"], number: int, model: str) -> None:
+        if self.store.promise(f"measured/{what}", number, model) != model:
+            gives = "one weight by validation loss" if what == "weight" else f"{what} sums of one model"
             raise Rejected(
-                f"site {self.name} has measured another model: it gives {split} sums of one model of {each}. To "
-                "measure others, start a run in another folder"
+                f"site {self.name} has measured another model: it gives {gives} of {_EACH[what]}. To measure others, "
+                "start a run in another folder"
             )
 
     def _release(self, request: Message) -> Answer:

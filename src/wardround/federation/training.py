@@ -168,6 +168,11 @@ class Learner:
         return local_reach(self._local)
 
     @property
+    def weighs_by_validation(self) -> bool:
+        """Whether the site's weight is made from its loss on validation patients, of whom there are some."""
+        return self._method.weights == "validation" and self.dataset.patients("validation") > 0
+
+    @property
     def least_weights(self) -> dict[str, float]:
         """The smallest weights that the site can have in a round, known before it trains."""
         worst = math.inf if self._method.weights == "validation" else None
@@ -292,7 +297,7 @@ class Learner:
 
     @torch.no_grad()
     def _validation_loss(self) -> float | None:
-        if self._method.weights != "validation" or not self.dataset.patients("validation"):
+        if not self.weighs_by_validation:
             return None
         self._bench.model.eval()
         losses = [float(self.task.loss(self._bench.model, b)) for _, b in self.dataset.evaluation("validation")]

@@ -42,9 +42,13 @@ class Arm:
 
         An arm of one site has no other site to be summed with. Raises `StudyError` for a federation that is too small.
         """
-        if not study.protection.secure or len(self.sites) == 1:
+        if not self.masked(study):
             return None
         return study.protection.threshold_for(len(self.sites))
+
+    def masked(self, study: Study) -> bool:
+        """Whether the arm's updates are summed under masks."""
+        return study.protection.secure and len(self.sites) > 1
 
     def inside(self, study: Study) -> bool:
         """Whether a site trains the arm by itself: what came out of it would give away its share of a masked sum."""

@@ -166,7 +166,7 @@ class Blueprints:
             validate_every=schedule.validate_every,
             release=schedule.release,
             keep=schedule.keep,
-            extends=self.study.protection.privacy is None,
+            extends=self._extends(blueprint.arm),
             initial=self._start(blueprint),
         )
 
@@ -200,12 +200,17 @@ class Blueprints:
             catch_up=catch_up,
             initial_scale=study.protection.initial_scale,
             rounds=study.schedule.rounds,
-            extends=study.protection.privacy is None,
+            extends=self._extends(blueprint.arm),
+            masked=blueprint.arm.masked(study),
             arm=name,
             baselines=frozenset(study.baselines),
             initial=self._start(blueprint),
             rounding_root=rounding_root,
         )
+
+    def _extends(self, arm: Arm) -> bool:
+        """Whether a void round comes on top of the study's; with privacy it is paid for."""
+        return arm.masked(self.study) and self.study.protection.privacy is None
 
     def _start(self, blueprint: Blueprint) -> Mapping[str, Array]:
         """The state of an arm before round 1, what sites get and what the coordinator keeps: one for all its sites."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from wardround.federation.patients import REFERENCE
+from wardround.federation.sums import LOSS
 from wardround.federation.training import patients_in
 from wardround.results.units import human_bytes, protocol
 from wardround.runner.blueprints import Blueprint
@@ -340,6 +341,8 @@ def _cautions(host: Host) -> Iterator[str]:
     few: list[str] = []
     silent: list[str] = []
     thin: list[str] = []
+    weightless: list[str] = []
+    weighed = getattr(host.study.method, "weights", None) == "validation"
     for name, site in host.study.sites.items():
         counts = patients_in(host.dataset(name))
         splits: tuple[Split, ...] = ("validation", "test")
@@ -351,6 +354,9 @@ def _cautions(host: Host) -> Iterator[str]:
         why = _withheld(host, name, counts["validation"])
         if why is not None and counts["validation"] and site.role == "train":
             silent.append(f"{name} ({why})")
+        why = host.egress(name).refusal({LOSS: range(counts["validation"])})
+        if weighed and why is not None and counts["validation"] and site.role == "train":
+            weightless.append(f"{name} ({why})")
         if 0 < counts["train"] < host.egress(name).minimum_cohort and site.role == "train":
             thin.append(name)
         if 1 < counts["test"] < 10:
@@ -363,6 +369,11 @@ def _cautions(host: Host) -> Iterator[str]:
     lines += [f"No {split} patient at {', '.join(names)}." for split, names in absent.items() if names]
     if silent:
         lines.append(f"Sums over validation patients stay at {', '.join(silent)}: the mean is over the other sites.")
+    if weightless:
+        lines.append(
+            f"method.weights=validation, and {', '.join(weightless)} will refuse every round: the weight is made from "
+            "the loss of the site's validation patients. Give it more of them, or the study weights=samples or equal."
+        )
     if thin:
         lines.append(
             f"{', '.join(thin)}: fewer training patients than egress.minimum_cohort. The update and its loss leave all "

@@ -99,7 +99,7 @@ class ClearUpload:
 
 
 class Evaluator(Protocol):
-    """Another way to evaluate than with the model of a round: each metric's value for every patient, (n,)."""
+    """Another way to evaluate than with the model of a round: what every patient adds to each metric, (n, *shape)."""
 
     def __call__(
         self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
@@ -116,7 +116,8 @@ class Rules:
     missed explain a move. `rounds` is how many there are, where that is known, with one more for each void one where
     that `extends` the study. It measures the model of the `arm`, and the `baselines`. Scales start at `initial_scale`,
     or higher where the state before round 1, `initial` by group and tensor, says so. Updates are rounded from
-    `rounding_root`; without one, from a root that the operating system gives and that stays in the site's store.
+    `rounding_root`; without one, from a root that the operating system gives and that stays in the site's store. Its
+    validation sums are `hidden` where they leave under masks, or not at all.
     """
 
     identity: str
@@ -135,6 +136,7 @@ class Rules:
     baselines: frozenset[str] = frozenset()
     initial: Mapping[str, Array] = field(default_factory=dict, repr=False)
     rounding_root: bytes | None = field(default=None, repr=False)
+    hidden: bool = False
 
 
 class Site:
@@ -162,7 +164,8 @@ class Site:
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
-        self._own = OwnResults(name, rules.arm, rules.baselines, rules.egress, rows or PatientRows(), sets)
+        own, note = rows or PatientRows(), self.minutes.note
+        self._own = OwnResults(name, rules.arm, rules.baselines, rules.egress, own, sets, note)
         inspector = Inspector(
             name, store, rules.layout, rules.codec, rules.initial_scale, self.minutes.note, rules.catch_up
         )
@@ -367,7 +370,10 @@ class Site:
         else:
             raise WireError(f"site {self.name} has no evaluator of that name")
         layout = self.rules.metrics_layout if pooled else self.rules.evaluation_layout
-        metrics = self._validation_sums(header.round, values) if pooled else self._own.entries(header, values, learner)
+        if pooled:
+            metrics = self._validation_sums(header.round, values)
+        else:
+            metrics = self._own.entries(header, values, learner, self._rounding_root)
         random = public_generator(self.rules.seed, self.name, "no rounding")
         return encode(layout, {}, {}, {}, metrics, random), layout
 
@@ -408,10 +414,12 @@ class Site:
 
     def _validation_sums(self, number: int, values: Mapping[str, Array]) -> dict[str, Any]:
         """Sums that are pooled over sites; of no patient where the site's rules withhold them."""
-        if (why := self._own.withheld("validation", values, self.learner.dataset)) is not None:
+        if (why := self._own.withheld("validation", values, self.learner)) is not None:
             self.minutes.note("blocked", {"kind": "validation", "round": number, "reason": why})
             return {}
-        return validation_sums(values)
+        stays = self._own.kept_back("validation", number, values, self.learner, hidden=self.rules.hidden)
+        leaving = {name: rows for name, rows in values.items() if name not in stays}
+        return validation_sums(self.learner.task.metrics, leaving)
 
     def close(self) -> None:
         """Close the store."""

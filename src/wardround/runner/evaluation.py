@@ -23,7 +23,7 @@ from wardround.runner.evaluators import RELEASED
 from wardround.runner.host import Host
 from wardround.runner.release import as_tensor_file, model_of_study, model_path
 from wardround.runner.watching import TESTING, TUNING, Phase
-from wardround.tasks.estimates import Estimate, Mean, estimate, mean_of_sites
+from wardround.tasks.estimates import Estimate, Mean, difference, estimate, mean_of_sites
 from wardround.tasks.task import MetricSpec
 from wardround.wire.message import EMPTY_SHA256, EmptyBody, FileBody, Message
 from wardround.wire.tensors import TensorFile
@@ -232,8 +232,7 @@ def _gains(
 
 
 def _gain(spec: MetricSpec, mine: Result, other: Result) -> Mean:
-    sign = 1.0 if spec.larger_is_better else -1.0
-    return Mean(sign * (mine.mean.value - other.mean.value), other.paired, other.mean.count)
+    return difference(mine.mean, other.mean, other.paired, larger_is_better=spec.larger_is_better)
 
 
 def _left_out(
@@ -254,8 +253,7 @@ def _left_out(
         others = [r for r in (results(f"local/{other}", site) for other in training if other != site) if r is not None]
         if others:
             first = specs[0]
-            sign = 1.0 if first.larger_is_better else -1.0
-            entry["best_local"] = max(others, key=lambda r: sign * r[first.name].mean.value)
+            entry["best_local"] = max(others, key=lambda r: first.rank(r[first.name].mean.value))
         found[site] = entry
     return found
 
@@ -273,9 +271,12 @@ def _over_sites(specs: Sequence[MetricSpec], sites: Sequence[Means]) -> dict[str
 
 
 def _json(estimates: Mapping[str, Estimate]) -> dict[str, Any] | None:
-    if not all(found.n for found in estimates.values()):
+    if not any(found.n for found in estimates.values()):
         return None
-    return {
-        name: {key: value if value is None else round(value, 6) for key, value in asdict(found).items()}
-        for name, found in estimates.items()
-    }
+    return {name: _cell(found) for name, found in estimates.items()}
+
+
+def _cell(found: Estimate) -> dict[str, Any] | None:
+    """A number of result.json; `absent` is in it where a patient has no value, and none at all where all have none."""
+    told = {key: value for key, value in asdict(found).items() if key != "absent" or value}
+    return {key: value if value is None else round(value, 6) for key, value in told.items()} if found.n else None

@@ -297,7 +297,7 @@ class Histogram:
 def state_of(spec: MetricSpec, rows: Floats, weights: Floats | None = None) -> State:
     """The state of patients, (n, *shape); with weights (r, n) of r weighted groups of them, as the bootstrap draws."""
     counted = spec.kind.counted(rows)
-    broken = counted & np.isnan(rows).reshape(len(rows), -1).any(axis=1)
+    broken = counted & np.isnan(rows).any(axis=tuple(range(1, rows.ndim)))
     kept = np.where(_wide(counted & ~broken, rows), rows, 0.0)
     if weights is None:
         return State(kept.sum(axis=0), np.asarray(float(counted.sum())), np.asarray(float(broken.sum())))

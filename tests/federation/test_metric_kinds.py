@@ -21,7 +21,7 @@ from tests.federation.test_own_results import ask, ruled
 from tests.kinds import METRICS, KindsTask, kinds_study, numbers_of, released, values_of
 from wardround.federation.cohorts import kept_back
 from wardround.federation.egress import EgressRules
-from wardround.federation.measured import MeasuredSets
+from wardround.federation.measured import SETS, MeasuredSets
 from wardround.federation.patients import PatientRows, results_of
 from wardround.federation.site import Site
 from wardround.federation.store import SiteStore
@@ -332,7 +332,7 @@ def test_an_auroc_of_a_handful_of_sick_patients_stays_at_the_site() -> None:
     assert kept_back((AREA,), {"area": enough}, 5, bins=False) == {}
     spread = labelled((0, 0, 9), (4, 1, 5), (3, 1, 1))
     assert kept_back((AREA,), {"area": spread}, 5, bins=False) == {}
-    assert "fewer than 5 patients in a bin" in kept_back((AREA,), {"area": spread}, 5, bins=True)["area"]
+    assert "fewer than 5 patients are in a bin" in kept_back((AREA,), {"area": spread}, 5, bins=True)["area"]
     assert kept_back((AREA,), {"area": enough}, 5, bins=True) == {}
 
 
@@ -347,6 +347,13 @@ def told_by(rig: Rig, reply: Message, layout: Layout) -> Aggregate:
     total = ExactSum(layout.segments)
     total.add(b"".join(bytes(c) for c in reply.body.chunks()), 0)
     return Aggregate(layout, total, {})
+
+
+@dataclass(frozen=True)
+class Scored(KindsTask):
+    """The toy with other metrics."""
+
+    metrics: tuple[MetricSpec, ...] = ()
 
 
 def blocked(site: Site) -> set[str]:
@@ -382,7 +389,7 @@ def test_a_histogram_of_single_patients_leaves_under_masks_alone(rig: Rig, tmp_p
         assert sums.metrics["validation/counts/high"].sum() == (32 if hidden else 0)
         values = validation_values(sums, METRICS) or {}
         assert set(values) == set(NAMES if hidden else NAMES[3:])
-        kept = {f"{name}: fewer than 5 patients in a bin" for name in NAMES[:3]}
+        kept = {f"{name}: fewer than 5 patients are in a bin" for name in NAMES[:3]}
         assert blocked(rig.sites["A"]) == (set() if hidden else kept)
 
 
@@ -393,17 +400,50 @@ def test_rules_say_whether_sums_are_masked(tmp_path: Path) -> None:
 
 
 def test_patients_with_a_value_join_and_leave_in_groups_too(rig: Rig, tmp_path: Path) -> None:
-    """The next study has 5 more patients, a whole group, and 4 of them have no value: the fifth would stand alone."""
-    site = cautious(rig, tmp_path / "site")
-    rig.sites["A"] = site
+    """A next study may have 6 more patients, a whole group, of whom 5 have no value: the sixth would stand alone."""
+    rig.sites["A"] = cautious(rig, tmp_path / "site")
     ask(rig)
     sets = MeasuredSets(tmp_path / "site" / "history")
-    names = [f"Doe-{n}" for n in range(20, 40)]
-    having = [f"Doe-{n}" for n in range(20, 40) if n % 3]
-    joined = [*names, *(f"new-{n}" for n in range(5))]
-    assert sets.join("test", joined, "", 5, ["test/mse"]) is None
-    assert "differ from those it measured before" in str(sets.join("test/finding", [*having, "new-0"], "", 5, ["test"]))
-    assert sets.join("test/finding", having, "", 5, ["test"]) is None
-    # A set of all patients that was measured counts against a part, and the other way round.
-    assert "fewer than 5" in str(sets.join("test/mse", [*joined, "new-9"], "", 5, ["test"]))
-    assert "fewer than 5" in str(sets.join("test", [*having, "new-0"], "", 5, ["test/finding"]))
+    everyone, having = ([f"Doe-{n}" for n in range(20, 40) if n % 3 or which] for which in (True, False))
+    assert sets.join("test", everyone, "", 5) is None
+    assert sets.join("test", having, "", 5) is None
+    assert len((tmp_path / "site" / "history" / SETS).read_text().splitlines()) == 2
+    assert sets.join("test", [*everyone, *(f"new-{n}" for n in range(6))], "", 5) is None
+    assert "fewer than 5" in str(sets.join("test", [*having, "new-0"], "", 5))
+
+
+def test_absence_that_depends_on_the_model_stays_at_the_site(rig: Rig, tmp_path: Path) -> None:
+    """Two rows over sets that differ by one patient are the count, and nearly the value, of that patient."""
+    site = rig.sites["A"] = cautious(rig, tmp_path / "site")
+    learner = site.learner
+    values = learner.evaluate("test")
+    assert site._own.kept_back("test", 1, values, learner, hidden=True) == frozenset()
+    other = values["finding"].copy()
+    other[np.flatnonzero(np.isnan(other))[0]] = 1.0
+    assert site._own.kept_back("test", 1, values | {"finding": other}, learner, hidden=True) == {"finding"}
+    assert any("differ from those it measured before" in why for why in blocked(site))
+
+
+def test_two_numbers_of_absent_patients_name_no_small_group() -> None:
+    one, other = METRICS[3], replace(METRICS[3], name="other")
+    for differ, stays in ((0, False), (1, True), (4, True), (5, False)):
+        rows = {"finding": rows_with(12, 12, one), "other": rows_with(12 + differ, 12 - differ, one)}
+        assert ("other" in kept_back((one, other), rows, 5, bins=False)) is stays
+        assert "finding" not in kept_back((one, other), rows, 5, bins=False)
+
+
+def test_what_is_kept_of_a_source_is_kept_of_all_its_metrics(rig: Rig, tmp_path: Path) -> None:
+    """Sums go by source: what one metric may not tell, another of the same sums would."""
+    first = replace(AREA, name="first", source="area", kind=Histogram(auroc, classes=2, bins=5, only=0))
+    second = replace(first, name="second", kind=replace(first.kind, only=1))
+    patients = np.zeros((20, 2, 2, 5))
+    patients[:10, :, 0, 1] = patients[10:, :, 1, 3] = 1.0
+    patients[7:10, 1] = 0.0
+    site = cautious(rig, tmp_path / "site")
+    learner = rig.learner("A")
+    learner.task = Scored(metrics=(first, second))
+    rows = {"first": patients, "second": patients}
+    assert set(kept_back((first, second), rows, 5, bins=False)) == {"second"}
+    assert site._own.kept_back("test", 1, rows, learner, hidden=True) == {"second"}
+    sixteen = {name: of_all[2:18] for name, of_all in rows.items()}
+    assert site._own.kept_back("validation", 1, sixteen, learner, hidden=True) == {"first", "second"}

@@ -63,21 +63,16 @@ class MeasuredSets:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def join(
-        self, split: str, names: Sequence[str] | None, fingerprint: str, least: int, among: Collection[str] = ()
-    ) -> str | None:
+    def join(self, split: str, names: Sequence[str] | None, fingerprint: str, least: int) -> str | None:
         """Record that a set of patients is measured; the reason where it is refused, and then nothing is recorded.
 
         `names` is `None` for data whose patients have none: then a set can only be the one that was measured before,
-        by `fingerprint`. A split may also be a part of one: its patients who have a value of a metric. Sets of other
-        splits, `among` which the same may have been summed, count as well. Raises `DataError` where the record cannot
-        be read or written.
+        by `fingerprint`. Raises `DataError` where the record cannot be read or written.
         """
         try:
             with locked(self._folder / SETS) as file:
                 secret, known = self._secret(), self._read(file)
-                same = [one for one in known if one.split == split or one.split in among]
-                own = [one.patients for one in same if one.named and one.split == split]
+                same = [one for one in known if one.split == split]
                 ours = [one.patients for one in same if one.named]
                 others: Patients = frozenset().union(*(one.patients for one in same if not one.named))
                 if names is None:
@@ -88,14 +83,13 @@ class MeasuredSets:
                         return "its patients cannot be told from those it measured before (its data name none)"
                 else:
                     asked = frozenset(_digest(secret, name) for name in names)
-                    if asked in own:
+                    if asked in ours:
                         return None
                     if others:
                         return "its patients cannot be told from those it measured before (its data named none then)"
                     if fewest_told([*ours, asked], least) < least:
-                        kind = split.partition("/")[0]
                         return (
-                            f"its {kind} patients differ from those it measured before by fewer than {least} "
+                            f"its {split} patients differ from those it measured before by fewer than {least} "
                             "(patients join and leave a measured set in groups of that size)"
                         )
                 file.seek(0, os.SEEK_END)

@@ -171,8 +171,7 @@ class OwnResults:
         if (why := egress.refusal(values)) is not None or egress.least == 1 or self._sets is None:
             return why
         names = dataset.names(split) if isinstance(dataset, Named) else None
-        plain = [f"{split}/{spec.name}" for spec in specs if not spec.counts_apart]
-        return self._sets.join(split, names, _identity(dataset, specs, values), egress.least, plain)
+        return self._sets.join(split, names, _identity(dataset, specs, values), egress.least)
 
     def kept_back(
         self, split: Split, number: int, values: Mapping[str, Array], learner: Learner, *, hidden: bool
@@ -180,7 +179,7 @@ class OwnResults:
         """The metrics of a measurement that may leave whose own numbers may not; on record with the reason.
 
         Of test patients values leave, of validation patients sums, which are `hidden` or not. The patients who have a
-        value of a metric are a measured set of their own.
+        value of a metric are a measured set as all are.
         """
         specs, dataset, egress = learner.task.metrics, learner.dataset, self._egress
         sums = split == "validation"
@@ -191,7 +190,7 @@ class OwnResults:
                 if spec.counts_apart and spec.name not in stays:
                     having = spec.kind.counted(values[spec.name])
                     part = [patient for patient, has in zip(names, having, strict=True) if has]
-                    why = self._sets.join(f"{split}/{spec.name}", part, "", egress.least, [split]) if part else None
+                    why = self._sets.join(split, part, "", egress.least) if part else None
                     stays |= {} if why is None else {spec.name: f"{spec.name}: {why}"}
         for why in sorted(set(stays.values())):
             self._note("blocked", {"kind": split, "round": number, "reason": why})

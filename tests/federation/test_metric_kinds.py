@@ -190,7 +190,9 @@ def test_sites_in_any_order_and_grouping_give_the_state_of_all_patients(sizes: l
         assert state.total == pytest.approx(whole.total, abs=len(sizes) * spec.resolution)
         if spec.kind.shape:
             assert np.array_equal(state.total, whole.total)
-        assert (state.count, state.broken) == (whole.count, 0)
+        else:
+            assert state.count == whole.count
+        assert state.broken == 0
     one = validation_values(found, METRICS)
     assert one == validation_values(summed(layout, entries[::-1]), METRICS)
     assert (one is None) == (sum(sizes) == 0)
@@ -203,9 +205,23 @@ def test_reconstruction_sums_what_it_summed_before() -> None:
     assert validation_sums((plain,), {"mse": np.array([1.0, 2.0])}) == {"validation_patients": 2, "validation/mse": 3.0}
 
 
-def test_metrics_of_one_source_send_one_histogram() -> None:
-    named = [m.name for m in validation_metrics(METRICS) if m.name.startswith("validation/counts")]
-    assert named == ["validation/counts/high"]
+def test_sites_send_no_more_than_a_value_needs_and_one_histogram_of_a_source() -> None:
+    assert [(m.name, m.size) for m in validation_metrics(METRICS)] == [
+        ("validation_patients", 1),
+        ("validation/counts/high", 200),
+        ("validation_broken/auroc", 1),
+        ("validation_broken/auprc", 1),
+        ("validation_broken/ece", 1),
+        ("validation/finding", 1),
+        ("validation_count/finding", 1),
+        ("validation/numerator/explained", 1),
+        ("validation/denominator/explained", 1),
+        ("validation_broken/explained", 1),
+        ("validation/mse", 1),
+    ]
+    # Of diverged patients no more than that there are some.
+    broken = validation_sums(METRICS, {**random_rows(0, 6), "explained": np.full((6, 2), np.nan)})
+    assert broken["validation_broken/explained"] == 1
 
 
 def test_nothing_but_n_absent_value_and_errors_leaves_of_a_test() -> None:
@@ -447,3 +463,20 @@ def test_what_is_kept_of_a_source_is_kept_of_all_its_metrics(rig: Rig, tmp_path:
     assert site._own.kept_back("test", 1, rows, learner, hidden=True) == {"second"}
     sixteen = {name: of_all[2:18] for name, of_all in rows.items()}
     assert site._own.kept_back("validation", 1, sixteen, learner, hidden=True) == {"first", "second"}
+
+
+@pytest.mark.slow
+def test_masks_change_no_number_of_any_kind(whole: Whole, tmp_path: Path) -> None:
+    """Under masks the histograms of all sites are one sum, and every result is that of the clear run."""
+    sites = ruled(tmp_path)
+    let_test(tmp_path / "C", range(21, 40, 3))
+    study = kinds_study(protection={"secure": True})
+    masked = run(study, sites, tmp_path / "out", compare=("local",), engine="local", allow_code=True)
+    assert masked.values["model_sha256"] == whole.result.values["model_sha256"]
+    assert masked.values["metrics"] == whole.result.values["metrics"]
+    rounds = [
+        [json.loads(line) for line in (result.out / "rounds.jsonl").read_text().splitlines()]
+        for result in (masked, whole.result)
+    ]
+    ours, theirs = ([one["validation"] for one in lines if one["arm"] == "federated"] for lines in rounds)
+    assert ours == theirs

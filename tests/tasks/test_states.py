@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,6 +208,15 @@ def test_metrics_that_cannot_be_told_apart_are_refused() -> None:
         check_metrics((shared, replace(error, kind=replace(AUROC.kind, bins=20))))
     with pytest.raises(StudyError, match="'ece': another metric"):
         check_metrics((shared, replace(error, may_be_absent=True)))
+
+
+def test_the_metrics_of_the_docs_are_metrics() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"### Metrics of your own.*?```python\n(.*?)```", page, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(text, found)
+    check_metrics(found["metrics"])
+    assert [spec.name for spec in found["metrics"]] == ["auroc", "ece", "dice", "dice_voxels"]
 
 
 def test_numbers_that_make_no_metric_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Whether a network diverged: told from what it gives, and not from a metric that may be absent."""
+"""Whether a network diverged: seen in what it gives, because a metric that may be absent does not show it."""
 
 from __future__ import annotations
 

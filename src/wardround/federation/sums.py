@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.tasks.estimates import WITHHELD, Mean
-from wardround.tasks.states import MAX_PATIENTS, Part, State, check_metrics, state_of
+from wardround.tasks.states import MAX_PATIENTS, Part, PatientMean, State, check_metrics, state_of
 from wardround.wire.update import Aggregate, Metric
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ MAX_LOSS = 1e6
 def validation_metrics(specs: Sequence[MetricSpec]) -> tuple[Metric, ...]:
     """Sums over validation patients of every metric's state, and the patients' number.
 
-    Raises `StudyError` for metrics that cannot be told apart.
+    Raises `StudyError` for two metrics of one name, or of one source and different states.
     """
     check_metrics(specs)
     entries = {_VALIDATED: Metric(_VALIDATED, 0, MAX_PATIENTS, 1)}
@@ -39,9 +39,11 @@ def validation_metrics(specs: Sequence[MetricSpec]) -> tuple[Metric, ...]:
             name = _entry(part, s)
             low, high = part.low * MAX_PATIENTS, part.high * MAX_PATIENTS
             entries[name] = Metric(name, low, high, part.resolution, part.size)
-        if s.counts_apart:
+        if not isinstance(s.kind, PatientMean):
             # Metrics of one source may read different patients of it.
-            entries |= {name: Metric(name, 0, MAX_PATIENTS, 1) for name in (_COUNT + s.name, _BROKEN + s.name)}
+            entries[_BROKEN + s.name] = Metric(_BROKEN + s.name, 0, 1, 1)
+        elif s.may_be_absent:
+            entries[_COUNT + s.name] = Metric(_COUNT + s.name, 0, MAX_PATIENTS, 1)
     return tuple(entries.values())
 
 
@@ -56,8 +58,11 @@ def validation_sums(specs: Sequence[MetricSpec], rows: Mapping[str, Array]) -> d
         for part in s.kind.parts(s):
             entries[_entry(part, s)] = float(flat[at]) if part.size == 1 else flat[at : at + part.size]
             at += part.size
-        if s.counts_apart:
-            entries |= {_COUNT + s.name: int(state.count), _BROKEN + s.name: int(state.broken)}
+        # No more than the value needs: of a mean how many patients it is of, of a sum whether it is one.
+        if not isinstance(s.kind, PatientMean):
+            entries[_BROKEN + s.name] = int(state.broken > 0)
+        elif s.may_be_absent:
+            entries[_COUNT + s.name] = int(state.count)
     return entries
 
 
@@ -73,12 +78,15 @@ def validation_values(sums: Aggregate, specs: Sequence[MetricSpec]) -> dict[str,
 
 
 def validation_state(sums: Aggregate, spec: MetricSpec) -> State:
-    """A metric's state over the validation patients of all sites."""
-    found = sums.metrics
+    """A metric's state over the validation patients of all sites, as far as its value needs it.
+
+    Without a `count` of what is no mean; `broken` is the number of sites where a patient's row is not a number.
+    """
+    found, none = sums.metrics, np.zeros(())
     total = np.concatenate([found[_entry(part, spec)] for part in spec.kind.parts(spec)]).reshape(spec.kind.shape)
-    if not spec.counts_apart:
-        return State(total, found[_VALIDATED][0], np.zeros(()))
-    return State(total, found[_COUNT + spec.name][0], found[_BROKEN + spec.name][0])
+    if not isinstance(spec.kind, PatientMean):
+        return State(total, none, found[_BROKEN + spec.name][0])
+    return State(total, found[_COUNT + spec.name if spec.may_be_absent else _VALIDATED][0], none)
 
 
 def _entry(part: Part, spec: MetricSpec) -> str:
@@ -123,7 +131,10 @@ class Result:
 
 
 def evaluation_entries(specs: Sequence[MetricSpec], results: Mapping[str, Result]) -> dict[str, Any]:
-    """A site's entries, from every metric's result. One that is withheld is told as of no patient, without or with."""
+    """A site's entries, from every metric's result.
+
+    A metric that is withheld has 0 patients with a value and 0 without.
+    """
     entries: dict[str, Any] = {}
     for s in specs:
         found = results[s.name]

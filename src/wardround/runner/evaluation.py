@@ -278,5 +278,7 @@ def _json(estimates: Mapping[str, Estimate]) -> dict[str, Any] | None:
 
 def _cell(found: Estimate) -> dict[str, Any] | None:
     """A number of result.json; `absent` is in it where a patient has no value, and none at all where all have none."""
-    told = {key: value for key, value in asdict(found).items() if key != "absent" or value}
-    return {key: value if value is None else round(value, 6) for key, value in told.items()} if found.n else None
+    if not found.n:
+        return None
+    keys = {key: value for key, value in asdict(found).items() if key != "absent" or value}
+    return {key: value if value is None else round(value, 6) for key, value in keys.items()}

@@ -7,7 +7,7 @@ patients of several sites needs their sum alone. Torch-free: a coordinator reads
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -69,7 +69,7 @@ class Kind(Protocol):
         ...
 
     def row(self, spec: MetricSpec, values: Floats, absent: Mask) -> Floats:
-        """What a patient adds, from his k examples, (k, *given) -> shape; NaN is absence where `absent` (k,)."""
+        """What a patient adds, from k examples, (k, *given) -> shape; NaN says no value where `absent` (k,)."""
         ...
 
     def counted(self, rows: Floats) -> Mask:
@@ -89,11 +89,11 @@ class Kind(Protocol):
         ...
 
     def cells(self, rows: Floats) -> int | None:
-        """The fewest patients behind a number of the state that is not 0; `None` where each is of all with a value."""
+        """The fewest patients behind a number of the state that is not 0; `None` where it is all who have a value."""
         ...
 
     def each(self, rows: Floats) -> Floats | None:
-        """Every patient's own value, (n,), NaN for none; `None` where a patient has none by himself."""
+        """Every patient's own value, (n,), NaN for none; `None` where one patient alone has none."""
         ...
 
 
@@ -105,8 +105,8 @@ class PatientMean:
     mean. In every other metric NaN counts as the worst value.
     """
 
-    shape: tuple[int, ...] = ()
-    given: tuple[int, ...] = ()
+    shape: tuple[int, ...] = field(default=(), init=False)
+    given: tuple[int, ...] = field(default=(), init=False)
 
     def ground(self, spec: MetricSpec) -> tuple[Any, ...]:
         """The range in which values are clipped."""
@@ -156,8 +156,8 @@ class RatioOfSums:
 
     most: float = float(1 << 31)
     step: float = 1.0
-    shape: tuple[int, ...] = (2,)
-    given: tuple[int, ...] = (2,)
+    shape: tuple[int, ...] = field(default=(2,), init=False)
+    given: tuple[int, ...] = field(default=(2,), init=False)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.step <= self.most <= self.step * _MOST_STEPS:
@@ -199,7 +199,7 @@ class RatioOfSums:
         return None
 
     def each(self, rows: Floats) -> Floats | None:
-        """A patient's numerator over his denominator; NaN for 0 over 0."""
+        """A patient's numerator over the denominator; NaN for 0 over 0."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(rows[:, 0] / rows[:, 1])
 

@@ -59,6 +59,15 @@ def test_a_mean_is_over_the_examples_of_a_patient_and_then_over_patients() -> No
     assert value_of(MEAN, rows) == 6.0
 
 
+@given(st.lists(st.lists(st.floats(0, 8, width=32), min_size=1, max_size=40), min_size=1, max_size=40))
+def test_a_mean_has_the_bits_of_one_by_one_averaging(patients: list[list[float]]) -> None:
+    rows = rows_of(MEAN, *patients)
+    expected = np.array([MEAN.clip(float(np.mean([float(v) for v in patient]))) for patient in patients])
+    assert np.array_equal(rows, expected)
+    assert float(state_of(MEAN, rows).total) == float(np.sum(expected))
+    assert value_of(MEAN, rows) == float(np.mean(expected))
+
+
 def test_patients_come_in_their_order_though_their_batches_do_not_follow_each_other() -> None:
     batches = [(4, torch.tensor([1.0])), (2, torch.tensor([5.0])), (4, torch.tensor([2.0, 6.0]))]
     assert patient_rows((MEAN,), batches, lambda v: {"mean": v})["mean"].tolist() == [3.0, 5.0]

@@ -33,6 +33,7 @@ from wardround.runner.session import Result, evaluate, run
 from wardround.study.load import load_study, study_sha256
 from wardround.study.sites import Egress, SitesFile
 from wardround.tasks.estimates import Mean, mean_of, two_digits
+from wardround.tasks.metrics import RECONSTRUCTION_METRICS
 from wardround.wire.message import Message
 from wardround.wire.ring import ExactSum
 from wardround.wire.update import Aggregate
@@ -234,16 +235,18 @@ def test_standard_errors_that_leave_a_hospital_have_two_digits() -> None:
     """All digits of PSNR and RMSE of one slice a patient, over six rows, come within 0.02 dB of 5 patients' values."""
     values = {"psnr": np.random.default_rng(0).normal(38.0, 1.5, 7)}
     other = {"psnr": values["psnr"] + np.random.default_rng(1).normal(0.5, 0.2, 7)}
-    here = results_of("A", values, other, least=1)["psnr"]
-    there = results_of("A", values, other, least=5)["psnr"]
+    specs, root = RECONSTRUCTION_METRICS[:1], bytes(32)
+    here = results_of("A", specs, values, other, least=1, root=root)["psnr"]
+    there = results_of("A", specs, values, other, least=5, root=root)["psnr"]
     assert there.mean.value == here.mean.value
     assert here.mean.error is not None
     assert here.paired is not None
     assert (there.mean.error, there.paired) == (two_digits(here.mean.error), two_digits(here.paired))
-    few = results_of("A", {"psnr": values["psnr"][:4]}, {"psnr": other["psnr"][:4]}, least=2)["psnr"]
+    four = {"psnr": other["psnr"][:4]}
+    few = results_of("A", specs, {"psnr": values["psnr"][:4]}, four, least=2, root=root)["psnr"]
     assert (few.mean.error, few.paired) == (None, None)
     with pytest.raises(DataError, match="on other patients"):
-        results_of("A", values, {"psnr": other["psnr"][:4]}, least=1)
+        results_of("A", specs, values, four, least=1, root=root)
 
 
 def rotated(values: np.ndarray, seed: int) -> np.ndarray:

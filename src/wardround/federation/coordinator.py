@@ -26,8 +26,9 @@ from wardround.federation.journal import Journal, RoundReport, State
 from wardround.federation.methods.method import MODEL, Method, Writers
 from wardround.federation.minutes import CoordinatorMinutes
 from wardround.federation.selection import Scored, best_round, candidates
-from wardround.federation.sums import LOSS, SECONDS, validation_means
+from wardround.federation.sums import LOSS, SECONDS, validation_values
 from wardround.protection.compression import PLAIN, Codec
+from wardround.tasks.task import MetricSpec
 from wardround.wire.message import FileBody, Message
 from wardround.wire.scales import SATURATED, ScaleRules
 from wardround.wire.tensors import TensorFile, TensorWriter
@@ -54,6 +55,7 @@ class Plan:
     codec: Codec = PLAIN
     selection: str | None = None
     larger_is_better: bool = True
+    metrics: tuple[MetricSpec, ...] = ()
     validate_every: int = 1
     release: str = "best"
     keep: int = 2
@@ -312,7 +314,9 @@ class Coordinator:
         reports = {r.round: r for r in self._journal.reports()}
         if number not in reports:
             raise JournalError(f"round {number} was validated but never committed")
-        report = replace(reports[number], validation=validation_means(sums), validated=tuple(sorted(sites)))
+        report = replace(
+            reports[number], validation=validation_values(sums, self._plan.metrics), validated=tuple(sorted(sites))
+        )
         self._journal.amend(report)
         return report
 

@@ -24,7 +24,8 @@ class Rules:
     that `extends` the study; there are void ones only where updates are summed `masked`. It measures the model of the
     `arm`, and the `baselines`. Scales start at `initial_scale`, or higher where the state before round 1, `initial` by
     group and tensor, says so. Updates are rounded from `rounding_root`; without one, from a root that the operating
-    system gives and that stays in the site's store.
+    system gives and that stays in the site's store. Its validation sums are `hidden` where they leave under masks, or
+    not at all.
     """
 
     identity: str
@@ -44,6 +45,7 @@ class Rules:
     baselines: frozenset[str] = frozenset()
     initial: Mapping[str, Array] = field(default_factory=dict, repr=False)
     rounding_root: bytes | None = field(default=None, repr=False)
+    hidden: bool = False
 
     @property
     def layouts(self) -> dict[str, int]:

@@ -100,7 +100,7 @@ class ClearUpload:
 
 
 class Evaluator(Protocol):
-    """Another way to evaluate than with the model of a round: each metric's value for every patient, (n,)."""
+    """Another way to evaluate than with the model of a round: what every patient adds to each metric, (n, *shape)."""
 
     def __call__(
         self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
@@ -135,7 +135,8 @@ class Site:
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
-        self._own = OwnResults(name, rules.arm, rules.baselines, rules.egress, rows or PatientRows(), sets)
+        own, note = rows or PatientRows(), self.minutes.note
+        self._own = OwnResults(name, rules.arm, rules.baselines, rules.egress, own, sets, note)
         inspector = Inspector(
             name, store, rules.layout, rules.codec, rules.initial_scale, self.minutes.note, rules.catch_up
         )
@@ -341,7 +342,10 @@ class Site:
         else:
             raise WireError(f"site {self.name} has no evaluator of that name")
         layout = self.rules.metrics_layout if pooled else self.rules.evaluation_layout
-        metrics = self._validation_sums(header.round, values) if pooled else self._own.entries(header, values, learner)
+        if pooled:
+            metrics = self._validation_sums(header.round, values)
+        else:
+            metrics = self._own.entries(header, values, learner, self._rounding_root)
         random = public_generator(self.rules.seed, self.name, "no rounding")
         return encode(layout, {}, {}, {}, metrics, random), layout
 
@@ -366,7 +370,7 @@ class Site:
         """Raise unless a weight by validation loss may leave: it is a mean over the validation patients, of the model
         that the site trains, so it leaves by the rules of their sums, and one a round."""
         patients = np.empty(learner.dataset.patients("validation"))
-        if (why := self._own.withheld("validation", {LOSS: patients}, learner.dataset)) is not None:
+        if (why := self._own.withheld("validation", {LOSS: patients}, learner)) is not None:
             raise Withheld(
                 f"site {self.name} withholds its weight, which method.weights=validation makes from the loss of its "
                 f"validation patients: {why}. Give the study method.weights=samples or equal, or the site more "
@@ -397,10 +401,12 @@ class Site:
 
     def _validation_sums(self, number: int, values: Mapping[str, Array]) -> dict[str, Any]:
         """Sums that are pooled over sites; of no patient where the site's rules withhold them."""
-        if (why := self._own.withheld("validation", values, self.learner.dataset)) is not None:
+        if (why := self._own.withheld("validation", values, self.learner)) is not None:
             self.minutes.note("blocked", {"kind": "validation", "round": number, "reason": why})
             return {}
-        return validation_sums(values)
+        stays = self._own.kept_back("validation", number, values, self.learner, hidden=self.rules.hidden)
+        leaving = {name: rows for name, rows in values.items() if name not in stays}
+        return validation_sums(self.learner.task.metrics, leaving)
 
     def close(self) -> None:
         """Close the store."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from wardround.tasks.estimates import Mean
+from wardround.tasks.estimates import WITHHELD, Mean
+from wardround.tasks.states import MAX_PATIENTS, Part, PatientMean, State, check_metrics, state_of
 from wardround.wire.update import Aggregate, Metric
 
 if TYPE_CHECKING:
@@ -20,50 +21,76 @@ LOSS = "loss"
 SECONDS = "seconds"
 # Of a validation, which may travel in a training round; and of an evaluation, which travels alone.
 _VALIDATED, _VALIDATION = "validation_patients", "validation/"
+_COUNT, _BROKEN = "validation_count/", "validation_broken/"
 _PATIENTS, _VALUE, _ERROR, _PAIRED = "patients", "value/", "error/", "paired/"
-# A site's sum over patients fits its declared range up to this many patients.
-MAX_PATIENTS = 1 << 16
+_WITH, _ABSENT = "patients/", "absent/"
 MAX_LOSS = 1e6
 
 
 def validation_metrics(specs: Sequence[MetricSpec]) -> tuple[Metric, ...]:
-    """Sums over validation patients, and their number."""
-    return (
-        Metric(_VALIDATED, 0, MAX_PATIENTS, 1),
-        *(
-            Metric(
-                _VALIDATION + s.name,
-                min(0.0, s.low) * MAX_PATIENTS,
-                max(0.0, s.high) * MAX_PATIENTS,
-                s.resolution,
-            )
-            for s in specs
-        ),
-    )
+    """Sums over validation patients of every metric's state, and the patients' number.
+
+    Raises `StudyError` for two metrics of one name, or of one source and different states.
+    """
+    check_metrics(specs)
+    entries = {_VALIDATED: Metric(_VALIDATED, 0, MAX_PATIENTS, 1)}
+    for s in specs:
+        for part in s.kind.parts(s):
+            name = _entry(part, s)
+            low, high = part.low * MAX_PATIENTS, part.high * MAX_PATIENTS
+            entries[name] = Metric(name, low, high, part.resolution, part.size)
+        if not isinstance(s.kind, PatientMean):
+            # Metrics of one source may read different patients of it.
+            entries[_BROKEN + s.name] = Metric(_BROKEN + s.name, 0, 1, 1)
+        elif s.may_be_absent:
+            entries[_COUNT + s.name] = Metric(_COUNT + s.name, 0, MAX_PATIENTS, 1)
+    return tuple(entries.values())
 
 
-def validation_sums(values: Mapping[str, Array]) -> dict[str, Any]:
-    """A site's entries: from each metric's value for every patient, (n,)."""
-    counts = [len(per_patient) for per_patient in values.values()]
-    return {
-        _VALIDATED: counts[0] if counts else 0,
-        **{_VALIDATION + name: float(np.sum(per_patient)) for name, per_patient in values.items()},
-    }
+def validation_sums(specs: Sequence[MetricSpec], rows: Mapping[str, Array]) -> dict[str, Any]:
+    """A site's entries: from what each patient adds to each metric, (n, *shape); nothing of metrics not in `rows`."""
+    entries: dict[str, Any] = {_VALIDATED: max(map(len, rows.values()), default=0)}
+    for s in specs:
+        if s.name not in rows:
+            continue
+        state, at = state_of(s, rows[s.name]), 0
+        flat = state.total.reshape(-1)
+        for part in s.kind.parts(s):
+            entries[_entry(part, s)] = float(flat[at]) if part.size == 1 else flat[at : at + part.size]
+            at += part.size
+        # No more than the value needs: of a mean how many patients it is of, of a sum whether it is one.
+        if not isinstance(s.kind, PatientMean):
+            entries[_BROKEN + s.name] = int(state.broken > 0)
+        elif s.may_be_absent:
+            entries[_COUNT + s.name] = int(state.count)
+    return entries
 
 
-def validation_means(sums: Aggregate) -> dict[str, float] | None:
-    """The mean of every metric over the validation patients of all sites.
+def validation_values(sums: Aggregate, specs: Sequence[MetricSpec]) -> dict[str, float] | None:
+    """Every metric that has a value, over the validation patients of all sites.
 
     `None` where sites have no validation patient, or keep what they measured to themselves.
     """
-    patients = float(sums.metrics[_VALIDATED][0])
-    if not patients:
+    if not sums.metrics[_VALIDATED][0]:
         return None
-    return {
-        name.removeprefix(_VALIDATION): float(np.round(total[0] / patients, 9))
-        for name, total in sums.metrics.items()
-        if name.startswith(_VALIDATION)
-    }
+    values = {s.name: float(np.round(s.kind.value(s, validation_state(sums, s)), 9)) for s in specs}
+    return {name: value for name, value in values.items() if not np.isnan(value)}
+
+
+def validation_state(sums: Aggregate, spec: MetricSpec) -> State:
+    """A metric's state over the validation patients of all sites, as far as its value needs it.
+
+    Without a `count` of what is no mean; `broken` is the number of sites where a patient's row is not a number.
+    """
+    found, none = sums.metrics, np.zeros(())
+    total = np.concatenate([found[_entry(part, spec)] for part in spec.kind.parts(spec)]).reshape(spec.kind.shape)
+    if not isinstance(spec.kind, PatientMean):
+        return State(total, none, found[_BROKEN + spec.name][0])
+    return State(total, found[_COUNT + spec.name if spec.may_be_absent else _VALIDATED][0], none)
+
+
+def _entry(part: Part, spec: MetricSpec) -> str:
+    return f"{_VALIDATION}{part.name}{spec.key}"
 
 
 def round_metrics(specs: Sequence[MetricSpec], *, private: bool = False) -> tuple[Metric, ...]:
@@ -81,11 +108,14 @@ def round_metrics(specs: Sequence[MetricSpec], *, private: bool = False) -> tupl
 def evaluation_metrics(specs: Sequence[MetricSpec]) -> tuple[Metric, ...]:
     """A site's own results: the number of test patients, and of every metric value and standard errors, rounded.
 
-    A standard error of one step below 0 is one that the site does not give.
+    A metric that patients can be without also has numbers of those with and without a value. A standard error of one
+    step below 0 is one that the site does not give.
     """
     metrics = [Metric(_PATIENTS, 0, MAX_PATIENTS, 1)]
     for s in specs:
         step, widest = s.resolution, s.high - s.low
+        if s.counts_apart:
+            metrics.extend(Metric(name + s.name, 0, MAX_PATIENTS, 1) for name in (_WITH, _ABSENT))
         metrics.append(Metric(_VALUE + s.name, min(0.0, s.low), max(0.0, s.high), step))
         metrics.append(Metric(_ERROR + s.name, -step, widest, step))
         metrics.append(Metric(_PAIRED + s.name, -step, 2.0 * widest, step))
@@ -94,21 +124,27 @@ def evaluation_metrics(specs: Sequence[MetricSpec]) -> tuple[Metric, ...]:
 
 @dataclass(frozen=True)
 class Result:
-    """A metric's mean at a site, and the standard error of its difference to the reference row, paired by patient."""
+    """A metric at a site, and the standard error of its difference to the reference row, paired by patient."""
 
     mean: Mean
     paired: float | None = None
 
 
 def evaluation_entries(specs: Sequence[MetricSpec], results: Mapping[str, Result]) -> dict[str, Any]:
-    """A site's entries, from every metric's result."""
+    """A site's entries, from every metric's result.
+
+    A metric that is withheld has 0 patients with a value and 0 without.
+    """
     entries: dict[str, Any] = {}
     for s in specs:
         found = results[s.name]
         hidden = -s.resolution
+        if s.counts_apart:
+            entries |= {_WITH + s.name: found.mean.count, _ABSENT + s.name: found.mean.absent}
+        else:
+            entries[_PATIENTS] = found.mean.count
         entries |= {
-            _PATIENTS: found.mean.count,
-            _VALUE + s.name: found.mean.value,
+            _VALUE + s.name: found.mean.value if found.mean.count else 0.0,
             _ERROR + s.name: hidden if found.mean.error is None else found.mean.error,
             _PAIRED + s.name: hidden if found.paired is None else found.paired,
         }
@@ -117,16 +153,20 @@ def evaluation_entries(specs: Sequence[MetricSpec], results: Mapping[str, Result
 
 def results_in(aggregate: Aggregate, specs: Sequence[MetricSpec]) -> dict[str, Result]:
     """Every metric's result, from a site's entries."""
-    count = int(aggregate.metrics[_PATIENTS][0])
+
+    def number(name: str) -> float:
+        return float(aggregate.metrics[name][0])
 
     def error(name: str, step: float) -> float | None:
-        value = float(aggregate.metrics[name][0])
-        return None if value < -0.5 * step else max(0.0, value)
+        return None if number(name) < -0.5 * step else max(0.0, number(name))
 
-    return {
-        s.name: Result(
-            Mean(float(aggregate.metrics[_VALUE + s.name][0]), error(_ERROR + s.name, s.resolution), count),
-            error(_PAIRED + s.name, s.resolution),
-        )
-        for s in specs
-    }
+    found: dict[str, Result] = {}
+    for s in specs:
+        count = int(number(_WITH + s.name if s.counts_apart else _PATIENTS))
+        absent = int(number(_ABSENT + s.name)) if s.counts_apart else 0
+        if count:
+            mean = Mean(number(_VALUE + s.name), error(_ERROR + s.name, s.resolution), count, absent)
+            found[s.name] = Result(mean, error(_PAIRED + s.name, s.resolution))
+        else:
+            found[s.name] = Result(Mean(np.nan, None, 0, absent) if absent else WITHHELD)
+    return found

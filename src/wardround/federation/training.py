@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from wardround.errors import WardroundError
+from wardround.federation.divergence import watched
 from wardround.federation.examples import Examples
 from wardround.federation.methods.method import Facts, LocalRound, Method
 from wardround.federation.momentum import averaged
@@ -23,6 +23,7 @@ from wardround.federation.private_training import PrivateTraining
 from wardround.federation.store import Memory
 from wardround.protection.drift import Reach, local_reach
 from wardround.study.schema import Local
+from wardround.tasks.states import patient_rows
 from wardround.tasks.task import Batch, Dataset, Split, Task
 from wardround.wire.random import public_generator, public_seed
 from wardround.wire.tensors import TensorInfo
@@ -276,24 +277,18 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, Array]:
-        """Each metric's value for every patient of a split, in patient order: (n,). It never leaves the site as is."""
+        """What every patient of a split adds to each metric, in patient order: (n, *shape). It stays at the site."""
         model = self._bench.model
         torch.set_num_threads(self._local.threads)
         model.eval()
-        return self.per_patient(split, lambda batch: self.task.score(model, batch))
+        with watched(model) as diverged:
+            return self.per_patient(split, lambda batch: self.task.score(model, batch), diverged)
 
-    def per_patient(self, split: Split, score: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Array]:
-        """Average the (B,) scores of every batch over each patient's examples."""
-        collected: dict[str, dict[int, list[float]]] = {spec.name: {} for spec in self.task.metrics}
-        for patient, batch in self.dataset.evaluation(split):
-            scores = score(batch)
-            for spec in self.task.metrics:
-                values = collected[spec.name].setdefault(patient, [])
-                values.extend(float(v) for v in scores[spec.name])
-        return {
-            spec.name: np.array([spec.clip(float(np.mean(v))) for v in collected[spec.name].values()])
-            for spec in self.task.metrics
-        }
+    def per_patient(
+        self, split: Split, score: Callable[[Batch], dict[str, Tensor]], diverged: Callable[[], bool] = lambda: False
+    ) -> dict[str, Array]:
+        """The same of other scores than the task's, as `patient_rows` takes them."""
+        return patient_rows(self.task.metrics, self.dataset.evaluation(split), score, diverged)
 
     @torch.no_grad()
     def _validation_loss(self) -> float | None:

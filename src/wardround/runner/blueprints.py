@@ -163,6 +163,7 @@ class Blueprints:
             codec=blueprint.codec,
             selection=None if selection is None else selection.name,
             larger_is_better=selection is None or selection.larger_is_better,
+            metrics=self.task.metrics,
             validate_every=schedule.validate_every,
             release=schedule.release,
             keep=schedule.keep,
@@ -206,6 +207,7 @@ class Blueprints:
             baselines=frozenset(study.baselines),
             initial=self._start(blueprint),
             rounding_root=rounding_root,
+            hidden=blueprint.arm.threshold(study) is not None or blueprint.arm.inside(study),
         )
 
     def _extends(self, arm: Arm) -> bool:

@@ -26,7 +26,7 @@ from wardround.runner.host import Host
 from wardround.runner.release import as_tensor_file, model_of_study, model_path
 from wardround.runner.watching import TESTING, TUNING, Phase
 from wardround.tasks.estimates import Estimate as Found
-from wardround.tasks.estimates import Mean, estimate, mean_of_sites
+from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
 from wardround.tasks.task import MetricSpec
 from wardround.wire.message import EMPTY_SHA256, EmptyBody, FileBody, Message
 from wardround.wire.tensors import TensorFile
@@ -235,9 +235,7 @@ def _gains(
 
 
 def _gain(spec: MetricSpec, mine: Result, other: Result) -> Mean:
-    sign = 1.0 if spec.larger_is_better else -1.0
-    count = min(mine.mean.count, other.mean.count)
-    return Mean(sign * (mine.mean.value - other.mean.value), other.paired, count)
+    return difference(mine.mean, other.mean, other.paired, larger_is_better=spec.larger_is_better)
 
 
 def _left_out(
@@ -258,8 +256,7 @@ def _left_out(
         others = [r for r in (results(f"local/{other}", site) for other in training if other != site) if r is not None]
         if others:
             first = specs[0]
-            sign = 1.0 if first.larger_is_better else -1.0
-            entry["best_local"] = max(others, key=lambda r: sign * r[first.name].mean.value)
+            entry["best_local"] = max(others, key=lambda r: first.rank(r[first.name].mean.value))
         found[site] = entry
     return found
 

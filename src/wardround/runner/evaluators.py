@@ -21,6 +21,7 @@ from wardround.federation.blobs import disk_error
 from wardround.federation.patients import BASELINE
 from wardround.federation.site import Evaluator
 from wardround.federation.training import Learner
+from wardround.tasks.states import value_of
 from wardround.tasks.task import Imaging, Oriented, Split
 from wardround.wire.archives import read_npz
 from wardround.wire.files import written
@@ -53,7 +54,7 @@ class Own:
     def __call__(
         self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
     ) -> dict[str, Array]:
-        """Each metric's value for every patient of the split."""
+        """What every patient of the split adds to each metric."""
         try:
             tensors = load_file(own_model(self._models))
         except (OSError, SafetensorError) as error:
@@ -74,7 +75,7 @@ class Released:
     def __call__(
         self, learner: Learner, tensors: Mapping[str, Array] | None, meta: Mapping[str, Any], split: Split
     ) -> dict[str, Array]:
-        """Each metric's value for every patient of the split."""
+        """What every patient of the split adds to each metric."""
         if tensors is None:
             raise WireError("an evaluation of a released model needs the model")
         own = self._models / "local.safetensors"
@@ -103,7 +104,7 @@ class Baseline:
     def __call__(
         self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
     ) -> dict[str, Array]:
-        """Each metric's value for every patient of the split."""
+        """What every patient of the split adds to each metric."""
         task, name = learner.task, str(meta[BASELINE])
         if not isinstance(task, Imaging):
             raise WireError("this task has no classical baselines")
@@ -125,8 +126,8 @@ class Baseline:
         best: tuple[float, float | None] | None = None
         for weight in grid:
             score = _image_score(task, partial(task.baseline, name, weight))
-            value = float(np.mean(learner.per_patient("validation", score)[spec.name]))
-            if best is None or spec.is_better(value, best[0]):
+            value = spec.rank(value_of(spec, learner.per_patient("validation", score)[spec.name]))
+            if best is None or value > best[0]:
                 best = (value, weight)
         assert best is not None
         return best[1]

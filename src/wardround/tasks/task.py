@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from wardround.tasks.states import MEAN, Kind, PatientMean
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
@@ -30,8 +32,11 @@ class MetricSpec:
     """A metric: the range and resolution in which fixed-point sums carry it, and how results are read.
 
     A report takes direction, `label`, `unit` and `definition` from here. A difference below `negligible` makes no
-    claim; without one the resolution is that bound. Raises ValueError where the range is empty, the resolution not
-    positive or `negligible` below 0.
+    claim; without one the resolution is that bound. `kind` says how patients add up (`tasks.states`): their mean, a
+    ratio of sums or a histogram. In a metric that `may_be_absent` NaN says that an example has no value by definition
+    (no tumour: no Dice), and a patient without any is counted apart; else NaN is what a diverged network gives, and the
+    worst value. `source` is the key of `Task.score` where that is not the name: metrics of one source share what is
+    summed. Raises ValueError where the range is empty, the resolution not positive or `negligible` below 0.
     """
 
     name: str
@@ -43,6 +48,9 @@ class MetricSpec:
     unit: str = ""
     negligible: float = 0.0
     definition: str = "as the task defines it"
+    may_be_absent: bool = False
+    kind: Kind = MEAN
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not self.low < self.high or not 0.0 < self.resolution <= self.high - self.low:
@@ -63,6 +71,16 @@ class MetricSpec:
         }
 
     @property
+    def key(self) -> str:
+        """The key of its values in `Task.score`."""
+        return self.source or self.name
+
+    @property
+    def counts_apart(self) -> bool:
+        """Whether a patient can be without a value."""
+        return self.may_be_absent or not isinstance(self.kind, PatientMean)
+
+    @property
     def worst(self) -> float:
         """The bad end of the range."""
         return self.low if self.larger_is_better else self.high
@@ -74,6 +92,10 @@ class MetricSpec:
     def is_better(self, value: float, other: float) -> bool:
         """Whether `value` beats `other` strictly."""
         return value > other if self.larger_is_better else value < other
+
+    def rank(self, value: float) -> float:
+        """A number that is larger for a better value; least where there is none (NaN)."""
+        return -math.inf if math.isnan(value) else value if self.larger_is_better else -value
 
 
 @dataclass(frozen=True)
@@ -174,7 +196,7 @@ class Task(Protocol):
         ...
 
     def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Metric name -> (B,) values, one per example."""
+        """Metric name, or source -> values of each example: (B,) of a mean, else (B, *given) as the `kind` says."""
         ...
 
 

@@ -19,8 +19,8 @@ from wardround.federation.patients import BASELINE, REFERENCE
 from wardround.federation.refusals import is_withheld
 from wardround.federation.sums import Result, results_in
 from wardround.runner.arms import FEDERATED, POOLED
+from wardround.runner.context import Context
 from wardround.runner.evaluators import RELEASED
-from wardround.runner.host import Host
 from wardround.runner.release import as_tensor_file, model_of_study, model_path
 from wardround.runner.watching import TESTING, TUNING, Phase
 from wardround.tasks.estimates import Estimate, Mean, estimate, mean_of_sites
@@ -56,7 +56,7 @@ class _Job:
         return TUNING if self.call.meta["evaluator"] == BASELINE else TESTING
 
 
-def measure(host: Host, engine: Engine, phase: Phase = lambda *_: None, *, again: str = "") -> list[Measurement]:
+def measure(host: Context, engine: Engine, phase: Phase = lambda *_: None, *, again: str = "") -> list[Measurement]:
     """Evaluate every released model and baseline at every site where the comparison needs it.
 
     `phase` is called with each phase and its numbers of finished and of all evaluations. Sites answer what they were
@@ -105,7 +105,7 @@ def measure(host: Host, engine: Engine, phase: Phase = lambda *_: None, *, again
             raise
 
 
-def _jobs(host: Host) -> Iterator[_Job]:
+def _jobs(host: Context) -> Iterator[_Job]:
     """Every row at every site that measures it."""
     study = host.study
     everywhere = host.remaining(study.sites)
@@ -138,7 +138,7 @@ def _jobs(host: Host) -> Iterator[_Job]:
             yield _Job(name, site, _call(host, name, site, meta, body))
 
 
-def _call(host: Host, arm: str, site: str, meta: Mapping[str, Any], body: tuple[TensorFile, str] | None) -> Call:
+def _call(host: Context, arm: str, site: str, meta: Mapping[str, Any], body: tuple[TensorFile, str] | None) -> Call:
     blueprint = host.blueprint(arm)
     file, sha = body if body is not None else (None, EMPTY_SHA256)
     return Call(
@@ -158,7 +158,7 @@ def _call(host: Host, arm: str, site: str, meta: Mapping[str, Any], body: tuple[
 # From measurements to the tables of result.json -------------------------------------------------------------------
 
 
-def tables(host: Host, measurements: Sequence[Measurement]) -> dict[str, Any]:
+def tables(host: Context, measurements: Sequence[Measurement]) -> dict[str, Any]:
     """`metric_specs`, `metrics`, `gains`, `left_out`, `withheld` and `failed` of result.json."""
     specs = host.task.metrics
     training = host.remaining(host.study.training_sites)

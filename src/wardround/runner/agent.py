@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ from wardround.runner.evaluators import evaluators_of, own_model
 from wardround.runner.privacy import Purses, spending_of
 from wardround.runner.release import CARD, model_path, save_release, scanners_of_arm
 from wardround.runner.versions import fingerprint
+from wardround.study.plugins import Plugins
 from wardround.study.protocols import HeaderFacts
-from wardround.study.sites import SitesFile
+from wardround.study.schema import Study
+from wardround.study.sites import SiteData, SitesFile
 from wardround.tasks.task import Headed
 from wardround.wire.canonical import digest
 from wardround.wire.files import written
@@ -79,6 +82,11 @@ class Agent:
         self._by_identity = {arm.identity(blueprints.study_sha256): arm for arm in blueprints.arms.values()}
 
     # What is asked of it ---------------------------------------------------------------------------------------------
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """What messages for this agent name: the study, and each of its arms."""
+        return (self._blueprints.study_sha256, *self._by_identity)
 
     def find(self, header: Header) -> Party:
         """What answers a message: the site in an arm of the study, or the agent for the study as a whole.
@@ -353,3 +361,56 @@ class Agent:
 def _holds(path: Path, sha256: str) -> bool:
     """Whether a file has these very bytes."""
     return path.is_file() and body_sha256(FileBody(path, path.stat().st_size)) == sha256
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """A study that a site takes part in, its comparisons, and the folder where the site keeps what is its own."""
+
+    study: Study
+    folder: Path
+    compare: tuple[str, ...] = ()
+
+
+def spec_of(
+    name: str, sites: SitesFile, spool: Path, agreed: Sequence[Agreed], *, rounding_root: bytes | None = None
+) -> dict[str, Any]:
+    """What a process needs to be the agent of one site (`agent_finder`): its studies, and its own entry of `sites`.
+
+    Messages' bodies are spooled into the folder `spool`.
+    """
+    return {
+        "site": name,
+        "entry": sites.of(name).model_dump(mode="json"),
+        "allow_code": sites.allows_code,
+        "rounding_root": None if rounding_root is None else rounding_root.hex(),
+        "spool": str(spool),
+        "studies": [
+            {"study": a.study.model_dump(mode="json"), "folder": str(a.folder), "compare": list(a.compare)}
+            for a in agreed
+        ],
+    }
+
+
+def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Callable[[Header], Party]:
+    """The entry of a process that is the agent of one site (see `wardround.engines.worker`)."""
+    name, entry = str(spec["site"]), SiteData.model_validate(spec["entry"])
+    sites = SitesFile(sites={name: entry})
+    plugins = Plugins({name: frozenset(entry.plugins)}, bool(spec["allow_code"]))
+    embeddings = {} if entry.embeddings is None else {name: entry.embeddings}
+    root = None if spec["rounding_root"] is None else bytes.fromhex(spec["rounding_root"])
+    agents: dict[str, Agent] = {}
+    for agreed in spec["studies"]:
+        blueprints = Blueprints(Study.model_validate(agreed["study"]), tuple(agreed["compare"]), embeddings, plugins)
+        datasets, folder = Datasets(blueprints, sites), Path(agreed["folder"])
+        agent = Agent(name, blueprints, sites, folder, datasets, progress=progress, rounding_root=root)
+        agents |= dict.fromkeys(agent.identities, agent)
+
+    def find(header: Header) -> Party:
+        if header.site != name:
+            raise WireError(f"a message for another site reached {name}")
+        if header.study not in agents:
+            raise StudyError(f"site {name} takes part in no such study or arm")
+        return agents[header.study].find(header)
+
+    return find

@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from wardround.federation.facts import SiteFacts, SiteSpending
 from wardround.federation.journal import Journal, RoundReport
 from wardround.report import write_card, write_report
 from wardround.runner.alone import train_alone
-from wardround.runner.arms import FEDERATED
+from wardround.runner.arms import FEDERATED, POOLED
 from wardround.runner.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver
 from wardround.runner.blueprints import Blueprint
 from wardround.runner.context import Context
@@ -40,6 +40,7 @@ from wardround.runner.rounds import RoundsFile
 from wardround.runner.statement import statement
 from wardround.runner.watching import Lines, Shielded, Watcher
 from wardround.study.load import load_study
+from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
 from wardround.wire.files import write_text
@@ -110,6 +111,44 @@ def run(
             with _Carrier(host, engine, processes, shielded) as carrier:
                 host.build_operators(shielded.phase, keep=carrier.parallel == 1)
                 return conduct(host, carrier.engine, carrier.parallel, shielded, fingerprints, began)
+    except KeyboardInterrupt:
+        raise Interrupted(STOPPED) from None
+    except OSError as error:
+        raise disk_error(error) from error
+
+
+def coordinate(
+    study: Study,
+    out: str | Path,
+    engine: Engine,
+    *,
+    compare: Sequence[str] = (),
+    resume: bool = False,
+    without: Sequence[str] = (),
+    watcher: Watcher | None = None,
+    quiet: bool = False,
+    plugins: Collection[str] = (),
+    allow_code: bool = False,
+) -> Result:
+    """The coordinator's part of a run whose sites live elsewhere, where `engine` reaches them; the rest is as in `run`.
+
+    `plugins` are names of installed entry points that the coordinator lets a study name.
+
+    Raises `StudyError` for what needs the patients of several sites in one place, and everything that `run` raises.
+    """
+    if POOLED in compare:
+        raise StudyError("--compare pooled: needs the data of all sites in one place, and these stay apart")
+    if scanning := next((name for name, site in study.sites.items() if site.scans), None):
+        raise StudyError(f"sites.{scanning}.scans: needs patients of other sites in one place, and these stay apart")
+    began, out, shielded = time.perf_counter(), Path(out), _shielded(watcher, quiet)
+    allowed = Plugins({"coordinator": frozenset(plugins)}, allow_code)
+    context = Context(study, out, compare, without_in(out).union(without), allowed)
+    for name in context.arms:
+        context.blueprint(name)
+    try:
+        with alone(out):
+            fingerprints = claim(context, resume=resume)
+            return conduct(context, engine, len(context.arms), shielded, fingerprints, began)
     except KeyboardInterrupt:
         raise Interrupted(STOPPED) from None
     except OSError as error:

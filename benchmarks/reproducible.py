@@ -1,7 +1,8 @@
 """The same study on two engines, in several arrival orders, killed and resumed: how many different models come out?
 
-Children run a small reconstruction study on brain phantoms. Some are killed with SIGKILL at random moments and started
-again until they finish. Counted are the distinct hashes of the released model; there must be one.
+Children run a small reconstruction study on phantoms of three of the demo's hospitals: T1-weighted brains on unlike
+scanners, five patients each. Some are killed with SIGKILL at random moments and started again until they finish.
+Counted are the distinct hashes of the released model; there must be one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ STUDY: dict[str, Any] = {
     "local": {"steps": 10, "lr": 0.002, "optimizer_state": "keep"},
     "schedule": {"rounds": 6},
 }
+
+
+def make_data(data: Path) -> None:
+    """The phantoms of the study's hospitals, which it takes from the demo by their names."""
+    from wardround.physics.phantoms import DEMO_SITES, make_site
+
+    hospitals = {site.name: site for site in DEMO_SITES}
+    for name in STUDY["sites"]:
+        make_site(data, hospitals[name], 5, STUDY["seed"])
 
 
 def child(data: Path, out: Path, engine: str, order: int) -> None:
@@ -84,9 +94,8 @@ def main() -> None:
         data, out, engine, order = options.child
         child(Path(data), Path(out), engine, int(order))
         return
-    from wardround.physics.phantoms import DEMO_SITES, make_site
-
-    state = conditions(study="3 phantom sites, MoDL tiny, 6 rounds x 10 steps, 128x128", seed=11)
+    study = "3 hospitals of the demo, 5 phantoms each, MoDL tiny, 6 rounds x 10 steps, 128x128"
+    state = conditions(study=study, seed=STUDY["seed"])
     chance = random.Random(7)
     plans = [("local", 0, 0), ("workers", 1, 0), ("local", 2, 2), ("workers", 3, 2)]
     if not options.quick:
@@ -96,8 +105,7 @@ def main() -> None:
     rows, hashes = [], set()
     with tempfile.TemporaryDirectory() as name:
         data = Path(name) / "data"
-        for site in DEMO_SITES[:3]:
-            make_site(data, site, 5, 11)
+        make_data(data)
         for number, (engine, order, kills) in enumerate(plans):
             began = time.perf_counter()
             found, hit = finished(data, Path(name) / f"run{number}", engine, order, kills, chance)

@@ -13,8 +13,10 @@ from tests.federation.exact import exact_exchange
 from tests.federation.rig import Rig
 from tests.hospitals import make_hospitals, write_study
 from tests.toys import Regression, toy_study
+from wardround.federation.database import Database
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
 from wardround.federation.journal import State
+from wardround.federation.store import SiteStore
 from wardround.protection.rounding import Draws, rounding, study_root
 from wardround.runner import host as hosts
 from wardround.runner import session
@@ -81,6 +83,36 @@ def test_a_site_refuses_scales_that_no_honest_rounds_come_to(tmp_path: Path, lin
     # However many rounds lie in between: no change of such a model needs more.
     reason = asked(again, scaled(state, 3e8), 4).header.meta["reason"]
     assert "the study's rounds come to" in reason
+
+
+def test_scales_of_a_request_that_was_never_answered_excuse_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The crash is between training and the transaction that holds the reply; a restarted site knows only that."""
+    rig = Rig(toy_study(), tmp_path)
+    state = rig.start()
+    assert asked(rig, state, 1).header.kind == UPDATE
+    with monkeypatch.context() as patched:
+        patched.setattr(SiteStore, "finish", lambda *_, **__: (_ for _ in ()).throw(OSError("power cut")))
+        assert asked(rig, scaled(state, 15.9), 2).header.kind == ERROR
+    again = Rig(toy_study(), tmp_path)
+    assert "come to 0.2 at most" in asked(again, scaled(state, 15.9), 1).header.meta["reason"]
+    assert asked(again, scaled(state, 15.9), 2).header.kind == UPDATE
+
+
+def test_a_round_is_one_transaction_of_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reply, the memory and the scales; what the lint saw is not in it, so it is off here."""
+    rig, seen = Rig(toy_study(), tmp_path, lint=False), []
+    state, transaction = rig.start(), Database.transaction
+
+    def counted(self: Database, *, durable: bool = False) -> Any:
+        seen.append(durable)
+        return transaction(self, durable=durable)
+
+    assert asked(rig, state, 1).header.kind == UPDATE
+    monkeypatch.setattr(Database, "transaction", counted)
+    assert asked(rig, state, 2).header.kind == UPDATE
+    assert seen == [True]
 
 
 def test_the_worst_tensor_of_a_round_is_reported(tmp_path: Path) -> None:

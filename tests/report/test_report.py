@@ -18,7 +18,7 @@ from wardround.report.answer import answer
 from wardround.report.metrics import Metric
 from wardround.report.pictures import gallery
 from wardround.report.results import load_run
-from wardround.report.terminal import table_of
+from wardround.report.terminal import tables_of
 from wardround.runner.notes import notes_of
 from wardround.tasks.ct_metrics import CT_METRICS
 
@@ -238,9 +238,17 @@ def test_direction_unit_and_label_come_from_the_metric_and_not_from_its_name(tmp
     assert "Training together improved on (−2.0 mm) training alone on average (4 of 4 hospitals gained" in text
     assert "is level with pooling the data" in text
     assert "### Surface distance (mm), lower is better" in card
-    shown = table_of(load_run(out).result)
-    assert shown is not None
+    (shown,) = tables_of(load_run(out).result, 80)
     assert shown.title == "Surface distance in mm on test patients, lower is better"
+
+
+def test_what_a_model_leaves_to_its_preset_is_not_none_in_the_card(tmp_path: Path) -> None:
+    study = {**STUDY, "model": {"kind": "modl", "preset": "small", "unrolls": None, "norm": None}}
+    study["protection"] = {"robust": None}
+    out = write_run(tmp_path / "run", study=study, with_pictures=False)
+    lines = write_card(out).read_text(encoding="utf-8").splitlines()
+    assert "- Model: kind modl, preset small" in lines
+    assert "- Protection: robust none" in lines
 
 
 def test_a_run_that_does_not_say_how_its_metrics_are_read_is_refused(tmp_path: Path) -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError
 from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
+from wardround.federation.methods.method import Method
 from wardround.federation.training import learning_rate
 from wardround.runner.arms import arms_of
+from wardround.runner.blueprints import Blueprints
 from wardround.runner.explain import explain
 from wardround.runner.machine import Machine
 from wardround.runner.session import open_host, run
+from wardround.study.plugins import Plugins
 from wardround.study.schema import Local
 from wardround.wire.message import Header
 
@@ -119,3 +124,20 @@ def test_check_invents_no_scanner_and_no_model_for_a_task_of_ones_own(tmp_path: 
         assert "model        the task's own: 65 values" in said
         for invented in ("scanner", "coils", "unrolled", "modl", "preset", "slices"):
             assert invented not in said.replace("egress.scanner_facts", "")
+
+
+def test_a_start_is_made_once_an_arm_and_nothing_changes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, made, initial = toy_study(), [], Method.initial
+
+    def counted(self: Method, *args: Any) -> Any:
+        made.append(self)
+        return initial(self, *args)
+
+    monkeypatch.setattr(Method, "initial", counted)
+    plans = Blueprints(study, ("local",), plugins=Plugins(code=True))
+    starts = [plans.rules("federated").initial for _ in study.sites] + [plans.plan("federated").initial]
+    assert len(made) == 1
+    assert all(start is starts[0] for start in starts)
+    assert plans.rules("local/A").initial is not starts[0]
+    with pytest.raises(TypeError):
+        starts[0]["model/0.bias"] = np.zeros(3)  # type: ignore[index]

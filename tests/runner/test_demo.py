@@ -125,7 +125,7 @@ def test_of_13_patients_2_train_1_validates_and_10_test(tmp_path: Path, seed: in
         assert sizes == dict(zip(("train", "validation", "test"), wanted, strict=True))
 
 
-@pytest.mark.parametrize(("flags", "demo"), [([], DEMO), (["--contrasts"], CONTRASTS)])
+@pytest.mark.parametrize(("flags", "demo"), [([], DEMO), (["--contrasts", "--quiet"], CONTRASTS)])
 def test_a_demo_runs_to_its_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], demo: Demo
 ) -> None:
@@ -136,7 +136,9 @@ def test_a_demo_runs_to_its_answer(
     done = CliRunner().invoke(app, ["demo", *flags, *overrides])
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
-    assert f"Making phantoms: {tiny(demo).total} made-up patients of {len(demo.sites)} hospitals" in text
+    said = f"Making phantoms: {tiny(demo).total} made-up patients of {len(demo.sites)} hospitals"
+    assert (said in text) == ("--quiet" not in flags)
+    assert ("Making" in text) == ("--quiet" not in flags)
     assert "Phantoms, not patients" in text
     assert "simulated acquisitions" in text
     out = tmp_path / "runs" / demo.name

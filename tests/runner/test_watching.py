@@ -144,6 +144,20 @@ def test_the_time_left_counts_this_run_alone(capsys: pytest.CaptureFixture[str])
     assert [duration(seconds) for seconds in (5, 200, 7500)] == ["5 s", "3 min", "2 h 05 min"]
 
 
+def test_the_last_rounds_validation_is_said_when_it_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = _go(tmp_path)
+    (measured,) = (
+        line["validation"] for line in _lines(result.out) if (line["arm"], line["round"]) == ("local/B", ROUNDS)
+    )
+    lines = capsys.readouterr().err.splitlines()
+    said = f"local/B, validated: r {measured['r']:.4g} after round {ROUNDS}"
+    assert lines.count(said) == 1
+    assert lines.index(said) > next(n for n, line in enumerate(lines) if line.startswith(f"local/B, round {ROUNDS} "))
+    assert sum(", validated: " in line for line in lines) == 4
+
+
 def test_lines_stay_within_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     lines, name = Lines(), "without/" + "N" * 32
     lines.arms([name], 1000)

@@ -132,10 +132,9 @@ def summary(result: Result) -> None:
 
 def results(values: Mapping[str, Any]) -> None:
     """Print the table of the results, and which sites are lacking in it and why."""
-    from wardround.report.terminal import lacking_in, table_of
+    from wardround.report.terminal import lacking_in, tables_of
 
-    table = table_of(values)
-    if table is not None:
+    for table in tables_of(values, console.width):
         console.print(table)
     for line in lacking_in(values):
         say(line)

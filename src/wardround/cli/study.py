@@ -83,7 +83,9 @@ def demo(
     chosen = CONTRASTS if contrasts else DEMO
     folder = out or Path("runs") / chosen.name
     reserve(folder)
-    say(f"Making phantoms: {chosen.total} made-up patients of {len(chosen.sites)} hospitals, each with its own scanner")
+    if not quiet:
+        hospitals = f"{len(chosen.sites)} hospitals, each with its own scanner"
+        say(f"Making phantoms: {chosen.total} made-up patients of {hospitals}")
     with watching(quiet) as watcher:
         study, sites = demo_study(folder / "data", overrides or [], demo=chosen, phase=watcher.phase)
         result = run_study(study, sites, folder, compare=["local", "pooled"], watcher=watcher)

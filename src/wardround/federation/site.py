@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from wardround.data.deidentify import describe_error
 from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
 from wardround.federation.blobs import disk_error
-from wardround.federation.egress import OPEN, EgressRules, check_egress
+from wardround.federation.egress import check_egress
 from wardround.federation.exchange import DONE, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.facts import LOCAL_SHA256
 from wardround.federation.inspection import Inspector
@@ -28,10 +28,10 @@ from wardround.federation.minutes import SENT, SiteMinutes
 from wardround.federation.patients import OwnResults, PatientRows
 from wardround.federation.record import LOG, Record, begun_by
 from wardround.federation.refusals import refusal
+from wardround.federation.rules import Rules
 from wardround.federation.store import Memory, SiteStore
 from wardround.federation.sums import LOSS, SECONDS, validation_sums
 from wardround.federation.training import Learner
-from wardround.protection.compression import PLAIN, Codec
 from wardround.protection.gates import check_body
 from wardround.protection.rounding import kept_root, rounding
 from wardround.tasks.task import Split
@@ -39,15 +39,13 @@ from wardround.wire.canonical import digest
 from wardround.wire.files import written
 from wardround.wire.message import FileBody, Header, HeldBody, Message, held, write_chunks
 from wardround.wire.random import public_generator
-from wardround.wire.scales import ScaleRules, remembered
+from wardround.wire.scales import ScaleRules, remembered, scales_in
 from wardround.wire.tensors import TensorFile, tensors_sha256
 from wardround.wire.update import Layout, encode, limits
 
 Array = npt.NDArray[Any]
 log = logging.getLogger(__name__)
-# Void rounds that a site believes in beyond as many as the study has rounds: three in a row already stop a run.
-_MOST_VOID = 100
-# The scales of the last round that a site was asked for.
+# The scales of the last round that a site answered.
 _SCALES = "scales"
 
 
@@ -109,35 +107,6 @@ class Evaluator(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
-
-    With `lint` it looks at every model before it trains on it (`Inspector`), and lets up to `catch_up` rounds that it
-    missed explain a move. `rounds` is how many there are, where that is known, with one more for each void one where
-    that `extends` the study. It measures the model of the `arm`, and the `baselines`. Scales start at `initial_scale`,
-    or higher where the state before round 1, `initial` by group and tensor, says so. Updates are rounded from
-    `rounding_root`; without one, from a root that the operating system gives and that stays in the site's store.
-    """
-
-    identity: str
-    layout: Layout
-    metrics_layout: Layout
-    evaluation_layout: Layout
-    seed: int
-    egress: EgressRules = OPEN
-    codec: Codec = PLAIN
-    lint: bool = True
-    catch_up: int = 0
-    initial_scale: float = 0.2
-    rounds: int | None = None
-    extends: bool = True
-    arm: str = ""
-    baselines: frozenset[str] = frozenset()
-    initial: Mapping[str, Array] = field(default_factory=dict, repr=False)
-    rounding_root: bytes | None = field(default=None, repr=False)
-
-
 class Site:
     """Answers messages; idempotent by message id. Exceptions become `error` replies with scrubbed reasons."""
 
@@ -179,11 +148,14 @@ class Site:
                 return done
             self._check(request)
             answer = self._answer(request)
-            check_egress(answer.reply, self._layouts, self._protocol.replies)
+            check_egress(answer.reply, self.rules.layouts, self._protocol.replies)
             # On record before it can leave; told again after a crash in between, it is the same record.
             reply = self.minutes.sent(request, answer.reply, sync=answer.memory is None)
             tail = self.minutes.record.tail()
-            self.store.finish(reply, answer.memory, set(answer.keep), void=_void(request.header), tail=tail)
+            facts = {} if answer.memory is None else _seen_scales(request.header)
+            self.store.finish(
+                reply, answer.memory, set(answer.keep), void=_void(request.header), tail=tail, facts=facts
+            )
             return reply
         except Exception as error:
             # The cause stays here; what leaves is text that is safe by construction. Logs are read outside, too.
@@ -239,7 +211,7 @@ class Site:
         carried = set(names)
         if known and names != [name for name in known if name in carried]:
             raise Rejected("the global state holds other tensors than the study's, or in another order")
-        layout, scales = self.rules.layout, _scales(header.meta)
+        layout, scales = self.rules.layout, scales_in(header.meta)
         self._check_scales(header.round, scales, public)
         memory = self.store.memory(header.round - 1, without=_void(header))
         learner = self.learner
@@ -260,8 +232,6 @@ class Site:
         metrics |= {LOSS: trained.loss, SECONDS: trained.seconds}
         if inspector is not None and seen is not None:
             inspector.remember(seen, scales, trained.weights, trained.changes.get(MODEL, {}))
-        # Not durably: after a power cut older scales stand, and more rounds lie in between.
-        self.store.set_fact(_SCALES, json.dumps(remembered(header.round, scales)), durable=False)
         largest = limits(layout, scales, trained.weights)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
         chunks = encode(
@@ -294,13 +264,6 @@ class Site:
 
     # ---------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _layouts(self) -> dict[str, int]:
-        """The layouts of the study, and the bytes of an update of each."""
-        rules = self.rules
-        sums = {layout.sha256: layout.nbytes for layout in (rules.metrics_layout, rules.evaluation_layout)}
-        return {**sums, rules.layout.sha256: rules.codec.form.nbytes(rules.layout)}
-
     def _check(self, request: Message) -> None:
         header = request.header
         if header.study != self.rules.identity:
@@ -308,7 +271,7 @@ class Site:
         if header.site != self.name:
             raise WireError(f"a message for another site reached {self.name}")
         layout = header.meta.get("layout")
-        if layout is not None and layout not in self._layouts:
+        if layout is not None and layout not in self.rules.layouts:
             raise Rejected(f"site {self.name} was asked for a layout that the study does not have")
         last = self.store.last_round
         if header.kind == TRAIN and header.round < last:
@@ -324,11 +287,8 @@ class Site:
     def _check_end(self, header: Header) -> None:
         """Refuse a round after the study's last, whatever is asked: a number too high would explain any move of the
         model, buy one more validation, or be the last that the site answers."""
-        rules = self.rules
-        if rules.rounds is None:
-            return
-        end = rules.rounds + (min(len(_void(header)), rules.rounds + _MOST_VOID) if rules.extends else 0)
-        if header.round > end:
+        end = self.rules.last_round(_void(header))
+        if end is not None and header.round > end:
             raise Rejected(f"site {self.name} is asked for round {header.round}, and the study ends with round {end}")
 
     def _answer(self, request: Message) -> Answer:
@@ -432,10 +392,6 @@ def _void(header: Header) -> frozenset[int]:
     return frozenset(int(number) for number in header.meta.get("void", ()))
 
 
-def _scales(meta: Mapping[str, Any]) -> dict[str, float]:
-    scales = meta.get("scales")
-    if not isinstance(scales, dict) or not all(
-        isinstance(v, float | int) and 0 < float(v) < float("inf") for v in scales.values()
-    ):
-        raise WireError("a training request needs the scale of every tensor")
-    return {str(name): float(value) for name, value in scales.items()}
+def _seen_scales(header: Header) -> dict[str, str]:
+    """What the site keeps of the scales of a round that it trained in."""
+    return {_SCALES: json.dumps(remembered(header.round, scales_in(header.meta)))}

@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS log_tail (
   one INTEGER PRIMARY KEY CHECK (one = 1), offset INTEGER NOT NULL, lines BLOB NOT NULL);
 """
 
+_SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 # A fact that only a sealed store has; it does not open with another key.
 _SEALED = "sealed"
 
@@ -109,7 +110,7 @@ class SiteStore:
     def set_fact(self, name: str, value: str, *, durable: bool = True) -> None:
         """Write a fact; it survives a power cut unless it is not `durable`."""
         with self._database.transaction(durable=durable) as connection:
-            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, self._seal(name, value)))
+            connection.execute(_SET_FACT, (name, self._seal(name, value)))
 
     def promise(self, name: str, number: int, value: str) -> str:
         """Give one's word for round `number`, durably, unless it was given for that round or a later one.
@@ -122,7 +123,7 @@ class SiteStore:
             if number <= known:
                 return str(standing)
             word = self._seal(name, json.dumps([number, value]))
-            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, word))
+            connection.execute(_SET_FACT, (name, word))
         return value
 
     def promised(self, name: str) -> int:
@@ -206,11 +207,13 @@ class SiteStore:
         *,
         void: Collection[int] = (),
         tail: Tail | None = None,
+        facts: Mapping[str, str] | None = None,
     ) -> None:
         """Record a reply and the state it leaves in one transaction; then forget rounds not in `keep`, and void ones.
 
-        With a memory, even an empty one, it survives a power cut, and so does `tail`, the end of the site's log, which
-        needs no sync of its own then. Replies of earlier rounds are forgotten with it: nobody may ask for them again.
+        `facts` are written with it: nothing is kept of a request that was refused or never answered. With a memory,
+        even an empty one, it survives a power cut, and so does `tail`, the end of the site's log, which needs no sync
+        of its own then. Replies of earlier rounds are forgotten with it: they may not be asked for again.
         """
         number = reply.header.round
         dropped: set[str] = set()
@@ -245,6 +248,8 @@ class SiteStore:
                 "INSERT OR REPLACE INTO replies VALUES (?,?,?,?)",
                 (reply.header.reply_to, number, reply.header.to_bytes().decode(), reply.header.body_sha256),
             )
+            sealed = [(name, self._seal(name, value)) for name, value in (facts or {}).items()]
+            connection.executemany(_SET_FACT, sealed)
             if tail is not None:
                 connection.execute("INSERT OR REPLACE INTO log_tail VALUES (1,?,?)", (tail.offset, tail.lines))
         if unused := dropped | answered:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from wardround.report.answer import answer
 from wardround.report.metrics import Metric
-from wardround.report.results import AGGREGATES, LEAST_N, SMALL_N, Run, load_run
+from wardround.report.results import AGGREGATES, LEAST_N, SMALL_N, Run, load_run, site_title
 from wardround.report.units import flat, human_bytes, human_seconds, protocol
 from wardround.report.unmeasured import unmeasured
-from wardround.report.views import site_title, warnings
+from wardround.report.views import warnings
 from wardround.study.protocols import HeaderFacts
 from wardround.wire.files import write_text
 
@@ -138,7 +138,10 @@ def _training(run: Run) -> list[str]:
     # A task of one's own builds its own model: that of the study file is none of it.
     own = (run.study.get("task") or {}).get("kind") == "custom"
     for section in ("task" if own else "model", "method", "local", "schedule", "protection"):
-        settings = ", ".join(f"{key} {value}" for key, value in flat(run.study.get(section) or {}))
+        values = run.study.get(section) or {}
+        # What a study leaves to the model's preset is not "none".
+        shown = {key: value for key, value in values.items() if section != "model" or value is not None}
+        settings = ", ".join(f"{key} {value}" for key, value in flat(shown))
         if settings:
             lines.append(f"{section.capitalize()}: {settings}")
     traffic, seconds = run.result.get("traffic") or {}, run.result.get("seconds") or {}

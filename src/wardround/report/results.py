@@ -23,6 +23,11 @@ SATURATION_LIMIT = 1e-4
 Kind = Literal["baseline", "local", "federated", "pooled", "other"]
 
 
+def site_title(key: str) -> str:
+    """A site's name, or the words for an aggregate of sites."""
+    return {"mean": "Mean of training sites", "unseen": "Left-out institutions"}.get(key, key)
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of getting a model, or none: its key in result.json, its name in print, its style."""

@@ -22,6 +22,7 @@ from wardround.report.results import (
     Estimate,
     Round,
     Run,
+    site_title,
 )
 from wardround.report.units import in_rounds, protocol, ranges
 from wardround.report.unmeasured import FAILED, WITHHELD, Unmeasured, unmeasured
@@ -116,11 +117,6 @@ class AttendanceRow:
     site: str
     strip: Markup
     count: str
-
-
-def site_title(key: str) -> str:
-    """A site's name, or the words for an aggregate of sites."""
-    return {"mean": "Mean of training sites", "unseen": "Left-out institutions"}.get(key, key)
 
 
 def _keys(run: Run) -> tuple[str, ...]:

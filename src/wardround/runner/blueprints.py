@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from wardround.federation.methods.build import build_method
 from wardround.federation.methods.method import BUFFERS, Method
 from wardround.federation.methods.personal import STRANGER
 from wardround.federation.policy import Policy
-from wardround.federation.site import Rules
+from wardround.federation.rules import Rules
 from wardround.federation.sums import evaluation_metrics, round_metrics, validation_metrics
 from wardround.federation.training import Workbench
 from wardround.physics.scanners import protocol_features
@@ -74,6 +75,7 @@ class Blueprints:
         self._embeddings = dict(embeddings or {})
         self.plugins = plugins
         self._blueprints: dict[str, Blueprint] = {}
+        self._starts: dict[str, Mapping[str, Array]] = {}
 
     @cached_property
     def task(self) -> Task:
@@ -165,7 +167,7 @@ class Blueprints:
             release=schedule.release,
             keep=schedule.keep,
             extends=self.study.protection.privacy is None,
-            initial=self._initial(blueprint),
+            initial=self._start(blueprint),
         )
 
     def initial(self, blueprint: Blueprint) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -201,14 +203,17 @@ class Blueprints:
             extends=study.protection.privacy is None,
             arm=name,
             baselines=frozenset(study.baselines),
-            initial=self._initial(blueprint),
+            initial=self._start(blueprint),
             rounding_root=rounding_root,
         )
 
-    def _initial(self, blueprint: Blueprint) -> dict[str, npt.NDArray[Any]]:
-        """The state of an arm before round 1, what sites get and what the coordinator keeps."""
-        public, private = self.initial(blueprint)
-        return {**private, **public}
+    def _start(self, blueprint: Blueprint) -> Mapping[str, Array]:
+        """The state of an arm before round 1, what sites get and what the coordinator keeps: one for all its sites."""
+        name = blueprint.arm.name
+        if name not in self._starts:
+            public, private = self.initial(blueprint)
+            self._starts[name] = MappingProxyType({**private, **public})
+        return self._starts[name]
 
 
 def protocols_of(study: Study, sites: Iterable[str]) -> dict[str, npt.NDArray[np.float32]]:

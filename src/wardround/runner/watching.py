@@ -95,11 +95,14 @@ class Lines:
         """Say nothing: a round has many steps."""
 
     def round(self, report: RoundReport) -> None:
-        """Say a round once, with the newest validation that is known."""
+        """Say a round once, with the newest validation that is known; that of the last round has a line of its own."""
         with self._lock:
             for name, value in list((report.validation or {}).items())[:1]:
                 self._validated[report.arm] = f"{name} {value:.4g} after round {report.round}"
             if report.round <= self._done[report.arm]:
+                # No round follows that would say it.
+                if report.validation and report.round >= self._rounds:
+                    self._say(f"{report.arm}, validated: {self._validated[report.arm]}")
                 return
             self._done[report.arm] = report.round
             parts = [] if report.loss is None else [f"loss {report.loss:.4g}"]

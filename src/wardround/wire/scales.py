@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from wardround.errors import Rejected
+from wardround.errors import Rejected, WireError
 from wardround.wire.ring import levels
 from wardround.wire.update import Aggregate, Layout, Scales, scale_key
 
@@ -162,6 +162,16 @@ class ScaleRules:
 def remembered(number: int, scales: Scales) -> dict[str, Any]:
     """What a site keeps of the scales of a round, for `ScaleRules.check`."""
     return {"round": number, "scales": dict(scales)}
+
+
+def scales_in(meta: Mapping[str, Any]) -> dict[str, float]:
+    """The scales that a training request carries; raises `WireError` where they are missing or not positive."""
+    scales = meta.get("scales")
+    if not isinstance(scales, dict) or not all(
+        isinstance(v, float | int) and 0 < float(v) < float("inf") for v in scales.values()
+    ):
+        raise WireError("a training request needs the scale of every tensor")
+    return {str(name): float(value) for name, value in scales.items()}
 
 
 def _largest(tensor: Array | None) -> float:

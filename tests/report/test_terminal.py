@@ -1,0 +1,58 @@
+"""The table of a run's results on a terminal: 80 columns, every number and every name whole."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from report_runs import spec
+from rich.cells import cell_len
+from rich.console import Console
+
+from wardround.cli import shared
+
+EIGHT = ("zero_filled", "cg_sense", "tv", "tv_real", "weighted_tv", "local", "federated", "pooled")
+
+
+def _result(sites: list[str], arms: tuple[str, ...]) -> dict[str, Any]:
+    """Another number in every cell."""
+    names = [*sites, "mean", "unseen"]
+    value = {key: 20.0 + 0.011 * n for n, key in enumerate((arm, name) for arm in arms for name in names)}
+    metrics = {arm: {name: {"psnr": {"value": value[arm, name]}} for name in names} for arm in arms}
+    return {"metric_specs": [spec("psnr", negligible=0.001)], "metrics": metrics}
+
+
+def _printed(result: dict[str, Any], monkeypatch: pytest.MonkeyPatch, width: int = 80) -> str:
+    monkeypatch.setattr(shared, "console", Console(file=io.StringIO(), width=width))
+    shared.results(result)
+    return shared.console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("letter", ["N", "病", "é"])
+@pytest.mark.parametrize("arms", [EIGHT[2:], EIGHT, ("local", "federated", "without/" + "M" * 32)])
+def test_no_number_is_cut_however_long_the_names(
+    letter: str, arms: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = [letter * 29 + last for last in "ABCDEF"]
+    result = _result(sites, arms)
+    printed = _printed(result, monkeypatch)
+    assert max(map(cell_len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    for row in result["metrics"].values():
+        for cell in row.values():
+            assert f" {cell['psnr']['value']:.3f} " in printed
+    # Every name is whole where the first column is read downwards.
+    first = "".join(line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│"))
+    assert all(first.count(site) == first.count("training") for site in sites)
+
+
+def test_what_fits_is_one_table_with_labels_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = _printed(_result(["Northfield", "Harbour"], EIGHT[3:5] + EIGHT[6:]), monkeypatch)
+    assert printed.count("Northfield") == 1
+    assert all(label in printed for label in ("TV, real image", "Weighted TV", "Together", "Pooled"))
+    # The words of the report: the mean leaves out sites that did not train.
+    assert "Mean of training sites" in printed
+    assert "Left-out institutions" in printed
+    assert _printed(_result(["Northfield"], EIGHT), monkeypatch).count("Northfield") == 2
+    assert _printed(_result(["Northfield"], EIGHT), monkeypatch, 120).count("Northfield") == 1

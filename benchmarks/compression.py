@@ -158,13 +158,13 @@ class Channel:
 def _errors(studies: dict[str, Any], sites: Any, folder: Path) -> dict[str, dict[str, float]]:
     """The relative L2 error of the mean of each kind: the median over rounds, and of all rounds added up."""
     from wardround.federation.store import Memory
-    from wardround.runner.host import Host
+    from wardround.runner.machine import Machine
     from wardround.wire.message import Header
     from wardround.wire.update import scale_key
 
     channels: dict[str, Channel] = {}
     for name, study in studies.items():
-        blueprint = Host(study, sites, folder, ()).blueprint("federated")
+        blueprint = Machine(study, sites, folder, ()).blueprint("federated")
         scales = {
             scale_key(group.name, info.name): study.protection.initial_scale
             for group in blueprint.codec.sent(blueprint.layout).groups
@@ -172,7 +172,7 @@ def _errors(studies: dict[str, Any], sites: Any, folder: Path) -> dict[str, dict
         }
         channels[name] = Channel(blueprint.codec, blueprint.layout, scales)
     study = next(iter(studies.values()))
-    host = Host(study, sites, folder, ())
+    host = Machine(study, sites, folder, ())
     blueprint = host.blueprint("federated")
     public, _ = blueprint.method.initial(blueprint.layout.groups, host.bench.shared_initial(blueprint.policy))
     learners = {s: host.find(Header("train", blueprint.identity, s)).learner for s in study.training_sites}

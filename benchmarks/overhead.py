@@ -61,7 +61,7 @@ def ours(engine_name: str) -> dict[str, float]:
     from wardround.engines.workers import WorkersEngine
     from wardround.federation.coordinator import Coordinator
     from wardround.federation.journal import Journal
-    from wardround.runner.host import Host
+    from wardround.runner.machine import Machine
     from wardround.study.schema import Study
     from wardround.study.sites import SiteData, SitesFile
 
@@ -78,13 +78,13 @@ def ours(engine_name: str) -> dict[str, float]:
             }
         )
         sites = SitesFile(sites={n: SiteData(data=out) for n in names}).with_code()
-        host = Host(study, sites, out, ())
+        host = Machine(study, sites, out, ())
         if engine_name == "local":
             engine: Any = LocalEngine(host.find)
         else:
             spec = out / "spec.json"
             spec.write_text(json.dumps(host.spec()), encoding="utf-8")
-            engine = WorkersEngine(2, "wardround.runner.host:site_finder", spec)
+            engine = WorkersEngine(2, "wardround.runner.machine:site_finder", spec)
         blueprint = host.blueprint("federated")
         coordinator = Coordinator(
             host.plan("federated"), blueprint.method, engine, Journal(out / "arm", blueprint.identity)

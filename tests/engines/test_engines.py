@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.federation.rig import Rig
 from tests.toys import toy_study
-from wardround.engines.frames import read_frame, write_frame
+from wardround.engines.frames import SharedBodies
 from wardround.engines.local import LocalEngine
 from wardround.engines.workers import ATTEMPTS, WorkersEngine
 from wardround.errors import DataError, Interrupted, WireError, Withheld
@@ -30,7 +30,7 @@ QUESTION = Header("question", "study", "A")
 
 def frame(message: Message) -> bytes:
     stream = io.BytesIO()
-    write_frame(stream, message)
+    SharedBodies().write(stream, message)
     return stream.getvalue()
 
 
@@ -41,25 +41,25 @@ def test_frames_round_trip_and_bodies_stay_in_their_files(tmp_path: Path) -> Non
     data = frame(Message(header, FileBody(path, 100_000))) + frame(Message(QUESTION))
     assert len(data) < 2000
     stream = io.BytesIO(data)
-    first, second = read_frame(stream), read_frame(stream)
+    first, second = SharedBodies().read(stream), SharedBodies().read(stream)
     assert first == Message(header, FileBody(path, 100_000))
     assert second is not None
     assert second.header == QUESTION
     assert second.body == EMPTY
-    assert read_frame(stream) is None
+    assert SharedBodies().read(stream) is None
 
 
 @given(cut=st.integers(1, 200))
 def test_a_frame_that_ends_too_early_is_refused(cut: int) -> None:
     data = frame(Message(QUESTION))
     with pytest.raises(WireError):
-        read_frame(io.BytesIO(data[: -min(cut, len(data) - 1)]))
+        SharedBodies().read(io.BytesIO(data[: -min(cut, len(data) - 1)]))
 
 
 def test_an_oversized_frame_is_refused_before_it_is_read() -> None:
     for lengths in ((1 << 31, 0), (10, 1 << 20)):
         with pytest.raises(WireError, match="oversized"):
-            read_frame(io.BytesIO(struct.pack("<II", *lengths)))
+            SharedBodies().read(io.BytesIO(struct.pack("<II", *lengths)))
 
 
 def test_a_site_that_cannot_be_built_is_an_error_reply_without_its_reason() -> None:

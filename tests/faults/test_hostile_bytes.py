@@ -21,7 +21,7 @@ import torch
 
 from tests.federation.rig import Rig
 from tests.toys import toy_study
-from wardround.engines.frames import read_frame, write_frame
+from wardround.engines.frames import SharedBodies
 from wardround.errors import WardroundError, WireError
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
 from wardround.runner.apply import reconstruct
@@ -58,7 +58,7 @@ def test_a_header_of_a_million_keys_is_refused_before_it_is_read() -> None:
     assert len(data) > MAX_HEADER
     assert peak_of(lambda: Header.from_bytes(data)) < 1 << 20
     frame = io.BytesIO(struct.pack("<II", len(data), 0) + data)
-    assert peak_of(lambda: read_frame(frame)) < 1 << 20
+    assert peak_of(lambda: SharedBodies().read(frame)) < 1 << 20
 
 
 def test_as_many_values_as_a_header_may_hold_stay_within_bounds() -> None:
@@ -151,7 +151,7 @@ def test_a_payload_that_would_run_code_is_bytes_and_no_more(tmp_path: Path, kind
     with pytest.raises(WireError):
         Header.from_bytes(data)
     with pytest.raises(WireError):
-        read_frame(io.BytesIO(data + bytes(8)))
+        SharedBodies().read(io.BytesIO(data + bytes(8)))
     # As a model and as k-space.
     for name in ("model.safetensors", "kspace.npy"):
         (tmp_path / name).write_bytes(data)
@@ -211,12 +211,12 @@ def bitten(data: bytes, chance: random.Random) -> bytes:
 def test_malformed_frames_are_refused_and_nothing_else(tmp_path: Path) -> None:
     """A message, the end, or `WireError`: the thread that reads frames survives nothing else."""
     stream = io.BytesIO()
-    write_frame(stream, Message(VALID, FileBody(tmp_path / "body", 0)))
+    SharedBodies().write(stream, Message(VALID, FileBody(tmp_path / "body", 0)))
     good, chance, found = stream.getvalue(), random.Random(25), Counter[str]()
     for _ in range(20_000):
         frames = io.BytesIO(bitten(good, chance))
         try:
-            while (message := read_frame(frames)) is not None:
+            while (message := SharedBodies().read(frames)) is not None:
                 assert message.header.id == Header.from_bytes(message.header.to_bytes()).id
                 found["read"] += 1
         except WireError:

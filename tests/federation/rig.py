@@ -19,7 +19,7 @@ from wardround.federation.site import Site, SiteProtocol
 from wardround.federation.store import SiteStore
 from wardround.federation.training import Learner
 from wardround.runner import session
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.study.schema import Study
 from wardround.wire.message import Message
 
@@ -85,7 +85,7 @@ class Rig:
         task: Any = None,
         lint: bool = True,
     ) -> None:
-        self.host = Host(study, toy_sites(folder / "data", tuple(study.sites)), folder / "out", ())
+        self.host = Machine(study, toy_sites(folder / "data", tuple(study.sites)), folder / "out", ())
         if task is not None:
             self.host.__dict__["task"] = task
         self.study = study

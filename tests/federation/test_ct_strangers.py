@@ -16,7 +16,7 @@ from wardround.federation.methods.method import state_name
 from wardround.federation.methods.personal import STRANGER
 from wardround.models.build import build_model
 from wardround.physics.ct_system import CTSystem
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.runner.release import serve
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
@@ -54,7 +54,7 @@ def _served(name: str, stranger: str, folder: Path) -> Served:
     """A release after training that moved every shared value, and every private mean where there is one."""
     method, model, prefix = METHODS[name]
     study = load_study(ct_study(method=method | {"stranger": stranger}, model=model))
-    host = Host(study, SitesFile(sites={}), folder, ())
+    host = Machine(study, SitesFile(sites={}), folder, ())
     blueprint, values = host.blueprint("federated"), host.bench.initial_values()
     public, private = blueprint.method.initial(blueprint.layout.groups, values)
     random = np.random.default_rng(1)

@@ -28,7 +28,7 @@ from wardround.federation.site import Site
 from wardround.federation.training import build_optimizer
 from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, adam_ratio, drift, local_reach
 from wardround.protection.lint import lint_against
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.study.schema import Local
 from wardround.wire.message import Message
 from wardround.wire.tensors import TensorWriter
@@ -202,7 +202,7 @@ def away(site: Site, rounds: int) -> None:
 def test_what_a_sites_file_agrees_to_reaches_its_inspector(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path)
     agreed = sites.of("B").model_copy(update={"catch_up": 7})
-    host = Host(study(), sites.model_copy(update={"sites": {**sites.sites, "B": agreed}}), tmp_path / "out", ())
+    host = Machine(study(), sites.model_copy(update={"sites": {**sites.sites, "B": agreed}}), tmp_path / "out", ())
     found = {name: host._build("federated", name)._inspector for name in ("A", "B")}
     assert [0 if each is None else each._catch_up for each in found.values()] == [0, 7]
     host.close()

@@ -331,7 +331,7 @@ def test_a_lost_ledger_stops_the_site(tmp_path: Path) -> None:
     study = _study()
     reserve(out)
     host = session.open_host(study, sites, out, (), (), None)
-    purse = host.purses.of("A", host.dataset("A"))
+    purse = host.agent("A").purses.of("A", host.dataset("A"))
     purse.pay("s", "a", 1, 1, "c", [])
     purse.ledger.path.unlink()
     with pytest.raises((JournalError, NotEnoughSites), match="ledger was lost"):
@@ -368,7 +368,7 @@ def test_pooling_and_data_without_owners_are_refused(tmp_path: Path) -> None:
 def test_an_epsilon_that_rests_on_shared_noise_of_another_study_says_so(tmp_path: Path) -> None:
     out = tmp_path / "out"
     host = session.open_host(_study(), toy_sites(tmp_path), out, (), (), None)
-    purse = host.purses.of("A", host.dataset("A"))
+    purse = host.agent("A").purses.of("A", host.dataset("A"))
     told = statement(host.study, "study", iter([("A", purse)]))
     assert told is not None
     assert SHARED not in told.note

@@ -21,7 +21,7 @@ from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import ALONE, DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE, Call
 from wardround.federation.journal import Journal
 from wardround.federation.verify import verify
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.runner.release import load_model, serve, shared_sha256
 from wardround.runner.session import Result, evaluate, run
 from wardround.runner.watching import Silent
@@ -70,7 +70,7 @@ def test_an_arm_that_stays_inside_comes_to_the_model_of_one_that_is_sent(
     assert {json.loads(line)["arm"] for line in (result.out / "rounds.jsonl").read_text().splitlines()} == {"federated"}
 
     # At the seam: a request without a body, an answer that holds nothing; at the end the test result, and no more.
-    host = Host(study_of(secure=True), toy_sites(tmp_path / "data", SITES), result.out, ("local",))
+    host = Machine(study_of(secure=True), toy_sites(tmp_path / "data", SITES), result.out, ("local",))
     arms = {host.blueprint(f"local/{site}").identity for site in SITES}
     layout = host.blueprint("local/A").evaluation_layout
     ours = [s for s in sent if s.message.header.study in arms]
@@ -97,7 +97,9 @@ def test_no_update_of_a_local_arm_equals_a_masked_one(
     result = compared(tmp_path, "out", secure=True)
     updates = [s for s in sent if s.message.header.kind == UPDATE]
     asked = {s.message.id: s.message.header for s in sent if not s.message.header.reply_to}
-    federated = Host(study_of(secure=True), toy_sites(tmp_path / "data", SITES), result.out, ()).blueprint("federated")
+    federated = Machine(study_of(secure=True), toy_sites(tmp_path / "data", SITES), result.out, ()).blueprint(
+        "federated"
+    )
     trained = [s for s in updates if asked[s.message.header.reply_to].kind == TRAIN]
     assert trained
     assert {s.message.header.study for s in trained} == {federated.identity}
@@ -119,7 +121,7 @@ def test_evaluate_finds_the_same_numbers_and_a_lost_model_is_written_anew(tmp_pa
 
 def test_a_request_that_equals_one_within_is_refused(tmp_path: Path) -> None:
     """Of round 1 a coordinator can foretell every byte, and what the site said within lies in its store."""
-    host = Host(study_of(secure=True), toy_sites(tmp_path / "data", SITES), tmp_path / "out", ("local",))
+    host = Machine(study_of(secure=True), toy_sites(tmp_path / "data", SITES), tmp_path / "out", ("local",))
     blueprint, asked = host.blueprint("local/A"), []
 
     class Foretelling:
@@ -153,13 +155,13 @@ def test_a_site_that_withholds_its_results_withholds_those_of_its_own_model(tmp_
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
-    host = Host(study_of(secure=True), toy_sites(tmp_path / "data", SITES), tmp_path / "out", ("local", "pooled"))
+def host(tmp_path: Path) -> Iterator[Machine]:
+    host = Machine(study_of(secure=True), toy_sites(tmp_path / "data", SITES), tmp_path / "out", ("local", "pooled"))
     yield host
     host.close()
 
 
-def state_of(host: Host, folder: Path, arm: str = "federated") -> Call:
+def state_of(host: Machine, folder: Path, arm: str = "federated") -> Call:
     """What an honest coordinator of the arm would send in round 1."""
     with_arm = host.blueprint(arm)
     from wardround.federation.coordinator import Coordinator
@@ -173,7 +175,7 @@ def state_of(host: Host, folder: Path, arm: str = "federated") -> Call:
     return call
 
 
-def asked(host: Host, call: Call, site: str) -> Message:
+def asked(host: Machine, call: Call, site: str) -> Message:
     """The answer at the door of a site, or of whatever stands for it."""
     (reply,) = LocalEngine(host.find).exchange([call.message(site)])
     return reply
@@ -189,14 +191,14 @@ def asked(host: Host, call: Call, site: str) -> Message:
     ],
 )
 def test_a_site_refuses_to_train_in_the_clear_whatever_arm_is_named(
-    host: Host, tmp_path: Path, arm: str, site: str, why: str
+    host: Machine, tmp_path: Path, arm: str, site: str, why: str
 ) -> None:
     reply = asked(host, state_of(host, tmp_path, arm), site)
     assert reply.header.kind == ERROR
     assert why in reply.header.meta["reason"]
 
 
-def test_an_arm_without_a_site_does_not_exist_at_any_site(host: Host, tmp_path: Path) -> None:
+def test_an_arm_without_a_site_does_not_exist_at_any_site(host: Machine, tmp_path: Path) -> None:
     from wardround.wire.canonical import digest
 
     call = replace(state_of(host, tmp_path), study=digest([host.study_sha256, "without/B"]))
@@ -207,7 +209,7 @@ def test_an_arm_without_a_site_does_not_exist_at_any_site(host: Host, tmp_path: 
 @pytest.mark.parametrize("split", ["validation", "test"])
 @pytest.mark.parametrize(("arm", "site"), [("local/A", "A"), ("pooled", "A"), ("federated", "A")])
 def test_sums_for_pooling_do_not_leave_a_site_by_themselves(
-    host: Host, tmp_path: Path, arm: str, site: str, split: str
+    host: Machine, tmp_path: Path, arm: str, site: str, split: str
 ) -> None:
     """A site's validation is hidden in the masked sum; asked for alone it would be read."""
     call, blueprint = state_of(host, tmp_path, arm), host.blueprint(arm)
@@ -218,7 +220,7 @@ def test_sums_for_pooling_do_not_leave_a_site_by_themselves(
         assert (reply.header.kind == UPDATE) == own_test, reply.header.meta
 
 
-def test_a_site_tests_no_model_but_its_own_in_its_own_arm(host: Host, tmp_path: Path) -> None:
+def test_a_site_tests_no_model_but_its_own_in_its_own_arm(host: Machine, tmp_path: Path) -> None:
     blueprint = host.blueprint("local/A")
     test = Call(EVALUATE, blueprint.identity, 1, ("A",), blueprint.evaluation_layout, {}, meta={"split": "test"})
     early = asked(host, replace(test, meta={"split": "test", "evaluator": OWN}), "A")
@@ -231,7 +233,7 @@ def test_a_site_tests_no_model_but_its_own_in_its_own_arm(host: Host, tmp_path: 
     assert "trains this arm inside" in asked(host, replace(test, kind=RELEASE, meta={}), "A").header.meta["reason"]
 
 
-def test_a_request_to_train_alone_holds_a_round_of_the_study_and_nothing_else(host: Host, tmp_path: Path) -> None:
+def test_a_request_to_train_alone_holds_a_round_of_the_study_and_nothing_else(host: Machine, tmp_path: Path) -> None:
     def ask(number: int, **more: Any) -> Message:
         header = Header(ALONE, host.blueprint("local/A").identity, "A", number, **more)
         (reply,) = LocalEngine(host.find).exchange([Message(header)])
@@ -320,12 +322,12 @@ def test_a_model_kept_inside_serves_its_site(tmp_path: Path) -> None:
     result = compared(tmp_path, "out", secure=True)
     tensors, metadata = load_model(own(result.out, "A"))
     assert (metadata["arm"], metadata["format"]) == ("local/A", "wardround-model-1")
-    host = Host(study_of(secure=True), toy_sites(tmp_path / "data", SITES), result.out, ())
+    host = Machine(study_of(secure=True), toy_sites(tmp_path / "data", SITES), result.out, ())
     serve(host.bench.model, host.study, metadata, "A")
     assert tensors.keys() == host.bench.initial.keys()
 
 
-def test_the_start_is_the_sites_own(host: Host, tmp_path: Path) -> None:
+def test_the_start_is_the_sites_own(host: Machine, tmp_path: Path) -> None:
     """The request to train alone carries no model: the start is the site's own."""
     call = state_of(host, tmp_path, "local/A")
     assert isinstance(call.body, FileBody)

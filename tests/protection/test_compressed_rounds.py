@@ -14,7 +14,7 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError
 from wardround.federation.exchange import UPDATE
 from wardround.protection.compression import Codec, TopKCodec
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.wire.message import Message
@@ -81,7 +81,7 @@ def test_a_site_that_dies_after_training_says_the_same_again(kind: str, tmp_path
 
 
 def test_comparisons_of_one_site_are_not_compressed(tmp_path: Path) -> None:
-    host = Host(study_of("top_k"), toy_sites(tmp_path), tmp_path / "out", ("local", "pooled"))
+    host = Machine(study_of("top_k"), toy_sites(tmp_path), tmp_path / "out", ("local", "pooled"))
     assert isinstance(host.blueprint("federated").codec, TopKCodec)
     assert type(host.blueprint("local/A").codec) is type(host.blueprint("pooled").codec) is Codec
 

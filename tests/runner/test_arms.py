@@ -19,7 +19,7 @@ from wardround.federation.training import learning_rate
 from wardround.runner.arms import arms_of
 from wardround.runner.blueprints import Blueprints
 from wardround.runner.explain import explain
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.runner.session import open_host, run
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Local
@@ -80,7 +80,7 @@ def test_learning_rates_follow_the_global_step() -> None:
 
 def test_a_host_builds_each_part_once_and_only_sites_of_its_study(tmp_path: Path) -> None:
     study = toy_study(SITES)
-    host = Host(study, toy_sites(tmp_path, tuple(SITES)), tmp_path / "out", ("local",))
+    host = Machine(study, toy_sites(tmp_path, tuple(SITES)), tmp_path / "out", ("local",))
     header = Header("train", host.blueprint("federated").identity, "A")
     assert host.find(header) is host.find(header)
     assert host.find(Header("train", host.blueprint("local/A").identity, "A")) is not host.find(header)
@@ -88,7 +88,7 @@ def test_a_host_builds_each_part_once_and_only_sites_of_its_study(tmp_path: Path
         host.find(Header("train", "0" * 64, "A"))
     with pytest.raises(StudyError, match="no site 'Z'"):
         host.find(Header("train", header.study, "Z"))
-    again = Host.from_spec(host.spec())
+    again = Machine.from_spec(host.spec())
     assert again.study_sha256 == host.study_sha256
     assert again.blueprint("federated").layout.sha256 == host.blueprint("federated").layout.sha256
 

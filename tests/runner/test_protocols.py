@@ -18,7 +18,7 @@ from tests.federation.rig import Sent, recorded_sessions
 from tests.laws.test_silence import leaks
 from wardround.cli import app
 from wardround.data.ct_protocol import CTProtocol, facts_of
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.runner.protocols import simulated, warning
 from wardround.runner.session import Result, run
 from wardround.study.ct import CTAcquisition
@@ -110,8 +110,8 @@ def test_a_site_tells_what_its_rules_allow(
             "schedule": {"rounds": 1, "release": "last"},
             "protection": {"privacy": {"epsilon": 8.0, "delta": 1e-2, "clip": 1.0}},
         }
-    host = Host(load_study(ct_study(**changes)), _sites(folders, **rules), tmp_path, ())
-    assert host.header_facts("A") == told
+    host = Machine(load_study(ct_study(**changes)), _sites(folders, **rules), tmp_path, ())
+    assert host.agent("A").header_facts() == told
 
 
 def test_a_rare_value_and_what_looks_like_a_name_are_not_told() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import wardround
 from wardround.cli import app
 from wardround.errors import StudyError
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
@@ -68,9 +68,9 @@ def sites_of(folder: Path, plugins: dict[str, Any]) -> SitesFile:
     return SitesFile(sites={n: SiteData(data=(folder / n,), plugins=tuple(plugins.get(n, ()))) for n in SITES})
 
 
-def in_a_worker(host: Host) -> Host:
+def in_a_worker(host: Machine) -> Machine:
     """The host that a worker process makes of what it is handed."""
-    return Host.from_spec(json.loads(json.dumps(host.spec())))
+    return Machine.from_spec(json.loads(json.dumps(host.spec())))
 
 
 def named(**changes: Any) -> Study:
@@ -128,9 +128,9 @@ def test_an_installed_plugin_is_called_where_every_site_allows_it(package: Path,
     assert (tmp_path / "imported").exists()
     assert result.participants == tuple(SITES)
     assert wardround.evaluate(tmp_path / "out", everyone, engine="local").metrics
-    assert in_a_worker(Host(named(), everyone, tmp_path, ())).task.metrics
+    assert in_a_worker(Machine(named(), everyone, tmp_path, ())).task.metrics
     with pytest.raises(StudyError, match="does not allow the plug-in"):
-        assert in_a_worker(Host(named(), some, tmp_path, ())).task
+        assert in_a_worker(Machine(named(), some, tmp_path, ())).task
     with pytest.raises(StudyError, match="does not allow the plug-in"):
         wardround.evaluate(tmp_path / "out", some, engine="local")
 
@@ -141,9 +141,9 @@ def test_code_by_its_place_needs_the_flag_whatever_a_sites_file_lists(tmp_path: 
     with pytest.raises(StudyError, match="give --allow-code"):
         wardround.run(study, listed, tmp_path / "out")
     assert wardround.run(study, listed, tmp_path / "out", engine="local", allow_code=True)
-    assert in_a_worker(Host(study, listed.with_code(), tmp_path, ())).task.metrics
+    assert in_a_worker(Machine(study, listed.with_code(), tmp_path, ())).task.metrics
     with pytest.raises(StudyError, match="give --allow-code"):
-        assert in_a_worker(Host(study, listed, tmp_path, ())).task
+        assert in_a_worker(Machine(study, listed, tmp_path, ())).task
     # No file can ask for it: who starts a run does, each time.
     text = "allow_code: true\nsites: {A: {data: .}}\n"
     (tmp_path / "sites.yaml").write_text(text)
@@ -170,5 +170,5 @@ def test_a_site_without_data_of_its_own_has_nothing_to_allow(package: Path, tmp_
     roles = {"A": {}, "B": {}, "C": {}, "D": {"role": "unseen", "scans": ["A"]}}
     sites = sites_of(tmp_path / "data", dict.fromkeys(SITES, ("toy",)))
     study = named(sites=roles)
-    assert Host(study, sites, tmp_path / "out", ()).task.metrics
+    assert Machine(study, sites, tmp_path / "out", ()).task.metrics
     assert not list(Plugins.of(study, sites).refused(study))

@@ -16,7 +16,7 @@ from wardround.errors import StudyError
 from wardround.physics import ct_cache
 from wardround.physics.ct_cache import VARIABLE
 from wardround.results.files import read_result
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.study.load import load_study
 from wardround.study.sites import Egress, SiteData, SitesFile, load_sites
 from wardround.tasks.build import build_task
@@ -192,7 +192,7 @@ def test_a_host_asks_no_entry_for_a_new_scanner_and_follows_all_members(
     study = load_study(ct_study())
     for withheld in ((), ("A",)):
         entries = {s: SiteData(data=(folders[s],), egress=Egress(per_site_results=s not in withheld)) for s in "AB"}
-        host = Host(study, SitesFile(sites=entries), tmp_path, ())
+        host = Machine(study, SitesFile(sites=entries), tmp_path, ())
         assert host.dataset("New").patients("test") == sum(host.dataset(s).patients("test") for s in "AB")
         assert host.egress("New").per_site_results is not bool(withheld)
         assert host.egress("B").per_site_results
@@ -280,7 +280,7 @@ def test_the_example_of_real_hospitals_opens() -> None:
     examples = Path(__file__).parents[2] / "examples"
     sites = load_sites(examples / "luad-sites.yaml")
     study = load_study(examples / "luad-ct.yaml")
-    host = Host(study, sites, Path(), ())
+    host = Machine(study, sites, Path(), ())
     counts = {site: [host.dataset(site).patients(split) for split in SPLITS] for site in study.sites}
     assert {site: sum(of) for site, of in counts.items()} == {
         "WashU": 22,

@@ -28,7 +28,7 @@ from wardround.federation.store import NOTHING
 from wardround.federation.training import build_optimizer
 from wardround.protection.lint import Finding, architecture_sha256, lint_against
 from wardround.runner.arms import FEDERATED
-from wardround.runner.host import NOWHERE, Host
+from wardround.runner.machine import NOWHERE, Machine
 from wardround.runner.release import model_of_study, personal_part
 from wardround.study.load import study_sha256
 from wardround.study.schema import Study
@@ -83,7 +83,7 @@ class Auditor:
                              f"{', '.join(study.training_sites)}")  # fmt: skip
         self.study, self.site, self.effort = study, site, effort
         self.attacks = tuple(effort.limit(attack) for attack in attacks)
-        self._host = Host(held_out_alike(study), sites, NOWHERE, ())
+        self._host = Machine(held_out_alike(study), sites, NOWHERE, ())
         self._study_sha256 = study_sha256(study)
         self._path = model_file(model)
         self.tensors = self._host.bench.initial_values()

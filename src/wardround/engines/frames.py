@@ -1,42 +1,95 @@
-"""Messages between processes on one machine: a length, a canonical-JSON header and the path of the body's file."""
+"""Messages between processes on one machine: a length, a header in canonical JSON, and the body or its file's path."""
 
 from __future__ import annotations
 
 import struct
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
 from wardround.errors import WireError
-from wardround.wire.message import MAX_HEADER, EmptyBody, FileBody, Header, Message
+from wardround.wire.message import CHUNK, MAX_HEADER, EmptyBody, FileBody, Header, Message
 
 PROGRESS = "progress"
 _LENGTH = struct.Struct("<II")
 
 
-def write_frame(stream: BinaryIO, message: Message) -> None:
-    """Send a message; its body stays in its file, which both processes can read."""
-    header = message.header.to_bytes()
-    path = str(message.body.path).encode() if isinstance(message.body, FileBody) else b""
-    stream.write(_LENGTH.pack(len(header), len(path)) + header + path)
-    stream.flush()
+class SharedBodies:
+    """Bodies stay in their files, which both processes can read: a frame holds a header and a path."""
+
+    def write(self, stream: BinaryIO, message: Message) -> None:
+        """Send a message."""
+        header = message.header.to_bytes()
+        path = str(message.body.path).encode() if isinstance(message.body, FileBody) else b""
+        stream.write(_LENGTH.pack(len(header), len(path)) + header + path)
+        stream.flush()
+
+    def read(self, stream: BinaryIO) -> Message | None:
+        """The next message, or nothing at the end of the stream; raises `WireError` for a broken frame."""
+        lengths = _read(stream, _LENGTH.size)
+        if not lengths:
+            return None
+        size, path_size = _LENGTH.unpack(lengths)
+        if size > MAX_HEADER or path_size > 1 << 16:
+            raise WireError("a frame between processes is oversized")
+        header = Header.from_bytes(_read(stream, size, required=True))
+        try:
+            path = _read(stream, path_size, required=True).decode()
+        except UnicodeDecodeError:
+            raise WireError("a frame between processes names no path") from None
+        if "\0" in path:
+            raise WireError("a frame between processes names no path")
+        return Message(header, FileBody(Path(path), header.body_nbytes) if path else EmptyBody())
+
+    def drop(self, message: Message) -> None:
+        """A message was answered, or its reply is no longer needed: its body belongs to the sender."""
 
 
-def read_frame(stream: BinaryIO) -> Message | None:
-    """The next message, or nothing at the end of the stream; raises `WireError` for a broken frame."""
-    lengths = _read(stream, _LENGTH.size)
-    if not lengths:
-        return None
-    size, path_size = _LENGTH.unpack(lengths)
-    if size > MAX_HEADER or path_size > 1 << 16:
-        raise WireError("a frame between processes is oversized")
-    header = Header.from_bytes(_read(stream, size, required=True))
-    try:
-        path = _read(stream, path_size, required=True).decode()
-    except UnicodeDecodeError:
-        raise WireError("a frame between processes names no path") from None
-    if "\0" in path:
-        raise WireError("a frame between processes names no path")
-    return Message(header, FileBody(Path(path), header.body_nbytes) if path else EmptyBody())
+class CopiedBodies:
+    """Bodies travel in the frame, behind their headers, and are spooled into `folder`: the processes share no file."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._count = count()
+
+    def write(self, stream: BinaryIO, message: Message) -> None:
+        """Send a message."""
+        header = message.header.to_bytes()
+        stream.write(_LENGTH.pack(len(header), 0) + header)
+        if message.header.body_nbytes:
+            for chunk in message.body.chunks():
+                stream.write(chunk)
+        stream.flush()
+
+    def read(self, stream: BinaryIO) -> Message | None:
+        """The next message, or nothing at the end of the stream; raises `WireError` for a broken frame."""
+        lengths = _read(stream, _LENGTH.size)
+        if not lengths:
+            return None
+        size, other = _LENGTH.unpack(lengths)
+        if size > MAX_HEADER or other:
+            raise WireError("a frame between processes is oversized")
+        header = Header.from_bytes(_read(stream, size, required=True))
+        if not header.body_nbytes:
+            return Message(header)
+        path = self._folder / f"{next(self._count)}.body"
+        with path.open("wb") as file:
+            left = header.body_nbytes
+            while left:
+                part = stream.read(min(left, CHUNK))
+                if not part:
+                    raise WireError("a frame between processes ends too early")
+                left -= file.write(part)
+        return Message(header, FileBody(path, header.body_nbytes))
+
+    def drop(self, message: Message) -> None:
+        """A message was answered, or its reply is no longer needed: its body goes."""
+        if isinstance(message.body, FileBody) and message.body.path.parent == self._folder:
+            message.body.path.unlink(missing_ok=True)
+
+
+Frames = SharedBodies | CopiedBodies
 
 
 def _read(stream: BinaryIO, size: int, *, required: bool = False) -> bytes:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from wardround.data.deidentify import describe_error
 from wardround.errors import Interrupted
+from wardround.federation.exchange import Party
 from wardround.federation.refusals import refusal
 from wardround.wire.message import Header, Message
 
-if TYPE_CHECKING:
-    # With torch, which only the process of a site needs.
-    from wardround.federation.site import Site
-
 log = logging.getLogger(__name__)
 STOPPED = "stopped; run the same command again to go on from here"
-SiteFinder = Callable[[Header], "Site"]
+SiteFinder = Callable[[Header], Party]
 
 
 def answer(find: SiteFinder, message: Message) -> Message:

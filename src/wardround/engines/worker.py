@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wardround.data.deidentify import describe_error
-from wardround.engines.frames import PROGRESS, read_frame, write_frame
+from wardround.engines.frames import PROGRESS, CopiedBodies, Frames, SharedBodies
 from wardround.engines.local import answer
 from wardround.logs import log_to_stderr
 from wardround.wire.message import Header, Message
@@ -25,6 +25,8 @@ INTERVAL = 0.25
 
 def main(factory: str, spec: str, level: str) -> None:
     """Answer until the input ends. `factory` is `module:callable`; it turns the specification into a site finder.
+
+    Where the specification names a `spool`, a folder, bodies travel with the messages; else they lie in shared files.
 
     `level` is the parent's for its own log: the worker says on stderr what the parent would say.
     """
@@ -47,10 +49,12 @@ def _serve(factory: str, spec: str) -> None:
     # Whatever a library prints must not end up between two frames.
     os.dup2(2, 1)
     module, _, name = factory.partition(":")
-    progress = Reporter(replies)
-    find = getattr(importlib.import_module(module), name)(json.loads(Path(spec).read_text(encoding="utf-8")), progress)
-    while (message := read_frame(sys.stdin.buffer)) is not None:
-        write_frame(replies, answer(find, message))
+    about = json.loads(Path(spec).read_text(encoding="utf-8"))
+    frames: Frames = CopiedBodies(Path(about["spool"])) if "spool" in about else SharedBodies()
+    find = getattr(importlib.import_module(module), name)(about, Reporter(replies, frames))
+    while (message := frames.read(sys.stdin.buffer)) is not None:
+        frames.write(replies, answer(find, message))
+        frames.drop(message)
 
 
 def _end_with(parent: int) -> None:
@@ -64,8 +68,9 @@ def _end_with(parent: int) -> None:
 class Reporter:
     """Sends steps to the parent as frames of their own, at most a few a second."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, frames: Frames) -> None:
         self._stream = stream
+        self._frames = frames
         self._next = 0.0
 
     def __call__(self, arm: str, site: str, number: int, step: int, steps: int) -> None:
@@ -74,7 +79,7 @@ class Reporter:
         if now >= self._next or step == steps:
             self._next = now + INTERVAL
             header = Header(PROGRESS, arm, site, round=number, meta={"step": step, "steps": steps})
-            write_frame(self._stream, Message(header))
+            self._frames.write(self._stream, Message(header))
 
 
 if __name__ == "__main__":

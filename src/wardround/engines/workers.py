@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from wardround.data.deidentify import describe_error
-from wardround.engines.frames import PROGRESS, read_frame, write_frame
+from wardround.engines.frames import PROGRESS, SharedBodies
 from wardround.engines.local import STOPPED
 from wardround.errors import Interrupted, WardroundError, WireError
 from wardround.federation.refusals import refusal
@@ -32,6 +32,7 @@ from wardround.wire.message import Message
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
+_FRAMES = SharedBodies()
 Progress = Callable[[str, str, int, int, int], None]
 
 
@@ -162,8 +163,8 @@ class WorkersEngine:
 
     def _ask(self, worker: subprocess.Popen[bytes], message: Message) -> Message | None:
         try:
-            write_frame(cast("BinaryIO", worker.stdin), message)
-            while (reply := read_frame(cast("BinaryIO", worker.stdout))) is not None:
+            _FRAMES.write(cast("BinaryIO", worker.stdin), message)
+            while (reply := _FRAMES.read(cast("BinaryIO", worker.stdout))) is not None:
                 header = reply.header
                 if header.kind != PROGRESS:
                     return reply

@@ -8,7 +8,9 @@ from typing import Any
 
 from wardround.errors import Withheld
 from wardround.federation.exchange import DONE, UPDATE
+from wardround.federation.facts import LOCAL_SHA256
 from wardround.federation.minutes import HEAD
+from wardround.federation.record import is_hash
 from wardround.wire.message import Message
 
 
@@ -86,6 +88,7 @@ def check_egress(reply: Message, layouts: Mapping[str, int], phases: Set[str]) -
         # Neither more nor less than the numbers that the layout names.
         known = known and layouts.get(str(header.meta.get("layout"))) == header.body_nbytes
     else:
-        known = header.kind == DONE and not header.meta and not header.body_nbytes
+        known = header.kind == DONE and not header.body_nbytes and header.meta.keys() <= {LOCAL_SHA256}
+        known = known and all(is_hash(value) for value in header.meta.values())
     if not known or header.tensors or reply.body.nbytes != header.body_nbytes:
         raise Withheld(f"site {header.site} lets out no such answer as {header.kind[:40]!r} with what this one holds")

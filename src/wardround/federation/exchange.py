@@ -34,6 +34,14 @@ class Void(WardroundError):
     """A round must be given up, and its number with it: repeating it could give away what a single site sent."""
 
 
+class Party(Protocol):
+    """What answers messages: a site in an arm, or a site's agent."""
+
+    def handle(self, request: Message) -> Message:
+        """One reply for each message; never raises."""
+        ...
+
+
 class Engine(Protocol):
     """Carries messages to sites and yields one reply for each, as they come."""
 

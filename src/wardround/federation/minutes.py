@@ -9,6 +9,7 @@ from typing import Any
 
 from wardround.errors import JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
 from wardround.federation.exchange import ALONE, DONE, ERROR, TRAIN, UPDATE, Call, Exchange
+from wardround.federation.facts import ROSTER
 from wardround.federation.journal import SIGNED_EVENTS, Journal
 from wardround.federation.record import Entry, Record, is_hash
 from wardround.wire.canonical import digest
@@ -173,7 +174,7 @@ class SiteMinutes:
             head = self.record.note(SENT, payload, sync=sync)
             return Message(replace(header, meta={**header.meta, HEAD: shown(head, header)}), reply.body)
         if header.kind == DONE:
-            event = ALONE if request.header.kind == ALONE else "released"
+            event = request.header.kind if request.header.kind in (ALONE, ROSTER) else "released"
             self.record.note(event, {"round": header.round}, sync=True)
         return reply
 

@@ -10,9 +10,10 @@ phase   request           reply
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from wardround.errors import JournalError, NotEnoughSites, Rejected, WireError
 from wardround.federation.alone import own_results
 from wardround.federation.exchange import (
+    DONE,
     EVALUATE,
     TRAIN,
     UPDATE,
@@ -29,6 +31,7 @@ from wardround.federation.exchange import (
     Void,
     add_body,
 )
+from wardround.federation.facts import ROSTER
 from wardround.federation.history import MASKED, Joined, MaskedHistory
 from wardround.federation.journal import Journal, survivors_of
 from wardround.federation.site import Answer, Site
@@ -64,6 +67,7 @@ REVEAL, REVEALED = "sum/reveal", "sum/revealed"
 DEAL = "deal"
 # Every other request names the context of its attempt, and the numbers that void rounds used up.
 CONTEXT, VOID_NUMBERS = "context", "void"
+_ROSTER_KEYS = "roster/keys"
 
 
 def secure_sum(roster: Roster, threshold: int, journal: Journal) -> ExchangeFactory:
@@ -273,11 +277,18 @@ class SecureUpload:
     """
 
     replies = frozenset({ADVERT, SHARES, CONSENT, REVEALED})
-    kinds = frozenset({ADVERTISE, SHARE, TRAIN, EVALUATE, SIGN, REVEAL})
+    kinds = frozenset({ROSTER, ADVERTISE, SHARE, TRAIN, EVALUATE, SIGN, REVEAL})
 
-    def __init__(self, threshold: int, roster: Callable[[], Roster], history: Path | None = None) -> None:
+    def __init__(
+        self,
+        threshold: int,
+        roster: Callable[[], Roster] | None = None,
+        history: Path | None = None,
+        members: Collection[str] = (),
+    ) -> None:
         self._threshold = threshold
         self._load_roster = roster
+        self._members = frozenset(members)
         self._history_folder = history
         self._roster: Roster | None = None
         self._session: SiteSession | None = None
@@ -291,6 +302,9 @@ class SecureUpload:
         header = request.header
         meta = {name: value for name, value in header.meta.items() if name not in (CONTEXT, VOID_NUMBERS)}
         match header.kind:
+            case "roster":
+                self._agree(request, site)
+                return Answer(request.reply(DONE))
             case "sum/advertise":
                 return self._advertise(request, site)
             case "sum/share":
@@ -403,9 +417,30 @@ class SecureUpload:
             round=context.round,
         )
 
+    def _agree(self, request: Message, site: Site) -> None:
+        """Keep the roster that the coordinator names, once and for all; raises `Rejected` where it cannot be the arm's.
+
+        It must name the arm's sites, and this one with its own key. That the other keys are those of the other sites is
+        the coordinator's word, unless the sites compare them by another way.
+        """
+        roster = Roster.from_json(request.header.meta.get("keys"))
+        own = site.store.enrol().public
+        if frozenset(roster.sites) != self._members or roster.keys.get(site.name) != own:
+            raise Rejected(f"site {site.name} is shown a roster of other sites, or with another key in its place")
+        if site.store.promise("roster", 0, roster.sha256) != roster.sha256:
+            raise JournalError(
+                f"the study's roster is not the one site {site.name} began with; restore it, or start a new run"
+            )
+        site.store.set_fact(_ROSTER_KEYS, json.dumps(roster.to_json()))
+
     def _pinned(self, site: Site) -> Roster:
         if self._roster is None:
-            roster = self._load_roster()
+            if self._load_roster is not None:
+                roster = self._load_roster()
+            elif (keys := site.store.fact(_ROSTER_KEYS)) is not None:
+                roster = Roster.from_json(json.loads(keys))
+            else:
+                raise JournalError(f"site {site.name} was asked for a secure sum before it was shown the roster")
             if site.store.promise("roster", 0, roster.sha256) != roster.sha256:
                 raise JournalError(
                     f"the study's roster is not the one site {site.name} began with; restore it, or start a new run"

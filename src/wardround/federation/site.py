@@ -21,6 +21,7 @@ from wardround.errors import DataError, JournalError, Rejected, StudyError, Ward
 from wardround.federation.blobs import disk_error
 from wardround.federation.egress import check_egress
 from wardround.federation.exchange import DONE, EVALUATE, RELEASE, TRAIN, UPDATE
+from wardround.federation.facts import LOCAL_SHA256
 from wardround.federation.inspection import Inspector
 from wardround.federation.measured import MeasuredSets
 from wardround.federation.methods.method import MODEL
@@ -41,7 +42,7 @@ from wardround.wire.files import written
 from wardround.wire.message import FileBody, Header, HeldBody, Message, held, write_chunks
 from wardround.wire.random import public_generator
 from wardround.wire.scales import ScaleRules, remembered, scales_in
-from wardround.wire.tensors import TensorFile
+from wardround.wire.tensors import TensorFile, tensors_sha256
 from wardround.wire.update import Layout, encode, limits
 
 Array = npt.NDArray[Any]
@@ -391,13 +392,15 @@ class Site:
         """Write the private part of the released model into the site's own folder."""
         memory = self.store.memory(request.header.round)
         tensors = self.learner.local_tensors(memory)
-        if tensors and self.folder is not None:
+        if not tensors:
+            return Answer(request.reply(DONE))
+        if self.folder is not None:
             try:
                 with written(self.folder / "local.safetensors") as file:
                     file.write(save(tensors))
             except OSError as error:
                 raise disk_error(error) from error
-        return Answer(request.reply(DONE))
+        return Answer(request.reply(DONE, meta={LOCAL_SHA256: tensors_sha256(tensors)}))
 
     def _validation_sums(self, number: int, values: Mapping[str, Array]) -> dict[str, Any]:
         """Sums that are pooled over sites; of no patient where the site's rules withhold them."""

@@ -188,9 +188,10 @@ class SiteStore:
             self._identity = Identity(bytes.fromhex(json.loads(fact)[1]))
         return self._identity
 
-    def enrol(self) -> Identity:
-        """The site's signing key, made on first use and kept here."""
-        return Identity(bytes.fromhex(self.promise("identity", 0, Identity.generate().private.hex())))
+    def enrol(self, identity: Identity | None = None) -> Identity:
+        """The site's signing key, made on first use and kept here; the one given, where there is none yet."""
+        made = Identity.generate() if identity is None else identity
+        return Identity(bytes.fromhex(self.promise("identity", 0, made.private.hex())))
 
     @property
     def tail(self) -> Tail | None:

@@ -21,8 +21,8 @@ from wardround.federation.sums import Result, results_in
 from wardround.results.metrics import MetricInfo
 from wardround.results.schema import ALIAS, Estimate, LeftOut, Measured, Row, Table
 from wardround.runner.arms import FEDERATED, POOLED
+from wardround.runner.context import Context
 from wardround.runner.evaluators import RELEASED
-from wardround.runner.host import Host
 from wardround.runner.release import as_tensor_file, model_of_study, model_path
 from wardround.runner.watching import TESTING, TUNING, Phase
 from wardround.tasks.estimates import Estimate as Found
@@ -59,7 +59,7 @@ class _Job:
         return TUNING if self.call.meta["evaluator"] == BASELINE else TESTING
 
 
-def measure(host: Host, engine: Engine, phase: Phase = lambda *_: None, *, again: str = "") -> list[Measurement]:
+def measure(host: Context, engine: Engine, phase: Phase = lambda *_: None, *, again: str = "") -> list[Measurement]:
     """Evaluate every released model and baseline at every site where the comparison needs it.
 
     `phase` is called with each phase and its numbers of finished and of all evaluations. Sites answer what they were
@@ -108,7 +108,7 @@ def measure(host: Host, engine: Engine, phase: Phase = lambda *_: None, *, again
             raise
 
 
-def _jobs(host: Host) -> Iterator[_Job]:
+def _jobs(host: Context) -> Iterator[_Job]:
     """Every row at every site that measures it."""
     study = host.study
     everywhere = host.remaining(study.sites)
@@ -141,7 +141,7 @@ def _jobs(host: Host) -> Iterator[_Job]:
             yield _Job(name, site, _call(host, name, site, meta, body))
 
 
-def _call(host: Host, arm: str, site: str, meta: Mapping[str, Any], body: tuple[TensorFile, str] | None) -> Call:
+def _call(host: Context, arm: str, site: str, meta: Mapping[str, Any], body: tuple[TensorFile, str] | None) -> Call:
     blueprint = host.blueprint(arm)
     file, sha = body if body is not None else (None, EMPTY_SHA256)
     return Call(
@@ -161,7 +161,7 @@ def _call(host: Host, arm: str, site: str, meta: Mapping[str, Any], body: tuple[
 # From measurements to the tables of result.json -------------------------------------------------------------------
 
 
-def tables(host: Host, measurements: Sequence[Measurement]) -> Measured:
+def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
     """What result.json says of the measurements."""
     specs = host.task.metrics
     training = host.remaining(host.study.training_sites)

@@ -14,10 +14,11 @@ from wardround.results.units import human_bytes, protocol
 from wardround.runner.blueprints import Blueprint
 from wardround.runner.columns import WIDTH, entry, table, wrapped
 from wardround.runner.explain_plugins import uncalled
-from wardround.runner.host import NOWHERE, Host
-from wardround.runner.privacy import Outlook, words
+from wardround.runner.machine import NOWHERE, Machine
+from wardround.runner.privacy import Outlook
 from wardround.runner.remarks import remarks_on
 from wardround.runner.session import open_host
+from wardround.runner.statement import words
 from wardround.study.load import load_study, study_sha256
 from wardround.study.models import anatomy_of
 from wardround.study.protection import Rotation, Subspace, TopK
@@ -75,7 +76,7 @@ def full_study(study_file: Path, overrides: Sequence[str]) -> str:
     return str(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=WIDTH)).rstrip()
 
 
-def _study(host: Host, blueprint: Blueprint) -> str:
+def _study(host: Machine, blueprint: Blueprint) -> str:
     study = host.study
     sizes = {p.name: p.info.size for p in host.bench.parameters}
     parts = {role: sum(sizes[name] for name in blueprint.policy.names(role)) for role in ("shared", "local", "frozen")}
@@ -115,13 +116,13 @@ def _task(study: Study) -> str:
     return f"reconstruction of {'CT' if ct else ', '.join(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
 
 
-def _sites(host: Host) -> str:
+def _sites(host: Machine) -> str:
     study = host.study
     rows = [(name, _role(study, name), *_scanner(study, name)) for name in study.sites]
     return table(("site", "role", *_SCANNER[: _simulates(study)]), rows)
 
 
-def _sites_with_data(host: Host) -> str:
+def _sites_with_data(host: Machine) -> str:
     study, rows = host.study, []
     for name in study.sites:
         dataset = host.dataset(name)
@@ -134,13 +135,13 @@ def _sites_with_data(host: Host) -> str:
     return f"{table(header, rows)}\n{wrapped(note, '  ')}"
 
 
-def _withheld(host: Host, site: str, patients: int) -> str | None:
+def _withheld(host: Machine, site: str, patients: int) -> str | None:
     """Why a site's sums over so many patients will not leave it."""
     values = {spec.name: range(patients) for spec in host.task.metrics}
     return host.egress(site).refusal(values)
 
 
-def _results_leave(host: Host, site: str, patients: int) -> bool:
+def _results_leave(host: Machine, site: str, patients: int) -> bool:
     """Whether sums over a site's test patients, so many, will leave it."""
     return host.egress(site).per_site_results and _withheld(host, site, patients) is None
 
@@ -151,7 +152,7 @@ def _role(study: Study, site: str) -> str:
     return "trains" if study.sites[site].role == "train" else "unseen: only tested"
 
 
-def _training(host: Host, blueprint: Blueprint) -> str:
+def _training(host: Machine, blueprint: Blueprint) -> str:
     study, local, schedule = host.study, host.study.local, host.study.schedule
     nbytes = {p.name: p.info.nbytes for p in host.bench.parameters}
     sent = blueprint.codec.sent(blueprint.layout)
@@ -197,7 +198,7 @@ def _scanners(study: Study) -> str:
     return f"Matrices of the simulated scanners, in memory\n{explain_matrices(study)}"
 
 
-def _arms(host: Host) -> str:
+def _arms(host: Machine) -> str:
     rounds = host.study.schedule.rounds
     rows = []
     for name, arm in host.arms.items():
@@ -215,7 +216,7 @@ def _arms(host: Host) -> str:
     )
 
 
-def _egress(host: Host, blueprint: Blueprint, *, with_data: bool) -> str:
+def _egress(host: Machine, blueprint: Blueprint, *, with_data: bool) -> str:
     names = ", ".join(spec.name for spec in host.task.metrics)
     private = host.study.protection.privacy is not None
     seen = "the coordinator learns their sum over sites and nothing of any site"
@@ -244,14 +245,14 @@ def _egress(host: Host, blueprint: Blueprint, *, with_data: bool) -> str:
     )
 
 
-def _unmasked(host: Host) -> Iterator[str]:
+def _unmasked(host: Machine) -> Iterator[str]:
     """The arms of a secure study in which a site has no other to be summed with."""
     alone = [name for name, arm in host.arms.items() if arm.inside(host.study)]
     if alone:
         yield entry("", f"(nothing of {', '.join(alone)}: a site trains that inside and sends its test results only)")
 
 
-def _at_the_end(host: Host, *, with_data: bool) -> str:
+def _at_the_end(host: Machine, *, with_data: bool) -> str:
     sites = tuple(host.study.sites)
     if with_data:
         sites = tuple(site for site in sites if _results_leave(host, site, host.dataset(site).patients("test")))
@@ -265,13 +266,13 @@ def _at_the_end(host: Host, *, with_data: bool) -> str:
     )
 
 
-def _beside(host: Host) -> str:
+def _beside(host: Machine) -> str:
     """What messages hold that is nothing of a patient."""
     keys = ", its public keys" if host.study.protection.secure else ""
     return f"the head of its log (a hash){keys}, and where it refuses the reason, without names or paths"
 
 
-def _in_the_model(host: Host) -> Iterator[str]:
+def _in_the_model(host: Machine) -> Iterator[str]:
     """What a released model's file says of the sites beside the study: no message does."""
     telling = [site for site in host.study.training_sites if host.egress(site).scanner_facts]
     if host.study.modality == "ct" and host.study.protection.privacy is None and telling:
@@ -282,9 +283,9 @@ def _in_the_model(host: Host) -> Iterator[str]:
         )
 
 
-def _privacy(host: Host, *, with_data: bool) -> str:
+def _privacy(host: Machine, *, with_data: bool) -> str:
     """What the patients of every training site would spend; nothing for a study without privacy."""
-    rules = host.purses.rules
+    rules = host.study.protection.privacy
     if rules is None:
         return ""
     lines = [
@@ -297,7 +298,7 @@ def _privacy(host: Host, *, with_data: bool) -> str:
         lines.append(entry("noise", shared))
     if not with_data:
         return "\n".join([*lines, entry("sites", "add --sites SITES to see what the patients of each would spend")])
-    outlooks = [host.purses.outlook(site, host.dataset(site)) for site in host.study.training_sites]
+    outlooks = [host.agent(site).purses.outlook(site, host.dataset(site)) for site in host.study.training_sites]
     header = ("site", "patients", "sample rate", "noise", "delta", "epsilon", "in the ledger")
     rows = [
         (
@@ -327,14 +328,14 @@ def _early_end(outlook: Outlook) -> str:
     )
 
 
-def _told(host: Host, site: str, split: Split) -> bool:
+def _told(host: Machine, site: str, split: Split) -> bool:
     """Whether somebody else reads what a site's only patient of a split contributes."""
     if split == "test":
         return _results_leave(host, site, 1)
     return not host.study.protection.secure and _withheld(host, site, 1) is None
 
 
-def _cautions(host: Host) -> Iterator[str]:
+def _cautions(host: Machine) -> Iterator[str]:
     """What somebody should know before pressing the button."""
     lonely: dict[str, list[str]] = {"validation": [], "test": []}
     absent: dict[str, list[str]] = {"validation": [], "test": []}

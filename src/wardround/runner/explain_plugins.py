@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from wardround.results.units import protocol
 from wardround.runner.columns import entry, table, wrapped
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.study.load import study_sha256
 from wardround.study.tasks import ReconstructionTask
 
 
-def uncalled(host: Host) -> str | None:
+def uncalled(host: Machine) -> str | None:
     """What a study's file says by itself, where it names code that is not called; `None` where there is none.
 
     Nothing that the study names is imported or opened.

@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 import yaml
 
 from wardround.errors import JournalError
-from wardround.runner.host import Host
+from wardround.runner.context import Context
+from wardround.runner.versions import fingerprint
 from wardround.study.load import load_study
 from wardround.wire.files import refuse_links, write_text
 
@@ -84,7 +84,7 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
-def claim(host: Host, *, resume: bool) -> list[Fingerprint]:
+def claim(host: Context, *, resume: bool) -> list[Fingerprint]:
     """Take the folder for this study, or find that it holds a run of the same study to go on with.
 
     Returns the fingerprints that the run was worked on with, the present one last, and warns where there are several.
@@ -148,20 +148,3 @@ def mixed(fingerprints: Sequence[Fingerprint]) -> list[str]:
         f"the run was resumed with other versions or on another machine ({differing}): a run of the same study in one "
         "go need not give the same bits"
     ]
-
-
-def fingerprint() -> dict[str, str]:
-    """What must be the same for the same bits: versions and the kind of processor."""
-    import numpy
-    import torch
-
-    import wardround
-
-    return {
-        "wardround": wardround.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }

@@ -1,12 +1,13 @@
-"""Privacy of a run on this machine: each site's purse, and what result.json says was spent."""
+"""A site's privacy: its purse, what a study would cost its patients, and what was spent."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from wardround.federation.facts import SiteSpending
 from wardround.federation.private_training import training_patients
 from wardround.federation.store import SiteStore
 from wardround.federation.vault import Vault
@@ -15,25 +16,11 @@ from wardround.protection.lattice import Lattice
 from wardround.protection.ledger import Ledger, peek
 from wardround.protection.privacy import Purse, Terms, spent, terms_of
 from wardround.protection.secret import SecretRoot
-from wardround.results.schema import PrivacyStatement, SitePrivacy
 from wardround.runner.arms import Arm
 from wardround.study.protection import Privacy
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 from wardround.tasks.task import Dataset
-
-WORDS = {
-    "reconstruction-guard": "Noise against reading images out of updates. An epsilon this large promises nothing "
-    "against other attacks, such as telling whether somebody was a patient.",
-    "moderate": "A budget at which published imaging models keep most of their use; somebody who knows all other "
-    "patients may still learn something of one.",
-    "strict": "A small budget; expect to lose accuracy unless the site has thousands of patients.",
-}
-SCOPE = (
-    "For training patients of each site, under adding or removing one: the models of all arms and rounds together. "
-    "The number of a site's training patients is taken as public. Metrics of validation and test patients leave as "
-    "sums without noise."
-)
 
 
 @dataclass(frozen=True)
@@ -50,12 +37,6 @@ class Outlook:
     spent: float | None
     lasts: int
     rounds: int
-
-
-SHARED = (
-    "Against whoever sees sums over sites only: no site's own noise is enough. A site that takes part knows its own "
-    "noise, and sees a sum with that much less."
-)
 
 
 class Purses:
@@ -131,42 +112,16 @@ class Purses:
             self._stores.pop().close()
 
 
-def statement(study: Study, study_sha256: str, purses: Iterator[tuple[str, Purse]]) -> PrivacyStatement | None:
-    """`privacy` of result.json: nothing where updates were neither noised nor summed under masks."""
-    rules, secure = study.protection.privacy, study.protection.secure
-    if rules is None:
-        return PrivacyStatement(secure=True) if secure else None
-    opened = dict(purses)
-    sites = {site: _site(purse, study_sha256) for site, purse in opened.items()}
-    # A ledger may hold rounds of another study, whose noise was shared.
-    shared = any(entry.rho > 0.0 for purse in opened.values() for entry in purse.ledger.entries())
-    return PrivacyStatement(
-        secure=secure,
-        unit="patient",
-        preset=rules.preset,
-        epsilon=max((entry.epsilon for entry in sites.values()), default=0.0),
-        budget=rules.budget,
-        noise=rules.noise,
-        accountant=rules.accountant,
-        sites=sites,
-        note=" ".join((words(rules), SCOPE, *([SHARED] if shared or rules.noise == "distributed" else []))),
-    )
-
-
-def words(rules: Privacy) -> str:
-    """What a study's preset, or its own choice, promises and what it does not."""
-    if rules.epsilon is not None or rules.noise_multiplier is not None:
-        return "The study's own choice of budget or noise; what it promises is the epsilon of each site."
-    return WORDS[rules.preset]
-
-
-def _site(purse: Purse, study: str) -> SitePrivacy:
+def spending_of(purse: Purse, study: str) -> SiteSpending:
+    """What a purse has paid, of the study with that hash and of all."""
     entries, terms = purse.ledger.entries(), purse.terms
-    return SitePrivacy(
+    return SiteSpending(
         epsilon=round(spent(entries, terms.delta, terms.accountant, study), 4),
         epsilon_ledger=round(spent(entries, terms.delta, terms.accountant), 4),
         delta=terms.delta,
         steps=sum(entry.steps for entry in entries if entry.study == study),
         noise_multiplier=terms.noise,
         sample_rate=terms.rate,
+        # A ledger may hold rounds of another study, whose noise was shared.
+        shared=any(entry.rho > 0.0 for entry in entries),
     )

@@ -10,14 +10,13 @@ from pydantic import ValidationError
 from wardround.data.ct_protocol import CTProtocol
 from wardround.errors import DataError
 from wardround.results.units import protocol
-from wardround.runner.arms import FEDERATED, Arm, every_arm
-from wardround.runner.host import Host
+from wardround.runner.arms import FEDERATED, every_arm
+from wardround.runner.release import PROTOCOLS
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.ct import CTAcquisition
 from wardround.study.protocols import ModelProtocols
 from wardround.study.schema import Study
 
-PROTOCOLS = "protocols"
 # What is told of a scan, and in which unit; a text has none.
 Facts = Mapping[str, float | str]
 _UNITS = {
@@ -31,15 +30,6 @@ _UNITS = {
 _TOLERANCE = 0.01  # relative; distances of one scanner are written with so much difference
 _TOLERANCES = {"acceleration": 0.1}  # lines are whole, and some masks come only near to what was asked
 _SHOWN = 6
-
-
-def protocols_of_arm(host: Host, arm: Arm) -> ModelProtocols:
-    """The scanners of an arm's sites, with what the sites let out of their headers."""
-    headers = {site: host.header_facts(site) for site in arm.members}
-    return ModelProtocols(
-        scanners={site: host.study.acquisition_of(site) for site in arm.members},
-        headers={site: facts for site, facts in headers.items() if facts},
-    )
 
 
 def read_protocols(metadata: Mapping[str, str], study: Study) -> ModelProtocols:

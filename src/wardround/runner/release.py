@@ -16,12 +16,11 @@ from wardround.data.volume import reason
 from wardround.errors import DataError, StudyError, WireError
 from wardround.federation.coordinator import Release
 from wardround.federation.methods.build import build_method
-from wardround.runner.arms import FEDERATED, every_arm
-from wardround.runner.blueprints import Blueprint, protocols_of
-from wardround.runner.host import Host
-from wardround.runner.protocols import PROTOCOLS, protocols_of_arm
+from wardround.runner.arms import FEDERATED, Arm, every_arm
+from wardround.runner.blueprints import Blueprint, Blueprints, protocols_of
 from wardround.study.load import load_study
 from wardround.study.methods import CustomMethod
+from wardround.study.protocols import HeaderFacts, ModelProtocols
 from wardround.study.schema import Study
 from wardround.wire.canonical import parse_json
 from wardround.wire.files import written
@@ -32,24 +31,35 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 FORMAT = "wardround-model-1"
+PROTOCOLS = "protocols"
+CARD = "model_card.md"
 
 
-def save_release(host: Host, blueprint: Blueprint, release: Release, path: Path | None = None) -> Path:
-    """Write models/ARM.safetensors: the model as a site that did not take part gets it, and what it was trained on.
+def scanners_of_arm(blueprints: Blueprints, arm: Arm, headers: Mapping[str, HeaderFacts]) -> ModelProtocols:
+    """The scanners of an arm's sites, with what the sites let out of their headers."""
+    return ModelProtocols(
+        scanners={site: blueprints.study.acquisition_of(site) for site in arm.members},
+        headers={site: headers[site] for site in arm.members if headers.get(site)},
+    )
 
-    `path` is another place for it. Whole or not at all; raises `OSError` where the disk is full.
+
+def save_release(
+    blueprints: Blueprints, blueprint: Blueprint, release: Release, scanners: ModelProtocols, path: Path
+) -> Path:
+    """Write a released model to `path`: as a site that did not take part gets it, and what it was trained on.
+
+    Whole or not at all; raises `OSError` where the disk is full.
     """
     shared = blueprint.method.release_for(None, release.state.public, release.state.private)
-    rest = {name: t.numpy() for name, t in host.bench.initial.items() if name not in shared}
-    path = path or model_path(host.out, blueprint.arm.folder)
+    rest = {name: t.numpy() for name, t in blueprints.bench.initial.items() if name not in shared}
     metadata = {
         "format": FORMAT,
-        "study": host.study.model_dump_json(),
-        "study_sha256": host.study_sha256,
+        "study": blueprints.study.model_dump_json(),
+        "study_sha256": blueprints.study_sha256,
         "arm": blueprint.arm.name,
         "round": str(release.number),
         "shared": " ".join(sorted(blueprint.policy.names("shared"))),
-        PROTOCOLS: protocols_of_arm(host, blueprint.arm).model_dump_json(),
+        PROTOCOLS: scanners.model_dump_json(),
     }
     # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
     data = save({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, metadata=metadata)

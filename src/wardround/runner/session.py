@@ -8,47 +8,45 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.numpy import load_file
-
-from wardround.data.deidentify import describe_error
 from wardround.engines.local import STOPPED, LocalEngine
 from wardround.engines.workers import WorkersEngine
-from wardround.errors import Interrupted, StudyError, WardroundError
+from wardround.errors import Interrupted, StudyError
 from wardround.federation.blobs import disk_error
 from wardround.federation.coordinator import Coordinator, Release
-from wardround.federation.exchange import RELEASE, Call, Engine
+from wardround.federation.exchange import Engine
+from wardround.federation.facts import SiteFacts, SiteSpending
 from wardround.federation.journal import Journal, RoundReport
-from wardround.federation.training import patients_in
-from wardround.protection.privacy import Purse
 from wardround.results.card import write_card
 from wardround.results.files import read_result, read_rounds, write_result
 from wardround.results.html import write_report
 from wardround.results.schema import Measured, Result, RoundLine, Seconds, Traffic
 from wardround.runner.alone import train_alone
 from wardround.runner.arms import FEDERATED, POOLED
+from wardround.runner.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver
 from wardround.runner.blueprints import Blueprint
+from wardround.runner.context import Context
 from wardround.runner.evaluation import measure, tables
 from wardround.runner.folder import alone, claim, mixed, without_in
-from wardround.runner.host import Host
+from wardround.runner.machine import Machine
 from wardround.runner.notes import notes_of
-from wardround.runner.privacy import statement
 from wardround.runner.protocols import read_protocols
-from wardround.runner.release import load_model, save_release, shared_sha256
+from wardround.runner.release import CARD, load_model, model_path, save_release, scanners_of_arm, shared_sha256
 from wardround.runner.remarks import remarks_on
 from wardround.runner.rounds import RoundsFile
+from wardround.runner.statement import statement
 from wardround.runner.watching import Lines, Shielded, Watcher
 from wardround.study.load import load_study
+from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
 from wardround.wire.files import write_text
-from wardround.wire.tensors import tensors_sha256
 
 log = logging.getLogger(__name__)
 EngineName = Literal["local", "workers"]
@@ -93,10 +91,45 @@ def run(
             host.open_stores()
             with _Carrier(host, engine, processes, shielded) as carrier:
                 host.build_operators(shielded.phase, keep=carrier.parallel == 1)
-                releases = _train(host, carrier, shielded)
-                _release(host, carrier.engine, releases)
-                measured = tables(host, measure(host, carrier.engine, shielded.phase))
-            return _conclude(host, releases, measured, fingerprints, time.perf_counter() - began)
+                return conduct(host, carrier.engine, carrier.parallel, shielded, fingerprints, began)
+    except KeyboardInterrupt:
+        raise Interrupted(STOPPED) from None
+    except OSError as error:
+        raise disk_error(error) from error
+
+
+def coordinate(
+    study: Study,
+    out: str | Path,
+    engine: Engine,
+    *,
+    compare: Sequence[str] = (),
+    resume: bool = False,
+    without: Sequence[str] = (),
+    watcher: Watcher | None = None,
+    quiet: bool = False,
+    plugins: Collection[str] = (),
+    allow_code: bool = False,
+) -> Result:
+    """The coordinator's part of a run whose sites live elsewhere, where `engine` reaches them; the rest is as in `run`.
+
+    `plugins` are names of installed entry points that the coordinator lets a study name.
+
+    Raises `StudyError` for what needs the patients of several sites in one place, and everything that `run` raises.
+    """
+    if POOLED in compare:
+        raise StudyError("--compare pooled: needs the data of all sites in one place, and these stay apart")
+    if scanning := next((name for name, site in study.sites.items() if site.scans), None):
+        raise StudyError(f"sites.{scanning}.scans: needs patients of other sites in one place, and these stay apart")
+    began, out, shielded = time.perf_counter(), Path(out), _shielded(watcher, quiet)
+    allowed = Plugins({"coordinator": frozenset(plugins)}, allow_code)
+    context = Context(study, out, compare, without_in(out).union(without), allowed)
+    for name in context.arms:
+        context.blueprint(name)
+    try:
+        with alone(out):
+            fingerprints = claim(context, resume=resume)
+            return conduct(context, engine, len(context.arms), shielded, fingerprints, began)
     except KeyboardInterrupt:
         raise Interrupted(STOPPED) from None
     except OSError as error:
@@ -147,8 +180,8 @@ def open_host(
     without: Sequence[str] = (),
     *,
     allow_code: bool = False,
-) -> Host:
-    """The host of a run: study and sites loaded, and fitting each other; without the sites that it goes on without."""
+) -> Machine:
+    """The machine of a run: study and sites loaded and fitting each other, less the sites it goes on without."""
     if not isinstance(study, Study):
         study = load_study(study, overrides)
     elif overrides:
@@ -161,13 +194,13 @@ def open_host(
     for name, site in study.sites.items():
         if not site.scans and name not in gone:
             sites.of(name)
-    return Host(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone)
+    return Machine(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone)
 
 
 class _Carrier:
     """The engine of a run, closed when the run ends however it ends."""
 
-    def __init__(self, host: Host, name: EngineName | None, processes: int | None, watcher: Shielded) -> None:
+    def __init__(self, host: Machine, name: EngineName | None, processes: int | None, watcher: Shielded) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = processes or max(1, cores // host.study.local.threads)
         if (name or ("workers" if count > 1 else "local")) == "local":
@@ -176,7 +209,7 @@ class _Carrier:
             return
         spec = host.out / "work" / SPEC
         write_text(spec, json.dumps(host.spec()))
-        self.engine = WorkersEngine(count, "wardround.runner.host:site_finder", spec, watcher.step)
+        self.engine = WorkersEngine(count, "wardround.runner.machine:site_finder", spec, watcher.step)
         self.parallel = count + 1
 
     def __enter__(self) -> _Carrier:
@@ -186,7 +219,9 @@ class _Carrier:
         self.engine.close()
 
 
-def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Release]:
+def _train(
+    host: Context, engine: Engine, parallel: int, watcher: Shielded, facts: Mapping[str, SiteFacts]
+) -> dict[str, Release]:
     """Train all arms, several at once where there are several workers."""
     stop = threading.Event()
     watcher.arms(list(host.arms), host.study.schedule.rounds)
@@ -199,13 +234,14 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
         blueprint, plan = blueprints[name], host.plan(name)
         if blueprint.arm.inside(host.study):
             for number in range(1, plan.rounds + 1):
-                watcher.round(train_alone(carrier.engine, blueprint, number))
+                watcher.round(train_alone(engine, blueprint, number))
                 if stop.is_set():
                     raise Interrupted(STOPPED)
             return None
         with closing(Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)) as journal:
-            protocol = host.exchange(blueprint.arm, journal)
-            coordinator = Coordinator(plan, blueprint.method, carrier.engine, journal, protocol)
+            roster = agree_on_roster(host, engine, blueprint.arm, facts)
+            protocol = host.exchange(blueprint.arm, journal, roster)
+            coordinator = Coordinator(plan, blueprint.method, engine, journal, protocol)
             state = coordinator.start(lambda: host.initial(blueprint))
             for report in journal.reports()[-1:]:
                 watcher.round(_by_importance(host, report))
@@ -217,7 +253,7 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
                     raise Interrupted(STOPPED)
             return coordinator.release()
 
-    with ThreadPoolExecutor(carrier.parallel) as pool:
+    with ThreadPoolExecutor(parallel) as pool:
         futures = {name: pool.submit(train, name) for name in host.arms}
         try:
             done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
@@ -231,12 +267,12 @@ def _train(host: Host, carrier: _Carrier, watcher: Shielded) -> dict[str, Releas
                 stop.set()
                 for future in futures.values():
                     future.cancel()
-                carrier.engine.close()
+                engine.close()
     trained = {name: future.result() for name, future in futures.items()}
     return {name: release for name, release in trained.items() if release is not None}
 
 
-def _by_importance(host: Host, report: RoundReport) -> RoundReport:
+def _by_importance(host: Context, report: RoundReport) -> RoundReport:
     """A report whose validation begins with the task's first metric: a journal keeps them by their letters."""
     known = report.validation
     if known is None:
@@ -245,7 +281,7 @@ def _by_importance(host: Host, report: RoundReport) -> RoundReport:
     return replace(report, validation={name: known[name] for name in names} | dict(known))
 
 
-def _committed(host: Host, blueprint: Blueprint) -> list[RoundReport]:
+def _committed(host: Context, blueprint: Blueprint) -> list[RoundReport]:
     """The rounds of an arm that an earlier process committed."""
     folder = host.out / "work" / "arms" / blueprint.arm.folder
     if not folder.exists():
@@ -254,33 +290,63 @@ def _committed(host: Host, blueprint: Blueprint) -> list[RoundReport]:
         return journal.reports()
 
 
-def _release(host: Host, engine: Engine, releases: Mapping[str, Release]) -> None:
+def _release(
+    host: Context, engine: Engine, releases: Mapping[str, Release], facts: Mapping[str, SiteFacts]
+) -> dict[str, str]:
+    """Save what the arms release; the hashes of the sites' private parts of the federation's model."""
+    private: dict[str, str] = {}
+    headers = {site: said.headers for site, said in facts.items() if site not in host.without}
     for name, release in releases.items():
         blueprint = host.blueprint(name)
-        save_release(host, blueprint, release)
-        if not blueprint.policy.names("local"):
-            continue
-        call = Call(
-            kind=RELEASE,
-            study=blueprint.identity,
-            round=release.number,
-            sites=tuple(s for s in host.remaining(blueprint.arm.sites) if s != POOLED),
-            layout=blueprint.metrics_layout,
-            scales={},
-            # Rounds that took the place of void ones come after the study's last.
-            meta={"void": sorted(release.void)} if release.void else {},
-        )
-        for reply in engine.exchange(call.message(site) for site in call.sites):
-            if "reason" in reply.header.meta:
-                raise WardroundError(f"site {reply.header.site} could not save its part: {reply.header.meta['reason']}")
+        scanners = scanners_of_arm(host, blueprint.arm, headers)
+        save_release(host, blueprint, release, scanners, model_path(host.out, blueprint.arm.folder))
+        found = ask_release(host, engine, blueprint, release.number, release.void)
+        if name == FEDERATED:
+            private = found
+    return private
+
+
+def conduct(
+    host: Context,
+    engine: Engine,
+    parallel: int,
+    watcher: Shielded,
+    fingerprints: Sequence[Mapping[str, str]],
+    began: float,
+) -> Result:
+    """The coordinator's part of a run, from the first question to the sites to the report.
+
+    `parallel` arms train at once. Opens nothing of a site: all that it knows of one came in messages.
+    """
+    facts = ask_facts(host, engine)
+    releases = _train(host, engine, parallel, watcher, facts)
+    private = _release(host, engine, releases, facts)
+    measured = tables(host, measure(host, engine, watcher.phase))
+    spendings = ask_spending(host, engine, _spenders(host))
+    seconds = time.perf_counter() - began
+    result = _conclude(host, releases, measured, fingerprints, seconds, facts, private, spendings)
+    for site, why in deliver(host, engine, model_path(host.out, FEDERATED), host.out / CARD).items():
+        log.warning("site %s did not get the released model: %s. The same command sends it again", site, why)
+    return result
+
+
+def _spenders(host: Context) -> list[str]:
+    """The sites that took part in a round, where rounds cost privacy."""
+    if host.study.protection.privacy is None:
+        return []
+    took_part = {site for line in read_rounds(host.out) for site in line.participants}
+    return [site for site in host.study.training_sites if site in took_part]
 
 
 def _conclude(
-    host: Host,
+    host: Context,
     releases: Mapping[str, Release],
     measured: Measured,
     fingerprints: Sequence[Mapping[str, str]],
     seconds: float,
+    facts: Mapping[str, SiteFacts],
+    private: Mapping[str, str],
+    spendings: Mapping[str, SiteSpending],
 ) -> Result:
     out = host.out
     lines = read_rounds(out)
@@ -288,10 +354,6 @@ def _conclude(
     rules = host.study.protection.privacy
     # With privacy a step has as many patients as were drawn: what is expected, at most.
     batch = host.study.local.batch if rules is None else round(rules.patients_per_step * rules.examples_per_patient)
-    local_sha256 = {
-        path.parent.parent.name: tensors_sha256(load_file(path))
-        for path in sorted(out.glob(f"models/*/{FEDERATED}/local.safetensors"))
-    }
     model = out / "models" / f"{FEDERATED}.safetensors"
     trained_on = read_protocols(load_model(model)[1], host.study)
     result = Result(
@@ -299,12 +361,12 @@ def _conclude(
         study=host.study.name,
         study_sha256=host.study_sha256,
         model_sha256=shared_sha256(model),
-        local_sha256=local_sha256,
+        local_sha256=dict(private),
         scanners=trained_on.headers,
         rounds=host.study.schedule.rounds,
         participants=tuple(sorted({site for line in federated for site in line.participants})),
         compare=tuple(sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"})),
-        patients={site: _told(host, site) for site in host.study.sites},
+        patients={site: _patients(host, site, facts) for site in host.study.sites},
         traffic=Traffic(
             bytes_up=sum(line.bytes_up for line in federated), bytes_down=sum(line.bytes_down for line in federated)
         ),
@@ -313,7 +375,7 @@ def _conclude(
             training=round(sum(line.training_seconds for line in lines), 3),
             overhead=round(sum(line.coordinator_seconds for line in lines), 3),
         ),
-        privacy=statement(host.study, host.study_sha256, _purses(host)),
+        privacy=statement(host.study, spendings),
         steps={name: arm.local.steps * host.study.schedule.rounds for name, arm in host.arms.items()},
         examples={
             name: arm.local.steps * batch * host.study.schedule.rounds * len(arm.sites)
@@ -329,28 +391,13 @@ def _conclude(
     return result
 
 
-def _patients(host: Host, site: str) -> dict[str, int] | None:
-    """A site's patients by split; nothing where its data cannot be used, which the run has survived."""
-    try:
-        return patients_in(host.dataset(site))
-    except Exception as error:
-        log.warning("the data of site %s cannot be counted: %s", site, describe_error(error))
-        return None
+def _patients(host: Context, site: str, facts: Mapping[str, SiteFacts]) -> dict[str, int | None] | None:
+    """A site's patients by split, as it gives them; nothing where it gave none, which the run has survived."""
+    said = None if site in host.without or site not in facts else facts[site].patients
+    return None if said is None else said.model_dump()
 
 
-def _told(host: Host, site: str) -> Mapping[str, int | None] | None:
-    """As many of them as the site's rules let out."""
-    patients = None if site in host.without else _patients(host, site)
-    return None if patients is None else host.egress(site).counts(patients)
-
-
-def _purses(host: Host) -> Iterator[tuple[str, Purse]]:
-    for site in host.study.training_sites if host.purses.rules is not None else ():
-        if _patients(host, site) is not None:
-            yield site, host.purses.of(site, host.dataset(site))
-
-
-def _gone_without(host: Host, lines: Sequence[RoundLine]) -> Iterator[str]:
+def _gone_without(host: Context, lines: Sequence[RoundLine]) -> Iterator[str]:
     """What to say of the sites that the run went on without, and of the arms that ended with them."""
     for site in sorted(host.without):
         took_part = [line.round for line in lines if line.arm == FEDERATED and site in line.participants]

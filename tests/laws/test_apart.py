@@ -1,0 +1,237 @@
+"""The law of parties apart: coordinator and sites share nothing but messages, and come to the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.apart import apart, comparable, engine_of, folder_of, give_root, opened
+from tests.scanners import PROTOCOLS
+from tests.toys import toy_sites, toy_study
+from wardround.errors import DataError, StudyError, WardroundError
+from wardround.federation.exchange import ERROR
+from wardround.federation.facts import FACTS, SPENT, SiteFacts
+from wardround.runner.folder import reserve
+from wardround.runner.session import Result, coordinate, run
+from wardround.study.load import study_sha256
+from wardround.study.schema import Study
+from wardround.study.sites import Egress, SiteData, SitesFile
+from wardround.wire.message import Header, Message
+
+SITES = ("A", "B", "C")
+ROUNDS = {"schedule": {"rounds": 3}}
+LAST = {"rounds": 3, "release": "last"}
+
+
+def toy(**options: Any) -> dict[str, Any]:
+    return {"kind": "custom", "factory": "tests.toys:Regression", "options": options}
+
+
+UNSEEN = {"sites": {"A": {}, "B": {}, "C": {}, "D": {"role": "unseen"}}}
+SCANS = {
+    "method": {"kind": "hyperfed", "stranger": "mean"},
+    "task": {"kind": "custom", "factory": "tests.scanners:make_scans", "options": {}},
+    "sites": {name: {"acquisition": PROTOCOLS[name].model_dump()} for name in ("Alpha", "Beta", "Gamma")},
+    "acquisition": {"kind": "ct"},
+}
+PRIVATE = {
+    "task": toy(patients=12),
+    "method": {"kind": "fedavg", "weights": "equal"},
+    "schedule": LAST,
+    "protection": {"privacy": {"patients_per_step": 2}},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    changes: dict[str, Any]
+    compare: tuple[str, ...] = ()
+
+
+QUICK = {
+    "clear": Case({**ROUNDS, **UNSEEN}, ("local",)),
+    "secure": Case({**ROUNDS, "protection": {"secure": True}}, ("local",)),
+    "personal": Case({**ROUNDS, **UNSEEN, "method": {"kind": "fedbn"}, "task": toy(norm=True)}),
+}
+SLOW = {
+    "private": Case(PRIVATE, ("local",)),
+    "secure and private": Case({**PRIVATE, "protection": {**PRIVATE["protection"], "secure": True}}),
+    "stranger": Case({**ROUNDS, **SCANS}),
+    "stranger under masks": Case({**ROUNDS, **SCANS, "protection": {"secure": True}}),
+    "momentum": Case(
+        {
+            "method": {"kind": "fedavgm", "momentum": 0.8},
+            "task": toy(features=40),
+            "protection": {"compression": {"kind": "top_k", "ratio": 0.1}},
+            "schedule": LAST,
+        }
+    ),
+    "adam": Case({**ROUNDS, "method": {"kind": "fedadam"}}),
+    "robust": Case({"schedule": LAST, "protection": {"robust": {"rule": "median"}}}),
+    "a failing site": Case({**ROUNDS, "task": toy(fail="B")}),
+}
+
+
+def study_of(changes: dict[str, Any]) -> Study:
+    sites = changes.get("sites", SITES)
+    return toy_study(sites, **{key: value for key, value in changes.items() if key != "sites"})
+
+
+def together(folder: Path, case: Case) -> tuple[Study, SitesFile, Result]:
+    """The study on one machine; sites that draw secrets have the same ones apart."""
+    study = study_of(case.changes)
+    sites = toy_sites(folder / "data", tuple(study.sites))
+    if study.protection.privacy is not None:
+        for number, site in enumerate(study.sites):
+            for own in (folder / "together", folder_of(folder / "apart", site)):
+                reserve(own)
+                give_root(own, site, f"{number + 1:064x}")
+    return study, sites, run(study, sites, folder / "together", compare=case.compare, engine="local", quiet=True)
+
+
+def assert_alike(folder: Path, one: Result, other: Result) -> None:
+    assert comparable(one.values) == comparable(other.values)
+    for model in one.out.glob("models/*.safetensors"):
+        assert model.read_bytes() == (other.out / "models" / model.name).read_bytes()
+    for site in one.values["patients"]:
+        own = folder_of(folder / "apart", site)
+        for private in one.out.glob(f"models/{site}/*/*.safetensors"):
+            assert private.read_bytes() == (own / private.relative_to(one.out)).read_bytes()
+        # What the consortium releases has come to every hospital, its card too.
+        for name in ("models/federated.safetensors", "model_card.md"):
+            assert (own / name).read_bytes() == (other.out / name).read_bytes()
+
+
+def test_parties_apart_come_to_the_same_results(tmp_path: Path) -> None:
+    """In the clear, under masks and with private parts: three studies of the same hospitals, each a process."""
+    alone = {name: together(tmp_path / name, case) for name, case in QUICK.items()}
+    (first, sites, _), *others = alone.values()
+    folders = [tmp_path / name / "apart" for name in QUICK]
+    more = [
+        (study, folder, case.compare)
+        for (study, _, _), folder, case in zip(others, folders[1:], list(QUICK.values())[1:], strict=True)
+    ]
+    with closing(engine_of(first, sites, folders[0], QUICK["clear"].compare, *more)) as engine, opened() as seen:
+        results = {
+            name: coordinate(
+                study,
+                tmp_path / name / "apart" / "out",
+                engine,
+                compare=QUICK[name].compare,
+                quiet=True,
+                allow_code=True,
+            )
+            for name, (study, _, _) in alone.items()
+        }
+    for name, (_, _, one) in alone.items():
+        assert_alike(tmp_path / name, one, results[name])
+    assert set(results["personal"].values["local_sha256"]) == set(SITES)
+    # The coordinator's process opened nothing of a site, and the list is not empty for want of looking.
+    own = [str(tmp_path / name / part) for name in QUICK for part in ("data", "apart/hospitals")]
+    assert [path for path in seen if path.startswith(tuple(own))] == []
+    assert any(path.startswith(str(results["secure"].out)) for path in seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_any_study_comes_to_the_same_result_apart(name: str, tmp_path: Path) -> None:
+    study, sites, one = together(tmp_path, SLOW[name])
+    other = apart(study, sites, tmp_path / "apart", SLOW[name].compare)
+    assert_alike(tmp_path, one, other)
+    if "private" in name:
+        # A coordinator that looked for ledgers in its own folder once reported that nothing was spent.
+        assert other.values["privacy"]["epsilon"] > 0.0
+        assert all(site["steps"] for site in other.values["privacy"]["sites"].values())
+
+
+@pytest.mark.slow
+def test_a_site_that_lost_its_process_is_started_again(tmp_path: Path) -> None:
+    study = study_of(ROUNDS)
+    sites = toy_sites(tmp_path / "data", SITES)
+    one = run(study, sites, tmp_path / "together", engine="local", quiet=True)
+    with closing(engine_of(study, sites, tmp_path)) as engine:
+
+        class Killing:
+            rounds = 0
+
+            def phase(self, name: str, finished: int, total: int) -> None: ...
+            def arms(self, names: Any, rounds: int) -> None: ...
+            def step(self, *_: Any) -> None: ...
+            def round(self, report: Any) -> None:
+                self.rounds += 1
+                if self.rounds == 1:
+                    os.kill(engine.pids["B"], signal.SIGKILL)
+
+        other = coordinate(study, tmp_path / "out", engine, watcher=Killing(), allow_code=True)
+    assert comparable(one.values) == comparable(other.values)
+
+
+@pytest.mark.slow
+def test_other_data_are_refused_by_what_the_site_says(tmp_path: Path) -> None:
+    study, sites = study_of(ROUNDS), toy_sites(tmp_path / "data", SITES)
+    apart(study, sites, tmp_path)
+    (tmp_path / "data" / "B" / "changed").touch()
+    with pytest.raises(DataError, match=r"the data of B changed since the run began.*--without B"):
+        apart(study, sites, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_site_that_was_away_gets_the_release_when_it_returns(tmp_path: Path, caplog: Any) -> None:
+    study, sites = study_of({**ROUNDS, **UNSEEN}), toy_sites(tmp_path / "data", (*SITES, "D"))
+    with closing(engine_of(study, sites, tmp_path)) as engine:
+        away = engine._sites.pop("D")
+        first = coordinate(study, tmp_path / "out", engine, quiet=True, allow_code=True)
+        away.close()
+    model = folder_of(tmp_path, "D") / "models" / "federated.safetensors"
+    assert not model.exists()
+    assert "site D did not get the released model" in caplog.text
+    again = apart(study, sites, tmp_path)
+    assert model.read_bytes() == (tmp_path / "out" / "models" / "federated.safetensors").read_bytes()
+    assert again.values["model_sha256"] == first.values["model_sha256"]
+
+
+@pytest.mark.slow
+def test_spending_that_did_not_come_is_an_error(tmp_path: Path) -> None:
+    study, sites = study_of(PRIVATE), toy_sites(tmp_path / "data", SITES)
+    with closing(engine_of(study, sites, tmp_path)) as engine:
+        inner = engine.exchange
+
+        def exchange(messages: Any) -> Any:
+            for reply in inner(messages):
+                silent = reply.header.kind == SPENT and reply.header.site == "B"
+                yield Message(Header(ERROR, reply.header.study, "B", meta={"reason": "away"})) if silent else reply
+
+        engine.exchange = exchange  # type: ignore[method-assign]
+        with pytest.raises(WardroundError, match="site B trained and does not say what privacy it spent"):
+            coordinate(study, tmp_path / "out", engine, quiet=True, allow_code=True)
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_facts_keep_to_the_site_s_rules(tmp_path: Path) -> None:
+    study = study_of(ROUNDS)
+    entry = SiteData(data=tmp_path, egress=Egress(minimum_cohort=5))
+    sites = SitesFile(sites=dict.fromkeys(SITES, entry)).with_code()
+    with closing(engine_of(study, sites, tmp_path)) as engine:
+        (reply,) = engine.exchange([Message(Header(FACTS, study_sha256(study), "A"))])
+    facts = SiteFacts.model_validate(reply.header.meta)
+    assert facts.patients is not None
+    assert facts.patients.model_dump() == {"train": None, "validation": None, "test": None}
+    # The hash of the data itself would show other studies that the patients are the same.
+    spec = json.loads((folder_of(tmp_path, "A") / "spec.json").read_text())
+    assert spec["site"] == "A"
+    assert facts.fingerprint is not None
+
+
+@pytest.mark.parametrize("compare", ["pooled"])
+def test_data_of_several_sites_in_one_place_are_refused(compare: str, tmp_path: Path) -> None:
+    study = study_of(ROUNDS)
+    with pytest.raises(StudyError, match="stay apart"):
+        apart(study, toy_sites(tmp_path / "data", SITES), tmp_path, (compare,))

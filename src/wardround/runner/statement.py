@@ -45,9 +45,7 @@ def statement(study: Study, spendings: Mapping[str, SiteSpending]) -> PrivacySta
         budget=rules.budget,
         noise=rules.noise,
         accountant=rules.accountant,
-        sites={
-            site: SitePrivacy(**spent.model_dump(exclude={"version", "shared"})) for site, spent in spendings.items()
-        },
+        sites=sites,
         note=" ".join((words(rules), SCOPE, *([SHARED] if shared else []))),
     )
 

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wardround.physics.ct import CTProjector, StoredWeights
-from wardround.physics.ct_phantom import HEAD, ellipse_image, ellipse_sinogram
-from wardround.physics.fbp import FBP
-from wardround.physics.projector import Model
+from wardround.imaging.acquisition.ct.operator import CTProjector, StoredWeights
+from wardround.imaging.acquisition.ct.phantom import HEAD, ellipse_image, ellipse_sinogram
+from wardround.imaging.acquisition.ct.fbp import FBP
+from wardround.imaging.acquisition.ct.projector import Model
 from wardround.study.ct import CTGeometry
 
 SEED = 0

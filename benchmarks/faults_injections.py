@@ -23,9 +23,9 @@ import numpy as np
 from faults_messages import flipped
 from faults_study import PLAIN, PRIVATE, ROUNDS, Federation, Known, Setting, ledger_of, opened
 from wardround.errors import JournalError, NotEnoughSites
-from wardround.federation.database import Database
-from wardround.federation.record import LOG
-from wardround.federation.verify import verify
+from wardround.storage.database import Database
+from wardround.storage.record import LOG
+from wardround.storage.verify import verify
 from wardround.wire.canonical import digest
 
 # Processes, disks, clocks --------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from faults_study import CHANGE, PLAIN, ROOT, ROUNDS, SECURE, Federation, Setting, announced, opened
 from wardround.errors import JournalError
-from wardround.federation.methods.method import MODEL
-from wardround.federation.sums import LOSS, SECONDS
-from wardround.federation.verify import verify
+from wardround.learning.methods.method import MODEL
+from wardround.plan.sums import LOSS, SECONDS
+from wardround.storage.verify import verify
 from wardround.protection.rounding import rounding
 from wardround.wire.ring import ExactSum
 from wardround.wire.scales import next_scales

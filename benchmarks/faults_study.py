@@ -21,13 +21,13 @@ import numpy.typing as npt
 from wardround.engines.local import LocalEngine
 from wardround.federation.coordinator import Coordinator, Plan
 from wardround.federation.exchange import ExchangeFactory, PlainSum
-from wardround.federation.journal import Journal, State
-from wardround.federation.methods.method import MODEL, Method
+from wardround.storage.journal import Journal, State
+from wardround.learning.methods.method import MODEL, Method
 from wardround.federation.secure import SIGN, SecureUpload, secure_sum
-from wardround.federation.site import Rules, Site
-from wardround.federation.store import SiteStore
-from wardround.federation.sums import round_metrics
-from wardround.federation.training import Trained
+from wardround.site.site import Rules, Site
+from wardround.storage.store import SiteStore
+from wardround.plan.sums import round_metrics
+from wardround.learning.training import Trained
 from wardround.protection.identity import Roster
 from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.privacy import Purse, Terms

@@ -37,7 +37,7 @@ STUDY: dict[str, Any] = {
 
 def make_data(data: Path) -> None:
     """The phantoms of the study's hospitals, which it takes from the demo by their names."""
-    from wardround.physics.phantoms import DEMO_SITES, make_site
+    from wardround.imaging.phantoms import DEMO_SITES, make_site
 
     hospitals = {site.name: site for site in DEMO_SITES}
     for name in STUDY["sites"]:

@@ -34,12 +34,12 @@ def empty_round(rounds: int) -> tuple[list[float], list[float]]:
     """Milliseconds of each empty round and of the floor beside it."""
     from wardround.engines.local import LocalEngine
     from wardround.federation.coordinator import Coordinator, Plan
-    from wardround.federation.journal import Journal
-    from wardround.federation.methods.method import MODEL, Method
-    from wardround.federation.site import Rules, Site
-    from wardround.federation.store import SiteStore
-    from wardround.federation.sums import round_metrics
-    from wardround.federation.training import Trained
+    from wardround.storage.journal import Journal
+    from wardround.learning.methods.method import MODEL, Method
+    from wardround.site.site import Rules, Site
+    from wardround.storage.store import SiteStore
+    from wardround.plan.sums import round_metrics
+    from wardround.learning.training import Trained
     from wardround.wire.tensors import TensorInfo
     from wardround.wire.update import Layout, encode
 
@@ -89,7 +89,7 @@ def empty_round(rounds: int) -> tuple[list[float], list[float]]:
 def _floor(root: Path, layout: Any, scales: Any, change: Any, number: int, encode: Any) -> float:
     import sqlite3
 
-    from wardround.federation.blobs import Blobs
+    from wardround.storage.blobs import Blobs
 
     database = sqlite3.connect(root / "floor.sqlite", isolation_level=None)
     database.execute("PRAGMA journal_mode=WAL")
@@ -137,7 +137,7 @@ def make_update(folder: Path) -> None:
 
 
 def _big_layout() -> Any:
-    from wardround.federation.sums import round_metrics
+    from wardround.plan.sums import round_metrics
     from wardround.wire.tensors import TensorInfo
     from wardround.wire.update import Group, Layout
 
@@ -150,10 +150,10 @@ def coordinator_peak(folder: Path) -> dict[str, float]:
     """One round of the coordinator, alone in this process."""
     from wardround.federation.coordinator import Coordinator, Plan
     from wardround.federation.exchange import UPDATE
-    from wardround.federation.journal import Journal
-    from wardround.federation.methods.method import Method
+    from wardround.storage.journal import Journal
+    from wardround.learning.methods.method import Method
     from wardround.federation.minutes import HEAD, shown
-    from wardround.federation.record import START
+    from wardround.storage.record import START
     from wardround.wire.message import FileBody, Message
 
     layout = _big_layout()

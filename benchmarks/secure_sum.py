@@ -130,13 +130,13 @@ def at_the_seam(count: int, values: int) -> dict[str, float]:
     from wardround.engines.local import LocalEngine
     from wardround.federation.coordinator import Coordinator, Plan
     from wardround.federation.exchange import UPDATE
-    from wardround.federation.journal import Journal
-    from wardround.federation.methods.method import MODEL, Method
+    from wardround.storage.journal import Journal
+    from wardround.learning.methods.method import MODEL, Method
     from wardround.federation.secure import SecureUpload, secure_sum
-    from wardround.federation.site import Rules, Site
-    from wardround.federation.store import SiteStore
-    from wardround.federation.sums import round_metrics
-    from wardround.federation.training import Trained
+    from wardround.site.site import Rules, Site
+    from wardround.storage.store import SiteStore
+    from wardround.plan.sums import round_metrics
+    from wardround.learning.training import Trained
     from wardround.protection.identity import Roster
     from wardround.study.protection import Protection
     from wardround.wire.message import Message

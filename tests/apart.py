@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from wardround.engines.apart import ApartEngine
-from wardround.federation.store import SiteStore
+from wardround.storage.store import SiteStore
 from wardround.protection.rounding import study_root
-from wardround.runner.agent import Agreed, spec_of
-from wardround.runner.session import Result, coordinate
+from wardround.site.agent import Agreed, spec_of
+from wardround.run.session import Result, coordinate
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 
@@ -70,7 +70,7 @@ def engine_of(
         specs[site] = own / "spec.json"
         spec = spec_of(site, sites, own / "spool", agreed, rounding_root=study_root(study.seed))
         specs[site].write_text(json.dumps(spec), encoding="utf-8")
-    return ApartEngine("wardround.runner.agent:agent_finder", specs, folder / "coordinator-spool")
+    return ApartEngine("wardround.site.agent:agent_finder", specs, folder / "coordinator-spool")
 
 
 def apart(study: Study, sites: SitesFile, folder: Path, compare: Sequence[str] = (), **how: Any) -> Result:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.toys import Points, Regression, toy_study
-from wardround.physics.scanners import SCANNERS, protocol_features
+from wardround.imaging.acquisition.ct.scanners import SCANNERS, protocol_features
 from wardround.study.schema import Study
 from wardround.tasks.task import Source
 

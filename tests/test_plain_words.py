@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 from tests.hospitals import head, make_hospitals, save, write_study
 from wardround import __version__
 from wardround.cli import app, shared
-from wardround.data.deidentify import describe_error
-from wardround.data.dicom_file import open_dicom
-from wardround.data.propose import propose_study
-from wardround.data.volume import read_volume
+from wardround.deidentify import describe_error
+from wardround.imaging.readers.dicom_file import open_dicom
+from wardround.imaging.propose import propose_study
+from wardround.imaging.readers.volume import read_volume
 from wardround.errors import DataError
-from wardround.federation.journal import RoundReport
+from wardround.storage.journal import RoundReport
 from wardround.results.files import line_of
 from wardround.study.load import load_study
 from wardround.study.sites import load_sites
@@ -53,7 +53,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(data: Path, monkeypat
 
     monkeypatch.setattr(nibabel, "load", refuse)
     monkeypatch.setattr("pydicom.dcmread", refuse)
-    monkeypatch.setattr("wardround.data.dicom_file.read_file_meta_info", refuse)
+    monkeypatch.setattr("wardround.imaging.readers.dicom_file.read_file_meta_info", refuse)
     for read in (read_volume, open_dicom):
         with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)") as raised:
             read(path)

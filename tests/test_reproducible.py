@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from wardround.physics import phantoms
+from wardround.imaging import phantoms
 from wardround.study.load import load_study
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"

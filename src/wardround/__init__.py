@@ -28,9 +28,9 @@ __all__ = [
 
 _HOMES = {
     "Result": "wardround.results.schema",
-    "run": "wardround.runner.session",
-    "evaluate": "wardround.runner.session",
-    "reconstruct": "wardround.runner.reconstruct",
+    "run": "wardround.run.session",
+    "evaluate": "wardround.run.session",
+    "reconstruct": "wardround.run.reconstruct",
     "Study": "wardround.study",
     "load_study": "wardround.study.load",
     "load_sites": "wardround.study.sites",
@@ -40,8 +40,8 @@ _HOMES = {
 if TYPE_CHECKING:
     from wardround.errors import WardroundError
     from wardround.results.schema import Result
-    from wardround.runner.reconstruct import reconstruct
-    from wardround.runner.session import evaluate, run
+    from wardround.run.reconstruct import reconstruct
+    from wardround.run.session import evaluate, run
     from wardround.study import Study
     from wardround.study.load import load_study
     from wardround.study.sites import load_sites

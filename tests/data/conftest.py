@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wardround.data.volume import Volume, write_nifti
+from wardround.imaging.readers.volume import Volume, write_nifti
 
 MakeSite = Callable[..., Path]
 

@@ -18,12 +18,14 @@ import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 from tests.ct_files import body, setting, write_slice
 
-from wardround.data import bounds, dicom_file
-from wardround.data.dicom import read_slice
-from wardround.data.embeddings import Embeddings
-from wardround.data.volume import read_volume
+from wardround.imaging.readers import bounds
+
+from wardround.imaging.readers import dicom_file
+from wardround.imaging.readers.dicom import read_slice
+from wardround.imaging.readers.embeddings import Embeddings
+from wardround.imaging.readers.volume import read_volume
 from wardround.errors import DataError
-from wardround.runner.apply import _read_kspace
+from wardround.run.apply import _read_kspace
 from wardround.wire.archives import read_npz
 
 NOISE = np.random.default_rng(0).normal(size=(8, 8, 4)).astype(np.float32)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wardround.data.convert import convert_lgg, inspect_path
-from wardround.data.volume import Volume, read_volume, write_nifti
+from wardround.imaging.convert import convert_lgg, inspect_path
+from wardround.imaging.readers.volume import Volume, read_volume, write_nifti
 from wardround.errors import DataError
 
 MakeSite = Callable[..., Path]

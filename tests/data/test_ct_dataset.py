@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
 
-from wardround.data import ct_dataset
-from wardround.data.ct_dataset import Body, CTFolder, CTIndex, Grid, Slice, on_grid, opened, read_ct_volume
-from wardround.data.dataset import SPLITS
-from wardround.data.dicom import CTSlice
-from wardround.data.visits import Visits
+from wardround.imaging.datasets import ct as ct_dataset
+from wardround.imaging.datasets.ct import Body, CTFolder, CTIndex, Grid, Slice, on_grid, opened, read_ct_volume
+from wardround.imaging.datasets.mri import SPLITS
+from wardround.imaging.readers.dicom import CTSlice
+from wardround.imaging.datasets.visits import Visits
 from wardround.errors import DataError
 from wardround.study.tasks import Slices, Split
 

@@ -1,7 +1,7 @@
 """DICOM-CT-PD: a simulated scan written as the public collections are, read, and reconstructed.
 
 The scan is made of points in the patient, none of the reader's formulas: where the focal spot and each detector element
-are follows the text of `wardround.data.ct_projections`.
+are follows the text of `wardround.imaging.readers.ct_projections`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from safetensors.numpy import save_file
 from tests.ct_files import PATIENT_ID, ct_header, setting, write_series
 from tests.ct_hospitals import ct_study
 
-from wardround.data.ct_projections import read_projections
+from wardround.imaging.readers.ct_projections import read_projections
 from wardround.errors import DataError, StudyError
 from wardround.models.build import build_model
-from wardround.physics.ct_system import CTSystem
-from wardround.physics.fbp import FBP
-from wardround.runner.apply import reconstruct
-from wardround.runner.apply_ct import reconstruct_ct
-from wardround.runner.release import FORMAT
+from wardround.imaging.acquisition.ct.system import CTSystem
+from wardround.imaging.acquisition.ct.fbp import FBP
+from wardround.run.apply import reconstruct
+from wardround.run.apply_ct import reconstruct_ct
+from wardround.federation.release import FORMAT
 from wardround.study.ct import CTGeometry
 from wardround.study.load import load_study
 

@@ -11,9 +11,9 @@ from tests.examples import examples
 from tests.federation.rig import Rig
 from tests.toys import toy_study
 
-from wardround.data.deidentify import describe_error, scrub
+from wardround.deidentify import describe_error, scrub
 from wardround.errors import DataError, GeometryError, WardroundError
-from wardround.federation.training import Learner
+from wardround.learning.training import Learner
 
 PLANTED = [
     "/data/clinic/MUELLER_HANS_19610423/flair.nii.gz",

@@ -12,7 +12,7 @@ from tests.real_images import root_folder
 from typer.testing import CliRunner
 
 from wardround.cli import app
-from wardround.data.convert import inspect_path
+from wardround.imaging.convert import inspect_path
 
 
 def _spoken(text: str) -> None:

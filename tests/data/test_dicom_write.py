@@ -11,8 +11,8 @@ import pytest
 from pydicom.dataset import FileDataset
 from tests.ct_files import setting, write_series
 
-from wardround.data.dicom import CTSeries, read_series, read_slice
-from wardround.data.dicom_write import write_derived
+from wardround.imaging.readers.dicom import CTSeries, read_series, read_slice
+from wardround.imaging.writers.dicom import write_derived
 from wardround.errors import DataError
 
 KEPT = (

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wardround.data.folder import SiteFolder
+from wardround.imaging.readers.folder import SiteFolder
 from wardround.errors import DataError
 
 MakeSite = Callable[..., Path]

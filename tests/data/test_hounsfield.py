@@ -11,7 +11,7 @@ from scipy import ndimage
 from tests.ct_files import body
 from tests.ct_hospitals import thorax
 
-from wardround.data.hounsfield import check_hounsfield
+from wardround.imaging.readers.hounsfield import check_hounsfield
 from wardround.errors import DataError
 
 HERE = Path("ct.nii.gz")

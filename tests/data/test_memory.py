@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from wardround.data.memory import ScanCache
+from wardround.imaging.datasets.memory import ScanCache
 
 
 def test_what_fits_is_kept_and_what_does_not_is_made_again() -> None:

@@ -9,8 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from wardround.data.orientation import turn_for, turn_of
-from wardround.data.volume import Volume, write_nifti
+from wardround.imaging.orientation import turn_for, turn_of
+from wardround.imaging.readers.volume import Volume, write_nifti
 
 # A patient in RAS: 0 everywhere, but 1 at the right, 2 at the front, 3 at the head of the volume.
 RIGHT, FRONT, HEAD = 1, 2, 3

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wardround.data.split import split_patients
+from wardround.imaging.datasets.split import split_patients
 from wardround.errors import DataError
 from wardround.study.tasks import Split
 

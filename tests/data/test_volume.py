@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from wardround.data.volume import Volume, read_volume, write_nifti
+from wardround.imaging.readers.volume import Volume, read_volume, write_nifti
 from wardround.errors import DataError
 
 AFFINE = np.array([[0, 2.0, 0, -5], [-2.0, 0, 0, 7], [0, 0, 3.0, 1], [0, 0, 0, 1]])

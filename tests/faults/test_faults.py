@@ -21,16 +21,17 @@ from tests.faults.victims import ForkServer
 from tests.federation.rig import Rig, Sent
 from tests.toys import toy_sites, toy_study
 from wardround.errors import Interrupted, JournalError, NotEnoughSites, WardroundError
-from wardround.federation.blobs import Blobs, disk_error
+from wardround.storage.blobs import Blobs, disk_error
 from wardround.federation.exchange import UPDATE
-from wardround.federation.journal import Journal, RoundReport
-from wardround.federation.site import Site
+from wardround.storage.journal import Journal, RoundReport
+from wardround.site.site import Site
 from wardround.protection.gates import check_body
 from wardround.results.terminal import lacking_in
-from wardround.runner import folder, session
-from wardround.runner.folder import alone
-from wardround.runner.session import Result, evaluate, run
-from wardround.runner.watching import Silent
+from wardround.run import folder
+from wardround.run import session
+from wardround.run.folder import alone
+from wardround.run.session import Result, evaluate, run
+from wardround.run.watching import Silent
 from wardround.study.schema import Study
 from wardround.wire.message import FileBody, Message
 

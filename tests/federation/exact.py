@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wardround.federation import site as sites
+from wardround.site import site as sites
 from wardround.federation.exchange import Call, PlainSum
 from wardround.wire.message import Message
 from wardround.wire.update import Aggregate, encode

@@ -12,14 +12,14 @@ import pytest
 from tests.toys import toy_sites
 from wardround.engines.local import LocalEngine
 from wardround.federation.coordinator import Coordinator
-from wardround.federation.examples import ExampleStream, SiteExamples
+from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.federation.exchange import Engine, ExchangeFactory, PlainSum
-from wardround.federation.journal import Journal, State
-from wardround.federation.site import Site, SiteProtocol
-from wardround.federation.store import SiteStore
-from wardround.federation.training import Learner
-from wardround.runner import session
-from wardround.runner.machine import Machine
+from wardround.storage.journal import Journal, State
+from wardround.site.site import Site, SiteProtocol
+from wardround.storage.store import SiteStore
+from wardround.learning.training import Learner
+from wardround.run import session
+from wardround.run.machine import Machine
 from wardround.study.schema import Study
 from wardround.wire.message import Message
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from wardround.errors import JournalError
-from wardround.federation.blobs import Blobs
-from wardround.federation.journal import Journal
-from wardround.federation.record import LOG, Record
-from wardround.federation.store import Memory, SiteStore
+from wardround.storage.blobs import Blobs
+from wardround.storage.journal import Journal
+from wardround.storage.record import LOG, Record
+from wardround.storage.store import Memory, SiteStore
 from wardround.wire.files import write_text
 from wardround.wire.message import Header, Message
 

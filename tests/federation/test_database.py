@@ -8,7 +8,7 @@ from threading import Barrier
 
 import pytest
 
-from wardround.federation.database import Database
+from wardround.storage.database import Database
 
 PARTIES = 8
 SCHEMA = "CREATE TABLE IF NOT EXISTS counts (party INTEGER, number INTEGER);"

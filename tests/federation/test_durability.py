@@ -14,10 +14,10 @@ import pytest
 
 from tests.federation.rig import Rig
 from tests.toys import toy_study
-from wardround.federation.database import Database
-from wardround.federation.record import LOG
+from wardround.storage.database import Database
+from wardround.storage.record import LOG
 from wardround.federation.secure import SecureUpload, secure_sum
-from wardround.federation.verify import verify
+from wardround.storage.verify import verify
 from wardround.protection.identity import Roster
 from wardround.protection.ledger import Ledger
 

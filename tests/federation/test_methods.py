@@ -15,11 +15,11 @@ import torch
 from tests.federation.rig import Rig
 from tests.toys import Regression, toy_study
 from wardround.errors import StudyError
-from wardround.federation.methods.build import build_method
-from wardround.federation.methods.method import Facts, Method
-from wardround.federation.methods.personal import FedBN
-from wardround.federation.methods.proximal import FedProx
-from wardround.federation.training import Trained, parameters_of
+from wardround.learning.methods.build import build_method
+from wardround.learning.methods.method import Facts, Method
+from wardround.learning.methods.personal import FedBN
+from wardround.learning.methods.proximal import FedProx
+from wardround.learning.training import Trained, parameters_of
 from wardround.study import methods as methods_config
 from wardround.study.plugins import Plugins
 

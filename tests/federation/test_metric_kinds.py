@@ -19,13 +19,13 @@ from tests.cohorts import let_test
 from tests.federation.rig import ARM, Rig
 from tests.federation.test_own_results import ask, ruled
 from tests.kinds import METRICS, KindsTask, kinds_study, numbers_of, released, values_of
-from wardround.federation.cohorts import kept_back
-from wardround.federation.egress import EgressRules
-from wardround.federation.measured import SETS, MeasuredSets
-from wardround.federation.patients import PatientRows, results_of
-from wardround.federation.site import Site
-from wardround.federation.store import SiteStore
-from wardround.federation.sums import (
+from wardround.site.cohorts import kept_back
+from wardround.site.egress import EgressRules
+from wardround.site.measured import SETS, MeasuredSets
+from wardround.site.patients import PatientRows, results_of
+from wardround.site.site import Site
+from wardround.storage.store import SiteStore
+from wardround.plan.sums import (
     evaluation_entries,
     evaluation_metrics,
     results_in,
@@ -34,7 +34,7 @@ from wardround.federation.sums import (
     validation_sums,
     validation_values,
 )
-from wardround.runner.session import Result, evaluate, run
+from wardround.run.session import Result, evaluate, run
 from wardround.study.sites import SitesFile
 from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
 from wardround.tasks.histograms import auroc

@@ -18,18 +18,18 @@ from tests.federation.rig import ARM, Recorder, Rig, Sent
 from tests.toys import toy_sites
 from wardround.engines.local import LocalEngine
 from wardround.errors import DataError, StudyError
-from wardround.federation.egress import ACROSS_HOSPITALS, EgressRules
+from wardround.site.egress import ACROSS_HOSPITALS, EgressRules
 from wardround.federation.exchange import ERROR, EVALUATE, UPDATE
-from wardround.federation.measured import KEY, SETS, MeasuredSets, fewest_told
-from wardround.federation.patients import PatientRows, results_of
-from wardround.federation.site import Site
-from wardround.federation.store import SiteStore
-from wardround.federation.sums import results_in
-from wardround.federation.vault import Vault
-from wardround.runner import session
-from wardround.runner.arms import arms_of
-from wardround.runner.evaluators import evaluators_of
-from wardround.runner.session import Result, evaluate, run
+from wardround.site.measured import KEY, SETS, MeasuredSets, fewest_told
+from wardround.site.patients import PatientRows, results_of
+from wardround.site.site import Site
+from wardround.storage.store import SiteStore
+from wardround.plan.sums import results_in
+from wardround.storage.cipher import Vault
+from wardround.run import session
+from wardround.plan.arms import arms_of
+from wardround.site.evaluators import evaluators_of
+from wardround.run.session import Result, evaluate, run
 from wardround.study.load import load_study, study_sha256
 from wardround.study.sites import Egress, SitesFile
 from wardround.tasks.estimates import Mean, mean_of, two_digits

@@ -13,9 +13,9 @@ from torch import nn
 
 from tests.federation.rig import Rig
 from tests.toys import Regression, toy_sites, toy_study
-from wardround.federation.methods.own_statistics import own_statistics
-from wardround.federation.methods.personal import STRANGER
-from wardround.runner.session import run
+from wardround.learning.methods.own_statistics import own_statistics
+from wardround.learning.methods.personal import STRANGER
+from wardround.run.session import run
 
 NORM = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}}
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from tests.examples import examples
 from tests.toys import Points, Regression, toy_sites, toy_study
 from wardround.errors import JournalError, NotEnoughSites, StudyError
-from wardround.federation.gradients import BatchedGradients, Drawn, ExactGradients, autograd
-from wardround.federation.private_training import PrivateTraining, clipped, refuse_shared_statistics
-from wardround.federation.store import SiteStore
+from wardround.learning.gradients import BatchedGradients, Drawn, ExactGradients, autograd
+from wardround.learning.private_training import PrivateTraining, clipped, refuse_shared_statistics
+from wardround.storage.store import SiteStore
 from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.privacy import Purse, SecretRound, Terms
 from wardround.protection.secret import SecretRoot, SecretStream
-from wardround.runner import session
-from wardround.runner.folder import reserve
-from wardround.runner.privacy import SHARED, statement
+from wardround.run import session
+from wardround.run.folder import reserve
+from wardround.site.budgets import SHARED, statement
 
 CLIP = 0.7
 

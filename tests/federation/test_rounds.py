@@ -14,8 +14,8 @@ from tests.federation.rig import Rig
 from tests.toys import toy_study
 from wardround.errors import JournalError, Rejected
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE, Call, PlainSum
-from wardround.federation.journal import Journal
-from wardround.federation.training import Learner
+from wardround.storage.journal import Journal
+from wardround.learning.training import Learner
 from wardround.protection.gates import check_body, check_reply, check_update
 from wardround.wire.message import FileBody, Message
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wardround.federation.store import Memory, SiteStore
+from wardround.storage.store import Memory, SiteStore
 from wardround.wire.message import Header, Message
 
 

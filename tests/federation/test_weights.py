@@ -10,11 +10,11 @@ import pytest
 from tests.cohorts import CohortTask, cohort_study
 from tests.federation.rig import ARM, Rig
 from tests.federation.test_promises import ask_train, nudged
-from wardround.federation.egress import EgressRules
+from wardround.site.egress import EgressRules
 from wardround.federation.exchange import UPDATE
-from wardround.federation.measured import SETS, MeasuredSets
-from wardround.federation.site import Site
-from wardround.federation.store import SiteStore
+from wardround.site.measured import SETS, MeasuredSets
+from wardround.site.site import Site
+from wardround.storage.store import SiteStore
 
 # The validation patients of every site of `CohortTask`.
 VALIDATE = [f"Doe-{number}" for number in range(4, 9)]

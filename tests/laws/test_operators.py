@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.examples import examples
-from wardround.physics.ct import CTProjector
-from wardround.physics.ct_phantom import HEAD, ellipse_image, ellipse_sinogram
-from wardround.physics.ct_system import CTSystem
-from wardround.physics.mri import CartesianMRI
-from wardround.physics.operator import LinearOperator
-from wardround.physics.wrapped import Prompted, RealImage, Weighted
+from wardround.imaging.acquisition.ct.operator import CTProjector
+from wardround.imaging.acquisition.ct.phantom import HEAD, ellipse_image, ellipse_sinogram
+from wardround.imaging.acquisition.ct.system import CTSystem
+from wardround.imaging.acquisition.mri.operator import CartesianMRI
+from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.imaging.acquisition.wrapped import Prompted, RealImage, Weighted
 from wardround.study.ct import CTAcquisition, CTGeometry
 
 # (batch, channels, height, width, seed, dtype of the images) -> an operator for that batch

@@ -18,9 +18,9 @@ from tests.federation.rig import Rig
 from tests.toys import Points, Regression, toy_study
 from wardround.errors import NotEnoughSites
 from wardround.federation.exchange import TRAIN, UPDATE, Call, Exchange, PlainSum
-from wardround.federation.methods.method import LocalRound, Method, Writers, state_name
-from wardround.federation.policy import Parameter, Role
-from wardround.federation.site import Answer, Site
+from wardround.learning.methods.method import LocalRound, Method, Writers, state_name
+from wardround.learning.policy import Parameter, Role
+from wardround.site.site import Answer, Site
 from wardround.wire.message import EmptyBody, Message
 from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import Aggregate, Group

@@ -20,9 +20,9 @@ from wardround.errors import DataError, StudyError
 from wardround.models.anatomy import AnatomyNet
 from wardround.models.build import build_model
 from wardround.models.redcnn import REDCNN
-from wardround.physics.ct_system import CTSystem
-from wardround.physics.wrapped import Prompted
-from wardround.runner.session import run
+from wardround.imaging.acquisition.ct.system import CTSystem
+from wardround.imaging.acquisition.wrapped import Prompted
+from wardround.run.session import run
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
 from wardround.study.models import REDCNN as Config

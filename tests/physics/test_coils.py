@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from wardround.errors import GeometryError
-from wardround.physics.coils import birdcage_maps, calibration_region, low_resolution_maps
-from wardround.physics.masks import centred
-from wardround.physics.mri import fft2c
+from wardround.imaging.acquisition.mri.coils import birdcage_maps, calibration_region, low_resolution_maps
+from wardround.imaging.acquisition.mri.masks import centred
+from wardround.imaging.acquisition.mri.operator import fft2c
 
 
 @pytest.mark.parametrize(("coils", "shape"), [(1, (8, 8)), (4, (17, 32)), (8, (64, 63))])

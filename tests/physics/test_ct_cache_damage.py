@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wardround.physics.ct_cache import MatrixCache
+from wardround.imaging.acquisition.ct.cache import MatrixCache
 from wardround.study.ct import CTGeometry
 
 GEOMETRY = CTGeometry(size=(8, 8), views=4, bins=12, bin=2.0, source_distance=60.0, detector_distance=40.0)

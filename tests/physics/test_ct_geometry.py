@@ -10,9 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from wardround.errors import GeometryError
-from wardround.physics.ct import CTProjector
-from wardround.physics.ct_geometry import check_geometry, field_of_view_radius, rays, symmetry
-from wardround.physics.scanners import PROTOCOL_BOUNDS, SCANNERS, protocol_features
+from wardround.imaging.acquisition.ct.operator import CTProjector
+from wardround.imaging.acquisition.ct.geometry import check_geometry, field_of_view_radius, rays, symmetry
+from wardround.imaging.acquisition.ct.scanners import PROTOCOL_BOUNDS, SCANNERS, protocol_features
 from wardround.study.ct import CTAcquisition, CTGeometry
 
 FAN: dict[str, Any] = {"source_distance": 595.0, "detector_distance": 490.6}

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wardround.errors import GeometryError
-from wardround.physics.beam_hardening import bone_share, tube_spectrum
-from wardround.physics.ct_noise import (
+from wardround.imaging.acquisition.ct.beam_hardening import bone_share, tube_spectrum
+from wardround.imaging.acquisition.ct.noise import (
     hu_to_mu,
     insert_noise,
     line_integrals_of,

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from wardround.errors import GeometryError, StudyError
-from wardround.physics import ct, ct_cache, projector
-from wardround.physics.ct import VARIABLE as LIMIT
-from wardround.physics.ct import CTProjector, StoredWeights, WeightsOnTheFly, matrix_limit
-from wardround.physics.ct_cache import VARIABLE, MatrixCache, default_folder, user_cache
-from wardround.physics.projector import Model, estimate_bytes, weight_matrix
+from wardround.imaging.acquisition.ct import operator as ct
+from wardround.imaging.acquisition.ct import cache as ct_cache
+from wardround.imaging.acquisition.ct import projector
+from wardround.imaging.acquisition.ct.operator import VARIABLE as LIMIT
+from wardround.imaging.acquisition.ct.operator import CTProjector, StoredWeights, WeightsOnTheFly, matrix_limit
+from wardround.imaging.acquisition.ct.cache import VARIABLE, MatrixCache, default_folder, user_cache
+from wardround.imaging.acquisition.ct.projector import Model, estimate_bytes, weight_matrix
 from wardround.study.ct import CTGeometry
 
 GEOMETRIES = {

@@ -8,15 +8,15 @@ import torch
 from tests.real_images import root_folder
 from torch import Tensor
 
-from wardround.data.dicom import read_slice
+from wardround.imaging.readers.dicom import read_slice
 from wardround.errors import GeometryError
-from wardround.physics.ct import CTProjector
-from wardround.physics.ct_noise import hu_to_mu, mu_to_hu
-from wardround.physics.ct_phantom import HEAD, THORAX, ellipse_image, ellipse_sinogram
-from wardround.physics.ct_simulate import CTMeasurement, CTSimulator, simulate_ct
-from wardround.physics.ct_system import CTSystem
-from wardround.physics.fbp import FBP, fbp
-from wardround.physics.solvers import tv, tv_objective
+from wardround.imaging.acquisition.ct.operator import CTProjector
+from wardround.imaging.acquisition.ct.noise import hu_to_mu, mu_to_hu
+from wardround.imaging.acquisition.ct.phantom import HEAD, THORAX, ellipse_image, ellipse_sinogram
+from wardround.imaging.acquisition.ct.simulate import CTMeasurement, CTSimulator, simulate_ct
+from wardround.imaging.acquisition.ct.system import CTSystem
+from wardround.imaging.acquisition.ct.fbp import FBP, fbp
+from wardround.imaging.acquisition.solvers import tv, tv_objective
 from wardround.study.ct import CTAcquisition, CTGeometry
 
 GEOMETRY = CTGeometry(

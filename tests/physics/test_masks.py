@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wardround.errors import GeometryError
-from wardround.physics.masks import centred, centred_count, poisson_disc, sampling_mask
+from wardround.imaging.acquisition.mri.masks import centred, centred_count, poisson_disc, sampling_mask
 from wardround.study import Mask
 
 

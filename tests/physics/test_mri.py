@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from wardround.errors import GeometryError
-from wardround.physics.coils import birdcage_maps
-from wardround.physics.masks import equispaced_lines
-from wardround.physics.mri import CartesianMRI, fft2c, ifft2c
+from wardround.imaging.acquisition.mri.coils import birdcage_maps
+from wardround.imaging.acquisition.mri.masks import equispaced_lines
+from wardround.imaging.acquisition.mri.operator import CartesianMRI, fft2c, ifft2c
 
 
 def _complex(*shape: int, seed: int = 0, dtype: torch.dtype = torch.complex128) -> Tensor:

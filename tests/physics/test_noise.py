@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wardround.errors import GeometryError
-from wardround.physics.noise import coil_noise, estimate_covariance, ring_covariance, whiten
+from wardround.imaging.acquisition.noise import coil_noise, estimate_covariance, ring_covariance, whiten
 
 
 @pytest.mark.parametrize(("coils", "correlation"), [(1, 0.0), (2, 0.9), (8, 0.0), (8, 0.4), (7, 0.99)])

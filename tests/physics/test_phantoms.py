@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from wardround.data.dataset import SliceIndex
-from wardround.data.folder import SiteFolder
-from wardround.data.volume import Volume, read_volume
+from wardround.imaging.datasets.mri import SliceIndex
+from wardround.imaging.readers.folder import SiteFolder
+from wardround.imaging.readers.volume import Volume, read_volume
 from wardround.errors import MissingExtra
-from wardround.physics import phantoms
-from wardround.physics.phantoms import (
+from wardround.imaging import phantoms
+from wardround.imaging.phantoms import (
     CONTRAST_SITES,
     DEMO_SITES,
     TISSUES,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tests.real_images import root_folder
 
-from wardround.physics.coils import calibration_region, low_resolution_maps
-from wardround.physics.masks import centred
-from wardround.physics.mri import CartesianMRI
-from wardround.physics.solvers import cg_sense, tv, zero_filled
+from wardround.imaging.acquisition.mri.coils import calibration_region, low_resolution_maps
+from wardround.imaging.acquisition.mri.masks import centred
+from wardround.imaging.acquisition.mri.operator import CartesianMRI
+from wardround.imaging.acquisition.solvers import cg_sense, tv, zero_filled
 
 pytestmark = pytest.mark.data("kspace")
 

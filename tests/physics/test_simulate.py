@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from wardround.errors import GeometryError
-from wardround.physics.mri import CartesianMRI
-from wardround.physics.simulate import Measurement, simulate, smooth_phase
+from wardround.imaging.acquisition.mri.operator import CartesianMRI
+from wardround.imaging.acquisition.mri.simulate import Measurement, simulate, smooth_phase
 from wardround.study import Mask, MRIAcquisition
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from wardround.physics.ct_simulate import CTSimulator
-from wardround.physics.ct_system import CTSystem
-from wardround.physics.mri import CartesianMRI
-from wardround.physics.operator import LinearOperator, trust
-from wardround.physics.simulate import simulate
-from wardround.physics.solvers import (
+from wardround.imaging.acquisition.ct.simulate import CTSimulator
+from wardround.imaging.acquisition.ct.system import CTSystem
+from wardround.imaging.acquisition.mri.operator import CartesianMRI
+from wardround.imaging.acquisition.operator import LinearOperator, trust
+from wardround.imaging.acquisition.mri.simulate import simulate
+from wardround.imaging.acquisition.solvers import (
     cg_sense,
     gradient,
     gradient_adjoint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wardround.federation.store import SiteStore
+from wardround.storage.store import SiteStore
 from wardround.protection.ledger import Entry, Ledger
 
 

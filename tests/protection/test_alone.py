@@ -16,15 +16,15 @@ from tests.federation.rig import recorded_sessions
 from tests.toys import toy_sites, toy_study
 from wardround.engines.local import LocalEngine
 from wardround.errors import Interrupted, NotEnoughSites, StudyError
-from wardround.federation.alone import OWN
+from wardround.site.alone import OWN
 from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import ALONE, DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE, Call
-from wardround.federation.journal import Journal
-from wardround.federation.verify import verify
-from wardround.runner.machine import Machine
-from wardround.runner.release import load_model, serve, shared_sha256
-from wardround.runner.session import Result, evaluate, run
-from wardround.runner.watching import Silent
+from wardround.storage.journal import Journal
+from wardround.storage.verify import verify
+from wardround.run.machine import Machine
+from wardround.federation.release import load_model, serve, shared_sha256
+from wardround.run.session import Result, evaluate, run
+from wardround.run.watching import Silent
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SitesFile
@@ -165,7 +165,7 @@ def state_of(host: Machine, folder: Path, arm: str = "federated") -> Call:
     """What an honest coordinator of the arm would send in round 1."""
     with_arm = host.blueprint(arm)
     from wardround.federation.coordinator import Coordinator
-    from wardround.federation.journal import Journal
+    from wardround.storage.journal import Journal
 
     journal = Journal(folder / "hostile", with_arm.identity)
     coordinator = Coordinator(host.plan(arm), with_arm.method, LocalEngine(host.find), journal)
@@ -256,7 +256,7 @@ def test_left_out_arms_are_refused_with_the_reason() -> None:
             "protection": {"secure": True},
         }
     )
-    from wardround.runner.blueprints import Blueprints
+    from wardround.plan.blueprints import Blueprints
 
     with pytest.raises(StudyError, match=r"leave_one_out: .* minus the sum without one is the update of that one"):
         Blueprints(study, ())
@@ -274,7 +274,7 @@ def test_an_arm_inside_goes_on_after_a_kill(
     tmp_path: Path, clear: Result, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Killed between a round's commit at the site and its answer: the commit stands, the round is not done twice."""
-    from wardround.federation.store import SiteStore
+    from wardround.storage.store import SiteStore
 
     finish = SiteStore.finish
 

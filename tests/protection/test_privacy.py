@@ -17,7 +17,7 @@ from scipy import stats
 
 from tests.protection.spender import anything, entry, spend_many
 from wardround.errors import JournalError, MissingExtra, StudyError
-from wardround.federation.store import SiteStore
+from wardround.storage.store import SiteStore
 from wardround.protection.accounting import Spending, epsilon_of, noise_for
 from wardround.protection.ledger import Ledger
 from wardround.protection.opacus import from_opacus

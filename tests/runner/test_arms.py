@@ -13,14 +13,14 @@ import yaml
 
 from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError
-from wardround.federation.examples import ExampleStream, SiteExamples, UnionExamples
-from wardround.federation.methods.method import Method
-from wardround.federation.training import learning_rate
-from wardround.runner.arms import arms_of
-from wardround.runner.blueprints import Blueprints
-from wardround.runner.explain import explain
-from wardround.runner.machine import Machine
-from wardround.runner.session import open_host, run
+from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
+from wardround.learning.methods.method import Method
+from wardround.learning.training import learning_rate
+from wardround.plan.arms import arms_of
+from wardround.plan.blueprints import Blueprints
+from wardround.run.explain import explain
+from wardround.run.machine import Machine
+from wardround.run.session import open_host, run
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Local
 from wardround.wire.message import Header

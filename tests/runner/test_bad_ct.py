@@ -19,7 +19,7 @@ from tests.ct_hospitals import ct_study, make_ct_hospitals, save_dicom, save_nif
 from tests.data.test_ct_projections import FAULTS, SHORT, scan, write_projections
 from wardround.cli import app
 from wardround.models.build import build_model
-from wardround.runner.release import FORMAT
+from wardround.federation.release import FORMAT
 from wardround.study.load import load_study
 
 WIDE = {"PixelSpacing": ["4", "4"]}

@@ -13,13 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from wardround.cli import app
-from wardround.data.split import split_patients
-from wardround.data.volume import read_volume
+from wardround.imaging.datasets.split import split_patients
+from wardround.imaging.readers.volume import read_volume
 from wardround.errors import StudyError
-from wardround.physics import phantoms
-from wardround.runner import demo as demos
-from wardround.runner import session
-from wardround.runner.demo import CONTRASTS, DEMO, Demo, demo_study
+from wardround.imaging import phantoms
+from wardround.run import demo as demos
+from wardround.run import session
+from wardround.run.demo import CONTRASTS, DEMO, Demo, demo_study
 from wardround.study.sites import load_sites
 from wardround.study.tasks import ReconstructionTask
 

@@ -17,12 +17,12 @@ from tests.hospitals import SIZE, head, save
 from wardround.cli import app
 from wardround.errors import StudyError
 from wardround.models.build import build_model
-from wardround.physics.coils import birdcage_maps, low_resolution_maps
-from wardround.physics.masks import sampling_mask
-from wardround.physics.mri import CartesianMRI, fft2c
-from wardround.physics.solvers import tv
-from wardround.runner.reconstruct import output_names
-from wardround.runner.release import FORMAT
+from wardround.imaging.acquisition.mri.coils import birdcage_maps, low_resolution_maps
+from wardround.imaging.acquisition.mri.masks import sampling_mask
+from wardround.imaging.acquisition.mri.operator import CartesianMRI, fft2c
+from wardround.imaging.acquisition.solvers import tv
+from wardround.run.reconstruct import output_names
+from wardround.federation.release import FORMAT
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 

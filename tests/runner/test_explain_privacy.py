@@ -10,9 +10,9 @@ import yaml
 
 from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError
-from wardround.federation.store import SiteStore
+from wardround.storage.store import SiteStore
 from wardround.protection.ledger import Entry, Ledger
-from wardround.runner.explain import explain
+from wardround.run.explain import explain
 
 
 def _files(folder: Path, *, ledger: Path | None = None, **privacy: Any) -> tuple[Path, Path]:

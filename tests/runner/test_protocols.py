@@ -17,10 +17,10 @@ from tests.ct_hospitals import ct_study, make_ct_hospitals
 from tests.federation.rig import Sent, recorded_sessions
 from tests.laws.test_silence import leaks
 from wardround.cli import app
-from wardround.data.ct_protocol import CTProtocol, facts_of
-from wardround.runner.machine import Machine
-from wardround.runner.protocols import simulated, warning
-from wardround.runner.session import Result, run
+from wardround.imaging.readers.ct_protocol import CTProtocol, facts_of
+from wardround.run.machine import Machine
+from wardround.run.protocols import simulated, warning
+from wardround.run.session import Result, run
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
 from wardround.study.protocols import HeaderFacts, ModelProtocols

@@ -6,9 +6,9 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from wardround.federation.sums import Result
+from wardround.plan.sums import Result
 from wardround.results.schema import Measured
-from wardround.runner.evaluation import Measurement, tables
+from wardround.run.evaluation import Measurement, tables
 from wardround.tasks.estimates import Mean
 from wardround.tasks.task import MetricSpec
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from wardround.errors import DataError, StudyError
-from wardround.runner.release import FORMAT, study_of
+from wardround.federation.release import FORMAT, study_of
 from wardround.study.load import load_study
 from wardround.study.sites import load_sites
 from wardround.study.yaml_text import MAX_BYTES, MAX_VALUES, _Loader, parse_yaml

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import wardround
 from wardround.cli import app
 from wardround.errors import StudyError
-from wardround.runner.machine import Machine
+from wardround.run.machine import Machine
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
@@ -50,7 +50,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "toy_plugins.py").write_text(
         "from pathlib import Path\n"
         "from tests.toys import make_task\n"
-        "from wardround.federation.methods.method import Method\n"
+        "from wardround.learning.methods.method import Method\n"
         f"Path({str(tmp_path / 'imported')!r}).touch()\n"
         "def make(**options): return make_task(**options)\n"
         "def average(**options): return Method('equal')\n"

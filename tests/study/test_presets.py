@@ -8,8 +8,8 @@ import pytest
 from tests.ct_hospitals import ct_study
 
 from wardround.errors import GeometryError, StudyError
-from wardround.physics.ct_geometry import check_geometry, field_of_view_radius
-from wardround.physics.scanners import SCANNERS
+from wardround.imaging.acquisition.ct.geometry import check_geometry, field_of_view_radius
+from wardround.imaging.acquisition.ct.scanners import SCANNERS
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study, study_sha256
 from wardround.study.schema import Study

@@ -11,12 +11,12 @@ import torch
 from tests.ct_hospitals import GEOMETRY, OTHER, SIZE, ct_study, make_ct_hospitals
 
 import wardround
-from wardround.data.ct_dataset import CTFolder
+from wardround.imaging.datasets.ct import CTFolder
 from wardround.errors import StudyError
-from wardround.physics import ct_cache
-from wardround.physics.ct_cache import VARIABLE
+from wardround.imaging.acquisition.ct import cache as ct_cache
+from wardround.imaging.acquisition.ct.cache import VARIABLE
 from wardround.results.files import read_result
-from wardround.runner.machine import Machine
+from wardround.run.machine import Machine
 from wardround.study.load import load_study
 from wardround.study.sites import Egress, SiteData, SitesFile, load_sites
 from wardround.tasks.build import build_task

@@ -23,13 +23,13 @@ from wardround.audit.scores import Row, Trial, row, score
 from wardround.audit.subject import claimed, held_out_alike, model_file
 from wardround.audit.victims import Noise, control_victim, singles, victim_of
 from wardround.errors import DataError, StudyError
-from wardround.federation.examples import ExampleStream, SiteExamples
-from wardround.federation.store import NOTHING
-from wardround.federation.training import build_optimizer
+from wardround.learning.examples import ExampleStream, SiteExamples
+from wardround.storage.store import NOTHING
+from wardround.learning.training import build_optimizer
 from wardround.protection.lint import Finding, architecture_sha256, lint_against
-from wardround.runner.arms import FEDERATED
-from wardround.runner.machine import NOWHERE, Machine
-from wardround.runner.release import model_of_study, personal_part
+from wardround.plan.arms import FEDERATED
+from wardround.run.machine import NOWHERE, Machine
+from wardround.federation.release import model_of_study, personal_part
 from wardround.study.load import study_sha256
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile

@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
 from wardround.errors import MissingExtra, StudyError
-from wardround.federation.private_training import clipped
+from wardround.learning.private_training import clipped
 
 Floats = npt.NDArray[np.float64]
 # (contributions (n, d) of one step, random) -> what the step lets out (d,)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from wardround.audit.epsilon import Claim
-from wardround.federation.private_training import training_patients
+from wardround.learning.private_training import training_patients
 from wardround.protection.privacy import terms_of
-from wardround.runner.arms import FEDERATED
+from wardround.plan.arms import FEDERATED
 from wardround.study.schema import Study
 from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.task import Dataset

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from wardround.audit.inversion import Gradients, Objective, Victim, gradient, one_hot, sent_after, statistics_of
 from wardround.errors import StudyError
-from wardround.physics.operator import LinearOperator
-from wardround.physics.wrapped import RealImage
+from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.imaging.acquisition.wrapped import RealImage
 from wardround.tasks.ct import CTBatch
 from wardround.tasks.mri import MRIBatch
 from wardround.tasks.task import Batch, Task

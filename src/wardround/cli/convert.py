@@ -17,7 +17,7 @@ def convert_lgg(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write SITE/PATIENT/*.nii.gz into.")],
 ) -> None:
     """Convert the public LGG MRI segmentation collection."""
-    from wardround.data.convert import convert_lgg as convert
+    from wardround.imaging.convert import convert_lgg as convert
 
     report = convert(download, out)
     patients = ", ".join(f"{site} {count}" for site, count in sorted(report.patients.items()))

@@ -14,7 +14,7 @@ def verify_log(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run's folder, or one log.jsonl.")],
 ) -> None:
     """Find what was edited, deleted, reordered or cut off in the logs of a run; exit code 1 where something was."""
-    from wardround.federation.verify import verify
+    from wardround.storage.verify import verify
 
     found = verify(folder)
     for log in found.logs:

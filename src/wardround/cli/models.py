@@ -35,8 +35,8 @@ def reconstruct(
     ] = None,
 ) -> None:
     """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
-    from wardround.runner.apply import reconstruct as apply
-    from wardround.runner.reconstruct import reconstruct as apply_to_all
+    from wardround.run.apply import reconstruct as apply
+    from wardround.run.reconstruct import reconstruct as apply_to_all
 
     if out is not None:
         apply_to_all(
@@ -64,13 +64,13 @@ def inspect(
     ] = None,
 ) -> None:
     """Say what a file or folder holds, without naming a patient; of a run, how far it has come."""
-    from wardround.data.convert import inspect_path
+    from wardround.imaging.convert import inspect_path
 
     if csv is not None:
         write_numbers(path, csv)
         return
     if path.suffix == ".safetensors" or is_run(path):
-        from wardround.runner.inspection import inspect_model, inspect_run
+        from wardround.run.inspection import inspect_model, inspect_run
 
         say(inspect_run(path) if path.is_dir() else inspect_model(path))
         return

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
-from wardround.data.deidentify import describe_error
+from wardround.deidentify import describe_error
 from wardround.errors import Interrupted
 from wardround.federation.exchange import Party
 from wardround.federation.refusals import refusal

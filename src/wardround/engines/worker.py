@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from wardround.data.deidentify import describe_error
+from wardround.deidentify import describe_error
 from wardround.engines.frames import PROGRESS, CopiedBodies, Frames, SharedBodies
 from wardround.engines.local import answer
 from wardround.logs import log_to_stderr

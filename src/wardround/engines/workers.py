@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from wardround.data.deidentify import describe_error
+from wardround.deidentify import describe_error
 from wardround.engines.frames import PROGRESS, SharedBodies
 from wardround.engines.local import STOPPED
 from wardround.errors import Interrupted, WardroundError, WireError

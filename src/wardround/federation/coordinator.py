@@ -22,11 +22,11 @@ from wardround.federation.exchange import (
     PlainSum,
     Void,
 )
-from wardround.federation.journal import Journal, RoundReport, State
-from wardround.federation.methods.method import MODEL, Method, Writers
+from wardround.storage.journal import Journal, RoundReport, State
+from wardround.learning.methods.method import MODEL, Method, Writers
 from wardround.federation.minutes import CoordinatorMinutes
 from wardround.federation.selection import Scored, best_round, candidates
-from wardround.federation.sums import LOSS, SECONDS, validation_values
+from wardround.plan.sums import LOSS, SECONDS, validation_values
 from wardround.protection.compression import PLAIN, Codec
 from wardround.tasks.task import MetricSpec
 from wardround.wire.message import FileBody, Message

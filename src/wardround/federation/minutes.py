@@ -10,8 +10,8 @@ from typing import Any
 from wardround.errors import JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
 from wardround.federation.exchange import ALONE, DONE, ERROR, TRAIN, UPDATE, Call, Exchange
 from wardround.federation.facts import ROSTER
-from wardround.federation.journal import SIGNED_EVENTS, Journal
-from wardround.federation.record import Entry, Record, is_hash
+from wardround.storage.journal import SIGNED_EVENTS, Journal
+from wardround.storage.record import Entry, Record, is_hash
 from wardround.wire.canonical import digest
 from wardround.wire.message import Header, Message
 

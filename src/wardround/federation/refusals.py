@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wardround.data.deidentify import describe_error
+from wardround.deidentify import describe_error
 from wardround.errors import WardroundError, Withheld
 from wardround.federation.exchange import ERROR
 from wardround.wire.message import Message

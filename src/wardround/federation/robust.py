@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import NotEnoughSites, Rejected
-from wardround.federation.blobs import disk_error
+from wardround.storage.blobs import disk_error
 from wardround.federation.exchange import Call, ClearExchange, ExchangeFactory, PlainSum
 from wardround.protection.gates import Received, check_update
 from wardround.protection.robust import Defence, combine, gram, norm_gate, plan_of

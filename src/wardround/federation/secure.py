@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import JournalError, NotEnoughSites, Rejected, WireError
-from wardround.federation.alone import own_results
+from wardround.site.alone import own_results
 from wardround.federation.exchange import (
     DONE,
     EVALUATE,
@@ -32,10 +32,10 @@ from wardround.federation.exchange import (
     add_body,
 )
 from wardround.federation.facts import ROSTER
-from wardround.federation.history import MASKED, Joined, MaskedHistory
-from wardround.federation.journal import Journal, survivors_of
-from wardround.federation.site import Answer, Site
-from wardround.federation.voids import OFFER
+from wardround.site.history import MASKED, Joined, MaskedHistory
+from wardround.storage.journal import Journal, survivors_of
+from wardround.site.site import Answer, Site
+from wardround.site.voids import OFFER
 from wardround.protection.gates import check_masked, check_reply
 from wardround.protection.secure_coordinator import CoordinatorSession, Unrecoverable
 from wardround.protection.secure_site import SiteSession

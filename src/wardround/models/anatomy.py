@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, interpolate, scaled_dot_product_attention
 
 from wardround.errors import StudyError
-from wardround.physics.operator import LinearOperator
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.study import models as models_config
 
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
-from wardround.physics.operator import LinearOperator
+from wardround.imaging.acquisition.operator import LinearOperator
 
-FEATURES = 7  # of `wardround.physics.scanners.protocol_features`
+FEATURES = 7  # of `wardround.imaging.acquisition.ct.scanners.protocol_features`
 HIDDEN = (64, 64)
 
 

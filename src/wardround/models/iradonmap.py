@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wardround.models.blocks import Denoiser
 from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulation, prefixed, within
-from wardround.physics.operator import LinearOperator
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.study import models as models_config
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from wardround.models.blocks import Denoiser, Norm, ResidualUNet
 from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulation, prefixed, within
-from wardround.physics.operator import LinearOperator, trust
+from wardround.imaging.acquisition.operator import LinearOperator, trust
 from wardround.study import models as models_config
 
 Gradient = Literal["adjoint", "fbp"]

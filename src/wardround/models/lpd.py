@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wardround.models.blocks import convolution
 from wardround.models.conditioning import HIDDEN, Modulation, ProtocolHyperNet, modulated, modulation, prefixed, within
-from wardround.physics.operator import LinearOperator
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.study import models as models_config
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from wardround.models.blocks import Denoiser
-from wardround.physics.operator import LinearOperator
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.study import models as models_config
 
 

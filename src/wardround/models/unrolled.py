@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from wardround.models.blocks import Denoiser, Norm
-from wardround.physics.operator import LinearOperator
-from wardround.physics.wrapped import RealImage
+from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.imaging.acquisition.wrapped import RealImage
 from wardround.study import models as models_config
 
 

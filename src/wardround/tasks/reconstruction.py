@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wardround.data.dataset import Example
-from wardround.data.orientation import Turn
-from wardround.data.visits import Index
+from wardround.imaging.datasets.mri import Example
+from wardround.imaging.orientation import Turn
+from wardround.imaging.datasets.visits import Index
 from wardround.errors import StudyError
 from wardround.models.build import build_model
 from wardround.study import schema

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from wardround.data.orientation import Turn
+    from wardround.imaging.orientation import Turn
     from wardround.study.protocols import HeaderFacts
 
 Split: TypeAlias = Literal["train", "validation", "test"]

@@ -1,5 +1,0 @@
-"""Methods: a policy and a few hooks each."""
-
-from wardround.federation.methods.method import Facts, LocalRound, Method, Writers
-
-__all__ = ["Facts", "LocalRound", "Method", "Writers"]

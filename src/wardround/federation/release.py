@@ -1,0 +1,173 @@
+"""Saves what an arm releases: the model as safetensors, and the private parts in a folder for each site."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
+
+from wardround.imaging.readers.volume import reason
+from wardround.errors import DataError, StudyError, WireError
+from wardround.federation.coordinator import Release
+from wardround.learning.methods.build import build_method
+from wardround.plan.arms import FEDERATED, Arm, every_arm
+from wardround.plan.blueprints import Blueprint, Blueprints, protocols_of
+from wardround.study.load import load_study
+from wardround.study.methods import CustomMethod
+from wardround.study.protocols import HeaderFacts, ModelProtocols
+from wardround.study.schema import Study
+from wardround.wire.canonical import parse_json
+from wardround.wire.files import written
+from wardround.wire.tensors import TensorFile, TensorWriter, tensors_sha256
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array = npt.NDArray[Any]
+FORMAT = "wardround-model-1"
+PROTOCOLS = "protocols"
+CARD = "model_card.md"
+
+
+def scanners_of_arm(blueprints: Blueprints, arm: Arm, headers: Mapping[str, HeaderFacts]) -> ModelProtocols:
+    """The scanners of an arm's sites, with what the sites let out of their headers."""
+    return ModelProtocols(
+        scanners={site: blueprints.study.acquisition_of(site) for site in arm.members},
+        headers={site: headers[site] for site in arm.members if headers.get(site)},
+    )
+
+
+def save_release(
+    blueprints: Blueprints, blueprint: Blueprint, release: Release, scanners: ModelProtocols, path: Path
+) -> Path:
+    """Write a released model to `path`: as a site that did not take part gets it, and what it was trained on.
+
+    Whole or not at all; raises `OSError` where the disk is full.
+    """
+    shared = blueprint.method.release_for(None, release.state.public, release.state.private)
+    rest = {name: t.numpy() for name, t in blueprints.bench.initial.items() if name not in shared}
+    metadata = {
+        "format": FORMAT,
+        "study": blueprints.study.model_dump_json(),
+        "study_sha256": blueprints.study_sha256,
+        "arm": blueprint.arm.name,
+        "round": str(release.number),
+        "shared": " ".join(sorted(blueprint.policy.names("shared"))),
+        PROTOCOLS: scanners.model_dump_json(),
+    }
+    # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
+    data = save({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, metadata=metadata)
+    with written(path) as file:
+        file.write(_in_order(data))
+    return path
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its header sorted: the library writes metadata in another order each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
+def model_path(out: Path, folder: str) -> Path:
+    """Where an arm's model lies."""
+    return out / "models" / f"{folder}.safetensors"
+
+
+def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors and the metadata of a released model; raises `DataError` for anything else."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except PermissionError as error:
+        raise DataError(f"the model file cannot be read ({reason(error)})", detail=str(path)) from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            "the model file cannot be read: it must be a .safetensors file that `wardround run` wrote",
+            detail=f"{path}: {error}",
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise DataError("the file holds tensors, but it is not a model that `wardround run` wrote", detail=str(path))
+    return tensors, metadata
+
+
+def study_of(path: Path, metadata: Mapping[str, str]) -> Study:
+    """The study that a released model carries; raises `DataError` where this version does not read it."""
+    try:
+        return load_study(parse_json(metadata["study"]))
+    except (KeyError, ValueError, TypeError, StudyError, WireError) as error:
+        raise DataError(
+            "the model file holds no study that this version of Wardround reads; use the version that wrote it",
+            detail=f"{path}: {' '.join(str(error).split())}",
+        ) from error
+
+
+def model_of_study(path: Path, study_sha256: str) -> dict[str, Array]:
+    """The tensors of a model of this very study; raises `StudyError` for a model of another one."""
+    tensors, metadata = load_model(path)
+    if metadata.get("study_sha256") != study_sha256:
+        raise StudyError(
+            f"models/{path.name} belongs to another study; evaluate it with the study it was trained by, or train again"
+        )
+    return tensors
+
+
+def personal_part(path: Path, site: str | None) -> dict[str, Array]:
+    """The private part that a site keeps beside a released model, models/SITE/ARM/local.safetensors.
+
+    Empty where there is none: another hospital's copy of the model, or a method that keeps nothing. Raises `DataError`
+    for a file of another model.
+    """
+    own = path.parent / (site or "") / path.stem / "local.safetensors"
+    if site is None or not own.exists():
+        return {}
+    try:
+        private: dict[str, Array] = load_file(own)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"the private part of site {site} cannot be read; restore it, or move it away to use the model without it",
+            detail=f"{own}: {error}",
+        ) from error
+    tensors, _ = load_model(path)
+    if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in private.items()):
+        raise DataError(
+            f"the private part of site {site} belongs to another model; keep the two together as `wardround run` "
+            "wrote them",
+            detail=str(own),
+        )
+    return private
+
+
+def serve(network: nn.Module, study: Study, metadata: Mapping[str, str], site: str | None) -> None:
+    """Let a loaded network serve a site as the method of its study says: as a stranger unless it trained the model.
+
+    A custom method is left out: who has nothing but the model may lack its package.
+    """
+    arms = {arm.name: arm for arm in every_arm(study)}
+    arm = arms[metadata.get("arm", FEDERATED)]
+    if site not in arm.members and not isinstance(arm.method, CustomMethod):
+        build_method(arm.method, protocols_of(study, arm.members)).serving_stranger(network)
+
+
+def shared_sha256(path: Path) -> str:
+    """The identity of a released model: the hash of its shared tensors."""
+    tensors, metadata = load_model(path)
+    names = metadata["shared"].split(" ")
+    return tensors_sha256({name: tensors[name] for name in names})
+
+
+def as_tensor_file(tensors: Mapping[str, Array], path: Path) -> tuple[TensorFile, str]:
+    """The tensors as a message's body, and its hash."""
+    with written(path) as file:
+        writer = TensorWriter(file)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    return TensorFile(path, writer.table), writer.sha256

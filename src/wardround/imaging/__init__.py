@@ -1,0 +1,1 @@
+"""From raw data and files to images, and back: acquisitions, readers, writers, data sets, phantoms."""

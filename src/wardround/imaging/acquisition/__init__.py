@@ -1,0 +1,1 @@
+"""Acquisitions as linear operators with exact adjoints, their noise, and solvers."""

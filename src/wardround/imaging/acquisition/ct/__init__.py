@@ -1,0 +1,1 @@
+"""CT: projectors, scanners, noise and filtered back projection."""

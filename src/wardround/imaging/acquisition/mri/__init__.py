@@ -1,0 +1,1 @@
+"""MRI: Cartesian sampling with coils."""

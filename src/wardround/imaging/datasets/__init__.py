@@ -1,0 +1,1 @@
+"""What a site's folders hold, as examples and patients."""

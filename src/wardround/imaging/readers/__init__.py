@@ -1,0 +1,1 @@
+"""Files of scans, read with bounds."""

@@ -1,0 +1,1 @@
+"""What a site learns and how: methods, learner, private training."""

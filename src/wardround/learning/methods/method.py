@@ -1,0 +1,237 @@
+"""What a method is. The base class is FedAvg: it shares everything that can be averaged and changes nothing else.
+
+Importing this needs no torch: hooks of the site get their tensors handed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from wardround.errors import StudyError
+from wardround.learning.policy import Parameter, Policy, Role
+from wardround.protection.drift import UNKNOWN, Reach
+from wardround.wire.update import Aggregate, Group
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Array = npt.NDArray[Any]
+Weights = Literal["samples", "equal", "validation"]
+MODEL = "model"
+BUFFERS = "buffers"
+# exp(-loss) is clamped to this, so that one site can neither vanish nor outweigh the others a thousandfold.
+SMALLEST_VALIDATION_WEIGHT = 1e-3
+# Hooks that decide how far a round moves the model; what happens before a site's optimiser is bounded by the optimiser.
+_MOVING = ("changes", "apply", "apply_group", "server_step")
+
+
+def state_name(group: str, tensor: str) -> str:
+    """The name of a tensor of a group in the global state."""
+    return f"{group}/{tensor}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a site knows of itself when it is weighed; only the weight leaves, inside the update."""
+
+    samples: int
+    validation_loss: float | None = None
+
+
+@dataclass
+class LocalRound:
+    """One round at a site, as hooks see it.
+
+    `shared` are the live tensors of the model that are shared, `anchor` their values at the round's start, `public`
+    everything the coordinator broadcast, `memory` the site's private tensors of this method: what a hook leaves there
+    is kept for the next round and never sent. `private` are the live tensors that stay at the site, `initial` the
+    initial values of the whole model; `step` counts from 0, and with `seed` names public randomness.
+    """
+
+    site: str
+    model: nn.Module
+    shared: dict[str, Tensor]
+    anchor: dict[str, Tensor]
+    public: Mapping[str, Array]
+    memory: dict[str, Array]
+    number: int
+    steps: int
+    learning_rate: float
+    facts: Facts = field(default_factory=lambda: Facts(0))
+    private: Mapping[str, Tensor] = field(default_factory=dict)
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+    step: int = 0
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The shared tensors that gradients reach."""
+        return {name: tensor for name, tensor in self.shared.items() if tensor.requires_grad}
+
+
+@dataclass(frozen=True)
+class Writers:
+    """Where `apply` writes the next state, one tensor at a time: what sites get, and what the coordinator keeps."""
+
+    public: Callable[[str, Array], None]
+    private: Callable[[str, Array], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Weighted averaging (McMahan et al., AISTATS 2017), and the base of every other method."""
+
+    weights: Weights = "samples"
+    #: `sum`: works on the sum of updates. `updates`: needs each site's update, so the secure sum is refused.
+    needs: ClassVar[Literal["sum", "updates"]] = "sum"
+
+    @property
+    def discloses(self) -> str:
+        """What leaves a site by `side_channel`, for people to read; empty when nothing does."""
+        return ""
+
+    # What belongs to whom ------------------------------------------------------------------------------------------
+
+    def role(self, parameter: Parameter) -> Role:
+        """The role of one parameter or buffer: shared, unless it is frozen or cannot be averaged."""
+        if not parameter.is_float:
+            return "local"
+        return "shared" if parameter.trainable or parameter.buffer else "frozen"
+
+    def policy(self, parameters: tuple[Parameter, ...]) -> Policy:
+        """The roles of all parameters and buffers; raises `StudyError` when nothing would be shared."""
+        policy = Policy({p.name: self.role(p) for p in parameters})
+        if not policy.names("shared"):
+            raise StudyError("the method shares no parameter of this model; choose another method or model")
+        return policy
+
+    def groups(self, shared: tuple[Parameter, ...], ring_bits: int) -> tuple[Group, ...]:
+        """The groups of an update: what gradients reach, and the buffers, which are only ever averaged."""
+        trainable = tuple(p.info for p in shared if p.trainable)
+        buffers = tuple(p.info for p in shared if not p.trainable)
+        groups = (Group(MODEL, trainable, ring_bits), Group(BUFFERS, buffers, ring_bits))
+        return tuple(group for group in groups if group.tensors)
+
+    def side_channel(self, private: tuple[Parameter, ...], ring_bits: int) -> tuple[Group, ...]:
+        """Groups that tell of what stays at the sites; none, unless the study declares it (see `Personal`)."""
+        return ()
+
+    def initial(
+        self, groups: tuple[Group, ...], values: Mapping[str, Array]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The public and the private state before round 1, from the model's initial values."""
+        return {state_name(g.name, info.name): values[info.name] for g in groups for info in g.tensors}, {}
+
+    # At the site ---------------------------------------------------------------------------------------------------
+
+    def begin(self, local: LocalRound) -> None:
+        """Called once the model is loaded and before the first step."""
+
+    def objective(self, local: LocalRound, loss: Tensor) -> Tensor:
+        """The loss of a step, with whatever the method adds."""
+        return loss
+
+    def gradients(self, local: LocalRound) -> None:
+        """Called after backward and before clipping; may change gradients in place."""
+
+    def changes(self, local: LocalRound) -> dict[str, dict[str, Array]]:
+        """What the site tells: for every group its tensors' changes, not yet weighted."""
+        groups: dict[str, dict[str, Array]] = {MODEL: {}, BUFFERS: {}}
+        for name, tensor in local.shared.items():
+            change = (tensor.detach() - local.anchor[name]).numpy()
+            groups[MODEL if tensor.requires_grad else BUFFERS][name] = change
+        return groups
+
+    def weight(self, facts: Facts) -> float:
+        """The site's weight."""
+        match self.weights:
+            case "samples":
+                return float(facts.samples)
+            case "equal":
+                return 1.0
+            case "validation":
+                if facts.validation_loss is None:
+                    raise StudyError("weights by validation loss need a validation patient at every site")
+                # Adaptive weights as a sum: each site sends its own exp(-loss) and the coordinator divides, so no
+                # softmax over sites is needed (after ModFed, Wu et al., 2024, which weighs by losses in the clear).
+                return min(1.0, max(SMALLEST_VALIDATION_WEIGHT, math.exp(-facts.validation_loss)))
+
+    def group_weights(self, facts: Facts, groups: tuple[str, ...]) -> dict[str, float]:
+        """The weight of every group; one and the same unless a method says otherwise."""
+        return dict.fromkeys(groups, self.weight(facts))
+
+    # What a site may expect ----------------------------------------------------------------------------------------
+
+    def reach(self, local: Reach) -> Reach:
+        """How far one round can move what gradients reach, when no site's own steps go further than `local`.
+
+        A mean goes no further than the furthest. `UNKNOWN` for a method with an update or a server step of its own,
+        until it says more here: a site then cannot tell an honest move from another.
+        """
+        return local if self.moves_as(Method) else UNKNOWN
+
+    def moves_as(self, known: type[Method]) -> bool:
+        """Whether a round moves the model as in the class `known`: nothing derived from it changes how.
+
+        For `reach` of a class that has hooks of its own: a class derived from it may have others, and inherits `reach`.
+        """
+        return all(getattr(type(self), hook) is getattr(known, hook) for hook in _MOVING)
+
+    # At the coordinator --------------------------------------------------------------------------------------------
+
+    def apply(
+        self, public: Mapping[str, Array], private: Mapping[str, Array], aggregate: Aggregate, write: Writers
+    ) -> None:
+        """Write the next state from the old one and the sum, a tensor at a time."""
+        for group in aggregate.layout.groups:
+            self.apply_group(group, public, private, aggregate, write)
+
+    def apply_group(
+        self,
+        group: Group,
+        public: Mapping[str, Array],
+        private: Mapping[str, Array],
+        aggregate: Aggregate,
+        write: Writers,
+    ) -> None:
+        """Write the next state of one group."""
+        for info in group.tensors:
+            name = state_name(group.name, info.name)
+            old = public[name]
+            step = self.server_step(name, aggregate.mean(group.name, info.name), private, write.private)
+            # The step is applied in double precision and rounded once.
+            step += old
+            write.public(name, step.astype(old.dtype))
+
+    def server_step(
+        self,
+        name: str,
+        mean: npt.NDArray[np.float64],
+        private: Mapping[str, Array],
+        keep: Callable[[str, Array], None],
+    ) -> npt.NDArray[np.float64]:
+        """What is added to a tensor of the global model, given the mean change; may be changed in place."""
+        return mean
+
+    def release_for(
+        self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """The shared tensors released for a site, or for an unknown one (`None`), by model name."""
+        return {
+            name.removeprefix(state_name(group, "")): public[name]
+            for name in public
+            for group in (MODEL, BUFFERS)
+            if name.startswith(state_name(group, ""))
+        }
+
+    # At a hospital that did not train ------------------------------------------------------------------------------
+
+    def serving_stranger(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """From now until the context is left, the released model serves a hospital that did not train."""
+        return nullcontext()

@@ -1,0 +1,208 @@
+"""Methods that keep a part of the model at the site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from wardround.errors import StudyError
+from wardround.learning.methods.method import Array, LocalRound, Method, Writers, state_name
+from wardround.learning.policy import Parameter, Policy, Role
+from wardround.protection.drift import UNKNOWN, Reach
+from wardround.wire.update import Aggregate, Group
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# The group in which private parts travel, and names in the coordinator's state; only with `stranger: mean`.
+STRANGER = "stranger"
+START = "stranger_start"
+
+
+@dataclass(frozen=True)
+class Personal(Method):
+    """The part of the model that `is_private` chooses stays at the site; the rest is averaged.
+
+    A hospital that did not train has no such part. It gets the initial values (`stranger="initial"`), and then nothing
+    of any site's private part leaves it. Or it gets the mean of the private parts (`stranger="mean"`), over the sites
+    of the released round and with the method's weights: then each site adds theirs to the sum, every round, as how far
+    they are from their initial values. The coordinator keeps that mean and does not send it back to the sites.
+    """
+
+    stranger: Literal["initial", "mean"] = "initial"
+    #: Whether the mean is also of what no gradient reaches, such as running statistics.
+    tells_buffers: ClassVar[bool] = True
+    #: Prefixes of parameters that the method means nothing without, and what to set in the study for a model with them.
+    parts: ClassVar[tuple[str, ...]] = ()
+    remedy: ClassVar[str] = ""
+
+    @property
+    def discloses(self) -> str:
+        """The mean private part, where strangers get it."""
+        if self.stranger == "initial":
+            return ""
+        return (
+            "its private part as well, in the same sum (`method.stranger: mean`): hospitals that did not train get "
+            "the mean"
+        )
+
+    def is_private(self, parameter: Parameter) -> bool:
+        """Whether a parameter or buffer stays at the site."""
+        raise NotImplementedError
+
+    def role(self, parameter: Parameter) -> Role:
+        """Local for the private part."""
+        return "local" if self.is_private(parameter) else super().role(parameter)
+
+    def policy(self, parameters: tuple[Parameter, ...]) -> Policy:
+        """Raises `StudyError` for a model without the parts: the method would silently be another one."""
+        for part in self.parts:
+            if not any(p.name.startswith(part) for p in parameters):
+                raise StudyError(
+                    f"{type(self).__name__} needs a model with a part `{part.rstrip('.')}`, and this model has none; "
+                    f"set {self.remedy}"
+                )
+        return super().policy(parameters)
+
+    def side_channel(self, private: tuple[Parameter, ...], ring_bits: int) -> tuple[Group, ...]:
+        """The private part as a group of its own, where strangers get the mean; counters have none."""
+        floats = [p for p in private if p.is_float and (p.trainable or self.tells_buffers)]
+        told = tuple(p.info for p in floats) if self.stranger == "mean" else ()
+        return (Group(STRANGER, told, ring_bits),) if told else ()
+
+    def initial(
+        self, groups: tuple[Group, ...], values: Mapping[str, Array]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Before round 1 the mean private part is the initial one; only the coordinator holds it."""
+        public, private = super().initial(tuple(g for g in groups if g.name != STRANGER), values)
+        for info in _told(groups):
+            private[state_name(START, info)] = private[state_name(STRANGER, info)] = values[info]
+        return public, private
+
+    def changes(self, local: LocalRound) -> dict[str, dict[str, Array]]:
+        """The changes of the shared part; and, declared, how far the private part is from its initial values."""
+        changes = super().changes(local)
+        if self.stranger == "mean":
+            changes[STRANGER] = {
+                name: (tensor.detach() - local.initial[name]).numpy()
+                for name, tensor in local.private.items()
+                if tensor.is_floating_point() and (tensor.requires_grad or self.tells_buffers)
+            }
+        return changes
+
+    def reach(self, local: Reach) -> Reach:
+        """The shared part is averaged, unless a derived method has other ideas."""
+        return local if self.moves_as(Personal) else UNKNOWN
+
+    def apply_group(
+        self,
+        group: Group,
+        public: Mapping[str, Array],
+        private: Mapping[str, Array],
+        aggregate: Aggregate,
+        write: Writers,
+    ) -> None:
+        """The mean private part of this round's sites is their start plus their mean distance from it.
+
+        Not the sum of every round's changes: sites that miss a round, and roundings, would add up to a drift.
+        """
+        if group.name != STRANGER:
+            super().apply_group(group, public, private, aggregate, write)
+            return
+        for info in group.tensors:
+            start = private[state_name(START, info.name)]
+            mean = aggregate.mean(STRANGER, info.name) + start
+            write.private(state_name(START, info.name), start)
+            write.private(state_name(STRANGER, info.name), mean.astype(start.dtype))
+
+    def release_for(
+        self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """The shared part; for a hospital that did not train, with the mean private part where there is one."""
+        released = super().release_for(site, public, private)
+        if site is None:
+            prefix = state_name(STRANGER, "")
+            released |= {n.removeprefix(prefix): private[n] for n in private if n.startswith(prefix)}
+        return released
+
+
+def _told(groups: tuple[Group, ...]) -> tuple[str, ...]:
+    return tuple(info.name for group in groups if group.name == STRANGER for info in group.tensors)
+
+
+@dataclass(frozen=True)
+class FedBN(Personal):
+    """Batch-norm layers, weights and running statistics, stay at the site (Li et al., ICLR 2021).
+
+    At a hospital that did not train, the layers normalise by statistics of its own images (`own_statistics`): those of
+    other sites, or none, are of other images. Its scales and shifts are the initial ones, the identity, or the mean of
+    the sites' (`stranger="mean"`), which is what the paper proposes for a new hospital. Running statistics never leave.
+    """
+
+    tells_buffers = False
+
+    def is_private(self, parameter: Parameter) -> bool:
+        """Everything that a batch-norm layer owns."""
+        return parameter.layer.startswith("BatchNorm")
+
+    def policy(self, parameters: tuple[Parameter, ...]) -> Policy:
+        """Raises `StudyError` for a model without batch-norm layers: FedBN would silently be FedAvg."""
+        if not any(p.layer.startswith("BatchNorm") for p in parameters):
+            raise StudyError(
+                "method.kind=fedbn needs batch-norm layers, and this model has none; set model.norm: batch"
+            )
+        return super().policy(parameters)
+
+    def serving_stranger(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Statistics of the hospital's own images."""
+        from wardround.learning.methods.own_statistics import own_statistics
+
+        return own_statistics(model)
+
+
+@dataclass(frozen=True)
+class HyperFed(Personal):
+    """The hypernetwork stays at the site, the network that it conditions is shared (Yang et al., TNNLS 2023).
+
+    The paper weighs all sites alike.
+    """
+
+    parts = ("hypernetwork.",)
+    remedy = "model.conditioned: true (model.kind: redcnn has model.conditioning: every instead)"
+
+    def is_private(self, parameter: Parameter) -> bool:
+        """The hypernetwork."""
+        return parameter.name.startswith("hypernetwork.")
+
+
+@dataclass(frozen=True)
+class FedFDD(Personal):
+    """One of two frequency bands has its network shared, the other keeps it at the site (after FedFDD, MIDL 2024).
+
+    Which band the paper keeps private was not read: the study chooses.
+    """
+
+    private: Literal["low", "high"] = "low"
+    parts = ("low.", "high.")
+    remedy = "model.kind: two_band"
+
+    def is_private(self, parameter: Parameter) -> bool:
+        """The network of the private band."""
+        return parameter.name.startswith(f"{self.private}.")
+
+
+@dataclass(frozen=True)
+class FedCT(Personal):
+    """What works on projections stays at the site, what works on images is shared and conditioned (FedCT, 2024).
+
+    Projections have the geometry of one scanner, images have that of the body.
+    """
+
+    parts = ("projection.", "image.", "hypernetwork.")
+    remedy = "model: {kind: iradonmap, conditioned: true}"
+
+    def is_private(self, parameter: Parameter) -> bool:
+        """The projection-domain module."""
+        return parameter.name.startswith("projection.")

@@ -1,0 +1,353 @@
+"""What happens at a site with torch: load the global model, take steps, evaluate. It sends nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from wardround.errors import WardroundError
+from wardround.learning.divergence import watched
+from wardround.learning.examples import Examples
+from wardround.learning.methods.method import Facts, LocalRound, Method
+from wardround.learning.momentum import averaged
+from wardround.learning.policy import Parameter, Policy
+from wardround.learning.private_training import PrivateTraining
+from wardround.storage.store import Memory
+from wardround.protection.drift import Reach, local_reach
+from wardround.study.schema import Local
+from wardround.tasks.states import patient_rows
+from wardround.tasks.task import Batch, Dataset, Split, Task
+from wardround.wire.random import public_generator, public_seed
+from wardround.wire.tensors import TensorInfo
+
+Array = npt.NDArray[Any]
+LOCAL = "local/"
+METHOD = "method/"
+OPTIMIZER = "optimizer/"
+
+
+class TrainingFailed(WardroundError):
+    """A site's training produced something that must not be sent."""
+
+
+def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
+    """Every parameter and persistent buffer of a model, in the order of its state."""
+    owners = {
+        f"{prefix}.{name}" if prefix else name: type(module).__name__
+        for prefix, module in model.named_modules()
+        for name in (*module._parameters, *module._buffers)
+    }
+    trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    return tuple(
+        Parameter(
+            TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)),
+            trainable=trainable.get(name, False),
+            buffer=name not in trainable,
+            layer=owners[name],
+        )
+        for name, tensor in model.state_dict().items()
+    )
+
+
+class Workbench:
+    """The one model of a process, and how it was initialised: public randomness, so the same everywhere."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task = task
+        torch.manual_seed(public_seed(seed, "initialisation") % 2**63)
+        self.model = task.build_model()
+        self.parameters = parameters_of(self.model)
+        self.initial = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+
+    def initial_values(self) -> dict[str, Array]:
+        """The initial values of the whole model, shared and private parts alike."""
+        return {name: tensor.numpy() for name, tensor in self.initial.items()}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round of training leaves: changes by group, their weights, what the site keeps, and numbers to sum."""
+
+    changes: dict[str, dict[str, Array]]
+    weights: dict[str, float]
+    memory: dict[str, Array]
+    loss: float
+    seconds: float
+
+
+class Learner:
+    """Trains and evaluates at one site."""
+
+    def __init__(
+        self,
+        site: str,
+        bench: Workbench,
+        dataset: Dataset,
+        examples: Examples,
+        method: Method,
+        policy: Policy,
+        local: Local,
+        rounds: int,
+        seed: int,
+        groups: tuple[str, ...],
+        progress: Callable[[int, int, int], None] | None = None,
+        momentum: float = 0.0,
+        private: PrivateTraining | None = None,
+    ) -> None:
+        self.site = site
+        self.dataset = dataset
+        self.task = bench.task
+        self._bench = bench
+        self._examples = examples
+        self._method = method
+        self._policy = policy
+        self._local = local
+        self._rounds = rounds
+        self._seed = seed
+        self._groups = groups
+        self._progress = progress
+        self._momentum = momentum
+        self._private = private
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, with whatever was loaded last."""
+        return self._bench.model
+
+    def load(self, public: Mapping[str, Array], memory: Memory) -> None:
+        """Put the shared, local and frozen tensors into the model."""
+        shared = self._method.release_for(self.site, public, {})
+        self.load_tensors(
+            {
+                **{name: shared[name] for name in self._policy.names("shared")},
+                **{
+                    name: memory.tensors[LOCAL + name]
+                    for name in self._policy.names("local")
+                    if LOCAL + name in memory.tensors
+                },
+            }
+        )
+
+    def received(self, public: Mapping[str, Array]) -> dict[str, Array]:
+        """The shared tensors of a global state, by model name, as far as it holds them."""
+        released = self._method.release_for(self.site, public, {})
+        return {name: released[name] for name in self._policy.names("shared") if name in released}
+
+    def approved(self) -> dict[str, Array]:
+        """The shared tensors before round 1, by model name: what the site makes of the study it agreed to."""
+        shared = tuple(p for p in self._bench.parameters if self._policy.roles[p.name] == "shared")
+        groups = self._method.groups(shared, ring_bits=32)
+        return self.received(self._method.initial(groups, self._bench.initial_values())[0])
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The shared tensors that gradients reach."""
+        return frozenset(
+            p.name for p in self._bench.parameters if p.trainable and self._policy.roles[p.name] == "shared"
+        )
+
+    @property
+    def reach(self) -> Reach:
+        """How far a round of the study can move them."""
+        return self._method.reach(self.own_reach)
+
+    def reach_after(self, own: Reach) -> Reach:
+        """How far it can move them where every site's steps go as far as `own`."""
+        return self._method.reach(own)
+
+    @property
+    def own_reach(self) -> Reach:
+        """How far the steps of one site go in a round."""
+        return local_reach(self._local)
+
+    @property
+    def weighs_by_validation(self) -> bool:
+        """Whether the site's weight is made from its loss on validation patients, of whom there are some."""
+        return self._method.weights == "validation" and self.dataset.patients("validation") > 0
+
+    @property
+    def least_weights(self) -> dict[str, float]:
+        """The smallest weights that the site can have in a round, known before it trains."""
+        worst = math.inf if self._method.weights == "validation" else None
+        return self._method.group_weights(Facts(len(self.dataset), worst), self._groups)
+
+    def load_tensors(self, tensors: Mapping[str, Array]) -> None:
+        """Put tensors into the model by name; all others get their initial values."""
+        with torch.no_grad():
+            for name, tensor in self._bench.model.state_dict().items():
+                tensor.copy_(torch.from_numpy(tensors[name]) if name in tensors else self._bench.initial[name])
+
+    def serving_stranger(self) -> AbstractContextManager[Any]:
+        """From now until the context is left, the loaded model is what a hospital that did not train gets."""
+        return self._method.serving_stranger(self._bench.model)
+
+    def local_tensors(self, memory: Memory) -> dict[str, Array]:
+        """The private part of the model, by model name."""
+        return {
+            name: memory.tensors[LOCAL + name] for name in self._policy.names("local") if LOCAL + name in memory.tensors
+        }
+
+    def train(self, number: int, public: Mapping[str, Array], memory: Memory) -> Trained:
+        """One round of training from a loaded model; raises `TrainingFailed` when the loss is not finite."""
+        began = time.perf_counter()
+        local, model = self._local, self._bench.model
+        torch.set_num_threads(local.threads)
+        torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
+        model.train()
+        state = model.state_dict(keep_vars=True)
+        shared = {name: state[name] for name in self._policy.names("shared")}
+        context = LocalRound(
+            site=self.site,
+            model=model,
+            shared=shared,
+            anchor={name: tensor.detach().clone() for name, tensor in shared.items()},
+            public=public,
+            memory={
+                name.removeprefix(METHOD): tensor for name, tensor in memory.tensors.items() if name.startswith(METHOD)
+            },
+            number=number,
+            steps=local.steps,
+            learning_rate=local.lr,
+            facts=Facts(len(self.dataset)),
+            private={name: state[name] for name in self._policy.names("local")},
+            initial=self._bench.initial,
+            seed=self._seed,
+        )
+        self._method.begin(context)
+        optimizer = build_optimizer(model, local)
+        if local.optimizer_state == "keep":
+            restore_optimizer(optimizer, memory.tensors)
+        total = torch.zeros(())
+        indices = self._examples.of_round(number, local.steps * local.batch)
+        private = self._private
+        with nullcontext() if private is None else private.round(context, self._method, memory.tensors) as paid:
+            for step in range(local.steps):
+                self._set_rate(optimizer, (number - 1) * local.steps + step)
+                optimizer.zero_grad(set_to_none=True)
+                context.step = step
+                if paid is None:
+                    total += self._backward(context, indices[step * local.batch : (step + 1) * local.batch], step)
+                else:
+                    paid.backward(step)
+                self._method.gradients(context)
+                if local.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), local.clip_norm)
+                optimizer.step()
+                if self._progress is not None:
+                    self._progress(number, step + 1, local.steps)
+        mean = float(total) / local.steps
+        if not math.isfinite(mean):
+            raise TrainingFailed(
+                f"site {self.site}: the training loss of round {number} is not finite; lower local.lr or set "
+                "local.clip_norm"
+            )
+        facts = Facts(len(self.dataset), self._validation_loss())
+        kept = {LOCAL + name: state[name].detach().numpy().copy() for name in self._policy.names("local")}
+        told = None if paid is None else paid.told
+        changes = self._method.changes(context) if told is None else told
+        kept |= {METHOD + name: tensor for name, tensor in context.memory.items()}
+        if self._momentum > 0.0:
+            changes, running = averaged(changes, memory.tensors, self._momentum)
+            kept |= running
+        if local.optimizer_state == "keep":
+            kept |= saved_optimizer(optimizer)
+        return Trained(
+            changes=changes,
+            weights=self._method.group_weights(facts, self._groups),
+            memory=kept,
+            loss=mean,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _backward(self, context: LocalRound, indices: Sequence[int], step: int) -> Tensor:
+        """The gradients of one batch, in place; its loss."""
+        random = public_generator(self._seed, self.site, context.number, step, "augmentation")
+        batch = self.dataset.batch(indices, random)
+        loss = self._method.objective(context, self.task.loss(context.model, batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> dict[str, Array]:
+        """What every patient of a split adds to each metric, in patient order: (n, *shape). It stays at the site."""
+        model = self._bench.model
+        torch.set_num_threads(self._local.threads)
+        model.eval()
+        with watched(model) as diverged:
+            return self.per_patient(split, lambda batch: self.task.score(model, batch), diverged)
+
+    def per_patient(
+        self, split: Split, score: Callable[[Batch], dict[str, Tensor]], diverged: Callable[[], bool] = lambda: False
+    ) -> dict[str, Array]:
+        """The same of other scores than the task's, as `patient_rows` takes them."""
+        return patient_rows(self.task.metrics, self.dataset.evaluation(split), score, diverged)
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float | None:
+        if not self.weighs_by_validation:
+            return None
+        self._bench.model.eval()
+        losses = [float(self.task.loss(self._bench.model, b)) for _, b in self.dataset.evaluation("validation")]
+        return sum(losses) / len(losses)
+
+    def _set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        rate = learning_rate(self._local, step, self._rounds * self._local.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def learning_rate(local: Local, step: int, total: int) -> float:
+    """The rate of global step `step` of `total`: linear warm-up, then constant or a half cosine to zero."""
+    if step < local.warmup:
+        return local.lr * (step + 1) / local.warmup
+    if local.schedule == "constant":
+        return local.lr
+    # Rounds that take the place of void ones come after the last step of the schedule.
+    progress = min(1.0, (step - local.warmup) / max(1, total - local.warmup))
+    return local.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, local: Local) -> torch.optim.Optimizer:
+    """The site's optimiser over everything that gradients reach."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    match local.optimizer:
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay)
+        case "adam":
+            return torch.optim.Adam(parameters, lr=local.lr, weight_decay=local.weight_decay)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=local.lr, weight_decay=local.weight_decay)
+
+
+def saved_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Array]:
+    """The optimiser's tensors, by parameter number and slot."""
+    return {
+        f"{OPTIMIZER}{index}/{slot}": value.detach().numpy().copy()
+        for index, slots in optimizer.state_dict()["state"].items()
+        for slot, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Array]) -> None:
+    """Put back what `saved_optimizer` saved; does nothing in the first round."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name in tensors:
+        if name.startswith(OPTIMIZER):
+            index, slot = name.removeprefix(OPTIMIZER).split("/")
+            state.setdefault(int(index), {})[slot] = torch.from_numpy(tensors[name])
+    if state:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def patients_in(dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")) -> dict[str, int]:
+    """How many patients each split has."""
+    return {split: dataset.patients(split) for split in splits}

@@ -1,0 +1,1 @@
+"""What follows from a study alone: its arms and what each is made of."""

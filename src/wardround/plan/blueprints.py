@@ -1,0 +1,229 @@
+"""What a study comes to: its arms, and what each of them is made of. Knows no folder and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wardround.errors import StudyError
+from wardround.federation.coordinator import Plan
+from wardround.site.egress import OPEN, EgressRules
+from wardround.learning.methods.build import build_method
+from wardround.learning.methods.method import BUFFERS, Method
+from wardround.learning.methods.personal import STRANGER
+from wardround.learning.policy import Policy
+from wardround.site.rules import Rules
+from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
+from wardround.learning.training import Workbench
+from wardround.imaging.acquisition.ct.scanners import protocol_features
+from wardround.protection.compression import Codec, build_codec
+from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
+from wardround.plan.arms import Arm, arms_of
+from wardround.study.ct import CTAcquisition
+from wardround.study.load import study_sha256
+from wardround.study.plugins import NO_PLUGINS, Plugins
+from wardround.study.schema import Study
+from wardround.tasks.build import build_task
+from wardround.tasks.task import Task
+from wardround.wire.ring import value_bits
+from wardround.wire.update import Layout
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """An arm with everything derived from it: method, policy and the layouts of its updates, and their codec.
+
+    `layout` is the method's; `codec.sent(layout)` is what travels.
+    """
+
+    arm: Arm
+    identity: str
+    method: Method
+    policy: Policy
+    layout: Layout
+    metrics_layout: Layout
+    evaluation_layout: Layout
+    codec: Codec
+
+
+class Blueprints:
+    """Everything that follows from a study alone, each part made once and only when it is needed.
+
+    `embeddings` are the files that sites provide beside their images, by site; `plugins` what of the code that the
+    study names may be called.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        compare: tuple[str, ...],
+        embeddings: Mapping[str, Path] | None = None,
+        plugins: Plugins = NO_PLUGINS,
+    ) -> None:
+        self.study = study
+        self.study_sha256 = study_sha256(study)
+        self.arms = {arm.name: arm for arm in arms_of(study, compare)}
+        self._embeddings = dict(embeddings or {})
+        self.plugins = plugins
+        self._blueprints: dict[str, Blueprint] = {}
+        self._starts: dict[str, Mapping[str, Array]] = {}
+
+    @cached_property
+    def task(self) -> Task:
+        """The task of the study."""
+        return build_task(self.study, self._embeddings, self.plugins)
+
+    @cached_property
+    def bench(self) -> Workbench:
+        """The model of this process."""
+        return Workbench(self.task, self.study.seed)
+
+    @cached_property
+    def lattice(self) -> Lattice | None:
+        """The whole numbers of noise that sites share; `None` where each site's is enough. Raises `StudyError`."""
+        study, rules = self.study, self.study.protection.privacy
+        if rules is None or rules.noise == "site":
+            return None
+        floats = [p for p in self.bench.parameters if p.is_float and (p.trainable or p.buffer)]
+        untrained = [p.info.name for p in floats if not p.trainable]
+        if untrained:
+            raise StudyError(
+                f"protection.privacy.noise=distributed: {untrained[0]} of the model is averaged and not trained, so no "
+                "noise would cover it; choose a model without such values, or `noise: site`"
+            )
+        return lattice_of(
+            rules,
+            bits=value_bits(study.protection.ring_bits, study.protection.max_sites),
+            parties=study.protection.threshold_for(len(study.training_sites)),
+            dimension=sum(p.info.size for p in floats),
+            steps=study.schedule.rounds,
+        )
+
+    def _codec(self, arm: Arm) -> Codec:
+        """How an arm's changes are written in whole numbers."""
+        study, whole = self.study, frozenset({BUFFERS, STRANGER})
+        if self.lattice is None:
+            return build_codec(arm.compression(study), study.seed, whole)
+        assert study.protection.privacy is not None
+        # A step against the mean gradient.
+        unit = -arm.local.lr * self.lattice.step / study.protection.privacy.patients_per_step
+        return LatticeCodec(study.seed, whole, unit)
+
+    def blueprint(self, name: str) -> Blueprint:
+        """What an arm is made of."""
+        if name not in self._blueprints:
+            arm = self.arms[name]
+            method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
+            policy = method.policy(self.bench.parameters)
+            shared = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "shared")
+            private = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "local")
+            protection = self.study.protection
+            max_weight = protection.max_weight if method.weights == "samples" else 1.0
+            room = protection.max_sites
+            specs = self.task.metrics
+            groups = (
+                *method.groups(shared, protection.ring_bits),
+                *method.side_channel(private, protection.ring_bits),
+            )
+            metrics = round_metrics(specs, private=protection.privacy is not None)
+            self._blueprints[name] = Blueprint(
+                arm=arm,
+                identity=arm.identity(self.study_sha256),
+                method=method,
+                policy=policy,
+                layout=Layout(groups, metrics, room, max_weight),
+                metrics_layout=Layout((), validation_metrics(specs), room),
+                evaluation_layout=Layout((), evaluation_metrics(specs), room),
+                codec=self._codec(arm),
+            )
+        return self._blueprints[name]
+
+    def plan(self, name: str) -> Plan:
+        """What the coordinator of an arm must know."""
+        blueprint, schedule = self.blueprint(name), self.study.schedule
+        selection = self.task.metrics[0] if self.task.metrics else None
+        return Plan(
+            arm=name,
+            identity=blueprint.identity,
+            sites=blueprint.arm.sites,
+            rounds=schedule.rounds,
+            min_sites=min(schedule.min_sites, len(blueprint.arm.sites)),
+            layout=blueprint.layout,
+            metrics_layout=blueprint.metrics_layout,
+            initial_scale=self.study.protection.initial_scale,
+            codec=blueprint.codec,
+            selection=None if selection is None else selection.name,
+            larger_is_better=selection is None or selection.larger_is_better,
+            metrics=self.task.metrics,
+            validate_every=schedule.validate_every,
+            release=schedule.release,
+            keep=schedule.keep,
+            extends=self._extends(blueprint.arm),
+            initial=self._start(blueprint),
+        )
+
+    def initial(self, blueprint: Blueprint) -> tuple[dict[str, Array], dict[str, Array]]:
+        """What an arm begins with: the values that sites get, and what only its coordinator keeps."""
+        return blueprint.method.initial(blueprint.layout.groups, self.bench.initial_values())
+
+    def rules(
+        self,
+        name: str,
+        *,
+        egress: EgressRules = OPEN,
+        lint: bool = True,
+        catch_up: int = 0,
+        rounding_root: bytes | None = None,
+    ) -> Rules:
+        """What a site of an arm agrees to; all but the arm is its own.
+
+        Without a `rounding_root` the site draws a secret one, from which its updates are rounded.
+        """
+        blueprint, study = self.blueprint(name), self.study
+        return Rules(
+            identity=blueprint.identity,
+            layout=blueprint.codec.sent(blueprint.layout),
+            metrics_layout=blueprint.metrics_layout,
+            evaluation_layout=blueprint.evaluation_layout,
+            seed=study.seed,
+            egress=egress,
+            codec=blueprint.codec,
+            lint=lint,
+            catch_up=catch_up,
+            initial_scale=study.protection.initial_scale,
+            rounds=study.schedule.rounds,
+            extends=self._extends(blueprint.arm),
+            masked=blueprint.arm.masked(study),
+            arm=name,
+            baselines=frozenset(study.baselines),
+            initial=self._start(blueprint),
+            rounding_root=rounding_root,
+            hidden=blueprint.arm.threshold(study) is not None or blueprint.arm.inside(study),
+        )
+
+    def _extends(self, arm: Arm) -> bool:
+        """Whether a void round comes on top of the study's; with privacy it is paid for."""
+        return arm.masked(self.study) and self.study.protection.privacy is None
+
+    def _start(self, blueprint: Blueprint) -> Mapping[str, Array]:
+        """The state of an arm before round 1, what sites get and what the coordinator keeps: one for all its sites."""
+        name = blueprint.arm.name
+        if name not in self._starts:
+            public, private = self.initial(blueprint)
+            self._starts[name] = MappingProxyType({**private, **public})
+        return self._starts[name]
+
+
+def protocols_of(study: Study, sites: Iterable[str]) -> dict[str, npt.NDArray[np.float32]]:
+    """The public features of the sites' scanners; MRI has none."""
+    scanners = {site: study.acquisition_of(site) for site in sites}
+    return {site: protocol_features(a) for site, a in scanners.items() if isinstance(a, CTAcquisition)}

@@ -1,0 +1,1 @@
+"""Runs: session, coordinator's context, checks, application of a model."""

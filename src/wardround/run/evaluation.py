@@ -1,0 +1,283 @@
+"""Measures the released models of all arms on every site's test patients, through the same seam as training.
+
+`wardround run` ends with this and `wardround evaluate` repeats it, so every number can be recomputed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from wardround.errors import DataError
+from wardround.site.alone import OWN
+from wardround.federation.exchange import EVALUATE, Call, Engine, ask_one
+from wardround.site.patients import BASELINE, REFERENCE
+from wardround.federation.refusals import is_withheld
+from wardround.plan.sums import Result, results_in
+from wardround.results.metrics import MetricInfo
+from wardround.results.schema import ALIAS, Estimate, LeftOut, Measured, Row, Table
+from wardround.plan.arms import FEDERATED, POOLED
+from wardround.run.context import Context
+from wardround.site.evaluators import RELEASED
+from wardround.federation.release import as_tensor_file, model_of_study, model_path
+from wardround.run.watching import TESTING, TUNING, Phase
+from wardround.tasks.estimates import Estimate as Found
+from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
+from wardround.tasks.task import MetricSpec
+from wardround.wire.message import EMPTY_SHA256, EmptyBody, FileBody, Message
+from wardround.wire.tensors import TensorFile
+
+Results = Mapping[str, Result]
+Means = Mapping[str, Mean]
+MEAN, UNSEEN = "mean", "unseen"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One arm's model (or a baseline) at one site: what it gave, or why nothing, and whether its rules say so."""
+
+    row: str
+    site: str
+    results: Results | None
+    reason: str = ""
+    withheld: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    row: str
+    site: str
+    call: Call
+
+    @property
+    def phase(self) -> str:
+        """A site tunes a baseline when it is first asked for it."""
+        return TUNING if self.call.meta["evaluator"] == BASELINE else TESTING
+
+
+def measure(host: Context, engine: Engine, phase: Phase = lambda *_: None, *, again: str = "") -> list[Measurement]:
+    """Evaluate every released model and baseline at every site where the comparison needs it.
+
+    `phase` is called with each phase and its numbers of finished and of all evaluations. Sites answer what they were
+    asked before from their stores, unless `again` is a new text. Raises `DataError` when a model is missing.
+    """
+    jobs = sorted(_jobs(host), key=lambda job: job.row != REFERENCE)
+    totals = Counter(job.phase for job in jobs)
+    finished: dict[str, int] = {}
+    counting = threading.Lock()
+
+    def run(job: _Job, *, compared: bool) -> Measurement:
+        with counting:
+            if job.phase not in finished:
+                finished[job.phase] = 0
+                phase(job.phase, 0, totals[job.phase])
+        meta = {**job.call.meta} | ({"again": again} if again else {}) | ({"against": REFERENCE} if compared else {})
+        answer = ask_one(engine, replace(job.call, meta=meta))
+        with counting:
+            finished[job.phase] += 1
+            phase(job.phase, finished[job.phase], totals[job.phase])
+        if isinstance(answer, Message):
+            reason = str(answer.header.meta.get("reason", "no reason given"))
+            return Measurement(job.row, job.site, None, reason, is_withheld(answer))
+        return Measurement(job.row, job.site, results_in(answer, host.task.metrics))
+
+    # One evaluation of a site at a time: a site writes its own picture file, and compares with its first row.
+    by_site: dict[str, list[_Job]] = {}
+    for job in jobs:
+        by_site.setdefault(job.site, []).append(job)
+
+    def run_site(of_site: list[_Job]) -> list[Measurement]:
+        found: list[Measurement] = []
+        compared = False
+        for job in of_site:
+            found.append(run(job, compared=compared))
+            compared = compared or (job.row == REFERENCE and found[-1].results is not None)
+        return found
+
+    longest_first = sorted(by_site.values(), key=len, reverse=True)
+    with ThreadPoolExecutor(len(by_site)) as pool:
+        try:
+            return [m for measurements in pool.map(run_site, longest_first) for m in measurements]
+        except BaseException:
+            # Leaving the pool waits for its threads, and they wait for the engine.
+            engine.close()
+            raise
+
+
+def _jobs(host: Context) -> Iterator[_Job]:
+    """Every row at every site that measures it."""
+    study = host.study
+    everywhere = host.remaining(study.sites)
+    for name in study.baselines:
+        for site in everywhere:
+            meta: dict[str, Any] = {"evaluator": BASELINE, BASELINE: name, "split": "test", "picture": name}
+            yield _Job(name, site, _call(host, FEDERATED, site, meta, None))
+    for name, arm in host.arms.items():
+        if arm.inside(study):
+            (site,) = arm.sites
+            meta = {"evaluator": OWN, "split": "test", "picture": "local"}
+            yield _Job(name, site, _call(host, name, site, meta, None))
+            continue
+        folder = arm.folder
+        path = model_path(host.out, folder)
+        if not path.exists():
+            raise DataError(f"models/{path.name} is missing: the run is not finished; run it again to resume")
+        body = as_tensor_file(model_of_study(path, host.study_sha256), host.out / "work" / "released" / folder)
+        left_out = name.removeprefix("without/") if name.startswith("without/") else None
+        for site in everywhere if left_out is None else (left_out,):
+            trained_here = site in arm.members
+            shown = name.partition("/")[0] if trained_here or name in (FEDERATED, POOLED) else None
+            meta = {
+                "evaluator": RELEASED,
+                "split": "test",
+                "picture": shown,
+                "unknown_site": not trained_here,
+                "model": body[1],
+            }
+            yield _Job(name, site, _call(host, name, site, meta, body))
+
+
+def _call(host: Context, arm: str, site: str, meta: Mapping[str, Any], body: tuple[TensorFile, str] | None) -> Call:
+    blueprint = host.blueprint(arm)
+    file, sha = body if body is not None else (None, EMPTY_SHA256)
+    return Call(
+        kind=EVALUATE,
+        study=blueprint.identity,
+        round=host.study.schedule.rounds,
+        sites=(site,),
+        layout=blueprint.evaluation_layout,
+        scales={},
+        meta=meta,
+        tensors=() if file is None else file.table,
+        body=EmptyBody() if file is None else FileBody(file.path, file.nbytes),
+        body_sha256=sha,
+    )
+
+
+# From measurements to the tables of result.json -------------------------------------------------------------------
+
+
+def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
+    """What result.json says of the measurements."""
+    specs = host.task.metrics
+    training = host.remaining(host.study.training_sites)
+    found = {(m.row, m.site): m for m in measurements}
+
+    def results(row: str, site: str) -> Results | None:
+        measurement = found.get((row, site))
+        return None if measurement is None else measurement.results
+
+    # In the study's order, and not in that of measuring.
+    order = (*host.study.baselines, *host.arms)
+    rows = sorted({m.row for m in measurements if "/" not in m.row}, key=order.index)
+    compared = {row: {site: results(row, site) for site in host.study.sites} for row in rows}
+    alone = {site: results(f"local/{site}", site) for site in training}
+    if any(alone.values()):
+        compared["local"] = alone
+    metrics: dict[str, Table] = {row: _row(specs, training, sites) for row, sites in compared.items()}
+    baselines = host.study.baselines
+    if baselines:
+        metrics[ALIAS] = metrics[baselines[0]]
+    left_out = _left_out(specs, training, results)
+    for row, key in ((FEDERATED, "federated"), ("local", "best_local")):
+        sites = [_means(entry[key]) for entry in left_out.values() if key in entry]
+        if sites and row in metrics:
+            metrics[row][UNSEEN] = _over_sites(specs, sites)
+    return Measured(
+        metric_specs=tuple(MetricInfo(**spec.to_json()) for spec in specs),
+        metrics=metrics,
+        gains={FEDERATED: _gains(specs, compared, training)},
+        left_out={
+            site: LeftOut(**{key: _at_site(specs, _means(results)) for key, results in entry.items()})
+            for site, entry in left_out.items()
+        },
+        withheld={m.site: m.reason for m in measurements if m.results is None and m.withheld},
+        failed={
+            **dict.fromkeys(sorted(host.without), "the run went on without it (--without)"),
+            **{m.site: m.reason for m in measurements if m.results is None and not m.withheld},
+        },
+    )
+
+
+def _row(specs: Sequence[MetricSpec], training: Sequence[str], sites: Mapping[str, Results | None]) -> Table:
+    row: Table = {
+        site: None if results is None else _at_site(specs, _means(results)) for site, results in sites.items()
+    }
+    # A mean over some of the sites would look like one over all of them.
+    present = [_means(results) for site in training if (results := sites.get(site)) is not None]
+    row[MEAN] = _over_sites(specs, present) if len(present) == len(training) else None
+    return row
+
+
+def _gains(
+    specs: Sequence[MetricSpec], rows: Mapping[str, Mapping[str, Results | None]], training: Sequence[str]
+) -> dict[str, Table]:
+    """The federation against every other row, paired by patient: positive where the federation is better."""
+    ours = rows.get(FEDERATED, {})
+    gains: dict[str, Table] = {}
+    for row, theirs in rows.items():
+        if row == FEDERATED:
+            continue
+        sites: dict[str, Means] = {}
+        for site in training:
+            mine, other = ours.get(site), theirs.get(site)
+            if mine is not None and other is not None:
+                sites[site] = {s.name: _gain(s, mine[s.name], other[s.name]) for s in specs}
+        table: Table = {site: _at_site(specs, means) for site, means in sites.items()}
+        if len(sites) == len(training):
+            table[MEAN] = _over_sites(specs, list(sites.values()))
+        gains[row] = table
+    return gains
+
+
+def _gain(spec: MetricSpec, mine: Result, other: Result) -> Mean:
+    return difference(mine.mean, other.mean, other.paired, larger_is_better=spec.larger_is_better)
+
+
+def _left_out(
+    specs: Sequence[MetricSpec], training: Sequence[str], results: Callable[[str, str], Results | None]
+) -> dict[str, dict[str, Results]]:
+    """For each institution left out once: the model trained without it, and the best of the other sites' own models.
+
+    The best local model is chosen with hindsight, on the test patients of the left-out site: harder to beat than any
+    choice that could be made beforehand.
+    """
+    found: dict[str, dict[str, Results]] = {}
+    for site in training:
+        entry: dict[str, Results] = {}
+        without = results(f"without/{site}", site)
+        if without is None:
+            continue
+        entry["federated"] = without
+        others = [r for r in (results(f"local/{other}", site) for other in training if other != site) if r is not None]
+        if others:
+            first = specs[0]
+            entry["best_local"] = max(others, key=lambda r: first.rank(r[first.name].mean.value))
+        found[site] = entry
+    return found
+
+
+def _means(results: Results) -> Means:
+    return {name: result.mean for name, result in results.items()}
+
+
+def _at_site(specs: Sequence[MetricSpec], means: Means) -> Row | None:
+    return _row_of({s.name: estimate(means[s.name]) for s in specs})
+
+
+def _over_sites(specs: Sequence[MetricSpec], sites: Sequence[Means]) -> Row | None:
+    return _row_of({s.name: mean_of_sites([means[s.name] for means in sites]) for s in specs})
+
+
+def _row_of(estimates: Mapping[str, Found]) -> Row | None:
+    """The row of result.json; nothing of a metric that no patient has, and nothing at all where that is true of all."""
+    if not any(found.n for found in estimates.values()):
+        return None
+    return {
+        name: Estimate.model_validate(found, from_attributes=True) if found.n else None
+        for name, found in estimates.items()
+    }

@@ -1,0 +1,392 @@
+"""What a study would do, in plain words, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from wardround.site.patients import REFERENCE
+from wardround.plan.sums import LOSS
+from wardround.learning.training import patients_in
+from wardround.results.units import human_bytes, protocol
+from wardround.plan.blueprints import Blueprint
+from wardround.run.columns import WIDTH, entry, table, wrapped
+from wardround.run.explain_plugins import uncalled
+from wardround.run.machine import NOWHERE, Machine
+from wardround.site.budgets import Outlook
+from wardround.run.remarks import remarks_on
+from wardround.run.session import open_host
+from wardround.run.statement import words
+from wardround.study.load import load_study, study_sha256
+from wardround.study.models import anatomy_of
+from wardround.study.protection import Rotation, Subspace, TopK
+from wardround.study.schema import Study
+from wardround.study.sites import SiteData, SitesFile, load_sites
+from wardround.study.tasks import ReconstructionTask
+from wardround.tasks.estimates import LEAST_PATIENTS
+from wardround.tasks.task import Headed, Split
+from wardround.wire.ring import value_bits
+
+_SCANNER = ("simulated scanner",)
+
+
+def explain(
+    study_file: Path,
+    sites_file: Path | None,
+    compare: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    allow_code: bool = False,
+) -> str:
+    """Sites, what is learned, arms, what travels and how much of it; with a sites file also every site's patients.
+
+    Reads the study and the data, writes nothing. Code that the study names is called where the sites file allows it, or
+    with `allow_code`: without either it says that, and what can be said all the same. Raises `StudyError` and
+    `DataError` for whatever would stop the run.
+    """
+    study = load_study(study_file, overrides)
+    if sites_file is None:
+        nowhere = SitesFile(sites={name: SiteData(data=(Path(),)) for name in study.sites})
+        host = open_host(study, nowhere, NOWHERE, compare, (), None, allow_code=allow_code)
+        if (text := uncalled(host)) is not None:
+            return text
+        sites, mind = _sites(host), "Data: not looked at; add --sites SITES to see every site's patients."
+    else:
+        host = open_host(study, load_sites(sites_file), NOWHERE, compare, (), None, allow_code=allow_code)
+        sites, mind = _sites_with_data(host), "\n".join(_cautions(host))
+    blueprint = host.blueprint("federated")
+    sections = (
+        _study(host, blueprint),
+        f"Sites\n{sites}",
+        f"Training\n{_training(host, blueprint)}",
+        _scanners(study),
+        f"Arms\n{_arms(host)}",
+        f"What leaves a site\n{_egress(host, blueprint, with_data=sites_file is not None)}",
+        _privacy(host, with_data=sites_file is not None),
+        mind,
+    )
+    return "\n\n".join(section for section in sections if section)
+
+
+def full_study(study_file: Path, overrides: Sequence[str]) -> str:
+    """The study as YAML with overrides applied and every default filled in. Raises `StudyError`."""
+    study = load_study(study_file, overrides)
+    return str(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=WIDTH)).rstrip()
+
+
+def _study(host: Machine, blueprint: Blueprint) -> str:
+    study = host.study
+    sizes = {p.name: p.info.size for p in host.bench.parameters}
+    parts = {role: sum(sizes[name] for name in blueprint.policy.names(role)) for role in ("shared", "local", "frozen")}
+    meaning = {"shared": "shared", "local": "stay at each site", "frozen": "never change"}
+    roles = ", ".join(f"{count:,} {meaning[role]}" for role, count in parts.items() if count)
+    entries = [
+        entry("sha256", study_sha256(study)),
+        entry("learns", _task(study)),
+        entry("model", f"{_model(study)}: {sum(sizes.values()):,} values"),
+        entry("method", f"{study.method.kind}: {roles}"),
+    ]
+    if study.description:
+        entries.insert(0, entry("about", study.description))
+    return "\n".join([f"Study {study.name}", *entries])
+
+
+def _simulates(study: Study) -> bool:
+    """Whether raw data are simulated; a task of one's own has no scanner of the study's, and no model of it."""
+    return isinstance(study.task, ReconstructionTask)
+
+
+def _model(study: Study) -> str:
+    return f"{study.model.kind}, preset {study.model.preset}" if _simulates(study) else "the task's own"
+
+
+def _scanner(study: Study, site: str) -> tuple[str, ...]:
+    return (protocol(study.acquisition_of(site)),) if _simulates(study) else ()
+
+
+def _task(study: Study) -> str:
+    task = study.task
+    if not isinstance(task, ReconstructionTask):
+        return f"a task of your own ({task.factory})"
+    ct = study.modality == "ct"
+    masked = (" inside the body" if ct else " inside the head") if task.loss.masked else ""
+    size = f"{task.size[0]} x {task.size[1]} pixels"
+    return f"reconstruction of {'CT' if ct else ', '.join(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+
+
+def _sites(host: Machine) -> str:
+    study = host.study
+    rows = [(name, _role(study, name), *_scanner(study, name)) for name in study.sites]
+    return table(("site", "role", *_SCANNER[: _simulates(study)]), rows)
+
+
+def _sites_with_data(host: Machine) -> str:
+    study, rows = host.study, []
+    for name in study.sites:
+        dataset = host.dataset(name)
+        counts = [str(count) for count in patients_in(dataset).values()]
+        own = "leave the site" if _results_leave(host, name, dataset.patients("test")) else "stay there"
+        rows.append((name, _role(study, name), *counts, str(len(dataset)), own, *_scanner(study, name)))
+    simulated = _simulates(study)
+    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_SCANNER[:simulated])
+    note = f"(train, validation, test: patients; examples: {'training slices' if simulated else 'to train on'})"
+    return f"{table(header, rows)}\n{wrapped(note, '  ')}"
+
+
+def _withheld(host: Machine, site: str, patients: int) -> str | None:
+    """Why a site's sums over so many patients will not leave it."""
+    values = {spec.name: range(patients) for spec in host.task.metrics}
+    return host.egress(site).refusal(values)
+
+
+def _results_leave(host: Machine, site: str, patients: int) -> bool:
+    """Whether sums over a site's test patients, so many, will leave it."""
+    return host.egress(site).per_site_results and _withheld(host, site, patients) is None
+
+
+def _role(study: Study, site: str) -> str:
+    if study.sites[site].scans:
+        return "unseen: others' test patients"
+    return "trains" if study.sites[site].role == "train" else "unseen: only tested"
+
+
+def _training(host: Machine, blueprint: Blueprint) -> str:
+    study, local, schedule = host.study, host.study.local, host.study.schedule
+    nbytes = {p.name: p.info.nbytes for p in host.bench.parameters}
+    sent = blueprint.codec.sent(blueprint.layout)
+    down, up = sum(nbytes[name] for name in blueprint.policy.names("shared")), blueprint.codec.form.nbytes(sent)
+    total = schedule.rounds * len(study.training_sites) * (down + up)
+    examples = f"{local.batch} example{'s' if local.batch != 1 else ''}"
+    released = "the last"
+    if schedule.release == "best" and host.task.metrics and schedule.validate_every:
+        released = f"the one with the best validation {host.task.metrics[0].name}"
+    return "\n".join(
+        (
+            entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
+            entry("rounds", f"{schedule.rounds}; released is {released}"),
+            entry("an update", _update(study)),
+            entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
+            entry("", f"all rounds, all sites: {human_bytes(total)}"),
+        )
+    )
+
+
+def _update(study: Study) -> str:
+    protection, compression = study.protection, study.protection.compression
+    bits = value_bits(protection.ring_bits, protection.max_sites)
+    text = f"{protection.ring_bits}-bit integers: {bits} bits a value, so that {protection.max_sites} sites add up"
+    match compression:
+        case Rotation():
+            return f"{text}; each tensor is rotated first"
+        case Subspace():
+            return f"{text}; {compression.ratio:.3g} of each tensor's rotated values, the rest waits at the site"
+        case TopK():
+            return f"{text}; the largest {compression.ratio:.3g} of each tensor's values, the rest waits at the site"
+        case _:
+            return text
+
+
+def _scanners(study: Study) -> str:
+    """What simulated CT scanners take; nothing for another modality or a task of one's own."""
+    if study.modality != "ct" or not isinstance(study.task, ReconstructionTask):
+        return ""
+    # Late: it imports the operators of CT.
+    from wardround.run.explain_ct import explain_matrices
+
+    return f"Matrices of the simulated scanners, in memory\n{explain_matrices(study)}"
+
+
+def _arms(host: Machine) -> str:
+    rounds = host.study.schedule.rounds
+    rows = []
+    for name, arm in host.arms.items():
+        steps = arm.local.steps * rounds
+        data = ", ".join(arm.members) if len(arm.sites) == len(arm.members) else f"all of {', '.join(arm.members)}"
+        rows.append((name, f"{steps:,}", f"{steps * arm.local.batch * len(arm.sites):,}", data))
+    notes = []
+    baselines = host.study.baselines
+    if baselines:
+        notes.append(f"Compared with, nothing learned: {', '.join(baselines)}.")
+    if len(rows) == 1:
+        notes.append("Add --compare local,pooled to learn whether training together is worth it.")
+    return "\n".join(
+        [table(("arm", "steps a site", "examples in all", "data"), rows), *(f"  {note}" for note in notes)]
+    )
+
+
+def _egress(host: Machine, blueprint: Blueprint, *, with_data: bool) -> str:
+    names = ", ".join(spec.name for spec in host.task.metrics)
+    private = host.study.protection.privacy is not None
+    seen = "the coordinator learns their sum over sites and nothing of any site"
+    if not host.study.protection.secure:
+        seen = "the coordinator only adds them up, but could read each: `protection.secure` is false"
+    if host.study.protection.robust is not None:
+        seen = "the coordinator reads each site's, to leave out what a malicious one sends: `protection.robust`"
+    discloses = blueprint.method.discloses
+    prompts = ", embeddings of patients" if anatomy_of(host.study.model) is not None else ""
+    kept = f"images, raw data, pictures{prompts}, names, paths" + (
+        "" if discloses else "; what the method keeps at the site"
+    )
+    return "\n".join(
+        (
+            entry("every round", "its weight and its weighted change of the shared values, as integers"),
+            entry("", f"({seen})"),
+            *_unmasked(host),
+            *([entry("", discloses)] if discloses else []),
+            entry("", f"its {'' if private else 'loss and '}seconds, and sums over validation patients of {names}"),
+            entry("at the end", _at_the_end(host, with_data=with_data)),
+            entry("beside these", _beside(host)),
+            *_in_the_model(host),
+            entry("never", kept),
+            entry("", "(a run on one machine shows pictures in its report, of sites whose own results leave)"),
+        )
+    )
+
+
+def _unmasked(host: Machine) -> Iterator[str]:
+    """The arms of a secure study in which a site has no other to be summed with."""
+    alone = [name for name, arm in host.arms.items() if arm.inside(host.study)]
+    if alone:
+        yield entry("", f"(nothing of {', '.join(alone)}: a site trains that inside and sends its test results only)")
+
+
+def _at_the_end(host: Machine, *, with_data: bool) -> str:
+    sites = tuple(host.study.sites)
+    if with_data:
+        sites = tuple(site for site in sites if _results_leave(host, site, host.dataset(site).patients("test")))
+    if not sites:
+        return "nothing of test patients: every site keeps its own results"
+    some = "" if with_data and len(sites) == len(host.study.sites) else " (only from sites whose own results leave)"
+    bare = "; not masked" if host.study.protection.secure else ""
+    return (
+        "number of test patients; mean and standard error of the same metrics, and the standard error of their "
+        f"difference to {REFERENCE}{some}{bare}"
+    )
+
+
+def _beside(host: Machine) -> str:
+    """What messages hold that is nothing of a patient."""
+    keys = ", its public keys" if host.study.protection.secure else ""
+    return f"the head of its log (a hash){keys}, and where it refuses the reason, without names or paths"
+
+
+def _in_the_model(host: Machine) -> Iterator[str]:
+    """What a released model's file says of the sites beside the study: no message does."""
+    telling = [site for site in host.study.training_sites if host.egress(site).scanner_facts]
+    if host.study.modality == "ct" and host.study.protection.privacy is None and telling:
+        yield entry(
+            "in the model",
+            "scanners, tube voltages, slice thicknesses and kernels that the headers of DICOM images name, as sets "
+            f"({', '.join(telling)}: egress.scanner_facts)",
+        )
+
+
+def _privacy(host: Machine, *, with_data: bool) -> str:
+    """What the patients of every training site would spend; nothing for a study without privacy."""
+    rules = host.study.protection.privacy
+    if rules is None:
+        return ""
+    lines = [
+        "Privacy of patients",
+        entry("unit", f"one patient of a site, whose gradient is clipped to {rules.clip:g} in every step"),
+        entry("preset", f"{rules.preset}, budget epsilon {rules.budget:g}. {words(rules)}"),
+    ]
+    if rules.noise == "distributed":
+        shared = "shared: only the sum over sites has enough of it, and being drawn for a step by chance counts nothing"
+        lines.append(entry("noise", shared))
+    if not with_data:
+        return "\n".join([*lines, entry("sites", "add --sites SITES to see what the patients of each would spend")])
+    outlooks = [host.agent(site).purses.outlook(site, host.dataset(site)) for site in host.study.training_sites]
+    header = ("site", "patients", "sample rate", "noise", "delta", "epsilon", "in the ledger")
+    rows = [
+        (
+            o.site,
+            str(o.patients),
+            f"{o.terms.rate:.3g}",
+            f"{o.terms.noise:g}",
+            f"{o.terms.delta:.2g}",
+            f"{o.planned:.2f}",
+            "-" if o.spent is None else f"{o.spent:.2f}",
+        )
+        for o in outlooks
+    ]
+    note = "(epsilon: of all planned rounds of all arms; in the ledger: already spent, where the sites file names one)"
+    stops = [wrapped(line, "  - ") for line in map(_early_end, outlooks) if line]
+    return "\n".join([*lines, table(header, rows), wrapped(note, "  "), *stops])
+
+
+def _early_end(outlook: Outlook) -> str:
+    """Where a site's budget ends before the study does."""
+    if outlook.lasts == outlook.rounds:
+        return ""
+    when = f"after about round {outlook.lasts} of {outlook.rounds}" if outlook.lasts else "before its first round"
+    return (
+        f"{outlook.site} would stop {when}: with {outlook.spent or 0.0:.2f} spent, all rounds would come to more than "
+        f"its budget of {outlook.terms.epsilon:g}."
+    )
+
+
+def _told(host: Machine, site: str, split: Split) -> bool:
+    """Whether somebody else reads what a site's only patient of a split contributes."""
+    if split == "test":
+        return _results_leave(host, site, 1)
+    return not host.study.protection.secure and _withheld(host, site, 1) is None
+
+
+def _cautions(host: Machine) -> Iterator[str]:
+    """What somebody should know before pressing the button."""
+    lonely: dict[str, list[str]] = {"validation": [], "test": []}
+    absent: dict[str, list[str]] = {"validation": [], "test": []}
+    few: list[str] = []
+    silent: list[str] = []
+    thin: list[str] = []
+    weightless: list[str] = []
+    weighed = getattr(host.study.method, "weights", None) == "validation"
+    for name, site in host.study.sites.items():
+        counts = patients_in(host.dataset(name))
+        splits: tuple[Split, ...] = ("validation", "test")
+        for split in splits:
+            if counts[split] == 1 and _told(host, name, split):
+                lonely[split].append(name)
+            if counts[split] == 0 and site.role == "train":
+                absent[split].append(name)
+        why = _withheld(host, name, counts["validation"])
+        if why is not None and counts["validation"] and site.role == "train":
+            silent.append(f"{name} ({why})")
+        why = host.egress(name).refusal({LOSS: range(counts["validation"])})
+        if weighed and why is not None and counts["validation"] and site.role == "train":
+            weightless.append(f"{name} ({why})")
+        if 0 < counts["train"] < host.egress(name).minimum_cohort and site.role == "train":
+            thin.append(name)
+        if 1 < counts["test"] < 10:
+            few.append(f"{name} {counts['test']}")
+    lines = [
+        f"One {split} patient at {', '.join(names)}: what is sent as a sum is this patient's value."
+        for split, names in lonely.items()
+        if names
+    ]
+    lines += [f"No {split} patient at {', '.join(names)}." for split, names in absent.items() if names]
+    if silent:
+        lines.append(f"Sums over validation patients stay at {', '.join(silent)}: the mean is over the other sites.")
+    if weightless:
+        lines.append(
+            f"method.weights=validation, and {', '.join(weightless)} will refuse every round: the weight is made from "
+            "the loss of the site's validation patients. Give it more of them, or the study weights=samples or equal."
+        )
+    if thin:
+        lines.append(
+            f"{', '.join(thin)}: fewer training patients than egress.minimum_cohort. The update and its loss leave all "
+            "the same; `protection.secure` hides them in the sum."
+        )
+    if few:
+        lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals, and none below {LEAST_PATIENTS}.")
+    for name in host.study.sites:
+        dataset = host.dataset(name)
+        lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]
+    lines += [f"{remark}." for remark in remarks_on(host.study, host.sites)]
+    if lines:
+        yield "Mind"
+    for line in lines:
+        yield wrapped(line, "  - ")

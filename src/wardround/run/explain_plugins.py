@@ -1,0 +1,36 @@
+"""What `check` says of a study whose code it does not call."""
+
+from __future__ import annotations
+
+from wardround.results.units import protocol
+from wardround.run.columns import entry, table, wrapped
+from wardround.run.machine import Machine
+from wardround.study.load import study_sha256
+from wardround.study.tasks import ReconstructionTask
+
+
+def uncalled(host: Machine) -> str | None:
+    """What a study's file says by itself, where it names code that is not called; `None` where there is none.
+
+    Nothing that the study names is imported or opened.
+    """
+    study, reasons = host.study, tuple(host.plugins.refused(host.study))
+    if not reasons:
+        return None
+    own = not isinstance(study.task, ReconstructionTask)
+    facts = [entry("sha256", study_sha256(study)), *([entry("about", study.description)] if study.description else [])]
+    facts += [entry("method", study.method.kind), entry("rounds", str(study.schedule.rounds))]
+    header = ("site", "role") if own else ("site", "role", "simulated scanner")
+    rows = [
+        (name, "trains" if site.role == "train" else "unseen", protocol(study.acquisition_of(name)))
+        for name, site in study.sites.items()
+    ]
+    mind = "The study names code, and check did not call it: what it learns, the model and what travels is not known."
+    lines = [wrapped(mind, "  - "), *(wrapped(f"{why}.", "  - ") for why in reasons)]
+    return "\n\n".join(
+        (
+            "\n".join([f"Study {study.name}", *facts]),
+            f"Sites\n{table(header, [row[: len(header)] for row in rows])}",
+            "\n".join(["Not called", *lines]),
+        )
+    )

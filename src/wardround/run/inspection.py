@@ -1,0 +1,90 @@
+"""What a released model is, for people who have nothing but its file, and how far a run has come."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections import Counter
+from pathlib import Path
+
+from wardround.results.files import RESULT_FILE, read_result, read_rounds
+from wardround.plan.arms import FEDERATED, arms_of
+from wardround.run.columns import entry, table
+from wardround.run.protocols import lines, read_protocols
+from wardround.federation.release import load_model, model_path, study_of
+from wardround.study.load import load_study, study_sha256
+
+
+def inspect_model(path: Path) -> str:
+    """What a released model is and which scanners it was trained on, for people. Raises `DataError`."""
+    tensors, metadata = load_model(path)
+    study = study_of(path, metadata)
+    kind = getattr(study.model, "kind", "")
+    heading = (
+        "a released model",
+        f"study {study.name} ({metadata.get('study_sha256', 'unknown')}), arm {metadata.get('arm', FEDERATED)}, round "
+        f"{metadata.get('round', 'unknown')}",
+        f"{study.modality.upper()}, {kind}: {sum(tensor.size for tensor in tensors.values()):,} values; "
+        f"{study.method.kind}",
+    )
+    return "\n  ".join((*heading, *lines(read_protocols(metadata, study))))
+
+
+def inspect_run(out: Path) -> str:
+    """The state of a run, its sites, and the rounds and models of its arms. Reads only.
+
+    Raises `StudyError` for the study and `JournalError` for result files that are damaged or of another version.
+    """
+    study = load_study(out / "study.yaml")
+    finished = read_result(out) if (out / RESULT_FILE).exists() else None
+    arms = arms_of(study, tuple(sorted(_compared(out) & {"local", "pooled"})))
+    done = Counter(line.arm for line in read_rounds(out))
+    released = {} if finished is None else finished.selected_round
+    rows = [
+        (arm.name, f"{done[arm.name]} of {study.schedule.rounds}", _model_of(out, arm.folder, released.get(arm.name)))
+        for arm in arms
+    ]
+    if finished is not None:
+        state = "finished; report.html"
+    elif _at_work(out):
+        state = "at work"
+    else:
+        state = "stopped; run the same command again to go on"
+    unseen = f"; only tested: {', '.join(study.unseen_sites)}" if study.unseen_sites else ""
+    return "\n".join(
+        (
+            f"a run of study {study.name}",
+            entry("state", state),
+            entry("sha256", study_sha256(study)),
+            entry("sites", f"{', '.join(study.training_sites)}{unseen}"),
+            "",
+            table(("arm", "rounds", "model"), rows),
+        )
+    )
+
+
+def _model_of(out: Path, folder: str, number: int | None) -> str:
+    path = model_path(out, folder)
+    if not path.exists():
+        return "not yet released"
+    return f"models/{folder}.safetensors" + ("" if number is None else f", of round {number}")
+
+
+def _compared(out: Path) -> set[str]:
+    try:
+        asked: list[str] = json.loads((out / "work" / "compare.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    return {name.partition("/")[0] for name in asked}
+
+
+def _at_work(out: Path) -> bool:
+    """Whether a process holds the folder's lock."""
+    try:
+        with (out / "work" / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,173 @@
+"""A study on one machine: its coordinator and the agents of all its sites, in whichever process they live."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from wardround.errors import StudyError, WardroundError
+from wardround.site.egress import EgressRules
+from wardround.federation.exchange import Party
+from wardround.learning.training import Learner
+from wardround.protection.rounding import study_root
+from wardround.site.agent import Agent, Progress
+from wardround.plan.arms import POOLED
+from wardround.run.asking import data_changed
+from wardround.plan.blueprints import Blueprint
+from wardround.run.context import Context
+from wardround.site.datasets import Datasets
+from wardround.run.watching import OPERATORS, READING, Phase
+from wardround.study.plugins import Plugins
+from wardround.study.schema import Study
+from wardround.study.sites import SitesFile
+from wardround.tasks.task import Dataset
+from wardround.wire.message import Header
+
+log = logging.getLogger(__name__)
+# The folder of a process that only looks: nothing can be made in it.
+NOWHERE = Path(os.devnull)
+
+
+class Machine(Context):
+    """The context of a run, and its sites' agents, each made when it is first needed.
+
+    Agents of one process share data sets and one model. `progress` is called with arm, site, round, step and steps.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        sites: SitesFile,
+        out: Path,
+        compare: tuple[str, ...],
+        progress: Progress | None = None,
+        without: Collection[str] = (),
+    ) -> None:
+        embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
+        super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings)
+        self.sites = sites
+        self.datasets = Datasets(self, sites)
+        self._progress = progress
+        self._compare = compare
+        self._agents: dict[str, Agent] = {}
+
+    def agent(self, site: str) -> Agent:
+        """The agent of a site of the study, or of all of them together (`POOLED`)."""
+        if site not in self._agents:
+            if site != POOLED and site not in self.study.sites:
+                raise StudyError(f"the study has no site {site[:40]!r}")
+            self._agents[site] = Agent(
+                site,
+                self,
+                self.sites,
+                self.out,
+                self.datasets,
+                progress=self._progress,
+                rounding_root=self.rounding_root,
+            )
+        return self._agents[site]
+
+    def find(self, header: Header) -> Party:
+        """What answers a message."""
+        return self.agent(header.site).find(header)
+
+    def dataset(self, site: str) -> Dataset:
+        """A site's data set, shared by all arms of this process."""
+        return self.datasets.of(site)
+
+    def egress(self, site: str) -> EgressRules:
+        """What a site lets out."""
+        return self.datasets.egress(site)
+
+    def learner(self, blueprint: Blueprint, site: str) -> Learner:
+        """What trains and evaluates at a site in an arm."""
+        return self.agent(site).learner(blueprint)
+
+    @property
+    def rounding_root(self) -> bytes:
+        """What all sites of this machine round from: the study's seed, so that a run gives the same bits again."""
+        return study_root(self.study.seed)
+
+    def preflight(self, phase: Phase = lambda *_: None) -> None:
+        """Build every arm and open every site's data; raises what would stop a run, before it has written anything.
+
+        Across hospitals a round goes on without a site that fails. On one machine that would hide a mistake in the
+        study or the data; whatever else goes wrong at a site is left to the round.
+        """
+        for name in self.arms:
+            self.blueprint(name)
+        sites = self.remaining(self.study.sites)
+        for number, site in enumerate(sites):
+            phase(READING, number, len(sites))
+            try:
+                dataset, purses = self.dataset(site), self.agent(site).purses
+                if purses.rules is not None and site in self.study.training_sites:
+                    purses.terms(site, dataset)
+            except WardroundError:
+                raise
+            except Exception:
+                log.debug("a site's data could not be opened", exc_info=True)
+        phase(READING, len(sites), len(sites))
+
+    def build_operators(self, phase: Phase, *, keep: bool) -> None:
+        """Build what scanners of the study are slow to make before the first round, instead of in it.
+
+        Without `keep`, for other processes: where they find it on the disk, and nowhere else.
+        """
+        slow = list(self.datasets.slow())
+        for number, dataset in enumerate(slow):
+            phase(OPERATORS, number, len(slow))
+            dataset.prepare(keep=keep)
+        if slow:
+            phase(OPERATORS, len(slow), len(slow))
+
+    def open_stores(self) -> None:
+        """Open what sites kept of an earlier run in the folder: another key is an error of the whole run.
+
+        So are other data than the run began with: raises `DataError`, which names every site that has them.
+        """
+        changed: list[str] = []
+        for site in (POOLED, *self.remaining(self.study.sites)):
+            known = self.agent(site).earlier_fingerprints()
+            found = self.datasets.fingerprint(site) if known and site != POOLED else None
+            if found is not None and known != {found}:
+                changed.append(site)
+        if changed:
+            raise data_changed(changed)
+
+    def close(self) -> None:
+        """Close what the sites of this process keep open; a site that is asked again opens it again."""
+        for agent in self._agents.values():
+            agent.close()
+
+    def spec(self) -> dict[str, Any]:
+        """What another process needs to build the same machine."""
+        return {
+            "study": self.study.model_dump(mode="json"),
+            "sites": self.sites.model_dump(mode="json"),
+            "allow_code": self.sites.allows_code,
+            "out": str(self.out),
+            "compare": list(self._compare),
+            "without": sorted(self.without),
+        }
+
+    @staticmethod
+    def from_spec(spec: dict[str, Any], progress: Progress | None = None) -> Machine:
+        """The machine of a worker process."""
+        sites = SitesFile.model_validate(spec["sites"])
+        return Machine(
+            Study.model_validate(spec["study"]),
+            sites.with_code() if spec["allow_code"] else sites,
+            Path(spec["out"]),
+            tuple(spec["compare"]),
+            progress,
+            spec["without"],
+        )
+
+
+def site_finder(spec: dict[str, Any], progress: Progress | None = None) -> Callable[[Header], Party]:
+    """The entry of worker processes (see `wardround.engines.worker`)."""
+    return Machine.from_spec(spec, progress).find

@@ -1,0 +1,163 @@
+"""The scanners that a released model was trained on: put into its file, read back, compared with an input's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from pydantic import ValidationError
+
+from wardround.imaging.readers.ct_protocol import CTProtocol
+from wardround.errors import DataError
+from wardround.results.units import protocol
+from wardround.plan.arms import FEDERATED, every_arm
+from wardround.federation.release import PROTOCOLS
+from wardround.study.acquisition import MRIAcquisition
+from wardround.study.ct import CTAcquisition
+from wardround.study.protocols import ModelProtocols
+from wardround.study.schema import Study
+
+# What is told of a scan, and in which unit; a text has none.
+Facts = Mapping[str, float | str]
+_UNITS = {
+    "pixel": " mm",
+    "bin": " mm",
+    "source to isocentre": " mm",
+    "isocentre to detector": " mm",
+    "tube voltage": " kV",
+    "slice thickness": " mm",
+}
+_TOLERANCE = 0.01  # relative; distances of one scanner are written with so much difference
+_TOLERANCES = {"acceleration": 0.1}  # lines are whole, and some masks come only near to what was asked
+_SHOWN = 6
+
+
+def read_protocols(metadata: Mapping[str, str], study: Study) -> ModelProtocols:
+    """The scanners in a model's metadata; a file from before they were written has those of its study.
+
+    Raises `DataError` where they cannot be read.
+    """
+    if PROTOCOLS not in metadata:
+        arms = {arm.name: arm for arm in every_arm(study)}
+        members = arms[metadata.get("arm", FEDERATED)].members
+        return ModelProtocols(scanners={site: study.acquisition_of(site) for site in members})
+    try:
+        return ModelProtocols.model_validate_json(metadata[PROTOCOLS])
+    except ValidationError as error:
+        raise DataError(
+            "the model file's scanners cannot be read; use the version of Wardround that wrote it",
+            detail=" ".join(str(error).split()),
+        ) from error
+
+
+def lines(protocols: ModelProtocols) -> list[str]:
+    """Every training scanner in full, one a line, and what headers said, for people."""
+    found = []
+    for site, acquisition in protocols.scanners.items():
+        found.append(f"simulated scanner of {site}: {_listed(simulated(acquisition))}")
+        if site in protocols.headers:
+            found.append(f"  headers of {site}: {protocols.headers[site].text}")
+    return found
+
+
+def summary(protocols: ModelProtocols) -> str:
+    """The training scanners in one line."""
+    sites = [f"{site} ({protocol(a)})" for site, a in protocols.scanners.items()]
+    more = f" and {len(sites) - _SHOWN} others" if len(sites) > _SHOWN else ""
+    return f"Trained on the simulated scanners of {', '.join(sites[:_SHOWN])}{more}."
+
+
+def simulated(acquisition: MRIAcquisition | CTAcquisition) -> dict[str, float | str]:
+    """What a protocol says, by names for people."""
+    if isinstance(acquisition, MRIAcquisition):
+        mask = acquisition.mask
+        return {"mask": mask.family, "acceleration": mask.acceleration, "coils": float(acquisition.coils)}
+    geometry = acquisition.geometry
+    distances: dict[str, float | str] = {}
+    if geometry.source_distance is not None and geometry.detector_distance is not None:
+        distances = {
+            "source to isocentre": geometry.source_distance,
+            "isocentre to detector": geometry.detector_distance,
+        }
+    return {
+        "geometry": geometry.kind,
+        "views": float(geometry.views),
+        "bins": float(geometry.bins),
+        "pixel": geometry.pixel,
+        "bin": geometry.bin,
+        **distances,
+        "photons": acquisition.photons,
+        "tube voltage": acquisition.kvp,
+    }
+
+
+def stated(header: CTProtocol) -> dict[str, float | str]:
+    """What a CT header says, by the same names."""
+    found = {
+        "scanner": header.scanner,
+        "tube voltage": header.kvp,
+        "slice thickness": header.slice_thickness,
+        "kernel": header.kernel,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def warning(protocols: ModelProtocols, scan: Facts, header: Facts) -> str:
+    """One line where a scan lies outside the range of those that the model was trained on; else nothing.
+
+    `scan` is compared with the simulated protocols, `header` with what the training images' headers say, as far as
+    the model knows.
+    """
+    known = [simulated(acquisition) for acquisition in protocols.acquisitions]
+    departures = [said for name, value in scan.items() if (said := _departure(name, value, _values(known, name)))]
+    for name, value in header.items():
+        if said := _departure(name, value, _header_values(protocols, name)):
+            departures.append(said)
+    if not departures:
+        return ""
+    return f"Mind: unlike the scanners that the model was trained on: {'; '.join(departures)}. Untested there."
+
+
+def _values(known: Iterable[Facts], name: str) -> list[float | str]:
+    return [facts[name] for facts in known if name in facts]
+
+
+def _header_values(protocols: ModelProtocols, name: str) -> Sequence[float | str]:
+    found: list[float | str] = []
+    for facts in protocols.headers.values():
+        of_site: Mapping[str, Sequence[float | str]] = {
+            "scanner": facts.scanners,
+            "tube voltage": facts.kvp,
+            "slice thickness": facts.slice_thickness,
+            "kernel": facts.kernels,
+        }
+        found.extend(of_site[name])
+    return found
+
+
+def _departure(name: str, value: float | str, known: Sequence[float | str]) -> str:
+    """How a value differs from those that are known; nothing where it does not, or none is known."""
+    if not known:
+        return ""
+    numbers = [other for other in known if not isinstance(other, str)]
+    if isinstance(value, str) or not numbers:
+        others = sorted({str(other) for other in known})
+        return "" if str(value) in others else f"{name} {value} (trained on {', '.join(others[:_SHOWN])})"
+    low, high = min(numbers), max(numbers)
+    tolerance = _TOLERANCES.get(name, _TOLERANCE)
+    if low * (1 - tolerance) <= value <= high * (1 + tolerance):
+        return ""
+    unit = _UNITS.get(name, "")
+    span = f"{_plain(low)}{unit}" if math.isclose(low, high) else f"{_plain(low)} to {_plain(high)}{unit}"
+    return f"{name} {_plain(value)}{unit} (trained on {span})"
+
+
+def _listed(facts: Facts) -> str:
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else _plain(value)}{_UNITS.get(name, '')}"
+        for name, value in facts.items()
+    )
+
+
+def _plain(number: float) -> str:
+    return f"{number:.4g}" if abs(number) < 1e4 else f"{number:,.0f}"

@@ -1,0 +1,84 @@
+"""Reconstructs one input or many with a released model: what `wardround reconstruct` and `wardround.reconstruct` do."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from wardround.errors import StudyError, WardroundError
+from wardround.run.apply import Reconstruction, Reconstructor
+
+_ENDINGS = (".nii.gz", ".nii", ".npy")
+Fallback = Literal["tv"]
+PathLike = str | os.PathLike[str]
+
+
+def reconstruct(
+    model: PathLike,
+    inputs: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    site: str | None = None,
+    embedding: PathLike | None = None,
+    dose: float | None = None,
+    fallback: Fallback | None = None,
+    told: Callable[[Reconstruction], None] = lambda _: None,
+) -> tuple[Reconstruction, ...]:
+    """Reconstruct `inputs` with a released model, each into a file of its own in the folder `out`.
+
+    A single input (no sequence) is written to `out` itself where that ends in .nii or .nii.gz. For what an input can
+    be, and for `site`, `embedding`, `dose` and `fallback`, see `wardround.run.apply.Reconstructor`. `told` is called
+    after each.
+    Raises `StudyError`, `DataError` and `GeometryError`; of several inputs those that can be are reconstructed first.
+    """
+    single = isinstance(inputs, str | os.PathLike)
+    sources = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(each) for each in inputs]
+    reconstructor = Reconstructor(
+        Path(model),
+        site=site,
+        embedding=None if embedding is None else Path(embedding),
+        dose=dose,
+        fallback=fallback == "tv",
+    )
+    whole = single and Path(out).name.endswith((".nii", ".nii.gz"))
+    outputs = [Path(out)] if whole else [Path(out) / name for name in output_names(sources)]
+    done, failed = [], []
+    for source, output in zip(sources, outputs, strict=True):
+        try:
+            found = reconstructor(source, output)
+        except WardroundError as error:
+            if len(sources) == 1:
+                raise
+            failed.append((source, error))
+            continue
+        told(found)
+        done.append(found)
+    if failed:
+        reasons = "; ".join(f"{source}: {error}" for source, error in failed)
+        raise StudyError(f"{len(failed)} of {len(sources)} inputs could not be reconstructed", detail=reasons)
+    return tuple(done)
+
+
+def output_names(sources: Sequence[Path]) -> list[str]:
+    """A file name for each input: its own, with as many of its folders before it as make all names differ.
+
+    Raises `StudyError` where an input is given twice.
+    """
+    whole = [source.resolve() for source in sources]
+    doubled = [str(path) for path, count in Counter(whole).items() if count > 1]
+    if doubled:
+        raise StudyError("an input is given twice; give each once", detail=", ".join(doubled))
+    for depth in range(1, max((len(path.parts) for path in whole), default=1) + 1):
+        names = ["_".join(part.strip("/") for part in path.parts[-depth:]) for path in whole]
+        bases = [_base(name) for name in names]
+        if len({base.casefold() for base in bases}) == len(bases):
+            return [f"{base}.nii.gz" for base in bases]
+    raise StudyError("inputs differ in their endings alone; reconstruct them into folders of their own")
+
+
+def _base(name: str) -> str:
+    ending = next((ending for ending in _ENDINGS if name.endswith(ending)), "")
+    return name.removesuffix(ending) if ending else name

@@ -1,1 +1,0 @@
-"""Runs a study: the one place that knows every room."""

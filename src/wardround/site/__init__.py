@@ -1,0 +1,1 @@
+"""A site: the only opener of its data, stores, ledger and keys."""

@@ -1,0 +1,416 @@
+"""A site's agent: the only opener of its data, stores, ledger and keys. It answers every message that addresses it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from wardround.deidentify import describe_error
+from wardround.errors import Rejected, StudyError, WardroundError, WireError
+from wardround.site.alone import OnlyTests, OwnArm, TrainsAlone
+from wardround.storage.blobs import disk_error
+from wardround.site.egress import OPEN, EgressRules
+from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
+from wardround.federation.exchange import DONE, Party
+from wardround.federation.facts import DELIVER, FACTS, SPENT, Patients, SiteFacts, SiteSpending, meta_of
+from wardround.site.measured import MeasuredSets
+from wardround.site.patients import PatientRows
+from wardround.learning.private_training import PrivateTraining
+from wardround.storage.record import LOG, Record, begun_by
+from wardround.federation.refusals import refusal
+from wardround.federation.secure import SecureUpload
+from wardround.site.site import Site, SiteProtocol
+from wardround.storage.store import SiteStore
+from wardround.learning.training import Learner, patients_in
+from wardround.storage.cipher import Vault
+from wardround.protection.identity import Identity
+from wardround.protection.secret import SecretRoot
+from wardround.plan.arms import FEDERATED, POOLED, Arm
+from wardround.plan.blueprints import Blueprint, Blueprints
+from wardround.site.datasets import Datasets
+from wardround.site.evaluators import evaluators_of, own_model
+from wardround.site.budgets import Purses, spending_of
+from wardround.federation.release import CARD, model_path, save_release, scanners_of_arm
+from wardround.plan.versions import fingerprint
+from wardround.study.plugins import Plugins
+from wardround.study.protocols import HeaderFacts
+from wardround.study.schema import Study
+from wardround.study.sites import SiteData, SitesFile
+from wardround.tasks.task import Headed
+from wardround.wire.canonical import digest
+from wardround.wire.files import written
+from wardround.wire.message import FileBody, Header, Message, body_sha256
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, str, int, int, int], None]
+_SENT = "sent"
+
+
+class Agent:
+    """One site of a run.
+
+    `sites` needs to hold the site's own entry alone; `folder` is where the site keeps what is its own, `datasets` opens
+    its data. `progress` is called with arm, site, round, step and steps. Updates are rounded from `rounding_root`;
+    without one, from a root that the operating system gives and that stays at the site.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        blueprints: Blueprints,
+        sites: SitesFile,
+        folder: Path,
+        datasets: Datasets,
+        *,
+        progress: Progress | None = None,
+        rounding_root: bytes | None = None,
+    ) -> None:
+        self.name = name
+        self._blueprints = blueprints
+        self._sites = sites
+        self._folder = folder
+        self._datasets = datasets
+        self._progress = progress
+        self._rounding_root = rounding_root
+        self.purses = Purses(blueprints.study, sites, folder, blueprints.arms, lambda: blueprints.lattice)
+        self._arms: dict[str, Site] = {}
+        self._by_identity = {arm.identity(blueprints.study_sha256): arm for arm in blueprints.arms.values()}
+
+    # What is asked of it ---------------------------------------------------------------------------------------------
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """What messages for this agent name: the study, and each of its arms."""
+        return (self._blueprints.study_sha256, *self._by_identity)
+
+    def find(self, header: Header) -> Party:
+        """What answers a message: the site in an arm of the study, or the agent for the study as a whole.
+
+        Raises `StudyError` for a message of another study, or of an arm that the site does not take part in.
+        """
+        if header.study == self._blueprints.study_sha256:
+            return self
+        arm = self._by_identity.get(header.study)
+        if arm is None:
+            raise StudyError("a message of another study, or of an arm that this run does not have")
+        return self.in_arm(arm.name)
+
+    def in_arm(self, arm: str) -> Site:
+        """The site in an arm, made when it is first asked."""
+        if arm not in self._arms:
+            self._arms[arm] = self._build(arm)
+        return self._arms[arm]
+
+    def handle(self, request: Message) -> Message:
+        """Answer what is asked of the study as a whole: `facts`, `spent`, `deliver`.
+
+        All can be asked again and are answered anew. Exceptions become `error` replies with scrubbed reasons.
+        """
+        try:
+            reply = self._answer(request)
+            self._record.note(
+                _SENT, {"kind": request.header.kind, "answer": digest(dict(reply.header.meta))}, sync=True
+            )
+            return reply
+        except Exception as error:
+            reason = describe_error(error)
+            log.warning("site %s could not answer %r: %s", self.name, request.header.kind, reason)
+            log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
+            with suppress(WardroundError):
+                self._record.note("failed", {"kind": request.header.kind, "reason": reason}, sync=True)
+            return refusal(request, error)
+
+    def _answer(self, request: Message) -> Message:
+        header = request.header
+        if header.site != self.name or header.study != self._blueprints.study_sha256:
+            raise WireError(f"a message for another site or study reached {self.name}")
+        if header.kind == FACTS:
+            return request.reply(FACTS, meta=meta_of(self.facts()))
+        if header.kind == SPENT:
+            return request.reply(SPENT, meta=meta_of(self.spent()))
+        if header.kind == DELIVER:
+            self._take(request)
+            return request.reply(DONE)
+        raise WireError(f"site {self.name} does not know messages of kind {header.kind[:40]!r}")
+
+    def facts(self) -> SiteFacts:
+        """What the site says of itself, as far as its rules let out."""
+        egress = self._egress
+        patients = found = None
+        try:
+            dataset = self._datasets.of(self.name)
+            patients = Patients(**egress.counts(patients_in(dataset)))
+            found = SecretRoot.of(self._store).key("fingerprint", dataset.fingerprint()).hex()
+        except Exception as error:
+            # The run may survive it; whoever asks sees that nothing came.
+            log.warning("the data of site %s cannot be counted: %s", self.name, describe_error(error))
+        return SiteFacts(
+            public_key=self.identity.public.hex(),
+            fingerprint=found,
+            patients=patients,
+            headers=self.header_facts(),
+            machine=fingerprint(),
+        )
+
+    def spent(self) -> SiteSpending:
+        """What the ledger says; raises `StudyError` where the study or the site spends nothing."""
+        if self.purses.rules is None or self.name not in self._blueprints.study.training_sites:
+            raise StudyError(f"site {self.name} spends no privacy in this study")
+        return spending_of(self.purses.of(self.name, self._datasets.of(self.name)), self._blueprints.study_sha256)
+
+    def _take(self, request: Message) -> None:
+        """Keep a released model and its card; raises `Rejected` for a body that is not what the header says."""
+        header = request.header
+        card = header.meta.get("card")
+        if header.meta.keys() != {"card"} or not isinstance(card, str):
+            raise WireError("a delivery needs a card, and nothing else")
+        if body_sha256(request.body) != header.body_sha256 or request.body.nbytes != header.body_nbytes:
+            raise Rejected("the released model that arrived is not the one that was sent")
+        model = model_path(self._folder, FEDERATED)
+        try:
+            if not _holds(model, header.body_sha256):
+                with written(model) as file:
+                    for chunk in request.body.chunks():
+                        file.write(chunk)
+            with written(self._folder / CARD) as file:
+                file.write(card.encode())
+        except OSError as error:
+            raise disk_error(error) from error
+
+    # What it holds ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _store(self) -> SiteStore:
+        return SiteStore(self._kept / "agent", self._vault)
+
+    @property
+    def _kept(self) -> Path:
+        return self._folder / "work" / "sites" / self.name
+
+    @property
+    def _vault(self) -> Vault | None:
+        return Vault.of(self._sites.key(self.name))
+
+    @property
+    def identity(self) -> Identity:
+        """The key with which the site signs in all arms; made on first use."""
+        return self._store.enrol()
+
+    @cached_property
+    def _record(self) -> Record:
+        begun = begun_by(self.identity, (_SENT,), study=self._blueprints.study_sha256, site=self.name)
+        return Record(self._store.root / LOG, f"site {self.name}", begun, lambda: self._store.identity)
+
+    @property
+    def _egress(self) -> EgressRules:
+        # Where data are pooled, one party has all of them anyway.
+        return OPEN if self.name == POOLED else self._datasets.egress(self.name)
+
+    @property
+    def _history(self) -> Path:
+        """The folder in which the site records over all studies what it has answered, or this run's own."""
+        entry = self._sites.sites.get(self.name)
+        given = None if entry is None else entry.history
+        return given or self._kept / "history"
+
+    def header_facts(self) -> HeaderFacts:
+        """What the headers of the training images say of the site's scanners, as far as its rules let out.
+
+        Nothing with differential privacy, which has no noise for it, and nothing where the data cannot be used: a run
+        survives that.
+        """
+        rules = self._egress
+        if not rules.scanner_facts or self._blueprints.study.protection.privacy is not None:
+            return HeaderFacts()
+        try:
+            dataset = self._datasets.of(self.name)
+            return dataset.header_facts(rules.minimum_cohort) if isinstance(dataset, Headed) else HeaderFacts()
+        except Exception:
+            log.debug("the headers of a site cannot be read", exc_info=True)
+            return HeaderFacts()
+
+    def earlier_fingerprints(self) -> set[str]:
+        """What the site's data were in every arm of an earlier process; another key is an error."""
+        known: set[str] = set()
+        for arm in self._blueprints.arms.values():
+            if (self._kept / arm.folder).exists():
+                store = self._store_of(arm)
+                fact = store.fact("fingerprint")
+                store.close()
+                known |= {fact} if fact is not None else set()
+        return known
+
+    def close(self) -> None:
+        """Close what is open; an agent that is asked again opens it again."""
+        while self._arms:
+            self._arms.popitem()[1].close()
+        self.purses.close()
+        if "_store" in self.__dict__:
+            self._store.close()
+        for name in ("_store", "_record"):
+            self.__dict__.pop(name, None)
+
+    # The site in an arm ----------------------------------------------------------------------------------------------
+
+    def _store_of(self, arm: Arm) -> SiteStore:
+        return SiteStore(self._kept / arm.folder, self._vault)
+
+    def _build(self, arm_name: str) -> Site:
+        name, blueprint = self.name, self._blueprints.blueprint(arm_name)
+        entry = self._sites.sites.get(name)
+        if blueprint.arm.inside(self._blueprints.study) and name not in blueprint.arm.sites:
+            raise StudyError(
+                f"site {name} has no part in an arm that another site trains alone: under protection.secure it stays "
+                "inside that site"
+            )
+        rules = self._blueprints.rules(
+            arm_name,
+            egress=self._egress,
+            lint=entry is not None and entry.lint,
+            rounding_root=self._rounding_root,
+            catch_up=0 if entry is None else entry.catch_up,
+        )
+        models = self._folder / "models" / name / blueprint.arm.folder
+        pictures = self._folder / "sites" / name / "pictures.npz"
+        store = self._store_of(blueprint.arm)
+        store.enrol(self.identity)
+        return Site(
+            name,
+            rules,
+            lambda: self.learner(blueprint),
+            store,
+            protocol=self._protocol(blueprint, models),
+            evaluators=evaluators_of(models, pictures),
+            folder=models,
+            rows=None if name == POOLED else self._rows,
+            sets=None if name == POOLED else MeasuredSets(self._history),
+        )
+
+    @cached_property
+    def _rows(self) -> PatientRows:
+        """What the site measured of each patient; a readable table of it where its rules let a single patient out."""
+        rules = self._egress
+        shown = self._vault is None and rules.per_site_results and rules.least == 1
+        table = self._folder / "sites" / self.name / "patients.csv" if shown else None
+        return PatientRows(self._kept / "patients", self._vault, table)
+
+    def _protocol(self, blueprint: Blueprint, models: Path) -> SiteProtocol | None:
+        """How the site answers in an arm; nothing special where its updates are summed in the clear."""
+        arm, blueprints = blueprint.arm, self._blueprints
+        if self.name not in arm.sites:
+            return OnlyTests()
+        if arm.inside(blueprints.study):
+            model = own_model(models)
+
+            def save(release: Any) -> Path:
+                scanners = scanners_of_arm(blueprints, arm, {self.name: self.header_facts()})
+                return save_release(blueprints, blueprint, release, scanners, model)
+
+            return TrainsAlone(
+                OwnArm(
+                    plan=blueprints.plan(arm.name),
+                    method=blueprint.method,
+                    initial=partial(blueprints.initial, blueprint),
+                    save=save,
+                    model=model,
+                )
+            )
+        threshold = arm.threshold(blueprints.study)
+        return None if threshold is None else SecureUpload(threshold, history=self._history, members=arm.sites)
+
+    def learner(self, blueprint: Blueprint) -> Learner:
+        """What trains and evaluates in an arm; all learners of a process share one model."""
+        arm, study, name = blueprint.arm, self._blueprints.study, self.name
+        if name == POOLED:
+            parts = [self._datasets.of(member) for member in arm.members]
+            dataset = self._blueprints.task.pooled(parts)
+            offsets = tuple(sum(len(p) for p in parts[:i]) for i in range(len(parts)))
+            streams = tuple(ExampleStream(len(p), study.seed, m) for p, m in zip(parts, arm.members, strict=True))
+            examples: SiteExamples | UnionExamples = UnionExamples(streams, offsets, study.seed)
+        else:
+            dataset = self._datasets.of(name)
+            examples = SiteExamples(ExampleStream(len(dataset), study.seed, name))
+        report, robust = self._progress, arm.robust(study)
+        private = None
+        # A site that only evaluates an arm's model spends nothing, and may have no training patients at all.
+        if self.purses.rules is not None and name in arm.sites:
+            purse = self.purses.of(name, dataset)
+            private = PrivateTraining(self._blueprints.task, dataset, purse, self._blueprints.study_sha256, arm.name)
+        return Learner(
+            site=name,
+            bench=self._blueprints.bench,
+            dataset=dataset,
+            examples=examples,
+            method=blueprint.method,
+            policy=blueprint.policy,
+            local=arm.local,
+            rounds=study.schedule.rounds,
+            seed=study.seed,
+            groups=tuple(g.name for g in blueprint.layout.groups),
+            progress=None if report is None else (lambda *step: report(arm.name, name, *step)),
+            momentum=0.0 if robust is None else robust.momentum,
+            private=private,
+        )
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    """Whether a file has these very bytes."""
+    return path.is_file() and body_sha256(FileBody(path, path.stat().st_size)) == sha256
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """A study that a site takes part in, its comparisons, and the folder where the site keeps what is its own."""
+
+    study: Study
+    folder: Path
+    compare: tuple[str, ...] = ()
+
+
+def spec_of(
+    name: str, sites: SitesFile, spool: Path, agreed: Sequence[Agreed], *, rounding_root: bytes | None = None
+) -> dict[str, Any]:
+    """What a process needs to be the agent of one site (`agent_finder`): its studies, and its own entry of `sites`.
+
+    Messages' bodies are spooled into the folder `spool`.
+    """
+    return {
+        "site": name,
+        "entry": sites.of(name).model_dump(mode="json"),
+        "allow_code": sites.allows_code,
+        "rounding_root": None if rounding_root is None else rounding_root.hex(),
+        "spool": str(spool),
+        "studies": [
+            {"study": a.study.model_dump(mode="json"), "folder": str(a.folder), "compare": list(a.compare)}
+            for a in agreed
+        ],
+    }
+
+
+def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Callable[[Header], Party]:
+    """The entry of a process that is the agent of one site (see `wardround.engines.worker`)."""
+    name, entry = str(spec["site"]), SiteData.model_validate(spec["entry"])
+    sites = SitesFile(sites={name: entry})
+    plugins = Plugins({name: frozenset(entry.plugins)}, bool(spec["allow_code"]))
+    embeddings = {} if entry.embeddings is None else {name: entry.embeddings}
+    root = None if spec["rounding_root"] is None else bytes.fromhex(spec["rounding_root"])
+    agents: dict[str, Agent] = {}
+    for agreed in spec["studies"]:
+        blueprints = Blueprints(Study.model_validate(agreed["study"]), tuple(agreed["compare"]), embeddings, plugins)
+        datasets, folder = Datasets(blueprints, sites), Path(agreed["folder"])
+        agent = Agent(name, blueprints, sites, folder, datasets, progress=progress, rounding_root=root)
+        agents |= dict.fromkeys(agent.identities, agent)
+
+    def find(header: Header) -> Party:
+        if header.site != name:
+            raise WireError(f"a message for another site reached {name}")
+        if header.study not in agents:
+            raise StudyError(f"site {name} takes part in no such study or arm")
+        return agents[header.study].find(header)
+
+    return find

@@ -1,0 +1,65 @@
+"""The data sets that a process may open: those of the sites in its part of the sites file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from wardround.errors import StudyError, WardroundError
+from wardround.site.egress import EgressRules, strictest
+from wardround.plan.blueprints import Blueprints
+from wardround.study.sites import Egress, SitesFile
+from wardround.tasks.task import Dataset, Prepared, Visited
+
+log = logging.getLogger(__name__)
+
+
+class Datasets:
+    """Data sets by site, each opened when it is first needed and shared by all arms of a process."""
+
+    def __init__(self, blueprints: Blueprints, sites: SitesFile) -> None:
+        self._blueprints = blueprints
+        self._sites = sites
+        self._opened: dict[str, Dataset] = {}
+
+    def of(self, site: str) -> Dataset:
+        """A site's data set.
+
+        A site that scans the patients of others has no folder: it gets their test patients and theirs alone.
+        """
+        if site not in self._opened:
+            task, members = self._blueprints.task, self._scanned_by(site)
+            if not members:
+                self._opened[site] = task.dataset(site, self._sites.of(site).data)
+            elif isinstance(task, Visited):
+                self._opened[site] = task.visits(site, {name: self._sites.of(name).data for name in members})
+            else:
+                raise StudyError(f"sites.{site}.scans: the study's task cannot show one site's patients to another")
+        return self._opened[site]
+
+    def egress(self, site: str) -> EgressRules:
+        """What a site lets out; one that scans the patients of others keeps the strictest rules of those."""
+        return strictest(_rules_of(self._sites.of(name).egress) for name in self._scanned_by(site) or (site,))
+
+    def fingerprint(self, site: str) -> str | None:
+        """What a site's data are; `None` where they cannot be read for a reason that is left to the round."""
+        try:
+            return self.of(site).fingerprint()
+        except WardroundError:
+            raise
+        except Exception:
+            log.debug("a site's data could not be read", exc_info=True)
+            return None
+
+    def slow(self) -> Iterator[Prepared]:
+        """Those of the opened ones that have something to build."""
+        return (dataset for dataset in self._opened.values() if isinstance(dataset, Prepared))
+
+    def _scanned_by(self, site: str) -> tuple[str, ...]:
+        sites = self._blueprints.study.sites
+        return sites[site].scans if site in sites else ()
+
+
+def _rules_of(egress: Egress) -> EgressRules:
+    metrics = None if egress.metrics == "all" else frozenset(egress.metrics)
+    return EgressRules(egress.per_site_results, metrics, egress.minimum_cohort, egress.scanner_facts)

@@ -1,0 +1,163 @@
+"""What a site can evaluate besides the model of a round: a released model, and the classical baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from wardround.errors import DataError, WireError
+from wardround.site.alone import OWN
+from wardround.storage.blobs import disk_error
+from wardround.site.patients import BASELINE
+from wardround.site.site import Evaluator
+from wardround.learning.training import Learner
+from wardround.tasks.states import value_of
+from wardround.tasks.task import Imaging, Oriented, Split
+from wardround.wire.archives import read_npz
+from wardround.wire.files import written
+from wardround.wire.tensors import TensorFile
+
+Array = npt.NDArray[Any]
+RELEASED = "released"
+# In a picture file: window/NAME/UNIT is (low, high, units a value).
+WINDOW = "window"
+# And turn/NUMBER says how an example is shown, as `Turn`.
+TURN = "turn"
+
+
+def evaluators_of(models: Path, pictures: Path) -> dict[str, Evaluator]:
+    """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file."""
+    return {RELEASED: Released(models, pictures), BASELINE: Baseline(pictures), OWN: Own(models, pictures)}
+
+
+def own_model(models: Path) -> Path:
+    """The model that a site trained by itself, among what it keeps of an arm."""
+    return models / "model.safetensors"
+
+
+class Own:
+    """The model that the site trained by itself and that nobody else has; its request carries none."""
+
+    def __init__(self, models: Path, pictures: Path) -> None:
+        self._models, self._released = models, Released(models, pictures)
+
+    def __call__(
+        self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
+    ) -> dict[str, Array]:
+        """What every patient of the split adds to each metric."""
+        try:
+            tensors = load_file(own_model(self._models))
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"the model that site {learner.site} trained alone cannot be read; delete its file and run again: the "
+                "site writes it anew",
+                detail=f"{own_model(self._models)}: {error}",
+            ) from error
+        return self._released(learner, tensors, meta, split)
+
+
+class Released:
+    """The released model that the request carries, completed by the site's private part of it."""
+
+    def __init__(self, models: Path, pictures: Path) -> None:
+        self._models, self._pictures = models, pictures
+
+    def __call__(
+        self, learner: Learner, tensors: Mapping[str, Array] | None, meta: Mapping[str, Any], split: Split
+    ) -> dict[str, Array]:
+        """What every patient of the split adds to each metric."""
+        if tensors is None:
+            raise WireError("an evaluation of a released model needs the model")
+        own = self._models / "local.safetensors"
+        stranger = bool(meta.get("unknown_site"))
+        private = load_file(own) if own.exists() and not stranger else {}
+        learner.load_tensors({**tensors, **private})
+        task = learner.task
+        with learner.serving_stranger() if stranger else nullcontext():
+            values = learner.evaluate(split)
+            if meta.get("picture") and isinstance(task, Imaging):
+                model = learner.model
+                _write_pictures(self._pictures, str(meta["picture"]), learner, lambda b: task.reconstruct(model, b))
+        return values
+
+
+class Baseline:
+    """A classical reconstruction, its weight tuned on the site's validation patients by the first metric.
+
+    A site without validation patients uses the middle of the study's list.
+    """
+
+    def __init__(self, pictures: Path) -> None:
+        self._pictures = pictures
+        self._tuned: dict[str, float | None] = {}
+
+    def __call__(
+        self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
+    ) -> dict[str, Array]:
+        """What every patient of the split adds to each metric."""
+        task, name = learner.task, str(meta[BASELINE])
+        if not isinstance(task, Imaging):
+            raise WireError("this task has no classical baselines")
+        if name not in self._tuned:
+            self._tuned[name] = self._tune(learner, task, name)
+        weight = self._tuned[name]
+        reconstruct = partial(task.baseline, name, weight)
+        values = learner.per_patient(split, _image_score(task, reconstruct))
+        if meta.get("picture"):
+            _write_pictures(self._pictures, str(meta["picture"]), learner, reconstruct)
+        return values
+
+    @staticmethod
+    def _tune(learner: Learner, task: Imaging, name: str) -> float | None:
+        grid = task.baseline_parameters(name)
+        if len(grid) == 1 or not learner.dataset.patients("validation"):
+            return grid[len(grid) // 2]
+        spec = learner.task.metrics[0]
+        best: tuple[float, float | None] | None = None
+        for weight in grid:
+            score = _image_score(task, partial(task.baseline, name, weight))
+            value = spec.rank(value_of(spec, learner.per_patient("validation", score)[spec.name]))
+            if best is None or value > best[0]:
+                best = (value, weight)
+        assert best is not None
+        return best[1]
+
+
+def _image_score(task: Imaging, reconstruct: Callable[[Any], Tensor]) -> Callable[[Any], dict[str, Tensor]]:
+    def score(batch: Any) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return task.score_images(reconstruct(batch), batch)
+
+    return score
+
+
+def _write_pictures(path: Path, label: str, learner: Learner, reconstruct: Callable[[Any], Tensor]) -> None:
+    """Add a method's example images to the site's own picture file; they go nowhere else."""
+    task = learner.task
+    assert isinstance(task, Imaging)
+    known: dict[str, Array] = {}
+    if path.exists():
+        known = read_npz(path)
+    known |= {f"{WINDOW}/{w.name}/{w.unit}": np.array([w.low, w.high, w.scale]) for w in task.windows}
+    with torch.no_grad():
+        for number, batch in enumerate(task.examples(learner.dataset)):
+            known[f"reference/{number}"] = task.reference(batch)[0].numpy()
+            known[f"{label}/{number}"] = reconstruct(batch)[0].numpy()
+    if isinstance(task, Oriented):
+        turns = enumerate(task.turns(learner.dataset))
+        known |= {f"{TURN}/{number}": np.array(turn, np.uint8) for number, turn in turns if turn is not None}
+    try:
+        with written(path) as file:
+            np.savez_compressed(file, **known)  # type: ignore[arg-type]
+    except OSError as error:
+        raise disk_error(error) from error

@@ -1,0 +1,54 @@
+"""What a site has agreed to before a run begins: the study and arm it answers for, and what may leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+
+from wardround.site.egress import OPEN, EgressRules
+from wardround.protection.compression import PLAIN, Codec
+from wardround.wire.update import Layout
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
+
+    With `lint` it looks at every model before it trains on it (`Inspector`), and lets up to `catch_up` rounds that it
+    missed explain a move. `rounds` is how many there are, where that is known, with one more for each void one where
+    that `extends` the study; there are void ones only where updates are summed `masked`. It measures the model of the
+    `arm`, and the `baselines`. Scales start at `initial_scale`, or higher where the state before round 1, `initial` by
+    group and tensor, says so. Updates are rounded from `rounding_root`; without one, from a root that the operating
+    system gives and that stays in the site's store. Its validation sums are `hidden` where they leave under masks, or
+    not at all.
+    """
+
+    identity: str
+    layout: Layout
+    metrics_layout: Layout
+    evaluation_layout: Layout
+    seed: int
+    egress: EgressRules = OPEN
+    codec: Codec = PLAIN
+    lint: bool = True
+    catch_up: int = 0
+    initial_scale: float = 0.2
+    rounds: int | None = None
+    extends: bool = False
+    masked: bool = False
+    arm: str = ""
+    baselines: frozenset[str] = frozenset()
+    initial: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    rounding_root: bytes | None = field(default=None, repr=False)
+    hidden: bool = False
+
+    @property
+    def layouts(self) -> dict[str, int]:
+        """The layouts of the study, and the bytes of an update of each."""
+        sums = {layout.sha256: layout.nbytes for layout in (self.metrics_layout, self.evaluation_layout)}
+        return {**sums, self.layout.sha256: self.codec.form.nbytes(self.layout)}

@@ -1,0 +1,1 @@
+"""What parties keep on disk: journal, site store, hash log, cipher."""

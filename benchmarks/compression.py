@@ -157,8 +157,8 @@ class Channel:
 
 def _errors(studies: dict[str, Any], sites: Any, folder: Path) -> dict[str, dict[str, float]]:
     """The relative L2 error of the mean of each kind: the median over rounds, and of all rounds added up."""
-    from wardround.storage.store import Memory
     from wardround.run.machine import Machine
+    from wardround.storage.store import Memory
     from wardround.wire.message import Header
     from wardround.wire.update import scale_key
 

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wardround.imaging.acquisition.ct.fbp import FBP
 from wardround.imaging.acquisition.ct.operator import CTProjector, StoredWeights
 from wardround.imaging.acquisition.ct.phantom import HEAD, ellipse_image, ellipse_sinogram
-from wardround.imaging.acquisition.ct.fbp import FBP
 from wardround.imaging.acquisition.ct.projector import Model
 from wardround.study.ct import CTGeometry
 

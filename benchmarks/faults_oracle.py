@@ -20,8 +20,8 @@ from faults_study import CHANGE, PLAIN, ROOT, ROUNDS, SECURE, Federation, Settin
 from wardround.errors import JournalError
 from wardround.learning.methods.method import MODEL
 from wardround.plan.sums import LOSS, SECONDS
-from wardround.storage.verify import verify
 from wardround.protection.rounding import rounding
+from wardround.storage.verify import verify
 from wardround.wire.ring import ExactSum
 from wardround.wire.scales import next_scales
 from wardround.wire.update import Aggregate, encode, scale_key

@@ -21,18 +21,19 @@ import numpy.typing as npt
 from wardround.engines.local import LocalEngine
 from wardround.federation.coordinator import Coordinator, Plan
 from wardround.federation.exchange import ExchangeFactory, PlainSum
-from wardround.storage.journal import Journal, State
+from wardround.federation.secure import SIGN, secure_sum
 from wardround.learning.methods.method import MODEL, Method
-from wardround.federation.secure import SIGN, SecureUpload, secure_sum
-from wardround.site.site import Rules, Site
-from wardround.storage.store import SiteStore
-from wardround.plan.sums import round_metrics
 from wardround.learning.training import Trained
+from wardround.plan.sums import round_metrics
 from wardround.protection.identity import Roster
 from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.privacy import Purse, Terms
 from wardround.protection.rounding import study_root
 from wardround.protection.secret import SecretRoot
+from wardround.site.secure import SecureUpload
+from wardround.site.site import Rules, Site
+from wardround.storage.journal import Journal, State
+from wardround.storage.store import SiteStore
 from wardround.wire.message import Message
 from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import Group, Layout

@@ -60,8 +60,8 @@ def ours(engine_name: str) -> dict[str, float]:
     from wardround.engines.local import LocalEngine
     from wardround.engines.workers import WorkersEngine
     from wardround.federation.coordinator import Coordinator
-    from wardround.storage.journal import Journal
     from wardround.run.machine import Machine
+    from wardround.storage.journal import Journal
     from wardround.study.schema import Study
     from wardround.study.sites import SiteData, SitesFile
 

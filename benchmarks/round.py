@@ -34,12 +34,12 @@ def empty_round(rounds: int) -> tuple[list[float], list[float]]:
     """Milliseconds of each empty round and of the floor beside it."""
     from wardround.engines.local import LocalEngine
     from wardround.federation.coordinator import Coordinator, Plan
-    from wardround.storage.journal import Journal
     from wardround.learning.methods.method import MODEL, Method
-    from wardround.site.site import Rules, Site
-    from wardround.storage.store import SiteStore
-    from wardround.plan.sums import round_metrics
     from wardround.learning.training import Trained
+    from wardround.plan.sums import round_metrics
+    from wardround.site.site import Rules, Site
+    from wardround.storage.journal import Journal
+    from wardround.storage.store import SiteStore
     from wardround.wire.tensors import TensorInfo
     from wardround.wire.update import Layout, encode
 
@@ -150,9 +150,9 @@ def coordinator_peak(folder: Path) -> dict[str, float]:
     """One round of the coordinator, alone in this process."""
     from wardround.federation.coordinator import Coordinator, Plan
     from wardround.federation.exchange import UPDATE
-    from wardround.storage.journal import Journal
-    from wardround.learning.methods.method import Method
     from wardround.federation.minutes import HEAD, shown
+    from wardround.learning.methods.method import Method
+    from wardround.storage.journal import Journal
     from wardround.storage.record import START
     from wardround.wire.message import FileBody, Message
 

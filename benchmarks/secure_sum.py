@@ -130,14 +130,15 @@ def at_the_seam(count: int, values: int) -> dict[str, float]:
     from wardround.engines.local import LocalEngine
     from wardround.federation.coordinator import Coordinator, Plan
     from wardround.federation.exchange import UPDATE
-    from wardround.storage.journal import Journal
+    from wardround.federation.secure import secure_sum
     from wardround.learning.methods.method import MODEL, Method
-    from wardround.federation.secure import SecureUpload, secure_sum
-    from wardround.site.site import Rules, Site
-    from wardround.storage.store import SiteStore
-    from wardround.plan.sums import round_metrics
     from wardround.learning.training import Trained
+    from wardround.plan.sums import round_metrics
     from wardround.protection.identity import Roster
+    from wardround.site.secure import SecureUpload
+    from wardround.site.site import Rules, Site
+    from wardround.storage.journal import Journal
+    from wardround.storage.store import SiteStore
     from wardround.study.protection import Protection
     from wardround.wire.message import Message
     from wardround.wire.tensors import TensorInfo

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from wardround.engines.apart import ApartEngine
-from wardround.storage.store import SiteStore
 from wardround.protection.rounding import study_root
+from wardround.results.schema import Result
+from wardround.run.conduct import coordinate
 from wardround.site.agent import Agreed, spec_of
-from wardround.run.session import Result, coordinate
+from wardround.storage.store import SiteStore
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 

@@ -21,12 +21,12 @@ from tests.hospitals import head, make_hospitals, save, write_study
 from wardround import __version__
 from wardround.cli import app, shared
 from wardround.deidentify import describe_error
-from wardround.imaging.readers.dicom_file import open_dicom
-from wardround.imaging.propose import propose_study
-from wardround.imaging.readers.volume import read_volume
 from wardround.errors import DataError
-from wardround.storage.journal import RoundReport
+from wardround.imaging.propose import propose_study
+from wardround.imaging.readers.dicom_file import open_dicom
+from wardround.imaging.readers.volume import read_volume
 from wardround.results.files import line_of
+from wardround.storage.journal import RoundReport
 from wardround.study.load import load_study
 from wardround.study.sites import load_sites
 

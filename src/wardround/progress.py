@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from wardround.storage.journal import RoundReport
 from wardround.run.watching import TRAINING
+from wardround.storage.journal import RoundReport
 
 
 class LiveProgress:

@@ -27,9 +27,9 @@ from wardround.audit.results import Audit, render
 from wardround.audit.signature import identity_of, sign
 from wardround.cli import app
 from wardround.errors import JournalError
-from wardround.storage.store import SiteStore
-from wardround.protection.identity import Identity
 from wardround.federation.release import load_model
+from wardround.protection.identity import Identity
+from wardround.storage.store import SiteStore
 from wardround.study.load import load_study
 from wardround.study.sites import load_sites
 

@@ -18,13 +18,11 @@ import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 from tests.ct_files import body, setting, write_slice
 
-from wardround.imaging.readers import bounds
-
-from wardround.imaging.readers import dicom_file
+from wardround.errors import DataError
+from wardround.imaging.readers import bounds, dicom_file
 from wardround.imaging.readers.dicom import read_slice
 from wardround.imaging.readers.embeddings import Embeddings
 from wardround.imaging.readers.volume import read_volume
-from wardround.errors import DataError
 from wardround.run.apply import _read_kspace
 from wardround.wire.archives import read_npz
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wardround.errors import DataError
 from wardround.imaging.convert import convert_lgg, inspect_path
 from wardround.imaging.readers.volume import Volume, read_volume, write_nifti
-from wardround.errors import DataError
 
 MakeSite = Callable[..., Path]
 

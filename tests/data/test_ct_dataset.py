@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
 
+from wardround.errors import DataError
 from wardround.imaging.datasets import ct as ct_dataset
 from wardround.imaging.datasets.ct import Body, CTFolder, CTIndex, Grid, Slice, on_grid, opened, read_ct_volume
 from wardround.imaging.datasets.mri import SPLITS
-from wardround.imaging.readers.dicom import CTSlice
 from wardround.imaging.datasets.visits import Visits
-from wardround.errors import DataError
+from wardround.imaging.readers.dicom import CTSlice
 from wardround.study.tasks import Slices, Split
 
 GRID = Grid((64, 64), 6.0, 192.0)

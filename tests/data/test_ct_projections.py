@@ -21,14 +21,14 @@ from safetensors.numpy import save_file
 from tests.ct_files import PATIENT_ID, ct_header, setting, write_series
 from tests.ct_hospitals import ct_study
 
-from wardround.imaging.readers.ct_projections import read_projections
 from wardround.errors import DataError, StudyError
-from wardround.models.build import build_model
-from wardround.imaging.acquisition.ct.system import CTSystem
+from wardround.federation.release import FORMAT
 from wardround.imaging.acquisition.ct.fbp import FBP
+from wardround.imaging.acquisition.ct.system import CTSystem
+from wardround.imaging.readers.ct_projections import read_projections
+from wardround.models.build import build_model
 from wardround.run.apply import reconstruct
 from wardround.run.apply_ct import reconstruct_ct
-from wardround.federation.release import FORMAT
 from wardround.study.ct import CTGeometry
 from wardround.study.load import load_study
 

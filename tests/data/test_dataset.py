@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.real_images import root_folder
 
+from wardround.errors import DataError
 from wardround.imaging.datasets.mri import SPLITS, Example, SliceIndex, fit_to_size, head_mask
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.imaging.readers.volume import Volume, write_nifti
-from wardround.errors import DataError
 from wardround.study.tasks import Slices, Split
 
 MakeSite = Callable[..., Path]

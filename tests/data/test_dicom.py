@@ -23,10 +23,10 @@ from tests.ct_files import PATIENT_ID, body, ct_header, set_pixels, setting, wri
 from tests.examples import examples
 from tests.real_images import root_folder
 
+from wardround.errors import DataError
 from wardround.imaging.readers.ct_protocol import CTProtocol, acquisition_from_header, protocol_of
 from wardround.imaging.readers.dicom import read_series, read_slice
 from wardround.imaging.readers.places import Place
-from wardround.errors import DataError
 from wardround.study.ct import CTAcquisition, CTGeometry
 
 

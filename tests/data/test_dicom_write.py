@@ -11,9 +11,9 @@ import pytest
 from pydicom.dataset import FileDataset
 from tests.ct_files import setting, write_series
 
+from wardround.errors import DataError
 from wardround.imaging.readers.dicom import CTSeries, read_series, read_slice
 from wardround.imaging.writers.dicom import write_derived
-from wardround.errors import DataError
 
 KEPT = (
     "PatientName",

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wardround.imaging.readers.folder import SiteFolder
 from wardround.errors import DataError
+from wardround.imaging.readers.folder import SiteFolder
 
 MakeSite = Callable[..., Path]
 

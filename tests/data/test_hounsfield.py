@@ -11,8 +11,8 @@ from scipy import ndimage
 from tests.ct_files import body
 from tests.ct_hospitals import thorax
 
-from wardround.imaging.readers.hounsfield import check_hounsfield
 from wardround.errors import DataError
+from wardround.imaging.readers.hounsfield import check_hounsfield
 
 HERE = Path("ct.nii.gz")
 

@@ -17,10 +17,10 @@ from tests.real_images import root_folder
 from typer.testing import CliRunner
 
 from wardround.cli import app
-from wardround.imaging.propose import propose_study
-from wardround.imaging.propose_ct import ct_sites
 from wardround.errors import DataError
 from wardround.imaging.acquisition.ct.geometry import check_geometry, field_of_view_radius
+from wardround.imaging.propose import propose_study
+from wardround.imaging.propose_ct import ct_sites
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
 from wardround.study.schema import Study

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wardround.imaging.datasets.split import split_patients
 from wardround.errors import DataError
+from wardround.imaging.datasets.split import split_patients
 from wardround.study.tasks import Split
 
 SHARES = st.tuples(st.floats(0, 0.95, allow_nan=False), st.floats(0, 0.95, allow_nan=False)).filter(

@@ -8,8 +8,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from wardround.imaging.readers.volume import Volume, read_volume, write_nifti
 from wardround.errors import DataError
+from wardround.imaging.readers.volume import Volume, read_volume, write_nifti
 
 AFFINE = np.array([[0, 2.0, 0, -5], [-2.0, 0, 0, 7], [0, 0, 3.0, 1], [0, 0, 0, 1]])
 RAMP = np.arange(4 * 5 * 3, dtype=np.float32).reshape(4, 5, 3)

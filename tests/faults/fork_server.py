@@ -22,10 +22,10 @@ from typing import Any, NoReturn
 from tests.toys import Hold, Regression, toy_sites, toy_study
 from wardround import cli
 from wardround.errors import WardroundError
-from wardround.storage.database import Database
 from wardround.learning.training import Learner
 from wardround.protection.ledger import Ledger
 from wardround.run import session
+from wardround.storage.database import Database
 from wardround.study.schema import Study
 
 

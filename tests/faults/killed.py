@@ -13,12 +13,12 @@ from typing import Any
 from tests.faults.victims import ForkServer, Victim
 from tests.scanners import PROTOCOLS
 from wardround.federation.exchange import UPDATE
-from wardround.storage.store import SiteStore
-from wardround.storage.verify import verify
+from wardround.federation.release import shared_sha256
 from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.secret import SecretRoot
 from wardround.run.folder import reserve
-from wardround.federation.release import shared_sha256
+from wardround.storage.store import SiteStore
+from wardround.storage.verify import verify
 from wardround.wire.message import Header
 
 ROUNDS, STEPS = 3, 2

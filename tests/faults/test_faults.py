@@ -21,17 +21,16 @@ from tests.faults.victims import ForkServer
 from tests.federation.rig import Rig, Sent
 from tests.toys import toy_sites, toy_study
 from wardround.errors import Interrupted, JournalError, NotEnoughSites, WardroundError
-from wardround.storage.blobs import Blobs, disk_error
 from wardround.federation.exchange import UPDATE
-from wardround.storage.journal import Journal, RoundReport
-from wardround.site.site import Site
 from wardround.protection.gates import check_body
 from wardround.results.terminal import lacking_in
-from wardround.run import folder
-from wardround.run import session
+from wardround.run import folder, session
 from wardround.run.folder import alone
 from wardround.run.session import Result, evaluate, run
 from wardround.run.watching import Silent
+from wardround.site.site import Site
+from wardround.storage.blobs import Blobs, disk_error
+from wardround.storage.journal import Journal, RoundReport
 from wardround.study.schema import Study
 from wardround.wire.message import FileBody, Message
 

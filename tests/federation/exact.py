@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wardround.site import site as sites
 from wardround.federation.exchange import Call, PlainSum
+from wardround.site import site as sites
 from wardround.wire.message import Message
 from wardround.wire.update import Aggregate, encode
 

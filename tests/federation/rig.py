@@ -12,14 +12,15 @@ import pytest
 from tests.toys import toy_sites
 from wardround.engines.local import LocalEngine
 from wardround.federation.coordinator import Coordinator
-from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.federation.exchange import Engine, ExchangeFactory, PlainSum
-from wardround.storage.journal import Journal, State
-from wardround.site.site import Site, SiteProtocol
-from wardround.storage.store import SiteStore
+from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.training import Learner
 from wardround.run import session
 from wardround.run.machine import Machine
+from wardround.site.rules import rules_of
+from wardround.site.site import Site, SiteProtocol
+from wardround.storage.journal import Journal, State
+from wardround.storage.store import SiteStore
 from wardround.study.schema import Study
 from wardround.wire.message import Message
 
@@ -94,7 +95,7 @@ class Rig:
         self.sites = {
             name: Site(
                 name,
-                self.host.rules(ARM, lint=lint, rounding_root=self.host.rounding_root),
+                rules_of(self.host, ARM, lint=lint, rounding_root=self.host.rounding_root),
                 lambda name=name: self.learner(name),
                 SiteStore(folder / "sites" / name),
                 protocol=None if site_protocol is None else site_protocol(name),

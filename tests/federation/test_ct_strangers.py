@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.ct_hospitals import GEOMETRY, ct_study
+from wardround.federation.release import serve
+from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.learning.methods.method import state_name
 from wardround.learning.methods.personal import STRANGER
 from wardround.models.build import build_model
-from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.run.machine import Machine
-from wardround.federation.release import serve
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
 from wardround.study.schema import Study

@@ -16,7 +16,6 @@ from wardround.errors import StudyError
 from wardround.learning.gradients import Drawn, ExactGradients
 from wardround.learning.methods.method import MODEL, LocalRound
 from wardround.learning.private_training import PrivateTraining
-from wardround.storage.store import SiteStore
 from wardround.protection.compression import Codec
 from wardround.protection.discrete_gaussian import discrete_gaussians, epsilon_of_zcdp, squared_norm
 from wardround.protection.lattice import Lattice, LatticeCodec
@@ -25,6 +24,7 @@ from wardround.protection.privacy import Purse, Terms
 from wardround.protection.rotation import unrotate
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.run import session
+from wardround.storage.store import SiteStore
 from wardround.wire.ring import ExactSum, Ring, levels, whole_elements
 from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import Aggregate, Group, Layout, encode, scale_key

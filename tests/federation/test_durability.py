@@ -14,12 +14,13 @@ import pytest
 
 from tests.federation.rig import Rig
 from tests.toys import toy_study
-from wardround.storage.database import Database
-from wardround.storage.record import LOG
-from wardround.federation.secure import SecureUpload, secure_sum
-from wardround.storage.verify import verify
+from wardround.federation.secure import secure_sum
 from wardround.protection.identity import Roster
 from wardround.protection.ledger import Ledger
+from wardround.site.secure import SecureUpload
+from wardround.storage.database import Database
+from wardround.storage.record import LOG
+from wardround.storage.verify import verify
 
 FULL, NORMAL = 2, 1
 PRIVATE = {

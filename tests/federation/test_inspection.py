@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from tests.federation.rig import Rig
 from tests.toys import toy_sites, toy_study
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
-from wardround.storage.journal import State
 from wardround.learning.methods.method import Method
 from wardround.learning.methods.personal import FedBN, HyperFed
 from wardround.learning.methods.server import FedAdam, FedAvgM
-from wardround.site.site import Site
 from wardround.learning.training import build_optimizer
 from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, adam_ratio, drift, local_reach
 from wardround.protection.lint import lint_against
 from wardround.run.machine import Machine
+from wardround.site.site import Site
+from wardround.storage.journal import State
 from wardround.study.schema import Local
 from wardround.wire.message import Message
 from wardround.wire.tensors import TensorWriter

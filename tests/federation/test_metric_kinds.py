@@ -19,12 +19,6 @@ from tests.cohorts import let_test
 from tests.federation.rig import ARM, Rig
 from tests.federation.test_own_results import ask, ruled
 from tests.kinds import METRICS, KindsTask, kinds_study, numbers_of, released, values_of
-from wardround.site.cohorts import kept_back
-from wardround.site.egress import EgressRules
-from wardround.site.measured import SETS, MeasuredSets
-from wardround.site.patients import PatientRows, results_of
-from wardround.site.site import Site
-from wardround.storage.store import SiteStore
 from wardround.plan.sums import (
     evaluation_entries,
     evaluation_metrics,
@@ -35,6 +29,13 @@ from wardround.plan.sums import (
     validation_values,
 )
 from wardround.run.session import Result, evaluate, run
+from wardround.site.cohorts import kept_back
+from wardround.site.egress import EgressRules
+from wardround.site.measured import SETS, MeasuredSets
+from wardround.site.patients import PatientRows, results_of
+from wardround.site.rules import rules_of
+from wardround.site.site import Site
+from wardround.storage.store import SiteStore
 from wardround.study.sites import SitesFile
 from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
 from wardround.tasks.histograms import auroc
@@ -353,7 +354,7 @@ def test_an_auroc_of_a_handful_of_sick_patients_stays_at_the_site() -> None:
 
 
 def cautious(rig: Rig, folder: Path, *, hidden: bool = False, least: int = 5) -> Site:
-    rules = replace(rig.host.rules(ARM), egress=EgressRules(minimum_cohort=least), hidden=hidden)
+    rules = replace(rules_of(rig.host, ARM), egress=EgressRules(minimum_cohort=least), hidden=hidden)
     store, sets = SiteStore(folder / "store"), MeasuredSets(folder / "history")
     return Site("A", rules, lambda: rig.learner("A"), store, rows=PatientRows(folder / "rows"), sets=sets)
 
@@ -412,7 +413,7 @@ def test_a_histogram_of_single_patients_leaves_under_masks_alone(rig: Rig, tmp_p
 def test_rules_say_whether_sums_are_masked(tmp_path: Path) -> None:
     for secure, hidden in ((True, True), (False, False)):
         rig = Rig(kinds_study(protection={"secure": secure}), tmp_path / str(secure))
-        assert rig.host.rules(ARM).hidden is hidden
+        assert rules_of(rig.host, ARM).hidden is hidden
 
 
 def test_patients_with_a_value_join_and_leave_in_groups_too(rig: Rig, tmp_path: Path) -> None:

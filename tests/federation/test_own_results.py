@@ -18,18 +18,19 @@ from tests.federation.rig import ARM, Recorder, Rig, Sent
 from tests.toys import toy_sites
 from wardround.engines.local import LocalEngine
 from wardround.errors import DataError, StudyError
-from wardround.site.egress import ACROSS_HOSPITALS, EgressRules
 from wardround.federation.exchange import ERROR, EVALUATE, UPDATE
+from wardround.plan.arms import arms_of
+from wardround.plan.sums import results_in
+from wardround.run import session
+from wardround.run.session import Result, evaluate, run
+from wardround.site.egress import ACROSS_HOSPITALS, EgressRules
+from wardround.site.evaluators import evaluators_of
 from wardround.site.measured import KEY, SETS, MeasuredSets, fewest_told
 from wardround.site.patients import PatientRows, results_of
+from wardround.site.rules import rules_of
 from wardround.site.site import Site
-from wardround.storage.store import SiteStore
-from wardround.plan.sums import results_in
 from wardround.storage.cipher import Vault
-from wardround.run import session
-from wardround.plan.arms import arms_of
-from wardround.site.evaluators import evaluators_of
-from wardround.run.session import Result, evaluate, run
+from wardround.storage.store import SiteStore
 from wardround.study.load import load_study, study_sha256
 from wardround.study.sites import Egress, SitesFile
 from wardround.tasks.estimates import Mean, mean_of, two_digits
@@ -211,7 +212,7 @@ def test_validation_is_pooled_and_tests_are_not(rig: Rig) -> None:
 
 
 def across_hospitals(rig: Rig, folder: Path, rows: PatientRows | None = None) -> Site:
-    rules = replace(rig.host.rules(ARM), egress=EgressRules(floor=ACROSS_HOSPITALS))
+    rules = replace(rules_of(rig.host, ARM), egress=EgressRules(floor=ACROSS_HOSPITALS))
     store, sets = SiteStore(folder / "store"), MeasuredSets(folder / "history")
     return Site("A", rules, lambda: rig.learner("A"), store, rows=rows, sets=sets)
 

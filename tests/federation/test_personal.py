@@ -17,11 +17,11 @@ from tests.federation.rig import Rig, Sent
 from tests.scanners import FEATURES, PROTOCOLS, Network, scanner_study
 from tests.toys import toy_sites
 from wardround.errors import StudyError
+from wardround.imaging.acquisition.ct.scanners import protocol_features
 from wardround.learning.methods.method import LocalRound
 from wardround.learning.methods.personal import STRANGER, FedCT, FedFDD, HyperFed, Personal
 from wardround.learning.methods.scan import ScanPhysFed, scanner_code
 from wardround.learning.training import parameters_of
-from wardround.imaging.acquisition.ct.scanners import protocol_features
 from wardround.plan.blueprints import protocols_of
 from wardround.run.explain import explain
 from wardround.run.session import run

@@ -21,13 +21,13 @@ from tests.toys import Points, Regression, toy_sites, toy_study
 from wardround.errors import JournalError, NotEnoughSites, StudyError
 from wardround.learning.gradients import BatchedGradients, Drawn, ExactGradients, autograd
 from wardround.learning.private_training import PrivateTraining, clipped, refuse_shared_statistics
-from wardround.storage.store import SiteStore
 from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.privacy import Purse, SecretRound, Terms
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.run import session
 from wardround.run.folder import reserve
 from wardround.site.budgets import SHARED, statement
+from wardround.storage.store import SiteStore
 
 CLIP = 0.7
 

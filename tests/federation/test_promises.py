@@ -16,13 +16,13 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import Interrupted, JournalError, NotEnoughSites
 from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import ALONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE, PlainSum
-from wardround.storage.journal import State
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import ADVERTISE, SIGN
-from wardround.storage.verify import read_log
 from wardround.protection.robust import Defence
 from wardround.run import session
 from wardround.run.session import run
+from wardround.storage.journal import State
+from wardround.storage.verify import read_log
 from wardround.wire.message import FileBody, Header, Message
 
 

@@ -20,12 +20,12 @@ from tests.federation.rig import Rig
 from tests.toys import toy_sites, toy_study
 from wardround.cli import app
 from wardround.errors import JournalError
-from wardround.storage.journal import Journal
 from wardround.federation.minutes import ANCHOR, head_of
-from wardround.storage.record import LOG, MAX_TAIL, PURPOSE, Entry, Record, begun_by
-from wardround.storage.verify import verify
 from wardround.protection.identity import Identity
 from wardround.run.session import run
+from wardround.storage.journal import Journal
+from wardround.storage.record import LOG, MAX_TAIL, PURPOSE, Entry, Record, begun_by
+from wardround.storage.verify import verify
 from wardround.wire.canonical import digest
 
 THREE = {"schedule": {"rounds": 3, "min_sites": 3}}

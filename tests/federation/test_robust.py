@@ -18,8 +18,8 @@ from tests.federation.test_rounds import call_of
 from tests.toys import toy_sites, toy_study
 from wardround.errors import NotEnoughSites, Rejected, StudyError
 from wardround.federation.exchange import UPDATE, Engine, ExchangeFactory, PlainSum
-from wardround.learning.momentum import MOMENTUM, averaged
 from wardround.federation.robust import RobustMean, robust_mean
+from wardround.learning.momentum import MOMENTUM, averaged
 from wardround.protection.robust import Defence
 from wardround.study.protection import Robust
 from wardround.study.schema import Study

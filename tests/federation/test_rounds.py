@@ -14,9 +14,9 @@ from tests.federation.rig import Rig
 from tests.toys import toy_study
 from wardround.errors import JournalError, Rejected
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE, Call, PlainSum
-from wardround.storage.journal import Journal
 from wardround.learning.training import Learner
 from wardround.protection.gates import check_body, check_reply, check_update
+from wardround.storage.journal import Journal
 from wardround.wire.message import FileBody, Message
 
 STUDY = toy_study(method={"kind": "fedavg", "weights": "equal"}, schedule={"rounds": 3, "keep": 2})

@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from wardround.runner import host as hosts
 
 from tests.federation.exact import exact_exchange
 from tests.federation.rig import Rig
 from tests.hospitals import make_hospitals, write_study
 from tests.toys import Regression, toy_study
-from wardround.storage.database import Database
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
+from wardround.protection.rounding import Draws, rounding, study_root
+from wardround.run import session
+from wardround.storage.database import Database
 from wardround.storage.journal import State
 from wardround.storage.store import SiteStore
-from wardround.protection.rounding import Draws, rounding, study_root
-from wardround.runner import host as hosts
-from wardround.run import session
 from wardround.wire.message import Message
 from wardround.wire.ring import levels
 from wardround.wire.update import scale_key

@@ -10,9 +10,10 @@ import pytest
 from tests.cohorts import CohortTask, cohort_study
 from tests.federation.rig import ARM, Rig
 from tests.federation.test_promises import ask_train, nudged
-from wardround.site.egress import EgressRules
 from wardround.federation.exchange import UPDATE
+from wardround.site.egress import EgressRules
 from wardround.site.measured import SETS, MeasuredSets
+from wardround.site.rules import rules_of
 from wardround.site.site import Site
 from wardround.storage.store import SiteStore
 
@@ -24,7 +25,7 @@ def rig_of(folder: Path, weights: str = "validation", **egress: int) -> Rig:
     """A federation whose site A has a record of measured sets, and rules."""
     study = cohort_study(method={"kind": "fedavg", "weights": weights})
     rig = Rig(study, folder, task=CohortTask())
-    rules = replace(rig.host.rules(ARM, rounding_root=rig.host.rounding_root), egress=EgressRules(**egress))
+    rules = replace(rules_of(rig.host, ARM, rounding_root=rig.host.rounding_root), egress=EgressRules(**egress))
     (folder / "history").mkdir()
     sets, store = MeasuredSets(folder / "history"), SiteStore(folder / "sites" / "ruled")
     rig.sites["A"] = Site("A", rules, lambda: rig.learner("A"), store, sets=sets)

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from tests.federation.rig import Rig
 from tests.toys import toy_sites, toy_study
 from wardround.errors import DataError, JournalError, StudyError
-from wardround.results.files import read_result
 from wardround.federation.release import load_model
+from wardround.results.files import read_result
 from wardround.run.session import Result, evaluate, run
 from wardround.study.sites import Egress, SitesFile
 from wardround.wire.tensors import tensors_sha256

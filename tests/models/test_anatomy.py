@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from wardround.cli import app
 from wardround.errors import DataError, StudyError
+from wardround.imaging.acquisition.ct.system import CTSystem
+from wardround.imaging.acquisition.wrapped import Prompted
 from wardround.models.anatomy import AnatomyNet
 from wardround.models.build import build_model
 from wardround.models.redcnn import REDCNN
-from wardround.imaging.acquisition.ct.system import CTSystem
-from wardround.imaging.acquisition.wrapped import Prompted
 from wardround.run.session import run
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError, StudyError
+from wardround.imaging.acquisition.ct.phantom import HEAD, THORAX, ellipse_image, ellipse_sinogram
+from wardround.imaging.acquisition.ct.system import CTSystem
+from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.models.build import build_model
 from wardround.models.conditioning import FiLM, ProtocolHyperNet, within
 from wardround.models.learn import Learn as LearnNetwork
 from wardround.models.lpd import LPD as LPDNetwork
 from wardround.models.two_band import low_pass
-from wardround.imaging.acquisition.ct.phantom import HEAD, THORAX, ellipse_image, ellipse_sinogram
-from wardround.imaging.acquisition.ct.system import CTSystem
-from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.study.ct import MU_WATER, CTAcquisition, CTGeometry
 from wardround.study.models import LPD, REDCNN, IRadonMAP, Learn, Model, MoDL, TwoBand, UNet
 from wardround.study.schema import Study

@@ -11,12 +11,12 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
+from wardround.imaging.acquisition.mri.operator import CartesianMRI
+from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.models.blocks import Denoiser
 from wardround.models.build import build_model
 from wardround.models.unrolled import PRESETS, modl_shape
 from wardround.models.unrolled import MoDL as MoDLNetwork
-from wardround.imaging.acquisition.mri.operator import CartesianMRI
-from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.study.acquisition import Mask, MRIAcquisition
 from wardround.study.models import Model, MoDL, UNet
 from wardround.study.tasks import Modality

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from wardround.errors import GeometryError
-from wardround.imaging.acquisition.ct.phantom import HEAD, Ellipse, ellipse_image, ellipse_sinogram
 from wardround.imaging.acquisition.ct.fbp import FBP, fbp
+from wardround.imaging.acquisition.ct.phantom import HEAD, Ellipse, ellipse_image, ellipse_sinogram
 from wardround.study.ct import CTGeometry
 
 FAN: dict[str, Any] = {"source_distance": 595.0, "detector_distance": 490.6, "bin": 2.5}

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from wardround.errors import GeometryError
-from wardround.imaging.acquisition.ct.operator import CTProjector
 from wardround.imaging.acquisition.ct.geometry import check_geometry, field_of_view_radius, rays, symmetry
+from wardround.imaging.acquisition.ct.operator import CTProjector
 from wardround.imaging.acquisition.ct.scanners import PROTOCOL_BOUNDS, SCANNERS, protocol_features
 from wardround.study.ct import CTAcquisition, CTGeometry
 

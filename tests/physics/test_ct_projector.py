@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from wardround.errors import GeometryError, StudyError
-from wardround.imaging.acquisition.ct import operator as ct
 from wardround.imaging.acquisition.ct import cache as ct_cache
+from wardround.imaging.acquisition.ct import operator as ct
 from wardround.imaging.acquisition.ct import projector
+from wardround.imaging.acquisition.ct.cache import VARIABLE, MatrixCache, default_folder, user_cache
 from wardround.imaging.acquisition.ct.operator import VARIABLE as LIMIT
 from wardround.imaging.acquisition.ct.operator import CTProjector, StoredWeights, WeightsOnTheFly, matrix_limit
-from wardround.imaging.acquisition.ct.cache import VARIABLE, MatrixCache, default_folder, user_cache
 from wardround.imaging.acquisition.ct.projector import Model, estimate_bytes, weight_matrix
 from wardround.study.ct import CTGeometry
 

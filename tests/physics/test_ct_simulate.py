@@ -8,15 +8,15 @@ import torch
 from tests.real_images import root_folder
 from torch import Tensor
 
-from wardround.imaging.readers.dicom import read_slice
 from wardround.errors import GeometryError
-from wardround.imaging.acquisition.ct.operator import CTProjector
+from wardround.imaging.acquisition.ct.fbp import FBP, fbp
 from wardround.imaging.acquisition.ct.noise import hu_to_mu, mu_to_hu
+from wardround.imaging.acquisition.ct.operator import CTProjector
 from wardround.imaging.acquisition.ct.phantom import HEAD, THORAX, ellipse_image, ellipse_sinogram
 from wardround.imaging.acquisition.ct.simulate import CTMeasurement, CTSimulator, simulate_ct
 from wardround.imaging.acquisition.ct.system import CTSystem
-from wardround.imaging.acquisition.ct.fbp import FBP, fbp
 from wardround.imaging.acquisition.solvers import tv, tv_objective
+from wardround.imaging.readers.dicom import read_slice
 from wardround.study.ct import CTAcquisition, CTGeometry
 
 GEOMETRY = CTGeometry(

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from wardround.imaging.datasets.mri import SliceIndex
-from wardround.imaging.readers.folder import SiteFolder
-from wardround.imaging.readers.volume import Volume, read_volume
 from wardround.errors import MissingExtra
 from wardround.imaging import phantoms
+from wardround.imaging.datasets.mri import SliceIndex
 from wardround.imaging.phantoms import (
     CONTRAST_SITES,
     DEMO_SITES,
@@ -26,6 +24,8 @@ from wardround.imaging.phantoms import (
     make_site,
     signal,
 )
+from wardround.imaging.readers.folder import SiteFolder
+from wardround.imaging.readers.volume import Volume, read_volume
 from wardround.study.tasks import Slices, Split
 
 SMALL = {"size": 64, "slices": 4}

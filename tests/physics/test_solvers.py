@@ -12,8 +12,8 @@ from torch import Tensor
 from wardround.imaging.acquisition.ct.simulate import CTSimulator
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
-from wardround.imaging.acquisition.operator import LinearOperator, trust
 from wardround.imaging.acquisition.mri.simulate import simulate
+from wardround.imaging.acquisition.operator import LinearOperator, trust
 from wardround.imaging.acquisition.solvers import (
     cg_sense,
     gradient,

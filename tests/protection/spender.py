@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wardround.storage.store import SiteStore
 from wardround.protection.ledger import Entry, Ledger
+from wardround.storage.store import SiteStore
 
 
 def entry(number: int, study: str = "s") -> Entry:

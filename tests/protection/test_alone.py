@@ -16,15 +16,15 @@ from tests.federation.rig import recorded_sessions
 from tests.toys import toy_sites, toy_study
 from wardround.engines.local import LocalEngine
 from wardround.errors import Interrupted, NotEnoughSites, StudyError
-from wardround.site.alone import OWN
 from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import ALONE, DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE, Call
-from wardround.storage.journal import Journal
-from wardround.storage.verify import verify
-from wardround.run.machine import Machine
+from wardround.federation.measuring import OWN
 from wardround.federation.release import load_model, serve, shared_sha256
+from wardround.run.machine import Machine
 from wardround.run.session import Result, evaluate, run
 from wardround.run.watching import Silent
+from wardround.storage.journal import Journal
+from wardround.storage.verify import verify
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SitesFile

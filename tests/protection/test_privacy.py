@@ -17,12 +17,12 @@ from scipy import stats
 
 from tests.protection.spender import anything, entry, spend_many
 from wardround.errors import JournalError, MissingExtra, StudyError
-from wardround.storage.store import SiteStore
 from wardround.protection.accounting import Spending, epsilon_of, noise_for
 from wardround.protection.ledger import Ledger
 from wardround.protection.opacus import from_opacus
 from wardround.protection.privacy import BudgetSpent, Purse, Terms, terms_of
 from wardround.protection.secret import SecretRoot, SecretStream, coin
+from wardround.storage.store import SiteStore
 from wardround.study.protection import Privacy
 
 

@@ -15,7 +15,6 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import Interrupted, JournalError, NotEnoughSites, StudyError
 from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import ERROR, EVALUATE, TRAIN, UPDATE, Engine
-from wardround.storage.journal import Journal
 from wardround.federation.secure import (
     ADVERTISE,
     DEAL,
@@ -26,9 +25,10 @@ from wardround.federation.secure import (
     SecureUpload,
     secure_sum,
 )
-from wardround.site.site import Site
 from wardround.protection.identity import Roster
 from wardround.run.session import run
+from wardround.site.site import Site
+from wardround.storage.journal import Journal
 from wardround.study.schema import Study
 from wardround.wire.message import Header, Message
 

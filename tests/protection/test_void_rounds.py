@@ -11,9 +11,9 @@ from tests.federation.rig import Rig
 from tests.protection.test_secure_rounds import SecureRig, losing, study_of
 from wardround.errors import NotEnoughSites
 from wardround.federation.exchange import EVALUATE, TRAIN
-from wardround.storage.journal import State
 from wardround.federation.secure import ADVERTISE, SIGN
 from wardround.site.voids import UNSEEN, VoidRounds
+from wardround.storage.journal import State
 from wardround.wire.message import Header, Message
 
 ENDS = "the study ends with round"

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from report_runs import TRAINING, result, rounds, write_run
 
 from wardround.errors import JournalError
-from wardround.storage.journal import RoundReport
 from wardround.results.files import line_of, read_result, read_rounds, write_result
 from wardround.results.schema import Estimate, PrivacyStatement, Result, RoundLine, SitePrivacy
 from wardround.results.tables import csv_of, numbers_of
+from wardround.storage.journal import RoundReport
 from wardround.tasks.estimates import Mean, estimate
 
 

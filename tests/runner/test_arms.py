@@ -13,6 +13,7 @@ import yaml
 
 from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError
+from wardround.federation.plans import plan_of
 from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.learning.methods.method import Method
 from wardround.learning.training import learning_rate
@@ -21,6 +22,7 @@ from wardround.plan.blueprints import Blueprints
 from wardround.run.explain import explain
 from wardround.run.machine import Machine
 from wardround.run.session import open_host, run
+from wardround.site.rules import rules_of
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Local
 from wardround.wire.message import Header
@@ -135,9 +137,9 @@ def test_a_start_is_made_once_an_arm_and_nothing_changes_it(tmp_path: Path, monk
 
     monkeypatch.setattr(Method, "initial", counted)
     plans = Blueprints(study, ("local",), plugins=Plugins(code=True))
-    starts = [plans.rules("federated").initial for _ in study.sites] + [plans.plan("federated").initial]
+    starts = [rules_of(plans, "federated").initial for _ in study.sites] + [plan_of(plans, "federated").initial]
     assert len(made) == 1
     assert all(start is starts[0] for start in starts)
-    assert plans.rules("local/A").initial is not starts[0]
+    assert rules_of(plans, "local/A").initial is not starts[0]
     with pytest.raises(TypeError):
         starts[0]["model/0.bias"] = np.zeros(3)  # type: ignore[index]

@@ -18,8 +18,8 @@ from tests.ct_files import PATIENT, PATIENT_ID, body, setting, write_series, wri
 from tests.ct_hospitals import ct_study, make_ct_hospitals, save_dicom, save_nifti, thorax
 from tests.data.test_ct_projections import FAULTS, SHORT, scan, write_projections
 from wardround.cli import app
-from wardround.models.build import build_model
 from wardround.federation.release import FORMAT
+from wardround.models.build import build_model
 from wardround.study.load import load_study
 
 WIDE = {"PixelSpacing": ["4", "4"]}

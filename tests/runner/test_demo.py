@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from wardround.cli import app
-from wardround.imaging.datasets.split import split_patients
-from wardround.imaging.readers.volume import read_volume
 from wardround.errors import StudyError
 from wardround.imaging import phantoms
+from wardround.imaging.datasets.split import split_patients
+from wardround.imaging.readers.volume import read_volume
 from wardround.run import demo as demos
 from wardround.run import session
 from wardround.run.demo import CONTRASTS, DEMO, Demo, demo_study

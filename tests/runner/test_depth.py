@@ -16,13 +16,13 @@ import wardround
 from tests.hospitals import SIZE, head, save
 from wardround.cli import app
 from wardround.errors import StudyError
-from wardround.models.build import build_model
+from wardround.federation.release import FORMAT
 from wardround.imaging.acquisition.mri.coils import birdcage_maps, low_resolution_maps
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import CartesianMRI, fft2c
 from wardround.imaging.acquisition.solvers import tv
+from wardround.models.build import build_model
 from wardround.run.reconstruct import output_names
-from wardround.federation.release import FORMAT
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 

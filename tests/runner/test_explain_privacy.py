@@ -10,9 +10,9 @@ import yaml
 
 from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError
-from wardround.storage.store import SiteStore
 from wardround.protection.ledger import Entry, Ledger
 from wardround.run.explain import explain
+from wardround.storage.store import SiteStore
 
 
 def _files(folder: Path, *, ledger: Path | None = None, **privacy: Any) -> tuple[Path, Path]:

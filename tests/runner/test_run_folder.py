@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from tests.toys import toy_sites, toy_study
 from wardround.cli import app
 from wardround.errors import DataError, Interrupted, JournalError, StudyError, WardroundError
-from wardround.storage.journal import RoundReport
 from wardround.run.folder import alone
 from wardround.run.session import Result, evaluate, run
+from wardround.storage.journal import RoundReport
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from tests.toys import toy_sites, toy_study
 from wardround import Result, evaluate, run
 from wardround.errors import Interrupted
-from wardround.storage.journal import RoundReport
 from wardround.progress import LiveProgress
 from wardround.run.watching import OPERATORS, READING, TESTING, Lines, Silent, duration
+from wardround.storage.journal import RoundReport
 
 ROUNDS = 3
 

@@ -11,10 +11,10 @@ import torch
 from tests.ct_hospitals import GEOMETRY, OTHER, SIZE, ct_study, make_ct_hospitals
 
 import wardround
-from wardround.imaging.datasets.ct import CTFolder
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.ct import cache as ct_cache
 from wardround.imaging.acquisition.ct.cache import VARIABLE
+from wardround.imaging.datasets.ct import CTFolder
 from wardround.results.files import read_result
 from wardround.run.machine import Machine
 from wardround.study.load import load_study

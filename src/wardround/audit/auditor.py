@@ -23,13 +23,13 @@ from wardround.audit.scores import Row, Trial, row, score
 from wardround.audit.subject import claimed, held_out_alike, model_file
 from wardround.audit.victims import Noise, control_victim, singles, victim_of
 from wardround.errors import DataError, StudyError
-from wardround.learning.examples import ExampleStream, SiteExamples
-from wardround.storage.store import NOTHING
-from wardround.learning.training import build_optimizer
-from wardround.protection.lint import Finding, architecture_sha256, lint_against
-from wardround.plan.arms import FEDERATED
-from wardround.run.machine import NOWHERE, Machine
 from wardround.federation.release import model_of_study, personal_part
+from wardround.learning.examples import ExampleStream, SiteExamples
+from wardround.learning.training import build_optimizer
+from wardround.plan.arms import FEDERATED
+from wardround.protection.lint import Finding, architecture_sha256, lint_against
+from wardround.run.machine import NOWHERE, Machine
+from wardround.storage.store import NOTHING
 from wardround.study.load import study_sha256
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile

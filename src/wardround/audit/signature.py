@@ -10,10 +10,10 @@ from typing import Any
 
 from wardround.audit.results import FILES
 from wardround.errors import StudyError
-from wardround.storage.store import SiteStore
-from wardround.storage.cipher import Vault
-from wardround.protection.identity import KEY_BYTES, Identity, Roster
 from wardround.plan.arms import FEDERATED
+from wardround.protection.identity import KEY_BYTES, Identity, Roster
+from wardround.storage.cipher import Vault
+from wardround.storage.store import SiteStore
 from wardround.wire.files import write_text
 
 SIGNATURE = "audit.sig.json"

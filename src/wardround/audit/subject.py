@@ -6,8 +6,8 @@ from pathlib import Path
 
 from wardround.audit.epsilon import Claim
 from wardround.learning.private_training import training_patients
-from wardround.protection.privacy import terms_of
 from wardround.plan.arms import FEDERATED
+from wardround.protection.privacy import terms_of
 from wardround.study.schema import Study
 from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.task import Dataset

@@ -22,12 +22,12 @@ from wardround.federation.exchange import (
     PlainSum,
     Void,
 )
-from wardround.storage.journal import Journal, RoundReport, State
-from wardround.learning.methods.method import MODEL, Method, Writers
 from wardround.federation.minutes import CoordinatorMinutes
 from wardround.federation.selection import Scored, best_round, candidates
+from wardround.learning.methods.method import MODEL, Method, Writers
 from wardround.plan.sums import LOSS, SECONDS, validation_values
 from wardround.protection.compression import PLAIN, Codec
+from wardround.storage.journal import Journal, RoundReport, State
 from wardround.tasks.task import MetricSpec
 from wardround.wire.message import FileBody, Message
 from wardround.wire.scales import SATURATED, ScaleRules

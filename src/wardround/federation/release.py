@@ -12,7 +12,6 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from wardround.imaging.readers.volume import reason
 from wardround.errors import DataError, StudyError, WireError
 from wardround.federation.coordinator import Release
 from wardround.learning.methods.build import build_method
@@ -23,7 +22,7 @@ from wardround.study.methods import CustomMethod
 from wardround.study.protocols import HeaderFacts, ModelProtocols
 from wardround.study.schema import Study
 from wardround.wire.canonical import parse_json
-from wardround.wire.files import written
+from wardround.wire.files import reason, written
 from wardround.wire.tensors import TensorFile, TensorWriter, tensors_sha256
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import NotEnoughSites, Rejected
-from wardround.storage.blobs import disk_error
 from wardround.federation.exchange import Call, ClearExchange, ExchangeFactory, PlainSum
 from wardround.protection.gates import Received, check_update
 from wardround.protection.robust import Defence, combine, gram, norm_gate, plan_of
+from wardround.storage.blobs import disk_error
 from wardround.wire.message import FileBody, Message
 from wardround.wire.ring import ExactSum, Ring, dequantise
 from wardround.wire.tensors import TensorInfo

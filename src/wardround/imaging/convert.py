@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wardround.imaging.datasets.ct import CONTRAST as CT
 from wardround.deidentify import scrub
+from wardround.errors import DataError
+from wardround.imaging.datasets.ct import CONTRAST as CT
 from wardround.imaging.readers.dicom_inspect import find_dicom, summarise_dicom
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.imaging.readers.hounsfield import check_hounsfield
 from wardround.imaging.readers.volume import Volume, read_volume, write_nifti
-from wardround.errors import DataError
 
 # Files that hold somebody's drawing, not a scan.
 DRAWINGS = frozenset({"seg", "label", "labels", "mask", "segmentation"})

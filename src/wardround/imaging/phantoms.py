@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
-from wardround.imaging.readers.volume import FloatArray, Volume, write_nifti
 from wardround.errors import MissingExtra
+from wardround.imaging.readers.volume import FloatArray, Volume, write_nifti
 from wardround.wire.random import public_generator
 
 

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from wardround.errors import DataError
 from wardround.imaging.convert import DRAWINGS, counted_patients, inspect_path, is_site
 from wardround.imaging.datasets.ct import CONTRAST as CT
-from wardround.imaging.readers.folder import SiteFolder
 from wardround.imaging.propose_ct import HEAD, ct_sites, propose_ct
-from wardround.errors import DataError
+from wardround.imaging.readers.folder import SiteFolder
 from wardround.study.schema import RESERVED_NAMES
 
 _STUDY = (

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from wardround.errors import DataError
 from wardround.imaging.convert import counted_patients
 from wardround.imaging.datasets.ct import Body, CTFolder
 from wardround.imaging.readers.ct_files import NIFTI, patient_files
 from wardround.imaging.readers.dicom_file import open_dicom, text
 from wardround.imaging.readers.dicom_inspect import find_dicom
-from wardround.errors import DataError
 from wardround.study.scanners import PRESETS
 
 _SIZES = (256, 128)

@@ -20,8 +20,8 @@ from wardround.learning.methods.method import Facts, LocalRound, Method
 from wardround.learning.momentum import averaged
 from wardround.learning.policy import Parameter, Policy
 from wardround.learning.private_training import PrivateTraining
-from wardround.storage.store import Memory
 from wardround.protection.drift import Reach, local_reach
+from wardround.storage.store import Memory
 from wardround.study.schema import Local
 from wardround.tasks.states import patient_rows
 from wardround.tasks.task import Batch, Dataset, Split, Task

@@ -9,9 +9,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.blocks import as_channels, from_channels
 from wardround.models.conditioning import HIDDEN, Modulation, ProtocolHyperNet, modulated, modulation
-from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.study import models as models_config
 
 # Four poolings leave 2 x 2 of it, the least that a normalisation over an image can work with.

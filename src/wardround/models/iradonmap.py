@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.blocks import Denoiser
 from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulation, prefixed, within
-from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.study import models as models_config
 
 

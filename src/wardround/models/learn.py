@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from wardround.imaging.acquisition.operator import LinearOperator, trust
 from wardround.models.blocks import Denoiser, Norm, ResidualUNet
 from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulation, prefixed, within
-from wardround.imaging.acquisition.operator import LinearOperator, trust
 from wardround.study import models as models_config
 
 Gradient = Literal["adjoint", "fbp"]

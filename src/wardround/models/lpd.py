@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.blocks import convolution
 from wardround.models.conditioning import HIDDEN, Modulation, ProtocolHyperNet, modulated, modulation, prefixed, within
-from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.study import models as models_config
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.anatomy import AnatomyNet
 from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulated, modulation, prefixed
-from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.study import models as models_config
 
 PRESETS = {"tiny": 8, "small": 24, "paper": 96}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-from wardround.models.blocks import Denoiser
 from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.models.blocks import Denoiser
 from wardround.study import models as models_config
 
 

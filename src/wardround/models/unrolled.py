@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from wardround.models.blocks import Denoiser, Norm
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.wrapped import RealImage
+from wardround.models.blocks import Denoiser, Norm
 from wardround.study import models as models_config
 
 

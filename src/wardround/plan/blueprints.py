@@ -13,19 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import StudyError
-from wardround.federation.coordinator import Plan
-from wardround.site.egress import OPEN, EgressRules
+from wardround.imaging.acquisition.ct.scanners import protocol_features
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import STRANGER
 from wardround.learning.policy import Policy
-from wardround.site.rules import Rules
-from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
 from wardround.learning.training import Workbench
-from wardround.imaging.acquisition.ct.scanners import protocol_features
+from wardround.plan.arms import Arm, arms_of
+from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
-from wardround.plan.arms import Arm, arms_of
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import study_sha256
 from wardround.study.plugins import NO_PLUGINS, Plugins
@@ -147,74 +144,15 @@ class Blueprints:
             )
         return self._blueprints[name]
 
-    def plan(self, name: str) -> Plan:
-        """What the coordinator of an arm must know."""
-        blueprint, schedule = self.blueprint(name), self.study.schedule
-        selection = self.task.metrics[0] if self.task.metrics else None
-        return Plan(
-            arm=name,
-            identity=blueprint.identity,
-            sites=blueprint.arm.sites,
-            rounds=schedule.rounds,
-            min_sites=min(schedule.min_sites, len(blueprint.arm.sites)),
-            layout=blueprint.layout,
-            metrics_layout=blueprint.metrics_layout,
-            initial_scale=self.study.protection.initial_scale,
-            codec=blueprint.codec,
-            selection=None if selection is None else selection.name,
-            larger_is_better=selection is None or selection.larger_is_better,
-            metrics=self.task.metrics,
-            validate_every=schedule.validate_every,
-            release=schedule.release,
-            keep=schedule.keep,
-            extends=self._extends(blueprint.arm),
-            initial=self._start(blueprint),
-        )
-
     def initial(self, blueprint: Blueprint) -> tuple[dict[str, Array], dict[str, Array]]:
         """What an arm begins with: the values that sites get, and what only its coordinator keeps."""
         return blueprint.method.initial(blueprint.layout.groups, self.bench.initial_values())
 
-    def rules(
-        self,
-        name: str,
-        *,
-        egress: EgressRules = OPEN,
-        lint: bool = True,
-        catch_up: int = 0,
-        rounding_root: bytes | None = None,
-    ) -> Rules:
-        """What a site of an arm agrees to; all but the arm is its own.
-
-        Without a `rounding_root` the site draws a secret one, from which its updates are rounded.
-        """
-        blueprint, study = self.blueprint(name), self.study
-        return Rules(
-            identity=blueprint.identity,
-            layout=blueprint.codec.sent(blueprint.layout),
-            metrics_layout=blueprint.metrics_layout,
-            evaluation_layout=blueprint.evaluation_layout,
-            seed=study.seed,
-            egress=egress,
-            codec=blueprint.codec,
-            lint=lint,
-            catch_up=catch_up,
-            initial_scale=study.protection.initial_scale,
-            rounds=study.schedule.rounds,
-            extends=self._extends(blueprint.arm),
-            masked=blueprint.arm.masked(study),
-            arm=name,
-            baselines=frozenset(study.baselines),
-            initial=self._start(blueprint),
-            rounding_root=rounding_root,
-            hidden=blueprint.arm.threshold(study) is not None or blueprint.arm.inside(study),
-        )
-
-    def _extends(self, arm: Arm) -> bool:
+    def extends(self, arm: Arm) -> bool:
         """Whether a void round comes on top of the study's; with privacy it is paid for."""
         return arm.masked(self.study) and self.study.protection.privacy is None
 
-    def _start(self, blueprint: Blueprint) -> Mapping[str, Array]:
+    def start(self, blueprint: Blueprint) -> Mapping[str, Array]:
         """The state of an arm before round 1, what sites get and what the coordinator keeps: one for all its sites."""
         name = blueprint.arm.name
         if name not in self._starts:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import platform
 
+from wardround.version import __version__
+
 
 def fingerprint() -> dict[str, str]:
     """What must be the same for the same bits: versions and the kind of processor."""
     import numpy
     import torch
 
-    import wardround
-
     return {
-        "wardround": wardround.__version__,
+        "wardround": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from wardround.errors import NotEnoughSites
 from wardround.federation.exchange import ALONE, DONE, Engine
-from wardround.storage.journal import RoundReport
 from wardround.plan.blueprints import Blueprint
+from wardround.storage.journal import RoundReport
 from wardround.wire.message import Header, Message
 
 

@@ -14,25 +14,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wardround.imaging.readers.embeddings import Embeddings
-from wardround.imaging.readers.volume import Volume, read_volume, reason
 from wardround.errors import DataError, StudyError
-from wardround.models.build import build_model
+from wardround.federation.release import load_model, personal_part, serve, study_of
 from wardround.imaging.acquisition.mri.coils import low_resolution_maps
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
-from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.mri.simulate import simulate
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.solvers import tv
+from wardround.imaging.readers.embeddings import Embeddings
+from wardround.imaging.readers.volume import Volume, read_volume
+from wardround.models.build import build_model
 from wardround.run.apply_ct import Done, reconstruct_ct, save_nifti
 from wardround.run.depth import Depth, Scan, Score, look
 from wardround.run.protocols import read_protocols, simulated, summary, warning
-from wardround.federation.release import load_model, personal_part, serve, study_of
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.models import anatomy_of
 from wardround.study.protocols import ModelProtocols
 from wardround.study.schema import Study
 from wardround.tasks.metrics import SSIM_WINDOW, reconstruction_scores
+from wardround.wire.files import reason
 from wardround.wire.random import public_generator
 
 Array = npt.NDArray[Any]

@@ -12,21 +12,21 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from wardround.imaging.datasets.ct import Body, Grid, Slice, on_grid, read_ct_volume, slices_of
-from wardround.imaging.readers.ct_projections import CTProjections, read_projections
-from wardround.imaging.readers.ct_protocol import acquisition_from_header
-from wardround.imaging.readers.dicom import read_series, series_files
-from wardround.imaging.readers.dicom_file import is_projection, open_dicom
-from wardround.imaging.readers.dicom_inspect import find_dicom
-from wardround.imaging.writers.dicom import write_derived
-from wardround.imaging.readers.hounsfield import AIR
-from wardround.imaging.readers.volume import FloatArray, Volume, write_nifti
 from wardround.errors import DataError, GeometryError, StudyError
 from wardround.imaging.acquisition.ct.noise import insert_noise
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.solvers import tv
 from wardround.imaging.acquisition.wrapped import Prompted
+from wardround.imaging.datasets.ct import Body, Grid, Slice, on_grid, read_ct_volume, slices_of
+from wardround.imaging.readers.ct_projections import CTProjections, read_projections
+from wardround.imaging.readers.ct_protocol import acquisition_from_header
+from wardround.imaging.readers.dicom import read_series, series_files
+from wardround.imaging.readers.dicom_file import is_projection, open_dicom
+from wardround.imaging.readers.dicom_inspect import find_dicom
+from wardround.imaging.readers.hounsfield import AIR
+from wardround.imaging.readers.volume import FloatArray, Volume, write_nifti
+from wardround.imaging.writers.dicom import write_derived
 from wardround.run.depth import Classical, Depth, Scan, look
 from wardround.run.protocols import Facts, simulated, stated
 from wardround.study.ct import CTAcquisition, CTGeometry

@@ -12,13 +12,14 @@ from pathlib import Path
 from wardround.errors import StudyError
 from wardround.federation.coordinator import Plan
 from wardround.federation.exchange import ExchangeFactory, PlainSum
-from wardround.storage.journal import Journal
+from wardround.federation.plans import plan_of
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import secure_sum
-from wardround.protection.identity import Roster
-from wardround.protection.robust import Defence
 from wardround.plan.arms import Arm
 from wardround.plan.blueprints import Blueprints
+from wardround.protection.identity import Roster
+from wardround.protection.robust import Defence
+from wardround.storage.journal import Journal
 from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 
@@ -74,7 +75,7 @@ class Context(Blueprints):
 
     def plan(self, name: str) -> Plan:
         """What the coordinator of an arm must know: whom it asks, too."""
-        plan = super().plan(name)
+        plan = plan_of(self, name)
         return replace(plan, sites=self.remaining(plan.sites))
 
     def exchange(self, arm: Arm, journal: Journal, roster: Roster | None) -> ExchangeFactory:

@@ -13,17 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wardround.errors import DataError
-from wardround.site.alone import OWN
 from wardround.federation.exchange import EVALUATE, Call, Engine, ask_one
-from wardround.site.patients import BASELINE, REFERENCE
+from wardround.federation.measuring import BASELINE, OWN, REFERENCE, RELEASED
 from wardround.federation.refusals import is_withheld
+from wardround.federation.release import as_tensor_file, model_of_study, model_path
+from wardround.plan.arms import FEDERATED, POOLED
 from wardround.plan.sums import Result, results_in
 from wardround.results.metrics import MetricInfo
 from wardround.results.schema import ALIAS, Estimate, LeftOut, Measured, Row, Table
-from wardround.plan.arms import FEDERATED, POOLED
 from wardround.run.context import Context
-from wardround.site.evaluators import RELEASED
-from wardround.federation.release import as_tensor_file, model_of_study, model_path
 from wardround.run.watching import TESTING, TUNING, Phase
 from wardround.tasks.estimates import Estimate as Found
 from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import yaml
 
-from wardround.site.patients import REFERENCE
-from wardround.plan.sums import LOSS
+from wardround.federation.measuring import REFERENCE
 from wardround.learning.training import patients_in
-from wardround.results.units import human_bytes, protocol
 from wardround.plan.blueprints import Blueprint
+from wardround.plan.sums import LOSS
+from wardround.results.units import human_bytes, protocol
 from wardround.run.columns import WIDTH, entry, table, wrapped
 from wardround.run.explain_plugins import uncalled
 from wardround.run.machine import NOWHERE, Machine
-from wardround.site.budgets import Outlook
 from wardround.run.remarks import remarks_on
 from wardround.run.session import open_host
 from wardround.run.statement import words
+from wardround.site.budgets import Outlook
 from wardround.study.load import load_study, study_sha256
 from wardround.study.models import anatomy_of
 from wardround.study.protection import Rotation, Subspace, TopK

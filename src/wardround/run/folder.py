@@ -13,8 +13,8 @@ from pathlib import Path
 import yaml
 
 from wardround.errors import JournalError
-from wardround.run.context import Context
 from wardround.plan.versions import fingerprint
+from wardround.run.context import Context
 from wardround.study.load import load_study
 from wardround.wire.files import refuse_links, write_text
 

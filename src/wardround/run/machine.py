@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import StudyError, WardroundError
-from wardround.site.egress import EgressRules
 from wardround.federation.exchange import Party
 from wardround.learning.training import Learner
-from wardround.protection.rounding import study_root
-from wardround.site.agent import Agent, Progress
 from wardround.plan.arms import POOLED
-from wardround.run.asking import data_changed
 from wardround.plan.blueprints import Blueprint
+from wardround.protection.rounding import study_root
+from wardround.run.asking import data_changed
 from wardround.run.context import Context
-from wardround.site.datasets import Datasets
 from wardround.run.watching import OPERATORS, READING, Phase
+from wardround.site.agent import Agent, Progress
+from wardround.site.datasets import Datasets
+from wardround.site.egress import EgressRules
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import ValidationError
 
-from wardround.imaging.readers.ct_protocol import CTProtocol
 from wardround.errors import DataError
-from wardround.results.units import protocol
-from wardround.plan.arms import FEDERATED, every_arm
 from wardround.federation.release import PROTOCOLS
+from wardround.imaging.readers.ct_protocol import CTProtocol
+from wardround.plan.arms import FEDERATED, every_arm
+from wardround.results.units import protocol
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.ct import CTAcquisition
 from wardround.study.protocols import ModelProtocols

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from wardround.storage.journal import RoundReport
 from wardround.results.files import ROUNDS_FILE, line_of
+from wardround.storage.journal import RoundReport
 
 
 class RoundsFile:

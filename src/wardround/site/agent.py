@@ -12,31 +12,33 @@ from typing import Any
 
 from wardround.deidentify import describe_error
 from wardround.errors import Rejected, StudyError, WardroundError, WireError
-from wardround.site.alone import OnlyTests, OwnArm, TrainsAlone
-from wardround.storage.blobs import disk_error
-from wardround.site.egress import OPEN, EgressRules
-from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.federation.exchange import DONE, Party
 from wardround.federation.facts import DELIVER, FACTS, SPENT, Patients, SiteFacts, SiteSpending, meta_of
-from wardround.site.measured import MeasuredSets
-from wardround.site.patients import PatientRows
-from wardround.learning.private_training import PrivateTraining
-from wardround.storage.record import LOG, Record, begun_by
+from wardround.federation.plans import plan_of
 from wardround.federation.refusals import refusal
-from wardround.federation.secure import SecureUpload
-from wardround.site.site import Site, SiteProtocol
-from wardround.storage.store import SiteStore
+from wardround.federation.release import CARD, model_path, save_release, scanners_of_arm
+from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
+from wardround.learning.private_training import PrivateTraining
 from wardround.learning.training import Learner, patients_in
-from wardround.storage.cipher import Vault
-from wardround.protection.identity import Identity
-from wardround.protection.secret import SecretRoot
 from wardround.plan.arms import FEDERATED, POOLED, Arm
 from wardround.plan.blueprints import Blueprint, Blueprints
-from wardround.site.datasets import Datasets
-from wardround.site.evaluators import evaluators_of, own_model
-from wardround.site.budgets import Purses, spending_of
-from wardround.federation.release import CARD, model_path, save_release, scanners_of_arm
 from wardround.plan.versions import fingerprint
+from wardround.protection.identity import Identity
+from wardround.protection.secret import SecretRoot
+from wardround.site.alone import OnlyTests, OwnArm, TrainsAlone
+from wardround.site.budgets import Purses, spending_of
+from wardround.site.datasets import Datasets
+from wardround.site.egress import OPEN, EgressRules
+from wardround.site.evaluators import evaluators_of, own_model
+from wardround.site.measured import MeasuredSets
+from wardround.site.patients import PatientRows
+from wardround.site.rules import rules_of
+from wardround.site.secure import SecureUpload
+from wardround.site.site import Site, SiteProtocol
+from wardround.storage.blobs import disk_error
+from wardround.storage.cipher import Vault
+from wardround.storage.record import LOG, Record, begun_by
+from wardround.storage.store import SiteStore
 from wardround.study.plugins import Plugins
 from wardround.study.protocols import HeaderFacts
 from wardround.study.schema import Study
@@ -268,7 +270,8 @@ class Agent:
                 f"site {name} has no part in an arm that another site trains alone: under protection.secure it stays "
                 "inside that site"
             )
-        rules = self._blueprints.rules(
+        rules = rules_of(
+            self._blueprints,
             arm_name,
             egress=self._egress,
             lint=entry is not None and entry.lint,
@@ -313,7 +316,7 @@ class Agent:
 
             return TrainsAlone(
                 OwnArm(
-                    plan=blueprints.plan(arm.name),
+                    plan=plan_of(blueprints, arm.name),
                     method=blueprint.method,
                     initial=partial(blueprints.initial, blueprint),
                     save=save,

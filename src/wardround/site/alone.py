@@ -18,14 +18,13 @@ import numpy.typing as npt
 from wardround.errors import NotEnoughSites, Rejected, WireError
 from wardround.federation.coordinator import Coordinator, Plan, Release
 from wardround.federation.exchange import ALONE, DONE, ERROR, EVALUATE, RELEASE, TRAIN
-from wardround.storage.journal import Journal
+from wardround.federation.measuring import OWN
 from wardround.learning.methods.method import Method
 from wardround.site.site import Answer, Site
+from wardround.storage.journal import Journal
 from wardround.wire.message import Message
 
 Array = npt.NDArray[Any]
-# The evaluator that measures the model which the site trained by itself.
-OWN = "own"
 
 
 class OnlyTests:

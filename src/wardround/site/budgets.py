@@ -9,14 +9,14 @@ from pathlib import Path
 
 from wardround.federation.facts import SiteSpending
 from wardround.learning.private_training import training_patients
-from wardround.storage.store import SiteStore
-from wardround.storage.cipher import Vault
+from wardround.plan.arms import Arm
 from wardround.protection.accounting import Spending, epsilon_of
 from wardround.protection.lattice import Lattice
 from wardround.protection.ledger import Ledger, peek
 from wardround.protection.privacy import Purse, Terms, spent, terms_of
 from wardround.protection.secret import SecretRoot
-from wardround.plan.arms import Arm
+from wardround.storage.cipher import Vault
+from wardround.storage.store import SiteStore
 from wardround.study.protection import Privacy
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile

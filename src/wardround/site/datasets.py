@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 
 from wardround.errors import StudyError, WardroundError
-from wardround.site.egress import EgressRules, strictest
 from wardround.plan.blueprints import Blueprints
+from wardround.site.egress import EgressRules, strictest
 from wardround.study.sites import Egress, SitesFile
 from wardround.tasks.task import Dataset, Prepared, Visited
 

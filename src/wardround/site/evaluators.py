@@ -16,11 +16,10 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from wardround.errors import DataError, WireError
-from wardround.site.alone import OWN
-from wardround.storage.blobs import disk_error
-from wardround.site.patients import BASELINE
-from wardround.site.site import Evaluator
+from wardround.federation.measuring import BASELINE, OWN, RELEASED
 from wardround.learning.training import Learner
+from wardround.site.site import Evaluator
+from wardround.storage.blobs import disk_error
 from wardround.tasks.states import value_of
 from wardround.tasks.task import Imaging, Oriented, Split
 from wardround.wire.archives import read_npz
@@ -28,7 +27,6 @@ from wardround.wire.files import written
 from wardround.wire.tensors import TensorFile
 
 Array = npt.NDArray[Any]
-RELEASED = "released"
 # In a picture file: window/NAME/UNIT is (low, high, units a value).
 WINDOW = "window"
 # And turn/NUMBER says how an example is shown, as `Turn`.

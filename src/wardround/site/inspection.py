@@ -15,10 +15,10 @@ import numpy.typing as npt
 from wardround.errors import Rejected
 from wardround.federation.exchange import TRAIN
 from wardround.learning.methods.method import MODEL
-from wardround.storage.store import SiteStore
 from wardround.protection.compression import Codec
 from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, drift, witnessed
 from wardround.protection.lint import Finding, lint_against
+from wardround.storage.store import SiteStore
 from wardround.wire.ring import levels
 from wardround.wire.scales import GROWTH, headroom
 from wardround.wire.update import Layout, limits, scale_key

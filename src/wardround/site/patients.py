@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import DataError, JournalError, Rejected, Withheld
+from wardround.plan.sums import Result, evaluation_entries
+from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.site.cohorts import kept_back
 from wardround.site.egress import EgressRules
 from wardround.site.measured import MeasuredSets
-from wardround.plan.sums import Result, evaluation_entries
 from wardround.storage.cipher import Vault
-from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.tasks.estimates import LEAST_PATIENTS, WITHHELD, Mean, mean_of, two_digits
 from wardround.tasks.resampling import resampled_error
 from wardround.tasks.states import Kind, PatientMean, value_of
@@ -35,15 +35,12 @@ from wardround.wire.files import write_text
 from wardround.wire.message import Header
 
 if TYPE_CHECKING:
-    from wardround.learning.training import Learner
+    from wardround.federation.measuring import BASELINE, REFERENCE
+from wardround.learning.training import Learner
 
 Array = npt.NDArray[Any]
 # Writes a record of an event into the site's log.
 Note = Callable[[str, Mapping[str, Any]], None]
-# The row that every other row of a study is compared with.
-REFERENCE = "federated"
-# The evaluator of what learns nothing, and in a request to it the key of its name.
-BASELINE = "baseline"
 COLUMNS = ("patient", "folder", "row", "metric", "value")
 
 

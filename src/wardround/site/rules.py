@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy.typing as npt
 
-from wardround.site.egress import OPEN, EgressRules
+from wardround.plan.blueprints import Blueprints
 from wardround.protection.compression import PLAIN, Codec
+from wardround.site.egress import OPEN, EgressRules
 from wardround.wire.update import Layout
 
 Array = npt.NDArray[Any]
@@ -52,3 +53,39 @@ class Rules:
         """The layouts of the study, and the bytes of an update of each."""
         sums = {layout.sha256: layout.nbytes for layout in (self.metrics_layout, self.evaluation_layout)}
         return {**sums, self.layout.sha256: self.codec.form.nbytes(self.layout)}
+
+
+def rules_of(
+    blueprints: Blueprints,
+    name: str,
+    *,
+    egress: EgressRules = OPEN,
+    lint: bool = True,
+    catch_up: int = 0,
+    rounding_root: bytes | None = None,
+) -> Rules:
+    """What a site of an arm agrees to; all but the arm is its own.
+
+    Without a `rounding_root` the site draws a secret one, from which its updates are rounded.
+    """
+    blueprint, study = blueprints.blueprint(name), blueprints.study
+    return Rules(
+        identity=blueprint.identity,
+        layout=blueprint.codec.sent(blueprint.layout),
+        metrics_layout=blueprint.metrics_layout,
+        evaluation_layout=blueprint.evaluation_layout,
+        seed=study.seed,
+        egress=egress,
+        codec=blueprint.codec,
+        lint=lint,
+        catch_up=catch_up,
+        initial_scale=study.protection.initial_scale,
+        rounds=study.schedule.rounds,
+        extends=blueprints.extends(blueprint.arm),
+        masked=blueprint.arm.masked(study),
+        arm=name,
+        baselines=frozenset(study.baselines),
+        initial=blueprints.start(blueprint),
+        rounding_root=rounding_root,
+        hidden=blueprint.arm.threshold(study) is not None or blueprint.arm.inside(study),
+    )

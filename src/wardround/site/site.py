@@ -18,24 +18,24 @@ from safetensors.numpy import save
 
 from wardround.deidentify import describe_error
 from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
-from wardround.storage.blobs import disk_error
-from wardround.site.egress import check_egress
 from wardround.federation.exchange import DONE, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.facts import LOCAL_SHA256
-from wardround.site.inspection import Inspector
-from wardround.site.measured import MeasuredSets
-from wardround.learning.methods.method import MODEL
 from wardround.federation.minutes import SENT, SiteMinutes
-from wardround.site.patients import OwnResults, PatientRows
-from wardround.storage.record import LOG, Record, begun_by
 from wardround.federation.refusals import refusal
-from wardround.site.rules import Rules
-from wardround.storage.store import Memory, SiteStore
-from wardround.plan.sums import LOSS, SECONDS, validation_sums
+from wardround.learning.methods.method import MODEL
 from wardround.learning.training import Learner
-from wardround.site.voids import VoidRounds
+from wardround.plan.sums import LOSS, SECONDS, validation_sums
 from wardround.protection.gates import check_body
 from wardround.protection.rounding import kept_root, rounding
+from wardround.site.egress import check_egress
+from wardround.site.inspection import Inspector
+from wardround.site.measured import MeasuredSets
+from wardround.site.patients import OwnResults, PatientRows
+from wardround.site.rules import Rules
+from wardround.site.voids import VoidRounds
+from wardround.storage.blobs import disk_error
+from wardround.storage.record import LOG, Record, begun_by
+from wardround.storage.store import Memory, SiteStore
 from wardround.tasks.task import Split
 from wardround.wire.canonical import digest
 from wardround.wire.files import written

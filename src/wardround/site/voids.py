@@ -13,11 +13,10 @@ import json
 from collections.abc import Set
 
 from wardround.federation.exchange import EVALUATE, RELEASE, TRAIN
+from wardround.federation.secure import ADVERTISE
 from wardround.storage.store import SiteStore
 from wardround.wire.message import Header
 
-# The request with which an attempt at a secure sum begins; it names the model.
-OFFER = "sum/advertise"
 # Void rounds of a study that a site believes in without having seen them, because it was away or its update was lost:
 # as many as stop a run when they come in a row.
 UNSEEN = 3
@@ -66,7 +65,8 @@ class VoidRounds:
         """The model from which the round that a request belongs to begins, where that is known; else nothing."""
         if header.kind == TRAIN:
             return header.body_sha256
-        if header.kind == OFFER:
+        # The request with which an attempt at a secure sum begins names the model.
+        if header.kind == ADVERTISE:
             trains = header.meta.get("kind") == TRAIN
             self._offered = (header.round, str(header.meta.get("model")) if trains else "")
         number, start = self._offered

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import JournalError
+from wardround.protection.identity import Identity
 from wardround.storage.blobs import Blobs
 from wardround.storage.database import Database
 from wardround.storage.record import LOG, Record, begun_by
-from wardround.protection.identity import Identity
 from wardround.wire.canonical import canonical_json
 from wardround.wire.files import refuse_links
 from wardround.wire.tensors import TensorFile, parse_table

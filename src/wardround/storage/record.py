@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import JournalError
-from wardround.storage.blobs import disk_error
 from wardround.protection.identity import Identity
+from wardround.storage.blobs import disk_error
 from wardround.wire.canonical import canonical_json, digest
 from wardround.wire.files import sync_folder
 

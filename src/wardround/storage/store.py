@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import JournalError
+from wardround.protection.identity import Identity
 from wardround.storage.blobs import Blobs
+from wardround.storage.cipher import Vault, sealed_nbytes
 from wardround.storage.database import Database
 from wardround.storage.record import Tail
-from wardround.storage.cipher import Vault, sealed_nbytes
-from wardround.protection.identity import Identity
 from wardround.wire.canonical import canonical_json
 from wardround.wire.files import refuse_links
 from wardround.wire.message import EmptyBody, FileBody, Header, Message

@@ -18,6 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from wardround.errors import StudyError
+from wardround.protection.identity import frame
 from wardround.storage.record import (
     CHECKPOINT,
     CHECKPOINT_EVERY,
@@ -29,7 +30,6 @@ from wardround.storage.record import (
     Entry,
     signed_events,
 )
-from wardround.protection.identity import frame
 from wardround.wire.canonical import digest
 
 

@@ -13,21 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wardround.imaging.datasets.ct import CTFolder, CTIndex, Grid
-from wardround.imaging.datasets.mri import SPLITS, Example
-from wardround.imaging.readers.embeddings import Embeddings
-from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.visits import Index, Visits
 from wardround.errors import GeometryError, StudyError
-from wardround.imaging.acquisition.ct.operator import matrix_limit
 from wardround.imaging.acquisition.ct.cache import user_cache
+from wardround.imaging.acquisition.ct.fbp import check_sweep
 from wardround.imaging.acquisition.ct.geometry import check_geometry
+from wardround.imaging.acquisition.ct.operator import matrix_limit
 from wardround.imaging.acquisition.ct.simulate import REFINEMENT, CTSimulator
 from wardround.imaging.acquisition.ct.system import CTSystem
-from wardround.imaging.acquisition.ct.fbp import check_sweep
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.solvers import tv, weighted_tv
 from wardround.imaging.acquisition.wrapped import Prompted
+from wardround.imaging.datasets.ct import CTFolder, CTIndex, Grid
+from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
+from wardround.imaging.datasets.mri import SPLITS, Example
+from wardround.imaging.datasets.visits import Index, Visits
+from wardround.imaging.readers.embeddings import Embeddings
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.ct import CTAcquisition
@@ -115,7 +115,7 @@ def _one_part(parts: Sequence[CTScans]) -> CTScans:
 class Scanner:
     """One acquisition: the simulator of its scans and the operator that reconstruction knows, built when first used.
 
-    Their matrices are kept on the machine, see `wardround.imaging.acquisition.ct.cache.user_cache`. Raises GeometryError at once
+    Their matrices are kept on the machine, see `imaging.acquisition.ct.cache.user_cache`. Raises GeometryError at once
     where the detector misses the patient, and for views that FBP cannot weigh; StudyError as `matrix_limit` does.
     """
 

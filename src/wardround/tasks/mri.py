@@ -11,18 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wardround.imaging.datasets.mri import Example, SliceIndex
-from wardround.imaging.readers.folder import SiteFolder
-from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.visits import Index, Visits
 from wardround.errors import StudyError
-from wardround.models.unrolled import modl_shape
 from wardround.imaging.acquisition.mri.coils import low_resolution_maps
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.imaging.acquisition.solvers import cg_sense, tv, zero_filled
 from wardround.imaging.acquisition.wrapped import RealImage
+from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
+from wardround.imaging.datasets.mri import Example, SliceIndex
+from wardround.imaging.datasets.visits import Index, Visits
+from wardround.imaging.readers.folder import SiteFolder
+from wardround.models.unrolled import modl_shape
 from wardround.study import MRIAcquisition, schema
 from wardround.study import models as models_config
 from wardround.study import tasks as tasks_config

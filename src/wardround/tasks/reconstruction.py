@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wardround.imaging.datasets.mri import Example
-from wardround.imaging.orientation import Turn
-from wardround.imaging.datasets.visits import Index
 from wardround.errors import StudyError
+from wardround.imaging.datasets.mri import Example
+from wardround.imaging.datasets.visits import Index
+from wardround.imaging.orientation import Turn
 from wardround.models.build import build_model
 from wardround.study import schema
 from wardround.study import tasks as tasks_config

@@ -71,3 +71,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def reason(error: OSError) -> str:
+    """Why the disk refuses, in the system's words, which name no file: `Permission denied`."""
+    return error.strerror or type(error).__name__

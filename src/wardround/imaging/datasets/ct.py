@@ -14,22 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from wardround.errors import DataError
+from wardround.imaging.datasets.ct_remarks import remarks_on
+from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
+from wardround.imaging.datasets.mri import SPLITS, BoolArray, Example, chosen, fill_holes
+from wardround.imaging.datasets.split import Role, SplitName, split_patients
 from wardround.imaging.readers.ct_files import KINDS, NIFTI, patient_files
 from wardround.imaging.readers.ct_protocol import CTProtocol, facts_of
-from wardround.imaging.datasets.ct_remarks import remarks_on
-from wardround.imaging.datasets.mri import SPLITS, BoolArray, Example, chosen, fill_holes
 from wardround.imaging.readers.dicom import AIR, CTSlice, read_slice
 from wardround.imaging.readers.embeddings import Embeddings
 from wardround.imaging.readers.folder import no_patient, patient_folders
 from wardround.imaging.readers.hounsfield import check_air, check_hounsfield, check_tissue
-from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
 from wardround.imaging.readers.places import Place
-from wardround.imaging.datasets.split import Role, SplitName, split_patients
-from wardround.imaging.readers.volume import FloatArray, Volume, read_volume, reason
-from wardround.errors import DataError
+from wardround.imaging.readers.volume import FloatArray, Volume, read_volume
 from wardround.study.protocols import HeaderFacts
 from wardround.study.tasks import Slices, Split
 from wardround.wire.canonical import canonical_json
+from wardround.wire.files import reason
 
 CONTRAST = "ct"
 _EXPECTED = " or SITE/PATIENT/".join(KINDS)

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from wardround.imaging.readers.folder import SiteFolder
-from wardround.imaging.orientation import Turn
-from wardround.imaging.datasets.split import Role, SplitName, split_patients
-from wardround.imaging.readers.volume import FloatArray
 from wardround.errors import DataError
+from wardround.imaging.datasets.split import Role, SplitName, split_patients
+from wardround.imaging.orientation import Turn
+from wardround.imaging.readers.folder import SiteFolder
+from wardround.imaging.readers.volume import FloatArray
 from wardround.study.tasks import Slices, Split
 from wardround.wire.canonical import canonical_json
 

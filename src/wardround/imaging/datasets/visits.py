@@ -10,8 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from numpy.typing import NDArray
 
 from wardround.imaging.datasets.mri import Example
-from wardround.imaging.orientation import Turn
 from wardround.imaging.datasets.split import SplitName
+from wardround.imaging.orientation import Turn
 from wardround.study.tasks import Slices
 
 

@@ -26,11 +26,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
 
+from wardround.errors import DataError
 from wardround.imaging.readers.ct_protocol import CTProtocol, protocol_of
 from wardround.imaging.readers.dicom import series_files
-from wardround.imaging.readers.dicom_file import is_projection, number, open_dicom, path_of, pixels, raw_numbers, raw_text, text
+from wardround.imaging.readers.dicom_file import (
+    is_projection,
+    number,
+    open_dicom,
+    path_of,
+    pixels,
+    raw_numbers,
+    raw_text,
+    text,
+)
 from wardround.imaging.readers.volume import FloatArray
-from wardround.errors import DataError
 from wardround.study.ct import MU_WATER, CTGeometry
 
 _ROWS, _COLUMNS = (0x7029, 0x1010), (0x7029, 0x1011)

@@ -11,8 +11,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 from pydicom.dataset import Dataset
 
-from wardround.imaging.readers.dicom_file import number, path_of, text
 from wardround.errors import DataError
+from wardround.imaging.readers.dicom_file import number, path_of, text
 from wardround.study.ct import CTAcquisition
 from wardround.study.protocols import HeaderFacts
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset
 
+from wardround.errors import DataError
 from wardround.imaging.readers.ct_protocol import CTProtocol, protocol_of
 from wardround.imaging.readers.dicom_file import (
     is_lossy,
@@ -26,7 +27,6 @@ from wardround.imaging.readers.dicom_file import (
 from wardround.imaging.readers.hounsfield import AIR, check_air, check_tissue, to_hounsfield
 from wardround.imaging.readers.places import Place, regular_gaps, unevenness
 from wardround.imaging.readers.volume import FloatArray, Volume
-from wardround.errors import DataError
 
 __all__ = ["AIR", "CTSeries", "CTSlice", "read_series", "read_slice", "series_files"]
 

@@ -25,8 +25,8 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
-from wardround.imaging.readers.bounds import MOST_PIXELS, RLE_RATIO, inflates_to
 from wardround.errors import DataError
+from wardround.imaging.readers.bounds import MOST_PIXELS, RLE_RATIO, inflates_to
 
 # A file whose whole content is deflated: far more than an image of 8192 x 8192 pixels and its header.
 _MOST_INFLATED = 1 << 28

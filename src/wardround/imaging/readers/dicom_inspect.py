@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from wardround.errors import DataError
 from wardround.imaging.readers.ct_projections import read_projections
 from wardround.imaging.readers.ct_protocol import CTProtocol
 from wardround.imaging.readers.dicom import CTSlice, read_slice
 from wardround.imaging.readers.dicom_file import is_projection, open_dicom
 from wardround.imaging.readers.hounsfield import without_air, wrong_rescale
 from wardround.imaging.readers.places import Place, regular_gaps, unevenness
-from wardround.errors import DataError
 
 _SUFFIXES = frozenset({".dcm", ".ima", ".dicom"})
 # Problems that differ by a number are one.

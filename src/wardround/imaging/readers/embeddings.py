@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from wardround.imaging.readers.volume import FloatArray
 from wardround.errors import DataError
+from wardround.imaging.readers.volume import FloatArray
 from wardround.wire.archives import read_npz
 
 # The name of a vector that serves every patient who has none of their own.

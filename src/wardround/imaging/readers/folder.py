@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wardround.imaging.orientation import Turn, turn_of
-from wardround.imaging.readers.volume import FloatArray, read_volume, reason
 from wardround.errors import DataError
+from wardround.imaging.orientation import Turn, turn_of
+from wardround.imaging.readers.volume import FloatArray, read_volume
+from wardround.wire.files import reason
 
 _SUFFIXES = (".nii.gz", ".nii")
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
+from wardround.errors import DataError
 from wardround.imaging.readers.dicom_file import number, path_of, text
 from wardround.imaging.readers.volume import FloatArray
-from wardround.errors import DataError
 
 # Where CT values end below; scanners cut off here.
 AIR = -1024.0

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from wardround.imaging.readers.dicom_file import number
 from wardround.errors import DataError
+from wardround.imaging.readers.dicom_file import number
 
 UNEVEN = 0.1  # of a step: more than any rounding of positions, less than any missing slice
 

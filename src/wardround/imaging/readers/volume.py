@@ -14,8 +14,9 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from wardround.imaging.readers.bounds import check_nifti
 from wardround.errors import DataError
+from wardround.imaging.readers.bounds import check_nifti
+from wardround.wire.files import reason
 
 FloatArray = NDArray[np.float32]
 
@@ -106,11 +107,6 @@ def _read(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[n
         raise DataError(
             "an image file is damaged or not NIfTI; copy it again from its source", detail=f"{path}: {error}"
         ) from error
-
-
-def reason(error: OSError) -> str:
-    """Why the disk refuses, in the system's words, which name no file: `Permission denied`."""
-    return error.strerror or type(error).__name__
 
 
 def write_nifti(volume: Volume, path: Path, dtype: type[np.generic] = np.float32, description: str = "") -> None:

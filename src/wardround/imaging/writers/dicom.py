@@ -16,11 +16,11 @@ import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from wardround.errors import DataError
 from wardround.imaging.readers.dicom import CTSeries
 from wardround.imaging.readers.dicom_file import guarded, path_of, text
 from wardround.imaging.readers.hounsfield import AIR
 from wardround.imaging.readers.volume import FloatArray
-from wardround.errors import DataError
 
 PURPOSE = "Wardround, research use only"
 _INTERCEPT = -1024

@@ -25,7 +25,6 @@ import torch
 from scipy import sparse
 
 from wardround.imaging.acquisition.ct import geometry as ct_geometry
-
 from wardround.imaging.acquisition.ct import projector
 from wardround.imaging.acquisition.ct.projector import Model, weight_matrix
 from wardround.study.ct import CTGeometry

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from wardround.errors import GeometryError
-from wardround.imaging.acquisition.ct.operator import CTProjector
 from wardround.imaging.acquisition.ct.cache import MatrixCache
 from wardround.imaging.acquisition.ct.geometry import FloatArray, bin_positions, distances
+from wardround.imaging.acquisition.ct.operator import CTProjector
 from wardround.study.ct import CTGeometry
 
 Window = Literal["ramp", "hann"]

@@ -17,8 +17,14 @@ from torch import Tensor
 from wardround.errors import GeometryError, StudyError
 from wardround.imaging.acquisition.ct.cache import MatrixCache
 from wardround.imaging.acquisition.ct.geometry import check_geometry, symmetry
+from wardround.imaging.acquisition.ct.projector import (
+    BYTES_PER_WEIGHT,
+    Model,
+    estimate_bytes,
+    weight_blocks,
+    weight_matrix,
+)
 from wardround.imaging.acquisition.operator import LinearOperator, self_adjoint
-from wardround.imaging.acquisition.ct.projector import BYTES_PER_WEIGHT, Model, estimate_bytes, weight_blocks, weight_matrix
 from wardround.study.ct import CTGeometry
 
 _LOG = logging.getLogger(__name__)

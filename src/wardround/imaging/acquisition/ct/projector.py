@@ -8,8 +8,8 @@ joseph  Line integrals with linear interpolation between the two nearest pixels 
 strip   Averages over the width of a bin: each pixel casts the shadow that a square has in the direction of its ray
         (separable footprints in two dimensions: Long, Fessler and Balter, IEEE Trans. Med. Imaging 29 (2010),
         1839). For parallel beams these are exact areas. For simulation.
-fbp     What the transpose of this matrix does is the weighted back projection of `wardround.imaging.acquisition.ct.fbp`: each pixel
-        interpolates between the two bins that its ray falls between. No projector, but built and applied like one.
+fbp     What the transpose of this matrix does is the weighted back projection of `ct.fbp`: each pixel interpolates
+        between the two bins that its ray falls between. No projector, but built and applied like one.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.ct.beam_hardening import bone_share, tube_spectrum
-from wardround.imaging.acquisition.ct.operator import CTProjector
 from wardround.imaging.acquisition.ct.cache import MatrixCache
 from wardround.imaging.acquisition.ct.noise import hu_to_mu, measure
+from wardround.imaging.acquisition.ct.operator import CTProjector
 from wardround.study.ct import CTAcquisition, CTGeometry
 
 FloatArray = NDArray[np.float32]

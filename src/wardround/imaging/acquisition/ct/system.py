@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from wardround.imaging.acquisition.ct.beam_hardening import tube_spectrum
-from wardround.imaging.acquisition.ct.operator import CTProjector
 from wardround.imaging.acquisition.ct.cache import MatrixCache
-from wardround.imaging.acquisition.ct.noise import variance
 from wardround.imaging.acquisition.ct.fbp import FBP
-from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.imaging.acquisition.ct.noise import variance
+from wardround.imaging.acquisition.ct.operator import CTProjector
 from wardround.imaging.acquisition.ct.scanners import protocol_features
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.study.ct import CTAcquisition
 
 

@@ -44,7 +44,7 @@ def simulate(
     Coil positions, receiver phases, image phase, mask (unless given) and noise are drawn from `random`. Noise
     has standard deviation `acquisition.noise` in the real and in the imaginary part of each coil, relative to
     an image peak of 1 (the transform is orthonormal, so the same in k-space and image); coils stay correlated
-    as configured, see `wardround.imaging.acquisition.noise.whiten`. Raises GeometryError where image or mask do not fit.
+    as configured, see `imaging.acquisition.noise.whiten`. Raises GeometryError where image or mask do not fit.
     """
     if image.ndim != 2 or (mask is not None and mask.shape != image.shape):
         raise GeometryError(

@@ -1,0 +1,271 @@
+"""The coordinator's part of a run: trains every arm, releases, measures, reports. It opens nothing of a site."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from wardround.engines.local import STOPPED
+from wardround.errors import Interrupted, StudyError
+from wardround.federation.coordinator import Coordinator, Release
+from wardround.federation.exchange import Engine
+from wardround.federation.facts import SiteFacts, SiteSpending
+from wardround.federation.release import CARD, load_model, model_path, save_release, scanners_of_arm, shared_sha256
+from wardround.plan.arms import FEDERATED, POOLED
+from wardround.plan.blueprints import Blueprint
+from wardround.results.card import write_card
+from wardround.results.files import read_rounds, write_result
+from wardround.results.html import write_report
+from wardround.results.schema import Measured, Result, RoundLine, Seconds, Traffic
+from wardround.run.alone import train_alone
+from wardround.run.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver
+from wardround.run.context import Context
+from wardround.run.evaluation import measure, tables
+from wardround.run.folder import alone, claim, mixed, without_in
+from wardround.run.notes import notes_of
+from wardround.run.protocols import read_protocols
+from wardround.run.rounds import RoundsFile
+from wardround.run.statement import statement
+from wardround.run.watching import Lines, Shielded, Watcher
+from wardround.storage.blobs import disk_error
+from wardround.storage.journal import Journal, RoundReport
+from wardround.study.plugins import Plugins
+from wardround.study.schema import Study
+
+log = logging.getLogger(__name__)
+
+
+def coordinate(
+    study: Study,
+    out: str | Path,
+    engine: Engine,
+    *,
+    compare: Sequence[str] = (),
+    resume: bool = False,
+    without: Sequence[str] = (),
+    watcher: Watcher | None = None,
+    quiet: bool = False,
+    plugins: Collection[str] = (),
+    allow_code: bool = False,
+) -> Result:
+    """The coordinator's part of a run whose sites live elsewhere, where `engine` reaches them; the rest is as in `run`.
+
+    `plugins` are names of installed entry points that the coordinator lets a study name.
+
+    Raises `StudyError` for what needs the patients of several sites in one place, and everything that `run` raises.
+    """
+    if POOLED in compare:
+        raise StudyError("--compare pooled: needs the data of all sites in one place, and these stay apart")
+    if scanning := next((name for name, site in study.sites.items() if site.scans), None):
+        raise StudyError(f"sites.{scanning}.scans: needs patients of other sites in one place, and these stay apart")
+    began, out, watching = time.perf_counter(), Path(out), shielded(watcher, quiet)
+    allowed = Plugins({"coordinator": frozenset(plugins)}, allow_code)
+    context = Context(study, out, compare, without_in(out).union(without), allowed)
+    for name in context.arms:
+        context.blueprint(name)
+    try:
+        with alone(out):
+            fingerprints = claim(context, resume=resume)
+            return conduct(context, engine, len(context.arms), watching, fingerprints, began)
+    except KeyboardInterrupt:
+        raise Interrupted(STOPPED) from None
+    except OSError as error:
+        raise disk_error(error) from error
+
+
+def _train(
+    host: Context, engine: Engine, parallel: int, watcher: Shielded, facts: Mapping[str, SiteFacts]
+) -> dict[str, Release]:
+    """Train all arms, several at once where there are several workers."""
+    stop = threading.Event()
+    watcher.arms(list(host.arms), host.study.schedule.rounds)
+    blueprints = {name: host.blueprint(name) for name in host.arms}
+    rounds = RoundsFile(host.out, list(host.arms))
+    for blueprint in blueprints.values():
+        rounds.put(_committed(host, blueprint))
+
+    def train(name: str) -> Release | None:
+        blueprint, plan = blueprints[name], host.plan(name)
+        if blueprint.arm.inside(host.study):
+            for number in range(1, plan.rounds + 1):
+                watcher.round(train_alone(engine, blueprint, number))
+                if stop.is_set():
+                    raise Interrupted(STOPPED)
+            return None
+        with closing(Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)) as journal:
+            roster = agree_on_roster(host, engine, blueprint.arm, facts)
+            protocol = host.exchange(blueprint.arm, journal, roster)
+            coordinator = Coordinator(plan, blueprint.method, engine, journal, protocol)
+            state = coordinator.start(lambda: host.initial(blueprint))
+            for report in journal.reports()[-1:]:
+                watcher.round(_by_importance(host, report))
+            for _ in coordinator.rounds(state):
+                # The new round, and the one before where it now has its validation.
+                for report in rounds.put(journal.reports()[-2:]):
+                    watcher.round(_by_importance(host, report))
+                if stop.is_set():
+                    raise Interrupted(STOPPED)
+            return coordinator.release()
+
+    with ThreadPoolExecutor(parallel) as pool:
+        futures = {name: pool.submit(train, name) for name in host.arms}
+        try:
+            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+            failed = next((f for f in done if f.exception() is not None), None)
+            if failed is not None:
+                failed.result()
+        except KeyboardInterrupt:
+            raise Interrupted(STOPPED) from None
+        finally:
+            if not all(f.done() and f.exception() is None for f in futures.values()):
+                stop.set()
+                for future in futures.values():
+                    future.cancel()
+                engine.close()
+    trained = {name: future.result() for name, future in futures.items()}
+    return {name: release for name, release in trained.items() if release is not None}
+
+
+def _by_importance(host: Context, report: RoundReport) -> RoundReport:
+    """A report whose validation begins with the task's first metric: a journal keeps them by their letters."""
+    known = report.validation
+    if known is None:
+        return report
+    names = [spec.name for spec in host.task.metrics if spec.name in known]
+    return replace(report, validation={name: known[name] for name in names} | dict(known))
+
+
+def _committed(host: Context, blueprint: Blueprint) -> list[RoundReport]:
+    """The rounds of an arm that an earlier process committed."""
+    folder = host.out / "work" / "arms" / blueprint.arm.folder
+    if not folder.exists():
+        return []
+    with closing(Journal(folder, blueprint.identity)) as journal:
+        return journal.reports()
+
+
+def _release(
+    host: Context, engine: Engine, releases: Mapping[str, Release], facts: Mapping[str, SiteFacts]
+) -> dict[str, str]:
+    """Save what the arms release; the hashes of the sites' private parts of the federation's model."""
+    private: dict[str, str] = {}
+    headers = {site: said.headers for site, said in facts.items() if site not in host.without}
+    for name, release in releases.items():
+        blueprint = host.blueprint(name)
+        scanners = scanners_of_arm(host, blueprint.arm, headers)
+        save_release(host, blueprint, release, scanners, model_path(host.out, blueprint.arm.folder))
+        found = ask_release(host, engine, blueprint, release.number, release.void)
+        if name == FEDERATED:
+            private = found
+    return private
+
+
+def conduct(
+    host: Context,
+    engine: Engine,
+    parallel: int,
+    watcher: Shielded,
+    fingerprints: Sequence[Mapping[str, str]],
+    began: float,
+) -> Result:
+    """The coordinator's part of a run, from the first question to the sites to the report.
+
+    `parallel` arms train at once. Opens nothing of a site: all that it knows of one came in messages.
+    """
+    facts = ask_facts(host, engine)
+    releases = _train(host, engine, parallel, watcher, facts)
+    private = _release(host, engine, releases, facts)
+    measured = tables(host, measure(host, engine, watcher.phase))
+    spendings = ask_spending(host, engine, _spenders(host))
+    seconds = time.perf_counter() - began
+    result = _conclude(host, releases, measured, fingerprints, seconds, facts, private, spendings)
+    for site, why in deliver(host, engine, model_path(host.out, FEDERATED), host.out / CARD).items():
+        log.warning("site %s did not get the released model: %s. The same command sends it again", site, why)
+    return result
+
+
+def _spenders(host: Context) -> list[str]:
+    """The sites that took part in a round, where rounds cost privacy."""
+    if host.study.protection.privacy is None:
+        return []
+    took_part = {site for line in read_rounds(host.out) for site in line.participants}
+    return [site for site in host.study.training_sites if site in took_part]
+
+
+def _conclude(
+    host: Context,
+    releases: Mapping[str, Release],
+    measured: Measured,
+    fingerprints: Sequence[Mapping[str, str]],
+    seconds: float,
+    facts: Mapping[str, SiteFacts],
+    private: Mapping[str, str],
+    spendings: Mapping[str, SiteSpending],
+) -> Result:
+    out = host.out
+    lines = read_rounds(out)
+    federated = [line for line in lines if line.arm == FEDERATED]
+    rules = host.study.protection.privacy
+    # With privacy a step has as many patients as were drawn: what is expected, at most.
+    batch = host.study.local.batch if rules is None else round(rules.patients_per_step * rules.examples_per_patient)
+    model = out / "models" / f"{FEDERATED}.safetensors"
+    trained_on = read_protocols(load_model(model)[1], host.study)
+    result = Result(
+        **dict(measured),
+        study=host.study.name,
+        study_sha256=host.study_sha256,
+        model_sha256=shared_sha256(model),
+        local_sha256=dict(private),
+        scanners=trained_on.headers,
+        rounds=host.study.schedule.rounds,
+        participants=tuple(sorted({site for line in federated for site in line.participants})),
+        compare=tuple(sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"})),
+        patients={site: _patients(host, site, facts) for site in host.study.sites},
+        traffic=Traffic(
+            bytes_up=sum(line.bytes_up for line in federated), bytes_down=sum(line.bytes_down for line in federated)
+        ),
+        seconds=Seconds(
+            total=round(seconds, 3),
+            training=round(sum(line.training_seconds for line in lines), 3),
+            overhead=round(sum(line.coordinator_seconds for line in lines), 3),
+        ),
+        privacy=statement(host.study, spendings),
+        steps={name: arm.local.steps * host.study.schedule.rounds for name, arm in host.arms.items()},
+        examples={
+            name: arm.local.steps * batch * host.study.schedule.rounds * len(arm.sites)
+            for name, arm in host.arms.items()
+        },
+        selected_round={name: release.number for name, release in releases.items()},
+        fingerprint=fingerprints[-1],
+        notes=(*_gone_without(host, lines), *mixed(fingerprints), *notes_of(lines)),
+    )
+    result = write_result(out, result)
+    write_card(out)
+    write_report(out)
+    return result
+
+
+def _patients(host: Context, site: str, facts: Mapping[str, SiteFacts]) -> dict[str, int | None] | None:
+    """A site's patients by split, as it gives them; nothing where it gave none, which the run has survived."""
+    said = None if site in host.without or site not in facts else facts[site].patients
+    return None if said is None else said.model_dump()
+
+
+def _gone_without(host: Context, lines: Sequence[RoundLine]) -> Iterator[str]:
+    """What to say of the sites that the run went on without, and of the arms that ended with them."""
+    for site in sorted(host.without):
+        took_part = [line.round for line in lines if line.arm == FEDERATED and site in line.participants]
+        last = f"it took part up to round {max(took_part)}" if took_part else "it took part in no round"
+        yield f"the run was resumed without {site} (--without): {last}, and is in no number and no mean of the results"
+    if ended := [name for name in host.asked if name not in host.arms]:
+        yield f"without {', '.join(sorted(host.without))} there are no results of {', '.join(ended)}"
+
+
+def shielded(watcher: Watcher | None, quiet: bool) -> Shielded:
+    return Shielded(watcher if watcher is not None or quiet else Lines())

@@ -32,7 +32,7 @@ class Egress(Config):
         True,
         description="whether a released model's file may list which scanners, tube voltages, slice thicknesses and "
         "kernels the headers of the training images name: as sets, of values that at least `minimum_cohort` patients "
-        "have. They are in no message: only a run on one machine puts them into the file",
+        "have. The site gives them once, in its answer to `facts`, and no update holds them",
     )
 
 

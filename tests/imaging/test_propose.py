@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tests.ct_files import PATIENT, PATIENT_ID, setting, write_series
 from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
-from tests.data.test_ct_projections import SHORT, scan, write_projections
+from tests.imaging.test_ct_projections import SHORT, scan, write_projections
 from tests.real_images import root_folder
 from typer.testing import CliRunner
 

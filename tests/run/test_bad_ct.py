@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.ct_files import PATIENT, PATIENT_ID, body, setting, write_series, write_slice
 from tests.ct_hospitals import ct_study, make_ct_hospitals, save_dicom, save_nifti, thorax
-from tests.data.test_ct_projections import FAULTS, SHORT, scan, write_projections
+from tests.imaging.test_ct_projections import FAULTS, SHORT, scan, write_projections
 from wardround.cli import app
 from wardround.federation.release import FORMAT
 from wardround.models.build import build_model

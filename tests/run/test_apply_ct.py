@@ -1,4 +1,4 @@
-"""A released CT model applied to volumes and to DICOM series; projections are in tests/data/test_ct_projections.py."""
+"""A released CT model applied to volumes and to DICOM series; for projections see test_ct_projections."""
 
 from __future__ import annotations
 

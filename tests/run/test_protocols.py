@@ -17,6 +17,7 @@ from tests.ct_hospitals import ct_study, make_ct_hospitals
 from tests.federation.rig import Sent, recorded_sessions
 from tests.laws.test_silence import leaks
 from wardround.cli import app
+from wardround.federation.facts import DELIVER, FACTS
 from wardround.imaging.readers.ct_protocol import CTProtocol, facts_of
 from wardround.run.machine import Machine
 from wardround.run.protocols import simulated, warning
@@ -26,7 +27,7 @@ from wardround.study.load import load_study
 from wardround.study.protocols import HeaderFacts, ModelProtocols
 from wardround.study.sites import Egress, SiteData, SitesFile
 
-FACTS = HeaderFacts(scanners=("SIEMENS Sensation 16",), kvp=(120.0,), slice_thickness=(5.0,), kernels=("B30f",))
+TOLD = HeaderFacts(scanners=("SIEMENS Sensation 16",), kvp=(120.0,), slice_thickness=(5.0,), kernels=("B30f",))
 
 
 def _sites(folders: dict[str, Path], **rules: Any) -> SitesFile:
@@ -60,7 +61,7 @@ def test_a_model_carries_its_scanners_and_what_two_patients_headers_say(finished
     found = _protocols(result.out / "models" / "federated.safetensors")
     # The scanner that took no part is none of them, and NIfTI has no header.
     assert found.scanners == {site: study.acquisition_of(site) for site in "AB"}
-    assert found.headers == {"A": FACTS}
+    assert found.headers == {"A": TOLD}
     alone = _protocols(result.out / "models" / "local-B.safetensors")
     assert (list(alone.scanners), alone.headers) == (["B"], {})
 
@@ -68,7 +69,7 @@ def test_a_model_carries_its_scanners_and_what_two_patients_headers_say(finished
 def test_result_card_and_inspect_list_them(finished: tuple[Result, list[Sent]]) -> None:
     out = finished[0].out
     written = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    assert written["scanners"] == {"A": FACTS.model_dump(mode="json")}
+    assert written["scanners"] == {"A": TOLD.model_dump(mode="json")}
     assert "| A | SIEMENS Sensation 16; 120 kV; 5 mm; kernels B30f |" in (out / "model_card.md").read_text("utf-8")
     said = CliRunner().invoke(app, ["inspect", str(out / "models" / "federated.safetensors")]).stdout
     assert "study tiny-ct" in said
@@ -76,9 +77,12 @@ def test_result_card_and_inspect_list_them(finished: tuple[Result, list[Sent]]) 
     assert "headers of A: SIEMENS Sensation 16; 120 kV; 5 mm; kernels B30f" in said
 
 
-def test_no_message_says_what_a_header_says(finished: tuple[Result, list[Sent]]) -> None:
-    assert len(finished[1]) > 10
-    assert leaks(finished[1], [b"SIEMENS", b"Sensation", b"B30f", b"kernel", b"tube voltage"]) == []
+def test_headers_are_in_the_answer_to_facts_and_in_the_delivered_model_alone(
+    finished: tuple[Result, list[Sent]],
+) -> None:
+    said = [sent for sent in finished[1] if sent.message.header.kind not in (FACTS, DELIVER)]
+    assert 10 < len(said) < len(finished[1])
+    assert leaks(said, [b"SIEMENS", b"Sensation", b"B30f", b"kernel", b"tube voltage"]) == []
 
 
 def test_a_model_written_again_has_the_same_bytes(
@@ -94,7 +98,7 @@ def test_a_model_written_again_has_the_same_bytes(
 @pytest.mark.parametrize(
     ("rules", "privacy", "told"),
     [
-        ({"minimum_cohort": 2}, False, FACTS),
+        ({"minimum_cohort": 2}, False, TOLD),
         ({"minimum_cohort": 6}, False, HeaderFacts()),
         ({"scanner_facts": False}, False, HeaderFacts()),
         ({}, True, HeaderFacts()),

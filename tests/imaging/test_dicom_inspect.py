@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.ct_files import setting, write_series, write_slice
-from tests.data.test_ct_projections import SHORT, scan, write_projections
+from tests.imaging.test_ct_projections import SHORT, scan, write_projections
 from tests.real_images import root_folder
 from typer.testing import CliRunner
 

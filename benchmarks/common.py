@@ -24,7 +24,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def conditions(**extra: Any) -> dict[str, Any]:
     """The machine and the versions a number belongs to."""
-    from wardround.run.folder import fingerprint
+    from wardround.runs.folder import fingerprint
 
     model = next(
         (line.split(":", 1)[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")), ""

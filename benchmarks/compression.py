@@ -103,7 +103,7 @@ def main() -> None:
 
 def _study(folder: Path, overrides: list[str]) -> tuple[Any, Any]:
     """The study and where its data lie."""
-    from wardround.run.demo import demo_study
+    from wardround.runs.demo import demo_study
     from wardround.study.load import load_study
     from wardround.study.sites import load_sites
 
@@ -157,7 +157,7 @@ class Channel:
 
 def _errors(studies: dict[str, Any], sites: Any, folder: Path) -> dict[str, dict[str, float]]:
     """The relative L2 error of the mean of each kind: the median over rounds, and of all rounds added up."""
-    from wardround.run.machine import Machine
+    from wardround.runs.machine import Machine
     from wardround.storage.store import Memory
     from wardround.wire.message import Header
     from wardround.wire.update import scale_key

@@ -149,7 +149,7 @@ def cold_start() -> float:
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import wardround.run.session, torch"], check=True)
+        subprocess.run([sys.executable, "-c", "import wardround.runs.session, torch"], check=True)
         times.append(time.perf_counter() - began)
     return median(times)
 

@@ -60,7 +60,7 @@ def ours(engine_name: str) -> dict[str, float]:
     from wardround.engines.local import LocalEngine
     from wardround.engines.workers import WorkersEngine
     from wardround.federation.coordinator import Coordinator
-    from wardround.run.machine import Machine
+    from wardround.runs.machine import Machine
     from wardround.storage.journal import Journal
     from wardround.study.schema import Study
     from wardround.study.sites import SiteData, SitesFile
@@ -84,7 +84,7 @@ def ours(engine_name: str) -> dict[str, float]:
         else:
             spec = out / "spec.json"
             spec.write_text(json.dumps(host.spec()), encoding="utf-8")
-            engine = WorkersEngine(2, "wardround.run.machine:site_finder", spec)
+            engine = WorkersEngine(2, "wardround.runs.machine:site_finder", spec)
         blueprint = host.blueprint("federated")
         coordinator = Coordinator(
             host.plan("federated"), blueprint.method, engine, Journal(out / "arm", blueprint.identity)

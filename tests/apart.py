@@ -12,7 +12,7 @@ from typing import Any
 from wardround.engines.apart import ApartEngine
 from wardround.protection.rounding import study_root
 from wardround.results.schema import Result
-from wardround.run.conduct import coordinate
+from wardround.runs.conduct import coordinate
 from wardround.site.agent import Agreed, spec_of
 from wardround.storage.store import SiteStore
 from wardround.study.schema import Study

@@ -23,7 +23,7 @@ from wardround import __version__
 from wardround.cli import app, shared
 from wardround.results.pictures import read_pictures
 from wardround.results.schema import Measured
-from wardround.run import session
+from wardround.runs import session
 from wardround.study.load import load_study
 
 PATIENT = "Doe-John"

@@ -29,9 +29,9 @@ __all__ = [
 
 _HOMES = {
     "Result": "wardround.results.schema",
-    "run": "wardround.run.session",
-    "evaluate": "wardround.run.session",
-    "reconstruct": "wardround.run.reconstruct",
+    "run": "wardround.runs.session",
+    "evaluate": "wardround.runs.session",
+    "reconstruct": "wardround.runs.reconstruct",
     "Study": "wardround.study",
     "load_study": "wardround.study.load",
     "load_sites": "wardround.study.sites",
@@ -41,8 +41,8 @@ _HOMES = {
 if TYPE_CHECKING:
     from wardround.errors import WardroundError
     from wardround.results.schema import Result
-    from wardround.run.reconstruct import reconstruct
-    from wardround.run.session import evaluate, run
+    from wardround.runs.reconstruct import reconstruct
+    from wardround.runs.session import evaluate, run
     from wardround.study import Study
     from wardround.study.load import load_study
     from wardround.study.sites import load_sites

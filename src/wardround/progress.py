@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from wardround.run.watching import TRAINING
+from wardround.runs.watching import TRAINING
 from wardround.storage.journal import RoundReport
 
 

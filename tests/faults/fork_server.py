@@ -24,7 +24,7 @@ from wardround import cli
 from wardround.errors import WardroundError
 from wardround.learning.training import Learner
 from wardround.protection.ledger import Ledger
-from wardround.run import session
+from wardround.runs import session
 from wardround.storage.database import Database
 from wardround.study.schema import Study
 

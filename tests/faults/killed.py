@@ -16,7 +16,7 @@ from wardround.federation.exchange import UPDATE
 from wardround.federation.release import shared_sha256
 from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.secret import SecretRoot
-from wardround.run.folder import reserve
+from wardround.runs.folder import reserve
 from wardround.storage.store import SiteStore
 from wardround.storage.verify import verify
 from wardround.wire.message import Header

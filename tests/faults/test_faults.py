@@ -24,10 +24,10 @@ from wardround.errors import Interrupted, JournalError, NotEnoughSites, Wardroun
 from wardround.federation.exchange import UPDATE
 from wardround.protection.gates import check_body
 from wardround.results.terminal import lacking_in
-from wardround.run import folder, session
-from wardround.run.folder import alone
-from wardround.run.session import Result, evaluate, run
-from wardround.run.watching import Silent
+from wardround.runs import conduct, folder
+from wardround.runs.folder import alone
+from wardround.runs.session import Result, evaluate, run
+from wardround.runs.watching import Silent
 from wardround.site.site import Site
 from wardround.storage.blobs import Blobs, disk_error
 from wardround.storage.journal import Journal, RoundReport
@@ -110,7 +110,7 @@ def test_a_disk_that_is_full_when_the_model_is_to_be_written(
     task = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}}
     study, sites = toy_study(**ALL, method={"kind": method}, task=task), toy_sites(tmp_path / "data")
     out, ballast = small_disk / "out", small_disk / "ballast"
-    call, name = (session.save_release, "save_release") if method == "fedavg" else (Site._release, "_release")
+    call, name = (conduct.save_release, "save_release") if method == "fedavg" else (Site._release, "_release")
 
     def filling(*arguments: Any) -> Any:
         with ballast.open("wb", buffering=0) as file, suppress(OSError):
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_when_the_model_is_to_be_written(
         return call(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session if method == "fedavg" else Site, name, filling)
+        patch.setattr(conduct if method == "fedavg" else Site, name, filling)
         with pytest.raises(WardroundError, match=r"No space left on device\); free some space and resume") as caught:
             run(study, sites, out, engine="local")
     assert str(tmp_path) not in str(caught.value)

@@ -24,7 +24,7 @@ from tests.toys import toy_study
 from wardround.engines.frames import SharedBodies
 from wardround.errors import WardroundError, WireError
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
-from wardround.run.apply import reconstruct
+from wardround.runs.apply import reconstruct
 from wardround.wire.canonical import MAX_DEPTH, MAX_MARKS, canonical_json, parse_json
 from wardround.wire.message import MAX_HEADER, FileBody, Header, Message
 from wardround.wire.tensors import TensorInfo

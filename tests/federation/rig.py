@@ -15,8 +15,8 @@ from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import Engine, ExchangeFactory, PlainSum
 from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.training import Learner
-from wardround.run import session
-from wardround.run.machine import Machine
+from wardround.runs import session
+from wardround.runs.machine import Machine
 from wardround.site.rules import rules_of
 from wardround.site.site import Site, SiteProtocol
 from wardround.storage.journal import Journal, State

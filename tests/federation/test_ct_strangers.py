@@ -17,7 +17,7 @@ from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.learning.methods.method import state_name
 from wardround.learning.methods.personal import STRANGER
 from wardround.models.build import build_model
-from wardround.run.machine import Machine
+from wardround.runs.machine import Machine
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
 from wardround.study.schema import Study

@@ -23,7 +23,7 @@ from wardround.protection.ledger import Ledger
 from wardround.protection.privacy import Purse, Terms
 from wardround.protection.rotation import unrotate
 from wardround.protection.secret import SecretRoot, SecretStream
-from wardround.run import session
+from wardround.runs import session
 from wardround.storage.store import SiteStore
 from wardround.wire.ring import ExactSum, Ring, levels, whole_elements
 from wardround.wire.tensors import TensorInfo

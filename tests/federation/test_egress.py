@@ -12,7 +12,7 @@ import pytest
 from tests.federation.rig import Rig
 from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError, Withheld
-from wardround.run.session import Result, run
+from wardround.runs.session import Result, run
 from wardround.site.egress import ACROSS_HOSPITALS, OPEN, EgressRules, check_egress, strictest
 from wardround.site.site import Answer
 from wardround.storage.verify import verify

@@ -26,7 +26,7 @@ from wardround.learning.methods.server import FedAdam, FedAvgM
 from wardround.learning.training import build_optimizer
 from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, adam_ratio, drift, local_reach
 from wardround.protection.lint import lint_against
-from wardround.run.machine import Machine
+from wardround.runs.machine import Machine
 from wardround.site.site import Site
 from wardround.storage.journal import State
 from wardround.study.schema import Local
@@ -203,7 +203,7 @@ def test_what_a_sites_file_agrees_to_reaches_its_inspector(tmp_path: Path) -> No
     sites = toy_sites(tmp_path)
     agreed = sites.of("B").model_copy(update={"catch_up": 7})
     host = Machine(study(), sites.model_copy(update={"sites": {**sites.sites, "B": agreed}}), tmp_path / "out", ())
-    found = {name: host._build("federated", name)._inspector for name in ("A", "B")}
+    found = {name: host.agent(name).in_arm("federated")._inspector for name in ("A", "B")}
     assert [0 if each is None else each._catch_up for each in found.values()] == [0, 7]
     host.close()
 

@@ -12,8 +12,8 @@ from tests.federation.test_inspection import planted
 from tests.toys import toy_sites, toy_study
 from wardround.errors import Interrupted
 from wardround.federation.exchange import ERROR, EVALUATE, UPDATE
-from wardround.run.session import run
-from wardround.run.watching import Silent
+from wardround.runs.session import run
+from wardround.runs.watching import Silent
 from wardround.site.site import Site
 from wardround.storage.journal import Journal, State
 from wardround.storage.store import SiteStore

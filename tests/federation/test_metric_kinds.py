@@ -28,7 +28,7 @@ from wardround.plan.sums import (
     validation_sums,
     validation_values,
 )
-from wardround.run.session import Result, evaluate, run
+from wardround.runs.session import Result, evaluate, run
 from wardround.site.cohorts import kept_back
 from wardround.site.egress import EgressRules
 from wardround.site.measured import SETS, MeasuredSets

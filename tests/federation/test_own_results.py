@@ -21,8 +21,8 @@ from wardround.errors import DataError, StudyError
 from wardround.federation.exchange import ERROR, EVALUATE, UPDATE
 from wardround.plan.arms import arms_of
 from wardround.plan.sums import results_in
-from wardround.run import session
-from wardround.run.session import Result, evaluate, run
+from wardround.runs import session
+from wardround.runs.session import Result, evaluate, run
 from wardround.site.egress import ACROSS_HOSPITALS, EgressRules
 from wardround.site.evaluators import evaluators_of
 from wardround.site.measured import KEY, SETS, MeasuredSets, fewest_told

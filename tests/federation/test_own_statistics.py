@@ -15,7 +15,7 @@ from tests.federation.rig import Rig
 from tests.toys import Regression, toy_sites, toy_study
 from wardround.learning.methods.own_statistics import own_statistics
 from wardround.learning.methods.personal import STRANGER
-from wardround.run.session import run
+from wardround.runs.session import run
 
 NORM = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}}
 

@@ -23,8 +23,8 @@ from wardround.learning.methods.personal import STRANGER, FedCT, FedFDD, HyperFe
 from wardround.learning.methods.scan import ScanPhysFed, scanner_code
 from wardround.learning.training import parameters_of
 from wardround.plan.blueprints import protocols_of
-from wardround.run.explain import explain
-from wardround.run.session import run
+from wardround.runs.explain import explain
+from wardround.runs.session import run
 from wardround.wire.ring import ExactSum, levels
 from wardround.wire.update import Aggregate
 

@@ -24,9 +24,10 @@ from wardround.learning.private_training import PrivateTraining, clipped, refuse
 from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.privacy import Purse, SecretRound, Terms
 from wardround.protection.secret import SecretRoot, SecretStream
-from wardround.run import session
-from wardround.run.folder import reserve
-from wardround.site.budgets import SHARED, statement
+from wardround.runs import session
+from wardround.runs.folder import reserve
+from wardround.runs.statement import SHARED, statement
+from wardround.site.budgets import spending_of
 from wardround.storage.store import SiteStore
 
 CLIP = 0.7
@@ -369,12 +370,12 @@ def test_an_epsilon_that_rests_on_shared_noise_of_another_study_says_so(tmp_path
     out = tmp_path / "out"
     host = session.open_host(_study(), toy_sites(tmp_path), out, (), (), None)
     purse = host.agent("A").purses.of("A", host.dataset("A"))
-    told = statement(host.study, "study", iter([("A", purse)]))
+    told = statement(host.study, {"A": spending_of(purse, "study")})
     assert told is not None
     assert SHARED not in told.note
     entry = Entry("another", "federated", 1, 1, 0.25, 5.0, "c", "i", "then", rho=0.01)
     purse.ledger.spend(entry, lambda entries: None)
-    told = statement(host.study, "study", iter([("A", purse)]))
+    told = statement(host.study, {"A": spending_of(purse, "study")})
     assert told is not None
     assert (told.sites["A"].epsilon, told.noise) == (0.0, "site")
     assert told.sites["A"].epsilon_ledger > 0.0

@@ -19,8 +19,8 @@ from wardround.federation.exchange import ALONE, ERROR, EVALUATE, RELEASE, TRAIN
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import ADVERTISE, SIGN
 from wardround.protection.robust import Defence
-from wardround.run import session
-from wardround.run.session import run
+from wardround.runs import session
+from wardround.runs.session import run
 from wardround.storage.journal import State
 from wardround.storage.verify import read_log
 from wardround.wire.message import FileBody, Header, Message

@@ -22,7 +22,7 @@ from wardround.cli import app
 from wardround.errors import JournalError
 from wardround.federation.minutes import ANCHOR, head_of
 from wardround.protection.identity import Identity
-from wardround.run.session import run
+from wardround.runs.session import run
 from wardround.storage.journal import Journal
 from wardround.storage.record import LOG, MAX_TAIL, PURPOSE, Entry, Record, begun_by
 from wardround.storage.verify import verify

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from wardround.runner import host as hosts
 
 from tests.federation.exact import exact_exchange
 from tests.federation.rig import Rig
@@ -16,7 +15,7 @@ from tests.hospitals import make_hospitals, write_study
 from tests.toys import Regression, toy_study
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
 from wardround.protection.rounding import Draws, rounding, study_root
-from wardround.run import session
+from wardround.runs import context, machine, session
 from wardround.storage.database import Database
 from wardround.storage.journal import State
 from wardround.storage.store import SiteStore
@@ -221,11 +220,11 @@ def test_images_are_as_good_with_the_codec_as_without(tmp_path: Path, monkeypatc
 
     def rooted(number: int) -> float:
         with monkeypatch.context() as patched:
-            patched.setattr(hosts, "study_root", lambda _: bytes([number]) * 32)
+            patched.setattr(machine, "study_root", lambda _: bytes([number]) * 32)
             return psnr(f"root-{number}")
 
     coded = [rooted(number) for number in range(3)]
     with monkeypatch.context() as patched:
-        patched.setattr(hosts, "PlainSum", exact_exchange(patched))
+        patched.setattr(context, "PlainSum", exact_exchange(patched))
         exact = psnr("exact")
     assert abs(np.mean(coded) - exact) <= max(0.05, max(coded) - min(coded)), (coded, exact)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError, StudyError
-from wardround.run.session import Result, run
+from wardround.runs.session import Result, run
 from wardround.storage.cipher import CHUNK, Vault, sealed_nbytes
 from wardround.storage.store import Memory, SiteStore
 from wardround.study.sites import SitesFile, load_sites

@@ -23,7 +23,7 @@ from wardround.imaging.readers import bounds, dicom_file
 from wardround.imaging.readers.dicom import read_slice
 from wardround.imaging.readers.embeddings import Embeddings
 from wardround.imaging.readers.volume import read_volume
-from wardround.run.apply import _read_kspace
+from wardround.runs.apply import _read_kspace
 from wardround.wire.archives import read_npz
 
 NOISE = np.random.default_rng(0).normal(size=(8, 8, 4)).astype(np.float32)

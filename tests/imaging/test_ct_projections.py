@@ -27,8 +27,8 @@ from wardround.imaging.acquisition.ct.fbp import FBP
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.readers.ct_projections import read_projections
 from wardround.models.build import build_model
-from wardround.run.apply import reconstruct
-from wardround.run.apply_ct import reconstruct_ct
+from wardround.runs.apply import reconstruct
+from wardround.runs.apply_ct import reconstruct_ct
 from wardround.study.ct import CTGeometry
 from wardround.study.load import load_study
 

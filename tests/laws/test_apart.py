@@ -19,9 +19,9 @@ from wardround.errors import DataError, StudyError, WardroundError
 from wardround.federation.exchange import ERROR
 from wardround.federation.facts import FACTS, SPENT, SiteFacts
 from wardround.results.schema import Result
-from wardround.run.conduct import coordinate
-from wardround.run.folder import reserve
-from wardround.run.session import run
+from wardround.runs.conduct import coordinate
+from wardround.runs.folder import reserve
+from wardround.runs.session import run
 from wardround.study.load import study_sha256
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SiteData, SitesFile

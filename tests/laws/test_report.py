@@ -16,7 +16,7 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import DataError, JournalError, StudyError
 from wardround.federation.release import load_model
 from wardround.results.files import read_result
-from wardround.run.session import Result, evaluate, run
+from wardround.runs.session import Result, evaluate, run
 from wardround.study.sites import Egress, SitesFile
 from wardround.wire.tensors import tensors_sha256
 

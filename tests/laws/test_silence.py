@@ -18,7 +18,7 @@ from tests.scanners import scanner_study
 from tests.toys import toy_sites, toy_study
 from wardround.engines.local import LocalEngine
 from wardround.federation.exchange import ERROR, EVALUATE, Call
-from wardround.run.session import Result, evaluate, run
+from wardround.runs.session import Result, evaluate, run
 from wardround.storage.store import SiteStore
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SiteData, SitesFile

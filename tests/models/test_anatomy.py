@@ -22,7 +22,7 @@ from wardround.imaging.acquisition.wrapped import Prompted
 from wardround.models.anatomy import AnatomyNet
 from wardround.models.build import build_model
 from wardround.models.redcnn import REDCNN
-from wardround.run.session import run
+from wardround.runs.session import run
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
 from wardround.study.models import REDCNN as Config

@@ -20,9 +20,9 @@ from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import ALONE, DONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE, Call
 from wardround.federation.measuring import OWN
 from wardround.federation.release import load_model, serve, shared_sha256
-from wardround.run.machine import Machine
-from wardround.run.session import Result, evaluate, run
-from wardround.run.watching import Silent
+from wardround.runs.machine import Machine
+from wardround.runs.session import Result, evaluate, run
+from wardround.runs.watching import Silent
 from wardround.storage.journal import Journal
 from wardround.storage.verify import verify
 from wardround.study.load import load_study

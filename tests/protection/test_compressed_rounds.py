@@ -14,7 +14,7 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError
 from wardround.federation.exchange import UPDATE
 from wardround.protection.compression import Codec, TopKCodec
-from wardround.run.machine import Machine
+from wardround.runs.machine import Machine
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.wire.message import Message

@@ -15,7 +15,7 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError, NotEnoughSites, Rejected
 from wardround.federation.exchange import ERROR, EVALUATE, TRAIN
 from wardround.federation.secure import ADVERTISE, REVEAL, SIGN
-from wardround.run.session import Result, run
+from wardround.runs.session import Result, run
 from wardround.site.history import MASKED, Joined, MaskedHistory
 from wardround.storage.journal import Journal
 from wardround.study.sites import SitesFile

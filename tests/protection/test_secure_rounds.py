@@ -22,11 +22,11 @@ from wardround.federation.secure import (
     SHARE,
     SIGN,
     SecureSum,
-    SecureUpload,
     secure_sum,
 )
 from wardround.protection.identity import Roster
-from wardround.run.session import run
+from wardround.runs.session import run
+from wardround.site.secure import SecureUpload
 from wardround.site.site import Site
 from wardround.storage.journal import Journal
 from wardround.study.schema import Study

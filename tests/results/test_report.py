@@ -22,7 +22,7 @@ from wardround.results.run import load_run
 from wardround.results.schema import RoundLine
 from wardround.results.terminal import tables_of
 from wardround.results.views import comparison
-from wardround.run.notes import notes_of
+from wardround.runs.notes import notes_of
 from wardround.tasks.ct_metrics import CT_METRICS
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

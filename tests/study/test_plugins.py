@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import wardround
 from wardround.cli import app
 from wardround.errors import StudyError
-from wardround.run.machine import Machine
+from wardround.runs.machine import Machine
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites

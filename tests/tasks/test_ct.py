@@ -16,7 +16,7 @@ from wardround.imaging.acquisition.ct import cache as ct_cache
 from wardround.imaging.acquisition.ct.cache import VARIABLE
 from wardround.imaging.datasets.ct import CTFolder
 from wardround.results.files import read_result
-from wardround.run.machine import Machine
+from wardround.runs.machine import Machine
 from wardround.study.load import load_study
 from wardround.study.sites import Egress, SiteData, SitesFile, load_sites
 from wardround.tasks.build import build_task

@@ -28,7 +28,7 @@ from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.training import build_optimizer
 from wardround.plan.arms import FEDERATED
 from wardround.protection.lint import Finding, architecture_sha256, lint_against
-from wardround.run.machine import NOWHERE, Machine
+from wardround.runs.machine import NOWHERE, Machine
 from wardround.storage.store import NOTHING
 from wardround.study.load import study_sha256
 from wardround.study.schema import Study

@@ -11,7 +11,7 @@ from wardround.audit.inversion import ATTACKS, Attack
 from wardround.audit.results import PARTS, Audit, write_audit
 from wardround.audit.signature import holds_audit, identity_of, sign
 from wardround.errors import StudyError
-from wardround.run.folder import refuse_foreign
+from wardround.runs.folder import refuse_foreign
 from wardround.storage.cipher import Vault
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile

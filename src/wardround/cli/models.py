@@ -35,8 +35,8 @@ def reconstruct(
     ] = None,
 ) -> None:
     """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
-    from wardround.run.apply import reconstruct as apply
-    from wardround.run.reconstruct import reconstruct as apply_to_all
+    from wardround.runs.apply import reconstruct as apply
+    from wardround.runs.reconstruct import reconstruct as apply_to_all
 
     if out is not None:
         apply_to_all(
@@ -70,7 +70,7 @@ def inspect(
         write_numbers(path, csv)
         return
     if path.suffix == ".safetensors" or is_run(path):
-        from wardround.run.inspection import inspect_model, inspect_run
+        from wardround.runs.inspection import inspect_model, inspect_run
 
         say(inspect_run(path) if path.is_dir() else inspect_model(path))
         return

@@ -18,7 +18,7 @@ from wardround.errors import Interrupted, WardroundError
 
 if TYPE_CHECKING:
     from wardround.results.schema import Measured, Result
-    from wardround.run.watching import Watcher
+    from wardround.runs.watching import Watcher
 
 console = Console()
 errors = Console(stderr=True)
@@ -110,7 +110,7 @@ def _wrapped(line: str, width: int) -> str:
 @contextmanager
 def watching(quiet: bool = False) -> Iterator[Watcher]:
     """A watcher: bars on a terminal, a line for each phase and round elsewhere, and nothing where it is `quiet`."""
-    from wardround.run.watching import Lines, Silent
+    from wardround.runs.watching import Lines, Silent
 
     if quiet:
         yield Silent()

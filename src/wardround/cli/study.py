@@ -43,7 +43,7 @@ def run(
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Train a study, measure it, and write the report. Run it again to go on after any interruption."""
-    from wardround.run.session import run as run_study
+    from wardround.runs.session import run as run_study
     from wardround.study.load import load_study
 
     loaded = load_study(study, overrides or [])
@@ -80,9 +80,9 @@ def demo(
 
     With --contrasts they also train on all data pooled.
     """
-    from wardround.run.demo import CONTRASTS, DEMO, demo_study
-    from wardround.run.folder import reserve
-    from wardround.run.session import run as run_study
+    from wardround.runs.demo import CONTRASTS, DEMO, demo_study
+    from wardround.runs.folder import reserve
+    from wardround.runs.session import run as run_study
 
     chosen = CONTRASTS if contrasts else DEMO
     folder = out or Path("runs") / chosen.name
@@ -108,7 +108,7 @@ def evaluate(
     """Recompute every metric of result.json from the saved models and the data, and say whether they agree."""
     from wardround.results.files import read_result
     from wardround.results.tables import numbers_of
-    from wardround.run.session import evaluate as evaluate_run
+    from wardround.runs.session import evaluate as evaluate_run
 
     with watching(quiet) as watcher:
         found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher, allow_code=allow_code)
@@ -161,7 +161,7 @@ def check(
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Explain what a study would do, without doing it."""
-    from wardround.run.explain import explain, full_study
+    from wardround.runs.explain import explain, full_study
 
     if full:
         say(full_study(study, overrides or []))

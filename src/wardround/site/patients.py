@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import DataError, JournalError, Rejected, Withheld
+from wardround.federation.measuring import BASELINE, REFERENCE
 from wardround.plan.sums import Result, evaluation_entries
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.site.cohorts import kept_back
@@ -35,8 +36,7 @@ from wardround.wire.files import write_text
 from wardround.wire.message import Header
 
 if TYPE_CHECKING:
-    from wardround.federation.measuring import BASELINE, REFERENCE
-from wardround.learning.training import Learner
+    from wardround.learning.training import Learner
 
 Array = npt.NDArray[Any]
 # Writes a record of an event into the site's log.

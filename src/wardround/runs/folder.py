@@ -14,7 +14,7 @@ import yaml
 
 from wardround.errors import JournalError
 from wardround.plan.versions import fingerprint
-from wardround.run.context import Context
+from wardround.runs.context import Context
 from wardround.study.load import load_study
 from wardround.wire.files import refuse_links, write_text
 

@@ -17,7 +17,7 @@ from wardround.errors import DataError, StudyError
 from wardround.federation.release import FORMAT
 from wardround.imaging.readers.dicom import read_series
 from wardround.models.build import build_model
-from wardround.run.apply import reconstruct
+from wardround.runs.apply import reconstruct
 from wardround.study.load import load_study
 
 

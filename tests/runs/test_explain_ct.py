@@ -14,7 +14,7 @@ from tests.ct_hospitals import GEOMETRY, OTHER, ct_study, make_ct_hospitals, tho
 from wardround.cli import app
 from wardround.imaging.acquisition.ct.memory import machine_memory, planned_matrices
 from wardround.imaging.acquisition.ct.operator import VARIABLE, CTProjector, StoredWeights
-from wardround.run import explain_ct
+from wardround.runs import explain_ct
 from wardround.study.ct import CTAcquisition, CTGeometry
 from wardround.tasks.ct import Scanner
 

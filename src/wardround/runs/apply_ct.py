@@ -27,8 +27,8 @@ from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.hounsfield import AIR
 from wardround.imaging.readers.volume import FloatArray, Volume, write_nifti
 from wardround.imaging.writers.dicom import write_derived
-from wardround.run.depth import Classical, Depth, Scan, look
-from wardround.run.protocols import Facts, simulated, stated
+from wardround.runs.depth import Classical, Depth, Scan, look
+from wardround.runs.protocols import Facts, simulated, stated
 from wardround.study.ct import CTAcquisition, CTGeometry
 from wardround.study.schema import Study
 from wardround.tasks.ct import TV_PENALTY, Scanner

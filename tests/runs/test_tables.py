@@ -8,7 +8,7 @@ from typing import Any
 
 from wardround.plan.sums import Result
 from wardround.results.schema import Measured
-from wardround.run.evaluation import Measurement, tables
+from wardround.runs.evaluation import Measurement, tables
 from wardround.tasks.estimates import Mean
 from wardround.tasks.task import MetricSpec
 

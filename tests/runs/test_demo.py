@@ -17,9 +17,9 @@ from wardround.errors import StudyError
 from wardround.imaging import phantoms
 from wardround.imaging.datasets.split import split_patients
 from wardround.imaging.readers.volume import read_volume
-from wardround.run import demo as demos
-from wardround.run import session
-from wardround.run.demo import CONTRASTS, DEMO, Demo, demo_study
+from wardround.runs import demo as demos
+from wardround.runs import session
+from wardround.runs.demo import CONTRASTS, DEMO, Demo, demo_study
 from wardround.study.sites import load_sites
 from wardround.study.tasks import ReconstructionTask
 

@@ -12,12 +12,12 @@ from wardround.learning.training import patients_in
 from wardround.plan.blueprints import Blueprint
 from wardround.plan.sums import LOSS
 from wardround.results.units import human_bytes, protocol
-from wardround.run.columns import WIDTH, entry, table, wrapped
-from wardround.run.explain_plugins import uncalled
-from wardround.run.machine import NOWHERE, Machine
-from wardround.run.remarks import remarks_on
-from wardround.run.session import open_host
-from wardround.run.statement import words
+from wardround.runs.columns import WIDTH, entry, table, wrapped
+from wardround.runs.explain_plugins import uncalled
+from wardround.runs.machine import NOWHERE, Machine
+from wardround.runs.remarks import remarks_on
+from wardround.runs.session import open_host
+from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
 from wardround.study.load import load_study, study_sha256
 from wardround.study.models import anatomy_of
@@ -193,7 +193,7 @@ def _scanners(study: Study) -> str:
     if study.modality != "ct" or not isinstance(study.task, ReconstructionTask):
         return ""
     # Late: it imports the operators of CT.
-    from wardround.run.explain_ct import explain_matrices
+    from wardround.runs.explain_ct import explain_matrices
 
     return f"Matrices of the simulated scanners, in memory\n{explain_matrices(study)}"
 

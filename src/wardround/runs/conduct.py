@@ -23,16 +23,16 @@ from wardround.results.card import write_card
 from wardround.results.files import read_rounds, write_result
 from wardround.results.html import write_report
 from wardround.results.schema import Measured, Result, RoundLine, Seconds, Traffic
-from wardround.run.alone import train_alone
-from wardround.run.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver
-from wardround.run.context import Context
-from wardround.run.evaluation import measure, tables
-from wardround.run.folder import alone, claim, mixed, without_in
-from wardround.run.notes import notes_of
-from wardround.run.protocols import read_protocols
-from wardround.run.rounds import RoundsFile
-from wardround.run.statement import statement
-from wardround.run.watching import Lines, Shielded, Watcher
+from wardround.runs.alone import train_alone
+from wardround.runs.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver
+from wardround.runs.context import Context
+from wardround.runs.evaluation import measure, tables
+from wardround.runs.folder import alone, claim, mixed, without_in
+from wardround.runs.notes import notes_of
+from wardround.runs.protocols import read_protocols
+from wardround.runs.rounds import RoundsFile
+from wardround.runs.statement import statement
+from wardround.runs.watching import Lines, Shielded, Watcher
 from wardround.storage.blobs import disk_error
 from wardround.storage.journal import Journal, RoundReport
 from wardround.study.plugins import Plugins

@@ -28,7 +28,7 @@ from wardround.federation.facts import (
 from wardround.plan.arms import POOLED, Arm
 from wardround.plan.blueprints import Blueprint
 from wardround.protection.identity import Roster
-from wardround.run.context import Context
+from wardround.runs.context import Context
 from wardround.wire.files import write_text
 from wardround.wire.message import FileBody, Header, Message, body_sha256
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from wardround.results.units import protocol
-from wardround.run.columns import entry, table, wrapped
-from wardround.run.machine import Machine
+from wardround.runs.columns import entry, table, wrapped
+from wardround.runs.machine import Machine
 from wardround.study.load import study_sha256
 from wardround.study.tasks import ReconstructionTask
 

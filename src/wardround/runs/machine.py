@@ -14,9 +14,9 @@ from wardround.learning.training import Learner
 from wardround.plan.arms import POOLED
 from wardround.plan.blueprints import Blueprint
 from wardround.protection.rounding import study_root
-from wardround.run.asking import data_changed
-from wardround.run.context import Context
-from wardround.run.watching import OPERATORS, READING, Phase
+from wardround.runs.asking import data_changed
+from wardround.runs.context import Context
+from wardround.runs.watching import OPERATORS, READING, Phase
 from wardround.site.agent import Agent, Progress
 from wardround.site.datasets import Datasets
 from wardround.site.egress import EgressRules

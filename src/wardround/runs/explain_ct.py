@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from wardround.imaging.acquisition.ct.memory import machine_memory, planned_matrices
 from wardround.imaging.acquisition.ct.operator import VARIABLE, MatrixPlan
 from wardround.results.units import human_bytes
-from wardround.run.columns import table, wrapped
+from wardround.runs.columns import table, wrapped
 from wardround.study.ct import CTAcquisition
 from wardround.study.schema import Study
 

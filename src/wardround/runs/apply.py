@@ -25,9 +25,9 @@ from wardround.imaging.acquisition.solvers import tv
 from wardround.imaging.readers.embeddings import Embeddings
 from wardround.imaging.readers.volume import Volume, read_volume
 from wardround.models.build import build_model
-from wardround.run.apply_ct import Done, reconstruct_ct, save_nifti
-from wardround.run.depth import Depth, Scan, Score, look
-from wardround.run.protocols import read_protocols, simulated, summary, warning
+from wardround.runs.apply_ct import Done, reconstruct_ct, save_nifti
+from wardround.runs.depth import Depth, Scan, Score, look
+from wardround.runs.protocols import read_protocols, simulated, summary, warning
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.models import anatomy_of
 from wardround.study.protocols import ModelProtocols
@@ -84,9 +84,9 @@ class Reconstructor:
 
     An input is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
     or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`; a model
-    of CT takes other files, see `wardround.run.apply_ct.reconstruct_ct`. `embedding` is a file with the patient's,
+    of CT takes other files, see `wardround.runs.apply_ct.reconstruct_ct`. `embedding` is a file with the patient's,
     for a model with anatomy; without it that model's map is neutral. `dose` is a share of the dose of measured
-    projections to be simulated. With `fallback`, where the network is out of its depth (`wardround.run.depth`) total
+    projections to be simulated. With `fallback`, where the network is out of its depth (`wardround.runs.depth`) total
     variation's image is written instead of the network's. Raises `DataError` and `StudyError`.
     """
 

@@ -18,12 +18,12 @@ from wardround.errors import Interrupted, StudyError
 from wardround.federation.exchange import Engine
 from wardround.results.files import read_result
 from wardround.results.schema import Measured, Result
-from wardround.run.conduct import conduct, shielded
-from wardround.run.evaluation import measure, tables
-from wardround.run.folder import alone, claim, without_in
-from wardround.run.machine import Machine
-from wardround.run.remarks import remarks_on
-from wardround.run.watching import Shielded, Watcher
+from wardround.runs.conduct import conduct, shielded
+from wardround.runs.evaluation import measure, tables
+from wardround.runs.folder import alone, claim, without_in
+from wardround.runs.machine import Machine
+from wardround.runs.remarks import remarks_on
+from wardround.runs.watching import Shielded, Watcher
 from wardround.storage.blobs import disk_error
 from wardround.study.load import load_study
 from wardround.study.schema import Study
@@ -149,7 +149,7 @@ class _Carrier:
             return
         spec = host.out / "work" / SPEC
         write_text(spec, json.dumps(host.spec()))
-        self.engine = WorkersEngine(count, "wardround.run.machine:site_finder", spec, watcher.step)
+        self.engine = WorkersEngine(count, "wardround.runs.machine:site_finder", spec, watcher.step)
         self.parallel = count + 1
 
     def __enter__(self) -> _Carrier:

@@ -19,9 +19,9 @@ from tests.laws.test_silence import leaks
 from wardround.cli import app
 from wardround.federation.facts import DELIVER, FACTS
 from wardround.imaging.readers.ct_protocol import CTProtocol, facts_of
-from wardround.run.machine import Machine
-from wardround.run.protocols import simulated, warning
-from wardround.run.session import Result, run
+from wardround.runs.machine import Machine
+from wardround.runs.protocols import simulated, warning
+from wardround.runs.session import Result, run
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
 from wardround.study.protocols import HeaderFacts, ModelProtocols

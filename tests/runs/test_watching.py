@@ -15,7 +15,7 @@ from tests.toys import toy_sites, toy_study
 from wardround import Result, evaluate, run
 from wardround.errors import Interrupted
 from wardround.progress import LiveProgress
-from wardround.run.watching import OPERATORS, READING, TESTING, Lines, Silent, duration
+from wardround.runs.watching import OPERATORS, READING, TESTING, Lines, Silent, duration
 from wardround.storage.journal import RoundReport
 
 ROUNDS = 3

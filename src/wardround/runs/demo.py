@@ -17,8 +17,8 @@ from typing import Any
 from wardround.errors import StudyError
 from wardround.imaging.phantoms import CONTRAST_SITES, DEMO_SITES, PhantomSite, make_site
 from wardround.plan.arms import Comparison
-from wardround.run.watching import PHANTOMS as MAKING
-from wardround.run.watching import Phase
+from wardround.runs.watching import PHANTOMS as MAKING
+from wardround.runs.watching import Phase
 from wardround.study.load import load_study, read_yaml
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites

@@ -22,7 +22,7 @@ from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import CartesianMRI, fft2c
 from wardround.imaging.acquisition.solvers import tv
 from wardround.models.build import build_model
-from wardround.run.reconstruct import output_names
+from wardround.runs.reconstruct import output_names
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 

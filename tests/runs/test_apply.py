@@ -17,7 +17,7 @@ from wardround.errors import DataError, GeometryError, StudyError, WardroundErro
 from wardround.federation.release import FORMAT
 from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.models.build import build_model
-from wardround.run.apply import reconstruct
+from wardround.runs.apply import reconstruct
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 

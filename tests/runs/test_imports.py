@@ -13,7 +13,7 @@ BY_TASK = ("nibabel", "pydicom", "scipy.ndimage", "scipy.optimize")
 
 def test_heavy_packages_are_imported_by_those_who_need_them() -> None:
     code = (
-        "import sys, wardround.run.machine\n"
+        "import sys, wardround.runs.machine\n"
         f"assert not (early := [name for name in {LATE + BY_TASK} if name in sys.modules]), early\n"
         "import wardround.models.build, wardround.tasks.ct, wardround.tasks.mri\n"
         f"assert not (early := [name for name in {LATE} if name in sys.modules]), early"

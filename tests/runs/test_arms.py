@@ -19,9 +19,9 @@ from wardround.learning.methods.method import Method
 from wardround.learning.training import learning_rate
 from wardround.plan.arms import arms_of
 from wardround.plan.blueprints import Blueprints
-from wardround.run.explain import explain
-from wardround.run.machine import Machine
-from wardround.run.session import open_host, run
+from wardround.runs.explain import explain
+from wardround.runs.machine import Machine
+from wardround.runs.session import open_host, run
 from wardround.site.rules import rules_of
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Local

@@ -10,8 +10,8 @@ from pathlib import Path
 from wardround.federation.release import load_model, model_path, study_of
 from wardround.plan.arms import FEDERATED, arms_of
 from wardround.results.files import RESULT_FILE, read_result, read_rounds
-from wardround.run.columns import entry, table
-from wardround.run.protocols import lines, read_protocols
+from wardround.runs.columns import entry, table
+from wardround.runs.protocols import lines, read_protocols
 from wardround.study.load import load_study, study_sha256
 
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from tests.toys import toy_sites, toy_study
 from wardround.cli import app
 from wardround.errors import DataError, Interrupted, JournalError, StudyError, WardroundError
-from wardround.run.folder import alone
-from wardround.run.session import Result, evaluate, run
+from wardround.runs.folder import alone
+from wardround.runs.session import Result, evaluate, run
 from wardround.storage.journal import RoundReport
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile

@@ -11,7 +11,7 @@ import yaml
 from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError
 from wardround.protection.ledger import Entry, Ledger
-from wardround.run.explain import explain
+from wardround.runs.explain import explain
 from wardround.storage.store import SiteStore
 
 

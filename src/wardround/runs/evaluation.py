@@ -21,8 +21,8 @@ from wardround.plan.arms import FEDERATED, POOLED
 from wardround.plan.sums import Result, results_in
 from wardround.results.metrics import MetricInfo
 from wardround.results.schema import ALIAS, Estimate, LeftOut, Measured, Row, Table
-from wardround.run.context import Context
-from wardround.run.watching import TESTING, TUNING, Phase
+from wardround.runs.context import Context
+from wardround.runs.watching import TESTING, TUNING, Phase
 from wardround.tasks.estimates import Estimate as Found
 from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
 from wardround.tasks.task import MetricSpec

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from wardround.errors import StudyError, WardroundError
-from wardround.run.apply import Reconstruction, Reconstructor
+from wardround.runs.apply import Reconstruction, Reconstructor
 
 _ENDINGS = (".nii.gz", ".nii", ".npy")
 Fallback = Literal["tv"]
@@ -30,7 +30,7 @@ def reconstruct(
     """Reconstruct `inputs` with a released model, each into a file of its own in the folder `out`.
 
     A single input (no sequence) is written to `out` itself where that ends in .nii or .nii.gz. For what an input can
-    be, and for `site`, `embedding`, `dose` and `fallback`, see `wardround.run.apply.Reconstructor`. `told` is called
+    be, and for `site`, `embedding`, `dose` and `fallback`, see `wardround.runs.apply.Reconstructor`. `told` is called
     after each.
     Raises `StudyError`, `DataError` and `GeometryError`; of several inputs those that can be are reconstructed first.
     """

@@ -135,8 +135,8 @@ def test_gains_are_paired_and_the_report_shows_every_kind(whole: Whole) -> None:
 
 def test_all_results_can_be_recomputed(whole: Whole) -> None:
     again = evaluate(whole.result.out, whole.sites, engine="local", allow_code=True)
-    assert again["metrics"] == whole.result.values["metrics"]
-    assert again["gains"] == whole.result.values["gains"]
+    assert again.metrics == whole.result.metrics
+    assert again.gains == whole.result.gains
 
 
 def test_the_sites_own_table_has_the_values_that_a_patient_has(whole: Whole) -> None:

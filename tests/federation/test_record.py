@@ -510,8 +510,8 @@ def test_a_laptop_run_leaves_whole_logs_for_every_arm_masked_or_not(tmp_path: Pa
     run(study, toy_sites(tmp_path / "data"), tmp_path / "out", compare=["local"], engine="local")
     found = verify(tmp_path / "out")
     assert not found.damages
-    # The federation, and in each site its own arm with the coordinator within.
-    assert len(found.logs) == 4 + 3 * 2
+    # The federation, in each site its own arm with the coordinator within, and each site's agent.
+    assert len(found.logs) == 4 + 3 * 2 + 3
     events = {entry.event for log in found.logs for entry in log.entries}
     assert {"opened", "accepted", "committed", "released", "survivors", "signed", "sent", "anchored"} <= events
     assert all(log.entries[0].payload["key"] for log in found.logs if "sites" in log.name and "federated" in log.name)

@@ -211,7 +211,7 @@ def test_spending_that_did_not_come_is_an_error(tmp_path: Path) -> None:
                 yield Message(Header(ERROR, reply.header.study, "B", meta={"reason": "away"})) if silent else reply
 
         engine.exchange = exchange  # type: ignore[method-assign]
-        with pytest.raises(WardroundError, match="site B trained and does not say what privacy it spent"):
+        with pytest.raises(WardroundError, match="site B trains and does not say what privacy it spent"):
             coordinate(study, tmp_path / "out", engine, quiet=True, allow_code=True)
     assert not (tmp_path / "out" / "result.json").exists()
 

@@ -18,6 +18,7 @@ from tests.scanners import scanner_study
 from tests.toys import toy_sites, toy_study
 from wardround.engines.local import LocalEngine
 from wardround.federation.exchange import ERROR, EVALUATE, Call
+from wardround.federation.facts import DELIVER, FACTS, SiteFacts
 from wardround.runs.session import Result, evaluate, run
 from wardround.storage.store import SiteStore
 from wardround.study.schema import Study
@@ -30,9 +31,10 @@ HEADER = {
     "schema", "kind", "study", "site", "round", "attempt", "phase", "reply_to", "meta", "tensors",
     "body_nbytes", "body_sha256",
 }  # fmt: skip
+ROUNDS = ("train", "update", "evaluate", "release", "done")
 META = {
     "keep", "validate", "void", "layout", "scales", "split", "evaluator", "picture", "unknown_site", "model", "again",
-    "reason", "kind", "anchor", "heads", "log", "against", "baseline",
+    "reason", "kind", "anchor", "heads", "log", "against", "baseline", "local_sha256", "card",
 }  # fmt: skip
 SITES = ("Alpha", "Beta", "Gamma")
 # A window of 8 bytes with fewer different ones is a pair of zeros, ones or small counters: it says nothing.
@@ -87,7 +89,7 @@ def test_no_private_tensor_and_no_example_is_in_any_byte(
     study = private_study(optimizer)
     result = run(study, sites, tmp_path / "out", engine="local")
     evaluate(tmp_path / "out", sites, engine="local")
-    assert {s.message.header.kind for s in sent} == {"train", "update", "evaluate", "release", "done"}
+    assert {s.message.header.kind for s in sent} == {*ROUNDS, "facts", "deliver"}
 
     kept = memories(tmp_path / "out")
     assert {name.split("/")[2] for name in kept} == {"local", "optimizer"}
@@ -113,13 +115,16 @@ def test_headers_say_only_what_their_schema_knows(tmp_path: Path, monkeypatch: p
     for one in sent:
         header = json.loads(one.message.header.to_bytes())
         assert header.keys() == HEADER
+        if header["kind"] == FACTS:
+            assert not header["meta"] or SiteFacts.model_validate(header["meta"])
+            continue
         assert header["meta"].keys() <= META
         if header["meta"].get("evaluator") != "released":
             assert {row["name"].split("/", 1)[1] for row in header["tensors"]} <= shared
         scales = header["meta"].get("scales", {})
         assert {name.split("/", 1)[1] for name in scales} <= shared
         if one.message.header.reply_to:
-            assert header["meta"].keys() <= {"layout", "log", "reason", "kind"}
+            assert header["meta"].keys() <= {"layout", "log", "reason", "kind", "local_sha256"}
 
 
 def test_a_released_model_carries_the_initial_values_of_what_stays_at_the_sites(tmp_path: Path) -> None:
@@ -178,7 +183,7 @@ def test_private_parts_are_in_the_sum_only_where_the_study_declares_it(
     moved = [n for n in mean if not np.array_equal(mean[n], initial[n])]
     assert len(moved) == (len(mean) if declared else 0)
     secrets = {w for n in moved for w in trained(n, mean[n].tobytes())}
-    downwards = [s for s in sent if s.message.header.meta.get("evaluator") != "released"]
+    downwards = [s for s in sent if s.message.header.meta.get("evaluator") != "released" and not delivered(s)]
     assert leaks(downwards, secrets) == []
     assert len(leaks(sent, secrets)) == len(secrets)
 
@@ -206,12 +211,19 @@ def test_neither_embeddings_of_patients_nor_what_headers_say_is_in_a_message(
     out = run(study, SitesFile(sites=entries), tmp_path / "out", engine="local").out
     assert len(secrets) > 100
     names = {b"Doe-Jane", b"Roe-Jim", b".npz", b"SIEMENS", b"Sensation", b"B30f", str(tmp_path).encode()}
-    assert leaks(sent, secrets | names) == []
+    assert leaks(sent, secrets) == []
+    # What headers name is in the answer to `facts` and in the card, where the sites' rules let it out.
+    assert leaks([s for s in sent if s.message.header.kind != FACTS and not delivered(s)], names) == []
     released = (out / "models" / "federated.safetensors").read_bytes()
     assert not [secret for secret in secrets if secret in released]
     # What is searched for could be found: the prompt's part of the network is in the messages.
     branch = load_file(out / "models" / "federated.safetensors")["anatomy.projection.weight"]
     assert leaks(sent, windows(branch.tobytes()))
+
+
+def delivered(one: Sent) -> bool:
+    """Whether a message brings the released model."""
+    return one.message.header.kind == DELIVER
 
 
 def asked(sent: Iterable[Sent], reply: Sent) -> Header:

@@ -12,6 +12,7 @@ from tests.protection.test_secure_rounds import SecureRig, losing, study_of
 from wardround.errors import NotEnoughSites
 from wardround.federation.exchange import EVALUATE, TRAIN
 from wardround.federation.secure import ADVERTISE, SIGN
+from wardround.site.rules import rules_of
 from wardround.site.voids import UNSEEN, VoidRounds
 from wardround.storage.journal import State
 from wardround.wire.message import Header, Message
@@ -38,7 +39,7 @@ def ask(rig: Rig, state: State, kind: str, number: int, void: list[int]) -> str:
 def test_an_arm_in_the_clear_has_no_void_rounds(tmp_path: Path, kind: str) -> None:
     """The attack: as many void numbers as one likes buy as many rounds and validations of other models."""
     rig = Rig(study_of(rounds=2), tmp_path)
-    assert not rig.host.rules("federated").extends
+    assert not rules_of(rig.host, "federated").extends
     state = rig.train()
     assert "a secure sum has none" in ask(rig, state, kind, 3, [1])
     assert f"{ENDS} 2" in ask(rig, state, kind, 3, [])

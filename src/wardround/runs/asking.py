@@ -116,14 +116,24 @@ def ask_release(
     return found
 
 
-def ask_spending(context: Context, engine: Engine, sites: Sequence[str]) -> dict[str, SiteSpending]:
-    """What every one of these sites spent. Raises `WardroundError` where one does not say: it is never guessed."""
+def ask_spending(
+    context: Context, engine: Engine, facts: Mapping[str, SiteFacts], took_part: Collection[str]
+) -> dict[str, SiteSpending]:
+    """What every training site spent; nothing where rounds cost no privacy.
+
+    A site whose data could not be used, and that took part in no round, is left out. Raises `WardroundError` where any
+    other does not say: it is never guessed.
+    """
+    if context.study.protection.privacy is None:
+        return {}
+    usable = {site for site, said in facts.items() if said.patients is not None}
+    sites = [site for site in context.study.training_sites if site in usable or site in took_part]
     found = {}
     for site, reply in _ask_all(engine, SPENT, context, sites).items():
         if reply.header.kind != SPENT:
             raise WardroundError(
-                f"site {site} trained and does not say what privacy it spent ({_reason(reply)}). Mend the cause and "
-                "run again with --resume"
+                f"site {site} trains and does not say what privacy it spent ({_reason(reply)}). Mend the cause and run "
+                "again with --resume"
             )
         found[site] = parsed(SiteSpending, reply.header.meta)
     return found

@@ -182,20 +182,13 @@ def conduct(
     releases = _train(host, engine, parallel, watcher, facts)
     private = _release(host, engine, releases, facts)
     measured = tables(host, measure(host, engine, watcher.phase))
-    spendings = ask_spending(host, engine, _spenders(host))
+    took_part = {site for line in read_rounds(host.out) for site in line.participants}
+    spendings = ask_spending(host, engine, facts, took_part)
     seconds = time.perf_counter() - began
     result = _conclude(host, releases, measured, fingerprints, seconds, facts, private, spendings)
     for site, why in deliver(host, engine, model_path(host.out, FEDERATED), host.out / CARD).items():
         log.warning("site %s did not get the released model: %s. The same command sends it again", site, why)
     return result
-
-
-def _spenders(host: Context) -> list[str]:
-    """The sites that took part in a round, where rounds cost privacy."""
-    if host.study.protection.privacy is None:
-        return []
-    took_part = {site for line in read_rounds(host.out) for site in line.participants}
-    return [site for site in host.study.training_sites if site in took_part]
 
 
 def _conclude(

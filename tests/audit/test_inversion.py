@@ -49,6 +49,7 @@ def test_an_attack_is_deterministic() -> None:
     assert not torch.equal(invert(attack, victim, 3).images, invert(attack, victim, 4).images)
 
 
+@pytest.mark.slow
 def test_noise_stops_the_attack() -> None:
     victim = control_victim(_image(), 1)
     noisy = Victim(**{**vars(victim), "sent": protected(victim.sent, Noise(1.0, 1.0), 5)})

@@ -8,6 +8,9 @@ import pytest
 
 from tests.faults.killed import ARMS, ROUNDS, SITES, Undisturbed, Whole, charged, released, site_folder, with_secrets
 
+# Two whole private runs come first.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def whole(undisturbed: Undisturbed) -> Whole:

@@ -279,7 +279,7 @@ def _study(**privacy: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("gradients", ["exact", "opacus"])
+@pytest.mark.parametrize("gradients", [pytest.param("exact", marks=pytest.mark.slow), "opacus"])
 def test_a_run_says_what_was_spent(tmp_path: Path, gradients: str) -> None:
     values = session.run(
         _study(gradients=gradients), toy_sites(tmp_path), tmp_path / "out", compare=("local",), engine="local"

@@ -287,6 +287,7 @@ def _released(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_a_released_model_reconstructs_real_projections(tmp_path: Path) -> None:
     model = _released(tmp_path)
     folder = write_projections(tmp_path / "pd", scan())

@@ -107,6 +107,7 @@ def test_beam_hardening_leaves_water_and_shadows_bone() -> None:
     assert -120 < shadow < -5
 
 
+@pytest.mark.slow
 def test_total_variation_beats_filtered_back_projection() -> None:
     scan = simulate_ct(IMAGE, SCAN, _random())
     operator, y = CTProjector(GEOMETRY), scan.sinogram[None]

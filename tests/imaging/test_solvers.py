@@ -148,6 +148,7 @@ def test_tv_denoises_real_images_on_any_operator() -> None:
     assert (x - clean).norm() < 0.6 * (noisy - clean).norm()
 
 
+@pytest.mark.slow
 def test_weighted_tv_lowers_its_own_objective_and_serves_few_photons_better() -> None:
     """Where some rays count ten photons and others thousands, to trust all alike costs quality."""
     geometry = CTGeometry(size=(64, 64), pixel=5.0, views=60, bins=96, bin=6.5,

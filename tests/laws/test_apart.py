@@ -28,7 +28,7 @@ from wardround.study.sites import Egress, SiteData, SitesFile
 from wardround.wire.message import Header, Message
 
 SITES = ("A", "B", "C")
-ROUNDS = {"schedule": {"rounds": 3}}
+ROUNDS = {"schedule": {"rounds": 2}}
 LAST = {"rounds": 3, "release": "last"}
 
 
@@ -58,7 +58,7 @@ class Case:
 
 
 QUICK = {
-    "clear": Case({**ROUNDS, **UNSEEN}, ("local",)),
+    "clear": Case({**ROUNDS, **UNSEEN}),
     "secure": Case({**ROUNDS, "protection": {"secure": True}}, ("local",)),
     "personal": Case({**ROUNDS, **UNSEEN, "method": {"kind": "fedbn"}, "task": toy(norm=True)}),
 }

@@ -31,7 +31,10 @@ def whole(request: pytest.FixtureRequest, undisturbed: Undisturbed) -> Whole:
     return undisturbed[request.param]
 
 
-@pytest.mark.parametrize("act", ["before rename", "before commit", "after loss"])
+_SLOW = [pytest.param(act, marks=pytest.mark.slow) for act in ("before rename", "after loss")]
+
+
+@pytest.mark.parametrize("act", ["before commit", *_SLOW])
 def test_killed_in_the_middle_of_the_run(undisturbed: Undisturbed, tmp_path: Path, act: str) -> None:
     """Of the matrix below, an act of each kind."""
     whole = undisturbed["personal"]

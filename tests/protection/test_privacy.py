@@ -43,7 +43,7 @@ def test_two_accountants_agree_within_a_percent() -> None:
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("opacus", "GradSampleModule"),
+        pytest.param("opacus", "GradSampleModule", marks=pytest.mark.slow),
         pytest.param("opacus.accountants", "PRVAccountant", marks=pytest.mark.slow),
     ],
 )

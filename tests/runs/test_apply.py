@@ -82,6 +82,7 @@ def test_an_image_comes_back_with_its_geometry_and_intensities(model: Path, imag
     assert _error(after.get_fdata(), before.get_fdata()) < 0.4
 
 
+@pytest.mark.slow
 def test_the_same_image_gives_the_same_bytes_and_a_site_its_own_scanner(
     model: Path, image: Path, tmp_path: Path
 ) -> None:

@@ -125,7 +125,9 @@ def test_of_10_patients_1_trains_1_validates_and_8_test(tmp_path: Path, seed: in
         assert sizes == dict(zip(("train", "validation", "test"), wanted, strict=True))
 
 
-@pytest.mark.parametrize(("flags", "demo"), [([], DEMO), (["--contrasts", "--quiet"], CONTRASTS)])
+@pytest.mark.parametrize(
+    ("flags", "demo"), [([], DEMO), pytest.param(["--contrasts", "--quiet"], CONTRASTS, marks=pytest.mark.slow)]
+)
 def test_a_demo_runs_to_its_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], demo: Demo
 ) -> None:

@@ -41,6 +41,7 @@ def _spend(path: Path, folder: Path, *, noise: float, steps: int) -> None:
     assert Ledger(path, SiteStore(folder / "store")).spend(entry, lambda _: None)
 
 
+@pytest.mark.slow
 def test_every_site_s_terms_and_cost_are_named(tmp_path: Path) -> None:
     study, sites = _files(tmp_path)
     said = explain(study, sites, ("local",), (), allow_code=True)

@@ -11,6 +11,7 @@ LATE = ("monai", "matplotlib", "pandas", "sklearn", "skimage", "opacus", "dp_acc
 BY_TASK = ("nibabel", "pydicom", "scipy.ndimage", "scipy.optimize")
 
 
+@pytest.mark.slow
 def test_heavy_packages_are_imported_by_those_who_need_them() -> None:
     code = (
         "import sys, wardround.runs.machine\n"

@@ -64,6 +64,7 @@ def test_the_record_of_rounds_grows_as_they_commit_and_validation_comes_after(tm
     assert all(line["validation"] for line in _lines(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_makes_the_record_again_from_what_was_committed(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         _go(tmp_path, watcher=Peeking(tmp_path / "out", stop=4))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 # Each takes a good part of a second, MONAI several.
 LATE = ("monai", "matplotlib", "pandas", "sklearn", "skimage", "opacus", "dp_accounting", "scipy.stats")
 # A site imports these with its task: a coordinator has none, and a task of one's own may need neither.

@@ -10,22 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from tests.apart import apart, comparable, engine_of, folder_of, give_root, opened
 from tests.scanners import PROTOCOLS
 from tests.toys import toy_sites, toy_study
 from wardround.errors import DataError, StudyError, WardroundError
 from wardround.federation.exchange import ERROR
-from wardround.federation.facts import FACTS, SPENT, SiteFacts
+from wardround.federation.facts import DELIVER, FACTS, SPENT, SiteFacts
+from wardround.federation.release import FORMAT, model_path
 from wardround.results.schema import Result
 from wardround.runs.conduct import coordinate
 from wardround.runs.folder import reserve
+from wardround.runs.machine import Machine
 from wardround.runs.session import run
 from wardround.study.load import study_sha256
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SiteData, SitesFile
-from wardround.wire.message import Header, Message
+from wardround.wire.message import FileBody, Header, Message, body_sha256
 
 SITES = ("A", "B", "C")
 ROUNDS = {"schedule": {"rounds": 2}}
@@ -237,3 +241,32 @@ def test_data_of_several_sites_in_one_place_are_refused(compare: str, tmp_path: 
     study = study_of(ROUNDS)
     with pytest.raises(StudyError, match="stay apart"):
         apart(study, toy_sites(tmp_path / "data", SITES), tmp_path, (compare,))
+
+
+def test_a_site_keeps_a_model_of_its_study_and_nothing_else(tmp_path: Path) -> None:
+    study, sites = study_of(ROUNDS), toy_sites(tmp_path / "data", SITES)
+    machine = Machine(study, sites, tmp_path / "out", ())
+    kept = model_path(tmp_path / "out", "federated")
+
+    def delivered(data: bytes, **changes: Any) -> dict[str, Any]:
+        path = tmp_path / "sent"
+        path.write_bytes(data)
+        body = FileBody(path, len(data))
+        about = {"meta": {"card": "# Card"}, "body_nbytes": len(data), "body_sha256": body_sha256(body), **changes}
+        header = Header(DELIVER, machine.study_sha256, "A", **about)
+        return dict(machine.find(header).handle(Message(header, body)).header.meta)
+
+    own = save({"w": np.zeros(1, np.float32)}, {"format": FORMAT, "study_sha256": machine.study_sha256})
+    other = save({"w": np.zeros(1, np.float32)}, {"format": FORMAT, "study_sha256": "0" * 64})
+    for data, changes, said in (
+        (b"no model", {}, "cannot be read"),
+        (other, {}, "belongs to another study"),
+        (own, {"body_sha256": "0" * 64}, "not the one that was sent"),
+        (own + bytes(1 << 23), {}, "larger than the study's model"),
+        (own, {"meta": {"card": "# Card", "also": 1}}, "a delivery needs a card, and nothing else"),
+    ):
+        assert said in delivered(data, **changes)["reason"]
+        assert not kept.exists()
+    assert delivered(own) == {}
+    assert kept.read_bytes() == own
+    machine.close()

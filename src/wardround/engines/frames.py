@@ -46,12 +46,16 @@ class SharedBodies:
 
 
 class CopiedBodies:
-    """Bodies travel in the frame, behind their headers, and are spooled into `folder`: the processes share no file."""
+    """Bodies travel in the frame, behind their headers, and are spooled into `folder`: the processes share no file.
 
-    def __init__(self, folder: Path) -> None:
+    A body of more than `most` bytes is refused before it is read.
+    """
+
+    def __init__(self, folder: Path, most: int = 1 << 32) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._count = count()
+        self._most = most
 
     def write(self, stream: BinaryIO, message: Message) -> None:
         """Send a message."""
@@ -73,6 +77,8 @@ class CopiedBodies:
         header = Header.from_bytes(_read(stream, size, required=True))
         if not header.body_nbytes:
             return Message(header)
+        if header.body_nbytes > self._most:
+            raise WireError(f"a body of {header.body_nbytes} bytes is over the limit of {self._most}")
         path = self._folder / f"{next(self._count)}.body"
         with path.open("wb") as file:
             left = header.body_nbytes

@@ -16,7 +16,7 @@ from wardround.federation.exchange import DONE, Party
 from wardround.federation.facts import DELIVER, FACTS, SPENT, Patients, SiteFacts, SiteSpending, meta_of
 from wardround.federation.plans import plan_of
 from wardround.federation.refusals import refusal
-from wardround.federation.release import CARD, model_path, save_release, scanners_of_arm
+from wardround.federation.release import CARD, model_of_study, model_path, save_release, scanners_of_arm
 from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.learning.private_training import PrivateTraining
 from wardround.learning.training import Learner, patients_in
@@ -46,7 +46,7 @@ from wardround.study.sites import SiteData, SitesFile
 from wardround.tasks.task import Headed
 from wardround.wire.canonical import digest
 from wardround.wire.files import written
-from wardround.wire.message import FileBody, Header, Message, body_sha256
+from wardround.wire.message import MAX_HEADER, FileBody, Header, Message, body_sha256
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, str, int, int, int], None]
@@ -166,13 +166,22 @@ class Agent:
         return spending_of(self.purses.of(self.name, self._datasets.of(self.name)), self._blueprints.study_sha256)
 
     def _take(self, request: Message) -> None:
-        """Keep a released model and its card; raises `Rejected` for a body that is not what the header says."""
+        """Keep a released model and its card.
+
+        Raises `Rejected` for a body that is larger than the study's model or not what the header says, `DataError` for
+        one that is no released model, and `StudyError` for one of another study.
+        """
         header = request.header
         card = header.meta.get("card")
         if header.meta.keys() != {"card"} or not isinstance(card, str):
             raise WireError("a delivery needs a card, and nothing else")
+        values = sum(tensor.numel() * tensor.element_size() for tensor in self._blueprints.bench.initial.values())
+        if not isinstance(request.body, FileBody) or header.body_nbytes > values + MAX_HEADER:
+            raise Rejected("a delivery that is larger than the study's model")
         if body_sha256(request.body) != header.body_sha256 or request.body.nbytes != header.body_nbytes:
             raise Rejected("the released model that arrived is not the one that was sent")
+        # Read as what a clinic will read: nothing else is kept under the name of the study's model.
+        model_of_study(request.body.path, self._blueprints.study_sha256)
         model = model_path(self._folder, FEDERATED)
         try:
             if not _holds(model, header.body_sha256):

@@ -13,7 +13,7 @@ from wardround.engines.apart import ApartEngine
 from wardround.protection.rounding import study_root
 from wardround.results.schema import Result
 from wardround.runs.conduct import coordinate
-from wardround.site.agent import Agreed, spec_of
+from wardround.site.process import Agreed, spec_of
 from wardround.storage.store import SiteStore
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
@@ -71,7 +71,7 @@ def engine_of(
         specs[site] = own / "spec.json"
         spec = spec_of(site, sites, own / "spool", agreed, rounding_root=study_root(study.seed))
         specs[site].write_text(json.dumps(spec), encoding="utf-8")
-    return ApartEngine("wardround.site.agent:agent_finder", specs, folder / "coordinator-spool")
+    return ApartEngine("wardround.site.process:agent_finder", specs, folder / "coordinator-spool")
 
 
 def apart(study: Study, sites: SitesFile, folder: Path, compare: Sequence[str] = (), **how: Any) -> Result:

@@ -23,7 +23,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --progress-ba
 # What pip says goes into a log, and to the terminal only where pip fails: $(call quietly,COMMAND).
 quietly = { $(1); } >>$(LOG) 2>&1 || { cat $(LOG); echo "The packages could not be installed: see above."; exit 1; }
 
-.PHONY: demo test test-all lint types docs clean
+.PHONY: demo test test-all lint types docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/wardround demo --out runs/demo
@@ -48,6 +48,15 @@ docs: $(STAMP)
 	@echo "Adding what the pages are made with to $(VENV)"
 	@$(call quietly,$(PIP) --editable '.[docs]')
 	$(BIN)/mkdocs build --strict
+
+# What a release ships: built, installed into an empty environment, and asked from a folder with nothing beside it.
+wheel:
+	rm -rf dist build/wheel
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	build/wheel/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt dist/*.whl
+	cd build/wheel && bin/wardround --version && bin/wardround demo --help >/dev/null && bin/python -c \
+		'import wardround; wardround.run, wardround.evaluate, wardround.reconstruct'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

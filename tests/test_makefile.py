@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import wardround
 
 ROOT = Path(__file__).parents[1]
 # A Python that makes a venv of itself, whose pip talks a lot, and fails where it is asked to.
@@ -80,3 +83,8 @@ def test_an_old_python_is_one_clear_line(clone: Path) -> None:
     failed = make(clone, "test")
     assert failed.returncode
     assert failed.stdout == "Wardround needs Python 3.11 or newer: make PYTHON=python3.11\n"
+
+
+def test_the_version_is_said_once_the_same() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == wardround.__version__

@@ -231,6 +231,7 @@ def _egress(host: Machine, blueprint: Blueprint, *, with_data: bool) -> str:
     )
     return "\n".join(
         (
+            entry("at the start", _facts(host)),
             entry("every round", "its weight and its weighted change of the shared values, as integers"),
             entry("", f"({seen})"),
             *_unmasked(host),
@@ -242,6 +243,15 @@ def _egress(host: Machine, blueprint: Blueprint, *, with_data: bool) -> str:
             entry("never", kept),
             entry("", "(a run on one machine shows pictures in its report, of sites whose own results leave)"),
         )
+    )
+
+
+def _facts(host: Machine) -> str:
+    """What a site says of itself before the first round."""
+    spent = "; at the end, what its ledger says was spent" if host.study.protection.privacy is not None else ""
+    return (
+        "its numbers of patients (none below egress.minimum_cohort), public key, versions and kind of processor, and a "
+        f"keyed hash that changes when its data do{spent}"
     )
 
 
@@ -268,16 +278,16 @@ def _at_the_end(host: Machine, *, with_data: bool) -> str:
 
 def _beside(host: Machine) -> str:
     """What messages hold that is nothing of a patient."""
-    keys = ", its public keys" if host.study.protection.secure else ""
+    keys = ", public keys made for each round" if host.study.protection.secure else ""
     return f"the head of its log (a hash){keys}, and where it refuses the reason, without names or paths"
 
 
 def _in_the_model(host: Machine) -> Iterator[str]:
-    """What a released model's file says of the sites beside the study: no message does."""
+    """What a site says of its scanners at the start, and a released model's file holds."""
     telling = [site for site in host.study.training_sites if host.egress(site).scanner_facts]
     if host.study.modality == "ct" and host.study.protection.privacy is None and telling:
         yield entry(
-            "in the model",
+            "and in the model",
             "scanners, tube voltages, slice thicknesses and kernels that the headers of DICOM images name, as sets "
             f"({', '.join(telling)}: egress.scanner_facts)",
         )

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wardround.errors import StudyError
+from wardround.learning.methods.fedavg import FedAvgSettings as FedAvg
+from wardround.models.cnn import UNetSettings as UNet
+from wardround.models.unrolled import MoDLSettings as MoDL
 from wardround.study.load import load_study, study_sha256
-from wardround.study.methods import FedAvg
-from wardround.study.models import MoDL, UNet
 from wardround.study.schema import Study
 
 MINIMAL: dict[str, Any] = {"name": "trial", "sites": {"CS": {}, "DU": {}, "EZ": {"role": "unseen"}}}

@@ -66,9 +66,9 @@ class Blueprints:
         embeddings: Mapping[str, Path] | None = None,
         plugins: Plugins = NO_PLUGINS,
     ) -> None:
-        self.study = study
-        self.study_sha256 = study_sha256(study)
-        self.arms = {arm.name: arm for arm in arms_of(study, compare)}
+        self.study = plugins.opened(study)
+        self.study_sha256 = study_sha256(self.study)
+        self.arms = {arm.name: arm for arm in arms_of(self.study, compare)}
         self._embeddings = dict(embeddings or {})
         self.plugins = plugins
         self._blueprints: dict[str, Blueprint] = {}
@@ -76,7 +76,9 @@ class Blueprints:
 
     @cached_property
     def task(self) -> Task:
-        """The task of the study."""
+        """The task of the study. Raises `StudyError` where the study names code that is not allowed."""
+        for why in self.plugins.refused(self.study):
+            raise StudyError(why)
         return build_task(self.study, self._embeddings, self.plugins)
 
     @cached_property

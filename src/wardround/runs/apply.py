@@ -29,7 +29,6 @@ from wardround.runs.apply_ct import Done, reconstruct_ct, save_nifti
 from wardround.runs.depth import Depth, Scan, Score, look
 from wardround.runs.protocols import read_protocols, simulated, summary, warning
 from wardround.study.acquisition import MRIAcquisition
-from wardround.study.models import anatomy_of
 from wardround.study.protocols import ModelProtocols
 from wardround.study.schema import Study
 from wardround.tasks.metrics import SSIM_WINDOW, reconstruction_scores
@@ -101,11 +100,11 @@ class Reconstructor:
     ) -> None:
         self._site, self._dose, self._fallback = site, dose, fallback
         self._network, self.study, self._trained = _open(model_file, site)
-        self._anatomy, self._prompt = anatomy_of(self.study.model), None
+        self._dimension, self._prompt = self.study.model.prompt_dimension, None
         if embedding is not None:
-            if self._anatomy is None:
+            if self._dimension is None:
                 raise StudyError("--embedding: this model takes none (its study has no model.anatomy); leave it out")
-            self._prompt = torch.from_numpy(Embeddings(embedding, self._anatomy.dimension, "--embedding").only())
+            self._prompt = torch.from_numpy(Embeddings(embedding, self._dimension, "--embedding").only())
 
     def __call__(self, source: Path, output: Path) -> Reconstruction:
         """Reconstruct one input. Raises `DataError`, `StudyError` and `GeometryError`."""
@@ -128,7 +127,7 @@ class Reconstructor:
         said = (
             done.said,
             summary(self._trained),
-            *([neutral] if self._anatomy is not None and self._prompt is None else []),
+            *([neutral] if self._dimension is not None and self._prompt is None else []),
             *done.minds,
             *([mind] if mind else []),
             *(done.depth.lines() if done.depth is not None else []),

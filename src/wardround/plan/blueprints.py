@@ -120,7 +120,7 @@ class Blueprints:
     def blueprint(self, name: str) -> Blueprint:
         """What an arm is made of."""
         if name not in self._blueprints:
-            arm = self.arms[name]
+            arm, specs = self.arms[name], self.task.metrics
             method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
             policy = method.policy(self.bench.parameters)
             shared = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "shared")
@@ -128,7 +128,6 @@ class Blueprints:
             protection = self.study.protection
             max_weight = protection.max_weight if method.weights == "samples" else 1.0
             room = protection.max_sites
-            specs = self.task.metrics
             groups = (
                 *method.groups(shared, protection.ring_bits),
                 *method.side_channel(private, protection.ring_bits),

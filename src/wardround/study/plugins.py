@@ -67,17 +67,21 @@ class Plugins:
             if why is not None:
                 yield why
 
-    def opened(self, study: Study) -> Study:
+    def opened(self, study: Study, *, partly: bool = False) -> Study:
         """The study with the sections of plug-ins read by their settings, which fill in defaults.
 
-        As it is where it names one that may not be called, or none. Raises `StudyError` where one cannot be imported,
-        or refuses its section.
+        As it is where it names none, or one that may not be called; `partly`: those that may be called are read.
+        Raises `StudyError` where one cannot be imported, or refuses its section.
         """
         closed: dict[Part, str] = {part: getattr(study, part).kind for part in BUILTIN if getattr(study, part).closed}
-        if not closed or any(self.refused(study)):
+        if partly:
+            closed = {part: kind for part, kind in closed.items() if self.refusal(part, kind) is None}
+        elif any(self.refused(study)):
+            return study
+        if not closed:
             return study
         found = {(part, kind): self._settings(part, kind) for part, kind in closed.items()}
-        return validate(Study, study.model_dump(), "study", context=Reading(opened=found))
+        return validate(Study, study.model_dump(), "study", context=Reading(opened=found, foreign=partly))
 
     def _settings(self, part: Part, kind: str) -> type[Settings]:
         """The settings class that an entry point is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -17,8 +18,11 @@ import wardround
 from tests.hospitals import head, make_hospitals, save, write_study
 from wardround.cli import app
 from wardround.errors import StudyError
+from wardround.federation.release import load_model, study_of
+from wardround.runs.machine import Machine
 from wardround.study.load import UNREAD, load_study, study_sha256
 from wardround.study.registry import BUILTIN, Section, builtin
+from wardround.study.sites import load_sites
 
 SOURCE = Path(wardround.__file__).parent
 ENTRIES = """
@@ -75,6 +79,12 @@ def test_a_network_and_a_method_from_outside_are_checked_trained_tested_reported
     written = load_study(out / "study.yaml", reading=UNREAD)
     assert study_sha256(written) == result.study_sha256 != study_sha256(load_study(study))
     assert written.method.model_dump() == {"kind": "clipped", "weights": "equal", "limit": 0.5}
+    # A worker process gets the study as it was read, and reads it again by the same rules.
+    host = Machine(load_study(study), load_sites(sites), out, ())
+    worker = Machine.from_spec(json.loads(json.dumps(host.spec())))
+    assert worker.study == host.study
+    assert worker.study_sha256 == result.study_sha256
+    assert type(worker.blueprint("federated").method).__name__ == "Clipped"
     assert wardround.run(study, sites, out, engine="local", quiet=True, resume=True).metrics == result.metrics
     assert wardround.evaluate(out, sites, engine="local", quiet=True).metrics == result.metrics
     report, card = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "model_card.md"))
@@ -87,6 +97,14 @@ def test_a_network_and_a_method_from_outside_are_checked_trained_tested_reported
         wardround.reconstruct(model, image, tmp_path / "image-out.nii.gz")
     wardround.reconstruct(model, image, tmp_path / "image-out.nii.gz", plugins=("scale",))
     assert (tmp_path / "image-out.nii.gz").exists()
+    # Without the package nothing is trained or applied; the model's file and the run's study are read all the same.
+    (tmp_path / "site-packages" / "ward_outside-1.dist-info" / "entry_points.txt").write_text("")
+    with pytest.raises(
+        StudyError, match=r"(?s)model\.kind: unknown kind 'scale'.*method\.kind: unknown kind 'clipped'"
+    ):
+        load_study(study)
+    assert study_of(model, load_model(model)[1]).method.kind == "clipped"
+    assert load_study(out / "study.yaml", reading=UNREAD) == written
 
 
 def test_a_task_and_an_engine_from_outside(package: None, tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from wardround.results.schema import Result, RoundLine
+from wardround.study.registry import BASES, builtins
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 
+# Sections whose kinds the registry lists.
+_OPEN = {base: section for section, base in BASES.items()}
 DOCS = Path(__file__).parent
 STUDY = """# The study file
 
@@ -91,6 +94,8 @@ def _collect(model: type[BaseModel], seen: list[type[BaseModel]]) -> None:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
+    if section := _OPEN.get(annotation):
+        return list(builtins(section))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in _models(part)]
@@ -103,12 +108,18 @@ def _section(model: type[BaseModel]) -> str:
         for name, field in model.model_fields.items()
     ]
     header = "| key | type | default | |\n|---|---|---|---|\n"
-    return f"\n## {model.__name__}\n\n{text}\n\n{header}" + "\n".join(rows) + "\n"
+    return f"\n## {_name(model)}\n\n{text}\n\n{header}" + "\n".join(rows) + "\n"
+
+
+def _name(model: type[BaseModel]) -> str:
+    return model.__name__.removesuffix("Settings")
 
 
 def _type(annotation: Any) -> str:
+    if section := _OPEN.get(annotation):
+        return " or ".join([*map(_type, builtins(section)), "[a plug-in's](data.md#plug-ins)"])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+        return f"[{_name(annotation)}](#{_name(annotation).lower()})"
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _type(parts[0])

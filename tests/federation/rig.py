@@ -15,7 +15,6 @@ from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import Engine, ExchangeFactory, PlainSum
 from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.training import Learner
-from wardround.runs import session
 from wardround.runs.machine import Machine
 from wardround.site.rules import rules_of
 from wardround.site.site import Site, SiteProtocol
@@ -69,7 +68,7 @@ def recorded_sessions(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
             super().__init__(LocalEngine(find))
             self.sent = sent
 
-    monkeypatch.setattr(session, "LocalEngine", Recording)
+    monkeypatch.setattr("wardround.engines.local.LocalEngine", Recording)
     return sent
 
 

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from tests.federation.rig import Rig
 from tests.toys import toy_sites, toy_study
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
+from wardround.learning.methods.fedadam import FedAdam
+from wardround.learning.methods.fedavgm import FedAvgM
+from wardround.learning.methods.fedbn import FedBN
+from wardround.learning.methods.hyperfed import HyperFed
 from wardround.learning.methods.method import Method
-from wardround.learning.methods.personal import FedBN, HyperFed
-from wardround.learning.methods.server import FedAdam, FedAvgM
 from wardround.learning.training import build_optimizer
 from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, adam_ratio, drift, local_reach
 from wardround.protection.lint import lint_against

@@ -16,11 +16,11 @@ from tests.federation.rig import Rig
 from tests.toys import Regression, toy_study
 from wardround.errors import StudyError
 from wardround.learning.methods.build import build_method
+from wardround.learning.methods.fedbn import FedBN
+from wardround.learning.methods.fedprox import FedProx, FedProxSettings
 from wardround.learning.methods.method import Facts, Method
-from wardround.learning.methods.personal import FedBN
-from wardround.learning.methods.proximal import FedProx
 from wardround.learning.training import Trained, parameters_of
-from wardround.study import methods as methods_config
+from wardround.study.methods import CustomMethod
 from wardround.study.plugins import Plugins
 
 Array = npt.NDArray[Any]
@@ -174,7 +174,7 @@ def test_fedprox_adds_the_gradient_of_the_proximal_term(tmp_path: Path) -> None:
         for key, p in model.state_dict().items():
             assert np.allclose(trained.changes["model"][key], (p - public[key]).numpy(), atol=1e-6)
     follow(rig, lambda name, mean: mean)
-    assert build_method(methods_config.FedProx(kind="fedprox", mu=mu)) == FedProx("samples", mu=mu)
+    assert build_method(FedProxSettings(kind="fedprox", mu=mu)) == FedProx("samples", mu=mu)
 
 
 def test_fedbn_shares_all_but_the_batch_norm_layers(tmp_path: Path) -> None:
@@ -219,10 +219,8 @@ def test_floating_buffers_are_averaged_and_counters_stay(tmp_path: Path) -> None
 
 
 def test_a_custom_method_must_be_one() -> None:
-    custom = methods_config.CustomMethod(kind="custom", factory="tests.toys:make_task", options={})
+    custom = CustomMethod(kind="custom", factory="tests.toys:make_task", options={})
     with pytest.raises(StudyError, match="does not make"):
         build_method(custom, plugins=Plugins(code=True))
     with pytest.raises(StudyError, match="cannot be imported"):
-        build_method(
-            methods_config.CustomMethod(kind="custom", factory="tests.toys:nothing"), plugins=Plugins(code=True)
-        )
+        build_method(CustomMethod(kind="custom", factory="tests.toys:nothing"), plugins=Plugins(code=True))

@@ -21,7 +21,6 @@ from wardround.errors import DataError, StudyError
 from wardround.federation.exchange import ERROR, EVALUATE, UPDATE
 from wardround.plan.arms import arms_of
 from wardround.plan.sums import results_in
-from wardround.runs import session
 from wardround.runs.session import Result, evaluate, run
 from wardround.site.egress import ACROSS_HOSPITALS, EgressRules
 from wardround.site.evaluators import evaluators_of
@@ -82,7 +81,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
         return recorder[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "LocalEngine", recording)
+        patch.setattr("wardround.engines.local.LocalEngine", recording)
         result = run(
             cohort_study(), sites, folder / "out", compare=("local", "pooled"), engine="local", allow_code=True
         )

@@ -18,9 +18,12 @@ from tests.scanners import FEATURES, PROTOCOLS, Network, scanner_study
 from tests.toys import toy_sites
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.ct.scanners import protocol_features
+from wardround.learning.methods.fedct import FedCT
+from wardround.learning.methods.fedfdd import FedFDD
+from wardround.learning.methods.hyperfed import HyperFed
 from wardround.learning.methods.method import LocalRound
-from wardround.learning.methods.personal import STRANGER, FedCT, FedFDD, HyperFed, Personal
-from wardround.learning.methods.scan import ScanPhysFed, scanner_code
+from wardround.learning.methods.personal import STRANGER, Personal
+from wardround.learning.methods.scan_physfed import ScanPhysFed, scanner_code
 from wardround.learning.training import parameters_of
 from wardround.plan.blueprints import protocols_of
 from wardround.runs.explain import explain

@@ -19,7 +19,6 @@ from wardround.federation.exchange import ALONE, ERROR, EVALUATE, RELEASE, TRAIN
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import ADVERTISE, SIGN
 from wardround.protection.robust import Defence
-from wardround.runs import session
 from wardround.runs.session import run
 from wardround.storage.journal import State
 from wardround.storage.verify import read_log
@@ -104,7 +103,7 @@ def test_rounds_that_took_the_place_of_void_ones_are_released(tmp_path: Path, mo
                 lost = message.header.kind == SIGN and message.header.round == 2 and message.header.site == "A"
                 yield message.reply(ERROR, meta={"reason": "the line is dead"}) if lost else reply
 
-    monkeypatch.setattr(session, "LocalEngine", Losing)
+    monkeypatch.setattr("wardround.engines.local.LocalEngine", Losing)
     result = run(study, toy_sites(tmp_path, ("A", "B", "C")), tmp_path / "out", engine="local")
     assert result.selected_round == {"federated": 3}
     assert set(result.local_sha256) == {"A", "B", "C"}
@@ -197,7 +196,7 @@ def test_a_test_result_without_its_body_is_its_sites_failure(tmp_path: Path, mon
                 spoilt = message.header.kind == EVALUATE and message.header.site == "B"
                 yield Message(reply.header, FileBody(tmp_path / "gone", reply.body.nbytes)) if spoilt else reply
 
-    monkeypatch.setattr(session, "LocalEngine", Spoiling)
+    monkeypatch.setattr("wardround.engines.local.LocalEngine", Spoiling)
     result = run(study, toy_sites(tmp_path, study.training_sites), tmp_path / "out", engine="local")
     assert "a body that cannot be read" in result.failed["B"]
     assert result.metrics["federated"]["A"] is not None

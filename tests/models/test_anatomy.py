@@ -20,13 +20,13 @@ from wardround.errors import DataError, StudyError
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.acquisition.wrapped import Prompted
 from wardround.models.anatomy import AnatomyNet
+from wardround.models.anatomy import AnatomySettings as Anatomy
 from wardround.models.build import build_model
 from wardround.models.redcnn import REDCNN
+from wardround.models.redcnn import REDCNNSettings as Config
 from wardround.runs.session import run
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
-from wardround.study.models import REDCNN as Config
-from wardround.study.models import Anatomy
 from wardround.study.sites import load_sites
 from wardround.tasks.build import build_task
 from wardround.tasks.ct import CTReconstruction

@@ -14,12 +14,19 @@ from wardround.imaging.acquisition.ct.phantom import HEAD, THORAX, ellipse_image
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.models.build import build_model
+from wardround.models.cnn import UNetSettings as UNet
 from wardround.models.conditioning import FiLM, ProtocolHyperNet, within
+from wardround.models.iradonmap import IRadonMAPSettings as IRadonMAP
 from wardround.models.learn import Learn as LearnNetwork
+from wardround.models.learn import LearnSettings as Learn
 from wardround.models.lpd import LPD as LPDNetwork
+from wardround.models.lpd import LPDSettings as LPD
+from wardround.models.redcnn import REDCNNSettings as REDCNN
+from wardround.models.two_band import TwoBandSettings as TwoBand
 from wardround.models.two_band import low_pass
+from wardround.models.unrolled import MoDLSettings as MoDL
 from wardround.study.ct import MU_WATER, CTAcquisition, CTGeometry
-from wardround.study.models import LPD, REDCNN, IRadonMAP, Learn, Model, MoDL, TwoBand, UNet
+from wardround.study.models import ModelSettings as Model
 from wardround.study.schema import Study
 
 CONFIGS: list[Model] = [

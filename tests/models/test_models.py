@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
@@ -15,10 +14,13 @@ from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.models.blocks import Denoiser
 from wardround.models.build import build_model
+from wardround.models.cnn import UNetSettings as UNet
 from wardround.models.unrolled import PRESETS, modl_shape
 from wardround.models.unrolled import MoDL as MoDLNetwork
+from wardround.models.unrolled import MoDLSettings as MoDL
 from wardround.study.acquisition import Mask, MRIAcquisition
-from wardround.study.models import Model, MoDL, UNet
+from wardround.study.models import ModelSettings as Model
+from wardround.study.registry import BUILTIN, builtin
 from wardround.study.tasks import Modality
 
 CONFIGS = [
@@ -169,9 +171,10 @@ def test_batch_statistics_exist_where_a_study_wants_them_local() -> None:
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "paper"])
-@pytest.mark.parametrize("kind", ["modl", "unet", "learn", "redcnn", "lpd", "two_band", "iradonmap"])
+@pytest.mark.parametrize("kind", BUILTIN["model"])
 def test_the_documentation_counts_parameters_right(kind: str, preset: str) -> None:
-    config = TypeAdapter[Model](Model).validate_python({"kind": kind, "preset": preset})
+    config = builtin("model", kind).model_validate({"kind": kind, "preset": preset})
+    assert isinstance(config, Model)
     modality: Modality = "mri" if kind in ("modl", "unet") else "ct"
     count = sum(p.numel() for p in build_model(config, modality).parameters())
     page = Path(__file__).parents[2] / "docs" / "models.md"

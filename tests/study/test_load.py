@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wardround.errors import StudyError
+from wardround.learning.methods.fedavg import FedAvgSettings as FedAvg
+from wardround.models.cnn import UNetSettings as UNet
+from wardround.models.unrolled import MoDLSettings as MoDL
 from wardround.study.load import load_study, study_sha256
-from wardround.study.methods import FedAvg
-from wardround.study.models import MoDL, UNet
 from wardround.study.schema import Study
 
 MINIMAL: dict[str, Any] = {"name": "trial", "sites": {"CS": {}, "DU": {}, "EZ": {"role": "unseen"}}}
@@ -168,3 +169,16 @@ def test_options_that_json_cannot_hold_are_refused(value: str) -> None:
     study = load_study(MINIMAL, [f"method={{kind: custom, factory: 'a:b', options: {{x: {value}}}}}"])
     with pytest.raises(StudyError, match="JSON cannot hold"):
         study_sha256(study)
+
+
+def test_privacy_takes_the_methods_that_say_they_are_covered() -> None:
+    privacy = {"preset": "moderate"}
+    study = MINIMAL | {"protection": {"privacy": privacy}, "schedule": {"release": "last"}}
+    said = refusal(study | {"method": {"kind": "hyperfed"}})
+    assert "method.kind=hyperfed cannot be combined" in said
+    assert "choose fedadam, fedavg, fedavgm, fedbn, fedprox" in said
+    for kind in ("fedadam", "fedavg", "fedavgm", "fedbn", "fedprox"):
+        assert load_study(study | {"method": {"kind": kind, "weights": "equal"}}).method.kind == kind
+    rules = {"privacy": privacy | {"noise": "distributed", "delta": 1e-5}, "secure": True}
+    shared = study | {"protection": rules, "sites": {"A": {}, "B": {}, "C": {}}}
+    assert "set it to `fedavg`" in refusal(shared | {"method": {"kind": "fedprox", "weights": "equal"}})

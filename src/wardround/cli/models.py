@@ -33,6 +33,9 @@ def reconstruct(
         Literal["tv"] | None,
         typer.Option("--fallback", help="Write total variation's image where the network is out of its depth."),
     ] = None,
+    plugins: Annotated[
+        list[str] | None, typer.Option("--plugin", help="A plug-in that the model's file may name; give it again.")
+    ] = None,
 ) -> None:
     """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
     from wardround.runs.apply import reconstruct as apply
@@ -47,10 +50,12 @@ def reconstruct(
             embedding=embedding,
             dose=dose,
             fallback=fallback,
+            plugins=plugins or (),
             told=lambda found: say(f"{found.source}\n{found.said}"),
         )
     elif len(paths) == 2:
-        say(apply(model, *paths, site=site, embedding=embedding, dose=dose, fallback=fallback == "tv"))
+        tv = fallback == "tv"
+        say(apply(model, *paths, site=site, embedding=embedding, dose=dose, fallback=tv, plugins=plugins or ()))
     else:
         raise StudyError("give one input and the output, or several inputs and a folder for them with --out")
 

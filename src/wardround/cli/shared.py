@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,9 +28,13 @@ SitesOption = Annotated[Path, typer.Option("--sites", help="Where each site's da
 OutOption = Annotated[Path | None, typer.Option("--out", help="Where to write the results (default: runs/NAME).")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the study: a.b=value.")]
 CompareOption = Annotated[str, typer.Option("--compare", help="What to compare with: local,pooled.")]
-EngineName = Literal["local", "workers"]
 EngineOption = Annotated[
-    EngineName | None, typer.Option("--engine", help="One process, or several (default where there are cores).")
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME",
+        help="local: one process; workers: several (default where there are cores); or an installed package's.",
+    ),
 ]
 ProcessesOption = Annotated[
     int | None, typer.Option("--processes", min=1, help="Worker processes (default: one a core).")

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from wardround.deidentify import describe_error
+from wardround.engines.registry import Carried, Sites
 from wardround.errors import Interrupted
 from wardround.federation.exchange import Party
 from wardround.federation.refusals import refusal
@@ -50,3 +51,8 @@ class LocalEngine:
     def close(self) -> None:
         """Let the site that is at work finish, and ask no other."""
         self._closed = True
+
+
+def carried(sites: Sites) -> Carried:
+    """`--engine local`: arms wait for each other."""
+    return Carried(LocalEngine(sites.find), 1)

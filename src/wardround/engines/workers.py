@@ -26,6 +26,7 @@ from typing import BinaryIO, cast
 from wardround.deidentify import describe_error
 from wardround.engines.frames import PROGRESS, SharedBodies
 from wardround.engines.local import STOPPED
+from wardround.engines.registry import Carried, Sites
 from wardround.errors import Interrupted, WardroundError, WireError
 from wardround.federation.refusals import refusal
 from wardround.wire.message import Message
@@ -185,3 +186,9 @@ class WorkersEngine:
                     stream.close()
         with self._lock:
             self._workers.discard(worker)
+
+
+def carried(sites: Sites) -> Carried:
+    """`--engine workers`: one arm more than there are processes, so that none of them waits."""
+    engine = WorkersEngine(sites.processes, sites.factory, sites.spec(), sites.progress)
+    return Carried(engine, sites.processes + 1)

@@ -17,7 +17,7 @@ from wardround.federation.coordinator import Release
 from wardround.learning.methods.build import build_method
 from wardround.plan.arms import FEDERATED, Arm, every_arm
 from wardround.plan.blueprints import Blueprint, Blueprints, protocols_of
-from wardround.study.load import load_study
+from wardround.study.load import FOREIGN, load_study
 from wardround.study.methods import CustomMethod
 from wardround.study.protocols import HeaderFacts, ModelProtocols
 from wardround.study.schema import Study
@@ -101,7 +101,7 @@ def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 def study_of(path: Path, metadata: Mapping[str, str]) -> Study:
     """The study that a released model carries; raises `DataError` where this version does not read it."""
     try:
-        return load_study(parse_json(metadata["study"]))
+        return load_study(parse_json(metadata["study"]), reading=FOREIGN)
     except (KeyError, ValueError, TypeError, StudyError, WireError) as error:
         raise DataError(
             "the model file holds no study that this version of Wardround reads; use the version that wrote it",
@@ -148,11 +148,12 @@ def personal_part(path: Path, site: str | None) -> dict[str, Array]:
 def serve(network: nn.Module, study: Study, metadata: Mapping[str, str], site: str | None) -> None:
     """Let a loaded network serve a site as the method of its study says: as a stranger unless it trained the model.
 
-    A custom method is left out: who has nothing but the model may lack its package.
+    A custom method and a plug-in's are left out: a hospital that has only the model may lack the package.
     """
     arms = {arm.name: arm for arm in every_arm(study)}
     arm = arms[metadata.get("arm", FEDERATED)]
-    if site not in arm.members and not isinstance(arm.method, CustomMethod):
+    own = isinstance(arm.method, CustomMethod) or arm.method.closed
+    if site not in arm.members and not own:
         build_method(arm.method, protocols_of(study, arm.members)).serving_stranger(network)
 
 

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, interpolate, scaled_dot_product_attention
 
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
-from wardround.study import models as models_config
+from wardround.study.base import Config
+
+
+class AnatomySettings(Config):
+    """A patient's anatomy as a prompt: each site provides the embeddings of its reports (SCAN-PhysFed, 2025).
+
+    Where they lie, the sites file says (`sites.NAME.embeddings`). Defaults are the authors' sizes: 40 million values.
+    """
+
+    dimension: int = Field(32_000, ge=1, le=1_000_000, description="values of an embedding")
+    pool: int = Field(4, ge=1, description="so many neighbouring values are averaged first")
+    width: int = Field(2048, ge=1, le=16_384)
+    heads: int = Field(4, ge=1, description="of the attention; they divide the width")
+    map: int = Field(59, ge=1, le=1024, description="rows and columns of the map")
+    weight: float = Field(0.1, ge=0.0, le=1.0, description="w in out = (1 - w) c + w c A")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> AnatomySettings:
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} do not divide width={self.width}; choose others")
+        if self.pool > self.dimension:
+            raise ValueError(f"pool={self.pool} is more than dimension={self.dimension}; lower it")
+        return self
 
 
 class AnatomyNet(nn.Module):
@@ -20,7 +43,7 @@ class AnatomyNet(nn.Module):
     softmax over one is 1.
     """
 
-    def __init__(self, config: models_config.Anatomy) -> None:
+    def __init__(self, config: AnatomySettings) -> None:
         super().__init__()
         self.config = config
         self.projection = nn.Linear(config.dimension // config.pool, config.width)

@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.blocks import as_channels, from_channels
-from wardround.models.conditioning import HIDDEN, Modulation, ProtocolHyperNet, modulated, modulation
-from wardround.study import models as models_config
+from wardround.models.conditioning import (
+    HIDDEN,
+    ConditionedSettings,
+    Modulation,
+    ProtocolHyperNet,
+    modulated,
+    modulation,
+)
+from wardround.study.tasks import Modality
 
 # Four poolings leave 2 x 2 of it, the least that a normalisation over an image can work with.
 SMALLEST = 32
@@ -33,7 +40,7 @@ PRESETS = {
 }
 
 
-def unet_shape(config: models_config.UNet) -> UNetShape:
+def unet_shape(config: UNetSettings) -> UNetShape:
     """The preset of a study with its own choices on top."""
     shape = PRESETS[config.preset]
     return shape if config.norm is None else replace(shape, norm=config.norm)
@@ -96,3 +103,15 @@ _UP = ("upcat_4", "upcat_3", "upcat_2", "upcat_1")
 def _blocks(features: Sequence[int]) -> dict[str, int]:
     *down, last = features
     return dict(zip(_DOWN + _UP, (*down, *down[3:0:-1], last), strict=True))
+
+
+class UNetSettings(ConditionedSettings):
+    """Post-processing U-Net on the zero-filled image or, for CT (FBPConvNet), on the filtered back projection."""
+
+    kind: Literal["unet"]
+    norm: Literal["none", "batch", "instance"] | None = None
+
+    def build(self, modality: Modality) -> PostUNet:
+        """The network; complex images have two parts."""
+        parts = 2 if modality == "mri" else 1
+        return PostUNet(unet_shape(self), parts=parts, conditioned=self.conditioned, hidden=self.hidden)

@@ -5,14 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.study.models import PresetSettings
+from wardround.study.tasks import Modality
 
 FEATURES = 7  # of `wardround.imaging.acquisition.ct.scanners.protocol_features`
 HIDDEN = (64, 64)
+Hidden = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=4096)], ...],
+    Field(min_length=1, max_length=8, description="the hypernetwork's hidden layers"),
+]
+CONDITIONED = "CT only: a hypernetwork tells every layer the scanner's protocol"
+
+
+class ConditionedSettings(PresetSettings):
+    """A network whose layers a hypernetwork can tell the scanner's protocol."""
+
+    conditioned: bool = Field(False, description=CONDITIONED)
+    hidden: Hidden = HIDDEN
+
+    def check(self, modality: Modality) -> None:
+        """Scanners of MRI have no protocol."""
+        if modality == "mri" and self.conditioned:
+            raise StudyError("model.conditioned needs CT, whose scanners have a protocol; set it to false")
+
+    def describe(self) -> str:
+        """Kind, size and whether it knows the scanner."""
+        return f"{super().describe()}{', conditioned' if self.conditioned else ''}"
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.blocks import Denoiser
-from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulation, prefixed, within
-from wardround.study import models as models_config
+from wardround.models.conditioning import HIDDEN, ConditionedSettings, ProtocolHyperNet, modulation, prefixed, within
+from wardround.study.tasks import Modality
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class IRadonMAPShape:
 PRESETS = {"tiny": IRadonMAPShape(8, 3), "small": IRadonMAPShape(32, 6), "paper": IRadonMAPShape(64, 10, 5, scale=1)}
 
 
-def iradonmap_shape(config: models_config.IRadonMAP) -> IRadonMAPShape:
+def iradonmap_shape(config: IRadonMAPSettings) -> IRadonMAPShape:
     """The preset of a study with its own choices on top."""
     return replace(PRESETS[config.preset], **config.model_dump(include={"channels", "layers"}, exclude_none=True))
 
@@ -52,3 +54,17 @@ class IRadonMAP(nn.Module):
         films = modulation(self.hypernetwork, operator, data)
         image: Tensor = self.image(operator.initial(self.projection(data)), within(films, "image"))
         return image
+
+
+class IRadonMAPSettings(ConditionedSettings):
+    """A network on the sinogram, filtered back projection and a network on the image, as in FedCT; CT only."""
+
+    kind: Literal["iradonmap"]
+    modalities = frozenset({"ct"})
+    channels: int | None = Field(None, ge=1, le=1024)
+    layers: int | None = Field(None, ge=2, le=50)
+    conditioned: bool = Field(True, description="a hypernetwork tells the image's network the scanner's protocol")
+
+    def build(self, modality: Modality) -> IRadonMAP:
+        """The network."""
+        return IRadonMAP(iradonmap_shape(self), conditioned=self.conditioned, hidden=self.hidden)

@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from wardround.imaging.acquisition.operator import LinearOperator, trust
 from wardround.models.blocks import Denoiser, Norm, ResidualUNet
-from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulation, prefixed, within
-from wardround.study import models as models_config
+from wardround.models.conditioning import HIDDEN, ConditionedSettings, ProtocolHyperNet, modulation, prefixed, within
+from wardround.study.tasks import Modality
 
 Gradient = Literal["adjoint", "fbp"]
 
@@ -55,7 +56,7 @@ PRESETS = {
 }
 
 
-def learn_shape(config: models_config.Learn) -> LearnShape:
+def learn_shape(config: LearnSettings) -> LearnShape:
     """The preset of a study with its own choices on top."""
     chosen = config.model_dump(exclude={"kind", "preset", "conditioned", "hidden"}, exclude_none=True)
     return replace(PRESETS[config.preset], **chosen)
@@ -126,3 +127,32 @@ def _prox(shape: LearnShape, parts: int) -> Denoiser | ResidualUNet:
     if shape.prox == "cnn":
         return Denoiser(shape.channels, shape.layers, parts=parts, scale=shape.scale, norm=shape.norm, guides=guides)
     return ResidualUNet(shape.channels, shape.levels, parts=parts, scale=shape.scale, guides=guides)
+
+
+class LearnSettings(ConditionedSettings):
+    """LEARN: unrolled gradient descent with learned regularisers (Chen et al., IEEE TMI 2018); CT and MRI."""
+
+    kind: Literal["learn"]
+    unrolls: int | None = Field(None, ge=1, le=100)
+    channels: int | None = Field(None, ge=1, le=1024)
+    prox: Literal["cnn", "unet"] | None = Field(None, description="each iteration's network")
+    layers: int | None = Field(None, ge=2, le=50, description="convolutions of a `cnn`")
+    norm: Literal["none", "batch", "instance"] | None = Field(None, description="between the layers of a `cnn`")
+    levels: int | None = Field(None, ge=1, le=5, description="resolutions of a `unet`")
+    scale: Literal[1, 2, 4] | None = Field(None, description="the networks see images so many times smaller")
+    gradient: Literal["adjoint", "fbp"] | None = Field(
+        None, description="the misfit's gradient, or its filtered back projection"
+    )
+    weighted: bool | None = Field(None, description="rays count by the photons behind them, where the noise says")
+    guided: bool | None = Field(None, description="each iteration's network sees the gradient, too")
+
+    @model_validator(mode="after")
+    def _norm_has_a_place(self) -> LearnSettings:
+        if self.prox == "unet" and self.norm not in (None, "none"):
+            raise ValueError("`norm` stands between the layers of `prox: cnn`; remove it, or choose that")
+        return self
+
+    def build(self, modality: Modality) -> Learn:
+        """The network; complex images have two parts."""
+        parts = 2 if modality == "mri" else 1
+        return Learn(learn_shape(self), parts=parts, conditioned=self.conditioned, hidden=self.hidden)

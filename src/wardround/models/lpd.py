@@ -9,14 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.blocks import convolution
-from wardround.models.conditioning import HIDDEN, Modulation, ProtocolHyperNet, modulated, modulation, prefixed, within
-from wardround.study import models as models_config
+from wardround.models.conditioning import (
+    HIDDEN,
+    ConditionedSettings,
+    Modulation,
+    ProtocolHyperNet,
+    modulated,
+    modulation,
+    prefixed,
+    within,
+)
+from wardround.study.tasks import Modality
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class LPDShape:
 PRESETS = {"tiny": LPDShape(2, 8, memory=2), "small": LPDShape(4, 16, memory=3), "paper": LPDShape(10, 32)}
 
 
-def lpd_shape(config: models_config.LPD) -> LPDShape:
+def lpd_shape(config: LPDSettings) -> LPDShape:
     """The preset of a study with its own choices on top."""
     chosen = config.model_dump(include={"unrolls", "channels", "memory"}, exclude_none=True)
     return replace(PRESETS[config.preset], **chosen)
@@ -88,3 +99,17 @@ class _Update(nn.Module):
             h = activation(modulated(layer(h), films, f"layers.{i}"))
         result: Tensor = self.last(h)
         return result
+
+
+class LPDSettings(ConditionedSettings):
+    """Learned primal-dual reconstruction (Adler and Oktem, IEEE TMI 2018); CT only."""
+
+    kind: Literal["lpd"]
+    modalities = frozenset({"ct"})
+    unrolls: int | None = Field(None, ge=1, le=100)
+    channels: int | None = Field(None, ge=1, le=1024)
+    memory: int | None = Field(None, ge=1, le=64, description="images, and sinograms, that iterations hand on")
+
+    def build(self, modality: Modality) -> LPD:
+        """The network."""
+        return LPD(lpd_shape(self), conditioned=self.conditioned, hidden=self.hidden)

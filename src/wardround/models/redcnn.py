@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.operator import LinearOperator
-from wardround.models.anatomy import AnatomyNet
-from wardround.models.conditioning import HIDDEN, ProtocolHyperNet, modulated, modulation, prefixed
-from wardround.study import models as models_config
+from wardround.models.anatomy import AnatomyNet, AnatomySettings
+from wardround.models.conditioning import HIDDEN, Hidden, ProtocolHyperNet, modulated, modulation, prefixed
+from wardround.study.models import PresetSettings
+from wardround.study.tasks import Modality
 
 PRESETS = {"tiny": 8, "small": 24, "paper": 96}
 Conditioning = Literal["none", "every", "bottleneck"]
@@ -26,7 +28,7 @@ _KERNEL = 5
 SMALLEST = _DEPTH * (_KERNEL - 1) + 1
 
 
-def redcnn_channels(config: models_config.REDCNN) -> int:
+def redcnn_channels(config: REDCNNSettings) -> int:
     """The preset of a study, or its own choice."""
     return config.channels or PRESETS[config.preset]
 
@@ -46,7 +48,7 @@ class REDCNN(nn.Module):
         *,
         conditioning: Conditioning = "none",
         hidden: Sequence[int] = HIDDEN,
-        anatomy: models_config.Anatomy | None = None,
+        anatomy: AnatomySettings | None = None,
     ) -> None:
         super().__init__()
         inner = [channels] * (_DEPTH - 1)
@@ -93,3 +95,27 @@ def _blocks(conditioning: Conditioning, channels: int) -> dict[str, int]:
         return {f"encoder.{_DEPTH - 1}": channels}
     encoder = {str(i): channels for i in range(_DEPTH)}
     return prefixed("encoder", encoder) | prefixed("decoder", encoder | {str(_DEPTH - 1): 1})
+
+
+class REDCNNSettings(PresetSettings):
+    """RED-CNN on the filtered back projection (Chen et al., IEEE TMI 2017); CT only."""
+
+    kind: Literal["redcnn"]
+    modalities = frozenset({"ct"})
+    channels: int | None = Field(None, ge=1, le=1024)
+    conditioning: Literal["none", "every", "bottleneck"] = Field(
+        "none", description="`every` convolution (HyperFed) or the `bottleneck` (SCAN-PhysFed) knows the protocol"
+    )
+    hidden: Hidden = HIDDEN
+    anatomy: AnatomySettings | None = Field(
+        None, description="the bottleneck knows an embedding of the patient's report"
+    )
+
+    def build(self, modality: Modality) -> REDCNN:
+        """The network."""
+        return REDCNN(redcnn_channels(self), conditioning=self.conditioning, hidden=self.hidden, anatomy=self.anatomy)
+
+    @property
+    def prompt_dimension(self) -> int | None:
+        """Of the anatomy prompt."""
+        return None if self.anatomy is None else self.anatomy.dimension

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.blocks import Denoiser
-from wardround.study import models as models_config
+from wardround.study.models import PresetSettings
+from wardround.study.tasks import Modality
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class TwoBandShape:
 PRESETS = {"tiny": TwoBandShape(8, 3), "small": TwoBandShape(32, 6), "paper": TwoBandShape(64, 10, scale=1)}
 
 
-def two_band_shape(config: models_config.TwoBand) -> TwoBandShape:
+def two_band_shape(config: TwoBandSettings) -> TwoBandShape:
     """The preset of a study with its own choices on top."""
     chosen = config.model_dump(include={"channels", "layers", "cutoff"}, exclude_none=True)
     return replace(PRESETS[config.preset], **chosen)
@@ -68,3 +71,17 @@ def low_pass(image: Tensor, cutoff: float) -> Tensor:
     padded = pad(image.unsqueeze(1), (reach,) * 4, mode="replicate")
     rows = conv2d(padded, kernel.view(1, 1, -1, 1))
     return conv2d(rows, kernel.view(1, 1, 1, -1)).squeeze(1)
+
+
+class TwoBandSettings(PresetSettings):
+    """A network for low and one for high spatial frequencies, on the filtered back projection; CT only."""
+
+    kind: Literal["two_band"]
+    modalities = frozenset({"ct"})
+    channels: int | None = Field(None, ge=1, le=1024)
+    layers: int | None = Field(None, ge=2, le=50)
+    cutoff: float = Field(0.1, gt=0.0, le=0.5, description="where both bands weigh the same, in cycles per pixel")
+
+    def build(self, modality: Modality) -> TwoBand:
+        """The network."""
+        return TwoBand(two_band_shape(self))

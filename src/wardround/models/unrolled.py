@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.wrapped import RealImage
 from wardround.models.blocks import Denoiser, Norm
-from wardround.study import models as models_config
+from wardround.study.models import PresetSettings
+from wardround.study.tasks import Modality
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ PRESETS = {
 }
 
 
-def modl_shape(config: models_config.MoDL) -> MoDLShape:
+def modl_shape(config: MoDLSettings) -> MoDLShape:
     """The preset of a study with its own choices on top."""
     chosen = config.model_dump(exclude={"kind", "preset"}, exclude_none=True)
     return replace(PRESETS[config.preset], **chosen)
@@ -83,3 +86,33 @@ class MoDL(nn.Module):
             prior = self.denoiser(image)
             image = operator.solve(adjoint + weight * prior, weight, iterations=self.cg_iterations, start=prior)
         return image
+
+
+class MoDLSettings(PresetSettings):
+    """Unrolled reconstruction with conjugate-gradient data consistency (Aggarwal et al., IEEE TMI 2019); CT and MRI."""
+
+    kind: Literal["modl"] = "modl"
+    unrolls: int | None = Field(None, ge=1, le=50)
+    cg_iterations: int | None = Field(None, ge=1, le=100)
+    channels: int | None = Field(None, ge=1, le=1024)
+    layers: int | None = Field(None, ge=2, le=50)
+    scale: Literal[1, 2, 4] | None = Field(None, description="the denoiser sees images so many times smaller")
+    norm: Literal["none", "batch", "instance"] | None = None
+    image: Literal["complex", "real"] | None = Field(
+        None, description="`real` constrains the phase to that of the estimated coil maps"
+    )
+
+    def build(self, modality: Modality) -> MoDL:
+        """The network; images of CT are real."""
+        shape = modl_shape(self)
+        return MoDL(shape if modality == "mri" else replace(shape, image="real"))
+
+    def check(self, modality: Modality) -> None:
+        """Images of CT are real."""
+        if modality == "ct" and self.image == "complex":
+            raise StudyError("model.image: complex is for MRI, and CT images are real; remove it")
+
+    @property
+    def real_images(self) -> bool:
+        """As the study or the preset says."""
+        return modl_shape(self).image == "real"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wardround.errors import StudyError
-from wardround.study.methods import FedAvg, Method
+from wardround.study.methods import MethodSettings
 from wardround.study.protection import Compression, NoCompression, Robust
+from wardround.study.registry import default
 from wardround.study.schema import Local, Study
 from wardround.wire.canonical import digest
 
@@ -30,7 +31,7 @@ class Arm:
     name: str
     sites: tuple[str, ...]
     members: tuple[str, ...]
-    method: Method
+    method: MethodSettings
     local: Local
 
     def identity(self, study_sha256: str) -> str:
@@ -108,7 +109,7 @@ def _check_left_out(study: Study) -> None:
 def every_arm(study: Study, compare: Collection[str] = COMPARISONS) -> tuple[Arm, ...]:
     """The arms that a model of the study may come from, also of a run that this version would refuse."""
     training = study.training_sites
-    alone = FedAvg(weights="equal")
+    alone: MethodSettings = default("method", weights="equal")
     arms = [Arm(FEDERATED, training, training, study.method, study.local)]
     if POOLED in compare:
         # One step of every site in the federation is one step on the union of their batches here (law of the centre).

@@ -66,9 +66,9 @@ class Blueprints:
         embeddings: Mapping[str, Path] | None = None,
         plugins: Plugins = NO_PLUGINS,
     ) -> None:
-        self.study = study
-        self.study_sha256 = study_sha256(study)
-        self.arms = {arm.name: arm for arm in arms_of(study, compare)}
+        self.study = plugins.opened(study)
+        self.study_sha256 = study_sha256(self.study)
+        self.arms = {arm.name: arm for arm in arms_of(self.study, compare)}
         self._embeddings = dict(embeddings or {})
         self.plugins = plugins
         self._blueprints: dict[str, Blueprint] = {}
@@ -76,7 +76,9 @@ class Blueprints:
 
     @cached_property
     def task(self) -> Task:
-        """The task of the study."""
+        """The task of the study. Raises `StudyError` where the study names code that is not allowed."""
+        for why in self.plugins.refused(self.study):
+            raise StudyError(why)
         return build_task(self.study, self._embeddings, self.plugins)
 
     @cached_property
@@ -118,7 +120,7 @@ class Blueprints:
     def blueprint(self, name: str) -> Blueprint:
         """What an arm is made of."""
         if name not in self._blueprints:
-            arm = self.arms[name]
+            arm, specs = self.arms[name], self.task.metrics
             method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
             policy = method.policy(self.bench.parameters)
             shared = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "shared")
@@ -126,7 +128,6 @@ class Blueprints:
             protection = self.study.protection
             max_weight = protection.max_weight if method.weights == "samples" else 1.0
             room = protection.max_sites
-            specs = self.task.metrics
             groups = (
                 *method.groups(shared, protection.ring_bits),
                 *method.side_channel(private, protection.ring_bits),

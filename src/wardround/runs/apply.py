@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from wardround.runs.apply_ct import Done, reconstruct_ct, save_nifti
 from wardround.runs.depth import Depth, Scan, Score, look
 from wardround.runs.protocols import read_protocols, simulated, summary, warning
 from wardround.study.acquisition import MRIAcquisition
-from wardround.study.models import anatomy_of
+from wardround.study.plugins import Plugins
 from wardround.study.protocols import ModelProtocols
 from wardround.study.schema import Study
 from wardround.tasks.metrics import SSIM_WINDOW, reconstruction_scores
@@ -50,13 +50,17 @@ def reconstruct(
     embedding: Path | None = None,
     dose: float | None = None,
     fallback: bool = False,
+    plugins: Collection[str] = (),
 ) -> str:
     """Reconstruct `source` with a released model and write NIfTI to `output`; returns what was done, in sentences.
 
     See `Reconstructor`, which does it for several inputs. The output appears whole or not at all.
     Raises `DataError`, `StudyError` and `GeometryError`.
     """
-    return Reconstructor(model_file, site=site, embedding=embedding, dose=dose, fallback=fallback)(source, output).said
+    reconstructor = Reconstructor(
+        model_file, site=site, embedding=embedding, dose=dose, fallback=fallback, plugins=plugins
+    )
+    return reconstructor(source, output).said
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class Reconstructor:
     of CT takes other files, see `wardround.runs.apply_ct.reconstruct_ct`. `embedding` is a file with the patient's,
     for a model with anatomy; without it that model's map is neutral. `dose` is a share of the dose of measured
     projections to be simulated. With `fallback`, where the network is out of its depth (`wardround.runs.depth`) total
-    variation's image is written instead of the network's. Raises `DataError` and `StudyError`.
+    variation's image is written instead of the network's. `plugins` are names of installed plug-ins that may be
+    imported, where the model's file names one. Raises `DataError` and `StudyError`.
     """
 
     def __init__(
@@ -98,14 +103,15 @@ class Reconstructor:
         embedding: Path | None = None,
         dose: float | None = None,
         fallback: bool = False,
+        plugins: Collection[str] = (),
     ) -> None:
         self._site, self._dose, self._fallback = site, dose, fallback
-        self._network, self.study, self._trained = _open(model_file, site)
-        self._anatomy, self._prompt = anatomy_of(self.study.model), None
+        self._network, self.study, self._trained = _open(model_file, site, plugins)
+        self._dimension, self._prompt = self.study.model.prompt_dimension, None
         if embedding is not None:
-            if self._anatomy is None:
+            if self._dimension is None:
                 raise StudyError("--embedding: this model takes none (its study has no model.anatomy); leave it out")
-            self._prompt = torch.from_numpy(Embeddings(embedding, self._anatomy.dimension, "--embedding").only())
+            self._prompt = torch.from_numpy(Embeddings(embedding, self._dimension, "--embedding").only())
 
     def __call__(self, source: Path, output: Path) -> Reconstruction:
         """Reconstruct one input. Raises `DataError`, `StudyError` and `GeometryError`."""
@@ -128,7 +134,7 @@ class Reconstructor:
         said = (
             done.said,
             summary(self._trained),
-            *([neutral] if self._anatomy is not None and self._prompt is None else []),
+            *([neutral] if self._dimension is not None and self._prompt is None else []),
             *done.minds,
             *([mind] if mind else []),
             *(done.depth.lines() if done.depth is not None else []),
@@ -187,9 +193,14 @@ class _Model:
     tv_weight: float
 
 
-def _open(path: Path, site: str | None) -> tuple[nn.Module, Study, ModelProtocols]:
+def _open(path: Path, site: str | None, plugins: Collection[str]) -> tuple[nn.Module, Study, ModelProtocols]:
     tensors, metadata = load_model(path)
-    study = study_of(path, metadata)
+    study = Plugins({"here": frozenset(plugins)}).opened(study_of(path, metadata), partly=True)
+    if study.model.closed:
+        raise StudyError(
+            f"this model's network is a plug-in's, {study.model.kind!r}; if you trust the package that it came with, "
+            f"install it and give --plugin {study.model.kind} (Python: plugins=({study.model.kind!r},))"
+        )
     if study.task.kind != "reconstruction":
         raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
     if site is not None and site not in study.sites:

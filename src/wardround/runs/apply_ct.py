@@ -31,6 +31,7 @@ from wardround.runs.depth import Classical, Depth, Scan, look
 from wardround.runs.protocols import Facts, simulated, stated
 from wardround.study.ct import CTAcquisition, CTGeometry
 from wardround.study.schema import Study
+from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.ct import TV_PENALTY, Scanner
 from wardround.tasks.ct_metrics import ct_scores
 from wardround.tasks.metrics import SSIM_WINDOW
@@ -214,7 +215,7 @@ def _from_projections(
     dose: float | None,
     fallback: bool,
 ) -> Done:
-    assert study.task.kind == "reconstruction"
+    assert isinstance(study.task, ReconstructionTask)
     projections = read_projections(source, size=study.task.size)
     if dose is not None:
         projections = _at_dose(projections, dose, public_generator(study.seed, "dose"))

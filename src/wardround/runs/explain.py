@@ -20,7 +20,6 @@ from wardround.runs.session import open_host
 from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
 from wardround.study.load import load_study, study_sha256
-from wardround.study.models import anatomy_of
 from wardround.study.protection import Rotation, Subspace, TopK
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
@@ -86,7 +85,7 @@ def _study(host: Machine, blueprint: Blueprint) -> str:
         entry("sha256", study_sha256(study)),
         entry("learns", _task(study)),
         entry("model", f"{_model(study)}: {sum(sizes.values()):,} values"),
-        entry("method", f"{study.method.kind}: {roles}"),
+        entry("method", f"{study.method.describe()}: {roles}"),
     ]
     if study.description:
         entries.insert(0, entry("about", study.description))
@@ -99,7 +98,7 @@ def _simulates(study: Study) -> bool:
 
 
 def _model(study: Study) -> str:
-    return f"{study.model.kind}, preset {study.model.preset}" if _simulates(study) else "the task's own"
+    return study.model.describe() if _simulates(study) else "the task's own"
 
 
 def _scanner(study: Study, site: str) -> tuple[str, ...]:
@@ -109,7 +108,7 @@ def _scanner(study: Study, site: str) -> tuple[str, ...]:
 def _task(study: Study) -> str:
     task = study.task
     if not isinstance(task, ReconstructionTask):
-        return f"a task of your own ({task.factory})"
+        return task.describe()
     ct = study.modality == "ct"
     masked = (" inside the body" if ct else " inside the head") if task.loss.masked else ""
     size = f"{task.size[0]} x {task.size[1]} pixels"
@@ -225,7 +224,7 @@ def _egress(host: Machine, blueprint: Blueprint, *, with_data: bool) -> str:
     if host.study.protection.robust is not None:
         seen = "the coordinator reads each site's, to leave out what a malicious one sends: `protection.robust`"
     discloses = blueprint.method.discloses
-    prompts = ", embeddings of patients" if anatomy_of(host.study.model) is not None else ""
+    prompts = ", embeddings of patients" if host.study.model.prompt_dimension is not None else ""
     kept = f"images, raw data, pictures{prompts}, names, paths" + (
         "" if discloses else "; what the method keeps at the site"
     )

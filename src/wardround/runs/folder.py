@@ -15,7 +15,7 @@ import yaml
 from wardround.errors import JournalError
 from wardround.plan.versions import fingerprint
 from wardround.runs.context import Context
-from wardround.study.load import load_study
+from wardround.study.load import load_study, study_sha256
 from wardround.wire.files import refuse_links, write_text
 
 log = logging.getLogger(__name__)
@@ -93,8 +93,7 @@ def claim(host: Context, *, resume: bool) -> list[Fingerprint]:
     out = host.out
     written = out / "study.yaml"
     if written.exists():
-        known = load_study(written)
-        if known != host.study:
+        if study_sha256(load_study(written)) != host.study_sha256:
             raise JournalError(
                 "the folder holds a run of another study: choose another --out, or restore the study as it was",
                 detail=str(out),

@@ -12,7 +12,7 @@ from wardround.plan.arms import FEDERATED, arms_of
 from wardround.results.files import RESULT_FILE, read_result, read_rounds
 from wardround.runs.columns import entry, table
 from wardround.runs.protocols import lines, read_protocols
-from wardround.study.load import load_study, study_sha256
+from wardround.study.load import UNREAD, load_study, study_sha256
 
 
 def inspect_model(path: Path) -> str:
@@ -35,7 +35,7 @@ def inspect_run(out: Path) -> str:
 
     Raises `StudyError` for the study and `JournalError` for result files that are damaged or of another version.
     """
-    study = load_study(out / "study.yaml")
+    study = load_study(out / "study.yaml", reading=UNREAD)
     finished = read_result(out) if (out / RESULT_FILE).exists() else None
     arms = arms_of(study, tuple(sorted(_compared(out) & {"local", "pooled"})))
     done = Counter(line.arm for line in read_rounds(out))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,13 +25,14 @@ def reconstruct(
     embedding: PathLike | None = None,
     dose: float | None = None,
     fallback: Fallback | None = None,
+    plugins: Collection[str] = (),
     told: Callable[[Reconstruction], None] = lambda _: None,
 ) -> tuple[Reconstruction, ...]:
     """Reconstruct `inputs` with a released model, each into a file of its own in the folder `out`.
 
     A single input (no sequence) is written to `out` itself where that ends in .nii or .nii.gz. For what an input can
-    be, and for `site`, `embedding`, `dose` and `fallback`, see `wardround.runs.apply.Reconstructor`. `told` is called
-    after each.
+    be, and for `site`, `embedding`, `dose`, `fallback` and `plugins`, see `wardround.runs.apply.Reconstructor`. `told`
+    is called after each.
     Raises `StudyError`, `DataError` and `GeometryError`; of several inputs those that can be are reconstructed first.
     """
     single = isinstance(inputs, str | os.PathLike)
@@ -42,6 +43,7 @@ def reconstruct(
         embedding=None if embedding is None else Path(embedding),
         dose=dose,
         fallback=fallback == "tv",
+        plugins=plugins,
     )
     whole = single and Path(out).name.endswith((".nii", ".nii.gz"))
     outputs = [Path(out)] if whole else [Path(out) / name for name in output_names(sources)]

@@ -10,12 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from wardround.engines.local import STOPPED, LocalEngine
-from wardround.engines.workers import WorkersEngine
+from wardround.engines.local import STOPPED
+from wardround.engines.registry import Sites, engine_of
 from wardround.errors import Interrupted, StudyError
-from wardround.federation.exchange import Engine
 from wardround.results.files import read_result
 from wardround.results.schema import Measured, Result
 from wardround.runs.conduct import conduct, shielded
@@ -31,8 +30,8 @@ from wardround.study.sites import SitesFile, load_sites
 from wardround.wire.files import write_text
 
 log = logging.getLogger(__name__)
-EngineName = Literal["local", "workers"]
 SPEC = "spec.json"
+_FACTORY = "wardround.runs.machine:site_finder"
 
 
 def run(
@@ -42,7 +41,7 @@ def run(
     *,
     compare: Sequence[str] = (),
     overrides: Sequence[str] = (),
-    engine: EngineName | None = None,
+    engine: str | None = None,
     processes: int | None = None,
     resume: bool = False,
     without: Sequence[str] = (),
@@ -84,7 +83,7 @@ def evaluate(
     out: str | Path,
     sites: SitesFile | str | Path,
     *,
-    engine: EngineName | None = None,
+    engine: str | None = None,
     processes: int | None = None,
     watcher: Watcher | None = None,
     quiet: bool = False,
@@ -137,20 +136,21 @@ def open_host(
     return Machine(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone)
 
 
+def _written_spec(host: Machine) -> Path:
+    spec = host.out / "work" / SPEC
+    write_text(spec, json.dumps(host.spec()))
+    return spec
+
+
 class _Carrier:
     """The engine of a run, closed when the run ends however it ends."""
 
-    def __init__(self, host: Machine, name: EngineName | None, processes: int | None, watcher: Shielded) -> None:
+    def __init__(self, host: Machine, name: str | None, processes: int | None, watcher: Shielded) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = processes or max(1, cores // host.study.local.threads)
-        if (name or ("workers" if count > 1 else "local")) == "local":
-            self.engine: Engine = LocalEngine(host.find)
-            self.parallel = 1
-            return
-        spec = host.out / "work" / SPEC
-        write_text(spec, json.dumps(host.spec()))
-        self.engine = WorkersEngine(count, "wardround.runs.machine:site_finder", spec, watcher.step)
-        self.parallel = count + 1
+        make = engine_of(name or ("workers" if count > 1 else "local"))
+        carried = make(Sites(host.find, _FACTORY, lambda: _written_spec(host), count, watcher.step))
+        self.engine, self.parallel = carried.engine, carried.parallel
 
     def __enter__(self) -> _Carrier:
         return self

@@ -9,24 +9,31 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from wardround.errors import StudyError
+from wardround.study.registry import BUILTIN, STRICT, Reading, Section, default_kind, settings_of
 from wardround.study.schema import Study
 from wardround.study.yaml_text import parse_yaml
 from wardround.study.yaml_text import read_yaml as read_yaml
 from wardround.wire.canonical import MAX_DEPTH, canonical_json
 
 _Model = TypeVar("_Model", bound=BaseModel)
+# A study that came with a model: its plug-ins may not be installed here.
+FOREIGN = Reading(foreign=True)
+# A study of which no model and no method is made: results are read without torch, and without plug-ins.
+UNREAD = Reading(foreign=True, unread=frozenset({"model", "method"}))
 # Problems that an error lists: a file from strangers can have any number.
 _SHOWN = 50
 
 
-def load_study(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Study:
-    """Read, override and validate a study.
+def load_study(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, reading: Reading = STRICT
+) -> Study:
+    """Read, override and validate a study; `reading` says what becomes of the sections of plug-ins.
 
     `source` is the path of a YAML file or its content as a mapping. Every override is `a.b.c=value`, the
     value in YAML; overrides come before validation, hence before hashing. `task`, `model` and `method`
@@ -35,12 +42,7 @@ def load_study(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     data = _copy(source) if isinstance(source, Mapping) else read_yaml(source, "study")
     for override in overrides:
         _apply_override(data, override)
-    for name, field in Study.model_fields.items():
-        given, kind = data.get(name), getattr(field.default, "kind", None)
-        # What an acquisition without a kind is, its own rule says: a preset's is the preset's.
-        if isinstance(given, dict) and kind is not None and name != "acquisition":
-            given.setdefault("kind", kind)
-    return validate(Study, data, "study")
+    return validate(Study, data, "study", context=reading)
 
 
 def study_sha256(study: Study) -> str:
@@ -86,30 +88,39 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     place[keys[-1]] = parse_yaml(text, f"value of override {path.strip()}")
 
 
-def validate(model: type[_Model], data: dict[str, Any], what: str, *, show_values: bool = True) -> _Model:
+def validate(
+    model: type[_Model], data: dict[str, Any], what: str, *, show_values: bool = True, context: Reading | None = None
+) -> _Model:
     """Validate `data` or raise one StudyError with a line for each offending key.
 
     `show_values=False` keeps what was given (paths, say) out of the message.
     """
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context=context)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=True)
-    lines = [_explain(model, data, item, show_values) for item in found[:_SHOWN]]
+    lines = [_explain(model, data, item, show_values, context or STRICT) for item in found[:_SHOWN]]
     lines += [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
     raise StudyError(f"the {what} file has {count}:\n" + "\n".join(f"  - {line}" for line in lines))
 
 
-def _explain(model: type[BaseModel], data: dict[str, Any], error: ErrorDetails, show_value: bool) -> str:
+def _explain(
+    model: type[BaseModel], data: dict[str, Any], error: ErrorDetails, show_value: bool, reading: Reading
+) -> str:
     location, kind, context = error["loc"], error["type"], error.get("ctx", {})
     key = ".".join(str(part) for part in _key_path(data, location, kind)) or "study"
     given = f", not {error['input']!r}" if show_value and not isinstance(error["input"], dict | list) else ""
     if kind == "extra_forbidden":
-        known = _known_keys(model, location[:-1])
+        known = _known_keys(model, data, location[:-1], reading)
         return f"{key}: unknown key{_suggest(str(location[-1]), known)}"
     if kind == "missing":
         return f"{key}: is missing; add it"
+    if kind == "unknown_kind":
+        close = _suggest(context["tag"], context["known"])
+        if "did you mean" not in close:
+            close += "; for a plug-in's, install its package and add its name to sites.NAME.plugins in the sites file"
+        return f"{key}.kind: unknown kind {context['tag']!r}{close}"
     if kind == "union_tag_invalid":
         tags = re.findall(r"'([^']*)'", str(context["expected_tags"]))
         return f"{key}.kind: unknown kind {context['tag']!r}{_suggest(str(context['tag']), tags)}"
@@ -142,7 +153,9 @@ def _key_path(data: Any, location: Iterable[int | str], kind: str) -> list[int |
     return path
 
 
-def _known_keys(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:
+def _known_keys(
+    model: type[BaseModel], data: Mapping[str, Any], location: Iterable[int | str], reading: Reading
+) -> list[str]:
     """Names of the keys allowed at a location of `model`."""
     candidates: list[Any] = [model]
     for part in location:
@@ -150,6 +163,10 @@ def _known_keys(model: type[BaseModel], location: Iterable[int | str]) -> list[s
         for candidate in candidates:
             if get_origin(candidate) is dict:
                 below += _alternatives(get_args(candidate)[1])
+            elif candidate is Study and part in BUILTIN:
+                section, given = cast(Section, part), data[str(part)]
+                settings = settings_of(section, given.get("kind", default_kind(section)), reading)
+                below += [] if settings is None else [settings]
             elif isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 if part in candidate.model_fields:
                     below += _alternatives(typing.get_type_hints(candidate, include_extras=True)[str(part)])

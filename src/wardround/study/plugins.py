@@ -9,16 +9,17 @@ import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Any
 
 from wardround.errors import StudyError
+from wardround.study.base import Settings
+from wardround.study.load import validate
 from wardround.study.methods import CustomMethod
+from wardround.study.registry import BASES, BUILTIN, GROUPS, Reading
+from wardround.study.registry import Section as Part
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 from wardround.study.tasks import CustomTask
-
-Part = Literal["task", "method"]
-GROUPS: Mapping[Part, str] = {"task": "wardround.tasks", "method": "wardround.methods"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Plugins:
         allowed = {name: frozenset(() if entry is None else entry.plugins) for name, entry in entries.items()}
         return Plugins(allowed, sites.allows_code)
 
-    def refusal(self, part: Part, factory: str) -> str | None:
+    def refusal(self, part: Part, factory: str, key: str = "factory") -> str | None:
         """Why a factory is not called, and what to do; `None` for one that may be. Imports nothing."""
         if self.code:
             return None
@@ -49,30 +50,57 @@ class Plugins:
         if lacking or not self.allowed:
             whose = f"site {lacking[0]} does not" if lacking else "no sites file was given to"
             return (
-                f"{part}.factory: {whose} allow the plug-in {factory!r}. If the site trusts that package, add its name "
+                f"{part}.{key}: {whose} allow the plug-in {factory!r}. If the site trusts that package, add its name "
                 f"to sites.{lacking[0] if lacking else 'NAME'}.plugins in the sites file"
             )
         return None
 
     def refused(self, study: Study) -> Iterator[str]:
         """Why what a study names is not called: a reason for each factory."""
-        named: dict[Part, str] = {}
-        if isinstance(study.task, CustomTask):
-            named["task"] = study.task.factory
-        if isinstance(study.method, CustomMethod):
-            named["method"] = study.method.factory
-        for part, factory in named.items():
-            if (why := self.refusal(part, factory)) is not None:
+        for part in BUILTIN:
+            section: Settings = getattr(study, part)
+            why = None
+            if isinstance(section, CustomTask | CustomMethod):
+                why = self.refusal(part, section.factory)
+            elif section.closed:
+                why = self.refusal(part, section.kind, "kind")
+            if why is not None:
                 yield why
 
-    def load(self, part: Part, factory: str) -> Any:
+    def opened(self, study: Study, *, partly: bool = False) -> Study:
+        """The study with the sections of plug-ins read by their settings, which fill in defaults.
+
+        As it is where it names none, or one that may not be called; `partly`: those that may be called are read.
+        Raises `StudyError` where one cannot be imported, or refuses its section.
+        """
+        closed: dict[Part, str] = {part: getattr(study, part).kind for part in BUILTIN if getattr(study, part).closed}
+        if partly:
+            closed = {part: kind for part, kind in closed.items() if self.refusal(part, kind) is None}
+        elif any(self.refused(study)):
+            return study
+        if not closed:
+            return study
+        found = {(part, kind): self._settings(part, kind) for part, kind in closed.items()}
+        return validate(Study, study.model_dump(), "study", context=Reading(opened=found, foreign=partly))
+
+    def _settings(self, part: Part, kind: str) -> type[Settings]:
+        """The settings class that an entry point is."""
+        settings, base = self.load(part, kind, "kind"), BASES[part]
+        if not (isinstance(settings, type) and issubclass(settings, base)):
+            raise StudyError(
+                f"{part}.kind: the plug-in {kind!r} is not a {base.__name__}; if it is a factory, write "
+                f"`{part}: {{kind: custom, factory: {kind}}}`"
+            )
+        return settings
+
+    def load(self, part: Part, factory: str, key: str = "factory") -> Any:
         """The callable that a study names. Raises `StudyError` where it is not allowed, or cannot be imported."""
-        if (why := self.refusal(part, factory)) is not None:
+        if (why := self.refusal(part, factory, key)) is not None:
             raise StudyError(why)
         points = {point.value: point for point in entry_points(group=GROUPS[part], name=factory)}
         if len(points) > 1:
             raise StudyError(
-                f"{part}.factory: several installed packages have an entry point {factory!r} of the group "
+                f"{part}.{key}: several installed packages have an entry point {factory!r} of the group "
                 f"{GROUPS[part]}; uninstall all but one",
                 detail=", ".join(sorted(points)),
             )
@@ -86,7 +114,7 @@ class Plugins:
         except (ImportError, AttributeError, ValueError) as error:
             installed = ", ".join(sorted(entry_points(group=GROUPS[part]).names)) or "none"
             raise StudyError(
-                f"{part}.factory: {factory!r} cannot be imported; check the spelling, and that its package is "
+                f"{part}.{key}: {factory!r} cannot be imported; check the spelling, and that its package is "
                 f"installed in this environment (entry points of the group {GROUPS[part]}: {installed})",
                 detail=str(error),
             ) from error

@@ -6,18 +6,28 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from wardround.errors import StudyError
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.base import Config
 from wardround.study.ct import CTAcquisition
-from wardround.study.methods import FedAvg, Method
-from wardround.study.models import Model, MoDL, check_modality
+from wardround.study.methods import MethodSettings
+from wardround.study.models import ModelSettings
 from wardround.study.protection import Protection
-from wardround.study.tasks import BASELINES, Evaluation, Modality, ReconstructionTask, Task
+from wardround.study.registry import BUILTIN, builtins, check_model, default, read
+from wardround.study.tasks import BASELINES, Evaluation, Modality, ReconstructionTask, TaskSettings
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
 SiteName = Annotated[
@@ -27,9 +37,6 @@ SiteName = Annotated[
 ]
 # Names of arms, of aggregates in result.json and of the pooled site.
 RESERVED_NAMES = frozenset({"mean", "unseen", "pooled", "local", "federated", "baseline", "coordinator"})
-
-# All that these send of data went through gradients.
-PRIVATE_METHODS = frozenset({"fedavg", "fedprox", "fedbn", "fedavgm", "fedadam"})
 
 
 def _modality(value: Any) -> str:
@@ -95,12 +102,24 @@ class Study(Config):
     seed: int = Field(0, ge=0, lt=2**63)
     sites: dict[SiteName, Site] = Field(min_length=1)
     acquisition: Acquisition = MRIAcquisition()
-    task: Task = ReconstructionTask()
-    model: Model = MoDL()
-    method: Method = FedAvg()
+    task: Annotated[SerializeAsAny[TaskSettings], BeforeValidator(lambda value, info: read("task", value, info))] = (
+        Field(default_factory=lambda: default("task"))
+    )
+    model: Annotated[SerializeAsAny[ModelSettings], BeforeValidator(lambda value, info: read("model", value, info))] = (
+        Field(default_factory=lambda: default("model"))
+    )
+    method: Annotated[
+        SerializeAsAny[MethodSettings], BeforeValidator(lambda value, info: read("method", value, info))
+    ] = Field(default_factory=lambda: default("method"))
     local: Local = Local()
     schedule: Schedule = Schedule()
     protection: Protection = Protection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_are_read(cls, value: Any) -> Any:
+        """Sections that the file leaves out are read as the rest is: some readers import no model (`Reading`)."""
+        return {**{section: {} for section in BUILTIN}, **value} if isinstance(value, Mapping) else value
 
     @field_validator("sites")
     @classmethod
@@ -128,7 +147,7 @@ class Study(Config):
         if isinstance(self.task, ReconstructionTask):
             self._task_fits(self.task)
         try:
-            check_modality(self.model, self.modality)
+            check_model(self.model, self.modality)
         except StudyError as error:
             raise ValueError(str(error)) from None
         for name, site in self.sites.items():
@@ -159,11 +178,12 @@ class Study(Config):
         """Refuse whatever would say something of a patient beside the noised gradients."""
         if self.protection.privacy is None:
             return self
-        kind = self.method.kind
-        if kind not in PRIVATE_METHODS:
+        if self.method.closed:
+            return self  # A plug-in's section is looked at once its settings are known; without them, nothing runs.
+        if not self.method.noised:
             raise ValueError(
-                f"method.kind={kind} cannot be combined with protection.privacy: what it computes from data is not "
-                f"noised; choose {', '.join(sorted(PRIVATE_METHODS))}"
+                f"method.kind={self.method.kind} cannot be combined with protection.privacy: what it computes from "
+                f"data is not noised; choose {', '.join(_kinds(m for m in _methods() if m.noised))}"
             )
         if getattr(self.method, "weights", "equal") != "equal":
             raise ValueError(
@@ -184,8 +204,9 @@ class Study(Config):
     def _noise_adds_up(self) -> None:
         """Refuse whatever makes an update more than a sum of patients' gradients."""
         local, said = self.local, "with protection.privacy.noise=distributed an update must be one sum of gradients"
-        if self.method.kind != "fedavg":
-            raise ValueError(f"method.kind={self.method.kind}: {said}; set it to `fedavg`")
+        if not self.method.adds_up:
+            fit = " or ".join(f"`{kind}`" for kind in _kinds(m for m in _methods() if m.adds_up))
+            raise ValueError(f"method.kind={self.method.kind}: {said}; set it to {fit}")
         if local.steps != 1:
             raise ValueError(f"local.steps={local.steps}: {said}; set it to 1, and raise schedule.rounds")
         if local.optimizer != "sgd" or local.momentum or local.weight_decay:
@@ -244,3 +265,11 @@ class Study(Config):
     def acquisition_of(self, site: str) -> MRIAcquisition | CTAcquisition:
         """The protocol of a site: its own, or the study's."""
         return self.sites[site].acquisition or self.acquisition
+
+
+def _methods() -> tuple[type[MethodSettings], ...]:
+    return tuple(settings for settings in builtins("method") if issubclass(settings, MethodSettings))
+
+
+def _kinds(settings: Iterable[type[MethodSettings]]) -> list[str]:
+    return sorted(kind for each in settings for kind in each.kinds())

@@ -62,8 +62,8 @@ class SiteData(Config):
     )
     plugins: tuple[str, ...] = Field(
         (),
-        description="names of the installed entry points (groups `wardround.tasks`, `wardround.methods`) whose code a "
-        "study may have called here; a study that names another is refused",
+        description="names of the installed entry points (groups `wardround.tasks`, `wardround.models`, "
+        "`wardround.methods`) whose code a study may have called here; a study that names another is refused",
     )
     encryption_key: str | None = Field(
         None,

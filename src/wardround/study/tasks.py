@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from wardround.study.base import Config, Factory
+from wardround.study.base import Config, Factory, Settings
 
 Modality = Literal["mri", "ct"]
 BASELINES: dict[Modality, tuple[str, ...]] = {
@@ -85,7 +87,15 @@ class Evaluation(Config):
         return _TV_WEIGHTS[modality] if self.tv_weights is None else self.tv_weights
 
 
-class ReconstructionTask(Config):
+class TaskSettings(Settings):
+    """The base of every task's section: `build` makes the task."""
+
+    def build(self, embeddings: Mapping[str, Path]) -> Any:
+        """The `wardround.tasks.task.Task`. `embeddings`: files that sites provide beside their images, by site."""
+        raise NotImplementedError
+
+
+class ReconstructionTask(TaskSettings):
     """From undersampled raw data to an image."""
 
     kind: Literal["reconstruction"] = "reconstruction"
@@ -99,7 +109,7 @@ class ReconstructionTask(Config):
     evaluation: Evaluation = Evaluation()
 
 
-class CustomTask(Config):
+class CustomTask(TaskSettings):
     """Your own task: `factory` is called with `options` and returns a `Task`.
 
     It is an entry point of the group `wardround.tasks` that the site allows in `plugins`, or `package.module:callable`
@@ -110,5 +120,13 @@ class CustomTask(Config):
     factory: Factory
     options: dict[str, Any] = Field(default_factory=dict)
 
+    def describe(self) -> str:
+        """Whose it is."""
+        return f"a task of your own ({self.factory})"
 
-Task = Annotated[ReconstructionTask | CustomTask, Field(discriminator="kind")]
+
+class ClosedTask(TaskSettings):
+    """The section of a plug-in's task as the file has it."""
+
+    model_config = ConfigDict(extra="allow")
+    closed = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from wardround.errors import StudyError
 from wardround.study import schema
@@ -33,10 +34,12 @@ def build_task(
 
             return MRIReconstruction(study)
         case tasks_config.CustomTask() as custom:
-            return _custom(custom, plugins)
+            return _whole(_custom(custom, plugins), f"factory: {custom.factory!r}")
+        case other:
+            return _whole(other.build(embeddings or {}), f"kind: {other.kind!r}")
 
 
-def _custom(config: tasks_config.CustomTask, plugins: Plugins) -> Task:
+def _custom(config: tasks_config.CustomTask, plugins: Plugins) -> Any:
     factory = plugins.load("task", config.factory)
     try:
         inspect.signature(factory).bind(**config.options)
@@ -44,8 +47,12 @@ def _custom(config: tasks_config.CustomTask, plugins: Plugins) -> Task:
         raise StudyError(f"task.options: {config.factory!r} cannot be called with them: {error}") from error
     except ValueError:
         pass  # A callable in C has no signature; it says itself what it does not take.
-    task: Task = factory(**config.options)
+    return factory(**config.options)
+
+
+def _whole(task: Any, made_by: str) -> Task:
     lacking = [part for part in _PARTS if not hasattr(task, part)]
     if lacking:
-        raise StudyError(f"task.factory: what {config.factory!r} made has no {', '.join(lacking)}")
-    return task
+        raise StudyError(f"task.{made_by} made what has no {', '.join(lacking)}")
+    whole: Task = task
+    return whole

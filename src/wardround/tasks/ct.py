@@ -31,7 +31,6 @@ from wardround.imaging.readers.embeddings import Embeddings
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.ct import CTAcquisition
-from wardround.study.models import anatomy_of
 from wardround.study.protocols import HeaderFacts
 from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows
 from wardround.tasks.reconstruction import ReconstructionDataset, ReconstructionTask, weight_of
@@ -313,11 +312,11 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
         A site that only tests may have none, as a hospital may that gets the model: its maps are neutral. Raises
         StudyError for a training site without.
         """
-        anatomy = anatomy_of(self.study.model)
-        if anatomy is None:
+        dimension = self.study.model.prompt_dimension
+        if dimension is None:
             return None
         if site in self._embeddings:
-            return Embeddings(self._embeddings[site], anatomy.dimension, f"site {site}")
+            return Embeddings(self._embeddings[site], dimension, f"site {site}")
         if site in self.study.training_sites:
             raise StudyError(
                 f"model.anatomy needs an embedding of every patient, and site {site} provides none; add the file as "

@@ -22,9 +22,7 @@ from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
 from wardround.imaging.datasets.mri import Example, SliceIndex
 from wardround.imaging.datasets.visits import Index, Visits
 from wardround.imaging.readers.folder import SiteFolder
-from wardround.models.unrolled import modl_shape
 from wardround.study import MRIAcquisition, schema
-from wardround.study import models as models_config
 from wardround.study import tasks as tasks_config
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, reconstruction_scores
 from wardround.tasks.reconstruction import ReconstructionDataset, ReconstructionTask, weight_of
@@ -142,7 +140,7 @@ class MRIReconstruction(ReconstructionTask[MRIBatch]):
 
     def __init__(self, study: schema.Study) -> None:
         super().__init__(study)
-        if isinstance(study.model, models_config.MoDL) and modl_shape(study.model).image == "real":
+        if study.model.real_images:
             _require_estimated_maps(study, "model.image: real")
         if "tv_real" in study.baselines:
             _require_estimated_maps(study, "the baseline tv_real")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from wardround.errors import StudyError
 from wardround.learning.methods.method import Array, LocalRound, Method, Writers, state_name
 from wardround.learning.policy import Parameter, Policy, Role
 from wardround.protection.drift import UNKNOWN, Reach
+from wardround.study.methods import MethodSettings
 from wardround.wire.update import Aggregate, Group
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # The group in which private parts travel, and names in the coordinator's state; only with `stranger: mean`.
 STRANGER = "stranger"
@@ -132,77 +131,15 @@ def _told(groups: tuple[Group, ...]) -> tuple[str, ...]:
     return tuple(info.name for group in groups if group.name == STRANGER for info in group.tensors)
 
 
-@dataclass(frozen=True)
-class FedBN(Personal):
-    """Batch-norm layers, weights and running statistics, stay at the site (Li et al., ICLR 2021).
+class PersonalSettings(MethodSettings):
+    """A method that keeps a part of the model at the site."""
 
-    At a hospital that did not train, the layers normalise by statistics of its own images (`own_statistics`): those of
-    other sites, or none, are of other images. Its scales and shifts are the initial ones, the identity, or the mean of
-    the sites' (`stranger="mean"`), which is what the paper proposes for a new hospital. Running statistics never leave.
-    """
-
-    tells_buffers = False
-
-    def is_private(self, parameter: Parameter) -> bool:
-        """Everything that a batch-norm layer owns."""
-        return parameter.layer.startswith("BatchNorm")
-
-    def policy(self, parameters: tuple[Parameter, ...]) -> Policy:
-        """Raises `StudyError` for a model without batch-norm layers: FedBN would silently be FedAvg."""
-        if not any(p.layer.startswith("BatchNorm") for p in parameters):
-            raise StudyError(
-                "method.kind=fedbn needs batch-norm layers, and this model has none; set model.norm: batch"
-            )
-        return super().policy(parameters)
-
-    def serving_stranger(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Statistics of the hospital's own images."""
-        from wardround.learning.methods.own_statistics import own_statistics
-
-        return own_statistics(model)
-
-
-@dataclass(frozen=True)
-class HyperFed(Personal):
-    """The hypernetwork stays at the site, the network that it conditions is shared (Yang et al., TNNLS 2023).
-
-    The paper weighs all sites alike.
-    """
-
-    parts = ("hypernetwork.",)
-    remedy = "model.conditioned: true (model.kind: redcnn has model.conditioning: every instead)"
-
-    def is_private(self, parameter: Parameter) -> bool:
-        """The hypernetwork."""
-        return parameter.name.startswith("hypernetwork.")
-
-
-@dataclass(frozen=True)
-class FedFDD(Personal):
-    """One of two frequency bands has its network shared, the other keeps it at the site (after FedFDD, MIDL 2024).
-
-    Which band the paper keeps private was not read: the study chooses.
-    """
-
-    private: Literal["low", "high"] = "low"
-    parts = ("low.", "high.")
-    remedy = "model.kind: two_band"
-
-    def is_private(self, parameter: Parameter) -> bool:
-        """The network of the private band."""
-        return parameter.name.startswith(f"{self.private}.")
-
-
-@dataclass(frozen=True)
-class FedCT(Personal):
-    """What works on projections stays at the site, what works on images is shared and conditioned (FedCT, 2024).
-
-    Projections have the geometry of one scanner, images have that of the body.
-    """
-
-    parts = ("projection.", "image.", "hypernetwork.")
-    remedy = "model: {kind: iradonmap, conditioned: true}"
-
-    def is_private(self, parameter: Parameter) -> bool:
-        """The projection-domain module."""
-        return parameter.name.startswith("projection.")
+    weights: Literal["samples", "equal", "validation"] = Field(
+        "equal", description="`validation` is exp(-validation loss), clamped"
+    )
+    stranger: Literal["initial", "mean"] = Field(
+        "initial",
+        description="what a hospital that did not train gets for the private part: its initial values, or the mean of "
+        "the sites' private parts. `mean` is a side channel: every round, each site's private part travels as well, "
+        "as a further group of the sum; `protection.secure` hides it in the sum like the rest",
+    )

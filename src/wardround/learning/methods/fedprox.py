@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from wardround.learning.methods.method import LocalRound, Method
+from wardround.study.methods import WeightedSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,3 +26,19 @@ class FedProx(Method):
         for name, tensor in local.trainable().items():
             loss = loss + 0.5 * self.mu * (tensor - local.anchor[name]).square().sum()
         return loss
+
+
+class FedProxSettings(WeightedSettings):
+    """A proximal term keeps sites near the global model (Li et al., 2020)."""
+
+    kind: Literal["fedprox"]
+    mu: float = Field(0.01, ge=0.0)
+    noised = True
+
+    def build(self, protocols: Mapping[str, Any]) -> FedProx:
+        """The method."""
+        return FedProx(self.weights, mu=self.mu)
+
+    def describe(self) -> str:
+        """With how much of the term."""
+        return f"{self.kind}, mu {self.mu:g}"

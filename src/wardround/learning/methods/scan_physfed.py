@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from wardround.errors import StudyError
 from wardround.learning.methods.method import LocalRound
-from wardround.learning.methods.personal import Personal
+from wardround.learning.methods.personal import Personal, PersonalSettings
 from wardround.learning.policy import Parameter, Policy
 from wardround.wire.random import public_generator
 
@@ -109,3 +112,22 @@ def _nearest_code(model: nn.Module, known: tuple[Features, ...]) -> AbstractCont
     # The handle of a hook is a context manager that removes it.
     handle: AbstractContextManager[Any] = hypernetwork.register_forward_pre_hook(replace)
     return handle
+
+
+class ScanPhysFedSettings(PersonalSettings):
+    """Encoder and hypernetwork are shared, the decoder stays at the site (SCAN-PhysFed, Yang et al., 2025).
+
+    The level of scanners; anatomy prompts are the model's: `model: {kind: redcnn, anatomy: {...}}`.
+    """
+
+    kind: Literal["scan_physfed"]
+    repulsion: float = Field(1e-4, ge=0.0, description="weight of |cos| between the codes of two sites' scanners")
+
+    def build(self, protocols: Mapping[str, Any]) -> ScanPhysFed:
+        """The method, which knows the training sites' scanners."""
+        scanners = tuple((site, tuple(float(v) for v in g)) for site, g in protocols.items())
+        return ScanPhysFed(self.weights, self.stranger, repulsion=self.repulsion, scanners=scanners)
+
+    def describe(self) -> str:
+        """With how much of the term."""
+        return f"{self.kind}, repulsion {self.repulsion:g}"

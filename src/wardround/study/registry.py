@@ -1,0 +1,141 @@
+"""The kinds of task, model and method that a study can name. Imports the file of a kind only when a study names it.
+
+A kind is a settings class: it reads its section of the study, says in a line what it is, and builds what it describes.
+The package's own are listed here by their places; a package outside has an entry point for each of its own, in the
+groups below, under the name that a study gives as `kind`. Of those only the names are read here; what may be
+imported, `wardround.study.plugins` says.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from pydantic import ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from wardround.errors import StudyError
+from wardround.study.base import Settings
+from wardround.study.methods import ClosedMethod, MethodSettings
+from wardround.study.models import ClosedModel, ModelSettings
+from wardround.study.tasks import ClosedTask, Modality, TaskSettings
+
+Section = Literal["task", "model", "method"]
+# The first of each is the one of a study that says nothing.
+BUILTIN: Mapping[Section, Mapping[str, str]] = {
+    "task": {
+        "reconstruction": "wardround.study.tasks:ReconstructionTask",
+        "custom": "wardround.study.tasks:CustomTask",
+    },
+    "model": {
+        "modl": "wardround.models.unrolled:MoDLSettings",
+        "unet": "wardround.models.cnn:UNetSettings",
+        "learn": "wardround.models.learn:LearnSettings",
+        "redcnn": "wardround.models.redcnn:REDCNNSettings",
+        "lpd": "wardround.models.lpd:LPDSettings",
+        "two_band": "wardround.models.two_band:TwoBandSettings",
+        "iradonmap": "wardround.models.iradonmap:IRadonMAPSettings",
+    },
+    "method": {
+        "fedavg": "wardround.learning.methods.fedavg:FedAvgSettings",
+        "fedprox": "wardround.learning.methods.fedprox:FedProxSettings",
+        "fedbn": "wardround.learning.methods.fedbn:FedBNSettings",
+        "hyperfed": "wardround.learning.methods.hyperfed:HyperFedSettings",
+        "scan_physfed": "wardround.learning.methods.scan_physfed:ScanPhysFedSettings",
+        "fedfdd": "wardround.learning.methods.fedfdd:FedFDDSettings",
+        "fedct": "wardround.learning.methods.fedct:FedCTSettings",
+        "fedavgm": "wardround.learning.methods.fedavgm:FedAvgMSettings",
+        "fedadam": "wardround.learning.methods.fedadam:FedAdamSettings",
+        "custom": "wardround.study.methods:CustomMethod",
+    },
+}
+GROUPS: Mapping[Section, str] = {"task": "wardround.tasks", "model": "wardround.models", "method": "wardround.methods"}
+BASES: Mapping[Section, type[Settings]] = {"task": TaskSettings, "model": ModelSettings, "method": MethodSettings}
+CLOSED: Mapping[Section, type[Settings]] = {"task": ClosedTask, "model": ClosedModel, "method": ClosedMethod}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a study is read; the context of its validation.
+
+    `opened` are settings of plug-ins that may be used, by section and kind. `foreign`: a plug-in that is not installed
+    is no error (a model from elsewhere, say). `unread` sections are kept as they are, and nothing is imported for them.
+    """
+
+    opened: Mapping[tuple[Section, str], type[Settings]] = field(default_factory=dict)
+    foreign: bool = False
+    unread: frozenset[Section] = frozenset()
+
+
+STRICT = Reading()
+
+
+@cache
+def builtin(section: Section, kind: str) -> type[Settings]:
+    """The settings of one of the package's own kinds."""
+    module, _, name = BUILTIN[section][kind].partition(":")
+    found: type[Settings] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def builtins(section: Section) -> tuple[type[Settings], ...]:
+    """The settings of all of the package's own kinds; imports them all."""
+    return tuple(builtin(section, kind) for kind in BUILTIN[section])
+
+
+def default(section: Section, **choices: Any) -> Any:
+    """The settings of a study that says nothing, with `choices`."""
+    return builtin(section, default_kind(section)).model_validate({"kind": default_kind(section), **choices})
+
+
+def default_kind(section: Section) -> str:
+    """The kind of a section without one."""
+    return next(iter(BUILTIN[section]))
+
+
+def installed(section: Section) -> frozenset[str]:
+    """The kinds that installed packages add; imports none of them."""
+    return frozenset(entry_points(group=GROUPS[section]).names) - BUILTIN[section].keys()
+
+
+def settings_of(section: Section, kind: str, reading: Reading = STRICT) -> type[Settings] | None:
+    """What reads a section of this kind; `None` for an unknown kind. A plug-in's settings are closed until opened."""
+    if section in reading.unread:
+        return CLOSED[section]
+    if kind in BUILTIN[section]:
+        return builtin(section, kind)
+    if (section, kind) in reading.opened:
+        return reading.opened[section, kind]
+    return CLOSED[section] if reading.foreign or kind in installed(section) else None
+
+
+def read(section: Section, value: Any, info: ValidationInfo) -> Any:
+    """A section of a study as the settings of its kind; what are settings already, stay."""
+    if isinstance(value, Settings):
+        return value
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError("section", "must be a mapping with a `kind`")
+    reading = info.context if isinstance(info.context, Reading) else STRICT
+    given = {"kind": default_kind(section), **value}
+    kind = given["kind"]
+    settings = settings_of(section, kind, reading) if isinstance(kind, str) else None
+    if settings is None:
+        known = sorted({*BUILTIN[section], *installed(section)})
+        raise PydanticCustomError("unknown_kind", "unknown kind", {"tag": str(kind)[:64], "known": known})
+    return settings.model_validate(given)
+
+
+def check_model(model: ModelSettings, modality: Modality) -> None:
+    """Raise `StudyError` where a network cannot work on the images of a modality."""
+    if modality not in model.modalities:
+        models = (m for m in builtins("model") if issubclass(m, ModelSettings) and modality in m.modalities)
+        kinds = ", ".join(kind for m in models for kind in m.kinds())
+        mine = " and ".join(sorted(m.upper() for m in model.modalities))
+        raise StudyError(
+            f"model.kind: {model.kind} is for {mine}, and these scans are {modality.upper()}; take {kinds}"
+        )
+    model.check(modality)

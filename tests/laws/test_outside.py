@@ -1,0 +1,187 @@
+"""The law of room to grow: kinds of a package outside are found by entry points, and the package's own in one file."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import wardround
+from tests.hospitals import head, make_hospitals, save, write_study
+from wardround.cli import app
+from wardround.errors import StudyError
+from wardround.federation.release import load_model, study_of
+from wardround.runs.machine import Machine
+from wardround.study.load import UNREAD, load_study, study_sha256
+from wardround.study.registry import BUILTIN, Section, builtin
+from wardround.study.sites import load_sites
+
+SOURCE = Path(wardround.__file__).parent
+ENTRIES = """
+[wardround.tasks]
+tripling = ward_outside:TriplingSettings
+[wardround.models]
+scale = ward_outside:ScaleSettings
+[wardround.methods]
+clipped = ward_outside:ClippedSettings
+factory = ward_outside:Clipped
+[wardround.engines]
+counting = ward_outside:counting
+"""
+METHOD, MODEL = {"kind": "clipped", "weights": "equal"}, {"kind": "scale", "start": 1}
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package outside, installed for this process: its module, and what says of its entry points."""
+    about = tmp_path / "site-packages" / "ward_outside-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ward-outside\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(ENTRIES)
+    monkeypatch.syspath_prepend(str(about.parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "outside"))
+    sys.modules.pop("ward_outside", None)
+    yield
+    sys.modules.pop("ward_outside", None)
+
+
+def hospital(folder: Path, allowed: tuple[str, ...], **changes: Any) -> tuple[Path, Path]:
+    """Study and sites files of two tiny MRI sites, which allow these plug-ins."""
+    make_hospitals(folder / "data")
+    study, sites = write_study(folder, folder / "data", **changes)
+    content = yaml.safe_load(sites.read_text())
+    for entry in content["sites"].values():
+        entry["plugins"] = list(allowed)
+    sites.write_text(yaml.safe_dump(content))
+    return study, sites
+
+
+def test_a_network_and_a_method_from_outside_are_checked_trained_tested_reported_and_applied(
+    package: None, tmp_path: Path
+) -> None:
+    study, sites = hospital(tmp_path, ("scale", "clipped"), model=MODEL, method=METHOD)
+    said = CliRunner().invoke(app, ["check", str(study), "--sites", str(sites)])
+    assert said.exit_code == 0, said.output
+    assert "scale, one number from 1 on: 1 values" in said.output
+    assert "clipped, gradients within 0.5" in said.output
+    out = tmp_path / "out"
+    result = wardround.run(study, sites, out, engine="local", quiet=True)
+    assert result.participants == ("Alpha", "Beta")
+    # Defaults of a plug-in are part of the study, and of its hash, as all others are.
+    written = load_study(out / "study.yaml", reading=UNREAD)
+    assert study_sha256(written) == result.study_sha256 != study_sha256(load_study(study))
+    assert written.method.model_dump() == {"kind": "clipped", "weights": "equal", "limit": 0.5}
+    # A worker process gets the study as it was read, and reads it again by the same rules.
+    host = Machine(load_study(study), load_sites(sites), out, ())
+    worker = Machine.from_spec(json.loads(json.dumps(host.spec())))
+    assert worker.study == host.study
+    assert worker.study_sha256 == result.study_sha256
+    assert type(worker.blueprint("federated").method).__name__ == "Clipped"
+    assert wardround.run(study, sites, out, engine="local", quiet=True, resume=True).metrics == result.metrics
+    assert wardround.evaluate(out, sites, engine="local", quiet=True).metrics == result.metrics
+    report, card = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "model_card.md"))
+    assert "clipped" in report
+    assert "scale" in card
+    # At another hospital: the model's file names a plug-in, and who has the file says whether to import it.
+    model, image = out / "models" / "federated.safetensors", tmp_path / "image.nii.gz"
+    save(head(3), image)
+    with pytest.raises(StudyError, match=r"plug-in's, 'scale'.*--plugin scale"):
+        wardround.reconstruct(model, image, tmp_path / "image-out.nii.gz")
+    wardround.reconstruct(model, image, tmp_path / "image-out.nii.gz", plugins=("scale",))
+    assert (tmp_path / "image-out.nii.gz").exists()
+    # Without the package nothing is trained or applied; the model's file and the run's study are read all the same.
+    (tmp_path / "site-packages" / "ward_outside-1.dist-info" / "entry_points.txt").write_text("")
+    with pytest.raises(
+        StudyError, match=r"(?s)model\.kind: unknown kind 'scale'.*method\.kind: unknown kind 'clipped'"
+    ):
+        load_study(study)
+    assert study_of(model, load_model(model)[1]).method.kind == "clipped"
+    assert load_study(out / "study.yaml", reading=UNREAD) == written
+
+
+def test_a_task_and_an_engine_from_outside(package: None, tmp_path: Path) -> None:
+    study, sites = hospital(tmp_path, ("tripling", "clipped"), task={"kind": "tripling"}, method=METHOD)
+    said = CliRunner().invoke(app, ["check", str(study), "--sites", str(sites)])
+    assert "to triple numbers, of 24 patients a site" in said.output
+    result = wardround.run(study, sites, tmp_path / "out", engine="counting", quiet=True)
+    from ward_outside import MADE
+
+    assert {"facts", "train", "evaluate"} <= set(MADE[-1].carried)
+    assert result.metrics["federated"]["mean"]["off"].value is not None
+    assert "Off by" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(StudyError, match="--engine other: there is none of that name; known are counting, local"):
+        wardround.run(study, sites, tmp_path / "other", engine="other", quiet=True)
+
+
+@pytest.mark.parametrize("sites_given", [False, True])
+def test_check_imports_no_plug_in_that_a_site_does_not_allow(package: None, tmp_path: Path, sites_given: bool) -> None:
+    study, sites = hospital(tmp_path, ("scale",), model=MODEL, method=METHOD)
+    said = CliRunner().invoke(app, ["check", str(study), *(["--sites", str(sites)] if sites_given else [])])
+    assert "ward_outside" not in sys.modules
+    text = " ".join(said.output.split())
+    assert ("does not allow the plug-in 'clipped'" if sites_given else "check did not call it") in text
+    with pytest.raises(StudyError, match=r"method\.kind: site Alpha does not allow the plug-in 'clipped'"):
+        wardround.run(study, sites, tmp_path / "out", engine="local", quiet=True)
+    assert "ward_outside" not in sys.modules
+
+
+def test_what_a_plug_in_says_of_its_section_is_an_error_of_the_study(package: None, tmp_path: Path) -> None:
+    def refused(**changes: Any) -> str:
+        study, sites = hospital(tmp_path, ("scale", "clipped", "factory"), **changes)
+        with pytest.raises(StudyError) as caught:
+            wardround.run(study, sites, tmp_path / "out", engine="local", quiet=True)
+        return str(caught.value)
+
+    assert "method.limt: unknown key; did you mean `limit`?" in refused(method={"kind": "clipped", "limt": 1})
+    assert "method.limit: must be greater than 0" in refused(method={"kind": "clipped", "limit": 0})
+    assert "not a MethodSettings; if it is a factory, write `method: {kind: custom, factory: factory}`" in refused(
+        method={"kind": "factory"}
+    )
+    # No plug-in says by silence that its method is covered by noise.
+    privacy = {"protection": {"privacy": {"preset": "moderate"}}, "schedule": {"rounds": 1, "release": "last"}}
+    assert "method.kind=clipped cannot be combined with protection.privacy" in refused(method=METHOD, **privacy)
+
+
+def test_an_unknown_kind_is_an_error_that_lists_the_known_and_says_how_a_plug_in_is_allowed(package: None) -> None:
+    study = {"name": "s", "sites": {"A": {}}, "model": {"kind": "zzz"}}
+    with pytest.raises(StudyError) as caught:
+        load_study(study)
+    assert "`modl`" in str(caught.value)
+    assert "`scale`" in str(caught.value)
+    assert "sites.NAME.plugins" in str(caught.value)
+    assert load_study(study, reading=UNREAD).model.kind == "zzz"
+
+
+KINDS = [(section, kind) for section in ("model", "method") for kind in BUILTIN[section] if kind != "custom"]
+# The values of other keys that are called like a kind.
+HOMONYMS = {("unet", SOURCE / "models" / "learn.py")}
+
+
+@pytest.mark.parametrize(("section", "kind"), KINDS)
+def test_a_kind_is_known_to_its_own_file_and_the_registry_alone(section: Section, kind: str) -> None:
+    module = BUILTIN[section][kind].partition(":")[0]
+    own = SOURCE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    assert own.exists()
+    assert kind in builtin(section, kind).kinds()
+    knowing = {path for path, (strings, modules) in _sources().items() if kind in strings or module in modules}
+    assert {path for path in knowing if (kind, path) not in HOMONYMS} == {own, SOURCE / "study" / "registry.py"}
+
+
+@cache
+def _sources() -> dict[Path, tuple[frozenset[str], frozenset[str]]]:
+    """By file its whole strings, one of which would be a kind, and the modules that it imports from."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        found[path] = frozenset(strings), frozenset(modules)
+    return found

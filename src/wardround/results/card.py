@@ -11,7 +11,7 @@ from wardround.results.metrics import MetricInfo
 from wardround.results.run import SMALL_N, Run, load_run
 from wardround.results.units import flat, human_bytes, human_seconds, protocol
 from wardround.results.views import comparison, warnings
-from wardround.study.tasks import CustomTask
+from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.wire.files import write_text
 
@@ -116,7 +116,7 @@ def _training(run: Run) -> list[str]:
     result, study = run.result, run.study.model_dump(mode="json")
     lines = [f"Sites that trained: {', '.join(run.training)}", f"Rounds: {result.rounds}"]
     # A task of one's own builds its own model: that of the study file is none of it.
-    own = isinstance(run.study.task, CustomTask)
+    own = not isinstance(run.study.task, ReconstructionTask)
     for section in ("task" if own else "model", "method", "local", "schedule", "protection"):
         # What a study leaves to the model's preset is not "none".
         shown = {key: value for key, value in study[section].items() if section != "model" or value is not None}

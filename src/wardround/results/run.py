@@ -12,7 +12,7 @@ from wardround.results.schema import Measured, Result, RoundLine
 from wardround.results.units import flat
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.ct import CTAcquisition
-from wardround.study.load import load_study
+from wardround.study.load import UNREAD, load_study
 from wardround.study.schema import Study
 from wardround.study.tasks import Modality, ReconstructionTask
 
@@ -182,4 +182,4 @@ def load_run(out: Path) -> Run:
     """
     result = read_result(out)
     path = out / "study.yaml"
-    return Run(out, result, read_rounds(out), load_study(path), path.read_text(encoding="utf-8"))
+    return Run(out, result, read_rounds(out), load_study(path, reading=UNREAD), path.read_text(encoding="utf-8"))

@@ -56,6 +56,7 @@ CT: dict[str, dict[str, Any]] = {
     "two_band": {"model": {"kind": "two_band", **_TINY}, "method": {"kind": "fedfdd", "stranger": "mean"}},
     "iradonmap": {"model": {"kind": "iradonmap", **_TINY}, "method": {"kind": "fedct"}},
 }
+_EVALUATION = {"slices": {"per_patient": 1}, "tuning_slices": 1, "tv_weights": [0.001, 0.01]}
 _LOCAL = {"steps": 1, "batch": 2, "optimizer": "adam", "optimizer_state": "keep", "clip_norm": 1.0}
 
 
@@ -74,7 +75,7 @@ def thoraxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _mri(name: str) -> Study:
     baselines = ["zero_filled", "cg_sense", "tv", "tv_real"]
-    evaluation = {"slices": {"per_patient": 1}, "baselines": baselines, "tuning_slices": 1, "tv_weights": [0.001, 0.01]}
+    evaluation = {**_EVALUATION, "baselines": baselines}
     values = {
         "name": "mri",
         "sites": {"A": {}, "B": {}},
@@ -293,7 +294,7 @@ def test_physics_stays_in_full_precision(thoraxes: Path) -> None:
 # With privacy --------------------------------------------------------------------------------------------------------
 
 _PRIVATE: dict[str, Any] = {
-    "protection": {"privacy": {"epsilon": 50.0, "clip": 1.0, "patients_per_step": 2}},
+    "protection": {"privacy": {"epsilon": 50.0, "noise_multiplier": 1.0, "clip": 1.0, "patients_per_step": 2}},
     "method": {"kind": "fedavg", "weights": "equal"},
     "schedule": {"rounds": 4, "release": "last"},
 }

@@ -18,7 +18,7 @@ from tests.federation.rig import Rig
 from tests.toys import Points, Regression, toy_study
 from wardround.errors import NotEnoughSites
 from wardround.federation.exchange import TRAIN, UPDATE, Call, Exchange, PlainSum
-from wardround.learning.methods.method import LocalRound, Method, Writers, state_name
+from wardround.learning.methods.method import Changes, LocalRound, Method, Writers, state_name
 from wardround.learning.policy import Parameter, Role
 from wardround.site.site import Answer, Site
 from wardround.wire.message import EmptyBody, Message
@@ -66,8 +66,8 @@ class Scaffold(Method):
 
     def _controls(self, local: LocalRound, name: str) -> tuple[Tensor, Tensor]:
         ours = local.memory.get(name)
-        c = torch.from_numpy(local.public[state_name(self.CONTROL, name)])
-        return c, torch.zeros_like(c) if ours is None else torch.from_numpy(ours)
+        c = local.received(state_name(self.CONTROL, name))
+        return c, torch.zeros_like(c) if ours is None else ours
 
     def gradients(self, local: LocalRound) -> None:
         for name, tensor in local.trainable().items():
@@ -75,14 +75,14 @@ class Scaffold(Method):
             assert tensor.grad is not None
             tensor.grad += c - ours
 
-    def changes(self, local: LocalRound) -> dict[str, dict[str, Array]]:
+    def changes(self, local: LocalRound) -> Changes:
         changes = super().changes(local)
         changes[self.CONTROL] = {}
         for name, tensor in local.trainable().items():
             c, ours = self._controls(local, name)
             new = ours - c + (local.anchor[name] - tensor.detach()) / (local.steps * local.learning_rate)
-            changes[self.CONTROL][name] = (new - ours).numpy()
-            local.memory[name] = new.numpy()
+            changes[self.CONTROL][name] = new - ours
+            local.memory[name] = new
         return changes
 
 
@@ -359,16 +359,16 @@ class StackedAdapters(Method):
             local.shared["left"][:, rank:] = 0.0
             local.shared["right"][rank:] = 0.0
 
-    def changes(self, local: LocalRound) -> dict[str, dict[str, Array]]:
+    def changes(self, local: LocalRound) -> Changes:
         rank, slot = dict(self.ranks)[local.site], self._slot(local.site)
         if self.average_factors:
             slot = slice(0, rank)
         total = slot.stop if self.average_factors else sum(r for _, r in self.ranks)
         total = max(r for _, r in self.ranks) if self.average_factors else total
-        left = np.zeros((local.shared["left"].shape[0], total), np.float32)
-        right = np.zeros((total, local.shared["right"].shape[1]), np.float32)
-        left[:, slot] = local.shared["left"].detach().numpy()[:, :rank]
-        right[slot] = local.shared["right"].detach().numpy()[:rank]
+        left = local.shared["left"].new_zeros(local.shared["left"].shape[0], total)
+        right = local.shared["right"].new_zeros(total, local.shared["right"].shape[1])
+        left[:, slot] = local.shared["left"].detach()[:, :rank]
+        right[slot] = local.shared["right"].detach()[:rank]
         return {"left": {"left": left}, "right": {"right": right}}
 
     def apply(

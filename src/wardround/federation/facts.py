@@ -44,7 +44,7 @@ class SiteFacts(Config):
     fingerprint: Hash | None = Field(description="changes when the data do")
     patients: Patients | None
     headers: HeaderFacts = HeaderFacts()
-    machine: dict[str, str] = Field(description="versions and kind of processor of the site's process")
+    machine: dict[str, str] = Field(description="versions and processor of the site's process, device and precision")
 
 
 class SiteSpending(Config):

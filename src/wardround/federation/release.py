@@ -50,7 +50,7 @@ def save_release(
     Whole or not at all; raises `OSError` where the disk is full.
     """
     shared = blueprint.method.release_for(None, release.state.public, release.state.private)
-    rest = {name: t.numpy() for name, t in blueprints.bench.initial.items() if name not in shared}
+    rest = {name: array for name, array in blueprints.bench.initial_values().items() if name not in shared}
     metadata = {
         "format": FORMAT,
         "study": blueprints.study.model_dump_json(),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wardround.tasks.states import on_host
+from wardround.wire.host import on_host
 
 
 class Divergence:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import StudyError, WardroundError
+from wardround.learning.device import Compute, Losses
 from wardround.protection.opacus import from_opacus
 from wardround.protection.secret import SecretStream
-from wardround.tasks.task import Batch, Dataset, Task
+from wardround.tasks.task import Batch, Dataset
+from wardround.wire.host import on_host
 from wardround.wire.random import public_generator
 
 # Examples that go through the network at once.
@@ -43,7 +45,7 @@ class Gradients(Protocol):
 class ExactGradients:
     """A backward pass for each patient: right for every model whose loss is right."""
 
-    task: Task
+    task: Losses
     model: nn.Module
 
     def per_patient(self, dataset: Dataset, patients: Sequence[Drawn]) -> Iterator[Tensor]:
@@ -53,12 +55,12 @@ class ExactGradients:
         """
         for own in patients:
             batch = dataset.batch(own.examples, own.stream.generator())
-            with _seeded(own.stream):
+            with _seeded(own.stream, self.model):
                 gradient = autograd(self.task, self.model, batch)
             yield gradient
 
 
-def autograd(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+def autograd(task: Losses, model: nn.Module, batch: Batch) -> Tensor:
     """The gradient of a batch's loss: (parameters,)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(task.loss(model, batch), parameters, allow_unused=True)
@@ -72,7 +74,7 @@ class BatchedGradients:
     Some models make them wrong without a word, such as convolutions on `channels_last` input: see `self_test`.
     """
 
-    def __init__(self, task: Task, model: nn.Module, hooks: Any) -> None:
+    def __init__(self, task: Losses, model: nn.Module, hooks: Any) -> None:
         self._task = task
         self._model = model
         self._hooks = hooks
@@ -80,7 +82,7 @@ class BatchedGradients:
 
     @classmethod
     @contextmanager
-    def attached(cls, task: Task, model: nn.Module) -> Iterator[BatchedGradients]:
+    def attached(cls, task: Losses, model: nn.Module) -> Iterator[BatchedGradients]:
         """Hooks on the model's layers, gone again afterwards.
 
         Raises `MissingExtra` without Opacus, `StudyError` for a model that it refuses.
@@ -106,7 +108,7 @@ class BatchedGradients:
         """
         for chunk in _chunks(patients):
             batch = dataset.batch([i for own in chunk for i in own.examples], chunk[0].stream.generator())
-            with _seeded(chunk[0].stream):
+            with _seeded(chunk[0].stream, self._model):
                 of_example = self.per_example(batch)
             for rows in torch.split(of_example, [len(own.examples) for own in chunk]):
                 yield rows.mean(dim=0)
@@ -118,7 +120,7 @@ class BatchedGradients:
         _forget(self._model)
         count = max((len(r) for r in rows if r is not None), default=0)
         return torch.cat(
-            [torch.zeros(count, p.numel()) if r is None else r for r, p in zip(rows, self._parameters, strict=True)], 1
+            [p.new_zeros(count, p.numel()) if r is None else r for r, p in zip(rows, self._parameters, strict=True)], 1
         )
 
     def _sample(self, parameter: nn.Parameter) -> Tensor | None:
@@ -148,14 +150,15 @@ class BatchedGradients:
 
     def _draws(self, batch: Batch) -> bool:
         """Whether the loss of a batch takes from torch's random numbers."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            before = torch.get_rng_state()
+        compute = _compute(self._model)
+        with compute.forked_random(), torch.no_grad():
+            before = compute.random_states()
             self._hooks.disable_hooks()
             try:
                 self._task.loss(self._model, batch)
             finally:
                 self._hooks.enable_hooks()
-            return not torch.equal(before, torch.get_rng_state())
+            return any(not torch.equal(*pair) for pair in zip(before, compute.random_states(), strict=True))
 
     def _error(self, dataset: Dataset, pair: tuple[int, int]) -> float:
         def draws() -> np.random.Generator:
@@ -177,17 +180,25 @@ class BatchedGradients:
         if len(found) != 2:
             return float("inf")
         sizes = [p.numel() for p in self._parameters]
-        whole = float(true.norm()) or 1.0
+        whole = _norm(true) or 1.0
         return max(
-            float((f - t).norm()) / max(float(t.norm()), LARGEST_ERROR * whole)
+            _norm(f - t) / max(_norm(t), LARGEST_ERROR * whole)
             for f, t in zip(torch.split(found[0], sizes), torch.split(true, sizes), strict=True)
         )
 
 
+def _norm(gradient: Tensor) -> float:
+    return float(on_host(gradient.norm()))
+
+
+def _compute(model: nn.Module) -> Compute:
+    return Compute(next(model.parameters()).device)
+
+
 @contextmanager
-def _seeded(stream: SecretStream) -> Iterator[None]:
+def _seeded(stream: SecretStream, model: nn.Module) -> Iterator[None]:
     """Torch draws from a secret stream until the context is left, and goes on afterwards where it was."""
-    with torch.random.fork_rng(devices=[]):
+    with _compute(model).forked_random():
         torch.manual_seed(int(stream.words(1)[0] >> np.uint64(1)))
         yield
 
@@ -229,16 +240,15 @@ def _detach(model: nn.Module) -> None:
 @contextmanager
 def _moved(model: nn.Module) -> Iterator[None]:
     kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    state = torch.get_rng_state()
     try:
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                scale = 0.1 * float(parameter.square().mean().sqrt()) + 0.01
-                parameter.add_(scale * torch.randn_like(parameter))
-        yield
+        with _compute(model).forked_random():
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    scale = 0.1 * float(on_host(parameter.square().mean().sqrt())) + 0.01
+                    parameter.add_(scale * torch.randn_like(parameter))
+            yield
     finally:
-        torch.set_rng_state(state)
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 tensor.copy_(kept[name])

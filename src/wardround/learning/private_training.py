@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
-from wardround.learning.gradients import BatchedGradients, Drawn, ExactGradients, Gradients
+from wardround.learning.device import CPU, Compute, Losses
+from wardround.learning.gradients import BatchedGradients, Drawn, ExactGradients, Gradients, autograd
 from wardround.learning.methods.method import MODEL, LocalRound, Method
 from wardround.protection.compression import Codec
 from wardround.protection.discrete_gaussian import discrete_gaussians, rounded
@@ -28,7 +29,9 @@ from wardround.protection.lattice import Lattice
 from wardround.protection.privacy import Purse, SecretRound, Terms
 from wardround.protection.rotation import rotate
 from wardround.protection.secret import SecretStream
-from wardround.tasks.task import Dataset, Task
+from wardround.tasks.task import Dataset
+from wardround.wire.host import on_host
+from wardround.wire.random import public_generator
 from wardround.wire.tensors import tensors_sha256
 
 Array = npt.NDArray[Any]
@@ -56,7 +59,8 @@ def clipped(gradient: Tensor, bound: float) -> Tensor:
 
     Nothing may be raised for it: that there was one would be known of its patient.
     """
-    gradient = gradient.double()
+    # In double precision, and with the bits of one order of adding, on the host alone.
+    gradient = torch.from_numpy(on_host(gradient)).double()
     norm = float(gradient.norm())
     if not np.isfinite(norm):
         return torch.zeros_like(gradient)
@@ -64,10 +68,13 @@ def clipped(gradient: Tensor, bound: float) -> Tensor:
 
 
 class PrivateTraining:
-    """Takes the place of loss and backward pass at a site with privacy."""
+    """Takes the place of loss and backward pass at a site with privacy; `task` gives its losses on `compute`."""
 
-    def __init__(self, task: Task, dataset: Dataset, purse: Purse, study: str, arm: str) -> None:
+    def __init__(
+        self, task: Losses, dataset: Dataset, purse: Purse, study: str, arm: str, compute: Compute = CPU
+    ) -> None:
         self._task = task
+        self._compute = compute
         self._dataset = dataset
         self._purse = purse
         self._named = (study, arm)
@@ -77,7 +84,7 @@ class PrivateTraining:
         for index, owner in enumerate(owners):
             of_patient.setdefault(owner, []).append(index)
         self._patients = {owner: tuple(of_patient[owner]) for owner in sorted(of_patient)}
-        self._tested = False
+        self._tested = self._tried = False
 
     @property
     def terms(self) -> Terms:
@@ -92,19 +99,28 @@ class PrivateTraining:
         told apart by patient.
         """
         refuse_shared_statistics(context.model)
-        terms = self.terms
-        secret = self._purse.pay(
-            *self._named, context.number, context.steps, self._fingerprint, _inputs(context, memory)
-        )
-        gradients: Gradients = ExactGradients(self._task, context.model)
-        if terms.gradients == "exact":
-            yield PrivateRound(self, context, method, gradients, secret)
+        self._compute.fit_for_privacy()
+        with self._compute.deterministic():
+            self._try(context.model)
+            inputs = _inputs(context, memory, self._compute)
+            secret = self._purse.pay(*self._named, context.number, context.steps, self._fingerprint, inputs)
+            gradients: Gradients = ExactGradients(self._task, context.model)
+            if self.terms.gradients == "exact":
+                yield PrivateRound(self, context, method, gradients, secret)
+                return
+            with BatchedGradients.attached(self._task, context.model) as batched:
+                if not self._tested:
+                    batched.self_test(self._dataset)
+                    self._tested = True
+                yield PrivateRound(self, context, method, batched, secret)
+
+    def _try(self, model: nn.Module) -> None:
+        """One gradient before anything is paid: an operation that a repeated round may not have is refused for free."""
+        if self._compute.on_cpu or self._tried:
             return
-        with BatchedGradients.attached(self._task, context.model) as batched:
-            if not self._tested:
-                batched.self_test(self._dataset)
-                self._tested = True
-            yield PrivateRound(self, context, method, batched, secret)
+        with self._compute.forked_random():
+            autograd(self._task, model, self._dataset.batch([0], public_generator(0, "self-test")))
+        self._tried = True
 
     def draw(self, secret: SecretRound, step: int) -> tuple[Drawn, ...]:
         """Poisson sampling of patients, then of examples of each without replacement.
@@ -144,7 +160,7 @@ class PrivateTraining:
         for own, gradient in zip(draw, gradients.per_patient(self._dataset, draw), strict=True):
             parts = torch.split(clipped(gradient, self.terms.clip), sizes)
             turned = [
-                rotate(part.numpy(), codec.signs(context.number, MODEL, name))
+                rotate(on_host(part), codec.signs(context.number, MODEL, name))
                 for name, part in zip(infos, parts, strict=True)
             ]
             total += rounded(np.concatenate(turned) / lattice.step, lattice.bound, own.stream)
@@ -187,9 +203,9 @@ class PrivateRound:
         size = sum(p.numel() for p in parameters)
         mean = self.training.noisy_mean(self.gradients, self.secret, step, size)
         for parameter, part in zip(parameters, torch.split(mean, [p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.reshape(parameter.shape).to(parameter.dtype)
+            parameter.grad = part.reshape(parameter.shape).to(parameter)
         # What a method adds to the loss (a proximal term, say) knows no data: it comes on top, without noise.
-        extra = self.method.objective(self.context, torch.zeros(()))
+        extra = self.method.objective(self.context, torch.zeros((), device=parameters[0].device))
         if extra.requires_grad:
             extra.backward()  # type: ignore[no-untyped-call]
 
@@ -211,7 +227,7 @@ def refuse_shared_statistics(model: nn.Module) -> None:
             )
 
 
-def _inputs(context: LocalRound, memory: Mapping[str, Array]) -> Sequence[Any]:
+def _inputs(context: LocalRound, memory: Mapping[str, Array], compute: Compute) -> Sequence[Any]:
     """All that decides a round's sums beside data and terms; versions too, as their arithmetic may differ."""
     return (
         tensors_sha256({name: np.asarray(context.public[name]) for name in context.public}),
@@ -220,4 +236,5 @@ def _inputs(context: LocalRound, memory: Mapping[str, Array]) -> Sequence[Any]:
         torch.__version__,
         torch.backends.cpu.get_cpu_capability(),
         torch.get_num_threads(),
+        *(() if compute == CPU else compute.facts().values()),
     )

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import WardroundError
+from wardround.learning.device import CPU, Compute, Placed, as_arrays
 from wardround.learning.divergence import watched
 from wardround.learning.examples import Examples
 from wardround.learning.methods.method import Facts, LocalRound, Method
@@ -25,6 +27,7 @@ from wardround.storage.store import Memory
 from wardround.study.schema import Local
 from wardround.tasks.states import patient_rows
 from wardround.tasks.task import Batch, Dataset, Split, Task
+from wardround.wire.host import on_host
 from wardround.wire.random import public_generator, public_seed
 from wardround.wire.tensors import TensorInfo
 
@@ -58,18 +61,33 @@ def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
 
 
 class Workbench:
-    """The one model of a process, and how it was initialised: public randomness, so the same everywhere."""
+    """The one model of a process, and how it was initialised: public randomness on the CPU, so the same everywhere.
+
+    Sites that compute on another device share another, which `on` makes of it.
+    """
 
     def __init__(self, task: Task, seed: int) -> None:
         self.task = task
+        self.compute = CPU
+        self._all = {CPU: self}
         torch.manual_seed(public_seed(seed, "initialisation") % 2**63)
         self.model = task.build_model()
         self.parameters = parameters_of(self.model)
         self.initial = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
 
+    def on(self, compute: Compute) -> Workbench:
+        """The workbench of this process for a device and precision: the same initial values, a model of its own."""
+        if compute not in self._all:
+            other = copy(self)
+            other.compute = compute
+            other.model = deepcopy(self.model).to(compute.device)
+            other.initial = {name: tensor.to(compute.device) for name, tensor in self.initial.items()}
+            self._all[compute] = other
+        return self._all[compute]
+
     def initial_values(self) -> dict[str, Array]:
         """The initial values of the whole model, shared and private parts alike."""
-        return {name: tensor.numpy() for name, tensor in self.initial.items()}
+        return {name: on_host(tensor) for name, tensor in self.initial.items()}
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,7 @@ class Learner:
         self.dataset = dataset
         self.task = bench.task
         self._bench = bench
+        self._placed = Placed(bench.task, bench.compute)
         self._examples = examples
         self._method = method
         self._policy = policy
@@ -121,6 +140,11 @@ class Learner:
     def model(self) -> nn.Module:
         """The network, with whatever was loaded last."""
         return self._bench.model
+
+    @property
+    def compute(self) -> Compute:
+        """Where the site computes."""
+        return self._bench.compute
 
     def load(self, public: Mapping[str, Array], memory: Memory) -> None:
         """Put the shared, local and frozen tensors into the model."""
@@ -211,7 +235,9 @@ class Learner:
             anchor={name: tensor.detach().clone() for name, tensor in shared.items()},
             public=public,
             memory={
-                name.removeprefix(METHOD): tensor for name, tensor in memory.tensors.items() if name.startswith(METHOD)
+                name.removeprefix(METHOD): self.compute.tensor(tensor)
+                for name, tensor in memory.tensors.items()
+                if name.startswith(METHOD)
             },
             number=number,
             steps=local.steps,
@@ -225,7 +251,8 @@ class Learner:
         optimizer = build_optimizer(model, local)
         if local.optimizer_state == "keep":
             restore_optimizer(optimizer, memory.tensors)
-        total = torch.zeros(())
+        scaler = self.compute.scaler()
+        total = torch.zeros((), device=self.compute.device)
         indices = self._examples.of_round(number, local.steps * local.batch)
         private = self._private
         with nullcontext() if private is None else private.round(context, self._method, memory.tensors) as paid:
@@ -234,26 +261,34 @@ class Learner:
                 optimizer.zero_grad(set_to_none=True)
                 context.step = step
                 if paid is None:
-                    total += self._backward(context, indices[step * local.batch : (step + 1) * local.batch], step)
+                    part = indices[step * local.batch : (step + 1) * local.batch]
+                    total += self._backward(context, part, step, scaler)
+                    scaler.unscale_(optimizer)
                 else:
                     paid.backward(step)
                 self._method.gradients(context)
                 if local.clip_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), local.clip_norm)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 if self._progress is not None:
                     self._progress(number, step + 1, local.steps)
-        mean = float(total) / local.steps
+        mean = float(on_host(total)) / local.steps
         if not math.isfinite(mean):
             raise TrainingFailed(
                 f"site {self.site}: the training loss of round {number} is not finite; lower local.lr or set "
                 "local.clip_norm"
             )
         facts = Facts(len(self.dataset), self._validation_loss())
-        kept = {LOCAL + name: state[name].detach().numpy().copy() for name in self._policy.names("local")}
+        kept = {LOCAL + name: on_host(state[name]).copy() for name in self._policy.names("local")}
         told = None if paid is None else paid.told
-        changes = self._method.changes(context) if told is None else told
-        kept |= {METHOD + name: tensor for name, tensor in context.memory.items()}
+        live = list(state.values())
+        changes = (
+            {group: as_arrays(part, live) for group, part in self._method.changes(context).items()}
+            if told is None
+            else told
+        )
+        kept |= {METHOD + name: array for name, array in as_arrays(context.memory, live).items()}
         if self._momentum > 0.0:
             changes, running = averaged(changes, memory.tensors, self._momentum)
             kept |= running
@@ -267,12 +302,12 @@ class Learner:
             seconds=time.perf_counter() - began,
         )
 
-    def _backward(self, context: LocalRound, indices: Sequence[int], step: int) -> Tensor:
+    def _backward(self, context: LocalRound, indices: Sequence[int], step: int, scaler: torch.amp.GradScaler) -> Tensor:
         """The gradients of one batch, in place; its loss."""
         random = public_generator(self._seed, self.site, context.number, step, "augmentation")
         batch = self.dataset.batch(indices, random)
-        loss = self._method.objective(context, self.task.loss(context.model, batch))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._method.objective(context, self._placed.loss(context.model, batch))
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     @torch.no_grad()
@@ -282,20 +317,22 @@ class Learner:
         torch.set_num_threads(self._local.threads)
         model.eval()
         with watched(model) as diverged:
-            return self.per_patient(split, lambda batch: self.task.score(model, batch), diverged)
+            return self.per_patient(split, lambda batch: self._placed.score(model, batch), diverged)
 
     def per_patient(
         self, split: Split, score: Callable[[Batch], dict[str, Tensor]], diverged: Callable[[], bool] = lambda: False
     ) -> dict[str, Array]:
-        """The same of other scores than the task's, as `patient_rows` takes them."""
-        return patient_rows(self.task.metrics, self.dataset.evaluation(split), score, diverged)
+        """The same of other scores than the task's, as `patient_rows` takes them; batches are on the site's device."""
+        batches = ((patient, self.compute.moved(batch)) for patient, batch in self.dataset.evaluation(split))
+        return patient_rows(self.task.metrics, batches, score, diverged)
 
     @torch.no_grad()
     def _validation_loss(self) -> float | None:
         if not self.weighs_by_validation:
             return None
         self._bench.model.eval()
-        losses = [float(self.task.loss(self._bench.model, b)) for _, b in self.dataset.evaluation("validation")]
+        batches = self.dataset.evaluation("validation")
+        losses = [float(on_host(self._placed.loss(self._bench.model, batch))) for _, batch in batches]
         return sum(losses) / len(losses)
 
     def _set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -330,7 +367,7 @@ def build_optimizer(model: nn.Module, local: Local) -> torch.optim.Optimizer:
 def saved_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Array]:
     """The optimiser's tensors, by parameter number and slot."""
     return {
-        f"{OPTIMIZER}{index}/{slot}": value.detach().numpy().copy()
+        f"{OPTIMIZER}{index}/{slot}": on_host(value).copy()
         for index, slots in optimizer.state_dict()["state"].items()
         for slot, value in slots.items()
         if isinstance(value, Tensor)

@@ -1,10 +1,14 @@
-"""What a process is made of: versions and the kind of processor."""
+"""What a process is made of: versions and the kind of processor, and where the sites of a run computed."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 
 from wardround.version import __version__
+
+#: What a site says of where it computes, beside the versions of its process.
+PLACED = ("device", "precision")
 
 
 def fingerprint() -> dict[str, str]:
@@ -20,3 +24,17 @@ def fingerprint() -> dict[str, str]:
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def placed(machines: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Device and precision of a run, from what each site says of its machine: one value, or each with its sites."""
+    found: dict[str, str] = {}
+    for key in PLACED:
+        sites: dict[str, list[str]] = {}
+        for site, machine in machines.items():
+            if key in machine:
+                sites.setdefault(machine[key], []).append(site)
+        if sites:
+            whose = (f"{value}: {', '.join(names)}" for value, names in sites.items())
+            found[key] = next(iter(sites)) if len(sites) == 1 else "; ".join(whose)
+    return found

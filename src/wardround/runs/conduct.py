@@ -19,6 +19,7 @@ from wardround.federation.facts import SiteFacts, SiteSpending
 from wardround.federation.release import CARD, load_model, model_path, save_release, scanners_of_arm, shared_sha256
 from wardround.plan.arms import FEDERATED, POOLED
 from wardround.plan.blueprints import Blueprint
+from wardround.plan.versions import placed
 from wardround.results.card import write_card
 from wardround.results.files import read_rounds, write_result
 from wardround.results.html import write_report
@@ -27,7 +28,7 @@ from wardround.runs.alone import train_alone
 from wardround.runs.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver
 from wardround.runs.context import Context
 from wardround.runs.evaluation import measure, tables
-from wardround.runs.folder import alone, claim, mixed, without_in
+from wardround.runs.folder import add_devices, alone, claim, mixed, without_in
 from wardround.runs.notes import notes_of
 from wardround.runs.protocols import read_protocols
 from wardround.runs.rounds import RoundsFile
@@ -179,6 +180,8 @@ def conduct(
     `parallel` arms train at once. Opens nothing of a site: all that it knows of one came in messages.
     """
     facts = ask_facts(host, engine)
+    machines = {site: facts[site].machine for site in host.remaining(host.study.sites) if site in facts}
+    fingerprints = add_devices(host.out, fingerprints, placed(machines))
     releases = _train(host, engine, parallel, watcher, facts)
     private = _release(host, engine, releases, facts)
     measured = tables(host, measure(host, engine, watcher.phase))

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from wardround.errors import JournalError
-from wardround.plan.versions import fingerprint
+from wardround.plan.versions import PLACED, fingerprint
 from wardround.runs.context import Context
 from wardround.study.load import load_study, study_sha256
 from wardround.wire.files import refuse_links, write_text
@@ -24,7 +24,7 @@ Fingerprint = Mapping[str, str]
 
 # What the lock of a run's folder holds: without it, or the list of its arms, the folder is somebody else's.
 _MARK = b"wardround run\n"
-_ARMS, _WITHOUT = "compare.json", "without.json"
+_ARMS, _WITHOUT, _FINGERPRINT = "compare.json", "without.json", "fingerprint.json"
 
 
 def refuse_foreign(out: Path, *, ours: bool) -> None:
@@ -111,7 +111,7 @@ def claim(host: Context, *, resume: bool) -> list[Fingerprint]:
     write_text(out / "work" / _ARMS, json.dumps(sorted(host.asked)))
     record_without(out, host.without)
     write_text(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    return _add_fingerprint(out / "work" / "fingerprint.json")
+    return _add_fingerprint(out / "work" / _FINGERPRINT)
 
 
 def without_in(out: Path) -> frozenset[str]:
@@ -136,10 +136,25 @@ def _add_fingerprint(path: Path) -> list[Fingerprint]:
     return found
 
 
+def add_devices(out: Path, fingerprints: Sequence[Fingerprint], placed: Fingerprint) -> list[Fingerprint]:
+    """The fingerprints of a run, the present one with where its sites compute, which they say after `claim`."""
+    present = {**fingerprints[-1], **placed}
+    found = [*(each for each in fingerprints[:-1] if each != present), present]
+    write_text(out / "work" / _FINGERPRINT, json.dumps(found, indent=2) + "\n")
+    for note in mixed(found):
+        if note not in mixed(fingerprints):
+            log.warning("%s", note)
+    return found
+
+
 def mixed(fingerprints: Sequence[Fingerprint]) -> list[str]:
     """What to say of a run that was not worked on with one fingerprint alone; nothing of any other."""
     keys = dict.fromkeys(key for each in fingerprints for key in each)
-    values = {key: list(dict.fromkeys(each.get(key, "unknown") for each in fingerprints)) for key in keys}
+    # A process that ended before its sites answered knows nothing of their devices.
+    values = {
+        key: list(dict.fromkeys(each.get(key, "unknown") for each in fingerprints if key in each or key not in PLACED))
+        for key in keys
+    }
     differing = "; ".join(f"{key} {' and '.join(found)}" for key, found in values.items() if len(found) > 1)
     if not differing:
         return []

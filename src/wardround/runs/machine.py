@@ -103,6 +103,7 @@ class Machine(Context):
         for number, site in enumerate(sites):
             phase(READING, number, len(sites))
             try:
+                _ = self.agent(site).compute
                 dataset, purses = self.dataset(site), self.agent(site).purses
                 if purses.rules is not None and site in self.study.training_sites:
                     purses.terms(site, dataset)

@@ -16,6 +16,7 @@ from wardround.federation.facts import DELIVER, FACTS, SPENT, Patients, SiteFact
 from wardround.federation.plans import plan_of
 from wardround.federation.refusals import refusal
 from wardround.federation.release import CARD, model_of_study, model_path, save_release, scanners_of_arm
+from wardround.learning.device import CPU, Compute, Placed, compute_of
 from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.learning.private_training import PrivateTraining
 from wardround.learning.training import Learner, patients_in
@@ -153,7 +154,7 @@ class Agent:
             fingerprint=found,
             patients=patients,
             headers=self.header_facts(),
-            machine=fingerprint(),
+            machine={**fingerprint(), **self.compute.facts()},
         )
 
     def spent(self) -> SiteSpending:
@@ -225,6 +226,19 @@ class Agent:
         entry = self._sites.sites.get(self.name)
         given = None if entry is None else entry.history
         return given or self._kept / "history"
+
+    @cached_property
+    def compute(self) -> Compute:
+        """Where the site computes, by its own file; what has the data of several, where all of those do, or on the CPU.
+
+        Raises `StudyError` where the device is not on this machine, or not fit for a study with privacy.
+        """
+        members = self._datasets.owners(self.name)
+        entries = {(entry.device, entry.precision) for name in members if (entry := self._sites.sites.get(name))}
+        compute = compute_of(*entries.pop(), self.name) if len(entries) == 1 else CPU
+        if self.purses.rules is not None:
+            compute.fit_for_privacy()
+        return compute
 
     def header_facts(self) -> HeaderFacts:
         """What the headers of the training images say of the site's scanners, as far as its rules let out.
@@ -333,7 +347,7 @@ class Agent:
         return None if threshold is None else SecureUpload(threshold, history=self._history, members=arm.sites)
 
     def learner(self, blueprint: Blueprint) -> Learner:
-        """What trains and evaluates in an arm; all learners of a process share one model."""
+        """What trains and evaluates in an arm; all learners of a process on one device share one model."""
         arm, study, name = blueprint.arm, self._blueprints.study, self.name
         if name == POOLED:
             parts = [self._datasets.of(member) for member in arm.members]
@@ -349,10 +363,11 @@ class Agent:
         # A site that only evaluates an arm's model spends nothing, and may have no training patients at all.
         if self.purses.rules is not None and name in arm.sites:
             purse = self.purses.of(name, dataset)
-            private = PrivateTraining(self._blueprints.task, dataset, purse, self._blueprints.study_sha256, arm.name)
+            task = Placed(self._blueprints.task, self.compute)
+            private = PrivateTraining(task, dataset, purse, self._blueprints.study_sha256, arm.name, self.compute)
         return Learner(
             site=name,
-            bench=self._blueprints.bench,
+            bench=self._blueprints.bench.on(self.compute),
             dataset=dataset,
             examples=examples,
             method=blueprint.method,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 from wardround.errors import StudyError, WardroundError
+from wardround.plan.arms import POOLED
 from wardround.plan.blueprints import Blueprints
 from wardround.site.egress import EgressRules, strictest
 from wardround.study.sites import Egress, SitesFile
@@ -37,9 +38,15 @@ class Datasets:
                 raise StudyError(f"sites.{site}.scans: the study's task cannot show one site's patients to another")
         return self._opened[site]
 
+    def owners(self, site: str) -> tuple[str, ...]:
+        """Whose data a site has: its own, those of the sites whose patients it scans, or where data are pooled all."""
+        if site == POOLED:
+            return self._blueprints.study.training_sites
+        return self._scanned_by(site) or (site,)
+
     def egress(self, site: str) -> EgressRules:
         """What a site lets out; one that scans the patients of others keeps the strictest rules of those."""
-        return strictest(_rules_of(self._sites.of(name).egress) for name in self._scanned_by(site) or (site,))
+        return strictest(_rules_of(self._sites.of(name).egress) for name in self.owners(site))
 
     def fingerprint(self, site: str) -> str | None:
         """What a site's data are; `None` where they cannot be read for a reason that is left to the round."""

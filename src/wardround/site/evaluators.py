@@ -24,6 +24,7 @@ from wardround.tasks.states import value_of
 from wardround.tasks.task import Imaging, Oriented, Split
 from wardround.wire.archives import read_npz
 from wardround.wire.files import written
+from wardround.wire.host import on_host
 from wardround.wire.tensors import TensorFile
 
 Array = npt.NDArray[Any]
@@ -147,10 +148,11 @@ def _write_pictures(path: Path, label: str, learner: Learner, reconstruct: Calla
     if path.exists():
         known = read_npz(path)
     known |= {f"{WINDOW}/{w.name}/{w.unit}": np.array([w.low, w.high, w.scale]) for w in task.windows}
-    with torch.no_grad():
-        for number, batch in enumerate(task.examples(learner.dataset)):
-            known[f"reference/{number}"] = task.reference(batch)[0].numpy()
-            known[f"{label}/{number}"] = reconstruct(batch)[0].numpy()
+    with torch.no_grad(), learner.compute.autocast():
+        for number, example in enumerate(task.examples(learner.dataset)):
+            batch = learner.compute.moved(example)
+            known[f"reference/{number}"] = on_host(task.reference(batch)[0])
+            known[f"{label}/{number}"] = on_host(reconstruct(batch)[0])
     if isinstance(task, Oriented):
         turns = enumerate(task.turns(learner.dataset))
         known |= {f"{TURN}/{number}": np.array(turn, np.uint8) for number, turn in turns if turn is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, PrivateAttr, field_validator
 
@@ -15,6 +15,7 @@ from wardround.study.load import validate
 from wardround.study.schema import SiteName
 from wardround.study.yaml_text import read_yaml
 
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
 
@@ -49,6 +50,17 @@ class SiteData(Config):
         None,
         description="a .npz or .safetensors file with a vector for each patient's folder name, or one named `all`: for "
         "studies with `model.anatomy`; it is read at the site and is in no message",
+    )
+    device: str = Field(
+        "cpu",
+        pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$",
+        description="where the site computes: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first CUDA device and "
+        "else the CPU. It changes the speed and the last digits",
+    )
+    precision: Precision = Field(
+        "fp32",
+        description="what the layers of a network compute in; parameters, losses, metrics, physics and what leaves the "
+        "site stay in 32 bits",
     )
     lint: bool = Field(
         True, description="whether to refuse, before training, a received model that looks like one built to leak"

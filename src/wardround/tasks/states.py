@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import StudyError
+from wardround.wire.host import on_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -339,7 +340,7 @@ def patient_rows(
     for patient, batch in batches:
         scores, failed = score(batch), diverged()
         for key, spec in sources.items():
-            values = on_host(scores[key])
+            values = on_host(scores[key]).astype(np.float64)
             if values.ndim == 0 or values.shape[1:] != spec.kind.given:
                 needed = ", ".join(("B", *map(str, spec.kind.given)))
                 raise StudyError(f"metric {spec.name!r}: the task's score must give numbers of shape ({needed})")
@@ -347,11 +348,6 @@ def patient_rows(
             collected[key].setdefault(patient, []).append((values, absent))
     rows = {key: _rows(spec, collected[key].values()) for key, spec in sources.items()}
     return {spec.name: rows[spec.key] for spec in specs}
-
-
-def on_host(tensor: Tensor) -> Floats:
-    """A tensor's numbers as doubles in this process's memory."""
-    return np.asarray(tensor.detach().cpu().double().numpy())
 
 
 def _ground(spec: MetricSpec) -> tuple[Any, ...]:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Split: TypeAlias = Literal["train", "validation", "test"]
 # A site's data folders.
 Source: TypeAlias = tuple[Path, ...]
-# Whatever its own task makes of it: the federation only carries a batch from `Dataset` to `Task`.
+# What its own task makes of it. It moves to a site's device as one, so it is a tensor, a dataclass, mapping, list,
+# tuple or named tuple of such parts, or has a method `to(device)`; see `wardround.learning.device.moved`.
 Batch: TypeAlias = Any
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wardround.errors import GeometryError
+from wardround.wire.host import on_host
 
 
 def ring_covariance(coils: int, correlation: float) -> NDArray[np.float64]:
@@ -55,7 +56,7 @@ def whiten(data: Tensor, covariance: Tensor) -> Tensor:
     Raises GeometryError where the covariance is not positive definite.
     """
     factor, info = torch.linalg.cholesky_ex(covariance.to(data.dtype))
-    if int(info) != 0:
+    if on_host(info).any():
         raise GeometryError(
             "the noise covariance is not positive definite; measure more noise samples than there are coils"
         )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
+
+from wardround.wire.host import on_host
 
 
 class LinearOperator(ABC):
@@ -44,6 +48,17 @@ class LinearOperator(ABC):
     def prompt(self) -> Tensor | None:
         """What a network is told of whose scans these are: (B, tokens, dimension), where a site provides it."""
         return None
+
+    def to(self, device: torch.device) -> Self:
+        """The same operator for images and data on a device: its tensors, and those of operators in it, are there.
+
+        One that follows its input and is slow to build returns itself instead.
+        """
+        moved = copy(self)
+        for name, part in vars(self).items():
+            if isinstance(part, Tensor | LinearOperator):
+                moved.__dict__[name] = part.to(device)
+        return moved
 
     def initial(self, y: Tensor) -> Tensor:
         """A first image from data (B, *data_shape), where a network starts: A* y unless something better is known."""
@@ -109,6 +124,25 @@ def conjugate_gradients(
     the loop ends when all items have stopped. Autograd differentiates the iterations as they were run.
     Hestenes and Stiefel, J. Res. NBS 49 (1952), 409.
     """
+    with full_precision(rhs):
+        return _iterated(normal, rhs, weight, iterations, start, tolerance)
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Physics computes in the dtype of what it is given, also where a network's layers compute in 16 bits."""
+    kind = like.device.type
+    reduced = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if reduced else nullcontext()
+
+
+def _iterated(
+    normal: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    weight: Tensor | float,
+    iterations: int,
+    start: Tensor | None,
+    tolerance: float,
+) -> Tensor:
     if start is None:
         x, r = None, _real(rhs)
     else:
@@ -120,7 +154,7 @@ def conjugate_gradients(
     floor = resolution * _dot(_real(rhs), _real(rhs)).detach()
     for iteration in range(iterations):
         active = residual > floor
-        if tolerance > 0 and not bool(active.any()):
+        if tolerance > 0 and not on_host(active.any()):
             break
         q = _real(normal(_image(p, rhs)))
         q = q.add(p, alpha=weight) if isinstance(weight, float | int) else torch.addcmul(q, p, weight)

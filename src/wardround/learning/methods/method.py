@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Weights = Literal["samples", "equal", "validation"]
+#: By group and name: what `Method.changes` gives. The learner brings it to the host.
+Changes: TypeAlias = "dict[str, dict[str, Tensor]]"
 MODEL = "model"
 BUFFERS = "buffers"
 # exp(-loss) is clamped to this, so that one site can neither vanish nor outweigh the others a thousandfold.
@@ -49,10 +51,12 @@ class Facts:
 class LocalRound:
     """One round at a site, as hooks see it.
 
+    Tensors are on the device on which the site computes, and hooks give tensors back: the learner alone moves them.
     `shared` are the live tensors of the model that are shared, `anchor` their values at the round's start, `public`
-    everything the coordinator broadcast, `memory` the site's private tensors of this method: what a hook leaves there
-    is kept for the next round and never sent. `private` are the live tensors that stay at the site, `initial` the
-    initial values of the whole model; `step` counts from 0, and with `seed` names public randomness.
+    everything the coordinator broadcast, as arrays that `received` makes tensors of, `memory` the site's private
+    tensors of this method: what a hook leaves there is kept for the next round and never sent. `private` are the live
+    tensors that stay at the site, `initial` the initial values of the whole model; `step` counts from 0, and with
+    `seed` names public randomness.
     """
 
     site: str
@@ -60,7 +64,7 @@ class LocalRound:
     shared: dict[str, Tensor]
     anchor: dict[str, Tensor]
     public: Mapping[str, Array]
-    memory: dict[str, Array]
+    memory: dict[str, Tensor]
     number: int
     steps: int
     learning_rate: float
@@ -69,6 +73,12 @@ class LocalRound:
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     step: int = 0
+
+    def received(self, name: str) -> Tensor:
+        """A tensor of `public` on the device of the model, to be read and not changed."""
+        import torch
+
+        return torch.from_numpy(np.array(self.public[name])).to(next(iter(self.shared.values())).device)
 
     def trainable(self) -> dict[str, Tensor]:
         """The shared tensors that gradients reach."""
@@ -140,12 +150,11 @@ class Method:
     def gradients(self, local: LocalRound) -> None:
         """Called after backward and before clipping; may change gradients in place."""
 
-    def changes(self, local: LocalRound) -> dict[str, dict[str, Array]]:
-        """What the site tells: for every group its tensors' changes, not yet weighted."""
-        groups: dict[str, dict[str, Array]] = {MODEL: {}, BUFFERS: {}}
+    def changes(self, local: LocalRound) -> Changes:
+        """What the site sends: for every group its tensors' changes, not yet weighted, on whichever device."""
+        groups: Changes = {MODEL: {}, BUFFERS: {}}
         for name, tensor in local.shared.items():
-            change = (tensor.detach() - local.anchor[name]).numpy()
-            groups[MODEL if tensor.requires_grad else BUFFERS][name] = change
+            groups[MODEL if tensor.requires_grad else BUFFERS][name] = tensor.detach() - local.anchor[name]
         return groups
 
     def weight(self, facts: Facts) -> float:

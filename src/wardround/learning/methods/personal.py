@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from wardround.errors import StudyError
-from wardround.learning.methods.method import Array, LocalRound, Method, Writers, state_name
+from wardround.learning.methods.method import Array, Changes, LocalRound, Method, Writers, state_name
 from wardround.learning.policy import Parameter, Policy, Role
 from wardround.protection.drift import UNKNOWN, Reach
 from wardround.study.methods import MethodSettings
@@ -80,12 +80,12 @@ class Personal(Method):
             private[state_name(START, info)] = private[state_name(STRANGER, info)] = values[info]
         return public, private
 
-    def changes(self, local: LocalRound) -> dict[str, dict[str, Array]]:
+    def changes(self, local: LocalRound) -> Changes:
         """The changes of the shared part; and, declared, how far the private part is from its initial values."""
         changes = super().changes(local)
         if self.stranger == "mean":
             changes[STRANGER] = {
-                name: (tensor.detach() - local.initial[name]).numpy()
+                name: tensor.detach() - local.initial[name]
                 for name, tensor in local.private.items()
                 if tensor.is_floating_point() and (tensor.requires_grad or self.tells_buffers)
             }

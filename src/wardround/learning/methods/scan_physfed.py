@@ -107,7 +107,9 @@ def _nearest_code(model: nn.Module, known: tuple[Features, ...]) -> AbstractCont
     def replace(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.no_grad():
             distance = (scanner_code(model, arguments[0]).unsqueeze(-2) - book).norm(dim=-1)
-        return (protocols[distance.argmin(dim=-1)], *arguments[1:])
+        nearest = distance.argmin(dim=-1)
+        # An index of no axis would be read on the host.
+        return (protocols.index_select(0, nearest.flatten()).reshape(*nearest.shape, -1), *arguments[1:])
 
     # The handle of a hook is a context manager that removes it.
     handle: AbstractContextManager[Any] = hypernetwork.register_forward_pre_hook(replace)

@@ -24,8 +24,9 @@ from wardround.imaging.acquisition.ct.projector import (
     weight_blocks,
     weight_matrix,
 )
-from wardround.imaging.acquisition.operator import LinearOperator, self_adjoint
+from wardround.imaging.acquisition.operator import LinearOperator, full_precision, self_adjoint
 from wardround.study.ct import CTGeometry
+from wardround.wire.host import on_host
 
 _LOG = logging.getLogger(__name__)
 _MOST_WEIGHTS = 2**31 - 1  # what 32-bit indices address
@@ -107,10 +108,10 @@ class StoredWeights:
         return int(2 * matrix.nnz * 8 + pointers * matrix.indptr.itemsize)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self._copy(False, pixels) @ pixels
+        return _product(self._copy(False, pixels), pixels)
 
     def adjoint(self, rays: Tensor) -> Tensor:
-        return self._copy(True, rays) @ rays
+        return _product(self._copy(True, rays), rays)
 
     def _copy(self, transposed: bool, like: Tensor) -> Tensor:
         key = (transposed, like.dtype, like.device)
@@ -137,13 +138,14 @@ class WeightsOnTheFly:
 
     def forward(self, pixels: Tensor) -> Tensor:
         blocks = weight_blocks(self._geometry, self._model)
-        return torch.cat([_torch_csr(block).to(pixels) @ pixels for _, block in blocks])
+        return torch.cat([_product(_torch_csr(block).to(pixels), pixels) for _, block in blocks])
 
     def adjoint(self, rays: Tensor) -> Tensor:
         pixels = rays.new_zeros(math.prod(self._geometry.size), rays.shape[1])
         bins = self._geometry.bins
         for views, block in weight_blocks(self._geometry, self._model):
-            pixels += _torch_csr(_transpose(block)).to(rays) @ rays[views.start * bins : views.stop * bins]
+            part = rays[views.start * bins : views.stop * bins]
+            pixels += _product(_torch_csr(_transpose(block)).to(rays), part)
         return pixels
 
 
@@ -209,7 +211,7 @@ class CTProjector(LinearOperator):
             with torch.no_grad():
                 for _ in range(iterations):
                     x = self.normal(x / x.norm().clamp_min(torch.finfo(x.dtype).tiny))
-                    square = float(x.norm())
+                    square = float(on_host(x.norm()))
             self._norms[iterations] = math.sqrt(square)
         return torch.full((like.shape[0],), self._norms[iterations], dtype=like.real.dtype, device=like.device)
 
@@ -265,6 +267,15 @@ def _weights(
         _LOG.warning("%s: they are computed for every product instead, which is much slower", sizes)
         return WeightsOnTheFly(geometry, model)
     return StoredWeights(weight_matrix(geometry, model) if cache is None else cache.weights(geometry, model), uses)
+
+
+def _product(matrix: Tensor, columns: Tensor) -> Tensor:
+    """A sparse matrix times columns, in the dtype of both."""
+    if columns.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # cuSPARSE promises the same bits again for none of the algorithms that torch takes, and torch does not say so.
+        raise RuntimeError("the sparse product of CT has no deterministic kernel on CUDA")
+    with full_precision(columns):
+        return matrix @ columns
 
 
 def _check(what: str, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -45,6 +45,10 @@ class CTSystem(LinearOperator):
     def protocol(self) -> Tensor:
         return self._protocol
 
+    def to(self, device: torch.device) -> CTSystem:
+        """Itself: matrices are copied once to each device that data come from, and batches of one scanner share it."""
+        return self
+
     def scaled(self, sinogram: Tensor) -> Tensor:
         """Line integrals (B, views, bins) as the data of this operator."""
         return sinogram / self.data_scale

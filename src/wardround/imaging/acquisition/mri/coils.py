@@ -12,6 +12,7 @@ from torch import Tensor
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.mri.masks import centred
 from wardround.imaging.acquisition.mri.operator import ifft2c
+from wardround.wire.host import on_host
 
 
 def birdcage_maps(
@@ -59,7 +60,7 @@ def low_resolution_maps(kspace: Tensor, mask: Tensor, *, floor: float = 0.02) ->
     """
     batch, _, height, width = kspace.shape
     masks = mask[(None,) * (3 - mask.ndim)].expand(-1, height, width)
-    windows = torch.stack([torch.from_numpy(_calibration_window(m.cpu().numpy())) for m in masks])
+    windows = torch.stack([torch.from_numpy(_calibration_window(on_host(m))) for m in masks])
     window = windows.to(kspace.device, kspace.real.dtype).expand(batch, height, width)
     images = ifft2c(kspace * window[:, None])
     power = torch.view_as_real(images).square().sum((1, -1), keepdim=True).squeeze(-1)

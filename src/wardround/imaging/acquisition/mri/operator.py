@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.operator import LinearOperator, self_adjoint
+from wardround.wire.host import on_host
 
 # Complex numbers (8 coils of 128 x 128) that one pass of `normal` holds: larger temporaries fall out of the
 # processor's cache and are mapped afresh by the allocator at every call, four times slower.
@@ -96,7 +97,7 @@ class CartesianMRI(LinearOperator):
     def _weights(self) -> Tensor:
         """Squared mask in the transform's order, (B or 1, H or 1, W), with the inverse transform's 1/N."""
         mask = self.mask.detach()
-        if mask.shape[1] > 1 and bool((mask == mask[:, :1]).all()):
+        if mask.shape[1] > 1 and on_host((mask == mask[:, :1]).all()):
             mask = mask[:, :1]
         if mask.shape[1] > 1:
             mask = mask.expand(-1, *self.image_shape)

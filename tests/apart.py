@@ -55,8 +55,10 @@ def engine_of(
     folder: Path,
     compare: Sequence[str] = (),
     *others: tuple[Study, Path, Sequence[str]],
+    floor: int = 1,
+    keyed: bool = False,
 ) -> ApartEngine:
-    """A process for each site, none of them started yet; their updates are rounded as on one machine.
+    """A process for each site, none of them started yet; their updates are rounded as on one machine unless `keyed`.
 
     The sites take part in `others`, further studies with their folders and comparisons, too.
     """
@@ -69,7 +71,8 @@ def engine_of(
         own = folder_of(folder, site)
         own.mkdir(parents=True, exist_ok=True)
         specs[site] = own / "spec.json"
-        spec = spec_of(site, sites, own / "spool", agreed, rounding_root=study_root(study.seed))
+        root = None if keyed else study_root(study.seed)
+        spec = spec_of(site, sites, own / "spool", agreed, rounding_root=root, floor=floor)
         specs[site].write_text(json.dumps(spec), encoding="utf-8")
     return ApartEngine("wardround.site.process:agent_finder", specs, folder / "coordinator-spool")
 

@@ -84,6 +84,7 @@ def test_several_steps_equal_a_loop_of_sgd() -> None:
         assert torch.allclose((old - new.detach()) / (0.5 * 2), told)
 
 
+@pytest.mark.slow
 def test_unrolling_recovers_images_of_two_steps() -> None:
     objective = _smooth()
     images = torch.nn.functional.interpolate(torch.stack([_image(0), _image(3)])[:, None].double(), (8, 8))[:, 0]

@@ -61,6 +61,7 @@ def test_a_header_of_a_million_keys_is_refused_before_it_is_read() -> None:
     assert peak_of(lambda: SharedBodies().read(frame)) < 1 << 20
 
 
+@pytest.mark.slow
 def test_as_many_values_as_a_header_may_hold_stay_within_bounds() -> None:
     """More of them than 2^18 commas and colons are refused before they are parsed; that many cost little."""
     data = canonical_json(VALID.to_json() | {f"{key:x}": 0 for key in range(MAX_MARKS // 2 - 50)})

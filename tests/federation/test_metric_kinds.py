@@ -223,6 +223,11 @@ def test_sites_send_no_more_than_a_value_needs_and_one_histogram_of_a_source() -
     # Of diverged patients no more than that there are some.
     broken = validation_sums(METRICS, {**random_rows(0, 6), "explained": np.full((6, 2), np.nan)})
     assert broken["validation_broken/explained"] == 1
+    # With a model that gave no number for all but one patient the sums would be that patient's.
+    rows = random_rows(0, 6)
+    one_left = {**rows, "explained": np.vstack((np.full((5, 2), np.nan), rows["explained"][5:]))}
+    said = validation_sums(METRICS, one_left)
+    assert said["validation/numerator/explained"] == said["validation/denominator/explained"] == 0.0
 
 
 def test_nothing_but_n_absent_value_and_errors_leaves_of_a_test() -> None:

@@ -297,6 +297,7 @@ def test_a_run_says_what_was_spent(tmp_path: Path, gradients: str) -> None:
     assert "patient" in (tmp_path / "out" / "model_card.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_site_that_trains_nothing_is_tested_and_has_no_purse(tmp_path: Path) -> None:
     names = ("A", "B", "C", "Unseen")
     roles = {name: {"role": "unseen" if name == "Unseen" else "train"} for name in names}
@@ -307,6 +308,7 @@ def test_a_site_that_trains_nothing_is_tested_and_has_no_purse(tmp_path: Path) -
     assert sorted(result.privacy.sites) == ["A", "B", "C"]
 
 
+@pytest.mark.slow
 def test_sites_with_other_secrets_train_other_models(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path)
     found = [session.run(_study(), sites, tmp_path / out, engine="local").model_sha256 for out in "ab"]

@@ -346,6 +346,7 @@ def test_where_the_patient_lies_otherwise_it_is_said(tmp_path: Path, position: s
     assert "MUELLER" not in said
 
 
+@pytest.mark.slow
 def test_a_measured_scan_is_reconstructed_at_a_simulated_dose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is reconstructed has the noise of the formula, and its scanner as many photons less."""
     study = load_study(ct_study(task={"size": [32, 32]}))

@@ -12,24 +12,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from tests.apart import apart, comparable, engine_of, folder_of, give_root, opened
 from tests.scanners import PROTOCOLS
 from tests.toys import toy_sites, toy_study
 from wardround.errors import DataError, StudyError, WardroundError
-from wardround.federation.exchange import ERROR
-from wardround.federation.facts import DELIVER, FACTS, SPENT, SiteFacts
+from wardround.federation.exchange import ERROR, RELEASE
+from wardround.federation.facts import DELIVER, FACTS, ROSTER, SPENT, Patients, SiteFacts, parsed
 from wardround.federation.release import FORMAT, model_path
+from wardround.plan.blueprints import Blueprints
 from wardround.results.schema import Result
 from wardround.runs.conduct import coordinate
 from wardround.runs.folder import reserve
 from wardround.runs.machine import Machine
 from wardround.runs.session import run
+from wardround.site.process import Agreed, agent_finder, spec_of
 from wardround.study.load import study_sha256
+from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SiteData, SitesFile
+from wardround.wire.canonical import digest
 from wardround.wire.message import FileBody, Header, Message, body_sha256
+from wardround.wire.tensors import tensors_sha256
 
 SITES = ("A", "B", "C")
 ROUNDS = {"schedule": {"rounds": 2}}
@@ -256,11 +261,15 @@ def test_a_site_keeps_a_model_of_its_study_and_nothing_else(tmp_path: Path) -> N
         header = Header(DELIVER, machine.study_sha256, "A", **about)
         return dict(machine.find(header).handle(Message(header, body)).header.meta)
 
-    own = save({"w": np.zeros(1, np.float32)}, {"format": FORMAT, "study_sha256": machine.study_sha256})
-    other = save({"w": np.zeros(1, np.float32)}, {"format": FORMAT, "study_sha256": "0" * 64})
+    values = {name: tensor.numpy() for name, tensor in machine.bench.initial.items()}
+    ours = {"format": FORMAT, "study_sha256": machine.study_sha256}
+    own, again = save(values, ours), save(values, {**ours, "round": "2"})
+    other = save(values, {**ours, "study_sha256": "0" * 64})
+    foreign = save({"w": np.zeros(1, np.float32)}, ours)
     for data, changes, said in (
         (b"no model", {}, "cannot be read"),
         (other, {}, "belongs to another study"),
+        (foreign, {}, "another network than the study's"),
         (own, {"body_sha256": "0" * 64}, "not the one that was sent"),
         (own + bytes(1 << 23), {}, "larger than the study's model"),
         (own, {"meta": {"card": "# Card", "also": 1}}, "a delivery needs a card, and nothing else"),
@@ -268,5 +277,77 @@ def test_a_site_keeps_a_model_of_its_study_and_nothing_else(tmp_path: Path) -> N
         assert said in delivered(data, **changes)["reason"]
         assert not kept.exists()
     assert delivered(own) == {}
+    assert "another one is not kept in its place" in delivered(again)["reason"]
+    assert delivered(own) == {}
     assert kept.read_bytes() == own
     machine.close()
+
+
+def agent_of(study: Study, folder: Path, **how: Any) -> tuple[Any, str]:
+    """The agent of site A as a hospital has it, in this process, and what messages to the study name."""
+    agreed = [Agreed(study, folder / "A", ())]
+    spec = spec_of("A", toy_sites(folder / "data", SITES), folder / "spool", agreed, **how)
+    return agent_finder(spec), study_sha256(study)
+
+
+def asked(agent: Any, header: Header) -> Message:
+    """The answer of a site to a message without a body."""
+    reply: Message = agent(header).handle(Message(header))
+    return reply
+
+
+def test_a_hospital_says_nothing_of_fewer_than_five_patients(tmp_path: Path) -> None:
+    agent, study = agent_of(study_of(ROUNDS), tmp_path)
+    said = parsed(SiteFacts, asked(agent, Header(FACTS, study, "A")).header.meta)
+    # Four train, two validate, two test.
+    assert said.patients == Patients(train=None, validation=None, test=None)
+    assert not (tmp_path / "A" / "sites" / "A" / "patients.csv").exists()
+    one_machine, study = agent_of(study_of(ROUNDS), tmp_path / "one", floor=1)
+    assert parsed(SiteFacts, asked(one_machine, Header(FACTS, study, "A")).header.meta).patients is not None
+
+
+def test_facts_of_other_data_say_no_more_than_that_they_are_others(tmp_path: Path) -> None:
+    study = study_of(ROUNDS)
+    first = parsed(
+        SiteFacts, asked(agent_of(study, tmp_path, floor=1)[0], Header(FACTS, study_sha256(study), "A")).header.meta
+    )
+    (tmp_path / "data" / "A" / "changed").touch()
+    then = parsed(
+        SiteFacts, asked(agent_of(study, tmp_path, floor=1)[0], Header(FACTS, study_sha256(study), "A")).header.meta
+    )
+    assert first.patients is not None
+    assert then.patients is None
+    assert None is not then.fingerprint != first.fingerprint
+    assert then.public_key == first.public_key
+
+
+@pytest.mark.slow
+def test_a_hospital_s_private_part_is_of_one_round_and_its_hash_is_keyed(tmp_path: Path) -> None:
+    study = study_of({**ROUNDS, "method": {"kind": "fedbn"}, "task": toy(norm=True)})
+    sites = toy_sites(tmp_path / "data", SITES)
+    hashes = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        with closing(engine_of(study, sites, folder, keyed=True)) as engine:
+            hashes.append(coordinate(study, folder / "out", engine, quiet=True, allow_code=True).local_sha256["A"])
+            arm = Blueprints(study, (), {}, Plugins(code=True)).arms["federated"].identity(study_sha256(study))
+            own = folder_of(folder, "A") / "models" / "A" / "federated" / "local.safetensors"
+            before = own.read_bytes()
+            (reply,) = engine.exchange([Message(Header(RELEASE, arm, "A", 1))])
+        assert "of another round" in reply.header.meta["reason"]
+        assert own.read_bytes() == before
+        assert hashes[-1] != tensors_sha256(load_file(own))
+    # The same study on the same data: a bare hash would show that they are the same.
+    assert hashes[0] != hashes[1]
+
+
+def test_a_roster_belongs_to_no_round(tmp_path: Path) -> None:
+    study = study_of({**ROUNDS, "protection": {"secure": True}})
+    agent, identity = agent_of(study, tmp_path)
+    key = parsed(SiteFacts, asked(agent, Header(FACTS, identity, "A")).header.meta).public_key
+    keys = {"A": key, "B": "b" * 64, "C": "c" * 64}
+    arm = Blueprints(study, (), {}, Plugins(code=True)).arms["federated"].identity(identity)
+    assert "no round" in asked(agent, Header(ROSTER, arm, "A", 2, meta={"keys": keys})).header.meta["reason"]
+    assert asked(agent, Header(ROSTER, arm, "A", meta={"keys": keys})).header.kind == "done"
+    # What hospitals can compare by another way stands in the log.
+    assert digest(keys) in (tmp_path / "A" / "work" / "sites" / "A" / "federated" / "log.jsonl").read_text()

@@ -6,6 +6,7 @@ without `on_host`, or a constant of the CPU, is an error; where there is a GPU, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,11 @@ CT: dict[str, dict[str, Any]] = {
 }
 _EVALUATION = {"slices": {"per_patient": 1}, "tuning_slices": 1, "tv_weights": [0.001, 0.01]}
 _LOCAL = {"steps": 1, "batch": 2, "optimizer": "adam", "optimizer_state": "keep", "clip_norm": 1.0}
+
+
+def _quick(names: Iterable[str], *quick: str) -> list[Any]:
+    """All names; those that are not `quick` are of `make test-all`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +128,7 @@ def _steps_and_evaluation(study: Study, folder: Path, compute: Compute, out: Pat
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", MRI)
+@pytest.mark.parametrize("name", _quick(MRI, "modl"))
 def test_mri_trains_and_is_evaluated(
     name: str, device: str, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +138,7 @@ def test_mri_trains_and_is_evaluated(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", CT)
+@pytest.mark.parametrize("name", _quick(CT, "learn", "redcnn"))
 def test_ct_trains_and_is_evaluated(
     name: str, device: str, thoraxes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +151,7 @@ def test_ct_trains_and_is_evaluated(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("modality", ["mri", "ct"])
+@pytest.mark.parametrize("modality", _quick(("mri", "ct"), "mri"))
 def test_baselines_are_tuned_and_evaluated(
     modality: str, device: str, heads: Path, thoraxes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

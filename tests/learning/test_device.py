@@ -168,6 +168,7 @@ def test_a_missing_device_stops_a_run_before_it_writes(tmp_path: Path, monkeypat
         machine.preflight()
 
 
+@pytest.mark.slow
 def test_the_result_names_device_and_precision(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path / "data")
     entry = sites.sites["C"].model_copy(update={"precision": "bf16"})

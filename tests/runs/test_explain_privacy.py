@@ -53,6 +53,7 @@ def test_every_site_s_terms_and_cost_are_named(tmp_path: Path) -> None:
     assert "its seconds, and sums over validation" in said, "the training loss does not leave"
 
 
+@pytest.mark.slow
 def test_a_ledger_that_others_wrote_ends_the_study_early(tmp_path: Path) -> None:
     path = tmp_path / "ledgers" / "B.jsonl"
     study, sites = _files(tmp_path, ledger=path)

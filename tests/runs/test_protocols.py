@@ -85,6 +85,7 @@ def test_headers_are_in_the_answer_to_facts_and_in_the_delivered_model_alone(
     assert leaks(said, [b"SIEMENS", b"Sensation", b"B30f", b"kernel", b"tube voltage"]) == []
 
 
+@pytest.mark.slow
 def test_a_model_written_again_has_the_same_bytes(
     finished: tuple[Result, list[Sent]], folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ FACTS, SPENT, ROSTER, DELIVER = "facts", "spent", "roster", "deliver"
 LOCAL_SHA256 = "local_sha256"
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=1 << 31)]
 
 
 class Patients(Config):
@@ -51,7 +51,7 @@ class SiteSpending(Config):
     """What a site's patients' privacy has cost, by its own ledger."""
 
     version: Literal[1] = 1
-    epsilon: float = Field(ge=0.0, description="of the study")
+    epsilon: float = Field(ge=0.0, le=1e9, description="of the study")
     epsilon_ledger: float = Field(ge=0.0, description="of all studies in the site's ledger")
     delta: float = Field(gt=0.0, lt=1.0)
     steps: Count

@@ -192,4 +192,5 @@ class SiteMinutes:
 
 
 def _about(header: Header) -> dict[str, Any]:
-    return {"kind": header.kind, "site": header.site, "round": header.round, "attempt": header.attempt}
+    # A kind that nothing knows may be long.
+    return {"kind": header.kind[:40], "site": header.site, "round": header.round, "attempt": header.attempt}

@@ -54,7 +54,10 @@ def validation_sums(specs: Sequence[MetricSpec], rows: Mapping[str, Array]) -> d
         if s.name not in rows:
             continue
         state, at = state_of(s, rows[s.name]), 0
-        flat = state.total.reshape(-1)
+        # With a patient for whom the network gave no number the value is the worst, whatever the others add: their sum
+        # would be of fewer patients than were counted.
+        hidden = state.broken > 0 and not isinstance(s.kind, PatientMean)
+        flat = np.zeros_like(state.total.reshape(-1)) if hidden else state.total.reshape(-1)
         for part in s.kind.parts(s):
             entries[_entry(part, s)] = float(flat[at]) if part.size == 1 else flat[at : at + part.size]
             at += part.size

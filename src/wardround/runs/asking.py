@@ -29,6 +29,7 @@ from wardround.plan.arms import POOLED, Arm
 from wardround.plan.blueprints import Blueprint
 from wardround.protection.identity import Roster
 from wardround.runs.context import Context
+from wardround.storage.record import is_hash
 from wardround.wire.files import write_text
 from wardround.wire.message import FileBody, Header, Message, body_sha256
 
@@ -57,6 +58,9 @@ def ask_facts(context: Context, engine: Engine) -> dict[str, SiteFacts]:
             )
         if before is not None and None not in (before.fingerprint, found.fingerprint):
             changed += [site] if before.fingerprint != found.fingerprint else []
+        if before is not None and found.fingerprint is None:
+            # Data that cannot be read now are no other data.
+            found = found.model_copy(update={"fingerprint": before.fingerprint, "patients": before.patients})
         known[site] = found
     if changed:
         raise data_changed(changed)
@@ -112,6 +116,8 @@ def ask_release(
         if reply.header.kind != DONE:
             raise WardroundError(f"site {site} could not save its part: {_reason(reply)}")
         if LOCAL_SHA256 in said:
+            if not is_hash(said[LOCAL_SHA256]):
+                raise WireError(f"site {site} names a private part by what is no hash")
             found[site] = str(said[LOCAL_SHA256])
     return found
 
@@ -121,16 +127,18 @@ def ask_spending(
 ) -> dict[str, SiteSpending]:
     """What every training site spent; nothing where rounds cost no privacy.
 
-    A site whose data could not be used, and that took part in no round, is left out. Raises `WardroundError` where any
-    other does not say: it is never guessed.
+    Raises `WardroundError` where a site does not say, for it is never guessed; one whose data could not be used, and
+    that took part in no round, may be silent.
     """
     if context.study.protection.privacy is None:
         return {}
     usable = {site for site, said in facts.items() if said.patients is not None}
-    sites = [site for site in context.study.training_sites if site in usable or site in took_part]
     found = {}
-    for site, reply in _ask_all(engine, SPENT, context, sites).items():
+    for site, reply in _ask_all(engine, SPENT, context, context.study.training_sites).items():
         if reply.header.kind != SPENT:
+            if site not in usable and site not in took_part:
+                log.warning("site %s trained in no round, and says nothing of its privacy: %s", site, _reason(reply))
+                continue
             raise WardroundError(
                 f"site {site} trains and does not say what privacy it spent ({_reason(reply)}). Mend the cause and run "
                 "again with --resume"

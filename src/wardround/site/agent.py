@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -49,6 +50,8 @@ from wardround.wire.message import MAX_HEADER, FileBody, Header, Message, body_s
 log = logging.getLogger(__name__)
 Progress = Callable[[str, str, int, int, int], None]
 _SENT = "sent"
+# As much of a kind that nothing knows is kept in a log.
+_SHOWN = 40
 
 
 class Agent:
@@ -113,16 +116,16 @@ class Agent:
         """
         try:
             reply = self._answer(request)
-            self._record.note(
-                _SENT, {"kind": request.header.kind, "answer": digest(dict(reply.header.meta))}, sync=True
-            )
+            about = {"kind": request.header.kind, "answer": digest(dict(reply.header.meta))}
+            about |= {"body_sha256": request.header.body_sha256} if request.header.body_nbytes else {}
+            self._record.note(_SENT, about, sync=True)
             return reply
         except Exception as error:
             reason = describe_error(error)
-            log.warning("site %s could not answer %r: %s", self.name, request.header.kind, reason)
+            log.warning("site %s could not answer %r: %s", self.name, request.header.kind[:_SHOWN], reason)
             log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
             with suppress(WardroundError):
-                self._record.note("failed", {"kind": request.header.kind, "reason": reason}, sync=True)
+                self._record.note("failed", {"kind": request.header.kind[:_SHOWN], "reason": reason}, sync=True)
             return refusal(request, error)
 
     def _answer(self, request: Message) -> Message:
@@ -136,16 +139,22 @@ class Agent:
         if header.kind == DELIVER:
             self._take(request)
             return request.reply(DONE)
-        raise WireError(f"site {self.name} does not know messages of kind {header.kind[:40]!r}")
+        raise WireError(f"site {self.name} does not know messages of kind {header.kind[:_SHOWN]!r}")
 
     def facts(self) -> SiteFacts:
         """What the site says of itself, as far as its rules let out."""
         egress = self._egress
         patients = found = None
+        headers = HeaderFacts()
         try:
             dataset = self._datasets.of(self.name)
-            patients = Patients(**egress.counts(patients_in(dataset)))
-            found = SecretRoot.of(self._store).key("fingerprint", dataset.fingerprint()).hex()
+            own = dataset.fingerprint()
+            found = SecretRoot.of(self._store).key("fingerprint", self._blueprints.study_sha256, own).hex()
+            # Of other data than the first answer was of, only that they are others: two answers, before and after one
+            # patient, would be that patient's.
+            same = self._store.promise("facts", 0, own) == own
+            patients = Patients(**egress.counts(patients_in(dataset))) if same else None
+            headers = self.header_facts() if same else HeaderFacts()
         except Exception as error:
             # The run may survive it; whoever asks sees that nothing came.
             log.warning("the data of site %s cannot be counted: %s", self.name, describe_error(error))
@@ -153,7 +162,7 @@ class Agent:
             public_key=self.identity.public.hex(),
             fingerprint=found,
             patients=patients,
-            headers=self.header_facts(),
+            headers=headers,
             machine={**fingerprint(), **self.compute.facts()},
         )
 
@@ -178,16 +187,24 @@ class Agent:
             raise Rejected("a delivery that is larger than the study's model")
         if body_sha256(request.body) != header.body_sha256 or request.body.nbytes != header.body_nbytes:
             raise Rejected("the released model that arrived is not the one that was sent")
-        # Read as what a clinic will read: nothing else is kept under the name of the study's model.
-        model_of_study(request.body.path, self._blueprints.study_sha256)
+        # Read as what a clinic will read: nothing else is kept under the name of the study's model, and no second one.
+        tensors = model_of_study(request.body.path, self._blueprints.study_sha256)
+        expected = {name: tuple(tensor.shape) for name, tensor in self._blueprints.bench.initial.items()}
+        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+            raise Rejected("a delivery of another network than the study's")
+        text = card.encode()
+        if self._store.promise("delivered", 0, header.body_sha256) != header.body_sha256:
+            raise Rejected(f"site {self.name} has the study's released model; another one is not kept in its place")
         model = model_path(self._folder, FEDERATED)
         try:
             if not _holds(model, header.body_sha256):
                 with written(model) as file:
                     for chunk in request.body.chunks():
                         file.write(chunk)
-            with written(self._folder / CARD) as file:
-                file.write(card.encode())
+            # On one machine every site has the coordinator's own files in front of it: there is nothing to write.
+            if not _holds(self._folder / CARD, hashlib.sha256(text).hexdigest()):
+                with written(self._folder / CARD) as file:
+                    file.write(text)
         except OSError as error:
             raise disk_error(error) from error
 
@@ -251,7 +268,7 @@ class Agent:
             return HeaderFacts()
         try:
             dataset = self._datasets.of(self.name)
-            return dataset.header_facts(rules.minimum_cohort) if isinstance(dataset, Headed) else HeaderFacts()
+            return dataset.header_facts(rules.least) if isinstance(dataset, Headed) else HeaderFacts()
         except Exception:
             log.debug("the headers of a site cannot be read", exc_info=True)
             return HeaderFacts()

@@ -16,11 +16,15 @@ log = logging.getLogger(__name__)
 
 
 class Datasets:
-    """Data sets by site, each opened when it is first needed and shared by all arms of a process."""
+    """Data sets by site, each opened when it is first needed and shared by all arms of a process.
 
-    def __init__(self, blueprints: Blueprints, sites: SitesFile) -> None:
+    Nothing measured on fewer than `floor` patients leaves, whatever a site's own rules say.
+    """
+
+    def __init__(self, blueprints: Blueprints, sites: SitesFile, floor: int = 1) -> None:
         self._blueprints = blueprints
         self._sites = sites
+        self._floor = floor
         self._opened: dict[str, Dataset] = {}
 
     def of(self, site: str) -> Dataset:
@@ -46,7 +50,8 @@ class Datasets:
 
     def egress(self, site: str) -> EgressRules:
         """What a site lets out; one that scans the patients of others keeps the strictest rules of those."""
-        return strictest(_rules_of(self._sites.of(name).egress) for name in self.owners(site))
+        rules = (_rules_of(self._sites.of(name).egress) for name in self.owners(site))
+        return strictest((EgressRules(floor=self._floor), *rules))
 
     def fingerprint(self, site: str) -> str | None:
         """What a site's data are; `None` where they cannot be read for a reason that is left to the round."""

@@ -12,6 +12,7 @@ from wardround.federation.exchange import Party
 from wardround.plan.blueprints import Blueprints
 from wardround.site.agent import Agent, Progress
 from wardround.site.datasets import Datasets
+from wardround.site.egress import ACROSS_HOSPITALS
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile
@@ -28,11 +29,17 @@ class Agreed:
 
 
 def spec_of(
-    name: str, sites: SitesFile, spool: Path, agreed: Sequence[Agreed], *, rounding_root: bytes | None = None
+    name: str,
+    sites: SitesFile,
+    spool: Path,
+    agreed: Sequence[Agreed],
+    *,
+    rounding_root: bytes | None = None,
+    floor: int = ACROSS_HOSPITALS,
 ) -> dict[str, Any]:
     """What a process needs to be the agent of one site (`agent_finder`): its studies, and its own entry of `sites`.
 
-    Messages' bodies are spooled into the folder `spool`.
+    Messages' bodies are spooled into the folder `spool`. Nothing measured on fewer than `floor` patients leaves.
     """
     return {
         "site": name,
@@ -40,6 +47,7 @@ def spec_of(
         "allow_code": sites.allows_code,
         "rounding_root": None if rounding_root is None else rounding_root.hex(),
         "spool": str(spool),
+        "floor": floor,
         "studies": [
             {"study": a.study.model_dump(mode="json"), "folder": str(a.folder), "compare": list(a.compare)}
             for a in agreed
@@ -57,7 +65,7 @@ def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Call
     agents: dict[str, Agent] = {}
     for agreed in spec["studies"]:
         blueprints = Blueprints(Study.model_validate(agreed["study"]), tuple(agreed["compare"]), embeddings, plugins)
-        datasets, folder = Datasets(blueprints, sites), Path(agreed["folder"])
+        datasets, folder = Datasets(blueprints, sites, int(spec["floor"])), Path(agreed["folder"])
         agent = Agent(name, blueprints, sites, folder, datasets, progress=progress, rounding_root=root)
         agents |= dict.fromkeys(agent.identities, agent)
 

@@ -27,6 +27,7 @@ from wardround.learning.training import Learner
 from wardround.plan.sums import LOSS, SECONDS, validation_sums
 from wardround.protection.gates import check_body
 from wardround.protection.rounding import kept_root, rounding
+from wardround.protection.secret import SecretRoot
 from wardround.site.egress import check_egress
 from wardround.site.inspection import Inspector
 from wardround.site.measured import MeasuredSets
@@ -390,6 +391,10 @@ class Site:
 
     def _release(self, request: Message) -> Answer:
         """Write the private part of the released model into the site's own folder."""
+        # Another round's part would be another model to test, and would take the place of the released one.
+        word = digest([request.header.round, sorted(_void(request.header))])
+        if self.store.promise("released", 0, word) != word:
+            raise Rejected(f"site {self.name} has written its part of the released model of another round")
         memory = self.store.memory(request.header.round)
         tensors = self.learner.local_tensors(memory)
         if not tensors:
@@ -400,7 +405,11 @@ class Site:
                     file.write(save(tensors))
             except OSError as error:
                 raise disk_error(error) from error
-        return Answer(request.reply(DONE, meta={LOCAL_SHA256: tensors_sha256(tensors)}))
+        said = tensors_sha256(tensors)
+        if self.rules.rounding_root is None:
+            # A bare hash would let a coordinator test guesses of the data that the part was trained on.
+            said = SecretRoot(self._rounding_root).key("local", said).hex()
+        return Answer(request.reply(DONE, meta={LOCAL_SHA256: said}))
 
     def _validation_sums(self, number: int, values: Mapping[str, Array]) -> dict[str, Any]:
         """Sums that are pooled over sites; of no patient where the site's rules withhold them."""

@@ -220,6 +220,7 @@ def test_the_lint_alone_is_quick_and_says_what_was_left_out(hospital: tuple[Path
     assert "there is no part 'linting'" in _run(*site, "--only", "linting").stderr
 
 
+@pytest.mark.slow
 def test_the_claim_of_a_study_is_put_to_the_test(tmp_path: Path) -> None:
     privacy = {"noise_multiplier": 1.0, "patients_per_step": 1.0, "delta": 0.01}
     study, sites = write_study(

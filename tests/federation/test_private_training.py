@@ -279,6 +279,7 @@ def _study(**privacy: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [pytest.param("exact", marks=pytest.mark.slow), "opacus"])
 def test_a_run_says_what_was_spent(tmp_path: Path, gradients: str) -> None:
     values = session.run(

@@ -125,6 +125,7 @@ def test_a_site_whose_loss_is_no_number_is_missing_and_the_rest_goes_on(tmp_path
         assert set(report.participants) <= set(SITES) - {"C"}
 
 
+@pytest.mark.slow
 def test_a_claimed_weight_buys_no_influence(tmp_path: Path) -> None:
     ends = []
     for weight in (1.0, 0.125):

@@ -311,7 +311,8 @@ def test_a_released_model_reconstructs_real_projections(tmp_path: Path) -> None:
         reconstruct(model, folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("thickness", ["0.6", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("thickness", ["0.6", None])
 def test_rows_lie_as_far_apart_as_they_are_at_the_isocentre(tmp_path: Path, thickness: str | None) -> None:
     """Three rows of a phantom that gets thinner from row to row; the header's slice thickness is another thing."""
     sinogram = scan(rows=3) * np.array([1.0, 0.8, 0.6], dtype=np.float32)[:, None]

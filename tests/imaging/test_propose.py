@@ -114,6 +114,7 @@ def test_a_ct_study_is_proposed_and_checked(tmp_path: Path) -> None:
     assert checked.exit_code == 0, checked.output
 
 
+@pytest.mark.slow
 def test_a_proposed_ct_study_runs(tmp_path: Path) -> None:
     """One site of two patients, and the smallest network: a proposed scanner takes a second to build."""
     for number in range(2):

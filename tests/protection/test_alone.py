@@ -269,7 +269,10 @@ class Killed(BaseException):
     """As kill -9 would, it passes every handler of errors."""
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+_OTHERS = [pytest.param(number, marks=pytest.mark.slow) for number in (1, 3)]
+
+
+@pytest.mark.parametrize("number", [2, *_OTHERS])
 def test_an_arm_inside_goes_on_after_a_kill(
     tmp_path: Path, clear: Result, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

@@ -82,6 +82,7 @@ def test_steps_compose_over_rounds() -> None:
     assert apart > epsilon_of([Spending(1.0, 0.1, 5)], 1e-3) > 0 == epsilon_of([], 1e-3)
 
 
+@pytest.mark.slow
 def test_noise_is_the_least_that_fits() -> None:
     noise = noise_for(3.0, 1e-3, 0.1, 100)
     assert 2.95 < epsilon_of([Spending(noise, 0.1, 100)], 1e-3) <= 3.0

@@ -43,7 +43,7 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
 
 
-@pytest.mark.parametrize("shift", [(0.0, 0.0), (25.0, -30.0)])
+@pytest.mark.parametrize("shift", [pytest.param((0.0, 0.0), marks=pytest.mark.slow), (25.0, -30.0)])
 def test_a_volume_comes_back_on_its_own_grid(model: Path, tmp_path: Path, shift: tuple[float, float]) -> None:
     images = [thorax(1, shift=shift), thorax(2, shift=shift)]
     save_nifti(images, tmp_path / "ct.nii.gz")
@@ -60,6 +60,7 @@ def test_a_volume_comes_back_on_its_own_grid(model: Path, tmp_path: Path, shift:
         assert _correlation(np.roll(image, step, axis), truth) < here
 
 
+@pytest.mark.slow
 def test_other_orientations_stay_where_they_are_in_the_room(model: Path, tmp_path: Path) -> None:
     data = np.stack([thorax(1, shift=(20.0, 40.0))], -1)
     affine = np.array([[0, -4.5, 0, 0], [-4.5, 0, 0, 0], [0, 0, 5.0, 0], [0, 0, 0, 1.0]])
@@ -74,6 +75,7 @@ def test_other_orientations_stay_where_they_are_in_the_room(model: Path, tmp_pat
     np.testing.assert_allclose(one.get_fdata(), other.get_fdata(), atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_dicom_series_becomes_a_derived_series_or_a_volume(model: Path, tmp_path: Path) -> None:
     source = write_series(tmp_path / "series")
     reconstruct(model, source, tmp_path / "derived", site="B")

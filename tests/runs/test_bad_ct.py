@@ -210,12 +210,16 @@ def _every_other(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({}, "their numbers rise by 2"),
+        pytest.param({}, "their numbers rise by 2", marks=pytest.mark.slow),
         (
             {"SpacingBetweenSlices": "5"},
             "slices stand 10 mm apart where their headers say 5 mm and their numbers rise by 2",
         ),
-        ({"SpacingBetweenSlices": "-5", "InstanceNumber": ""}, "slices stand 10 mm apart where their headers say 5 mm"),
+        pytest.param(
+            {"SpacingBetweenSlices": "-5", "InstanceNumber": ""},
+            "slices stand 10 mm apart where their headers say 5 mm",
+            marks=pytest.mark.slow,
+        ),
         ({"SpacingBetweenSlices": "10", "InstanceNumber": ""}, ""),
     ],
 )

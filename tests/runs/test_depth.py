@@ -110,6 +110,7 @@ def test_an_image_is_its_own_reference(model: Path, tmp_path: Path) -> None:
     assert not found.out_of_depth
 
 
+@pytest.mark.slow
 def test_many_inputs_go_into_one_folder_and_what_fails_is_named_at_the_end(model: Path, tmp_path: Path) -> None:
     for patient in ("p1", "p2"):
         save(head(1), tmp_path / "in" / patient / "flair.nii.gz")

@@ -72,6 +72,7 @@ def test_a_ledger_that_others_wrote_ends_the_study_early(tmp_path: Path) -> None
         explain(study, sites, (), (), allow_code=True)
 
 
+@pytest.mark.slow
 def test_a_spent_ledger_lets_no_round_begin(tmp_path: Path) -> None:
     path = tmp_path / "B.jsonl"
     study, sites = _files(tmp_path, ledger=path)

@@ -136,6 +136,7 @@ def _reconstructed(model: Path, source: Path, output: Path, *more: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_reconstruct_warns_of_scanners_that_the_model_does_not_know(
     finished: tuple[Result, list[Sent]], tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def test_a_resumed_run_makes_the_record_again_from_what_was_committed(tmp_path: 
     ]
 
 
+@pytest.mark.slow
 def test_from_python_a_run_says_a_line_for_each_phase_and_round_unless_it_is_quiet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -393,7 +393,7 @@ class Site:
         """Write the private part of the released model into the site's own folder."""
         # Another round's part would be another model to test, and would take the place of the released one.
         word = digest([request.header.round, sorted(_void(request.header))])
-        if self.store.promise("released", 0, word) != word:
+        if self.store.promised_value("released") not in (None, word):
             raise Rejected(f"site {self.name} has written its part of the released model of another round")
         memory = self.store.memory(request.header.round)
         tensors = self.learner.local_tensors(memory)
@@ -405,6 +405,7 @@ class Site:
                     file.write(save(tensors))
             except OSError as error:
                 raise disk_error(error) from error
+        self.store.promise("released", 0, word)
         said = tensors_sha256(tensors)
         if self.rules.rounding_root is None:
             # A bare hash would let a coordinator test guesses of the data that the part was trained on.

@@ -131,6 +131,11 @@ class SiteStore:
         fact = self.fact(name)
         return -1 if fact is None else int(json.loads(fact)[0])
 
+    def promised_value(self, name: str) -> str | None:
+        """The word of the last promise of that name; `None` when there is none."""
+        fact = self.fact(name)
+        return None if fact is None else str(json.loads(fact)[1])
+
     def memory(self, number: int, *, without: Collection[int] = ()) -> Memory:
         """The private state after the last round up to `number` in which the site took part.
 

@@ -85,6 +85,7 @@ def test_a_study_says_and_charges_what_shared_noise_costs(tmp_path: Path) -> Non
     assert epsilon_of_zcdp(sum(e["rho"] for e in entries), 0.01) == pytest.approx(privacy.epsilon, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_training_with_little_shared_noise_follows_the_gradients(tmp_path: Path) -> None:
     """Everybody in every step and next to no noise: as good as training without privacy."""
     common = {"patients_per_step": 8, "examples_per_patient": 2, "noise_multiplier": 0.05, "clip": 100.0}

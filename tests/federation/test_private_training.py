@@ -316,6 +316,7 @@ def test_sites_with_other_secrets_train_other_models(tmp_path: Path) -> None:
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 def test_a_ledger_of_the_site_stops_the_next_study(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path)
     own = {n: s.model_copy(update={"ledger": tmp_path / f"{n}.jsonl"}) for n, s in sites.sites.items() if n == "A"}

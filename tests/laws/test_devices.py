@@ -150,6 +150,7 @@ def test_ct_trains_and_is_evaluated(
         _agree(found, _steps_and_evaluation(_ct(name), thoraxes, CPU, tmp_path, A=vectors, B=vectors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("modality", _quick(("mri", "ct"), "mri"))
 def test_baselines_are_tuned_and_evaluated(

@@ -271,6 +271,7 @@ def test_sizes_that_do_not_fit_are_refused(anatomy: dict[str, int], message: str
         load_study(ct_study(model=MODEL | {"anatomy": ANATOMY | anatomy}))
 
 
+@pytest.mark.slow
 def test_a_run_trains_the_branch_and_the_model_takes_an_embedding(folders: dict[str, Path], tmp_path: Path) -> None:
     vectors = {site: _vectors(folder, i) for i, (site, folder) in enumerate(folders.items())}
     for site, of_site in vectors.items():

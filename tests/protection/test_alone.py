@@ -110,6 +110,7 @@ def test_no_update_of_a_local_arm_equals_a_masked_one(
             assert tensor.nbytes < 8 or tensor.tobytes() not in stream
 
 
+@pytest.mark.slow
 def test_evaluate_finds_the_same_numbers_and_a_lost_model_is_written_anew(tmp_path: Path) -> None:
     result = compared(tmp_path, "out", secure=True)
     before = own(result.out, "B").read_bytes()
@@ -305,6 +306,7 @@ class Stopping(Silent):
             raise Interrupted("stop")
 
 
+@pytest.mark.slow
 def test_a_run_stops_between_two_rounds_inside(tmp_path: Path, clear: Result) -> None:
     with pytest.raises(Interrupted):
         compared(tmp_path, "out", secure=True, watcher=Stopping())

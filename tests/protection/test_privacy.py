@@ -89,6 +89,7 @@ def test_noise_is_the_least_that_fits() -> None:
     assert epsilon_of([Spending(noise * 0.99, 0.1, 100)], 1e-3) > 3.0
 
 
+@pytest.mark.slow
 def test_terms() -> None:
     terms = terms_of(Privacy(preset="strict", patients_per_step=5), "A", 50, 100)
     assert (terms.delta, terms.rate, terms.epsilon) == (1 / 500, 0.1, 3.0)

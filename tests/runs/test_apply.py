@@ -96,6 +96,7 @@ def test_the_same_image_gives_the_same_bytes_and_a_site_its_own_scanner(
     assert errors[1] < errors[0]  # half of the lines instead of a quarter
 
 
+@pytest.mark.slow
 def test_sizes_that_the_network_does_not_divide_are_reconstructed(model: Path, tmp_path: Path) -> None:
     save(head(1)[:61, :59], tmp_path / "odd.nii")
     reconstruct(model, tmp_path / "odd.nii", tmp_path / "out.nii")
@@ -228,6 +229,7 @@ def test_models_that_cannot_be_used_say_why(model: Path, study: Study, image: Pa
     assert not (tmp_path / "out.nii.gz").exists()
 
 
+@pytest.mark.slow
 def test_a_site_has_its_own_part_of_the_model(tmp_path: Path, study: Study, model: Path, image: Path) -> None:
     """What `wardround run` left beside the model: models/SITE/ARM/local.safetensors."""
     reconstruct(model, image, tmp_path / "plain.nii.gz", site="Alpha")

@@ -80,6 +80,7 @@ def test_a_spent_ledger_lets_no_round_begin(tmp_path: Path) -> None:
     assert "B would stop before its first round" in " ".join(explain(study, sites, (), (), allow_code=True).split())
 
 
+@pytest.mark.slow
 def test_the_guard_does_not_promise_what_it_does_not_hold(tmp_path: Path) -> None:
     study, sites = _files(tmp_path, preset="reconstruction-guard")
     said = " ".join(explain(study, sites, (), (), allow_code=True).split())

@@ -105,6 +105,7 @@ def test_from_python_a_run_says_a_line_for_each_phase_and_round_unless_it_is_qui
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_result_is_said_in_a_line(tmp_path: Path) -> None:
     said = repr(_go(tmp_path, quiet=True))
     assert said == f"<Result of toy, {ROUNDS} rounds: federated, local; {tmp_path / 'out' / 'report.html'}>"

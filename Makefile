@@ -15,9 +15,10 @@ else
 export WARDROUND_DATA
 endif
 
-# A test worker has one thread; a worker for each core up to eight.
+# A test worker has one thread; a worker for each core up to eight. Files in their order: sorted by how many tests they
+# have, the few long ones would come last, and one worker would wait for the other.
 JOBS   ?= auto
-PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --constraint constraints.txt
 
 # What pip says goes into a log, and to the terminal only where pip fails: $(call quietly,COMMAND).

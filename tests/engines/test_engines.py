@@ -19,7 +19,8 @@ from tests.federation.rig import Rig
 from tests.toys import toy_study
 from wardround.engines.frames import SharedBodies
 from wardround.engines.local import LocalEngine
-from wardround.engines.workers import ATTEMPTS, WorkersEngine
+from wardround.engines.process import ATTEMPTS
+from wardround.engines.workers import WorkersEngine
 from wardround.errors import DataError, Interrupted, WireError, Withheld
 from wardround.federation.exchange import ERROR
 from wardround.federation.refusals import is_withheld, kind_of
@@ -159,7 +160,7 @@ def test_a_worker_that_cannot_be_started_is_an_error_reply(tmp_path: Path, monke
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOMEM, "Cannot allocate memory", "/usr/bin/python")
 
-    monkeypatch.setattr("wardround.engines.workers.subprocess.Popen", full)
+    monkeypatch.setattr("wardround.engines.process.subprocess.Popen", full)
     engine = workers(tmp_path, 0)
     try:
         for question in (ask("A"), ask("B")):

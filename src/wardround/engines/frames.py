@@ -12,6 +12,7 @@ from wardround.wire.message import CHUNK, MAX_HEADER, EmptyBody, FileBody, Heade
 
 PROGRESS = "progress"
 _LENGTH = struct.Struct("<II")
+_LONGEST_PATH = 1 << 16
 
 
 class SharedBodies:
@@ -26,13 +27,10 @@ class SharedBodies:
 
     def read(self, stream: BinaryIO) -> Message | None:
         """The next message, or nothing at the end of the stream; raises `WireError` for a broken frame."""
-        lengths = _read(stream, _LENGTH.size)
-        if not lengths:
+        head = _read_head(stream, _LONGEST_PATH)
+        if head is None:
             return None
-        size, path_size = _LENGTH.unpack(lengths)
-        if size > MAX_HEADER or path_size > 1 << 16:
-            raise WireError("a frame between processes is oversized")
-        header = Header.from_bytes(_read(stream, size, required=True))
+        header, path_size = head
         try:
             path = _read(stream, path_size, required=True).decode()
         except UnicodeDecodeError:
@@ -68,13 +66,10 @@ class CopiedBodies:
 
     def read(self, stream: BinaryIO) -> Message | None:
         """The next message, or nothing at the end of the stream; raises `WireError` for a broken frame."""
-        lengths = _read(stream, _LENGTH.size)
-        if not lengths:
+        head = _read_head(stream, 0)
+        if head is None:
             return None
-        size, other = _LENGTH.unpack(lengths)
-        if size > MAX_HEADER or other:
-            raise WireError("a frame between processes is oversized")
-        header = Header.from_bytes(_read(stream, size, required=True))
+        header, _ = head
         if not header.body_nbytes:
             return Message(header)
         if header.body_nbytes > self._most:
@@ -96,6 +91,17 @@ class CopiedBodies:
 
 
 Frames = SharedBodies | CopiedBodies
+
+
+def _read_head(stream: BinaryIO, longest_path: int) -> tuple[Header, int] | None:
+    """The header of the next frame, and the length of the path behind it; nothing at the end of the stream."""
+    lengths = _read(stream, _LENGTH.size)
+    if not lengths:
+        return None
+    size, path_size = _LENGTH.unpack(lengths)
+    if size > MAX_HEADER or path_size > longest_path:
+        raise WireError("a frame between processes is oversized")
+    return Header.from_bytes(_read(stream, size, required=True)), path_size
 
 
 def _read(stream: BinaryIO, size: int, *, required: bool = False) -> bytes:

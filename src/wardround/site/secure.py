@@ -203,10 +203,7 @@ class SecureUpload:
         own = site.store.enrol().public
         if frozenset(roster.sites) != self._members or roster.keys.get(site.name) != own:
             raise Rejected(f"site {site.name} is shown a roster of other sites, or with another key in its place")
-        if site.store.promise("roster", 0, roster.sha256) != roster.sha256:
-            raise JournalError(
-                f"the study's roster is not the one site {site.name} began with; restore it, or start a new run"
-            )
+        _hold_to(roster, site)
         site.store.set_fact(_ROSTER_KEYS, json.dumps(roster.to_json()))
         # What the hospitals can compare by another way.
         site.minutes.note("roster", {"roster": roster.sha256})
@@ -219,12 +216,17 @@ class SecureUpload:
                 roster = Roster.from_json(json.loads(keys))
             else:
                 raise JournalError(f"site {site.name} was asked for a secure sum before it was shown the roster")
-            if site.store.promise("roster", 0, roster.sha256) != roster.sha256:
-                raise JournalError(
-                    f"the study's roster is not the one site {site.name} began with; restore it, or start a new run"
-                )
+            _hold_to(roster, site)
             self._roster = roster
         return self._roster
+
+
+def _hold_to(roster: Roster, site: Site) -> None:
+    """Take a roster for good; raises `JournalError` where the site began with another one."""
+    if site.store.promise("roster", 0, roster.sha256) != roster.sha256:
+        raise JournalError(
+            f"the study's roster is not the one site {site.name} began with; restore it, or start a new run"
+        )
 
 
 def _belongs(header: Header, context: Context) -> bool:

@@ -182,31 +182,36 @@ class Agent:
         card = header.meta.get("card")
         if header.meta.keys() != {"card"} or not isinstance(card, str):
             raise WireError("a delivery needs a card, and nothing else")
-        values = sum(tensor.numel() * tensor.element_size() for tensor in self._blueprints.bench.initial.values())
-        if not isinstance(request.body, FileBody) or header.body_nbytes > values + MAX_HEADER:
-            raise Rejected("a delivery that is larger than the study's model")
-        if body_sha256(request.body) != header.body_sha256 or request.body.nbytes != header.body_nbytes:
-            raise Rejected("the released model that arrived is not the one that was sent")
-        # Read as what a clinic will read: nothing else is kept under the name of the study's model, and no second one.
-        tensors = model_of_study(request.body.path, self._blueprints.study_sha256)
-        expected = {name: tuple(tensor.shape) for name, tensor in self._blueprints.bench.initial.items()}
-        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
-            raise Rejected("a delivery of another network than the study's")
-        text = card.encode()
+        model, text = model_path(self._folder, FEDERATED), card.encode()
+        # On one machine the coordinator's own files lie where every site's would: there is nothing to read or write.
+        there = _holds(model, header.body_sha256)
+        if not there:
+            self._check_delivered(request)
         if self._store.promise("delivered", 0, header.body_sha256) != header.body_sha256:
             raise Rejected(f"site {self.name} has the study's released model; another one is not kept in its place")
-        model = model_path(self._folder, FEDERATED)
         try:
-            if not _holds(model, header.body_sha256):
+            if not there:
                 with written(model) as file:
                     for chunk in request.body.chunks():
                         file.write(chunk)
-            # On one machine every site has the coordinator's own files in front of it: there is nothing to write.
             if not _holds(self._folder / CARD, hashlib.sha256(text).hexdigest()):
                 with written(self._folder / CARD) as file:
                     file.write(text)
         except OSError as error:
             raise disk_error(error) from error
+
+    def _check_delivered(self, request: Message) -> None:
+        """Raise for a body that is not a released model of this study; see `_take`."""
+        header, initial = request.header, self._blueprints.bench.initial
+        values = sum(tensor.numel() * tensor.element_size() for tensor in initial.values())
+        if not isinstance(request.body, FileBody) or header.body_nbytes > values + MAX_HEADER:
+            raise Rejected("a delivery that is larger than the study's model")
+        if body_sha256(request.body) != header.body_sha256 or request.body.nbytes != header.body_nbytes:
+            raise Rejected("the released model that arrived is not the one that was sent")
+        # Read as what a clinic will read: nothing else is kept under the name of the study's model.
+        tensors = model_of_study(request.body.path, self._blueprints.study_sha256)
+        if {name: tensor.shape for name, tensor in tensors.items()} != {n: tuple(t.shape) for n, t in initial.items()}:
+            raise Rejected("a delivery of another network than the study's")
 
     # What it holds ---------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ engine is named by who starts a run and never by a study, so naming it is all it
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from wardround.errors import StudyError
 from wardround.federation.exchange import Engine, Party
+from wardround.study.base import at
 from wardround.wire.message import Header
 
 GROUP = "wardround.engines"
@@ -50,8 +50,7 @@ class Carried:
 def engine_of(name: str) -> Callable[[Sites], Carried]:
     """What makes the engine of a name. Raises `StudyError` for an unknown one, and one that cannot be imported."""
     if name in BUILTIN:
-        module, _, attribute = BUILTIN[name].partition(":")
-        builtin: Callable[[Sites], Carried] = getattr(importlib.import_module(module), attribute)
+        builtin: Callable[[Sites], Carried] = at(BUILTIN[name])
         return builtin
     points = {point.value: point for point in entry_points(group=GROUP, name=name)}
     if len(points) != 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from wardround.deidentify import describe_error
 from wardround.engines.frames import PROGRESS, CopiedBodies, Frames, SharedBodies
 from wardround.engines.local import answer
 from wardround.logs import log_to_stderr
+from wardround.study.base import at
 from wardround.wire.message import Header, Message
 
 log = logging.getLogger(__name__)
@@ -48,10 +48,9 @@ def _serve(factory: str, spec: str) -> None:
     replies = os.fdopen(os.dup(1), "wb")
     # Whatever a library prints must not end up between two frames.
     os.dup2(2, 1)
-    module, _, name = factory.partition(":")
     about = json.loads(Path(spec).read_text(encoding="utf-8"))
     frames: Frames = CopiedBodies(Path(about["spool"])) if "spool" in about else SharedBodies()
-    find = getattr(importlib.import_module(module), name)(about, Reporter(replies, frames))
+    find = at(factory)(about, Reporter(replies, frames))
     while (message := frames.read(sys.stdin.buffer)) is not None:
         frames.write(replies, answer(find, message))
         frames.drop(message)

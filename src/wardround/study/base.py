@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import typing
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 # An entry point by its name, or code by its place.
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$")]
 KindName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.-]{0,63}$")]
+
+
+def at(place: str) -> Any:
+    """What stands at `package.module:name`; raises `ImportError` and `AttributeError` where nothing does."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class Config(BaseModel):

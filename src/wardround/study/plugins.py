@@ -5,14 +5,13 @@ A study may come from strangers. What it names is neither called nor imported be
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
 from wardround.errors import StudyError
-from wardround.study.base import Settings
+from wardround.study.base import Settings, at
 from wardround.study.load import validate
 from wardround.study.methods import CustomMethod
 from wardround.study.registry import BASES, BUILTIN, GROUPS, Reading
@@ -107,10 +106,9 @@ class Plugins:
         try:
             for point in points.values():
                 return point.load()
-            module, colon, name = factory.partition(":")
-            if not colon:
+            if ":" not in factory:
                 raise ImportError(f"no entry point {factory!r}")
-            return getattr(importlib.import_module(module), name)
+            return at(factory)
         except (ImportError, AttributeError, ValueError) as error:
             installed = ", ".join(sorted(entry_points(group=GROUPS[part]).names)) or "none"
             raise StudyError(

@@ -8,7 +8,6 @@ imported, `wardround.study.plugins` says.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +18,7 @@ from pydantic import ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from wardround.errors import StudyError
-from wardround.study.base import Settings
+from wardround.study.base import Settings, at
 from wardround.study.methods import ClosedMethod, MethodSettings
 from wardround.study.models import ClosedModel, ModelSettings
 from wardround.study.tasks import ClosedTask, Modality, TaskSettings
@@ -77,8 +76,7 @@ STRICT = Reading()
 @cache
 def builtin(section: Section, kind: str) -> type[Settings]:
     """The settings of one of the package's own kinds."""
-    module, _, name = BUILTIN[section][kind].partition(":")
-    found: type[Settings] = getattr(importlib.import_module(module), name)
+    found: type[Settings] = at(BUILTIN[section][kind])
     return found
 
 

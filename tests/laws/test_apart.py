@@ -27,6 +27,7 @@ from wardround.runs.conduct import coordinate
 from wardround.runs.folder import reserve
 from wardround.runs.machine import Machine
 from wardround.runs.session import run
+from wardround.runs.watching import Silent
 from wardround.site.process import Agreed, agent_finder, spec_of
 from wardround.study.load import study_sha256
 from wardround.study.plugins import Plugins
@@ -169,12 +170,9 @@ def test_a_site_that_lost_its_process_is_started_again(tmp_path: Path) -> None:
     one = run(study, sites, tmp_path / "together", engine="local", quiet=True)
     with closing(engine_of(study, sites, tmp_path)) as engine:
 
-        class Killing:
+        class Killing(Silent):
             rounds = 0
 
-            def phase(self, name: str, finished: int, total: int) -> None: ...
-            def arms(self, names: Any, rounds: int) -> None: ...
-            def step(self, *_: Any) -> None: ...
             def round(self, report: Any) -> None:
                 self.rounds += 1
                 if self.rounds == 1:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,10 +70,16 @@ def coordinate(
     context = Context(study, out, compare, without_in(out).union(without), allowed)
     for name in context.arms:
         context.blueprint(name)
+    with stoppable(), alone(out):
+        fingerprints = claim(context, resume=resume)
+        return conduct(context, engine, len(context.arms), watching, fingerprints, began)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """What ends a run from outside, as errors of Wardround's own: Ctrl-C, and a disk that refuses."""
     try:
-        with alone(out):
-            fingerprints = claim(context, resume=resume)
-            return conduct(context, engine, len(context.arms), watching, fingerprints, began)
+        yield
     except KeyboardInterrupt:
         raise Interrupted(STOPPED) from None
     except OSError as error:
@@ -264,4 +270,5 @@ def _gone_without(host: Context, lines: Sequence[RoundLine]) -> Iterator[str]:
 
 
 def shielded(watcher: Watcher | None, quiet: bool) -> Shielded:
+    """What watches a run: the one given, or lines on stderr unless the run is quiet."""
     return Shielded(watcher if watcher is not None or quiet else Lines())

@@ -12,18 +12,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from wardround.engines.local import STOPPED
 from wardround.engines.registry import Sites, engine_of
-from wardround.errors import Interrupted, StudyError
+from wardround.errors import StudyError
 from wardround.results.files import read_result
 from wardround.results.schema import Measured, Result
-from wardround.runs.conduct import conduct, shielded
+from wardround.runs.conduct import conduct, shielded, stoppable
 from wardround.runs.evaluation import measure, tables
 from wardround.runs.folder import alone, claim, without_in
 from wardround.runs.machine import Machine
 from wardround.runs.remarks import remarks_on
 from wardround.runs.watching import Shielded, Watcher
-from wardround.storage.blobs import disk_error
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
@@ -66,17 +64,12 @@ def run(
         log.warning("%s", remark)
     began = time.perf_counter()
     host.preflight(watching.phase)
-    try:
-        with alone(host.out), closing(host):
-            fingerprints = claim(host, resume=resume)
-            host.open_stores()
-            with _Carrier(host, engine, processes, watching) as carrier:
-                host.build_operators(watching.phase, keep=carrier.parallel == 1)
-                return conduct(host, carrier.engine, carrier.parallel, watching, fingerprints, began)
-    except KeyboardInterrupt:
-        raise Interrupted(STOPPED) from None
-    except OSError as error:
-        raise disk_error(error) from error
+    with stoppable(), alone(host.out), closing(host):
+        fingerprints = claim(host, resume=resume)
+        host.open_stores()
+        with _Carrier(host, engine, processes, watching) as carrier:
+            host.build_operators(watching.phase, keep=carrier.parallel == 1)
+            return conduct(host, carrier.engine, carrier.parallel, watching, fingerprints, began)
 
 
 def evaluate(

@@ -30,8 +30,9 @@ from wardround.protection.ledger import Entry, Ledger
 from wardround.protection.privacy import Purse, Terms
 from wardround.protection.rounding import study_root
 from wardround.protection.secret import SecretRoot
+from wardround.site.rules import Rules
 from wardround.site.secure import SecureUpload
-from wardround.site.site import Rules, Site
+from wardround.site.site import Site
 from wardround.storage.journal import Journal, State
 from wardround.storage.store import SiteStore
 from wardround.wire.message import Message

@@ -37,7 +37,8 @@ def empty_round(rounds: int) -> tuple[list[float], list[float]]:
     from wardround.learning.methods.method import MODEL, Method
     from wardround.learning.training import Trained
     from wardround.plan.sums import round_metrics
-    from wardround.site.site import Rules, Site
+    from wardround.site.rules import Rules
+    from wardround.site.site import Site
     from wardround.storage.journal import Journal
     from wardround.storage.store import SiteStore
     from wardround.wire.tensors import TensorInfo

@@ -135,8 +135,9 @@ def at_the_seam(count: int, values: int) -> dict[str, float]:
     from wardround.learning.training import Trained
     from wardround.plan.sums import round_metrics
     from wardround.protection.identity import Roster
+    from wardround.site.rules import Rules
     from wardround.site.secure import SecureUpload
-    from wardround.site.site import Rules, Site
+    from wardround.site.site import Site
     from wardround.storage.journal import Journal
     from wardround.storage.store import SiteStore
     from wardround.study.protection import Protection

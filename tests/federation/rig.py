@@ -16,8 +16,9 @@ from wardround.federation.exchange import Engine, ExchangeFactory, PlainSum
 from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.training import Learner
 from wardround.runs.machine import Machine
+from wardround.site.protocol import SiteProtocol
 from wardround.site.rules import rules_of
-from wardround.site.site import Site, SiteProtocol
+from wardround.site.site import Site
 from wardround.storage.journal import Journal, State
 from wardround.storage.store import SiteStore
 from wardround.study.schema import Study

@@ -14,7 +14,7 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError, Withheld
 from wardround.runs.session import Result, run
 from wardround.site.egress import ACROSS_HOSPITALS, OPEN, EgressRules, check_egress, strictest
-from wardround.site.site import Answer
+from wardround.site.protocol import Answer
 from wardround.storage.verify import verify
 from wardround.study.sites import Egress, SitesFile, load_sites
 from wardround.wire.message import FileBody, Header, Message

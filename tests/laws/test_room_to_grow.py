@@ -20,7 +20,8 @@ from wardround.errors import NotEnoughSites
 from wardround.federation.exchange import TRAIN, UPDATE, Call, Exchange, PlainSum
 from wardround.learning.methods.method import Changes, LocalRound, Method, Writers, state_name
 from wardround.learning.policy import Parameter, Role
-from wardround.site.site import Answer, Site
+from wardround.site.protocol import Answer
+from wardround.site.site import Site
 from wardround.wire.message import EmptyBody, Message
 from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import Aggregate, Group

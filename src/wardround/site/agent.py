@@ -33,9 +33,10 @@ from wardround.site.egress import OPEN, EgressRules
 from wardround.site.evaluators import evaluators_of, own_model
 from wardround.site.measured import MeasuredSets
 from wardround.site.patients import PatientRows
+from wardround.site.protocol import SiteProtocol
 from wardround.site.rules import rules_of
 from wardround.site.secure import SecureUpload
-from wardround.site.site import Site, SiteProtocol
+from wardround.site.site import Site
 from wardround.storage.blobs import disk_error
 from wardround.storage.cipher import Vault
 from wardround.storage.record import LOG, Record, begun_by

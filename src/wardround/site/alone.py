@@ -20,7 +20,8 @@ from wardround.federation.coordinator import Coordinator, Plan, Release
 from wardround.federation.exchange import ALONE, DONE, ERROR, EVALUATE, RELEASE, TRAIN
 from wardround.federation.measuring import OWN
 from wardround.learning.methods.method import Method
-from wardround.site.site import Answer, Site
+from wardround.site.protocol import Answer
+from wardround.site.site import Site
 from wardround.storage.journal import Journal
 from wardround.wire.message import Message
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from wardround.errors import DataError, WireError
 from wardround.federation.measuring import BASELINE, OWN, RELEASED
 from wardround.learning.training import Learner
-from wardround.site.site import Evaluator
+from wardround.site.protocol import Evaluator
 from wardround.storage.blobs import disk_error
 from wardround.tasks.states import value_of
 from wardround.tasks.task import Imaging, Oriented, Split

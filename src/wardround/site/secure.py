@@ -35,7 +35,8 @@ from wardround.protection.secure_sum import (
 )
 from wardround.site.alone import own_results
 from wardround.site.history import MASKED, Joined, MaskedHistory
-from wardround.site.site import Answer, Site
+from wardround.site.protocol import Answer
+from wardround.site.site import Site
 from wardround.storage.journal import survivors_of
 from wardround.wire.canonical import digest
 from wardround.wire.message import Header, Message

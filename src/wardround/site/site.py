@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,12 +32,12 @@ from wardround.site.egress import check_egress
 from wardround.site.inspection import Inspector
 from wardround.site.measured import MeasuredSets
 from wardround.site.patients import OwnResults, PatientRows
+from wardround.site.protocol import Answer, ClearUpload, Evaluator, SiteProtocol
 from wardround.site.rules import Rules
 from wardround.site.voids import VoidRounds
 from wardround.storage.blobs import disk_error
 from wardround.storage.record import LOG, Record, begun_by
 from wardround.storage.store import Memory, SiteStore
-from wardround.tasks.task import Split
 from wardround.wire.canonical import digest
 from wardround.wire.files import written
 from wardround.wire.message import FileBody, Header, HeldBody, Message, held, write_chunks
@@ -51,64 +51,6 @@ log = logging.getLogger(__name__)
 _EACH = {"test": "an arm", "validation": "a round", "weight": "a round"}
 # The scales of the last round that a site answered.
 _SCALES = "scales"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A reply, and the private state that is written together with it."""
-
-    reply: Message
-    memory: Memory | None = None
-    keep: frozenset[int] = frozenset()
-
-
-class SiteProtocol(Protocol):
-    """How an update leaves a site: in the clear, or masked over several phases."""
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        """The kinds of message it answers."""
-        ...
-
-    @property
-    def replies(self) -> frozenset[str]:
-        """The kinds of its answers, beside updates."""
-        ...
-
-    def admit(self, request: Message, site: Site) -> None:
-        """Raise for a message that must have no answer, not even one from the store."""
-        ...
-
-    def answer(self, request: Message, site: Site) -> Answer:
-        """Answer one message of those kinds."""
-        ...
-
-
-class ClearUpload:
-    """The plain sum: a training request is answered with the update itself."""
-
-    kinds = frozenset({TRAIN})
-    replies = frozenset[str]()
-
-    def admit(self, request: Message, site: Site) -> None:
-        """Whatever the site answers, it may answer again."""
-
-    def answer(self, request: Message, site: Site) -> Answer:
-        """Train and send."""
-        chunks, memory, keep = site.work(request)
-        rules = site.rules
-        body = rules.codec.form.pack(rules.layout, chunks)
-        return Answer(site.reply_with(request, UPDATE, body, rules.layout), memory, keep)
-
-
-class Evaluator(Protocol):
-    """Another way to evaluate than with the model of a round: what every patient adds to each metric, (n, *shape)."""
-
-    def __call__(
-        self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
-    ) -> dict[str, Array]:
-        """`tensors` is what the request carried; `meta` its parameters."""
-        ...
 
 
 class Site:

@@ -18,7 +18,7 @@ class AnatomySettings(Config):
     """
 
     dimension: int = Field(32_000, ge=1, le=1_000_000, description="values of an embedding")
-    pool: int = Field(4, ge=1, description="so many neighbouring values are averaged first")
+    pool: int = Field(4, ge=1, description="the number of neighbouring values that are averaged first")
     width: int = Field(2048, ge=1, le=16_384)
     heads: int = Field(4, ge=1, description="of the attention; they divide the width")
     map: int = Field(59, ge=1, le=1024, description="rows and columns of the map")

@@ -139,7 +139,7 @@ class LearnSettings(ConditionedSettings):
     layers: int | None = Field(None, ge=2, le=50, description="convolutions of a `cnn`")
     norm: Literal["none", "batch", "instance"] | None = Field(None, description="between the layers of a `cnn`")
     levels: int | None = Field(None, ge=1, le=5, description="resolutions of a `unet`")
-    scale: Literal[1, 2, 4] | None = Field(None, description="the networks see images so many times smaller")
+    scale: Literal[1, 2, 4] | None = Field(None, description="factor by which images shrink before the networks")
     gradient: Literal["adjoint", "fbp"] | None = Field(
         None, description="the misfit's gradient, or its filtered back projection"
     )

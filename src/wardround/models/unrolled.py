@@ -96,7 +96,7 @@ class MoDLSettings(PresetSettings):
     cg_iterations: int | None = Field(None, ge=1, le=100)
     channels: int | None = Field(None, ge=1, le=1024)
     layers: int | None = Field(None, ge=2, le=50)
-    scale: Literal[1, 2, 4] | None = Field(None, description="the denoiser sees images so many times smaller")
+    scale: Literal[1, 2, 4] | None = Field(None, description="factor by which images shrink before the denoiser")
     norm: Literal["none", "batch", "instance"] | None = None
     image: Literal["complex", "real"] | None = Field(
         None, description="`real` constrains the phase to that of the estimated coil maps"

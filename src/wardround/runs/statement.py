@@ -11,8 +11,8 @@ from wardround.study.schema import Study
 
 WORDS = {
     "reconstruction-guard": "Noise against reading images out of updates. An epsilon this large promises nothing "
-    "against other attacks, such as telling whether somebody was a patient.",
-    "moderate": "A budget at which published imaging models keep most of their use; somebody who knows all other "
+    "against other attacks, such as finding out whether a person was a patient.",
+    "moderate": "A budget at which published imaging models keep most of their use; a person who knows all other "
     "patients may still learn something of one.",
     "strict": "A small budget; expect to lose accuracy unless the site has thousands of patients.",
 }

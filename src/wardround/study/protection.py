@@ -42,7 +42,7 @@ class Privacy(Config):
     patients_per_step: float = Field(
         8.0, gt=0.0, description="expected patients in a step: each is drawn independently (Poisson)"
     )
-    examples_per_patient: int = Field(2, ge=1, description="at most so many examples of a patient in a step")
+    examples_per_patient: int = Field(2, ge=1, description="the most examples of one patient in a step")
     noise: Literal["site", "distributed"] = Field(
         "site",
         description="`site`: each site's noise is enough by itself; `distributed`: only that of the sum is, with "

@@ -28,6 +28,7 @@ Section = Literal["task", "model", "method"]
 BUILTIN: Mapping[Section, Mapping[str, str]] = {
     "task": {
         "reconstruction": "wardround.study.tasks:ReconstructionTask",
+        "segmentation": "wardround.tasks.segmentation:SegmentationTask",
         "custom": "wardround.study.tasks:CustomTask",
     },
     "model": {
@@ -38,6 +39,10 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "lpd": "wardround.models.lpd:LPDSettings",
         "two_band": "wardround.models.two_band:TwoBandSettings",
         "iradonmap": "wardround.models.iradonmap:IRadonMAPSettings",
+        "monai_unet": "wardround.models.segmenters:MonaiUNetSettings",
+        "segresnet": "wardround.models.segmenters:SegResNetSettings",
+        "dynunet": "wardround.models.segmenters:DynUNetSettings",
+        "swin_unetr": "wardround.models.segmenters:SwinUNETRSettings",
     },
     "method": {
         "fedavg": "wardround.learning.methods.fedavg:FedAvgSettings",

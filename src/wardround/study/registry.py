@@ -42,6 +42,9 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "monai_unet": "wardround.models.segmenters:MonaiUNetSettings",
         "segresnet": "wardround.models.segmenters:SegResNetSettings",
         "dynunet": "wardround.models.segmenters:DynUNetSettings",
+        "densenet": "wardround.models.classifiers:DenseNetSettings",
+        "resnet": "wardround.models.classifiers:ResNetSettings",
+        "efficientnet": "wardround.models.classifiers:EfficientNetSettings",
         "swin_unetr": "wardround.models.segmenters:SwinUNETRSettings",
     },
     "method": {

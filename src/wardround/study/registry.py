@@ -29,6 +29,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
     "task": {
         "reconstruction": "wardround.study.tasks:ReconstructionTask",
         "segmentation": "wardround.tasks.segmentation:SegmentationTask",
+        "classification": "wardround.tasks.classification:ClassificationTask",
         "custom": "wardround.study.tasks:CustomTask",
     },
     "model": {

@@ -58,6 +58,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "fedct": "wardround.learning.methods.fedct:FedCTSettings",
         "fedavgm": "wardround.learning.methods.fedavgm:FedAvgMSettings",
         "fedadam": "wardround.learning.methods.fedadam:FedAdamSettings",
+        "feddyn": "wardround.learning.methods.feddyn:FedDynSettings",
         "custom": "wardround.study.methods:CustomMethod",
     },
 }

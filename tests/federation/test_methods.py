@@ -17,8 +17,9 @@ from tests.toys import Regression, toy_study
 from wardround.errors import StudyError
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.fedbn import FedBN
+from wardround.learning.methods.feddyn import FedDyn
 from wardround.learning.methods.fedprox import FedProx, FedProxSettings
-from wardround.learning.methods.method import Facts, Method
+from wardround.learning.methods.method import Facts, LocalRound, Method
 from wardround.learning.training import Trained, parameters_of
 from wardround.study.methods import CustomMethod
 from wardround.study.plugins import Plugins
@@ -119,6 +120,45 @@ def test_fedadam_follows_algorithm_2(tmp_path: Path) -> None:
     method = {"kind": "fedadam", "server_lr": lr, "beta1": beta1, "beta2": beta2, "tau": tau}
     follow(rig_of(tmp_path, method, norm=True), step)
     assert first
+
+
+def test_feddyn_follows_algorithm_1_at_the_coordinator(tmp_path: Path) -> None:
+    alpha, pull = 0.5, {}
+
+    def step(name: str, mean: Array) -> Array:
+        if name.startswith("buffers/"):
+            return mean
+        pull[name] = pull.get(name, 0.0) - alpha * mean
+        return mean - pull[name] / alpha
+
+    follow(rig_of(tmp_path, {"kind": "feddyn", "alpha": alpha}, norm=True), step)
+    assert pull
+
+
+def test_unlike_sites_end_at_the_common_optimum_with_feddyn_and_not_with_fedavg() -> None:
+    """Two sites with losses a/2 (w - c)^2: the optimum of their mean is the mean of c weighed by a."""
+    curvature, centre = torch.tensor([0.4, 2.0]), torch.tensor([3.0, -1.0])
+    optimum = float((curvature * centre).sum() / curvature.sum())
+
+    def final(method: Method) -> float:
+        x, memories, private = np.zeros(1), [{}, {}], {}
+        for number in range(1, 41):
+            changes = []
+            for site in range(2):
+                w = torch.from_numpy(x.copy()).requires_grad_(True)
+                local = LocalRound("A", torch.nn.Module(), {"w": w}, {"w": w.detach().clone()}, {}, memories[site],
+                                   number, 15, 0.4)  # fmt: skip
+                for _ in range(15):
+                    loss = (0.5 * curvature[site] * (w - centre[site]) ** 2).sum()
+                    (slope,) = torch.autograd.grad(method.objective(local, loss), w)
+                    w.data -= 0.4 * slope
+                changes.append(method.changes(local)["model"]["w"].numpy())
+            x = x + method.server_step("model/w", np.mean(changes, axis=0), dict(private), private.__setitem__)
+        return float(x[0])
+
+    # Many steps end near each site's own optimum: averaging them forgets how steep they are.
+    assert abs(final(Method("equal")) - optimum) > 0.5
+    assert final(FedDyn("equal", alpha=0.5)) == pytest.approx(optimum, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ class TriplingSettings(TaskSettings):
     kind: Literal["tripling"]
     patients: int = Field(24, ge=3)
 
-    def build(self, embeddings: Mapping[str, Path]) -> Tripling:
+    def build(self, study: Any, embeddings: Mapping[str, Path]) -> Tripling:
         return Tripling(self.patients)
 
     def describe(self) -> str:

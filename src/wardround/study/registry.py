@@ -28,6 +28,8 @@ Section = Literal["task", "model", "method"]
 BUILTIN: Mapping[Section, Mapping[str, str]] = {
     "task": {
         "reconstruction": "wardround.study.tasks:ReconstructionTask",
+        "segmentation": "wardround.tasks.segmentation:SegmentationTask",
+        "classification": "wardround.tasks.classification:ClassificationTask",
         "custom": "wardround.study.tasks:CustomTask",
     },
     "model": {
@@ -38,6 +40,13 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "lpd": "wardround.models.lpd:LPDSettings",
         "two_band": "wardround.models.two_band:TwoBandSettings",
         "iradonmap": "wardround.models.iradonmap:IRadonMAPSettings",
+        "monai_unet": "wardround.models.segmenters:MonaiUNetSettings",
+        "segresnet": "wardround.models.segmenters:SegResNetSettings",
+        "dynunet": "wardround.models.segmenters:DynUNetSettings",
+        "densenet": "wardround.models.classifiers:DenseNetSettings",
+        "resnet": "wardround.models.classifiers:ResNetSettings",
+        "efficientnet": "wardround.models.classifiers:EfficientNetSettings",
+        "swin_unetr": "wardround.models.segmenters:SwinUNETRSettings",
     },
     "method": {
         "fedavg": "wardround.learning.methods.fedavg:FedAvgSettings",
@@ -49,6 +58,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "fedct": "wardround.learning.methods.fedct:FedCTSettings",
         "fedavgm": "wardround.learning.methods.fedavgm:FedAvgMSettings",
         "fedadam": "wardround.learning.methods.fedadam:FedAdamSettings",
+        "feddyn": "wardround.learning.methods.feddyn:FedDynSettings",
         "custom": "wardround.study.methods:CustomMethod",
     },
 }

@@ -90,8 +90,11 @@ class Evaluation(Config):
 class TaskSettings(Settings):
     """The base of every task's section: `build` makes the task."""
 
-    def build(self, embeddings: Mapping[str, Path]) -> Any:
-        """The `wardround.tasks.task.Task`. `embeddings`: files that sites provide beside their images, by site."""
+    def build(self, study: Any, embeddings: Mapping[str, Path]) -> Any:
+        """The `wardround.tasks.task.Task` of a `study` with this section.
+
+        `embeddings`: files that sites provide beside their images, by site.
+        """
         raise NotImplementedError
 
 

@@ -36,7 +36,7 @@ def build_task(
         case tasks_config.CustomTask() as custom:
             return _whole(_custom(custom, plugins), f"factory: {custom.factory!r}")
         case other:
-            return _whole(other.build(embeddings or {}), f"kind: {other.kind!r}")
+            return _whole(other.build(study, embeddings or {}), f"kind: {other.kind!r}")
 
 
 def _custom(config: tasks_config.CustomTask, plugins: Plugins) -> Any:

@@ -66,7 +66,7 @@ def read_volume(path: Path) -> Volume:
     Raises DataError, whose message never names the file, for anything that is not a finite, varying, real 3-D
     image, and before memory is taken for one whose header says more voxels than its file holds.
     """
-    array, spacing, affine, space = _read(path)
+    array, spacing, affine, space = read_array(path)
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     if array.ndim != 3 or 0 in array.shape:
@@ -85,7 +85,8 @@ def read_volume(path: Path) -> Volume:
     return Volume(data, (zooms[0], zooms[1], zooms[2]), affine, space)
 
 
-def _read(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[np.float64], Space | None]:
+def read_array(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[np.float64], Space | None]:
+    """A NIfTI file's array as it is, its zooms, its affine and its space. Raises DataError, as `read_volume` does."""
     try:
         exists = path.is_file()
     except OSError as error:

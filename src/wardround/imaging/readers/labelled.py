@@ -1,0 +1,202 @@
+"""An image with its mask, from NIfTI, PNG or JPEG: arrays in one orientation, and the size of a voxel where known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
+
+from wardround.errors import DataError
+from wardround.imaging.readers.bounds import MOST_PIXELS
+from wardround.imaging.readers.cases import Case
+from wardround.imaging.readers.volume import read_array
+from wardround.wire.files import reason
+
+Array = NDArray[Any]
+# Of an affine's entries in mm: what programs lose by writing it as text or in single precision.
+_SAME_PLACE = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Where an image's voxels lie.
+
+    `spacing`: mm along each axis, `None` where the file does not say. `affine`: (4, 4), indices of the file to mm, and
+    `orientation` how the file's axes became those of the array (nibabel's), both `None` for a picture.
+    """
+
+    spacing: tuple[float, ...] | None
+    affine: NDArray[np.float64] | None = None
+    orientation: NDArray[np.float64] | None = None
+
+    def restored(self, array: Array) -> Array:
+        """An array over the last three axes, (..., *shape), turned back to the axes of the file."""
+        if self.orientation is None:
+            return array
+        back = nibabel.orientations.ornt_transform(_RAS, self.orientation)
+        return _turned(array, back)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImage:
+    """An image and what was drawn on it.
+
+    `channels` (C, *shape), uint8 or float32; `labels` (*shape), the whole numbers of the mask's file, `None` without
+    one. A volume's axes run to the patient's right, front and head (RAS) as far as its header says how the patient
+    lies; a picture's are rows and columns.
+    """
+
+    channels: Array
+    labels: Array | None
+    space: Space
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory."""
+        return int(self.channels.nbytes + (0 if self.labels is None else self.labels.nbytes))
+
+
+_RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
+
+
+def read_case(case: Case, site: str) -> LabelledImage:
+    """Read the files of an image.
+
+    Raises DataError, whose message never names a patient or file, for a file that cannot be read or is damaged, for
+    channels or a mask of another shape or another place than the first channel, for values that are no numbers, and
+    for a mask that holds fractions.
+    """
+    try:
+        return _read_case(case)
+    except DataError as error:
+        raise DataError(f"site {site}: {error}", detail=error.detail) from error
+
+
+def _read_case(case: Case) -> LabelledImage:
+    first, *others = (_read(path) for path in case.images)
+    parts = [first[0]]
+    for path, (channels, space) in zip(case.images[1:], others, strict=True):
+        _same(first, (channels, space), "two channels of an image", path)
+        parts.append(channels)
+    channels = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if channels.dtype != np.uint8:
+        channels = channels.astype(np.float32)
+        if not np.isfinite(channels).all():
+            raise DataError(
+                "an image holds NaN or infinite values; replace them at the source", detail=str(case.images[0])
+            )
+    labels = None if case.mask is None else _labels(first, case.mask)
+    return LabelledImage(channels, labels, first[1])
+
+
+def _labels(image: tuple[Array, Space], path: Path) -> Array:
+    mask = _read(path, colour=False)
+    _same(image, mask, "an image and its mask", path)
+    if mask[0].shape[0] != 1:
+        raise DataError("a mask has several channels; store one whole number a voxel", detail=str(path))
+    labels = mask[0][0]
+    whole = np.rint(labels)
+    if (
+        not np.isfinite(whole).all()
+        or not np.allclose(labels, whole, atol=1e-3)
+        or np.abs(whole).max(initial=0) > 2**15
+    ):
+        raise DataError("a mask holds fractions or huge values; store one whole number a voxel", detail=str(path))
+    narrowed: Array = whole.astype(np.uint8 if whole.min() >= 0 and whole.max() <= 255 else np.int32)
+    return narrowed
+
+
+def _same(image: tuple[Array, Space], other: tuple[Array, Space], what: str, path: Path) -> None:
+    mine, its = image[0].shape[1:], other[0].shape[1:]
+    if mine != its:
+        raise DataError(
+            f"{what} differ in shape ({_times(mine)} and {_times(its)}); resample one to the other", detail=str(path)
+        )
+    a, b = image[1].affine, other[1].affine
+    if a is not None and b is not None and not np.allclose(a, b, rtol=1e-3, atol=_SAME_PLACE):
+        raise DataError(
+            f"{what} have the same shape and lie in different places (their affines differ); export them again from "
+            "one program, or resample one to the other",
+            detail=str(path),
+        )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _read(path: Path, colour: bool = True) -> tuple[Array, Space]:
+    """Channels (C, *shape) and space."""
+    return _volume(path) if path.name.endswith((".nii", ".nii.gz")) else _picture(path, colour)
+
+
+def _volume(path: Path) -> tuple[Array, Space]:
+    array, zooms, affine, _ = read_array(path)
+    if array.ndim not in (3, 4) or 0 in array.shape or array.dtype.kind not in "biuf":
+        raise DataError(
+            f"an image is not 3-D, nor 3-D with channels last, but has shape {array.shape}", detail=str(path)
+        )
+    channels = np.moveaxis(array, 3, 0) if array.ndim == 4 else array[None]
+    orientation = nibabel.orientations.io_orientation(affine)
+    if np.isnan(orientation).any():
+        raise DataError("an image's header gives no place to an axis; export it again", detail=str(path))
+    spacing = tuple(float(zooms[int(np.flatnonzero(orientation[:, 0] == axis)[0])]) for axis in range(3))
+    if not all(np.isfinite(spacing)) or min(spacing) <= 0:
+        raise DataError("an image's header gives a voxel no size; export it again", detail=str(path))
+    turned = np.ascontiguousarray(_turned(channels, orientation))
+    return _narrow(turned), Space(spacing, affine, orientation)
+
+
+def _turned(array: Array, orientation: NDArray[np.float64]) -> Array:
+    """The last three axes reordered and reversed as an orientation says."""
+    lead = array.ndim - 3
+    whole = [[axis, 1] for axis in range(lead)] + [[lead + axis, flip] for axis, flip in orientation]
+    turned: Array = nibabel.orientations.apply_orientation(array, np.array(whole))
+    return turned
+
+
+def _narrow(array: Array) -> Array:
+    """An array of whole numbers from 0 to 255 as bytes; any other as float32 or, of large whole numbers, as it is."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind == "b":
+        return array.astype(np.uint8)
+    low, high = array.min(), array.max()
+    if low >= 0 and high <= 255 and (array.dtype.kind in "iu" or np.array_equal(array, np.rint(array))):
+        return array.astype(np.uint8)
+    return array.astype(np.float32)
+
+
+def _picture(path: Path, colour: bool) -> tuple[Array, Space]:
+    try:
+        with PILImage.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(
+                    f"a picture has {image.width} x {image.height} pixels, and at most {MOST_PIXELS:,} are read",
+                    detail=str(path),
+                )
+            odd = image.mode in ("P", "RGBA", "CMYK", "YCbCr")
+            array = np.asarray(image.convert("RGB" if colour else "L") if odd else image)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError("an image file does not exist", detail=str(path)) from error
+    except PermissionError as error:
+        raise DataError(
+            f"an image file cannot be read ({reason(error)}); let this user read it", detail=str(path)
+        ) from error
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+        raise DataError(
+            "an image file is damaged, or neither PNG nor JPEG; copy it again from its source",
+            detail=f"{path}: {error}",
+        ) from error
+    if not colour and array.ndim == 3:
+        array = array.max(axis=2)
+    channels = np.moveaxis(array, 2, 0) if array.ndim == 3 else array[None]
+    return _narrow(np.ascontiguousarray(channels)), Space(None)

@@ -1,0 +1,80 @@
+"""MONAI's networks for classification, by name and size: images in, a logit for every class out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from wardround.errors import StudyError
+from wardround.study.models import Preset, PresetSettings
+from wardround.study.tasks import Modality
+
+
+class ClassifierSettings(PresetSettings):
+    """The base of networks that classify images; they know no scanner."""
+
+    def build(self, modality: Modality) -> nn.Module:
+        """Raise StudyError: it takes images and no raw data."""
+        raise StudyError(f"model.kind={self.kind}: takes images, and a reconstruction begins with raw data; take modl")
+
+    def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
+        """The network, freshly initialised: (B, channels, *size) -> (B, classes)."""
+        raise NotImplementedError
+
+
+_DENSE: dict[Preset, tuple[int, int, tuple[int, ...]]] = {
+    "tiny": (8, 4, (2, 2)),
+    "small": (24, 12, (3, 6, 12, 8)),
+    "paper": (64, 32, (6, 12, 24, 16)),
+}
+
+
+class DenseNetSettings(ClassifierSettings):
+    """DenseNet (Huang et al., CVPR 2017); `paper` is DenseNet-121."""
+
+    kind: Literal["densenet"]
+
+    def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
+        """The network."""
+        from monai.networks.nets import DenseNet
+
+        first, growth, blocks = _DENSE[self.preset]
+        return DenseNet(dimensions, channels, classes, first, growth, blocks)
+
+
+_RESNET: dict[Preset, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+    "tiny": ("basic", (1, 1, 1, 1), (8, 8, 16, 16)),
+    "small": ("basic", (1, 1, 1, 1), (32, 64, 128, 256)),
+    "paper": ("basic", (2, 2, 2, 2), (64, 128, 256, 512)),
+}
+
+
+class ResNetSettings(ClassifierSettings):
+    """ResNet (He et al., CVPR 2016); `paper` is ResNet-18."""
+
+    kind: Literal["resnet"]
+
+    def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
+        """The network."""
+        from monai.networks.nets import ResNet
+
+        block, layers, planes = _RESNET[self.preset]
+        return ResNet(
+            block, list(layers), list(planes), spatial_dims=dimensions, n_input_channels=channels, num_classes=classes
+        )
+
+
+_EFFICIENT: dict[Preset, str] = {"tiny": "efficientnet-b0", "small": "efficientnet-b0", "paper": "efficientnet-b4"}
+
+
+class EfficientNetSettings(ClassifierSettings):
+    """EfficientNet (Tan and Le, ICML 2019): B0, or B4 as `paper`."""
+
+    kind: Literal["efficientnet"]
+
+    def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
+        """The network, without pretrained weights: those come from a file of the study's `start`."""
+        from monai.networks.nets import EfficientNetBN
+
+        return EfficientNetBN(_EFFICIENT[self.preset], False, True, dimensions, channels, classes)

@@ -1,0 +1,320 @@
+"""Classification: which of several classes (a diagnosis) a patient's images show.
+
+A patient is measured once, by the mean of the probabilities of all their images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from wardround.errors import DataError, StudyError
+from wardround.imaging.datasets.memory import ScanCache
+from wardround.imaging.datasets.split import split_patients
+from wardround.imaging.readers.cases import Case, Patterns, Table, find_cases
+from wardround.imaging.readers.labelled import LabelledImage, read_case
+from wardround.study.base import Config
+from wardround.study.tasks import Split as SplitRule
+from wardround.study.tasks import TaskSettings
+from wardround.tasks.augmentation import Augmentation, standard
+from wardround.tasks.histograms import auroc, average_precision, calibration_error
+from wardround.tasks.labelled import normalised, resampled
+from wardround.tasks.reconstruction import PooledDataset, evaluating
+from wardround.tasks.states import Histogram
+from wardround.tasks.task import Dataset, MetricSpec, Source, Split
+from wardround.wire.canonical import canonical_json
+
+if TYPE_CHECKING:
+    from wardround.study.schema import Study
+
+_CACHE_BYTES = 2**30
+_BINS = 200
+Floats = npt.NDArray[np.float64]
+
+
+class LabelTable(Config):
+    """A CSV in each site's folder that says whose each image is, and what it shows."""
+
+    file: str = Field("labels.csv", pattern=r"^[^/\\]+$")
+    id: str = Field("image", description="the column that names an image, `{id}` of the patterns")
+    patient: str = Field("patient", description="the column that names whose it is: images of one are never parted")
+    label: str = Field("label", description="the column that names its class, or its classes with `;` between them")
+
+
+class ClassificationTask(TaskSettings):
+    """Which of several classes a patient's images show."""
+
+    kind: Literal["classification"]
+    images: tuple[str, ...] = Field(("images/{id}",), min_length=1, description="as in a segmentation")
+    table: LabelTable = LabelTable()
+    classes: tuple[str, ...] = Field(min_length=2, description="as the table names them")
+    multi_label: bool = Field(False, description="whether a patient can have several classes, or none")
+    channels: int = Field(3, ge=1)
+    dimensions: Literal[2, 3] = 2
+    size: tuple[int, ...] = Field((128, 128), description="voxels that images are resampled to")
+    split: SplitRule = SplitRule()
+    augment: Literal["standard", "none"] | tuple[dict[str, Any], ...] = Field(
+        "standard", description="or a list of MONAI's random dictionary transforms: `{name: RandFlipd, prob: 0.5}`"
+    )
+    imbalance: Literal["none", "weighted", "balanced", "logit_adjusted"] = Field(
+        "none",
+        description="against classes that are rare at a site: `weighted` weighs the loss by 1 / frequency, `balanced` "
+        "draws examples of all its classes alike, `logit_adjusted` adds log frequencies to the logits in training",
+    )
+    leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ClassificationTask:
+        if len(self.size) != self.dimensions:
+            raise ValueError(f"task.size needs {self.dimensions} numbers, as task.dimensions says")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("task.classes names a class twice")
+        if self.multi_label and self.imbalance in ("balanced", "logit_adjusted"):
+            raise ValueError(f"task.imbalance: {self.imbalance} is for one class a patient; take weighted")
+        return self
+
+    def describe(self) -> str:
+        """How many classes."""
+        several = ", several a patient" if self.multi_label else ""
+        return f"classification in {len(self.classes)} classes{several}"
+
+    def build(self, study: Study, embeddings: Any = None) -> Classification:
+        """The task."""
+        return Classification(study, self)
+
+
+@dataclass(frozen=True, eq=False)
+class DiagnosedBatch:
+    """Images and what they show.
+
+    images: float32 (B, C, *size), normalised. labels: float32 (B, K), 1 for a class that an image shows. prior: float32
+    (B, K), the share of each class among the training examples of the site.
+    """
+
+    images: Tensor
+    labels: Tensor
+    prior: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @classmethod
+    def joined(cls, batches: Sequence[DiagnosedBatch]) -> DiagnosedBatch:
+        """One batch of all images, in order."""
+        return cls(*(torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels", "prior")))
+
+
+class DiagnosedDataset:
+    """One site's images with their classes; see `wardround.tasks.task.Dataset`. Raises DataError."""
+
+    def __init__(
+        self,
+        site: str,
+        cases: Mapping[str, Sequence[Case]],
+        split: Mapping[Split, Sequence[int]],
+        config: ClassificationTask,
+        augmentation: Augmentation,
+    ) -> None:
+        self.site = site
+        self._config, self._augmentation, self._split = config, augmentation, split
+        self._names = tuple(cases)
+        self._cases = tuple(tuple(of_patient) for of_patient in cases.values())
+        self._labels = [[_labels(case, config, site) for case in of_patient] for of_patient in self._cases]
+        self._cache = ScanCache[LabelledImage](_CACHE_BYTES)
+        self._train = [(p, n) for p in split["train"] for n in range(len(self._cases[p]))]
+        self._digests = [self._digest(patient) for patient in range(len(self._cases))]
+        shown = np.array([self._labels[p][n] for p, n in self._train]).reshape(len(self._train), len(config.classes))
+        self._prior = torch.from_numpy((shown.mean(axis=0) if len(shown) else np.zeros(shown.shape[1])).astype("f4"))
+        self._of_class = [np.flatnonzero(shown[:, k]) for k in range(shown.shape[1])]
+
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over images, classes and who trains, never over names or paths."""
+        splits: tuple[Split, ...] = ("train", "validation", "test")
+        seen = {name: sorted(self._digests[patient] for patient in self._split[name]) for name in splits}
+        return hashlib.sha256(canonical_json({"patients": seen, "classes": list(self._config.classes)})).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._train)
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator) -> DiagnosedBatch:
+        """Training images, changed with `random` alone; balanced, others than asked for, of all classes alike."""
+        if self._config.imbalance == "balanced":
+            present = [rows for rows in self._of_class if len(rows)]
+            drawn = [present[int(random.integers(len(present)))] for _ in indices]
+            indices = [int(rows[int(random.integers(len(rows)))]) for rows in drawn]
+        return DiagnosedBatch.joined([self._example(*self._train[index], random) for index in indices])
+
+    def owners(self) -> tuple[int, ...]:
+        """Whose each training image is. Raises StudyError for balanced draws, which take others than asked for."""
+        if self._config.imbalance == "balanced":
+            raise StudyError("task.imbalance: balanced draws examples by their class, which privacy does not cover")
+        return tuple(patient for patient, _ in self._train)
+
+    def patients(self, split: Split) -> int:
+        """Number of patients in a split."""
+        return len(self._split[split])
+
+    def names(self, split: Split) -> tuple[str, ...]:
+        """The names of the patients of a split, in the order of `evaluation`: they stay at the site."""
+        return tuple(self._names[patient] for patient in self._split[split])
+
+    def evaluation(self, split: Split) -> Iterator[tuple[int, DiagnosedBatch]]:
+        """(patient number, all images of the patient)."""
+        for patient in self._split[split]:
+            numbers = range(len(self._cases[patient]))
+            yield patient, DiagnosedBatch.joined([self._example(patient, n, None) for n in numbers])
+
+    def _example(self, patient: int, number: int, random: np.random.Generator | None) -> DiagnosedBatch:
+        key = (patient, number)
+        image = self._cache.get(key, lambda: read_case(self._cases[patient][number], self.site))
+        pixels = resampled(normalised(image.channels), self._config.size)
+        if random is not None:
+            pixels, _ = self._augmentation(pixels, pixels[:1], random)
+        labels = torch.from_numpy(self._labels[patient][number].astype(np.float32))
+        return DiagnosedBatch(pixels[None], labels[None], self._prior[None])
+
+    def _digest(self, patient: int) -> str:
+        found = hashlib.sha256()
+        for number, case in enumerate(self._cases[patient]):
+            for path in case.images:
+                with path.open("rb") as file:
+                    found.update(hashlib.file_digest(file, "sha256").digest())
+            found.update(self._labels[patient][number].tobytes())
+        return found.hexdigest()
+
+
+def _labels(case: Case, config: ClassificationTask, site: str) -> npt.NDArray[np.bool_]:
+    names = [name.strip() for name in case.label.split(";") if name.strip()] if config.multi_label else [case.label]
+    unknown = [name for name in names if name not in config.classes]
+    if unknown:
+        raise DataError(
+            f"site {site}: {config.table.file} names a class that task.classes does not list; the study has "
+            f"{', '.join(config.classes)}",
+            detail=f"{case.images[0]}: {unknown[0]!r}",
+        )
+    return np.array([name in names for name in config.classes])
+
+
+class Classification:
+    """The task of a study; see `wardround.tasks.task.Task`."""
+
+    def __init__(self, study: Study, config: ClassificationTask) -> None:
+        self.study, self.config = study, config
+        chain = standard(config.dimensions) if config.augment == "standard" else config.augment
+        self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
+
+    @property
+    def metrics(self) -> tuple[MetricSpec, ...]:
+        """Macro AUROC first: it selects the released round."""
+        return classification_metrics(self.config.classes, self.config.multi_label)
+
+    def build_model(self) -> nn.Module:
+        """The network: images (B, C, *size) -> logits (B, K)."""
+        build: Any = getattr(self.study.model, "build_classifier", None)
+        if build is None:
+            raise StudyError(f"model.kind={self.study.model.kind}: does not classify; take a classifier, say densenet")
+        network: nn.Module = build(self.config.dimensions, self.config.channels, len(self.config.classes))
+        return network
+
+    def dataset(self, site: str, source: Source) -> DiagnosedDataset:
+        """The images and classes of a site."""
+        config, named = self.config, self.config.table
+        table = Table(named.file, named.id, named.patient, named.label)
+        cases = find_cases(source, site, Patterns(config.images, None, table))
+        split = split_patients(len(cases), config.split, self.study.seed, site, self.study.sites[site].role)
+        return DiagnosedDataset(site, cases, split, config, self._augmentation)
+
+    def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
+        """The union of several sites' data sets."""
+        return PooledDataset(parts, DiagnosedBatch.joined)
+
+    def loss(self, model: nn.Module, batch: DiagnosedBatch) -> Tensor:
+        """Cross-entropy, for several classes a patient binary; against imbalance as the study says. Scalar."""
+        logits = model(batch.images).float()
+        return diagnosis_loss(logits, batch.labels, batch.prior, self.config.imbalance, self.config.multi_label)
+
+    def probabilities(self, model: nn.Module, batch: DiagnosedBatch) -> Tensor:
+        """(B, K), in evaluation mode."""
+        with evaluating(model), torch.no_grad():
+            logits = model(batch.images).float()
+        return torch.sigmoid(logits) if self.config.multi_label else torch.softmax(logits, dim=1)
+
+    def score(self, model: nn.Module, batch: DiagnosedBatch) -> dict[str, Tensor]:
+        """What one patient adds to the histograms, from all of the patient's images: (1, classes, 2) each."""
+        scores = self.probabilities(model, batch).mean(dim=0, keepdim=True)
+        labels = batch.labels.amax(dim=0, keepdim=True)
+        if self.config.multi_label:
+            hits, sure, right = (scores > 0.5).float(), scores, labels
+        else:
+            best = scores.argmax(dim=1, keepdim=True)
+            hits = torch.zeros_like(scores).scatter_(1, best, 1.0)
+            sure, right = scores.gather(1, best), labels.gather(1, best)
+        pairs = {"probability": (scores, labels), "hit": (hits, labels), "confidence": (sure, right)}
+        return {name: torch.stack(pair, dim=-1) for name, pair in pairs.items()}
+
+
+def sensitivity(counts: Floats) -> Floats:
+    """The share of a class's patients that were called it: counts (..., classes, 2, 2) -> (..., classes)."""
+    positive = counts[..., 1, :]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(positive[..., -1] / positive.sum(axis=-1))
+
+
+def classification_metrics(classes: Sequence[str], multi_label: bool = False) -> tuple[MetricSpec, ...]:
+    """AUROC, balanced accuracy, average precision and calibration error, macro; then AUROC and sensitivity by class."""
+    number = len(classes)
+    scores, hits = partial(Histogram, classes=number, bins=_BINS), partial(Histogram, classes=number, bins=2)
+    sure = partial(Histogram, classes=number if multi_label else 1, bins=_BINS)
+
+    def spec(name: str, label: str, definition: str, kind: Histogram, source: str, larger: bool = True) -> MetricSpec:
+        return MetricSpec(name, 0.0, 1.0, 1e-4, larger, label, "", 0.005, definition, True, kind, source)
+
+    area = "share of pairs of a patient with and one without the class in which the former has the higher probability"
+    called = "share of the class's patients in whom it is the likeliest class"
+    macro = (
+        spec("auroc", "AUROC", f"{area}; mean of the classes", scores(auroc), "probability"),
+        spec("balanced_accuracy", "Balanced accuracy", f"{called}; mean of the classes", hits(sensitivity), "hit"),
+        spec("auprc", "AUPRC", "average precision, mean of the classes", scores(average_precision), "probability"),
+        spec("ece", "Calibration error", "expected difference of the likeliest class's probability and the share in "
+             "whom it is right, in 10 bins", sure(calibration_error), "confidence", larger=False),
+    )  # fmt: skip
+    by_class = [
+        part
+        for k, name in enumerate(classes)
+        for part in (
+            spec(f"auroc_{name}", f"AUROC of {name}", area, scores(auroc, only=k), "probability"),
+            spec(f"sensitivity_{name}", f"Sensitivity for {name}", called, hits(sensitivity, only=k), "hit"),
+        )
+    ]
+    return (*macro, *by_class)
+
+
+def diagnosis_loss(logits: Tensor, labels: Tensor, prior: Tensor, imbalance: str, multi_label: bool) -> Tensor:
+    """logits, labels and prior (B, K) -> scalar.
+
+    `weighted` weighs a class by 1 / (K prior) (binary: its positives by (1 - prior) / prior); `logit_adjusted` adds
+    log prior to the logits (Menon et al., ICLR 2021). A class without a training example at the site has no weight, and
+    the least prior of half an example.
+    """
+    floor = 0.5 / 1000
+    share = prior.clamp_min(floor)
+    if multi_label:
+        weight = (1.0 - share) / share if imbalance == "weighted" else torch.ones_like(share)
+        each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return (each * (labels * weight + 1.0 - labels)).mean()
+    if imbalance == "logit_adjusted":
+        logits = logits + share.log()
+    each = -(torch.log_softmax(logits, dim=1) * labels).sum(dim=1)
+    if imbalance != "weighted":
+        return each.mean()
+    weight = (labels / (share * labels.shape[1])).sum(dim=1)
+    return (each * weight).sum() / weight.sum().clamp_min(1e-12)

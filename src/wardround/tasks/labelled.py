@@ -1,0 +1,291 @@
+"""Images with masks of one site, as the examples of a segmentation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from wardround.errors import DataError
+from wardround.imaging.datasets.memory import ScanCache
+from wardround.imaging.readers.cases import Case
+from wardround.imaging.readers.labelled import LabelledImage, read_case
+from wardround.tasks.augmentation import Augmentation
+from wardround.tasks.task import Split
+from wardround.wire.canonical import canonical_json
+
+_CACHE_BYTES = 2**30
+_CONTENT = 0.05
+Structures = Mapping[str, tuple[int, ...] | None]
+
+
+class Example(NamedTuple):
+    """A training example: a slice of an image, or of a volume in 3-D and of a picture its number."""
+
+    patient: int
+    case: int
+    part: int
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledBatch:
+    """Images and masks.
+
+    images: float32 (B, C, *shape), normalised. masks: float32 (B, K, *shape), a channel a structure; in evaluation on
+    the image's own grid, which may be another one. known: float32 (B, K), 1 where the site draws the structure.
+    spacing: the size of a voxel of the masks along `shape`, slices first where B counts them.
+    """
+
+    images: Tensor
+    masks: Tensor
+    known: Tensor
+    spacing: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @classmethod
+    def joined(cls, batches: Sequence[LabelledBatch]) -> LabelledBatch:
+        """One batch of all examples, in order."""
+        return cls(
+            torch.cat([batch.images for batch in batches]),
+            torch.cat([batch.masks for batch in batches]),
+            torch.cat([batch.known for batch in batches]),
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How examples are made of images: see `wardround.tasks.segmentation.SegmentationTask`."""
+
+    dimensions: int
+    patch: tuple[int, ...]
+    resize: tuple[int, ...] | None
+    spacing: tuple[float, ...] | None
+    per_image: int
+    empty_every: int
+    foreground: float
+
+
+class LabelledDataset:
+    """One site's images and masks; see `wardround.tasks.task.Dataset`.
+
+    Every image is read when the set is made, so that one that cannot be used does not stop a run at its end. Raises
+    DataError.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        cases: Mapping[str, Sequence[Case]],
+        split: Mapping[Split, Sequence[int]],
+        structures: Structures,
+        known: Sequence[bool],
+        sampling: Sampling,
+        augmentation: Augmentation,
+        *,
+        physical: bool,
+    ) -> None:
+        self.site = site
+        self._names = tuple(cases)
+        self._cases = tuple(tuple(of_patient) for of_patient in cases.values())
+        self._split = split
+        self._structures = structures
+        self._known = torch.tensor(known, dtype=torch.float32)
+        self._sampling = sampling
+        self._augmentation = augmentation
+        self._physical = physical
+        self._cache = ScanCache[LabelledImage](_CACHE_BYTES)
+        self._digests: dict[int, str] = {}
+        training = frozenset(split["train"])
+        examples: list[Example] = []
+        for patient, of_patient in enumerate(self._cases):
+            digest = hashlib.sha256()
+            for number in range(len(of_patient)):
+                image = self._read(patient, number)
+                self._check(image, of_patient[number])
+                digest.update(_digest(image))
+                if patient in training:
+                    examples += self._parts(image, patient, number)
+            self._digests[patient] = digest.hexdigest()
+        self._train = tuple(examples)
+        if training and not examples:
+            raise DataError(f"site {site}: no training image has anything to see; see `task.images`")
+
+    # What a federation sees ------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over the content of images and masks and who trains, never over names or paths."""
+        splits: tuple[Split, ...] = ("train", "validation", "test")
+        seen = {name: sorted(self._digests[patient] for patient in self._split[name]) for name in splits}
+        rules = {name: None if values is None else list(values) for name, values in self._structures.items()}
+        content = {"patients": seen, "structures": rules, "known": [bool(k) for k in self._known]}
+        return hashlib.sha256(canonical_json(content)).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._train)
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator) -> LabelledBatch:
+        """Training examples, cropped and changed with `random` alone."""
+        return LabelledBatch.joined([self._example(self._train[index], random) for index in indices])
+
+    def owners(self) -> tuple[int, ...]:
+        """Whose each training example is."""
+        return tuple(example.patient for example in self._train)
+
+    def patients(self, split: Split) -> int:
+        """Number of patients in a split."""
+        return len(self._split[split])
+
+    def names(self, split: Split) -> tuple[str, ...]:
+        """The names of the patients of a split, in the order of `evaluation`: they stay at the site."""
+        return tuple(self._names[patient] for patient in self._split[split])
+
+    def evaluation(self, split: Split) -> Iterator[tuple[int, LabelledBatch]]:
+        """(patient number, a whole image), patient by patient: all slices of a volume, or the volume or picture."""
+        for patient in self._split[split]:
+            for number in range(len(self._cases[patient])):
+                yield patient, self._whole(self._read(patient, number))
+
+    # Images ----------------------------------------------------------------------------------------------------------
+
+    def _read(self, patient: int, number: int) -> LabelledImage:
+        return self._cache.get((patient, number), lambda: read_case(self._cases[patient][number], self.site))
+
+    def _check(self, image: LabelledImage, case: Case) -> None:
+        where, shape, place = f"site {self.site}", image.channels.shape[1:], str(case.images[0])
+        if self._sampling.dimensions == 3 and len(shape) != 3:
+            raise DataError(f"{where}: task.dimensions is 3, and an image is a picture of 2", detail=place)
+        if self._physical and image.space.spacing is None:
+            raise DataError(
+                f"{where}: a picture says nothing of the size of its pixels; set task.distances: pixels", detail=place
+            )
+        if self._sampling.spacing is not None and image.space.spacing is None:
+            raise DataError(f"{where}: task.spacing needs images that say how large their voxels are", detail=place)
+        if image.labels is None:
+            raise DataError(f"{where}: an image has no mask; see task.mask", detail=place)
+        if any(values is None for values in self._structures.values()):
+            return
+        declared = {0} | {value for values in self._structures.values() for value in values or ()}
+        if foreign := sorted({int(value) for value in np.unique(image.labels)} - declared):
+            raise DataError(
+                f"{where}: a mask holds the value {foreign[0]}, which task.structures does not list; add it, or 0 it",
+                detail=str(case.mask),
+            )
+
+    def _parts(self, image: LabelledImage, patient: int, number: int) -> Iterator[Example]:
+        """The training examples of an image: slices that show a structure and every n-th of the rest, or patches."""
+        shape, sampling = image.channels.shape[1:], self._sampling
+        if sampling.dimensions == 3 or len(shape) == 2:
+            yield from (Example(patient, number, part) for part in range(sampling.per_image))
+            return
+        drawn = self._masks(image).any(axis=(0, 1, 2))
+        first = image.channels[0].astype(np.float32)
+        content = (first > _CONTENT * first.max()).mean(axis=(0, 1)) > _CONTENT
+        rest = np.flatnonzero(content & ~drawn)[:: sampling.empty_every]
+        yield from (Example(patient, number, int(part)) for part in sorted([*np.flatnonzero(drawn), *rest]))
+
+    def _masks(self, image: LabelledImage) -> NDArray[np.bool_]:
+        """(K, *shape), a channel a structure."""
+        labels = image.labels
+        assert labels is not None
+        return np.stack([labels != 0 if v is None else np.isin(labels, v) for v in self._structures.values()])
+
+    def _grid(self, image: LabelledImage) -> tuple[int, ...]:
+        """The shape of what the network sees of an image."""
+        shape, sampling = image.channels.shape[1:], self._sampling
+        if sampling.resize is not None:
+            return (*sampling.resize, *shape[2:])
+        if sampling.spacing is not None:
+            assert image.space.spacing is not None
+            pairs = zip(shape, image.space.spacing, sampling.spacing, strict=False)
+            scaled = tuple(max(1, round(n * mine / wanted)) for n, mine, wanted in pairs)
+            return (*scaled, *shape[len(scaled) :])
+        return shape
+
+    def _example(self, example: Example, random: np.random.Generator) -> LabelledBatch:
+        image = self._read(example.patient, example.case)
+        channels, masks = normalised(image.channels), torch.from_numpy(self._masks(image).astype(np.float32))
+        grid = self._grid(image)
+        if self._sampling.dimensions == 2 and channels.ndim == 4:
+            channels, masks = channels[..., example.part], masks[..., example.part]
+            grid = grid[:2]
+        channels, masks = resampled(channels, grid), resampled(masks, grid, nearest=True)
+        channels, masks = self._cropped(channels, masks, random)
+        channels, masks = self._augmentation(channels, masks, random)
+        return LabelledBatch(channels[None], masks[None], self._known[None])
+
+    def _cropped(self, image: Tensor, mask: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A patch: in a share `foreground` of cases with a voxel of a structure, else anywhere; padded where small."""
+        patch = self._sampling.patch
+        centred = bool(random.random() < self._sampling.foreground)
+        places = torch.nonzero(mask.amax(dim=0)) if centred else mask.new_zeros(0, len(patch))
+        middle = places[int(random.integers(len(places)))].tolist() if len(places) else None
+        for axis, wanted in enumerate(patch):
+            have = image.shape[axis + 1]
+            if have > wanted:
+                room = have - wanted
+                start = int(random.integers(room + 1))
+                if middle is not None:
+                    # Anywhere in the patch, so that the middle is not always a structure's.
+                    low, high = max(0, int(middle[axis]) - wanted + 1), min(room, int(middle[axis]))
+                    start = int(random.integers(low, high + 1))
+                image, mask = (part.narrow(axis + 1, start, wanted) for part in (image, mask))
+            elif have < wanted:
+                before = (wanted - have) // 2
+                pads = [0, 0] * (len(patch) - axis - 1) + [before, wanted - have - before]
+                image, mask = (nn.functional.pad(part, pads) for part in (image, mask))
+        return image, mask
+
+    def _whole(self, image: LabelledImage) -> LabelledBatch:
+        """An image for evaluation: channels on the network's grid, masks on its own."""
+        channels, masks = normalised(image.channels), torch.from_numpy(self._masks(image).astype(np.float32))
+        spacing = image.space.spacing if self._physical and image.space.spacing else (1.0,) * (masks.ndim - 1)
+        grid = self._grid(image)
+        if self._sampling.dimensions == 2 and masks.ndim == 4:
+            # Slices become the examples of a batch.
+            channels = resampled(channels.permute(3, 0, 1, 2), grid[:2])
+            masks, spacing = masks.permute(3, 0, 1, 2), (spacing[2], *spacing[:2])
+        else:
+            channels, masks = resampled(channels, grid)[None], masks[None]
+        known = self._known.expand(len(channels), -1)
+        return LabelledBatch(channels.contiguous(), masks.contiguous(), known, spacing)
+
+
+def normalised(channels: NDArray[np.generic]) -> Tensor:
+    """Each channel (*shape) with mean 0 and deviation 1 over what it shows: what is above 5 % of its maximum."""
+    values = torch.from_numpy(channels.astype(np.float32))
+    for channel in values:
+        inside = channel[channel > _CONTENT * channel.max()]
+        if len(inside) > 1:
+            channel.sub_(inside.mean()).div_(inside.std().clamp_min(1e-6))
+    return values
+
+
+def resampled(x: Tensor, grid: Sequence[int], *, nearest: bool = False) -> Tensor:
+    """(N, *shape) or (N, C, *shape), over the last axes, on another grid: averaged where smaller, else linear."""
+    shape = tuple(x.shape[-len(grid) :])
+    if shape == tuple(grid):
+        return x
+    batch = x if x.ndim == len(grid) + 2 else x[None]
+    if nearest:
+        made = nn.functional.interpolate(batch, size=tuple(grid), mode="nearest-exact")
+    elif all(wanted <= have for wanted, have in zip(grid, shape, strict=True)):
+        made = nn.functional.interpolate(batch, size=tuple(grid), mode="area")
+    else:
+        mode = "trilinear" if len(grid) == 3 else "bilinear"
+        made = nn.functional.interpolate(batch, size=tuple(grid), mode=mode, align_corners=False)
+    return made if x.ndim == len(grid) + 2 else made[0]
+
+
+def _digest(image: LabelledImage) -> bytes:
+    found = hashlib.sha256(image.channels.tobytes())
+    assert image.labels is not None
+    found.update(image.labels.tobytes())
+    return found.digest()

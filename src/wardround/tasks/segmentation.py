@@ -1,0 +1,212 @@
+"""Segmentation: outlines of structures (a tumour, vessels) in images of a site, 2-D or 3-D.
+
+A structure is a channel of its own, so that structures may overlap, and a site that does not draw one takes no part in
+its loss (partial labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from wardround.errors import StudyError
+from wardround.imaging.datasets.split import split_patients
+from wardround.imaging.readers.cases import Patterns, Table, find_cases
+from wardround.study.base import Config
+from wardround.study.tasks import Split as SplitRule
+from wardround.study.tasks import TaskSettings
+from wardround.tasks.augmentation import Augmentation, standard
+from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling, resampled
+from wardround.tasks.overlap import overlap_metrics, overlap_scores
+from wardround.tasks.reconstruction import PooledDataset, evaluating
+from wardround.tasks.task import Dataset, MetricSpec, Source
+from wardround.wire.host import on_host
+
+if TYPE_CHECKING:
+    from wardround.study.schema import Study
+
+_WINDOWS = 16
+_OVERLAP = 0.25
+
+
+class CaseTable(Config):
+    """A CSV in each site's folder that says whose each image is."""
+
+    file: str = Field("labels.csv", pattern=r"^[^/\\]+$")
+    id: str = Field("image", description="the column that names an image, `{id}` of the patterns")
+    patient: str = Field("patient", description="the column that names whose it is")
+
+
+class OverlapLoss(Config):
+    """Weights of the two parts of the loss."""
+
+    dice: float = Field(1.0, ge=0.0)
+    cross_entropy: float = Field(1.0, ge=0.0)
+
+
+class SegmentationTask(TaskSettings):
+    """Outlines of structures in images, 2-D or 3-D."""
+
+    kind: Literal["segmentation"]
+    images: tuple[str, ...] = Field(
+        ("image",),
+        min_length=1,
+        description="the files of an image, a channel each (or several, where a file has them), as patterns relative "
+        "to a site's folder without ending: `flair` is `{patient}/flair`; others are `imagesTr/{patient}`, "
+        "`{patient}/{patient}_t1ce`, `{patient}/{id}.jpg`",
+    )
+    mask: str = Field("mask", description="the file of its mask, likewise")
+    table: CaseTable | None = None
+    channels: int = Field(1, ge=1, description="channels of all files of an image together; 3 for a colour picture")
+    structures: dict[str, Literal["any"] | tuple[int, ...]] = Field(
+        {"structure": "any"},
+        min_length=1,
+        description="what is outlined, and the mask's values that mean it; `any` is every value but 0",
+    )
+    annotated: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="for a site that does not draw all structures: those it draws"
+    )
+    dimensions: Literal[2, 3] = 2
+    patch: tuple[int, ...] = Field((128, 128), description="voxels of an example, and of a window in evaluation")
+    resize: tuple[int, int] | None = Field(None, description="2-D: rows and columns that images are resampled to")
+    spacing: tuple[float, ...] | None = Field(None, description="mm that images are resampled to, along each axis")
+    patches_per_image: int = Field(1, ge=1, description="examples of a volume (3-D) or picture")
+    empty_every: int = Field(3, ge=1, description="2-D of volumes: every n-th slice without a structure is an example")
+    foreground: float = Field(0.5, ge=0.0, le=1.0, description="share of patches around a voxel of a structure")
+    split: SplitRule = SplitRule()
+    augment: Literal["standard", "none"] | tuple[dict[str, Any], ...] = Field(
+        "standard", description="or a list of MONAI's random dictionary transforms: `{name: RandFlipd, prob: 0.5}`"
+    )
+    loss: OverlapLoss = OverlapLoss()
+    distances: Literal["mm", "pixels"] = Field("mm", description="`pixels` where files do not say how large they are")
+    leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SegmentationTask:
+        if len(self.patch) != self.dimensions:
+            raise ValueError(f"task.patch needs {self.dimensions} numbers, as task.dimensions says")
+        if self.resize is not None and (self.dimensions == 3 or self.spacing is not None):
+            raise ValueError("task.resize is for 2-D, and not with task.spacing")
+        if self.spacing is not None and (len(self.spacing) != self.dimensions or min(self.spacing) <= 0):
+            raise ValueError(f"task.spacing needs {self.dimensions} positive numbers, as task.dimensions says")
+        for site, drawn in self.annotated.items():
+            if unknown := sorted(set(drawn) - self.structures.keys()):
+                raise ValueError(f"task.annotated.{site}: {unknown[0]!r} is not in task.structures")
+        return self
+
+    def describe(self) -> str:
+        """What is outlined, in how many dimensions."""
+        return f"segmentation of {', '.join(self.structures)} in {self.dimensions}-D"
+
+    def build(self, study: Study, embeddings: Any = None) -> Segmentation:
+        """The task."""
+        return Segmentation(study, self)
+
+
+class Segmentation:
+    """The task of a study; see `wardround.tasks.task.Task`."""
+
+    def __init__(self, study: Study, config: SegmentationTask) -> None:
+        self.study, self.config = study, config
+        self.structures = tuple(config.structures)
+        chain = standard(config.dimensions) if config.augment == "standard" else config.augment
+        self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
+
+    @property
+    def metrics(self) -> tuple[MetricSpec, ...]:
+        """Dice first: it selects the released round."""
+        return overlap_metrics(self.structures, "mm" if self.config.distances == "mm" else "px")
+
+    def build_model(self) -> nn.Module:
+        """The network: images (B, C, *shape) -> logits (B, K, *shape)."""
+        build: Any = getattr(self.study.model, "build_network", None)
+        if build is None:
+            raise StudyError(
+                f"model.kind={self.study.model.kind}: does not segment; take a network for images, say monai_unet"
+            )
+        network: nn.Module = build(self.config.dimensions, self.config.channels, len(self.structures))
+        return network
+
+    def dataset(self, site: str, source: Source) -> LabelledDataset:
+        """The images and masks of a site."""
+        config = self.config
+        table = None if config.table is None else Table(config.table.file, config.table.id, config.table.patient)
+        cases = find_cases(source, site, Patterns(config.images, config.mask, table))
+        drawn = config.annotated.get(site, self.structures)
+        return LabelledDataset(
+            site,
+            cases,
+            split_patients(len(cases), config.split, self.study.seed, site, self.study.sites[site].role),
+            {name: None if values == "any" else values for name, values in config.structures.items()},
+            [name in drawn for name in self.structures],
+            Sampling(
+                config.dimensions,
+                config.patch,
+                config.resize,
+                config.spacing,
+                config.patches_per_image,
+                config.empty_every,
+                config.foreground,
+            ),
+            self._augmentation,
+            physical=config.distances == "mm",
+        )
+
+    def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
+        """The union of several sites' data sets."""
+        return PooledDataset(parts, LabelledBatch.joined)
+
+    def loss(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
+        """Weighted sum of soft Dice and cross-entropy of what the site draws; scalar."""
+        logits = model(batch.images).float()
+        return overlap_loss(logits, batch.masks, batch.known, self.config.loss.dice, self.config.loss.cross_entropy)
+
+    def logits(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
+        """Logits (B, K, *shape of the masks) by windows of the size of a patch, in evaluation mode."""
+        # Late: MONAI takes seconds to import, and a process that only reads the study needs none of it.
+        from monai.data.utils import compute_importance_map
+        from monai.inferers import sliding_window_inference
+
+        patch, device = self.config.patch, batch.images.device
+        # Made on the CPU: torch's device for tests has no numbers to weigh windows with.
+        weights = compute_importance_map(patch, mode="gaussian").to(device)
+        with evaluating(model), torch.no_grad():
+            found: Any = sliding_window_inference(
+                batch.images, patch, _WINDOWS, model, overlap=_OVERLAP, roi_weight_map=weights
+            )
+        return resampled(found.float(), batch.masks.shape[2:])
+
+    def score(self, model: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
+        """All metrics of one whole image: name -> (1,)."""
+        marked, drawn = as_one(self.logits(model, batch) > 0), as_one(batch.masks > 0.5)
+        known = [bool(each) for each in on_host(batch.known[0]) > 0.5]
+        return overlap_scores(marked, drawn, known, self.structures, batch.spacing)
+
+
+def as_one(masks: Tensor) -> Tensor:
+    """A batch's masks (B, K, *shape) as one image's (K, *whole): slices of a volume become its first axis."""
+    return masks[0] if len(masks) == 1 else masks.transpose(0, 1)
+
+
+def overlap_loss(
+    logits: Tensor, masks: Tensor, known: Tensor, dice: float, cross_entropy: float, smooth: float = 1.0
+) -> Tensor:
+    """dice * (1 - soft Dice) + cross_entropy * binary cross-entropy, mean over the structures that are drawn; scalar.
+
+    logits, masks: (B, K, *shape); known: (B, K). The Dice of a structure is over the whole batch, as V-Net's
+    (Milletari et al., 3DV 2016) without squares: (2 sum pg + s) / (sum p + sum g + s).
+    """
+    space = tuple(range(2, logits.ndim))
+    weight = known.reshape(*known.shape, *[1] * len(space))
+    p, g = torch.sigmoid(logits) * weight, masks * weight
+    sums = (0, *space)
+    soft = (2.0 * (p * g).sum(sums) + smooth) / (p.sum(sums) + g.sum(sums) + smooth)
+    drawn = (known.amax(dim=0) > 0).to(logits.dtype)
+    count = drawn.sum().clamp_min(1.0)
+    entropy = nn.functional.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean(space)
+    each = (entropy * known).sum(0) / known.sum(0).clamp_min(1.0)
+    return dice * ((1.0 - soft) * drawn).sum() / count + cross_entropy * (each * drawn).sum() / count

@@ -1,0 +1,177 @@
+"""Classification: the loss against its equations, what a patient adds, and a whole run on textures."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tests.devices import DEVICES, blueprints_of, device_named, learner_of
+from tests.diagnoses import CLASSES, diagnosis_study, make_diagnoses
+
+import wardround
+from wardround.errors import DataError, StudyError
+from wardround.models.classifiers import DenseNetSettings, EfficientNetSettings, ResNetSettings
+from wardround.storage.store import NOTHING
+from wardround.tasks.classification import Classification, ClassificationTask, DiagnosedBatch, diagnosis_loss
+from wardround.tasks.states import State, patient_rows
+
+
+def examples(seed: int = 0, count: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, 3, generator=random)
+    classes = torch.randint(0, 3, (count,), generator=random)
+    return logits, classes, torch.tensor([0.7, 0.2, 0.1]).expand(count, -1)
+
+
+def one_hot(classes: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.one_hot(classes, 3).float()
+
+
+def test_losses_follow_their_equations() -> None:
+    logits, classes, prior = examples()
+    labels, entropy = one_hot(classes), torch.nn.functional.cross_entropy
+    assert torch.isclose(diagnosis_loss(logits, labels, prior, "none", False), entropy(logits, classes))
+    weighted = entropy(logits, classes, weight=1.0 / (3.0 * prior[0]))
+    assert torch.isclose(diagnosis_loss(logits, labels, prior, "weighted", False), weighted)
+    adjusted = entropy(logits + prior.log(), classes)
+    assert torch.isclose(diagnosis_loss(logits, labels, prior, "logit_adjusted", False), adjusted)
+    several = torch.nn.functional.binary_cross_entropy_with_logits
+    assert torch.isclose(diagnosis_loss(logits, labels, prior, "none", True), several(logits, labels))
+    positive = several(logits, labels, pos_weight=(1 - prior[0]) / prior[0])
+    assert torch.isclose(diagnosis_loss(logits, labels, prior, "weighted", True), positive)
+
+
+def test_a_class_that_a_site_does_not_have_gives_no_infinite_loss() -> None:
+    logits, classes, _ = examples()
+    prior = torch.tensor([1.0, 0.0, 0.0]).expand(len(logits), -1)
+    for imbalance in ("weighted", "logit_adjusted"):
+        assert torch.isfinite(diagnosis_loss(logits, one_hot(classes), prior, imbalance, False))
+
+
+class Fixed(torch.nn.Module):
+    """Logits by a picture's first value."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits[x[:, 0, 0, 0].long()]
+
+
+def task_of(**changes: Any) -> Classification:
+    study = diagnosis_study({"A": {}}, task=changes)
+    assert isinstance(study.task, ClassificationTask)
+    return Classification(study, study.task)
+
+
+def test_a_patient_is_measured_once_by_the_mean_of_all_images() -> None:
+    """Two patients of three and one images: macro figures by hand."""
+    task = task_of()
+    logits = torch.tensor([[4.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 9.0]])
+    first = DiagnosedBatch(torch.arange(3.0).reshape(3, 1, 1, 1), one_hot(torch.tensor([0, 0, 0])), torch.ones(3, 3))
+    second = DiagnosedBatch(torch.full((1, 1, 1, 1), 3.0), one_hot(torch.tensor([1])), torch.ones(1, 3))
+    model = Fixed(logits)
+    rows = patient_rows(task.metrics, iter([(0, first), (1, second)]), lambda b: task.score(model, b), lambda: False)
+    mean = torch.softmax(logits[:3], dim=1).mean(dim=0)
+    assert int(mean.argmax()) == 0
+    by_name = {spec.name: (spec, rows[spec.name]) for spec in task.metrics}
+    values = {}
+    for name, (spec, of_patients) in by_name.items():
+        count = spec.kind.counted(of_patients).sum()
+        state = State(of_patients.sum(axis=0), np.float64(count), np.float64(0))
+        values[name] = float(spec.kind.value(spec, state))
+    assert values["sensitivity_plain"] == 1.0
+    assert values["sensitivity_striped"] == 0.0
+    assert values["balanced_accuracy"] == 0.5
+    assert values["auroc_plain"] == 1.0
+    assert values["ece"] == pytest.approx((1.0 - float(mean[0])) / 2 + 0.5, abs=0.01)
+
+
+def test_balanced_draws_are_of_all_classes_alike(tmp_path: Path) -> None:
+    sites = make_diagnoses(tmp_path, {"A": (30, 4, 2)})
+    task = task_of(imbalance="balanced", split={"validation": 0.0, "test": 0.0})
+    data = task.dataset("A", sites.of("A").data)
+    shares = data.batch([0] * 300, np.random.default_rng(0)).labels.mean(dim=0)
+    # Three standard deviations of a share of a third among 300.
+    assert torch.allclose(shares, torch.full((3,), 1 / 3), atol=3 * (2 / 9 / 300) ** 0.5)
+    with pytest.raises(StudyError, match="privacy does not cover"):
+        data.owners()
+
+
+def test_images_of_one_patient_are_never_parted(tmp_path: Path) -> None:
+    sites = make_diagnoses(tmp_path, {"A": (8, 8, 4)})
+    data = task_of().dataset("A", sites.of("A").data)
+    names = [set(data.names(split)) for split in ("train", "validation", "test")]
+    assert sum(map(len, names)) == len(set().union(*names)) == 20
+    assert len(data) > data.patients("train")
+    batches = dict(data.evaluation("test"))
+    assert {len(batch) for batch in batches.values()} == {1, 2}
+
+
+@pytest.mark.parametrize("settings", [DenseNetSettings, ResNetSettings, EfficientNetSettings])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_networks_by_name(settings: Any, dimensions: int) -> None:
+    network = settings(kind=settings.kinds()[0], preset="tiny").build_classifier(dimensions, 2, 5)
+    assert network.eval()(torch.zeros(1, 2, *[32] * dimensions)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_and_an_evaluation_on_any_device(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = device_named(device, monkeypatch)
+    sites = make_diagnoses(tmp_path, {"A": (4, 4, 4)})
+    plans = blueprints_of(diagnosis_study({"A": {}}, local={"steps": 1, "batch": 4}))
+    learner = learner_of(plans, sites.of("A").data[0], compute)
+    public, _ = plans.initial(plans.blueprint("federated"))
+    learner.load(public, NOTHING)
+    learner.train(1, public, NOTHING)
+    assert set(learner.evaluate("validation")) == {spec.name for spec in plans.task.metrics}
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        ({"classes": ["a", "a"]}, "names a class twice"),
+        ({"size": [8]}, "task.size needs 2 numbers"),
+        ({"multi_label": True, "imbalance": "balanced"}, "is for one class a patient"),
+    ],
+)
+def test_a_section_that_does_not_fit_together(task: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        diagnosis_study({"A": {}}, task=task)
+
+
+def test_a_class_that_is_not_declared(tmp_path: Path) -> None:
+    sites = make_diagnoses(tmp_path, {"A": (3, 3, 3)})
+    with pytest.raises(DataError, match=r"names a class that task\.classes does not list") as caught:
+        task_of(classes=["plain", "striped"]).dataset("A", sites.of("A").data)
+    assert "DOE" not in str(caught.value)
+
+
+def test_several_classes_a_patient(tmp_path: Path) -> None:
+    sites = make_diagnoses(tmp_path, {"A": (3, 3, 3)})
+    path = tmp_path / "A" / "labels.csv"
+    rows = list(csv.reader(path.read_text().splitlines()))
+    rows[1][2], rows[2][2] = "plain; bright", ""
+    path.write_text("\n".join(",".join(row) for row in rows))
+    task = task_of(multi_label=True, split={"validation": 0.0, "test": 0.0})
+    data = task.dataset("A", sites.of("A").data)
+    labels = data.batch(range(3), np.random.default_rng(0)).labels
+    assert labels[0].tolist() == [1.0, 0.0, 1.0]
+    assert labels[1].tolist() == [0.0, 0.0, 0.0]
+    scores = task.score(task.build_model(), data.batch([0], np.random.default_rng(0)))
+    assert {tuple(value.shape) for value in scores.values()} == {(1, 3, 2)}
+
+
+def test_a_run_tells_textures_apart(tmp_path: Path) -> None:
+    sites = make_diagnoses(tmp_path / "data", {"A": (8, 8, 8), "B": (12, 6, 6)})
+    result = wardround.run(diagnosis_study({"A": {}, "B": {}}), sites, tmp_path / "out")
+    auroc = result.metrics["federated"]["mean"]["auroc"]
+    assert auroc is not None
+    assert auroc.value > 0.9
+    assert result.metrics["federated"]["mean"][f"sensitivity_{CLASSES[0]}"] is not None

@@ -1,0 +1,413 @@
+"""The law of stages: what a phase does not train does not move, whatever else is at work; what it trains, does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.chain import STAGES, Chain, ChainTask, chain_study, moved, stage_of
+from tests.devices import blueprints_of, learner_of
+from tests.federation.rig import Rig
+from tests.protection.test_secure_rounds import SecureRig
+from tests.toys import toy_sites, toy_study
+from wardround.errors import StudyError
+from wardround.learning.device import CPU
+from wardround.learning.methods.method import LocalRound, Method
+from wardround.learning.training import Learner, Trained, build_optimizer
+from wardround.plan.blueprints import Blueprints
+from wardround.runs.explain import explain
+from wardround.runs.session import run
+from wardround.storage.store import NOTHING, Memory
+from wardround.study.load import load_study
+from wardround.study.plugins import Plugins
+from wardround.study.schema import Study
+
+# Which stages move, of each phase.
+LEARNS = ({"reconstruct"}, {"segment"}, {"reconstruct", "segment"})
+KEEPING = {"steps": 2, "batch": 4, "optimizer": "adamw", "lr": 0.02, "weight_decay": 0.1, "optimizer_state": "keep"}
+LAST = {"release": "last"}
+
+
+@dataclass(frozen=True)
+class Pushing(Method):
+    """A method that gives every parameter a gradient, also where none is made."""
+
+    def gradients(self, local: LocalRound) -> None:
+        for parameter in local.model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def make_pushing() -> Method:
+    return Pushing("equal")
+
+
+AT_WORK: dict[str, dict[str, Any]] = {
+    "adam that is kept, with decay": {"local": KEEPING},
+    "sgd with momentum and decay": {
+        "local": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "optimizer_state": "keep"}
+    },
+    "a proximal term": {"method": {"kind": "fedprox", "mu": 0.5}},
+    "momentum at the coordinator": {"method": {"kind": "fedavgm", "momentum": 0.9}},
+    "adam at the coordinator": {"method": {"kind": "fedadam", "server_lr": 0.05}},
+    "private layers": {"method": {"kind": "fedbn"}},
+    "what waits at the sites": {"protection": {"compression": {"kind": "top_k", "ratio": 0.1}}},
+    "momentum at the sites": {"protection": {"robust": {"rule": "median", "momentum": 0.5}}, "schedule": LAST},
+    "gradients of a hook": {"method": {"kind": "custom", "factory": "tests.laws.test_stages:make_pushing"}},
+}
+
+
+@pytest.mark.parametrize("name", AT_WORK)
+def test_only_what_a_phase_trains_moves(name: str, tmp_path: Path) -> None:
+    """Bit for bit: weights, running statistics, and what stays at the sites."""
+    rig = Rig(chain_study(**AT_WORK[name]), tmp_path)
+    states = list(rig.states())
+    assert len(states) == 7
+    for number, (before, after) in enumerate(pairwise(states), start=1):
+        found = moved(before.public, after.public)
+        for stage in STAGES:
+            if stage in LEARNS[(number - 1) // 2]:
+                assert True in found[stage]
+            else:
+                assert found[stage] == {False}
+    for site in rig.sites.values():
+        kept = {number: site.store.memory(number).tensors for number in (5, 6)}
+        assert kept[6].keys() >= {f"local/{name}" for name in rig.blueprint.policy.names("local")}
+
+
+def test_private_layers_of_an_idle_stage_stay_as_they_were(tmp_path: Path) -> None:
+    study = chain_study(method={"kind": "fedbn"})
+    plans = blueprints_of(study)
+    learner = learner_of(plans, tmp_path, CPU)
+    public, _ = plans.initial(plans.blueprint("federated"))
+    memory = NOTHING
+    kept = []
+    for number in range(1, 7):
+        learner.load(public, memory)
+        memory = Memory(learner.train(number, public, memory).memory, {})
+        kept.append({n: t for n, t in learner.local_tensors(memory).items() if not n.endswith("tracked")})
+    initial = {name: plans.bench.initial_values()[name] for name in kept[0]}
+    for number, (before, after) in enumerate(pairwise([initial, *kept]), start=1):
+        expected = {stage: {stage in LEARNS[(number - 1) // 2]} for stage in STAGES}
+        assert moved(before, after) == expected
+
+
+def _round(plans: Blueprints, folder: Path, number: int = 1) -> tuple[Learner, Trained]:
+    """A round of one site from the initial values."""
+    learner = learner_of(plans, folder, CPU)
+    public, _ = plans.initial(plans.blueprint("federated"))
+    learner.load(public, NOTHING)
+    return learner, learner.train(number, public, NOTHING)
+
+
+# What a round is ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_a_round_is_a_plain_loop_over_what_learns(number: int, tmp_path: Path) -> None:
+    """One site, one round of each phase: the bits of torch alone, with an optimiser of those parameters only."""
+    study = chain_study(local={"steps": 3, "batch": 4, "optimizer": "adamw", "lr": 0.02, "weight_decay": 0.1})
+    plans = blueprints_of(study)
+    learner, found = _round(plans, tmp_path, number)
+    indices = learner._examples.of_round(number, 12)
+
+    model, task = Chain(True), ChainTask()
+    model.load_state_dict({n: torch.from_numpy(v.copy()) for n, v in plans.bench.initial_values().items()})
+    before = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    learns = LEARNS[(number - 1) // 2]
+    for stage in STAGES:
+        model.get_submodule(stage).train(stage in learns)
+    parts = nn.ModuleList(model.get_submodule(stage) for stage in STAGES if stage in learns)
+    optimizer, total = build_optimizer(parts, study.local), 0.0
+    for step in range(3):
+        losses = task.losses(model, learner.dataset.batch(indices[4 * step : 4 * step + 4], np.random.default_rng()))
+        loss = losses["reconstruct"] if number < 3 else losses["segment"]
+        if number == 5:
+            loss = losses["reconstruct"] + 0.5 * losses["segment"]
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        total += float(loss.detach())
+    assert found.loss == pytest.approx(total / 3, rel=1e-6)
+    for name, change in (found.changes["model"] | found.changes["buffers"]).items():
+        assert np.array_equal(change, (model.state_dict()[name] - before[name]).numpy()), name
+
+
+def test_the_second_loss_reaches_the_first_stage(tmp_path: Path) -> None:
+    """The first network learns by the second one's loss alone, through a second network that stands still."""
+    weights = {"reconstruct": 0.0, "segment": 1.0}
+    study = chain_study(
+        local={"steps": 1, "batch": 4, "optimizer": "sgd", "lr": 0.5},
+        schedule={"phases": [{"train": ["reconstruct"], "weights": weights}]},
+    )
+    plans = blueprints_of(study)
+    learner, trained = _round(plans, tmp_path)
+    changes = trained.changes["model"]
+    found = moved({n: np.zeros_like(c) for n, c in changes.items()}, changes)
+    assert True in found["reconstruct"]
+    assert found["segment"] == {False}
+    learner.load(plans.initial(plans.blueprint("federated"))[0], NOTHING)
+    model, task = learner.model, ChainTask()
+    model.get_submodule("segment").eval()
+    losses = task.losses(model, learner.dataset.batch(learner._examples.of_round(1, 4), np.random.default_rng()))
+    parameters = {name: p for name, p in model.named_parameters() if stage_of(name) == "reconstruct"}
+    gradients = torch.autograd.grad(losses["segment"], list(parameters.values()))
+    for name, gradient in zip(parameters, gradients, strict=True):
+        # A bias before batch norm has a gradient of rounding errors alone.
+        assert np.allclose(changes[name], -0.5 * gradient.numpy(), rtol=1e-4, atol=1e-7)
+
+
+def test_without_phases_everything_learns_by_the_task_s_loss(tmp_path: Path) -> None:
+    study = chain_study(schedule={"phases": ()})
+    joint = chain_study(schedule={"phases": [{"train": list(STAGES)}]})
+    one, other = Rig(study, tmp_path / "without").train(), Rig(joint, tmp_path / "with").train()
+    assert all(np.array_equal(one.public[name], other.public[name]) for name in one.public)
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_change_nothing(tmp_path: Path) -> None:
+    study = chain_study(sites={name: {} for name in "ABCD"}, protection={"max_sites": 4})
+    plain, masked = Rig(study, tmp_path / "plain"), SecureRig(study, tmp_path / "masked")
+    assert plain.train().public_sha256 == masked.train().public_sha256
+
+
+@pytest.mark.parametrize("after", [2, 3])
+def test_a_run_goes_on_between_and_inside_phases(after: int, tmp_path: Path) -> None:
+    study = chain_study(local=KEEPING, method={"kind": "fedavgm"})
+    whole = Rig(study, tmp_path / "whole").train()
+    first = Rig(study, tmp_path / "halves")
+    rounds = first.coordinator.rounds(first.start())
+    while next(rounds).round < after:
+        pass
+    rounds.close()
+    again = Rig(study, tmp_path / "halves").train()
+    assert again.public_sha256 == whole.public_sha256
+    assert again.scales == whole.scales
+
+
+def test_all_arms_have_the_phases(tmp_path: Path) -> None:
+    """Together, alone and pooled; only the last phase's rounds can be released."""
+    schedule = {"rounds": 2, "keep": 3, "phases": [{"rounds": 1, "train": ["segment"]}, {"train": ["reconstruct"]}]}
+    study = chain_study(schedule=schedule)
+    result = run(study, toy_sites(tmp_path), tmp_path / "out", compare=("local", "pooled"), engine="local", quiet=True)
+    assert set(result.metrics) >= {"federated", "local", "pooled"}
+
+
+def test_the_released_round_is_of_the_last_phase(tmp_path: Path) -> None:
+    rig = Rig(chain_study(), tmp_path)
+    rig.train()
+    for report in rig.journal.reports():
+        best = {2: 1.0, 3: 0.9, 5: 0.8, 6: 0.7}.get(report.round, 0.5)
+        rig.journal.amend(replace(report, validation={"dice": best, "mse": 1.0}))
+    assert rig.coordinator.release().number == 5
+
+
+def test_scales_of_an_idle_stage_wait(tmp_path: Path) -> None:
+    """They stay while it stands still, and then follow the first sum as those of round 1 do."""
+    study = chain_study(protection={"initial_scale": 4096.0, "ring_bits": 32})
+    states = list(Rig(study, tmp_path).states())
+    for name, start in states[0].scales.items():
+        if stage_of(name) == "segment" and name.startswith("model/"):
+            assert states[1].scales[name] == states[2].scales[name] == start
+            # By half a round it would be at 2048.
+            assert states[3].scales[name] < 0.25 * start
+        elif stage_of(name) == "reconstruct":
+            assert states[2].scales[name] == states[3].scales[name] == states[4].scales[name]
+
+
+# With privacy ---------------------------------------------------------------------------------------------------------
+
+PRIVACY = {"epsilon": 50.0, "noise_multiplier": 1.0, "clip": 1.0, "patients_per_step": 2}
+
+
+def _private(**changes: Any) -> Study:
+    privacy = {**PRIVACY, **changes.pop("privacy", {})}
+    return chain_study(
+        **{
+            "options": {"norm": False, "patients": 12},
+            "protection": {"privacy": privacy, **changes.pop("protection", {})},
+            **changes,
+            "schedule": {"rounds": 2, "release": "last", "phases": [{"train": ["segment"]}]},
+        }
+    )
+
+
+DISTRIBUTED = {
+    "privacy": {"noise": "distributed", "delta": 0.01, "epsilon": 8.0},
+    "protection": {"secure": True},
+    "local": {"steps": 1, "optimizer": "sgd", "lr": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"privacy": {"gradients": "opacus"}}, DISTRIBUTED],
+    ids=["a site's noise", "opacus", "distributed"],
+)
+def test_noise_is_on_what_learns_alone(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Every value of the stage that learns is noised; of the idle one none moves."""
+    from safetensors.numpy import load_file
+
+    study = _private(**changes)
+    result = run(study, toy_sites(tmp_path), tmp_path / "out", engine="local", quiet=True)
+    assert result.privacy is not None
+    released = load_file(tmp_path / "out" / "models" / "federated.safetensors")
+    found = moved(Blueprints(study, (), None, Plugins(code=True)).bench.initial_values(), released)
+    assert found == {"reconstruct": {False}, "segment": {True}}
+
+
+def test_a_patient_s_gradient_is_clipped_over_what_learns(tmp_path: Path) -> None:
+    """The idle stage takes no part of the bound: the gradient has the length of the learning stage's alone."""
+    from tests.federation.test_private_training import _drawn
+    from wardround.learning.gradients import BatchedGradients, ExactGradients
+
+    plans = blueprints_of(_private())
+    task, model = plans.curriculum.task(1, plans.task), plans.bench.model
+    stint = plans.curriculum.at(1)
+    assert stint is not None
+    dataset = plans.task.dataset("A", (tmp_path,))
+    draw = _drawn([(0,), (3, 4)])
+    with stint.holding(model):
+        exact = list(ExactGradients(task, model).per_patient(dataset, draw))
+        with BatchedGradients.attached(task, model) as batched:
+            batched.self_test(dataset)
+            at_once = list(batched.per_patient(dataset, draw))
+    size = sum(p.numel() for p in model.get_submodule("segment").parameters())
+    for one, other in zip(exact, at_once, strict=True):
+        assert one.shape == other.shape == (size,)
+        assert float((one - other).norm()) < 1e-4 * float(one.norm())
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("phases", "why"),
+    [
+        ([{"rounds": 2, "train": ["segment"]}], "schedule.phases: .* take 2 rounds in all, and schedule.rounds is 6"),
+        ([{"rounds": 6, "train": ["segment"]}, {"train": ["segment"]}], "take 6 rounds.*none is left for the last"),
+        ([{"train": ["segment"]}, {"train": ["segment"]}], "schedule.phases: phase 1 of 2 has no `rounds`"),
+        ([{"train": ["segment", "segment"]}], "phase 1 of 1 names a stage twice"),
+        ([{"train": ["segment"], "weights": {"segment": 0.0}}], "gives every loss the weight 0"),
+        ([{"train": ["segment"], "weights": {"segment": -1.0}}], "schedule.phases.0.weights.segment"),
+        ([{"train": []}], "schedule.phases.0.train"),
+        ([{"train": ["segment"], "round": 3}], "unknown key.*rounds"),
+    ],
+)
+def test_phases_that_cannot_be_are_refused_by_the_study(phases: Any, why: str, tmp_path: Path) -> None:
+    import yaml
+
+    study = chain_study().model_dump(mode="json", exclude_unset=True)
+    study["schedule"]["phases"] = phases
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    with pytest.raises(StudyError, match=why):
+        load_study(tmp_path / "study.yaml")
+
+
+@pytest.mark.parametrize(
+    ("phases", "why"),
+    [
+        ([{"train": ["segmnt"]}], r"schedule.phases.0.train: 'segmnt' is no stage.*reconstruct, segment"),
+        ([{"train": ["segment"], "weights": {"recon": 1.0}}], r"schedule.phases.0.weights: 'recon' is no stage"),
+        (
+            [{"train": list(STAGES), "weights": {"segment": 0.0}}],
+            "the stage 'segment' learns, and no loss that depends on it has a weight",
+        ),
+    ],
+)
+def test_phases_that_do_not_fit_the_task_are_refused_before_training(phases: Any, why: str) -> None:
+    with pytest.raises(StudyError, match=why):
+        blueprints_of(chain_study(schedule={"phases": phases})).blueprint("federated")
+
+
+def test_phases_of_a_task_without_stages_are_refused() -> None:
+    with pytest.raises(StudyError, match=r"schedule.phases: the task has no stages.*remove it"):
+        blueprints_of(toy_study(schedule={"phases": [{"train": ["segment"]}]})).blueprint("federated")
+
+
+class Tied(ChainTask):
+    """A tensor in two stages."""
+
+    def build_model(self) -> nn.Module:
+        model = Chain(self.norm)
+        model.get_submodule("segment")[3].bias = model.get_submodule("reconstruct")[3].bias  # type: ignore[index]
+        return model
+
+
+class Loose(ChainTask):
+    """A parameter of no stage."""
+
+    def build_model(self) -> nn.Module:
+        model = Chain(self.norm)
+        model.temperature = nn.Parameter(torch.ones(()))
+        return model
+
+
+@pytest.mark.parametrize(
+    ("task", "why"),
+    [
+        (ChainTask(stages=("reconstruct",)), r"segment\.0\.weight of the model belongs to no stage"),
+        (ChainTask(stages=("reconstruct", "segment", "segment.0")), "stages segment and segment.0"),
+        (ChainTask(stages=("reconstruct", "segment", "grade")), "no part 'grade'"),
+        (Tied(), "one tensor in two stages"),
+        (Loose(), "temperature of the model belongs to no stage"),
+    ],
+)
+def test_stages_part_the_model(task: ChainTask, why: str) -> None:
+    plans = blueprints_of(chain_study())
+    plans.__dict__["task"] = task
+    with pytest.raises(StudyError, match=why):
+        plans.blueprint("federated")
+
+
+class Detached(ChainTask):
+    """The second network is fed what no gradient passes."""
+
+    def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {name: loss.detach() for name, loss in super().losses(model, batch).items()}
+
+
+class Forgetful(ChainTask):
+    """Gives one loss only."""
+
+    def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"reconstruct": super().losses(model, batch)["reconstruct"]}
+
+
+@pytest.mark.parametrize(("task", "why"), [(Detached(), "does not depend on"), (Forgetful(), "no loss of the stage")])
+def test_losses_that_teach_nothing_are_an_error(task: ChainTask, why: str, tmp_path: Path) -> None:
+    plans = blueprints_of(chain_study(schedule={"phases": [{"train": ["segment"]}]}))
+    plans.__dict__["task"] = task
+    with pytest.raises(StudyError, match=why):
+        _round(plans, tmp_path)
+    assert all(parameter.requires_grad for parameter in plans.bench.model.parameters())
+
+
+def test_a_loss_without_weight_may_be_no_number(tmp_path: Path) -> None:
+    class Broken(ChainTask):
+        def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+            losses = super().losses(model, batch)
+            return {**losses, "reconstruct": losses["reconstruct"] * torch.nan}
+
+    plans = blueprints_of(chain_study(schedule={"phases": [{"train": ["segment"]}]}))
+    plans.__dict__["task"] = Broken()
+    assert math.isfinite(_round(plans, tmp_path)[1].loss)
+
+
+def test_check_says_which_stages_learn_when(tmp_path: Path) -> None:
+    import yaml
+
+    study = chain_study().model_dump(mode="json", exclude_unset=True)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    text = " ".join(explain(tmp_path / "study.yaml", None, (), (), allow_code=True).split())
+    assert "from round 1: reconstruct; loss 1 reconstruct; idle: segment" in text
+    assert "from round 5: reconstruct, segment; loss 1 reconstruct, 0.5 segment" in text

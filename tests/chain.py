@@ -21,8 +21,8 @@ SIZE = 8
 STAGES = ("reconstruct", "segment")
 #: Apart, the one after the other; then both together.
 PHASES = (
-    {"rounds": 2, "train": ["reconstruct"]},
-    {"rounds": 2, "train": ["segment"]},
+    {"rounds": 1, "train": ["reconstruct"]},
+    {"rounds": 1, "train": ["segment"]},
     {"train": ["reconstruct", "segment"], "weights": {"segment": 0.5}},
 )
 
@@ -103,16 +103,17 @@ def make_chain(**options: Any) -> ChainTask:
 
 
 def chain_study(**changes: Any) -> Study:
-    """A study of six rounds in `PHASES`."""
+    """A study of two sites and three rounds, a phase each."""
     options = changes.pop("options", {})
     return toy_study(
+        changes.pop("sites", "AB"),
         **{
             "task": {"kind": "custom", "factory": "tests.chain:make_chain", "options": options},
             "method": {"kind": "fedavg", "weights": "equal"},
             "local": {"steps": 2, "batch": 4, "optimizer": "adam", "lr": 0.02},
             **changes,
-            "schedule": {"rounds": 6, "keep": 7, "phases": PHASES, **changes.get("schedule", {})},
-        }
+            "schedule": {"rounds": 3, "keep": 4, "phases": PHASES, **changes.get("schedule", {})},
+        },
     )
 
 

@@ -428,9 +428,9 @@ def test_the_mean_of_products_of_mixed_ranks_is_exact(tmp_path: Path, average_fa
 
 def test_a_chain_of_two_stages_is_a_task(tmp_path: Path) -> None:
     """Two networks with a loss each, the first trained before both are (see `test_stages`)."""
-    phases = [{"rounds": 5, "train": ["reconstruct"]}, {"train": ["reconstruct", "segment"]}]
-    local = {"steps": 8, "batch": 4, "optimizer": "adam", "lr": 0.02}
-    rig = Rig(chain_study(local=local, schedule={"rounds": 10, "phases": phases}), tmp_path)
+    phases = [{"rounds": 2, "train": ["reconstruct"]}, {"train": ["reconstruct", "segment"]}]
+    local = {"steps": 16, "batch": 4, "optimizer": "adam", "lr": 0.02}
+    rig = Rig(chain_study(local=local, schedule={"rounds": 4, "phases": phases}), tmp_path)
     rig.train()
     first, *_, last = (report.validation for report in rig.journal.reports())
     assert first is not None

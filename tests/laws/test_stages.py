@@ -111,6 +111,14 @@ def _round(plans: Blueprints, folder: Path, number: int = 1) -> tuple[Learner, T
     return learner, learner.train(number, public, NOTHING)
 
 
+def test_a_hook_moves_no_idle_stage_at_a_site(tmp_path: Path) -> None:
+    study = chain_study(method={"kind": "custom", "factory": "tests.laws.test_stages:make_pushing"}, local=KEEPING)
+    plans = blueprints_of(study)
+    learner, _ = _round(plans, tmp_path)
+    after = {name: tensor.detach().numpy() for name, tensor in learner.model.state_dict().items()}
+    assert moved(plans.bench.initial_values(), after) == {"reconstruct": {True}, "segment": {False}}
+
+
 # What a round is ------------------------------------------------------------------------------------------------------
 
 
@@ -253,11 +261,26 @@ def test_scales_of_an_idle_stage_wait(tmp_path: Path) -> None:
 PRIVACY = {"epsilon": 50.0, "noise_multiplier": 1.0, "clip": 1.0, "patients_per_step": 2}
 
 
+class Weighted(ChainTask):
+    """Trained in phases alone, so that its own loss is never asked for."""
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        raise AssertionError("a phase asks for the stages' losses")
+
+
+def make_weighted(**options: Any) -> ChainTask:
+    return Weighted(**options)
+
+
 def _private(**changes: Any) -> Study:
     privacy = {**PRIVACY, **changes.pop("privacy", {})}
     return chain_study(
         **{
-            "options": {"norm": False, "patients": 12},
+            "task": {
+                "kind": "custom",
+                "factory": "tests.laws.test_stages:make_weighted",
+                "options": {"norm": False, "patients": 12},
+            },
             "protection": {"privacy": privacy, **changes.pop("protection", {})},
             **changes,
             "schedule": {"rounds": 1, "release": "last", "phases": [{"train": ["segment"]}]},

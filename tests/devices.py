@@ -82,6 +82,7 @@ def learner_of(plans: Blueprints, folder: Path, compute: Compute, site: str = "A
         rounds=study.schedule.rounds,
         seed=study.seed,
         groups=tuple(g.name for g in blueprint.layout.groups),
+        curriculum=blueprint.curriculum,
     )
 
 

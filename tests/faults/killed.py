@@ -169,6 +169,22 @@ CASES = {
             "schedule": {**ALL_SITES, "release": "last"},
         }
     ),
+    # Other stages of the model learn in each round.
+    "stages": Case(
+        {
+            "method": {"kind": "fedbn"},
+            "task": {"kind": "custom", "factory": "tests.chain:make_chain", "options": {}},
+            "local": KEEPING_ADAM,
+            "schedule": {
+                **ALL_SITES,
+                "phases": [
+                    {"rounds": 1, "train": ["reconstruct"]},
+                    {"rounds": 1, "train": ["segment"]},
+                    {"train": ["reconstruct", "segment"]},
+                ],
+            },
+        }
+    ),
     "private": Case(
         {
             "task": _toy(patients=12),

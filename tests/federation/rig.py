@@ -119,6 +119,7 @@ class Rig:
             rounds=self.study.schedule.rounds,
             seed=self.study.seed,
             groups=tuple(g.name for g in self.blueprint.layout.groups),
+            curriculum=self.blueprint.curriculum,
         )
 
     def start(self) -> State:

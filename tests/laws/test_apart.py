@@ -87,6 +87,13 @@ SLOW = {
     ),
     "adam": Case({**ROUNDS, "method": {"kind": "fedadam"}}),
     "robust": Case({"schedule": LAST, "protection": {"robust": {"rule": "median"}}}),
+    "stages": Case(
+        {
+            "task": {"kind": "custom", "factory": "tests.chain:make_chain", "options": {}},
+            "method": {"kind": "fedavgm"},
+            "schedule": {"rounds": 3, "phases": [{"rounds": 1, "train": ["segment"]}, {"train": ["reconstruct"]}]},
+        }
+    ),
     "a failing site": Case({**ROUNDS, "task": toy(fail="B")}),
 }
 

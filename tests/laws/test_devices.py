@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.chain import STAGES, chain_study, stage_of
 from tests.ct_hospitals import ct_study, make_ct_hospitals
 from tests.devices import DEVICES, META, blueprints_of, device_named, learner_of, stand_ins, tensors_of
 from tests.hospitals import head, save
@@ -185,6 +186,24 @@ def test_the_toy_trains_and_is_evaluated(
     trained = _step(plans, learner)
     assert trained.changes["model"].keys() == {name for name, _ in plans.bench.model.named_parameters()}
     assert learner.evaluate("test")["mse"].shape == (2,)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("learns", [*((stage,) for stage in STAGES), STAGES])
+def test_a_chain_trains_and_is_evaluated(
+    learns: tuple[str, ...], device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = chain_study(local=_LOCAL, schedule={"phases": [{"train": learns}]})
+    compute = device_named(device, monkeypatch)
+    plans = blueprints_of(study)
+    learner = learner_of(plans, tmp_path, compute)
+    trained = _step(plans, learner)
+    trained = _step(plans, learner, Memory(trained.memory, {}), 2)
+    assert all(tensor.device == compute.device for tensor in tensors_of(learner))
+    assert trained.changes["model"].keys() == {name for name, _ in plans.bench.model.named_parameters()}
+    for group in ("model", "buffers"):
+        assert not any(c.any() for n, c in trained.changes[group].items() if stage_of(n) not in learns)
+    assert learner.evaluate("test")["dice"].shape == (2,)
 
 
 # What the law finds ---------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.chain import chain_study
 from tests.federation.rig import Rig
-from tests.toys import Points, Regression, toy_study
+from tests.toys import Regression, toy_study
 from wardround.errors import NotEnoughSites
 from wardround.federation.exchange import TRAIN, UPDATE, Call, Exchange, PlainSum
 from wardround.learning.methods.method import Changes, LocalRound, Method, Writers, state_name
@@ -425,57 +426,14 @@ def test_the_mean_of_products_of_mixed_ranks_is_exact(tmp_path: Path, average_fa
 # (d) A chain of two stages -------------------------------------------------------------------------------------------
 
 
-class Chain(nn.Module):
-    """A first network whose output a second one reads."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Linear(features, features), nn.Tanh())
-        self.second = nn.Linear(features, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        middle = self.first(x)
-        return middle, self.second(middle)
-
-
-@dataclass(frozen=True)
-class ChainTask(Regression):
-    """Both stages are learned by one loss: what the first should say, and what the second should."""
-
-    share: float = 0.1
-
-    def build_model(self) -> nn.Module:
-        return Chain(self.features)
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
-        middle, out = model(x)
-        return (out - y).square().mean() + self.share * (middle - x).square().mean()
-
-    def score(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        x, y = batch
-        error = (model(x)[1] - y).square().squeeze(1)
-        return {"r": -error, "mse": error}
-
-
-def make_chain(**options: Any) -> ChainTask:
-    return ChainTask(**options)
-
-
 def test_a_chain_of_two_stages_is_a_task(tmp_path: Path) -> None:
-    study = toy_study(
-        method=EQUAL,
-        task={"kind": "custom", "factory": f"{HERE}:make_chain", "options": {}},
-        local={"steps": 8, "batch": 4, "optimizer": "adam", "lr": 0.02},
-        schedule={"rounds": 8, "keep": 9},
-    )
-    rig = Rig(study, tmp_path)
-    states = list(rig.states())
-    first, last = states[0].public, states[-1].public
-    assert {n.split("/")[1].split(".")[0] for n in first} == {"first", "second"}
-    assert all(np.abs(first[n] - last[n]).max() > 1e-3 for n in first)
-    losses = [r.loss for r in rig.journal.reports()]
-    assert losses[-1] is not None
-    assert losses[0] is not None
-    assert losses[-1] < 0.5 * losses[0]
-    assert isinstance(rig.host.dataset("A"), Points)
+    """Two networks with a loss each, the first trained before both are (see `test_stages`)."""
+    phases = [{"rounds": 2, "train": ["reconstruct"]}, {"train": ["reconstruct", "segment"]}]
+    local = {"steps": 16, "batch": 4, "optimizer": "adam", "lr": 0.02}
+    rig = Rig(chain_study(local=local, schedule={"rounds": 4, "phases": phases}), tmp_path)
+    rig.train()
+    first, *_, last = (report.validation for report in rig.journal.reports())
+    assert first is not None
+    assert last is not None
+    assert last["mse"] < 0.5 * first["mse"]
+    assert last["dice"] > first["dice"]

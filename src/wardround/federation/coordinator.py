@@ -23,11 +23,13 @@ from wardround.federation.exchange import (
     Void,
 )
 from wardround.federation.minutes import CoordinatorMinutes
+from wardround.federation.phases import held, holding, next_scales
 from wardround.federation.selection import Scored, best_round, candidates
 from wardround.learning.methods.method import MODEL, Method, Writers
 from wardround.plan.sums import LOSS, SECONDS, validation_values
 from wardround.protection.compression import PLAIN, Codec
 from wardround.storage.journal import Journal, RoundReport, State
+from wardround.tasks.stages import WHOLE, Curriculum
 from wardround.tasks.task import MetricSpec
 from wardround.wire.message import FileBody, Message
 from wardround.wire.scales import SATURATED, ScaleRules
@@ -64,6 +66,8 @@ class Plan:
     extends: bool = False
     #: The state before round 1, by group and tensor: it says where scales start.
     initial: Mapping[str, Array] = field(default_factory=dict)
+    #: Which tensors stand still in which round, and the first round that a validation may select.
+    curriculum: Curriculum = WHOLE
 
 
 @dataclass(frozen=True)
@@ -247,11 +251,14 @@ class Coordinator:
         aggregate = exchange.aggregate()
         if validate:
             self._amend(state.round, aggregate, exchange.receipts)
-        scales, saturated = plan.codec.next_scales(aggregate, first=state.round == 0)
+        scales, saturated = next_scales(plan.codec, aggregate, plan.curriculum, number, before=state.round)
         restored = plan.codec.restore(number, plan.layout, aggregate)
-        following = self._write(
-            number, scales, lambda write: self._method.apply(state.public, state.private, restored, write)
-        )
+        still = held(plan.layout, plan.curriculum.still(number))
+
+        def apply(write: Writers) -> None:
+            self._method.apply(state.public, state.private, restored, holding(write, state.public, still))
+
+        following = self._write(number, scales, apply)
         following = replace(following, scales=self._scales.capped(scales, following.public))
         elements = aggregate.contributors * sum(
             plan.codec.count(group.name, info.size) for group in self._sent.groups for info in group.tensors
@@ -330,6 +337,7 @@ class Coordinator:
             Scored(report.round, sign * report.validation[name], frozenset(report.validated))
             for report in self._journal.reports()
             if name is not None
+            and report.round >= self._plan.curriculum.selects_from
             and report.validation
             and name in report.validation
             and (before is None or report.round < before)

@@ -29,4 +29,5 @@ def plan_of(blueprints: Blueprints, name: str) -> Plan:
         keep=schedule.keep,
         extends=blueprints.extends(blueprint.arm),
         initial=blueprints.start(blueprint),
+        curriculum=blueprint.curriculum,
     )

@@ -84,7 +84,9 @@ class PrivateTraining:
         for index, owner in enumerate(owners):
             of_patient.setdefault(owner, []).append(index)
         self._patients = {owner: tuple(of_patient[owner]) for owner in sorted(of_patient)}
-        self._tested = self._tried = False
+        # What learned when gradients were looked at: with phases it differs by round.
+        self._tested: set[frozenset[str]] = set()
+        self._tried: set[frozenset[str]] = set()
 
     @property
     def terms(self) -> Terms:
@@ -92,35 +94,40 @@ class PrivateTraining:
         return self._purse.terms
 
     @contextmanager
-    def round(self, context: LocalRound, method: Method, memory: Mapping[str, Array]) -> Iterator[PrivateRound]:
-        """Charge a round to the ledger, then make its steps possible.
+    def round(
+        self, context: LocalRound, method: Method, memory: Mapping[str, Array], task: Losses | None = None
+    ) -> Iterator[PrivateRound]:
+        """Charge a round to the ledger, then make its steps possible; `task` where the round has losses of its own.
 
+        Clip and noise are those of the parameters that learn in the round.
         Raises `BudgetSpent`, `JournalError` for a lost ledger, and `StudyError` for a model whose gradients cannot be
         told apart by patient.
         """
+        task = task or self._task
         refuse_shared_statistics(context.model)
         self._compute.fit_for_privacy()
         with self._compute.deterministic():
-            self._try(context.model)
+            self._try(task, context.model)
             inputs = _inputs(context, memory, self._compute)
             secret = self._purse.pay(*self._named, context.number, context.steps, self._fingerprint, inputs)
-            gradients: Gradients = ExactGradients(self._task, context.model)
+            gradients: Gradients = ExactGradients(task, context.model)
             if self.terms.gradients == "exact":
                 yield PrivateRound(self, context, method, gradients, secret)
                 return
-            with BatchedGradients.attached(self._task, context.model) as batched:
-                if not self._tested:
+            with BatchedGradients.attached(task, context.model) as batched:
+                if (learning := _learning(context.model)) not in self._tested:
                     batched.self_test(self._dataset)
-                    self._tested = True
+                    self._tested.add(learning)
                 yield PrivateRound(self, context, method, batched, secret)
 
-    def _try(self, model: nn.Module) -> None:
+    def _try(self, task: Losses, model: nn.Module) -> None:
         """One gradient before anything is paid: an operation that a repeated round may not have is refused for free."""
-        if self._compute.on_cpu or self._tried:
+        learning = _learning(model)
+        if self._compute.on_cpu or learning in self._tried:
             return
         with self._compute.forked_random():
-            autograd(self._task, model, self._dataset.batch([0], public_generator(0, "self-test")))
-        self._tried = True
+            autograd(task, model, self._dataset.batch([0], public_generator(0, "self-test")))
+        self._tried.add(learning)
 
     def draw(self, secret: SecretRound, step: int) -> tuple[Drawn, ...]:
         """Poisson sampling of patients, then of examples of each without replacement.
@@ -165,7 +172,9 @@ class PrivateTraining:
             ]
             total += rounded(np.concatenate(turned) / lattice.step, lattice.bound, own.stream)
         ends = np.cumsum(sizes)[:-1]
-        return {
+        # What does not learn in this round is not moved, which says nothing of a patient.
+        idle = {n: np.zeros(tuple(t.shape), total.dtype) for n, t in context.shared.items() if n not in infos}
+        return idle | {
             name: part.reshape(tuple(info.shape))
             for (name, info), part in zip(infos.items(), np.split(total, ends), strict=True)
         }
@@ -213,6 +222,10 @@ class PrivateRound:
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that gradients reach, each once."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def _learning(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def refuse_shared_statistics(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import WardroundError
-from wardround.learning.device import CPU, Compute, Placed, as_arrays
+from wardround.learning.device import CPU, Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
 from wardround.learning.examples import Examples
 from wardround.learning.methods.method import Facts, LocalRound, Method
@@ -25,6 +25,7 @@ from wardround.learning.private_training import PrivateTraining
 from wardround.protection.drift import Reach, local_reach
 from wardround.storage.store import Memory
 from wardround.study.schema import Local
+from wardround.tasks.stages import WHOLE, Curriculum
 from wardround.tasks.states import patient_rows
 from wardround.tasks.task import Batch, Dataset, Split, Task
 from wardround.wire.host import on_host
@@ -119,6 +120,7 @@ class Learner:
         progress: Callable[[int, int, int], None] | None = None,
         momentum: float = 0.0,
         private: PrivateTraining | None = None,
+        curriculum: Curriculum = WHOLE,
     ) -> None:
         self.site = site
         self.dataset = dataset
@@ -135,6 +137,7 @@ class Learner:
         self._progress = progress
         self._momentum = momentum
         self._private = private
+        self._curriculum = curriculum
 
     @property
     def model(self) -> nn.Module:
@@ -220,7 +223,10 @@ class Learner:
         }
 
     def train(self, number: int, public: Mapping[str, Array], memory: Memory) -> Trained:
-        """One round of training from a loaded model; raises `TrainingFailed` when the loss is not finite."""
+        """One round of training from a loaded model; raises `TrainingFailed` when the loss is not finite.
+
+        Stages that do not learn in the round are held still: no gradient, no step, no new running statistics.
+        """
         began = time.perf_counter()
         local, model = self._local, self._bench.model
         torch.set_num_threads(local.threads)
@@ -254,19 +260,26 @@ class Learner:
         scaler = self.compute.scaler()
         total = torch.zeros((), device=self.compute.device)
         indices = self._examples.of_round(number, local.steps * local.batch)
-        private = self._private
-        with nullcontext() if private is None else private.round(context, self._method, memory.tensors) as paid:
+        private, stint = self._private, self._curriculum.at(number)
+        losses = Placed(self._curriculum.task(number, self.task), self.compute)
+        # The optimiser knows all parameters, so that what it keeps has its place whichever of them learn.
+        with (
+            nullcontext() if stint is None else stint.holding(model),
+            nullcontext() if private is None else private.round(context, self._method, memory.tensors, losses) as paid,
+        ):
             for step in range(local.steps):
                 self._set_rate(optimizer, (number - 1) * local.steps + step)
                 optimizer.zero_grad(set_to_none=True)
                 context.step = step
                 if paid is None:
                     part = indices[step * local.batch : (step + 1) * local.batch]
-                    total += self._backward(context, part, step, scaler)
+                    total += self._backward(context, part, step, scaler, losses)
                     scaler.unscale_(optimizer)
                 else:
                     paid.backward(step)
                 self._method.gradients(context)
+                if stint is not None:
+                    stint.forget_gradients(model)
                 if local.clip_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), local.clip_norm)
                 scaler.step(optimizer)
@@ -279,7 +292,7 @@ class Learner:
                 f"site {self.site}: the training loss of round {number} is not finite; lower local.lr or set "
                 "local.clip_norm"
             )
-        facts = Facts(len(self.dataset), self._validation_loss())
+        facts = Facts(len(self.dataset), self._validation_loss(losses))
         kept = {LOCAL + name: on_host(state[name]).copy() for name in self._policy.names("local")}
         told = None if paid is None else paid.told
         live = list(state.values())
@@ -292,6 +305,8 @@ class Learner:
         if self._momentum > 0.0:
             changes, running = averaged(changes, memory.tensors, self._momentum)
             kept |= running
+        if stint is not None:
+            changes = stint.unmoved(changes, shared)
         if local.optimizer_state == "keep":
             kept |= saved_optimizer(optimizer)
         return Trained(
@@ -302,11 +317,13 @@ class Learner:
             seconds=time.perf_counter() - began,
         )
 
-    def _backward(self, context: LocalRound, indices: Sequence[int], step: int, scaler: torch.amp.GradScaler) -> Tensor:
+    def _backward(
+        self, context: LocalRound, indices: Sequence[int], step: int, scaler: torch.amp.GradScaler, losses: Losses
+    ) -> Tensor:
         """The gradients of one batch, in place; its loss."""
         random = public_generator(self._seed, self.site, context.number, step, "augmentation")
         batch = self.dataset.batch(indices, random)
-        loss = self._method.objective(context, self._placed.loss(context.model, batch))
+        loss = self._method.objective(context, losses.loss(context.model, batch))
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -327,12 +344,12 @@ class Learner:
         return patient_rows(self.task.metrics, batches, score, diverged)
 
     @torch.no_grad()
-    def _validation_loss(self) -> float | None:
+    def _validation_loss(self, task: Losses) -> float | None:
         if not self.weighs_by_validation:
             return None
         self._bench.model.eval()
         batches = self.dataset.evaluation("validation")
-        losses = [float(on_host(self._placed.loss(self._bench.model, batch))) for _, batch in batches]
+        losses = [float(on_host(task.loss(self._bench.model, batch))) for _, batch in batches]
         return sum(losses) / len(losses)
 
     def _set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -28,6 +28,7 @@ from wardround.study.load import study_sha256
 from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
+from wardround.tasks.stages import Curriculum, curriculum_of
 from wardround.tasks.task import Task
 from wardround.wire.ring import value_bits
 from wardround.wire.update import Layout
@@ -50,6 +51,7 @@ class Blueprint:
     metrics_layout: Layout
     evaluation_layout: Layout
     codec: Codec
+    curriculum: Curriculum
 
 
 class Blueprints:
@@ -85,6 +87,11 @@ class Blueprints:
     def bench(self) -> Workbench:
         """The model of this process."""
         return Workbench(self.task, self.study.seed)
+
+    @cached_property
+    def curriculum(self) -> Curriculum:
+        """Which stages of the task learn when. Raises `StudyError` where `schedule.phases` does not fit the task."""
+        return curriculum_of(self.study.schedule.phases, self.task, self.bench.model)
 
     @cached_property
     def lattice(self) -> Lattice | None:
@@ -142,6 +149,7 @@ class Blueprints:
                 metrics_layout=Layout((), validation_metrics(specs), room),
                 evaluation_layout=Layout((), evaluation_metrics(specs), room),
                 codec=self._codec(arm),
+                curriculum=self.curriculum,
             )
         return self._blueprints[name]
 

@@ -165,6 +165,7 @@ def _training(host: Machine, blueprint: Blueprint) -> str:
         (
             entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
             entry("rounds", f"{schedule.rounds}; released is {released}"),
+            *(entry("phase", stint.describe()) for stint in blueprint.curriculum.stints),
             entry("an update", _update(study)),
             entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
             entry("", f"all rounds, all sites: {human_bytes(total)}"),

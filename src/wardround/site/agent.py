@@ -402,6 +402,7 @@ class Agent:
             progress=None if report is None else (lambda *step: report(arm.name, name, *step)),
             momentum=0.0 if robust is None else robust.momentum,
             private=private,
+            curriculum=blueprint.curriculum,
         )
 
 

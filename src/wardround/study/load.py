@@ -163,6 +163,8 @@ def _known_keys(
         for candidate in candidates:
             if get_origin(candidate) is dict:
                 below += _alternatives(get_args(candidate)[1])
+            elif get_origin(candidate) is tuple:
+                below += _alternatives(get_args(candidate)[0])
             elif candidate is Study and part in BUILTIN:
                 section, given = cast(Section, part), data[str(part)]
                 settings = settings_of(section, given.get("kind", default_kind(section)), reading)

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     SerializeAsAny,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -25,6 +26,7 @@ from wardround.study.base import Config
 from wardround.study.ct import CTAcquisition
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
+from wardround.study.phases import Phase, check_phases
 from wardround.study.protection import Protection
 from wardround.study.registry import BUILTIN, builtins, check_model, default, read
 from wardround.study.tasks import BASELINES, Evaluation, Modality, ReconstructionTask, TaskSettings
@@ -88,9 +90,22 @@ class Schedule(Config):
     release: Literal["best", "last"] = Field(
         "best",
         description="`best`: the best validation mean among the rounds that the same sites validated (those of most "
-        "rounds, then most sites), or the last round where no two can be compared; `last`: the last round",
+        "rounds, then most sites), or the last round where no two can be compared; `last`: the last round. With "
+        "phases, `best` compares rounds of the last phase alone",
     )
     keep: int = Field(2, ge=1, description="rounds whose global model the journal keeps, besides the best")
+    phases: tuple[Phase, ...] = Field(
+        (),
+        description="for a task of several stages: which of them learn in which rounds, and how their losses are "
+        "weighted; without phases all learn in every round, each loss with weight 1",
+    )
+
+    @field_validator("phases")
+    @classmethod
+    def _phases_fit(cls, phases: tuple[Phase, ...], info: ValidationInfo) -> tuple[Phase, ...]:
+        if "rounds" in info.data:
+            check_phases(phases, info.data["rounds"])
+        return phases
 
 
 class Study(Config):

@@ -202,6 +202,26 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class Staged(Task, Protocol):
+    """A task of several stages, one feeding the next, each with a loss: a study says when each one learns.
+
+    `loss` is `tasks.stages.weighted_sum` of the losses: what a study without phases lowers.
+    """
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of modules of the model, those that feed before those that are fed.
+
+        Every parameter and buffer of the model belongs to exactly one of them.
+        """
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Stage -> its loss, a scalar. A loss may depend on its own stage and on those before it."""
+        ...
+
+
+@runtime_checkable
 class Visited(Protocol):
     """A task that can show a scanner the patients of other sites."""
 

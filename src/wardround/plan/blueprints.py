@@ -169,16 +169,13 @@ class Blueprints:
         local = matching(parts.local, names, "parts.local")
         if both := sorted(frozen & local):
             raise StudyError(f"parts: {listed(both)} would be both frozen and local; let one pattern match it")
-        trained = {p.name for p in parameters if p.trainable}
-        if (frozen or local) and not trained - local:
-            raise StudyError("parts: nothing is left to train and share; freeze less, or keep less at the sites")
-        policy = method.policy(parameters).with_parts(frozen, local)
-        if (frozen or local) and trained.isdisjoint(policy.names("shared")):
+        left = (p for p in parameters if p.trainable and p.name not in local and method.role(p) == "shared")
+        if (frozen or local) and not any(left):
             raise StudyError(
-                f"parts: with method.kind={arm.method.kind} nothing is left to train and share; freeze less, or choose "
-                "another method"
+                f"parts: nothing is left to train and share with method.kind={arm.method.kind}; freeze less, or keep "
+                "less at the sites"
             )
-        return policy
+        return method.policy(parameters).with_parts(frozen, local)
 
     def initial(self, blueprint: Blueprint) -> tuple[dict[str, Array], dict[str, Array]]:
         """What an arm begins with: the values that sites get, and what only its coordinator keeps."""

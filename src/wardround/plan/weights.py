@@ -186,8 +186,8 @@ def _check_hash(start: FromWeights | FromRelease, found: str) -> None:
         raise StudyError(f"start.sha256: is missing, and the hash fixes what a study is; write `sha256: {found}`")
     if found != start.sha256:
         raise StudyError(
-            f"start.file: {start.file} has sha256 {found}, and the study says {start.sha256}: it is another file, or "
-            "it changed; restore it, or start a new run with the new hash"
+            f"start.file: {start.file} is another file than the study's, or it changed: its sha256 is {found}, and the "
+            f"study says {start.sha256}; restore it, or start a new run with the new hash"
         )
 
 

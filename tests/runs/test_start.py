@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,33 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 from tests.apart import apart, comparable
 from tests.federation.rig import Rig, recorded_sessions
 from tests.hospitals import head, make_hospitals, save, write_study
 from tests.toys import make_task, toy_sites, toy_study
+from wardround.cli import app
 from wardround.errors import DataError, Interrupted, StudyError
 from wardround.federation.exchange import TRAIN, UPDATE
 from wardround.federation.facts import DELIVER
 from wardround.federation.release import model_path, shared_sha256
+from wardround.learning.device import Compute
+from wardround.learning.frozen import train_mode
 from wardround.plan.blueprints import Blueprints
 from wardround.plan.weights import file_sha256, frozen_part, load_model
+from wardround.results.files import read_result
 from wardround.results.schema import Started
 from wardround.runs.apply import reconstruct
 from wardround.runs.explain import explain
 from wardround.runs.inspection import inspect_model
 from wardround.runs.machine import Machine
 from wardround.runs.session import evaluate, open_host, run
+from wardround.storage.store import NOTHING
 from wardround.study.load import load_study
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
+from wardround.study.start import Parts
 
 Tensors = Mapping[str, Any]
 CODE = Plugins(code=True)
@@ -39,8 +47,8 @@ FROZEN = {"frozen": ["0.*", "1.*"]}
 QUICK = {"rounds": 2}
 
 
-def plans(study: Study) -> Blueprints:
-    return Blueprints(study, ("local", "pooled"), plugins=CODE)
+def plans(study: Study, near: Path = Path()) -> Blueprints:
+    return Blueprints(study, ("local", "pooled"), plugins=CODE, start=study.start_places(near))
 
 
 def values(seed: int = 1, **options: Any) -> dict[str, Any]:
@@ -50,9 +58,9 @@ def values(seed: int = 1, **options: Any) -> dict[str, Any]:
 
 
 def weights(path: Path, tensors: Tensors, **changes: Any) -> dict[str, Any]:
-    """A weights file, and the section of a study that starts from it."""
+    """A weights file beside a study, and the section of the study that starts from it."""
     save_file(dict(tensors), path)
-    return {"kind": "weights", "file": str(path), "sha256": file_sha256(path), **changes}
+    return {"kind": "weights", "file": path.name, "sha256": file_sha256(path), **changes}
 
 
 def released(out: Path) -> dict[str, Any]:
@@ -65,12 +73,14 @@ def released(out: Path) -> dict[str, Any]:
 def test_a_run_goes_on_from_the_release_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: what the sites get in round 1 is what was released. The lint compares it with the site's own."""
     sites = toy_sites(tmp_path / "data")
-    first = run(toy_study(schedule=QUICK, task=NORM), sites, tmp_path / "first", engine="local", quiet=True)
+    first = run(
+        toy_study(schedule=QUICK, task=NORM), sites, tmp_path / "first", engine="local", near=tmp_path, quiet=True
+    )
     assert first.start == Started()
-    start = {"kind": "release", "file": str(tmp_path / "first"), "sha256": first.model_sha256}
+    start = {"kind": "release", "file": "first", "sha256": first.model_sha256}
     sent = recorded_sessions(monkeypatch)
     study = toy_study(schedule=QUICK, task=NORM, start=start, seed=8)
-    second = run(study, sites, tmp_path / "second", engine="local", quiet=True)
+    second = run(study, sites, tmp_path / "second", engine="local", near=tmp_path, quiet=True)
     expected = released(tmp_path / "first")
     shared = {name for name in expected if not name.endswith("num_batches_tracked")}
     asked = [s for s in sent if s.message.header.kind == TRAIN and s.message.header.round == 1]
@@ -91,14 +101,18 @@ def test_a_run_goes_on_from_the_release_of_another(tmp_path: Path, monkeypatch: 
 
 def test_a_weights_file_is_what_it_says(tmp_path: Path) -> None:
     known = values()
-    whole = plans(toy_study(start=weights(tmp_path / "w.safetensors", known))).bench.initial_values()
+    whole = plans(toy_study(start=weights(tmp_path / "w.safetensors", known)), tmp_path).bench.initial_values()
     assert all(np.array_equal(whole[name], known[name]) for name in known)
     fresh = plans(toy_study()).bench.initial_values()
 
     part = {name: tensor for name, tensor in known.items() if name.startswith("0.")}
-    begun = plans(toy_study(start=weights(tmp_path / "p.safetensors", part, partial=True))).bench.initial_values()
+    begun = plans(
+        toy_study(start=weights(tmp_path / "p.safetensors", part, partial=True)), tmp_path
+    ).bench.initial_values()
     inside = {name.removeprefix("0."): tensor.astype(np.float16) for name, tensor in part.items()}
-    into = plans(toy_study(start=weights(tmp_path / "i.safetensors", inside, into="0"))).bench.initial_values()
+    into = plans(
+        toy_study(start=weights(tmp_path / "i.safetensors", inside, into="0")), tmp_path
+    ).bench.initial_values()
     for name in fresh:
         assert np.array_equal(begun[name], (part if name in part else fresh)[name])
         # Half precision is widened.
@@ -121,7 +135,7 @@ def test_a_weights_file_is_what_it_says(tmp_path: Path) -> None:
 def test_another_file_is_one_clear_error(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     start = {**weights(tmp_path / "w.safetensors", values()), **changes}
     with pytest.raises(StudyError, match=reason.format(sha256=file_sha256(tmp_path / "w.safetensors"))):
-        _ = plans(toy_study(start=start)).bench
+        _ = plans(toy_study(start=start), tmp_path).bench
 
 
 @pytest.mark.parametrize(
@@ -136,34 +150,47 @@ def test_another_file_is_one_clear_error(tmp_path: Path, changes: dict[str, Any]
 def test_values_that_do_not_fit_are_one_clear_error(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     tensors = {name: tensor for name, tensor in {**values(), **change}.items() if tensor is not None}
     with pytest.raises(StudyError, match=reason):
-        _ = plans(toy_study(start=weights(tmp_path / "w.safetensors", tensors))).bench
+        _ = plans(toy_study(start=weights(tmp_path / "w.safetensors", tensors)), tmp_path).bench
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../others/w.safetensors", "a/../../w.safetensors"])
+def test_a_study_asks_for_nothing_outside_its_folder(file: str) -> None:
+    """Whether a file is there, and which, is for a site to say: its own entry of the sites file names any place."""
+    with pytest.raises(ValueError, match="no path below the study's folder"):
+        toy_study(start={"kind": "weights", "file": file, "sha256": "ab" * 32})
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.safetensors")
+    with pytest.raises(StudyError, match=r"w.safetensors is no file"):
+        _ = plans(toy_study(start={"kind": "weights", "file": "w.safetensors"}), tmp_path).bench
 
 
 def test_no_pickle_is_opened(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save({"0.weight": torch.zeros(2)}, path)
-    start = {"kind": "weights", "file": str(path), "sha256": file_sha256(path)}
+    start = {"kind": "weights", "file": path.name, "sha256": file_sha256(path)}
     with pytest.raises(StudyError, match=r"must be a .safetensors file"):
-        _ = plans(toy_study(start=start)).bench
+        _ = plans(toy_study(start=start), tmp_path).bench
 
 
 def test_a_start_that_changed_stops_the_run_before_it_goes_on(tmp_path: Path) -> None:
     start = weights(tmp_path / "w.safetensors", values())
     study, sites = toy_study(schedule=QUICK, start=start), toy_sites(tmp_path / "data")
-    run(study, sites, tmp_path / "out", engine="local", quiet=True)
+    run(study, sites, tmp_path / "out", engine="local", near=tmp_path, quiet=True)
     save_file(values(2), tmp_path / "w.safetensors")
     with pytest.raises(StudyError, match="is another file than the study's, or it changed"):
-        run(study, sites, tmp_path / "out", engine="local", quiet=True)
+        run(study, sites, tmp_path / "out", engine="local", near=tmp_path, quiet=True)
 
 
 def test_a_personal_release_says_what_its_hash_does_not_cover(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path / "data")
     study = toy_study(schedule=QUICK, task=NORM, method={"kind": "fedbn"})
-    first = run(study, sites, tmp_path / "first", engine="local", quiet=True)
-    start = {"kind": "release", "file": str(tmp_path / "first"), "sha256": first.model_sha256}
+    first = run(study, sites, tmp_path / "first", engine="local", near=tmp_path, quiet=True)
+    start = {"kind": "release", "file": "first", "sha256": first.model_sha256}
     with pytest.raises(StudyError, match=r"has no values for 1.weight, 1.bias"):
-        _ = plans(toy_study(task=NORM, start=start)).bench
-    begun = plans(toy_study(task=NORM, start={**start, "partial": True})).bench.initial_values()
+        _ = plans(toy_study(task=NORM, start=start), tmp_path).bench
+    begun = plans(toy_study(task=NORM, start={**start, "partial": True}), tmp_path).bench.initial_values()
     assert np.array_equal(begun["0.weight"], released(tmp_path / "first")["0.weight"])
 
 
@@ -177,7 +204,7 @@ def test_what_is_frozen_moves_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
     start = weights(tmp_path / "w.safetensors", known)
     sent = recorded_sessions(monkeypatch)
     study = toy_study(schedule=QUICK, task=NORM, start=start, parts=FROZEN)
-    result = run(study, sites, tmp_path / "out", compare=("local", "pooled"), engine="local", quiet=True)
+    result = run(study, sites, tmp_path / "out", compare=("local", "pooled"), engine="local", near=tmp_path, quiet=True)
     names = {name for name in known if name.startswith(("0.", "1."))}
     secret = known["0.weight"].tobytes()
     assert {s.message.header.kind for s in sent} >= {TRAIN, UPDATE, DELIVER}
@@ -190,7 +217,14 @@ def test_what_is_frozen_moves_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
     assert holding == [result.out / "weights" / f"{result.frozen_sha256}.safetensors"]
     assert load_file(holding[0]).keys() == names
 
-    free = run(toy_study(schedule=QUICK, task=NORM, start=start), sites, tmp_path / "free", engine="local", quiet=True)
+    free = run(
+        toy_study(schedule=QUICK, task=NORM, start=start),
+        sites,
+        tmp_path / "free",
+        engine="local",
+        near=tmp_path,
+        quiet=True,
+    )
     spared = sum(known[name].nbytes for name in names if not name.endswith("tracked"))
     # Each of 2 rounds and 3 sites: the model goes down and up as 32 bits a value; and there are less headers.
     assert free.traffic.bytes_up - result.traffic.bytes_up >= 6 * spared
@@ -244,7 +278,7 @@ def test_what_is_local_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.Mon
     sites = toy_sites(tmp_path / "data")
     sent = recorded_sessions(monkeypatch)
     study = toy_study(schedule=QUICK, parts={"local": ["2.*"]})
-    result = run(study, sites, tmp_path / "out", compare=("local", "pooled"), engine="local", quiet=True)
+    result = run(study, sites, tmp_path / "out", compare=("local", "pooled"), engine="local", near=tmp_path, quiet=True)
     federated = [s for s in sent if s.message.header.study == plans(study).blueprint("federated").identity]
     tables = [info.name for s in federated if s.message.header.kind == TRAIN for info in s.message.header.tensors]
     assert set(tables) == {"model/0.weight", "model/0.bias"}
@@ -290,15 +324,44 @@ def test_noise_of_all_sites_covers_no_part_of_one() -> None:
         )
 
 
-def test_frozen_batch_norm_is_fit_for_privacy_and_for_masks(tmp_path: Path) -> None:
-    """Its statistics are nobody's: only a layer that learns from batches is refused."""
-    private = {"schedule": {"rounds": 1, "release": "last"}, "method": {"weights": "equal"}, "local": {"steps": 1}}
-    protection = {"secure": True, "privacy": {"patients_per_step": 2}}
-    study = toy_study(task=NORM, parts=FROZEN, protection=protection, **private)
-    result = run(study, toy_sites(tmp_path / "data"), tmp_path / "out", engine="local", quiet=True)
-    assert result.privacy is not None
-    assert result.privacy.epsilon is not None
-    assert result.participants == ("A", "B", "C")
+def test_frozen_batch_norm_is_fit_for_privacy(tmp_path: Path) -> None:
+    """Its statistics are of no patient here: only a layer that learns from batches is refused."""
+    changes = {"schedule": {"rounds": 1, "release": "last"}, "method": {"weights": "equal"}, "local": {"steps": 1}}
+    study = toy_study(("A", "B"), task=NORM, parts=FROZEN, protection={"privacy": {"patients_per_step": 2}}, **changes)
+    host = Machine(study, toy_sites(tmp_path, ("A", "B")), tmp_path / "out", ())
+    learner = host.learner(host.blueprint("federated"), "A")
+    public, _ = host.initial(host.blueprint("federated"))
+    learner.load(public, NOTHING)
+    changes = learner.train(1, public, NOTHING).changes
+    assert changes["model"].keys() == {"3.weight", "3.bias"}
+    host.close()
+    free = Machine(study.model_copy(update={"parts": Parts()}), host.sites, tmp_path / "free", ())
+    learner = free.learner(free.blueprint("federated"), "A")
+    with pytest.raises(StudyError, match="keeps statistics over patients"):
+        learner.train(1, public, NOTHING)
+    free.close()
+
+
+def test_a_bench_on_another_device_holds_what_is_frozen_once_too() -> None:
+    bench = plans(toy_study(task=NORM, parts=FROZEN)).bench.on(Compute(torch.device("cpu"), "bf16"))
+    state = bench.model.state_dict()
+    assert {n for n, t in bench.initial.items() if t.data_ptr() == state[n].data_ptr()} == bench.frozen
+    train_mode(bench.model)
+    assert [module.training for module in bench.model] == [False, False, True, True]  # type: ignore[union-attr]
+
+
+def test_frozen_parts_under_masks_come_to_the_same_bits(tmp_path: Path) -> None:
+    clear, masked = (
+        run(
+            toy_study(task=NORM, parts=FROZEN, schedule=QUICK, protection={"secure": secure}),
+            toy_sites(tmp_path / "data"),
+            tmp_path / str(secure),
+            engine="local",
+            quiet=True,
+        )
+        for secure in (False, True)
+    )
+    assert masked.model_sha256 == clear.model_sha256
 
 
 # Whole runs ---------------------------------------------------------------------------------------------------------
@@ -318,8 +381,8 @@ def test_parties_apart_come_to_the_same_model(tmp_path: Path) -> None:
         copy.write_bytes((tmp_path / "w.safetensors").read_bytes())
         own[name] = entry.model_copy(update={"start": copy})
     with_copies = sites.model_copy(update={"sites": own}).with_code()
-    together = run(study, sites, tmp_path / "together", engine="local", quiet=True)
-    parted = apart(study, with_copies, tmp_path / "apart")
+    together = run(study, sites, tmp_path / "together", engine="local", near=tmp_path, quiet=True)
+    parted = apart(study, with_copies, tmp_path / "apart", near=tmp_path)
     assert comparable(parted.values) == comparable(together.values)
     assert parted.model_sha256 == shared_sha256(tmp_path / "apart/hospitals/N/models/federated.safetensors")
     frozen = tmp_path / "apart/hospitals/N/weights" / f"{parted.frozen_sha256}.safetensors"
@@ -333,9 +396,10 @@ def test_a_site_refuses_another_base(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path / "data", ("A", "B"))
     other = tmp_path / "data" / "B" / "Doe.safetensors"
     save_file(values(2), other)
-    changed = {**sites.sites, "B": sites.sites["B"].model_copy(update={"start": other})}
+    places = {"A": tmp_path / "w.safetensors", "B": other}
+    changed = {name: entry.model_copy(update={"start": places[name]}) for name, entry in sites.sites.items()}
     study = toy_study(("A", "B"), schedule={"rounds": 1}, start=start)
-    result = apart(study, sites.model_copy(update={"sites": changed}).with_code(), tmp_path / "apart")
+    result = apart(study, sites.model_copy(update={"sites": changed}).with_code(), tmp_path / "apart", near=tmp_path)
     line = json.loads((result.out / "rounds.jsonl").read_text())
     assert line["participants"] == ["A"]
     assert "is another file than the study's, or it changed" in line["missing"]["B"]
@@ -345,7 +409,7 @@ def test_a_site_refuses_another_base(tmp_path: Path) -> None:
 def test_stopped_and_resumed_is_one_run(tmp_path: Path) -> None:
     start = weights(tmp_path / "w.safetensors", values(norm=True))
     study, sites = toy_study(start=start, **WHOLE), toy_sites(tmp_path / "data")
-    whole = run(study, sites, tmp_path / "whole", engine="local", quiet=True)
+    whole = run(study, sites, tmp_path / "whole", engine="local", near=tmp_path, quiet=True)
 
     class Stops:
         def __getattr__(self, name: str) -> Any:
@@ -356,9 +420,9 @@ def test_stopped_and_resumed_is_one_run(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        run(study, sites, tmp_path / "out", engine="local", watcher=Stops())  # type: ignore[arg-type]
+        run(study, sites, tmp_path / "out", engine="local", watcher=Stops(), near=tmp_path)  # type: ignore[arg-type]
     assert not (tmp_path / "out" / "models").exists()
-    again = run(study, sites, tmp_path / "out", engine="local", quiet=True, resume=True)
+    again = run(study, sites, tmp_path / "out", engine="local", near=tmp_path, quiet=True, resume=True)
     assert comparable(again.values) == comparable(whole.values)
 
 
@@ -379,7 +443,10 @@ def test_a_model_with_a_frozen_part_is_measured_and_applied_after_its_run(tmp_pa
     said = explain(study, sites, (), ())
     assert f"weights of sha256 {start['sha256']}" in " ".join(said.split())
     assert f"{network[first].size:,} never change" in said
-    result = run(study, sites, tmp_path / "out", engine="local", quiet=True)
+    command = ["run", study, "--sites", sites, "--out", tmp_path / "out", "--engine", "local", "--quiet"]
+    said_by = CliRunner().invoke(app, [str(part) for part in command])
+    assert said_by.exit_code == 0, said_by.output
+    result = read_result(tmp_path / "out")
     assert evaluate(result.out, sites, engine="local", quiet=True).metrics == result.metrics
     worker = Machine.from_spec(open_host(study, sites, tmp_path / "out", (), (), None).spec())
     assert np.array_equal(worker.bench.initial_values()[first], network[first])

@@ -32,7 +32,6 @@ FROZEN, FROZEN_SHA256 = "frozen", "frozen_sha256"
 _FOLDER = "weights"
 # A model of a site lies four folders below those of its run: models/SITE/ARM/model.safetensors.
 _ABOVE = 4
-_PIECE = 1 << 20
 
 
 # Released models ----------------------------------------------------------------------------------------------------
@@ -118,11 +117,8 @@ def frozen_part(model: Path, metadata: Mapping[str, str], given: Path | None = N
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes; raises `OSError`."""
-    total = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            total.update(piece)
-    return total.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def place_of(start: FromWeights | FromRelease, places: Iterable[Path]) -> Path:
@@ -131,13 +127,17 @@ def place_of(start: FromWeights | FromRelease, places: Iterable[Path]) -> Path:
     found = next((place for place in places if place.exists()), None)
     if found is None:
         raise StudyError(
-            f"start.file: {start.file} does not exist; correct the path, relative to the study's file, or say where it "
-            "lies with `start` in a site's entry of the sites file",
+            f"start.file: {start.file} does not exist; put it there, below the study's folder, or say where it lies "
+            "with `start` in a site's entry of the sites file",
             detail=", ".join(map(str, places)),
         )
-    if isinstance(start, FromRelease) and found.is_dir():
-        return found / "models" / "federated.safetensors"
-    return found
+    path = found / "models" / "federated.safetensors" if isinstance(start, FromRelease) and found.is_dir() else found
+    if not path.is_file():
+        raise StudyError(
+            f"start.file: {start.file} is no file, or the folder of a run that released no model; correct the path",
+            detail=str(path),
+        )
+    return path
 
 
 def begin(start: Start, places: Sequence[Path], model: nn.Module) -> None:
@@ -175,8 +175,10 @@ def _begin_with_release(start: FromRelease, path: Path, model: nn.Module) -> Non
         tensors |= frozen_part(path, metadata)
     except DataError as error:
         raise StudyError(f"start.file: {start.file}: {error}", detail=error.detail) from error
+    covered = [*metadata.get("shared", "").split(), *metadata.get(FROZEN, "").split()]
+    if "shared" not in metadata or not tensors.keys() >= set(covered):
+        raise StudyError(f"start.file: {start.file} does not hold what it says; get it again", detail=str(path))
     _check_hash(start, model_sha256(tensors, metadata))
-    covered = [*metadata["shared"].split(" "), *metadata.get(FROZEN, "").split()]
     shapes = {name: tensors[name].shape for name in covered}
     _fill(model, start, shapes, lambda name: torch.from_numpy(tensors[name]))
 

@@ -251,7 +251,7 @@ class Study(Config):
         if not isinstance(self.start, FromWeights | FromRelease):
             return ()
         places = tuple(dict.fromkeys(place for place in given if place is not None))
-        return places or ((near / Path(self.start.file).expanduser()).absolute(),)
+        return places or ((near / self.start.file).absolute(),)
 
     @property
     def modality(self) -> Modality:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from wardround.study.base import Config
 
 # Empty until it is known: the error that follows says what to write.
 Hash = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
-_WHERE = (
-    "where it lies: relative to the study's file, or absolute; a site's `start` in the sites file is another place. "
-    "The hash is what counts"
-)
+_WHERE = "where it lies below the study's folder; a site's `start` in the sites file is any other place"
+
+
+def _below(file: str) -> str:
+    """Studies come from others: none may ask what lies elsewhere on a machine."""
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or "\\" in file:
+        raise ValueError(
+            f"{file} is no path below the study's folder; move the file there, or say where it lies with `start` in a "
+            "site's entry of the sites file"
+        )
+    return file
+
+
+Below = Annotated[str, Field(min_length=1), AfterValidator(_below)]
 _PARTIAL = "whether values that the file lacks begin fresh; else they are an error"
 
 
@@ -31,7 +43,7 @@ class FromWeights(Config):
     """A `.safetensors` file with tensors by the model's names."""
 
     kind: Literal["weights"]
-    file: str = Field(min_length=1, description=_WHERE)
+    file: Below = Field(description=_WHERE)
     sha256: Hash = Field("", description="of the file's bytes; without it an error says what it is")
     into: str = Field(
         "",
@@ -50,7 +62,7 @@ class FromRelease(Config):
     """The released model of another run: what its `model_sha256` covers, its shared and its frozen values."""
 
     kind: Literal["release"]
-    file: str = Field(min_length=1, description=f"the run's folder, or the model's file; {_WHERE}")
+    file: Below = Field(description=f"the run's folder, or the model's file; {_WHERE}")
     sha256: Hash = Field("", description="`model_sha256` of that run; without it an error says what it is")
     partial: bool = Field(
         False,

@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from tests.apart import apart, comparable
 from tests.federation.rig import Rig, recorded_sessions
 from tests.hospitals import head, make_hospitals, save, write_study
-from tests.toys import make_task, toy_sites, toy_study
+from tests.toys import Regression, make_task, toy_sites, toy_study
+from wardround.audit.auditor import Auditor, Effort
 from wardround.cli import app
 from wardround.errors import DataError, Interrupted, StudyError
-from wardround.federation.exchange import TRAIN, UPDATE
+from wardround.federation.exchange import EVALUATE, TRAIN, UPDATE
 from wardround.federation.facts import DELIVER
 from wardround.federation.release import model_path, shared_sha256
 from wardround.learning.device import Compute
@@ -38,6 +39,7 @@ from wardround.storage.store import NOTHING
 from wardround.study.load import load_study
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
+from wardround.study.sites import load_sites
 from wardround.study.start import Parts
 
 Tensors = Mapping[str, Any]
@@ -273,6 +275,34 @@ def test_frozen_batch_norm_under_fedbn_keeps_its_statistics_everywhere(tmp_path:
             assert torch.equal(bench.model(x), expected)
 
 
+class HalfTrained(Regression):
+    """A task that trains a part of its network."""
+
+    def build_model(self) -> torch.nn.Module:
+        model = super().build_model()
+        for parameter in model[0].parameters():  # type: ignore[index]
+            parameter.requires_grad_(False)
+        return model
+
+
+def half_trained() -> HalfTrained:
+    """The factory that the study below names."""
+    return HalfTrained()
+
+
+def test_what_a_task_freezes_is_in_no_message_of_the_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The study froze nothing, so that the model's file is whole; to a site that tests it, it goes without."""
+    sent = recorded_sessions(monkeypatch)
+    task = {"kind": "custom", "factory": "tests.runs.test_start:half_trained"}
+    study = toy_study(task=task, schedule={"rounds": 1})
+    result = run(study, toy_sites(tmp_path / "data"), tmp_path / "out", engine="local", quiet=True)
+    names = [info.name.rpartition("/")[2] for s in sent for info in s.message.header.tensors]
+    assert EVALUATE in {s.message.header.kind for s in sent}
+    assert set(names) == {"2.weight", "2.bias"}
+    assert released(result.out).keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert result.frozen_sha256 is None
+
+
 def test_what_is_local_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a personal method's part, by name; one party alone has no part of its own beside its model."""
     sites = toy_sites(tmp_path / "data")
@@ -443,6 +473,7 @@ def test_a_model_with_a_frozen_part_is_measured_and_applied_after_its_run(tmp_pa
     said = explain(study, sites, (), ())
     assert f"weights of sha256 {start['sha256']}" in " ".join(said.split())
     assert f"{network[first].size:,} never change" in said
+    base = tmp_path / "study" / "w.safetensors"
     command = ["run", study, "--sites", sites, "--out", tmp_path / "out", "--engine", "local", "--quiet"]
     said_by = CliRunner().invoke(app, [str(part) for part in command])
     assert said_by.exit_code == 0, said_by.output
@@ -450,6 +481,11 @@ def test_a_model_with_a_frozen_part_is_measured_and_applied_after_its_run(tmp_pa
     assert evaluate(result.out, sites, engine="local", quiet=True).metrics == result.metrics
     worker = Machine.from_spec(open_host(study, sites, tmp_path / "out", (), (), None).spec())
     assert np.array_equal(worker.bench.initial_values()[first], network[first])
+    auditor = Auditor(
+        load_study(study), load_sites(sites), "Alpha", Effort.of(quick=True), model=result.out, start=[base]
+    )
+    assert auditor.lint == ()
+    assert np.array_equal(auditor.tensors[first], network[first])
 
     # Applied from the run's folder, and elsewhere with the frozen part or not at all.
     image = tmp_path / "image.nii.gz"

@@ -149,7 +149,14 @@ class Case:
 # at a site to be sent, and what was paid.
 CASES = {
     "personal": Case(
-        {"method": {"kind": "fedbn"}, "task": _toy(norm=True), "local": KEEPING_ADAM, "schedule": ALL_SITES}, ("local",)
+        {
+            "method": {"kind": "fedbn"},
+            "task": _toy(norm=True),
+            "parts": {"frozen": ["0.*"]},
+            "local": KEEPING_ADAM,
+            "schedule": ALL_SITES,
+        },
+        ("local",),
     ),
     # The coordinator's mean of private parts, and each site's own.
     "stranger": Case(

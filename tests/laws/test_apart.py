@@ -70,7 +70,9 @@ class Case:
 QUICK = {
     "clear": Case({**ROUNDS, **UNSEEN}),
     "secure": Case({**ROUNDS, "protection": {"secure": True}}, ("local",)),
-    "personal": Case({**ROUNDS, **UNSEEN, "method": {"kind": "fedbn"}, "task": toy(norm=True)}),
+    "personal": Case(
+        {**ROUNDS, **UNSEEN, "method": {"kind": "fedbn"}, "task": toy(norm=True), "parts": {"frozen": ["0.*"]}}
+    ),
 }
 SLOW = {
     "private": Case(PRIVATE, ("local",)),

@@ -25,6 +25,7 @@ from wardround.audit.victims import Noise, control_victim, singles, victim_of
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import model_of_study, personal_part
 from wardround.learning.examples import ExampleStream, SiteExamples
+from wardround.learning.frozen import train_mode
 from wardround.learning.training import build_optimizer
 from wardround.plan.arms import FEDERATED
 from wardround.protection.lint import Finding, architecture_sha256, lint_against
@@ -77,18 +78,20 @@ class Auditor:
         model: Path | None = None,
         attacks: Sequence[Attack] = ATTACKS,
         claim: Claim | None = None,
+        start: Sequence[Path] = (),
     ) -> None:
         if site not in study.training_sites:
             raise StudyError(f"--site {site}: only a site that trains sends updates; choose among "
                              f"{', '.join(study.training_sites)}")  # fmt: skip
         self.study, self.site, self.effort = study, site, effort
         self.attacks = tuple(effort.limit(attack) for attack in attacks)
-        self._host = Machine(held_out_alike(study), sites, NOWHERE, ())
+        self._host = Machine(held_out_alike(study), sites, NOWHERE, (), start=start)
         self._study_sha256 = study_sha256(study)
         self._path = model_file(model)
         self.tensors = self._host.bench.initial_values()
         if self._path is not None:
             self.tensors = {
+                **self.tensors,
                 **model_of_study(self._path, self._study_sha256),
                 **personal_part(self._path, site),
             }
@@ -360,7 +363,7 @@ class Auditor:
         with torch.no_grad():
             for name, tensor in self._network.state_dict().items():
                 tensor.copy_(bench.initial[name])
-        self._network.train()
+        train_mode(self._network)
         optimizer = build_optimizer(self._network, self.study.local)
         for index in random.choice(known, self.effort.reference_steps):
             optimizer.zero_grad(set_to_none=True)
@@ -381,7 +384,7 @@ class Auditor:
 
     def _trial(self, variant: str, attack: Attack, victim: Victim, number: int) -> Trial:
         self._load()
-        self._network.train()
+        train_mode(self._network)
         found: Recovered = invert(attack, victim, number)
         if number == 0:
             self.pictures.append(Pictured(variant, attack.name, victim.images[0], found.images[0]))

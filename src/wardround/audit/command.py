@@ -31,10 +31,12 @@ def audit(
     attacks: Sequence[Attack] = ATTACKS,
     parts: Sequence[str] = PARTS,
     store: Path | None = None,
+    near: Path | None = None,
 ) -> Audit:
     """Audit a site on its own data and write audit.json, audit.html and their signature into `out`.
 
-    They are signed with the site's own key, which lies in `store` (see `identity_of`).
+    They are signed with the site's own key, which lies in `store` (see `identity_of`). `start.file` of the study is
+    relative to `near`, without one to the working folder.
 
     `model` is a released model of the study or the folder of its run; without one, the initial weights are audited.
     `parts` of PARTS are done, and the lint always; nothing but the lint where there are none.
@@ -46,7 +48,8 @@ def audit(
         raise StudyError(f"--only: there is no part {unknown[0]!r}; choose among lint, {', '.join(PARTS)}")
     refuse_foreign(out, ours=holds_audit(out, site))
     effort = Effort.of(quick=quick, trials=trials)
-    auditor = Auditor(study, sites, site, effort, model=model, attacks=attacks, claim=claim)
+    start = study.start_places(near or Path(), sites.of(site).start)
+    auditor = Auditor(study, sites, site, effort, model=model, attacks=attacks, claim=claim, start=start)
     found = auditor.run(quick=quick, parts=[part for part in PARTS if part in parts])
     run = model if model is not None and model.is_dir() else None
     identity = identity_of(site, out, run, store, Vault.of(sites.key(site)))

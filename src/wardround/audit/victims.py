@@ -13,6 +13,7 @@ from wardround.audit.inversion import Gradients, Objective, Victim, gradient, on
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.wrapped import RealImage
+from wardround.learning.frozen import train_mode
 from wardround.tasks.ct import CTBatch
 from wardround.tasks.mri import MRIBatch
 from wardround.tasks.task import Batch, Task
@@ -86,7 +87,7 @@ def victim_of(
     objective = Objective(network, lambda net, step, x, _: task.loss(net, measured_anew(batches[step], x)), shared)
     real = Objective(network, lambda net, step, x, _: task.loss(net, batches[step]), shared)
     images = torch.cat([batch.target for batch in batches])
-    network.train()
+    train_mode(network)
     sent = sent_after(real, len(batches), rate, images) if sent is None else sent
     return Victim(
         objective=objective,

@@ -70,6 +70,7 @@ def audit(
         pictures=pictures,
         parts=[word for word in words(only) if word != "lint"] if only else PARTS,
         store=identity,
+        near=study.parent,
     )
     say(f"{found.light}: {found.verdict}")
     if found.epsilon is not None:

@@ -36,6 +36,10 @@ def reconstruct(
     plugins: Annotated[
         list[str] | None, typer.Option("--plugin", help="A plug-in that the model's file may name; give it again.")
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="The frozen part of a model that names one, where it lies elsewhere."),
+    ] = None,
 ) -> None:
     """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
     from wardround.runs.apply import reconstruct as apply
@@ -51,11 +55,16 @@ def reconstruct(
             dose=dose,
             fallback=fallback,
             plugins=plugins or (),
+            weights=weights,
             told=lambda found: say(f"{found.source}\n{found.said}"),
         )
     elif len(paths) == 2:
         tv = fallback == "tv"
-        say(apply(model, *paths, site=site, embedding=embedding, dose=dose, fallback=tv, plugins=plugins or ()))
+        given = plugins or ()
+        said = apply(
+            model, *paths, site=site, embedding=embedding, dose=dose, fallback=tv, plugins=given, weights=weights
+        )
+        say(said)
     else:
         raise StudyError("give one input and the output, or several inputs and a folder for them with --out")
 

@@ -60,6 +60,7 @@ def run(
             without=without or [],
             watcher=watcher,
             allow_code=allow_code,
+            near=study.parent,
         )
     summary(result)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from wardround.errors import DataError, StudyError, WireError
@@ -17,19 +17,21 @@ from wardround.federation.coordinator import Release
 from wardround.learning.methods.build import build_method
 from wardround.plan.arms import FEDERATED, Arm, every_arm
 from wardround.plan.blueprints import Blueprint, Blueprints, protocols_of
+from wardround.plan.weights import FORMAT as FORMAT
+from wardround.plan.weights import FROZEN, FROZEN_SHA256, model_sha256, save_frozen
+from wardround.plan.weights import load_model as load_model
 from wardround.study.load import FOREIGN, load_study
 from wardround.study.methods import CustomMethod
 from wardround.study.protocols import HeaderFacts, ModelProtocols
 from wardround.study.schema import Study
 from wardround.wire.canonical import parse_json
-from wardround.wire.files import reason, written
-from wardround.wire.tensors import TensorFile, TensorWriter, tensors_sha256
+from wardround.wire.files import written
+from wardround.wire.tensors import TensorFile, TensorWriter
 
 if TYPE_CHECKING:
     from torch import nn
 
 Array = npt.NDArray[Any]
-FORMAT = "wardround-model-1"
 PROTOCOLS = "protocols"
 CARD = "model_card.md"
 
@@ -47,10 +49,13 @@ def save_release(
 ) -> Path:
     """Write a released model to `path`: as a site that did not take part gets it, and what it was trained on.
 
-    Whole or not at all; raises `OSError` where the disk is full.
+    Its frozen part is not in the file, which names its hash (`save_frozen_part`). Whole or not at all; raises `OSError`
+    where the disk is full.
     """
+    bench, frozen = blueprints.bench, blueprints.frozen_sha256
     shared = blueprint.method.release_for(None, release.state.public, release.state.private)
-    rest = {name: array for name, array in blueprints.bench.initial_values().items() if name not in shared}
+    aside = bench.frozen.union(shared)
+    rest = {name: array for name, array in bench.initial_values().items() if name not in aside}
     metadata = {
         "format": FORMAT,
         "study": blueprints.study.model_dump_json(),
@@ -59,12 +64,20 @@ def save_release(
         "round": str(release.number),
         "shared": " ".join(sorted(blueprint.policy.names("shared"))),
         PROTOCOLS: scanners.model_dump_json(),
+        **({} if frozen is None else {FROZEN: " ".join(sorted(bench.frozen)), FROZEN_SHA256: frozen}),
     }
     # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
     data = save({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, metadata=metadata)
     with written(path) as file:
         file.write(_in_order(data))
     return path
+
+
+def save_frozen_part(blueprints: Blueprints, folder: Path) -> None:
+    """Store once what the models of a run have in common and never trained, where the study freezes anything."""
+    sha256 = blueprints.frozen_sha256
+    if sha256 is not None:
+        save_frozen(blueprints.frozen_values(), sha256, folder)
 
 
 def _in_order(data: bytes) -> bytes:
@@ -78,24 +91,6 @@ def _in_order(data: bytes) -> bytes:
 def model_path(out: Path, folder: str) -> Path:
     """Where an arm's model lies."""
     return out / "models" / f"{folder}.safetensors"
-
-
-def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """The tensors and the metadata of a released model; raises `DataError` for anything else."""
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
-    except PermissionError as error:
-        raise DataError(f"the model file cannot be read ({reason(error)})", detail=str(path)) from error
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            "the model file cannot be read: it must be a .safetensors file that `wardround run` wrote",
-            detail=f"{path}: {error}",
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise DataError("the file holds tensors, but it is not a model that `wardround run` wrote", detail=str(path))
-    return tensors, metadata
 
 
 def study_of(path: Path, metadata: Mapping[str, str]) -> Study:
@@ -158,10 +153,8 @@ def serve(network: nn.Module, study: Study, metadata: Mapping[str, str], site: s
 
 
 def shared_sha256(path: Path) -> str:
-    """The identity of a released model: the hash of its shared tensors."""
-    tensors, metadata = load_model(path)
-    names = metadata["shared"].split(" ")
-    return tensors_sha256({name: tensors[name] for name in names})
+    """The identity of a released model: the hash of its shared tensors, and of its frozen ones where it has any."""
+    return model_sha256(*load_model(path))
 
 
 def as_tensor_file(tensors: Mapping[str, Array], path: Path) -> tuple[TensorFile, str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
+from wardround.errors import StudyError
 from wardround.wire.tensors import TensorInfo
 
 Role = Literal["shared", "local", "frozen"]
+# Names that an error lists.
+_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -39,3 +44,29 @@ class Policy:
     def names(self, role: Role) -> tuple[str, ...]:
         """The names with that role, in the model's order."""
         return tuple(name for name, found in self.roles.items() if found == role)
+
+    def with_parts(self, frozen: Collection[str], local: Collection[str]) -> Policy:
+        """The same with the study's own roles on top: frozen first, then local."""
+        return Policy(
+            {
+                name: "frozen" if name in frozen else "local" if name in local else role
+                for name, role in self.roles.items()
+            }
+        )
+
+
+def matching(patterns: Sequence[str], names: Collection[str], key: str) -> frozenset[str]:
+    """The names that any of the patterns of a key of the study matches; raises `StudyError` where one matches none."""
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise StudyError(f"{key}: {pattern!r} matches no name of the model; it has {listed(names)}")
+        found |= matched
+    return frozenset(found)
+
+
+def listed(names: Collection[str]) -> str:
+    """The first names, and how many more there are."""
+    first = ", ".join(list(names)[:_LISTED])
+    return first if len(names) <= _LISTED else f"{first} and {len(names) - _LISTED} more"

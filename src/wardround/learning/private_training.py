@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from wardround.errors import StudyError
 from wardround.learning.device import CPU, Compute, Losses
+from wardround.learning.frozen import is_frozen
 from wardround.learning.gradients import BatchedGradients, Drawn, ExactGradients, Gradients, autograd
 from wardround.learning.methods.method import MODEL, LocalRound, Method
 from wardround.protection.compression import Codec
@@ -233,6 +234,8 @@ def refuse_shared_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        if is_frozen(module):
+            continue
         if (norm and not instance) or (instance and module.track_running_stats):
             raise StudyError(
                 f"protection.privacy: layer {name} ({type(module).__name__}) keeps statistics over patients, which no "

@@ -18,6 +18,7 @@ from wardround.errors import WardroundError
 from wardround.learning.device import CPU, Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
 from wardround.learning.examples import Examples
+from wardround.learning.frozen import freeze, train_mode
 from wardround.learning.methods.method import Facts, LocalRound, Method
 from wardround.learning.momentum import averaged
 from wardround.learning.policy import Parameter, Policy
@@ -64,17 +65,28 @@ def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
 class Workbench:
     """The one model of a process, and how it was initialised: public randomness on the CPU, so the same everywhere.
 
-    Sites that compute on another device share another, which `on` makes of it.
+    Then `begin` may put other values into it, those that the study starts from. What `frozen` matches is in `initial`
+    once, as the model's own tensors, and never written again. Sites that compute on another device share another, which
+    `on` makes of it.
     """
 
-    def __init__(self, task: Task, seed: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        seed: int,
+        begin: Callable[[nn.Module], None] = lambda _: None,
+        frozen: Sequence[str] = (),
+    ) -> None:
         self.task = task
         self.compute = CPU
         self._all = {CPU: self}
         torch.manual_seed(public_seed(seed, "initialisation") % 2**63)
         self.model = task.build_model()
+        begin(self.model)
+        self.frozen = freeze(self.model, frozen)
         self.parameters = parameters_of(self.model)
-        self.initial = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        state = self.model.state_dict()
+        self.initial = {name: t if name in self.frozen else t.detach().clone() for name, t in state.items()}
 
     def on(self, compute: Compute) -> Workbench:
         """The workbench of this process for a device and precision: the same initial values, a model of its own."""
@@ -82,7 +94,11 @@ class Workbench:
             other = copy(self)
             other.compute = compute
             other.model = deepcopy(self.model).to(compute.device)
-            other.initial = {name: tensor.to(compute.device) for name, tensor in self.initial.items()}
+            state = other.model.state_dict()
+            other.initial = {
+                name: state[name] if name in self.frozen else tensor.to(compute.device)
+                for name, tensor in self.initial.items()
+            }
             self._all[compute] = other
         return self._all[compute]
 
@@ -207,9 +223,11 @@ class Learner:
         return self._method.group_weights(Facts(len(self.dataset), worst), self._groups)
 
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
-        """Put tensors into the model by name; all others get their initial values."""
+        """Put tensors into the model by name; all others get their initial values, and what is frozen has them."""
         with torch.no_grad():
             for name, tensor in self._bench.model.state_dict().items():
+                if name in self._bench.frozen:
+                    continue
                 tensor.copy_(torch.from_numpy(tensors[name]) if name in tensors else self._bench.initial[name])
 
     def serving_stranger(self) -> AbstractContextManager[Any]:
@@ -231,7 +249,7 @@ class Learner:
         local, model = self._local, self._bench.model
         torch.set_num_threads(local.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
-        model.train()
+        train_mode(model)
         state = model.state_dict(keep_vars=True)
         shared = {name: state[name] for name in self._policy.names("shared")}
         context = LocalRound(

@@ -11,6 +11,7 @@ from wardround.study.methods import MethodSettings
 from wardround.study.protection import Compression, NoCompression, Robust
 from wardround.study.registry import default
 from wardround.study.schema import Local, Study
+from wardround.study.start import Parts
 from wardround.wire.canonical import digest
 
 POOLED = "pooled"
@@ -37,6 +38,14 @@ class Arm:
     def identity(self, study_sha256: str) -> str:
         """The hash that messages and journals of this arm carry."""
         return digest([study_sha256, self.name])
+
+    def parts(self, study: Study) -> Parts:
+        """The roles that the study gives by name; what stays at a site is shared in an arm of one party, with itself.
+
+        The one place where arms could differ in their models: today they differ in roles alone.
+        """
+        alone = self.name == POOLED or self.name.startswith(LOCAL)
+        return study.parts.model_copy(update={"local": ()}) if alone else study.parts
 
     def threshold(self, study: Study) -> int | None:
         """The threshold of the arm's secure sum; `None` where it sums in the clear.

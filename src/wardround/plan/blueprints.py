@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,10 +17,11 @@ from wardround.imaging.acquisition.ct.scanners import protocol_features
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import STRANGER
-from wardround.learning.policy import Policy
+from wardround.learning.policy import Policy, listed, matching
 from wardround.learning.training import Workbench
 from wardround.plan.arms import Arm, arms_of
 from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
+from wardround.plan.weights import begin
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
 from wardround.study.ct import CTAcquisition
@@ -30,7 +31,9 @@ from wardround.study.schema import Study
 from wardround.tasks.build import build_task
 from wardround.tasks.stages import Curriculum, curriculum_of
 from wardround.tasks.task import Task
+from wardround.wire.host import on_host
 from wardround.wire.ring import value_bits
+from wardround.wire.tensors import tensors_sha256
 from wardround.wire.update import Layout
 
 Array = npt.NDArray[Any]
@@ -58,7 +61,7 @@ class Blueprints:
     """Everything that follows from a study alone, each part made once and only when it is needed.
 
     `embeddings` are the files that sites provide beside their images, by site; `plugins` what of the code that the
-    study names may be called.
+    study names may be called; `start` where the file that the study starts from may lie.
     """
 
     def __init__(
@@ -67,11 +70,13 @@ class Blueprints:
         compare: tuple[str, ...],
         embeddings: Mapping[str, Path] | None = None,
         plugins: Plugins = NO_PLUGINS,
+        start: Sequence[Path] = (),
     ) -> None:
         self.study = plugins.opened(study)
         self.study_sha256 = study_sha256(self.study)
         self.arms = {arm.name: arm for arm in arms_of(self.study, compare)}
         self._embeddings = dict(embeddings or {})
+        self.start_places = tuple(start) or self.study.start_places(Path())
         self.plugins = plugins
         self._blueprints: dict[str, Blueprint] = {}
         self._starts: dict[str, Mapping[str, Array]] = {}
@@ -85,8 +90,19 @@ class Blueprints:
 
     @cached_property
     def bench(self) -> Workbench:
-        """The model of this process."""
-        return Workbench(self.task, self.study.seed)
+        """The model of this process, with what the study starts from in it."""
+        study = self.study
+        return Workbench(self.task, study.seed, partial(begin, study.start, self.start_places), study.parts.frozen)
+
+    @cached_property
+    def frozen_sha256(self) -> str | None:
+        """The hash of the values that the study freezes; `None` where it freezes none."""
+        frozen = self.frozen_values()
+        return tensors_sha256(frozen) if frozen else None
+
+    def frozen_values(self) -> dict[str, Array]:
+        """The values that the study freezes, by name."""
+        return {name: on_host(self.bench.initial[name]) for name in self.bench.initial if name in self.bench.frozen}
 
     @cached_property
     def curriculum(self) -> Curriculum:
@@ -99,7 +115,8 @@ class Blueprints:
         study, rules = self.study, self.study.protection.privacy
         if rules is None or rules.noise == "site":
             return None
-        floats = [p for p in self.bench.parameters if p.is_float and (p.trainable or p.buffer)]
+        frozen = self.bench.frozen
+        floats = [p for p in self.bench.parameters if p.is_float and (p.trainable or p.buffer) and p.name not in frozen]
         untrained = [p.info.name for p in floats if not p.trainable]
         if untrained:
             raise StudyError(
@@ -129,7 +146,7 @@ class Blueprints:
         if name not in self._blueprints:
             arm, specs = self.arms[name], self.task.metrics
             method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
-            policy = method.policy(self.bench.parameters)
+            policy = self._policy(arm, method)
             shared = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "shared")
             private = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "local")
             protection = self.study.protection
@@ -152,6 +169,21 @@ class Blueprints:
                 curriculum=self.curriculum,
             )
         return self._blueprints[name]
+
+    def _policy(self, arm: Arm, method: Method) -> Policy:
+        """The method's roles, and the study's own on top; raises `StudyError` where nothing is left to share."""
+        parameters, frozen, parts = self.bench.parameters, self.bench.frozen, arm.parts(self.study)
+        names = tuple(p.name for p in parameters)
+        local = matching(parts.local, names, "parts.local")
+        if both := sorted(frozen & local):
+            raise StudyError(f"parts: {listed(both)} would be both frozen and local; let one pattern match it")
+        left = (p for p in parameters if p.trainable and p.name not in local and method.role(p) == "shared")
+        if (frozen or local) and not any(left):
+            raise StudyError(
+                f"parts: nothing is left to train and share with method.kind={arm.method.kind}; freeze less, or keep "
+                "less at the sites"
+            )
+        return method.policy(parameters).with_parts(frozen, local)
 
     def initial(self, blueprint: Blueprint) -> tuple[dict[str, Array], dict[str, Array]]:
         """What an arm begins with: the values that sites get, and what only its coordinator keeps."""

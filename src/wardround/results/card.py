@@ -121,6 +121,9 @@ def _training(run: Run) -> list[str]:
         # What a study leaves to the model's preset is not "none".
         shown = {key: value for key, value in study[section].items() if section != "model" or value is not None}
         lines.append(f"{section.capitalize()}: {', '.join(f'{key} {value}' for key, value in flat(shown))}")
+    lines.insert(2, f"Started from: {run.study.start.describe()}")
+    if frozen := study["parts"]["frozen"]:
+        lines.insert(3, f"Never trained: {', '.join(frozen)}, stored in weights/{run.result.frozen_sha256}.safetensors")
     up, down = human_bytes(result.traffic.bytes_up), human_bytes(result.traffic.bytes_down)
     lines.append(f"Traffic: {up} from the sites, {down} to the sites")
     lines.append(f"Time: {human_seconds(result.seconds.total)}")

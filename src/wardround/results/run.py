@@ -170,8 +170,10 @@ class Run:
     @property
     def hashes(self) -> tuple[tuple[str, str], ...]:
         """The hashes of study and models, by name."""
-        found = self.result.model_dump(include={"study_sha256", "model_sha256", "local_sha256"})
-        return tuple(flat({key: found[key] for key in ("study_sha256", "model_sha256", "local_sha256")}))
+        frozen = () if self.result.frozen_sha256 is None else ("frozen_sha256",)
+        keys = ("study_sha256", "model_sha256", *frozen, "local_sha256")
+        found = self.result.model_dump(include=set(keys))
+        return tuple(flat({key: found[key] for key in keys}))
 
 
 def load_run(out: Path) -> Run:

@@ -116,6 +116,13 @@ class Traffic(Config):
     bytes_down: _Count = Field(description="to the sites")
 
 
+class Started(Config):
+    """What the model of every arm began with, as the study fixes it."""
+
+    kind: Literal["fresh", "weights", "release"] = "fresh"
+    sha256: str | None = Field(None, description="of the weights file, or the `model_sha256` of the release")
+
+
 class Seconds(Config):
     """Wall-clock seconds."""
 
@@ -155,7 +162,13 @@ class Result(Measured):
     version: Literal[1] = 1
     study: str = Field(description="the study's name")
     study_sha256: str
-    model_sha256: str = Field(description="over the shared tensors of the released federated model")
+    model_sha256: str = Field(
+        description="over the shared tensors of the released federated model, and `frozen_sha256` where there is one"
+    )
+    start: Started = Started()
+    frozen_sha256: str | None = Field(
+        None, description="over the values that the study freezes, stored once: weights/FROZEN_SHA256.safetensors"
+    )
     local_sha256: dict[str, str] = Field(description="by site: over the tensors that stay there")
     scanners: dict[str, HeaderFacts] = Field(description="by site: what headers say, where the site lets it out")
     rounds: _Count

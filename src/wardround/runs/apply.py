@@ -24,7 +24,9 @@ from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.solvers import tv
 from wardround.imaging.readers.embeddings import Embeddings
 from wardround.imaging.readers.volume import Volume, read_volume
+from wardround.learning.frozen import freeze
 from wardround.models.build import build_model
+from wardround.plan.weights import frozen_part
 from wardround.runs.apply_ct import Done, reconstruct_ct, save_nifti
 from wardround.runs.depth import Depth, Scan, Score, look
 from wardround.runs.protocols import read_protocols, simulated, summary, warning
@@ -51,6 +53,7 @@ def reconstruct(
     dose: float | None = None,
     fallback: bool = False,
     plugins: Collection[str] = (),
+    weights: Path | None = None,
 ) -> str:
     """Reconstruct `source` with a released model and write NIfTI to `output`; returns what was done, in sentences.
 
@@ -58,7 +61,7 @@ def reconstruct(
     Raises `DataError`, `StudyError` and `GeometryError`.
     """
     reconstructor = Reconstructor(
-        model_file, site=site, embedding=embedding, dose=dose, fallback=fallback, plugins=plugins
+        model_file, site=site, embedding=embedding, dose=dose, fallback=fallback, plugins=plugins, weights=weights
     )
     return reconstructor(source, output).said
 
@@ -92,7 +95,8 @@ class Reconstructor:
     for a model with anatomy; without it that model's map is neutral. `dose` is a share of the dose of measured
     projections to be simulated. With `fallback`, where the network is out of its depth (`wardround.runs.depth`) total
     variation's image is written instead of the network's. `plugins` are names of installed plug-ins that may be
-    imported, where the model's file names one. Raises `DataError` and `StudyError`.
+    imported, where the model's file names one; `weights` is the file with its frozen part, where that does not lie
+    where the run put it. Raises `DataError` and `StudyError`.
     """
 
     def __init__(
@@ -104,9 +108,10 @@ class Reconstructor:
         dose: float | None = None,
         fallback: bool = False,
         plugins: Collection[str] = (),
+        weights: Path | None = None,
     ) -> None:
         self._site, self._dose, self._fallback = site, dose, fallback
-        self._network, self.study, self._trained = _open(model_file, site, plugins)
+        self._network, self.study, self._trained = _open(model_file, site, plugins, weights)
         self._dimension, self._prompt = self.study.model.prompt_dimension, None
         if embedding is not None:
             if self._dimension is None:
@@ -193,7 +198,9 @@ class _Model:
     tv_weight: float
 
 
-def _open(path: Path, site: str | None, plugins: Collection[str]) -> tuple[nn.Module, Study, ModelProtocols]:
+def _open(
+    path: Path, site: str | None, plugins: Collection[str], weights: Path | None
+) -> tuple[nn.Module, Study, ModelProtocols]:
     tensors, metadata = load_model(path)
     study = Plugins({"here": frozenset(plugins)}).opened(study_of(path, metadata), partly=True)
     if study.model.closed:
@@ -205,7 +212,7 @@ def _open(path: Path, site: str | None, plugins: Collection[str]) -> tuple[nn.Mo
         raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
     if site is not None and site not in study.sites:
         raise StudyError(f"--site {site}: the model's study has no such site, only {', '.join(study.sites)}")
-    tensors |= personal_part(path, site)
+    tensors |= {**frozen_part(path, metadata, weights), **personal_part(path, site)}
     network = build_model(study.model, study.modality)
     try:
         network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
@@ -214,6 +221,7 @@ def _open(path: Path, site: str | None, plugins: Collection[str]) -> tuple[nn.Mo
             "the model file's tensors do not fit the network of its study; get it again from where it was released",
             detail=f"{path}: {_one_line(error)}",
         ) from error
+    freeze(network, study.parts.frozen)
     serve(network, study, metadata, site)
     return network.eval(), study, read_protocols(metadata, study)
 

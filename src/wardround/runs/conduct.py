@@ -16,14 +16,22 @@ from wardround.errors import Interrupted, StudyError
 from wardround.federation.coordinator import Coordinator, Release
 from wardround.federation.exchange import Engine
 from wardround.federation.facts import SiteFacts, SiteSpending
-from wardround.federation.release import CARD, load_model, model_path, save_release, scanners_of_arm, shared_sha256
+from wardround.federation.release import (
+    CARD,
+    load_model,
+    model_path,
+    save_frozen_part,
+    save_release,
+    scanners_of_arm,
+    shared_sha256,
+)
 from wardround.plan.arms import FEDERATED, POOLED
 from wardround.plan.blueprints import Blueprint
 from wardround.plan.versions import placed
 from wardround.results.card import write_card
 from wardround.results.files import read_rounds, write_result
 from wardround.results.html import write_report
-from wardround.results.schema import Measured, Result, RoundLine, Seconds, Traffic
+from wardround.results.schema import Measured, Result, RoundLine, Seconds, Started, Traffic
 from wardround.runs.alone import train_alone
 from wardround.runs.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver
 from wardround.runs.context import Context
@@ -54,10 +62,12 @@ def coordinate(
     quiet: bool = False,
     plugins: Collection[str] = (),
     allow_code: bool = False,
+    near: str | Path | None = None,
 ) -> Result:
     """The coordinator's part of a run whose sites live elsewhere, where `engine` reaches them; the rest is as in `run`.
 
-    `plugins` are names of installed entry points that the coordinator lets a study name.
+    `plugins` are names of installed entry points that the coordinator lets a study name; `start.file` of the study is
+    relative to `near`, without one to the working folder.
 
     Raises `StudyError` for what needs the patients of several sites in one place, and everything that `run` raises.
     """
@@ -67,7 +77,8 @@ def coordinate(
         raise StudyError(f"sites.{scanning}.scans: needs patients of other sites in one place, and these stay apart")
     began, out, watching = time.perf_counter(), Path(out), shielded(watcher, quiet)
     allowed = Plugins({"coordinator": frozenset(plugins)}, allow_code)
-    context = Context(study, out, compare, without_in(out).union(without), allowed)
+    places = study.start_places(Path(near or ""))
+    context = Context(study, out, compare, without_in(out).union(without), allowed, start=places)
     for name in context.arms:
         context.blueprint(name)
     with stoppable(), alone(out):
@@ -162,6 +173,7 @@ def _release(
 ) -> dict[str, str]:
     """Save what the arms release; the hashes of the sites' private parts of the federation's model."""
     private: dict[str, str] = {}
+    save_frozen_part(host, host.out)
     headers = {site: said.headers for site, said in facts.items() if site not in host.without}
     for name, release in releases.items():
         blueprint = host.blueprint(name)
@@ -224,6 +236,8 @@ def _conclude(
         study_sha256=host.study_sha256,
         model_sha256=shared_sha256(model),
         local_sha256=dict(private),
+        start=Started(kind=host.study.start.kind, sha256=getattr(host.study.start, "sha256", None)),
+        frozen_sha256=host.frozen_sha256,
         scanners=trained_on.headers,
         rounds=host.study.schedule.rounds,
         participants=tuple(sorted({site for line in federated for site in line.participants})),

@@ -5,7 +5,7 @@ Nothing here opens a site's data, store, ledger or keys: what the coordinator kn
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,8 +38,9 @@ class Context(Blueprints):
         without: Collection[str] = (),
         plugins: Plugins = NO_PLUGINS,
         embeddings: Mapping[str, Path] | None = None,
+        start: Sequence[Path] = (),
     ) -> None:
-        super().__init__(study, tuple(compare), embeddings, plugins)
+        super().__init__(study, tuple(compare), embeddings, plugins, start)
         self.out = out
         self.without = frozenset(without)
         self.asked = tuple(self.arms)

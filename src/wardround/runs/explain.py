@@ -45,15 +45,16 @@ def explain(
     with `allow_code`: without either it says that, and what can be said all the same. Raises `StudyError` and
     `DataError` for whatever would stop the run.
     """
-    study = load_study(study_file, overrides)
+    study, near = load_study(study_file, overrides), study_file.parent
     if sites_file is None:
         nowhere = SitesFile(sites={name: SiteData(data=(Path(),)) for name in study.sites})
-        host = open_host(study, nowhere, NOWHERE, compare, (), None, allow_code=allow_code)
+        host = open_host(study, nowhere, NOWHERE, compare, (), None, allow_code=allow_code, near=near)
         if (text := uncalled(host)) is not None:
             return text
         sites, mind = _sites(host), "Data: not looked at; add --sites SITES to see every site's patients."
     else:
-        host = open_host(study, load_sites(sites_file), NOWHERE, compare, (), None, allow_code=allow_code)
+        read = load_sites(sites_file)
+        host = open_host(study, read, NOWHERE, compare, (), None, allow_code=allow_code, near=near)
         sites, mind = _sites_with_data(host), "\n".join(_cautions(host))
     blueprint = host.blueprint("federated")
     sections = (
@@ -86,6 +87,7 @@ def _study(host: Machine, blueprint: Blueprint) -> str:
         entry("learns", _task(study)),
         entry("model", f"{_model(study)}: {sum(sizes.values()):,} values"),
         entry("method", f"{study.method.describe()}: {roles}"),
+        entry("start", study.start.describe()),
     ]
     if study.description:
         entries.insert(0, entry("about", study.description))

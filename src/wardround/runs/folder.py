@@ -24,7 +24,7 @@ Fingerprint = Mapping[str, str]
 
 # What the lock of a run's folder holds: without it, or the list of its arms, the folder is somebody else's.
 _MARK = b"wardround run\n"
-_ARMS, _WITHOUT, _FINGERPRINT = "compare.json", "without.json", "fingerprint.json"
+_ARMS, _WITHOUT, _FINGERPRINT, _NEAR = "compare.json", "without.json", "fingerprint.json", "near.json"
 
 
 def refuse_foreign(out: Path, *, ours: bool) -> None:
@@ -124,6 +124,18 @@ def record_without(out: Path, sites: Collection[str]) -> None:
     """Write down which sites a run goes on without: a later process goes on without them, too."""
     if sites:
         write_text(out / "work" / _WITHOUT, json.dumps(sorted(sites)) + "\n", durable=True)
+
+
+def record_near(host: Context, near: Path) -> None:
+    """Write down, for a later evaluation, the folder to which the paths in the study are relative, where it has any."""
+    if host.start_places:
+        write_text(host.out / "work" / _NEAR, json.dumps(str(near)) + "\n")
+
+
+def near_in(out: Path) -> Path:
+    """The folder to which the paths in the study of a run are relative."""
+    path = out / "work" / _NEAR
+    return Path(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else out
 
 
 def _add_fingerprint(path: Path) -> list[Fingerprint]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from wardround.federation.release import load_model, model_path, study_of
 from wardround.plan.arms import FEDERATED, arms_of
+from wardround.plan.weights import FROZEN, FROZEN_SHA256
 from wardround.results.files import RESULT_FILE, read_result, read_rounds
 from wardround.runs.columns import entry, table
 from wardround.runs.protocols import lines, read_protocols
@@ -26,8 +28,18 @@ def inspect_model(path: Path) -> str:
         f"{metadata.get('round', 'unknown')}",
         f"{study.modality.upper()}, {kind}: {sum(tensor.size for tensor in tensors.values()):,} values; "
         f"{study.method.kind}",
+        f"started from {study.start.describe()}",
+        *_frozen(metadata),
     )
     return "\n  ".join((*heading, *lines(read_protocols(metadata, study))))
+
+
+def _frozen(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """What of a model is not in its file; nothing where it holds all of its values."""
+    if FROZEN_SHA256 not in metadata:
+        return ()
+    names = metadata[FROZEN].split(" ")
+    return (f"{len(names)} frozen tensors beside these, in weights/{metadata[FROZEN_SHA256]}.safetensors",)
 
 
 def inspect_run(out: Path) -> str:

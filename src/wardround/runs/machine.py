@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ class Machine(Context):
         compare: tuple[str, ...],
         progress: Progress | None = None,
         without: Collection[str] = (),
+        start: Sequence[Path] = (),
     ) -> None:
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
-        super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings)
+        super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings, start)
         self.sites = sites
         self.datasets = Datasets(self, sites)
         self._progress = progress
@@ -153,6 +154,7 @@ class Machine(Context):
             "out": str(self.out),
             "compare": list(self._compare),
             "without": sorted(self.without),
+            "start": [str(place) for place in self.start_places],
         }
 
     @staticmethod
@@ -166,6 +168,7 @@ class Machine(Context):
             tuple(spec["compare"]),
             progress,
             spec["without"],
+            [Path(place) for place in spec["start"]],
         )
 
 

@@ -26,13 +26,14 @@ def reconstruct(
     dose: float | None = None,
     fallback: Fallback | None = None,
     plugins: Collection[str] = (),
+    weights: PathLike | None = None,
     told: Callable[[Reconstruction], None] = lambda _: None,
 ) -> tuple[Reconstruction, ...]:
     """Reconstruct `inputs` with a released model, each into a file of its own in the folder `out`.
 
     A single input (no sequence) is written to `out` itself where that ends in .nii or .nii.gz. For what an input can
-    be, and for `site`, `embedding`, `dose`, `fallback` and `plugins`, see `wardround.runs.apply.Reconstructor`. `told`
-    is called after each.
+    be, and for `site`, `embedding`, `dose`, `fallback`, `plugins` and `weights`, see
+    `wardround.runs.apply.Reconstructor`. `told` is called after each.
     Raises `StudyError`, `DataError` and `GeometryError`; of several inputs those that can be are reconstructed first.
     """
     single = isinstance(inputs, str | os.PathLike)
@@ -44,6 +45,7 @@ def reconstruct(
         dose=dose,
         fallback=fallback == "tv",
         plugins=plugins,
+        weights=None if weights is None else Path(weights),
     )
     whole = single and Path(out).name.endswith((".nii", ".nii.gz"))
     outputs = [Path(out)] if whole else [Path(out) / name for name in output_names(sources)]

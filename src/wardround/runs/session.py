@@ -18,7 +18,7 @@ from wardround.results.files import read_result
 from wardround.results.schema import Measured, Result
 from wardround.runs.conduct import conduct, shielded, stoppable
 from wardround.runs.evaluation import measure, tables
-from wardround.runs.folder import alone, claim, without_in
+from wardround.runs.folder import alone, claim, near_in, record_near, without_in
 from wardround.runs.machine import Machine
 from wardround.runs.remarks import remarks_on
 from wardround.runs.watching import Shielded, Watcher
@@ -46,11 +46,13 @@ def run(
     watcher: Watcher | None = None,
     quiet: bool = False,
     allow_code: bool = False,
+    near: str | Path | None = None,
 ) -> Result:
     """Train a study, compare it with training alone and on pooled data, and write the result files into `out`.
 
     `allow_code` lets the study name any code (`task.factory: package.module:callable`), not only the plug-ins that the
-    sites file allows: for your own study on your own machine.
+    sites file allows: for your own study on your own machine. `start.file` of the study is relative to `near`: to the
+    folder of the study's file, or without one to the working folder.
 
     A run that was stopped, by whatever, goes on where it was when the same call is made again; `resume` insists that
     there is something to go on with. A run whose data at a site changed since it began is refused; `without` names the
@@ -59,13 +61,15 @@ def run(
     `JournalError`, `NotEnoughSites`, and `Interrupted` after Ctrl-C.
     """
     watching = shielded(watcher, quiet)
-    host = open_host(study, sites, out, compare, overrides, watching, without, allow_code=allow_code)
+    near = near_of(study, near)
+    host = open_host(study, sites, out, compare, overrides, watching, without, allow_code=allow_code, near=near)
     for remark in remarks_on(host.study, host.sites):
         log.warning("%s", remark)
     began = time.perf_counter()
     host.preflight(watching.phase)
     with stoppable(), alone(host.out), closing(host):
         fingerprints = claim(host, resume=resume)
+        record_near(host, near)
         host.open_stores()
         with _Carrier(host, engine, processes, watching) as carrier:
             host.build_operators(watching.phase, keep=carrier.parallel == 1)
@@ -93,7 +97,8 @@ def evaluate(
     out = Path(out)
     before = read_result(out)
     watching = shielded(watcher, quiet)
-    host = open_host(out / "study.yaml", sites, out, before.compare, (), watching, allow_code=allow_code)
+    study, near = out / "study.yaml", near_in(out)
+    host = open_host(study, sites, out, before.compare, (), watching, allow_code=allow_code, near=near)
     if host.study_sha256 != before.study_sha256:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
     with alone(out), closing(host), _Carrier(host, engine, processes, watching) as carrier:
@@ -112,8 +117,13 @@ def open_host(
     without: Sequence[str] = (),
     *,
     allow_code: bool = False,
+    near: str | Path | None = None,
 ) -> Machine:
-    """The machine of a run: study and sites loaded and fitting each other, less the sites it goes on without."""
+    """The machine of a run: study and sites loaded and fitting each other, less the sites it goes on without.
+
+    `near` is that of `run`.
+    """
+    near = near_of(study, near)
     if not isinstance(study, Study):
         study = load_study(study, overrides)
     elif overrides:
@@ -126,7 +136,15 @@ def open_host(
     for name, site in study.sites.items():
         if not site.scans and name not in gone:
             sites.of(name)
-    return Machine(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone)
+    start = study.start_places(near, *(e.start for n, e in sites.sites.items() if n in study.sites))
+    return Machine(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone, start)
+
+
+def near_of(study: Study | str | Path | Mapping[str, Any], near: str | Path | None) -> Path:
+    """The folder to which the paths in a study are relative."""
+    if near is None:
+        near = Path(study).parent if isinstance(study, str | Path) else Path()
+    return Path(near).absolute()
 
 
 def _written_spec(host: Machine) -> Path:

@@ -16,7 +16,14 @@ from wardround.federation.exchange import DONE, Party
 from wardround.federation.facts import DELIVER, FACTS, SPENT, Patients, SiteFacts, SiteSpending, meta_of
 from wardround.federation.plans import plan_of
 from wardround.federation.refusals import refusal
-from wardround.federation.release import CARD, model_of_study, model_path, save_release, scanners_of_arm
+from wardround.federation.release import (
+    CARD,
+    model_of_study,
+    model_path,
+    save_frozen_part,
+    save_release,
+    scanners_of_arm,
+)
 from wardround.learning.device import CPU, Compute, Placed, compute_of
 from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.learning.private_training import PrivateTraining
@@ -192,6 +199,7 @@ class Agent:
             raise Rejected(f"site {self.name} has the study's released model; another one is not kept in its place")
         try:
             if not there:
+                save_frozen_part(self._blueprints, self._folder)
                 with written(model) as file:
                     for chunk in request.body.chunks():
                         file.write(chunk)
@@ -203,7 +211,8 @@ class Agent:
 
     def _check_delivered(self, request: Message) -> None:
         """Raise for a body that is not a released model of this study; see `_take`."""
-        header, initial = request.header, self._blueprints.bench.initial
+        header, bench = request.header, self._blueprints.bench
+        initial = {name: tensor for name, tensor in bench.initial.items() if name not in bench.frozen}
         values = sum(tensor.numel() * tensor.element_size() for tensor in initial.values())
         if not isinstance(request.body, FileBody) or header.body_nbytes > values + MAX_HEADER:
             raise Rejected("a delivery that is larger than the study's model")

@@ -64,7 +64,9 @@ def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Call
     root = None if spec["rounding_root"] is None else bytes.fromhex(spec["rounding_root"])
     agents: dict[str, Agent] = {}
     for agreed in spec["studies"]:
-        blueprints = Blueprints(Study.model_validate(agreed["study"]), tuple(agreed["compare"]), embeddings, plugins)
+        study = Study.model_validate(agreed["study"])
+        start = study.start_places(Path(), entry.start)
+        blueprints = Blueprints(study, tuple(agreed["compare"]), embeddings, plugins, start)
         datasets, folder = Datasets(blueprints, sites, int(spec["floor"])), Path(agreed["folder"])
         agent = Agent(name, blueprints, sites, folder, datasets, progress=progress, rounding_root=root)
         agents |= dict.fromkeys(agent.identities, agent)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -29,6 +30,7 @@ from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
 from wardround.study.protection import Protection
 from wardround.study.registry import BUILTIN, builtins, check_model, default, read
+from wardround.study.start import Fresh, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import BASELINES, Evaluation, Modality, ReconstructionTask, TaskSettings
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
@@ -126,6 +128,8 @@ class Study(Config):
     method: Annotated[
         SerializeAsAny[MethodSettings], BeforeValidator(lambda value, info: read("method", value, info))
     ] = Field(default_factory=lambda: default("method"))
+    start: Start = Field(Fresh(), description="what the model begins with, in every arm")
+    parts: Parts = Parts()
     local: Local = Local()
     schedule: Schedule = Schedule()
     protection: Protection = Protection()
@@ -219,6 +223,8 @@ class Study(Config):
     def _noise_adds_up(self) -> None:
         """Refuse whatever makes an update more than a sum of patients' gradients."""
         local, said = self.local, "with protection.privacy.noise=distributed an update must be one sum of gradients"
+        if self.parts.local:
+            raise ValueError(f"parts.local: {said}, and no site follows its own; leave it out, or set `noise: site`")
         if not self.method.adds_up:
             fit = " or ".join(f"`{kind}`" for kind in _kinds(m for m in _methods() if m.adds_up))
             raise ValueError(f"method.kind={self.method.kind}: {said}; set it to {fit}")
@@ -251,6 +257,16 @@ class Study(Config):
                     f"the geometry of site {site} has size {list(acquisition.geometry.size)} and the task "
                     f"{list(task.size)}; give `geometry.size` and `task.size` the same rows and columns"
                 )
+
+    def start_places(self, near: Path, *given: Path | None) -> tuple[Path, ...]:
+        """Where the file that the study starts from may lie: the places given, else what `start.file` says.
+
+        `near` is the folder of the study's file.
+        """
+        if not isinstance(self.start, FromWeights | FromRelease):
+            return ()
+        places = tuple(dict.fromkeys(place for place in given if place is not None))
+        return places or ((near / self.start.file).absolute(),)
 
     @property
     def modality(self) -> Modality:

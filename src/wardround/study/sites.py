@@ -51,6 +51,11 @@ class SiteData(Config):
         description="a .npz or .safetensors file with a vector for each patient's folder name, or one named `all`: for "
         "studies with `model.anatomy`; it is read at the site and is in no message",
     )
+    start: Path | None = Field(
+        None,
+        description="the site's own copy of the file that the study starts from (`start` in the study, which names its "
+        "hash); default: the study's `start.file`",
+    )
     device: str = Field(
         "cpu",
         pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$",
@@ -142,12 +147,13 @@ def load_sites(path: str | Path) -> SitesFile:
 
 def _resolved(entry: SiteData, site: str, base: Path) -> SiteData:
     key, embeddings, ledger = f"sites.{site}", entry.embeddings, entry.ledger
-    history = entry.history
+    history, start = entry.history, entry.start
     return entry.model_copy(
         update={
             "encryption_key": _key_place(entry.encryption_key, site, base),
             "data": tuple(_existing(path, f"{key}.data", base, folder=True) for path in entry.data),
             "embeddings": embeddings and _existing(embeddings, f"{key}.embeddings", base, folder=False),
+            "start": start and _absolute(start, f"{key}.start", base),
             "ledger": ledger and _absolute(ledger, f"{key}.ledger", base),
             "history": history and _absolute(history, f"{key}.history", base),
         }

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from wardround.learning.frozen import is_frozen
+
 
 def own_statistics(model: nn.Module) -> AbstractContextManager[Any]:
     """From now until the context is left, batch-norm layers in evaluation normalise by what they are given.
 
     Mean and (biased) variance of each channel over the batch and all its places stand for the running ones: batch
     normalisation at prediction time (Nado et al., 2020), as AdaBN with the batch as target domain (Li et al., 2016).
-    A layer that is given one value a channel keeps its running statistics, as one value has no variance.
+    A layer that is given one value a channel keeps its running statistics, as one value has no variance; so does a
+    frozen layer.
     """
     undo = ExitStack()
     for layer in model.modules():
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, _BatchNorm) and not is_frozen(layer):
             undo.callback(_restore, layer, {name: b.detach().clone() for name, b in layer.named_buffers()})
             undo.callback(layer.register_forward_pre_hook(_estimate).remove)
     return undo

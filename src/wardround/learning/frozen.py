@@ -1,0 +1,40 @@
+"""Parts of a model that never change: no gradient reaches them, and their layers stay in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from wardround.learning.policy import matching
+
+_HELD = "_wardround_frozen"
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
+    """Freeze the parameters and buffers that the study's `parts.frozen` names; their names.
+
+    Raises `StudyError` for a pattern that matches nothing.
+    """
+    names = matching(patterns, tuple(model.state_dict()), "parts.frozen")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in names:
+            parameter.requires_grad_(False)
+    for prefix, module in model.named_modules():
+        own = [f"{prefix}.{name}" if prefix else name for name in module.state_dict()]
+        if own and names.issuperset(own):
+            setattr(module, _HELD, True)
+    return names
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a layer is frozen as a whole, with its buffers."""
+    return getattr(module, _HELD, False)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Put a model into training mode, except what is frozen as a whole: its statistics and dropout stay as they are."""
+    model.train()
+    for module in model.modules():
+        if is_frozen(module):
+            module.eval()

@@ -1,0 +1,246 @@
+"""Weights in files: released models, their frozen part, and what a study starts from. Found by place, known by hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
+
+from wardround.errors import DataError, StudyError
+from wardround.learning.policy import listed
+from wardround.storage.record import is_hash
+from wardround.study.start import FromRelease, FromWeights, Start
+from wardround.wire.canonical import digest
+from wardround.wire.files import reason, written
+from wardround.wire.tensors import tensors_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+Array = npt.NDArray[Any]
+FORMAT = "wardround-model-1"
+#: Keys of a released model's metadata: the names of its frozen part, and the hash by which that is stored elsewhere.
+FROZEN, FROZEN_SHA256 = "frozen", "frozen_sha256"
+_FOLDER = "weights"
+# A model of a site lies four folders below those of its run: models/SITE/ARM/model.safetensors.
+_ABOVE = 4
+
+
+# Released models ----------------------------------------------------------------------------------------------------
+
+
+def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors and the metadata of a released model, without its frozen part (`frozen_part`).
+
+    Raises `DataError` for anything else.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except PermissionError as error:
+        raise DataError(f"the model file cannot be read ({reason(error)})", detail=str(path)) from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            "the model file cannot be read: it must be a .safetensors file that `wardround run` wrote",
+            detail=f"{path}: {error}",
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise DataError("the file holds tensors, but it is not a model that `wardround run` wrote", detail=str(path))
+    return tensors, metadata
+
+
+def model_sha256(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
+    """The identity of a released model: the hash of its shared tensors, and of its frozen ones where it has any."""
+    shared = tensors_sha256({name: tensors[name] for name in metadata["shared"].split(" ")})
+    frozen = metadata.get(FROZEN_SHA256)
+    return shared if frozen is None else digest([shared, frozen])
+
+
+def save_frozen(values: Mapping[str, Array], sha256: str, folder: Path) -> Path:
+    """Store the frozen part of a run's models once, `folder/weights/SHA256.safetensors`; raises `OSError`."""
+    path = folder / _FOLDER / f"{sha256}.safetensors"
+    if not path.exists():
+        with written(path) as file:
+            file.write(save({name: values[name] for name in sorted(values)}))
+    return path
+
+
+def frozen_part(model: Path, metadata: Mapping[str, str], given: Path | None = None) -> dict[str, Array]:
+    """The frozen values of a released model: from `given`, or from the folder `weights` of its run or beside it.
+
+    Empty for a model that holds all of its values. Raises `DataError` where they are not there, or are others.
+    """
+    sha256 = metadata.get(FROZEN_SHA256)
+    if sha256 is None:
+        return {}
+    if not is_hash(sha256) or FROZEN not in metadata:
+        raise DataError("the model's file names its frozen part by what is no hash; get it again", detail=str(model))
+    name = f"{sha256}.safetensors"
+    places = [model.parent / name, *(above / _FOLDER / name for above in model.absolute().parents[:_ABOVE])]
+    path = given or next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise DataError(
+            f"the model's frozen part is not in its file and was not found: put {name} (in the folder `{_FOLDER}` of "
+            "the run) beside the model's file, or name it with --weights",
+            detail=str(model),
+        )
+    names = metadata[FROZEN].split(" ")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            held = set(file.keys())
+            found = {n: file.get_tensor(n) for n in names} if held.issuperset(names) else {}
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            "the file with the model's frozen part cannot be read: it must be a .safetensors file",
+            detail=f"{path}: {error}",
+        ) from error
+    if not found or (actual := tensors_sha256(found)) != sha256:
+        why = f"they have sha256 {actual}" if found else "some are not in it"
+        raise DataError(
+            f"the model's frozen values are those of sha256 {sha256}, and in the file given {why}; get the file {name}",
+            detail=str(path),
+        )
+    return found
+
+
+# What a study starts from -------------------------------------------------------------------------------------------
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes; raises `OSError`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def place_of(start: FromWeights | FromRelease, places: Iterable[Path]) -> Path:
+    """The first of the places at which something lies; raises `StudyError` where nothing does."""
+    places = tuple(places)
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise StudyError(
+            f"start.file: {start.file} does not exist; put it there, below the study's folder, or say where it lies "
+            "with `start` in a site's entry of the sites file",
+            detail=", ".join(map(str, places)),
+        )
+    path = found / "models" / "federated.safetensors" if isinstance(start, FromRelease) and found.is_dir() else found
+    if not path.is_file():
+        raise StudyError(
+            f"start.file: {start.file} is no file, or the folder of a run that released no model; correct the path",
+            detail=str(path),
+        )
+    return path
+
+
+def begin(start: Start, places: Sequence[Path], model: nn.Module) -> None:
+    """Put the values that a study starts from into a model; does nothing for a fresh start.
+
+    Raises `StudyError` for a file that is not there or is another than the study's, and for values that do not fit.
+    """
+    if isinstance(start, FromWeights):
+        _begin_with_file(start, place_of(start, places), model)
+    elif isinstance(start, FromRelease):
+        _begin_with_release(start, place_of(start, places), model)
+
+
+def _begin_with_file(start: FromWeights, path: Path, model: nn.Module) -> None:
+    with _reading(start.file, path):
+        before = path.stat()
+        _check_hash(start, file_sha256(path))
+        # Of a file that another process writes meanwhile, the hash says nothing.
+        with safe_open(str(path), framework="pt") as file:
+            prefix = f"{start.into}." if start.into else ""
+            keys = file.keys()
+            names = {prefix + name: name for name in keys}
+            shapes = {ours: tuple(file.get_slice(name).get_shape()) for ours, name in names.items()}
+            _fill(model, start, shapes, lambda ours: file.get_tensor(names[ours]), within=prefix)
+        after = path.stat()
+    if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+        raise StudyError(f"start.file: {start.file} was written while it was read; try again", detail=str(path))
+
+
+def _begin_with_release(start: FromRelease, path: Path, model: nn.Module) -> None:
+    import torch
+
+    try:
+        tensors, metadata = load_model(path)
+        tensors |= frozen_part(path, metadata)
+    except DataError as error:
+        raise StudyError(f"start.file: {start.file}: {error}", detail=error.detail) from error
+    covered = [*metadata.get("shared", "").split(), *metadata.get(FROZEN, "").split()]
+    if "shared" not in metadata or not tensors.keys() >= set(covered):
+        raise StudyError(f"start.file: {start.file} does not hold what it says; get it again", detail=str(path))
+    _check_hash(start, model_sha256(tensors, metadata))
+    shapes = {name: tensors[name].shape for name in covered}
+    _fill(model, start, shapes, lambda name: torch.from_numpy(tensors[name]))
+
+
+def _check_hash(start: FromWeights | FromRelease, found: str) -> None:
+    if not start.sha256:
+        raise StudyError(f"start.sha256: is missing, and the hash fixes what a study is; write `sha256: {found}`")
+    if found != start.sha256:
+        raise StudyError(
+            f"start.file: {start.file} is another file than the study's, or it changed: its sha256 is {found}, and the "
+            f"study says {start.sha256}; restore it, or start a new run with the new hash"
+        )
+
+
+def _fill(
+    model: nn.Module,
+    start: FromWeights | FromRelease,
+    shapes: Mapping[str, tuple[int, ...]],
+    value: Any,
+    within: str = "",
+) -> None:
+    """Copy `value(name)` for every name of `shapes` into a model; names outside `within` may be left out."""
+    import torch
+
+    state = model.state_dict()
+    if unknown := [name for name in shapes if name not in state]:
+        raise StudyError(
+            f"start.file: {start.file} holds values that the model lacks: {listed(unknown)}; the model has "
+            f"{listed(tuple(state))}. Choose the model that they are of, or set `start.into`"
+        )
+    for name, shape in shapes.items():
+        if shape != tuple(state[name].shape):
+            raise StudyError(
+                f"start.file: {start.file} has {name} of shape {list(shape)}, and the model one of "
+                f"{list(state[name].shape)}; choose the model that it is of"
+            )
+    # Counters say nothing of what was learned, and a release does not share them.
+    floats = [name for name in state if name.startswith(within) and state[name].is_floating_point()]
+    lacking = [name for name in floats if name not in shapes]
+    if lacking and not start.partial:
+        raise StudyError(
+            f"start.file: {start.file} has no values for {listed(lacking)}; set `start.partial: true` to begin them "
+            "fresh"
+        )
+    with torch.no_grad():
+        for name in shapes:
+            tensor: Tensor = value(name)
+            if torch.promote_types(tensor.dtype, state[name].dtype) != state[name].dtype:
+                raise StudyError(
+                    f"start.file: {start.file} has {name} as {str(tensor.dtype).removeprefix('torch.')}, which the "
+                    f"model's {str(state[name].dtype).removeprefix('torch.')} cannot hold; convert the file"
+                )
+            state[name].copy_(tensor)
+
+
+@contextmanager
+def _reading(file: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StudyError(f"start.file: {file} cannot be read ({reason(error)})", detail=str(path)) from error
+    except SafetensorError as error:
+        raise StudyError(
+            f"start.file: {file} cannot be read: it must be a .safetensors file", detail=f"{path}: {error}"
+        ) from error

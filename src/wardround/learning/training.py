@@ -223,7 +223,7 @@ class Learner:
         """One round of training from a loaded model; raises `TrainingFailed` when the loss is not finite."""
         began = time.perf_counter()
         local, model = self._local, self._bench.model
-        torch.set_num_threads(local.threads)
+        torch.set_num_threads(self.compute.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         model.train()
         state = model.state_dict(keep_vars=True)
@@ -314,7 +314,7 @@ class Learner:
     def evaluate(self, split: Split) -> dict[str, Array]:
         """What every patient of a split adds to each metric, in patient order: (n, *shape). It stays at the site."""
         model = self._bench.model
-        torch.set_num_threads(self._local.threads)
+        torch.set_num_threads(self.compute.threads)
         model.eval()
         with watched(model) as diverged:
             return self.per_patient(split, lambda batch: self._placed.score(model, batch), diverged)

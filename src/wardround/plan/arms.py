@@ -34,9 +34,9 @@ class Arm:
     method: MethodSettings
     local: Local
 
-    def identity(self, study_sha256: str) -> str:
+    def identity(self, study_sha256: str, plan_sha256: str) -> str:
         """The hash that messages and journals of this arm carry."""
-        return digest([study_sha256, self.name])
+        return digest([study_sha256, plan_sha256, self.name])
 
     def threshold(self, study: Study) -> int | None:
         """The threshold of the arm's secure sum; `None` where it sums in the clear.

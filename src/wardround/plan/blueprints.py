@@ -24,7 +24,7 @@ from wardround.plan.sums import evaluation_metrics, round_metrics, validation_me
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
 from wardround.study.ct import CTAcquisition
-from wardround.study.load import study_sha256
+from wardround.study.hashes import plan_sha256, study_sha256
 from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
@@ -68,6 +68,7 @@ class Blueprints:
     ) -> None:
         self.study = plugins.opened(study)
         self.study_sha256 = study_sha256(self.study)
+        self.plan_sha256 = plan_sha256(self.study)
         self.arms = {arm.name: arm for arm in arms_of(self.study, compare)}
         self._embeddings = dict(embeddings or {})
         self.plugins = plugins
@@ -135,7 +136,7 @@ class Blueprints:
             metrics = round_metrics(specs, private=protection.privacy is not None)
             self._blueprints[name] = Blueprint(
                 arm=arm,
-                identity=arm.identity(self.study_sha256),
+                identity=arm.identity(self.study_sha256, self.plan_sha256),
                 method=method,
                 policy=policy,
                 layout=Layout(groups, metrics, room, max_weight),

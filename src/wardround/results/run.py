@@ -170,8 +170,8 @@ class Run:
     @property
     def hashes(self) -> tuple[tuple[str, str], ...]:
         """The hashes of study and models, by name."""
-        found = self.result.model_dump(include={"study_sha256", "model_sha256", "local_sha256"})
-        return tuple(flat({key: found[key] for key in ("study_sha256", "model_sha256", "local_sha256")}))
+        found = self.result.model_dump(include={"study_sha256", "plan_sha256", "model_sha256", "local_sha256"})
+        return tuple(flat({key: found[key] for key in ("study_sha256", "plan_sha256", "model_sha256", "local_sha256")}))
 
 
 def load_run(out: Path) -> Run:

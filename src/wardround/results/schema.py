@@ -154,7 +154,8 @@ class Result(Measured):
 
     version: Literal[1] = 1
     study: str = Field(description="the study's name")
-    study_sha256: str
+    study_sha256: str = Field(description="over what the study's file says")
+    plan_sha256: str = Field(description="over the resolved study: all defaults of this version filled in")
     model_sha256: str = Field(description="over the shared tensors of the released federated model")
     local_sha256: dict[str, str] = Field(description="by site: over the tensors that stay there")
     scanners: dict[str, HeaderFacts] = Field(description="by site: what headers say, where the site lets it out")

@@ -222,6 +222,7 @@ def _conclude(
         **dict(measured),
         study=host.study.name,
         study_sha256=host.study_sha256,
+        plan_sha256=host.plan_sha256,
         model_sha256=shared_sha256(model),
         local_sha256=dict(private),
         scanners=trained_on.headers,

@@ -124,7 +124,9 @@ def _jobs(host: Context) -> Iterator[_Job]:
         path = model_path(host.out, folder)
         if not path.exists():
             raise DataError(f"models/{path.name} is missing: the run is not finished; run it again to resume")
-        body = as_tensor_file(model_of_study(path, host.study_sha256), host.out / "work" / "released" / folder)
+        body = as_tensor_file(
+            model_of_study(path, host.study_sha256, host.plan_sha256), host.out / "work" / "released" / folder
+        )
         left_out = name.removeprefix("without/") if name.startswith("without/") else None
         for site in everywhere if left_out is None else (left_out,):
             trained_here = site in arm.members

@@ -13,6 +13,7 @@ from wardround.plan.blueprints import Blueprints
 from wardround.site.agent import Agent, Progress
 from wardround.site.datasets import Datasets
 from wardround.site.egress import ACROSS_HOSPITALS
+from wardround.study.hashes import written
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile
@@ -48,10 +49,7 @@ def spec_of(
         "rounding_root": None if rounding_root is None else rounding_root.hex(),
         "spool": str(spool),
         "floor": floor,
-        "studies": [
-            {"study": a.study.model_dump(mode="json"), "folder": str(a.folder), "compare": list(a.compare)}
-            for a in agreed
-        ],
+        "studies": [{"study": written(a.study), "folder": str(a.folder), "compare": list(a.compare)} for a in agreed],
     }
 
 

@@ -62,6 +62,9 @@ class SiteData(Config):
         description="what the layers of a network compute in; parameters, losses, metrics, physics and what leaves the "
         "site stay in 32 bits",
     )
+    threads: int = Field(
+        1, ge=1, description="torch threads of the site on the CPU. Their number changes the speed and the last digits"
+    )
     lint: bool = Field(
         True, description="whether to refuse, before training, a received model that looks like one built to leak"
     )
@@ -122,6 +125,10 @@ class SitesFile(Config):
         if site not in self.sites:
             raise StudyError(f"the sites file has no entry for site {site}; add `sites.{site}.data`")
         return self.sites[site]
+
+    def threads(self, site: str) -> int:
+        """On how many threads a site computes; one for a site without an entry."""
+        return self.sites[site].threads if site in self.sites else 1
 
     def key(self, site: str) -> bytes | None:
         """A site's encryption key, read where it is needed and never written: nothing when it has none."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save
 
 from tests.apart import apart, comparable, engine_of, folder_of, give_root, opened
@@ -356,6 +357,41 @@ def test_a_hospital_s_private_part_is_of_one_round_and_its_hash_is_keyed(tmp_pat
         assert hashes[-1] != tensors_sha256(load_file(own))
     # The same study on the same data: a bare hash would show that they are the same.
     assert hashes[0] != hashes[1]
+
+
+def test_a_site_sums_with_the_roster_of_its_own_file_alone(tmp_path: Path) -> None:
+    study = study_of({**ROUNDS, "protection": {"secure": True}})
+    arm = Blueprints(study, (), {}, Plugins(code=True)).blueprint("federated").identity
+    log = tmp_path / "A" / "work" / "sites" / "A" / "federated" / "log.jsonl"
+
+    def shown(keys: dict[str, str], expected: str | None, kind: str = ROSTER) -> dict[str, Any]:
+        sites = toy_sites(tmp_path / "data", SITES)
+        entry = SiteData.model_validate({**sites.of("A").model_dump(), "roster_sha256": expected})
+        agreed = [Agreed(study, tmp_path / "A", ())]
+        spec = spec_of("A", SitesFile(sites={**sites.sites, "A": entry}).with_code(), tmp_path / "spool", agreed)
+        agent = agent_finder(json.loads(json.dumps(spec)))
+        key = parsed(SiteFacts, asked(agent, facts_of(study)).header.meta).public_key
+        keys |= {"A": key}
+        header = Header(ROSTER, arm, "A", meta={"keys": keys}) if kind == ROSTER else Header(kind, arm, "A", 1)
+        return dict(asked(agent, header).header.meta)
+
+    keys = {"B": "b" * 64, "C": "c" * 64}
+    # Not compared yet: the site says which it was shown, and keeps none.
+    refused = shown(keys, "0" * 64)["reason"]
+    assert f"was shown one of sha256 {digest(keys)}" in refused
+    assert "set it" in refused
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    (refusal,) = [event["payload"] for event in events if event["event"] == "roster refused"]
+    assert refusal == {"roster": digest(keys), "expected": "0" * 64}
+    agreed = digest(keys)
+    # Another key in the place of a site's is another roster, even where none is kept.
+    assert "was shown one of sha256" in shown({"B": "b" * 64, "C": "d" * 64}, agreed)["reason"]
+    assert shown(keys, agreed) == {}
+    # One that was kept before its hash was known to be wrong serves no sum.
+    assert "roster_sha256" in shown(keys, "1" * 64, "sum/advertise")["reason"]
+    assert "must say kind" in shown(keys, agreed, "sum/advertise")["reason"]
+    with pytest.raises(ValidationError, match="roster_sha256"):
+        SiteData.model_validate({"data": tmp_path, "roster_sha256": "ab"})
 
 
 def test_a_roster_belongs_to_no_round(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from wardround.storage.journal import RoundReport
 from wardround.study.hashes import plan_sha256, study_sha256
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
+from wardround.wire.canonical import digest
 
 ROUNDS = {"schedule": {"rounds": 3, "min_sites": 2, "validate_every": 0, "release": "last"}}
 
@@ -209,6 +210,16 @@ def test_a_run_goes_on_without_a_site_and_says_so(
     again = go_on(tmp_path, study, sites, compare=compare)
     assert (again.notes, again.metrics) == (values.notes, values.metrics)
     assert evaluate(result.out, sites, engine="local").metrics == values.metrics
+    # What hospitals compare by another way is shown, and stands in each site's log.
+    roster = result.out / "work" / "arms" / "federated" / "roster.json"
+    assert roster.exists() == secure
+    shown = CliRunner().invoke(app, ["inspect", str(result.out)]).output
+    if secure:
+        sha256 = digest(json.loads(roster.read_text()))
+        assert f"roster_sha256 {sha256}" in " ".join(shown.split())
+        assert sha256 in (result.out / "work" / "sites" / "A" / "federated" / "log.jsonl").read_text()
+    else:
+        assert "roster_sha256" not in shown
 
 
 def test_what_a_run_cannot_go_on_without_is_said(tmp_path: Path) -> None:

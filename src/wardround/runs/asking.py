@@ -88,6 +88,7 @@ def agree_on_roster(context: Context, engine: Engine, arm: Arm, facts: Mapping[s
             )
         roster = Roster({site: bytes.fromhex(facts[site].public_key) for site in arm.sites})
         write_text(path, json.dumps(roster.to_json()), durable=True)
+        log.info("roster_sha256 of %s, for the hospitals to compare: %s", arm.name, roster.sha256)
     identity = arm.identity(context.study_sha256, context.plan_sha256)
     asked = [
         Message(Header(ROSTER, identity, s, meta={"keys": roster.to_json()})) for s in context.remaining(arm.sites)

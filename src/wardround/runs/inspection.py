@@ -61,6 +61,7 @@ def inspect_run(out: Path) -> str:
             entry("state", state),
             entry("study_sha256", study_sha256(study)),
             entry("plan_sha256", _plan_sha256(out)),
+            *_roster(out),
             entry("sites", f"{', '.join(study.training_sites)}{unseen}"),
             "",
             table(("arm", "rounds", "model"), rows),
@@ -73,6 +74,15 @@ def _model_of(out: Path, folder: str, number: int | None) -> str:
     if not path.exists():
         return "not yet released"
     return f"models/{folder}.safetensors" + ("" if number is None else f", of round {number}")
+
+
+def _roster(out: Path) -> list[str]:
+    """The hash of the sites' keys, which hospitals compare, where the run sums under masks."""
+    try:
+        keys = json.loads((out / "work" / "arms" / FEDERATED / "roster.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [entry("roster_sha256", digest(keys))]
 
 
 def _plan_sha256(out: Path) -> str:

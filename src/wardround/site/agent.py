@@ -377,8 +377,17 @@ class Agent:
                     model=model,
                 )
             )
-        threshold = arm.threshold(blueprints.study)
-        return None if threshold is None else SecureUpload(threshold, history=self._history, members=arm.sites)
+        threshold, entry = arm.threshold(blueprints.study), self._sites.sites.get(self.name)
+        return (
+            None
+            if threshold is None
+            else SecureUpload(
+                threshold,
+                history=self._history,
+                members=arm.sites,
+                expected=None if entry is None else entry.roster_sha256,
+            )
+        )
 
     def learner(self, blueprint: Blueprint) -> Learner:
         """What trains and evaluates in an arm; all learners of a process on one device share one model."""

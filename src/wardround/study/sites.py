@@ -90,6 +90,12 @@ class SiteData(Config):
         description="the file in which this site counts what its patients' privacy has cost, over all studies; "
         "default: one of the run's own",
     )
+    roster_sha256: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="the hash of the list of sites and their keys with which this site sums under masks "
+        "(`protection.secure`), as the hospitals compared it; any other list is refused",
+    )
     history: Path | None = Field(
         None,
         description="the folder in which this site records, over all studies, which masked rounds it joined and which "

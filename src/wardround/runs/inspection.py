@@ -82,7 +82,7 @@ def _roster(out: Path) -> list[str]:
         keys = json.loads((out / "work" / "arms" / FEDERATED / "roster.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return [entry("roster_sha256", digest(keys))]
+    return [entry("roster", digest(keys))]
 
 
 def _plan_sha256(out: Path) -> str:

@@ -50,7 +50,7 @@ class Machine(Context):
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
         super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings)
         self.sites = sites
-        self.datasets = Datasets(self, sites)
+        self.datasets = Datasets(self, sites, folder=out)
         self._progress = progress
         self._compare = compare
         self._agents: dict[str, Agent] = {}

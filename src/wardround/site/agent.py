@@ -29,7 +29,7 @@ from wardround.protection.identity import Identity
 from wardround.protection.secret import SecretRoot
 from wardround.site.alone import OnlyTests, OwnArm, TrainsAlone
 from wardround.site.budgets import Purses, spending_of
-from wardround.site.datasets import Datasets
+from wardround.site.datasets import Datasets, history_of
 from wardround.site.egress import OPEN, EgressRules
 from wardround.site.evaluators import evaluators_of, own_model
 from wardround.site.measured import MeasuredSets
@@ -156,6 +156,7 @@ class Agent:
         headers = HeaderFacts()
         try:
             dataset = self._datasets.of(self.name)
+            self._datasets.settle(self.name)
             own = dataset.fingerprint()
             found = SecretRoot.of(self._store).key("fingerprint", self._blueprints.study_sha256, own).hex()
             # Of other data than the first answer was of, only that they are others: two answers, before and after one
@@ -253,9 +254,9 @@ class Agent:
     @property
     def _history(self) -> Path:
         """The folder in which the site records over all studies what it has answered, or this run's own."""
-        entry = self._sites.sites.get(self.name)
-        given = None if entry is None else entry.history
-        return given or self._kept / "history"
+        found = history_of(self._sites, self._folder, self.name)
+        assert found is not None
+        return found
 
     @cached_property
     def compute(self) -> Compute:

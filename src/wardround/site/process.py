@@ -63,7 +63,8 @@ def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Call
     agents: dict[str, Agent] = {}
     for agreed in spec["studies"]:
         blueprints = Blueprints(Study.model_validate(agreed["study"]), tuple(agreed["compare"]), embeddings, plugins)
-        datasets, folder = Datasets(blueprints, sites, int(spec["floor"])), Path(agreed["folder"])
+        folder = Path(agreed["folder"])
+        datasets = Datasets(blueprints, sites, int(spec["floor"]), folder)
         agent = Agent(name, blueprints, sites, folder, datasets, progress=progress, rounding_root=root)
         agents |= dict.fromkeys(agent.identities, agent)
 

@@ -221,9 +221,9 @@ class SecureUpload:
         site.minutes.note("roster refused", {"roster": roster.sha256, "expected": self._expected})
         log.warning("site %s refuses a roster of sha256 %s: its sites file names another", site.name, roster.sha256)
         raise Rejected(
-            f"site {site.name} sums only with the roster that sites.{site.name}.roster_sha256 of its sites file names, "
-            f"and was shown one of sha256 {roster.sha256}. Compare that hash with the other hospitals, by another way "
-            "than this coordinator; where all have the same, set it"
+            f"site {site.name} sums only with the roster whose hash stands in its own sites file, and was shown "
+            "another one: the log of the site names both hashes. Compare them with the other hospitals, by another way "
+            "than this coordinator"
         )
 
     def _pinned(self, site: Site) -> Roster:

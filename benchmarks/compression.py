@@ -37,7 +37,6 @@ COMMON = (
     "task.evaluation.leave_one_out=false",
     "schedule.validate_every=0",
     "schedule.release=last",
-    "local.threads=1",
 )
 QUICK = ("schedule.rounds=6", "local.steps=5", "local.warmup=5", "task.evaluation.slices.per_patient=1")
 VALUE_BITS = (2, 4, 8, 16, 64, 256)

@@ -24,7 +24,13 @@ STUDY = """# The study file
 
 A study is one YAML file that holds everything that decides the result. Unknown keys are refused; errors name the key
 and the fix. `--set a.b=value` overrides a key before the study is hashed; `wardround check STUDY --full` prints every
-default. Where a site's data lie is never in it: the [sites file](#sitesfile) says that.
+default. Where a site's data lie and how its machine computes is never in it: the [sites file](#sitesfile) says that.
+
+A study is known by two hashes. `study_sha256` is over what the file and the overrides say: the order of keys, 1 or
+1.0, an empty or an absent section make no difference, a default that is written out does, and a later version with one
+more setting gives the same hash. `plan_sha256` is over the study with every default filled in. A run is resumed, a site
+takes part and a model is evaluated only where both are equal; where the second alone differs, the error says that
+another version fills in other defaults.
 
 A file (study, sites, `--set`) of more than 2^20 bytes, 32,000 values (aliases written out) or 16 levels is refused with
 the place, whatever it stands for. Code that a study names is called where the site's file [allows

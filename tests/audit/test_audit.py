@@ -200,7 +200,8 @@ def test_only_a_site_that_trains_can_be_audited(hospital: tuple[Path, Path, Path
 
 def test_the_light_is_red_for_a_refuted_claim_alone() -> None:
     found = Audit(
-        study="s", study_sha256="0", site="A", model="m", model_sha256="0", architecture_sha256="0", quick=True,
+        study="s", study_sha256="0", plan_sha256="0", site="A", model="m", model_sha256="0", architecture_sha256="0",
+        quick=True,
         inverted=False,
         lint=(), controls=(), rows=(), membership=(), properties=(), epsilon=Bound(1.0, 2.0, 1e-5, 100, 30, 30),
         skipped=(), pool=0, seconds=0.0, pictures=(),

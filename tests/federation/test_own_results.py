@@ -30,7 +30,7 @@ from wardround.site.rules import rules_of
 from wardround.site.site import Site
 from wardround.storage.cipher import Vault
 from wardround.storage.store import SiteStore
-from wardround.study.load import load_study, study_sha256
+from wardround.study.load import load_study, plan_sha256, study_sha256
 from wardround.study.sites import Egress, SitesFile
 from wardround.tasks.estimates import Mean, mean_of, two_digits
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS
@@ -94,7 +94,8 @@ def test_the_bytes_of_an_evaluation_hold_n_value_and_standard_errors_alone(whole
     layout, specs = rig.blueprint.evaluation_layout, rig.host.task.metrics
     # A contributor, n, and a value and two standard errors of each metric.
     assert len(layout.entries) - 2 == 3 * len(METRICS)
-    arms = {arm.identity(study_sha256(rig.study)): arm.name for arm in arms_of(rig.study, ("local", "pooled"))}
+    hashes = study_sha256(rig.study), plan_sha256(rig.study)
+    arms = {arm.identity(*hashes): arm.name for arm in arms_of(rig.study, ("local", "pooled"))}
     asked = {s.message.id: s.message.header for s in whole.sent if s.message.header.kind == EVALUATE}
     told = [s for s in whole.sent if s.message.header.reply_to in asked]
     told = [s for s in told if asked[s.message.header.reply_to].meta["split"] == "test"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wardround.errors import DataError
-from wardround.imaging.datasets.split import split_patients
+from wardround.imaging.datasets.split import SplitName, by_seed, deal_in, split_patients
 from wardround.study.tasks import Split
 
 SHARES = st.tuples(st.floats(0, 0.95, allow_nan=False), st.floats(0, 0.95, allow_nan=False)).filter(
@@ -55,3 +57,50 @@ def test_one_patient_cannot_train_and_be_held_out() -> None:
     with pytest.raises(DataError, match="site EZ trains but has 1 patient"):
         split_patients(1, Split(), 0, "EZ")
     assert split_patients(1, Split(validation=0, test=0), 0, "EZ")["train"] == (0,)
+
+
+# Patients who join --------------------------------------------------------------------------------------------------
+
+
+def _dealt(names: list[str], known: dict[str, SplitName], split: Split, seed: int = 3) -> dict[str, SplitName]:
+    parts = deal_in("CS", names, split, seed, "train", known)
+    assert sorted(i for part in parts.values() for i in part) == list(range(len(names)))
+    assert all(list(part) == sorted(part) for part in parts.values())
+    return {names[i]: part for part, numbers in parts.items() for i in numbers}
+
+
+@given(
+    st.integers(2, 12), st.lists(st.integers(1, 7), max_size=8), SHARES, st.integers(0, 2**62), st.randoms()
+)  # fmt: skip
+def test_no_patient_changes_part_and_shares_stay_within_one_patient_when_others_join(
+    first: int, waves: list[int], shares: tuple[float, float], seed: int, random: Random
+) -> None:
+    split = Split(validation=shares[0], test=shares[1])
+    pool = [f"patient {number}" for number in range(first + sum(waves))]
+    random.shuffle(pool)
+    names, known = sorted(pool[:first]), dict[str, SplitName]()
+    for wave in [0, *waves]:
+        names = sorted([*names, *pool[len(names) : len(names) + wave]])
+        found = _dealt(names, known, split, seed)
+        assert {name: found[name] for name in known} == known
+        # Dealt again, whether or not it was put on record in between: the same.
+        assert _dealt(names, found, split, seed) == _dealt(names, known, split, seed) == found
+        rule = split_patients(len(names), split, seed, "CS")
+        for part, numbers in rule.items():
+            assert abs(sum(one == part for one in found.values()) - len(numbers)) <= 1
+        known = found
+
+
+def test_patients_of_whom_none_is_known_are_dealt_as_ever() -> None:
+    names = [f"p{number:02}" for number in range(17)]
+    ever = split_patients(17, Split(), 9, "CS")
+    assert deal_in("CS", names, Split(), 9, "train", {}) == by_seed("CS", names, Split(), 9, "train") == ever
+    assert deal_in("CS", names, Split(), 9, "train", {"somebody else": "test"}) == ever
+    assert deal_in("CS", names, Split(), 9, "unseen", {"p00": "train"})["test"] == tuple(range(17))
+
+
+def test_a_site_that_lost_all_who_trained_says_so() -> None:
+    with pytest.raises(DataError, match="every patient that it has now was held out before; add patients"):
+        deal_in("CS", ["a", "b"], Split(), 0, "train", {"a": "test", "b": "validation"})
+    with pytest.raises(DataError, match="has 1 patient"):
+        deal_in("CS", ["a"], Split(), 0, "train", {"a": "train"})

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save
 
 from tests.apart import apart, comparable, engine_of, folder_of, give_root, opened
@@ -29,7 +30,7 @@ from wardround.runs.machine import Machine
 from wardround.runs.session import run
 from wardround.runs.watching import Silent
 from wardround.site.process import Agreed, agent_finder, spec_of
-from wardround.study.load import study_sha256
+from wardround.study.load import plan_sha256, study_sha256
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import Egress, SiteData, SitesFile
@@ -238,7 +239,7 @@ def test_facts_keep_to_the_site_s_rules(tmp_path: Path) -> None:
     entry = SiteData(data=tmp_path, egress=Egress(minimum_cohort=5))
     sites = SitesFile(sites=dict.fromkeys(SITES, entry)).with_code()
     with closing(engine_of(study, sites, tmp_path)) as engine:
-        (reply,) = engine.exchange([Message(Header(FACTS, study_sha256(study), "A"))])
+        (reply,) = engine.exchange([Message(facts_of(study))])
     facts = SiteFacts.model_validate(reply.header.meta)
     assert facts.patients is not None
     assert facts.patients.model_dump() == {"train": None, "validation": None, "test": None}
@@ -269,13 +270,15 @@ def test_a_site_keeps_a_model_of_its_study_and_nothing_else(tmp_path: Path) -> N
         return dict(machine.find(header).handle(Message(header, body)).header.meta)
 
     values = {name: tensor.numpy() for name, tensor in machine.bench.initial.items()}
-    ours = {"format": FORMAT, "study_sha256": machine.study_sha256}
+    ours = {"format": FORMAT, "study_sha256": machine.study_sha256, "plan_sha256": machine.plan_sha256}
     own, again = save(values, ours), save(values, {**ours, "round": "2"})
     other = save(values, {**ours, "study_sha256": "0" * 64})
+    elsewhere = save(values, {**ours, "plan_sha256": "0" * 64})
     foreign = save({"w": np.zeros(1, np.float32)}, ours)
     for data, changes, said in (
         (b"no model", {}, "cannot be read"),
         (other, {}, "belongs to another study"),
+        (elsewhere, {}, "fills in other defaults"),
         (foreign, {}, "another network than the study's"),
         (own, {"body_sha256": "0" * 64}, "not the one that was sent"),
         (own + bytes(1 << 23), {}, "larger than the study's model"),
@@ -297,6 +300,11 @@ def agent_of(study: Study, folder: Path, **how: Any) -> tuple[Any, str]:
     return agent_finder(spec), study_sha256(study)
 
 
+def facts_of(study: Study) -> Header:
+    """The question for the facts of site A."""
+    return Header(FACTS, study_sha256(study), "A", meta={"plan": plan_sha256(study)})
+
+
 def asked(agent: Any, header: Header) -> Message:
     """The answer of a site to a message without a body."""
     reply: Message = agent(header).handle(Message(header))
@@ -304,24 +312,36 @@ def asked(agent: Any, header: Header) -> Message:
 
 
 def test_a_hospital_says_nothing_of_fewer_than_five_patients(tmp_path: Path) -> None:
-    agent, study = agent_of(study_of(ROUNDS), tmp_path)
-    said = parsed(SiteFacts, asked(agent, Header(FACTS, study, "A")).header.meta)
+    study = study_of(ROUNDS)
+    agent, _ = agent_of(study, tmp_path)
+    said = parsed(SiteFacts, asked(agent, facts_of(study)).header.meta)
     # Four train, two validate, two test.
     assert said.patients == Patients(train=None, validation=None, test=None)
     assert not (tmp_path / "A" / "sites" / "A" / "patients.csv").exists()
-    one_machine, study = agent_of(study_of(ROUNDS), tmp_path / "one", floor=1)
-    assert parsed(SiteFacts, asked(one_machine, Header(FACTS, study, "A")).header.meta).patients is not None
+    one_machine, _ = agent_of(study, tmp_path / "one", floor=1)
+    assert parsed(SiteFacts, asked(one_machine, facts_of(study)).header.meta).patients is not None
+
+
+def test_a_site_that_fills_in_other_defaults_takes_no_part_and_says_why(tmp_path: Path) -> None:
+    study = study_of(ROUNDS)
+    agent, identity = agent_of(study, tmp_path)
+    for meta in ({"plan": "0" * 64}, {}):
+        for kind in (FACTS, SPENT):
+            reply = asked(agent, Header(kind, identity, "A", meta=meta))
+            assert "site A and the coordinator fill in different defaults of the study" in reply.header.meta["reason"]
+    assert asked(agent, facts_of(study)).header.kind == FACTS
+    # No message of such a coordinator's arms finds a site, either.
+    arm = Blueprints(study, (), {}, Plugins(code=True)).arms["federated"]
+    assert agent(Header("train", arm.identity(identity, plan_sha256(study)), "A")).name == "A"
+    with pytest.raises(StudyError, match="no such study or arm"):
+        agent(Header("train", arm.identity(identity, "0" * 64), "A"))
 
 
 def test_facts_of_other_data_say_no_more_than_that_they_are_others(tmp_path: Path) -> None:
     study = study_of(ROUNDS)
-    first = parsed(
-        SiteFacts, asked(agent_of(study, tmp_path, floor=1)[0], Header(FACTS, study_sha256(study), "A")).header.meta
-    )
+    first = parsed(SiteFacts, asked(agent_of(study, tmp_path, floor=1)[0], facts_of(study)).header.meta)
     (tmp_path / "data" / "A" / "changed").touch()
-    then = parsed(
-        SiteFacts, asked(agent_of(study, tmp_path, floor=1)[0], Header(FACTS, study_sha256(study), "A")).header.meta
-    )
+    then = parsed(SiteFacts, asked(agent_of(study, tmp_path, floor=1)[0], facts_of(study)).header.meta)
     assert first.patients is not None
     assert then.patients is None
     assert None is not then.fingerprint != first.fingerprint
@@ -337,7 +357,7 @@ def test_a_hospital_s_private_part_is_of_one_round_and_its_hash_is_keyed(tmp_pat
         folder = tmp_path / str(number)
         with closing(engine_of(study, sites, folder, keyed=True)) as engine:
             hashes.append(coordinate(study, folder / "out", engine, quiet=True, allow_code=True).local_sha256["A"])
-            arm = Blueprints(study, (), {}, Plugins(code=True)).arms["federated"].identity(study_sha256(study))
+            arm = Blueprints(study, (), {}, Plugins(code=True)).blueprint("federated").identity
             own = folder_of(folder, "A") / "models" / "A" / "federated" / "local.safetensors"
             before = own.read_bytes()
             (reply,) = engine.exchange([Message(Header(RELEASE, arm, "A", 1))])
@@ -348,12 +368,46 @@ def test_a_hospital_s_private_part_is_of_one_round_and_its_hash_is_keyed(tmp_pat
     assert hashes[0] != hashes[1]
 
 
+def test_a_site_sums_with_the_roster_of_its_own_file_alone(tmp_path: Path) -> None:
+    study = study_of({**ROUNDS, "protection": {"secure": True}})
+    arm = Blueprints(study, (), {}, Plugins(code=True)).blueprint("federated").identity
+    log = tmp_path / "A" / "work" / "sites" / "A" / "federated" / "log.jsonl"
+
+    def shown(keys: dict[str, str], expected: str | None, kind: str = ROSTER) -> dict[str, Any]:
+        sites = toy_sites(tmp_path / "data", SITES)
+        entry = SiteData.model_validate({**sites.of("A").model_dump(), "roster_sha256": expected})
+        agreed = [Agreed(study, tmp_path / "A", ())]
+        spec = spec_of("A", SitesFile(sites={**sites.sites, "A": entry}).with_code(), tmp_path / "spool", agreed)
+        agent = agent_finder(json.loads(json.dumps(spec)))
+        key = parsed(SiteFacts, asked(agent, facts_of(study)).header.meta).public_key
+        keys |= {"A": key}
+        header = Header(ROSTER, arm, "A", meta={"keys": keys}) if kind == ROSTER else Header(kind, arm, "A", 1)
+        return dict(asked(agent, header).header.meta)
+
+    keys = {"B": "b" * 64, "C": "c" * 64}
+    # Not compared yet: the site says which it was shown, and keeps none.
+    refused = shown(keys, "0" * 64)["reason"]
+    assert "was shown another one: the log of the site names both hashes" in refused
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    (refusal,) = [event["payload"] for event in events if event["event"] == "roster refused"]
+    assert refusal == {"roster": digest(keys), "expected": "0" * 64}
+    agreed = digest(keys)
+    # Another key in the place of a site's is another roster, even where none is kept.
+    assert "was shown another one" in shown({"B": "b" * 64, "C": "d" * 64}, agreed)["reason"]
+    assert shown(keys, agreed) == {}
+    # One that was kept before its hash was known to be wrong serves no sum.
+    assert "was shown another one" in shown(keys, "1" * 64, "sum/advertise")["reason"]
+    assert "must say kind" in shown(keys, agreed, "sum/advertise")["reason"]
+    with pytest.raises(ValidationError, match="roster_sha256"):
+        SiteData.model_validate({"data": tmp_path, "roster_sha256": "ab"})
+
+
 def test_a_roster_belongs_to_no_round(tmp_path: Path) -> None:
     study = study_of({**ROUNDS, "protection": {"secure": True}})
     agent, identity = agent_of(study, tmp_path)
-    key = parsed(SiteFacts, asked(agent, Header(FACTS, identity, "A")).header.meta).public_key
+    key = parsed(SiteFacts, asked(agent, facts_of(study)).header.meta).public_key
     keys = {"A": key, "B": "b" * 64, "C": "c" * 64}
-    arm = Blueprints(study, (), {}, Plugins(code=True)).arms["federated"].identity(identity)
+    arm = Blueprints(study, (), {}, Plugins(code=True)).arms["federated"].identity(identity, plan_sha256(study))
     assert "no round" in asked(agent, Header(ROSTER, arm, "A", 2, meta={"keys": keys})).header.meta["reason"]
     assert asked(agent, Header(ROSTER, arm, "A", meta={"keys": keys})).header.kind == "done"
     # What hospitals can compare by another way stands in the log.

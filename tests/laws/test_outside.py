@@ -20,7 +20,7 @@ from wardround.cli import app
 from wardround.errors import StudyError
 from wardround.federation.release import load_model, study_of
 from wardround.runs.machine import Machine
-from wardround.study.load import UNREAD, load_study, study_sha256
+from wardround.study.load import UNREAD, load_study, plan_sha256, study_sha256
 from wardround.study.registry import BUILTIN, Section, builtin
 from wardround.study.sites import load_sites
 
@@ -75,10 +75,13 @@ def test_a_network_and_a_method_from_outside_are_checked_trained_tested_reported
     out = tmp_path / "out"
     result = wardround.run(study, sites, out, engine="local", quiet=True)
     assert result.participants == ("Alpha", "Beta")
-    # Defaults of a plug-in are part of the study, and of its hash, as all others are.
+    # Defaults of a plug-in are part of the plan, and of its hash, as all others are; the study is what was written.
     written = load_study(out / "study.yaml", reading=UNREAD)
-    assert study_sha256(written) == result.study_sha256 != study_sha256(load_study(study))
-    assert written.method.model_dump() == {"kind": "clipped", "weights": "equal", "limit": 0.5}
+    assert study_sha256(written) == result.study_sha256 == study_sha256(load_study(study))
+    assert plan_sha256(load_study(study)) != result.plan_sha256
+    assert json.loads((out / "work" / "plan.json").read_text())["method"] == {
+        "kind": "clipped", "weights": "equal", "limit": 0.5
+    }  # fmt: skip
     # A worker process gets the study as it was read, and reads it again by the same rules.
     host = Machine(load_study(study), load_sites(sites), out, ())
     worker = Machine.from_spec(json.loads(json.dumps(host.spec())))

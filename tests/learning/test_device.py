@@ -24,7 +24,7 @@ from wardround.plan.versions import placed
 from wardround.runs.folder import add_devices, mixed
 from wardround.runs.machine import Machine
 from wardround.runs.session import run
-from wardround.study.sites import load_sites
+from wardround.study.sites import SitesFile, load_sites
 from wardround.wire.host import on_host
 
 
@@ -169,18 +169,32 @@ def test_a_missing_device_stops_a_run_before_it_writes(tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
-def test_the_result_names_device_and_precision(tmp_path: Path) -> None:
+def test_the_result_names_device_precision_and_threads(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path / "data")
-    entry = sites.sites["C"].model_copy(update={"precision": "bf16"})
+    entry = sites.sites["C"].model_copy(update={"precision": "bf16", "threads": 2})
     sites = sites.model_copy(update={"sites": {**sites.sites, "C": entry}})
     study, out = toy_study(schedule={"rounds": 1}), tmp_path / "out"
     result = run(study, sites.with_code(), out, quiet=True, allow_code=True)
     assert result.fingerprint["device"] == "cpu"
     assert result.fingerprint["precision"] == "fp32: A, B; bf16: C"
+    assert result.fingerprint["threads"] == "1: A, B; 2: C"
     assert json.loads((out / "work" / "fingerprint.json").read_text())[-1] == dict(result.fingerprint)
     again = run(study, sites.with_code(), out, quiet=True, allow_code=True)
     assert again.fingerprint == result.fingerprint
     assert not [note for note in again.notes if "resumed" in note]
+
+
+def test_a_site_computes_on_the_threads_of_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    sites = toy_sites(tmp_path / "data")
+    wide = {name: entry.model_copy(update={"threads": 3 if name == "B" else 2}) for name, entry in sites.sites.items()}
+    machine = Machine(toy_study(), SitesFile(sites=wide).with_code(), tmp_path / "out", ("pooled",))
+    for arm, site, threads in (("federated", "A", 2), ("federated", "B", 3), ("pooled", "pooled", 2)):
+        machine.learner(machine.blueprint(arm), site).evaluate("test")
+        assert (taken.pop(), taken) == (threads, [])
+        assert machine.agent(site).compute.facts()["threads"] == str(threads)
+    machine.close()
 
 
 def test_a_run_that_goes_on_elsewhere_says_so(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_a_site_refuses_to_train_in_the_clear_whatever_arm_is_named(
 def test_an_arm_without_a_site_does_not_exist_at_any_site(host: Machine, tmp_path: Path) -> None:
     from wardround.wire.canonical import digest
 
-    call = replace(state_of(host, tmp_path), study=digest([host.study_sha256, "without/B"]))
+    call = replace(state_of(host, tmp_path), study=digest([host.study_sha256, host.plan_sha256, "without/B"]))
     reply = asked(host, call, "A")
     assert "an arm that this run does not have" in reply.header.meta["reason"]
 

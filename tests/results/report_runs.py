@@ -139,6 +139,7 @@ def result() -> dict[str, Any]:
         "version": 1,
         "study": STUDY["name"],
         "study_sha256": "5f" * 32,
+        "plan_sha256": "6e" * 32,
         "model_sha256": "a1" * 32,
         "local_sha256": {site: f"{index}c" * 32 for index, site in enumerate(TRAINING)},
         "rounds": 20,

@@ -41,7 +41,7 @@ def test_arms_are_the_federation_and_what_was_asked_for() -> None:
     assert arms["local/B"].local == study.local
     # A proximal term towards oneself would only be a slower optimiser.
     assert arms["local/B"].method.kind == arms["pooled"].method.kind == "fedavg"
-    assert len({arm.identity("x") for arm in arms.values()}) == 5
+    assert len({arm.identity("x", "y") for arm in arms.values()}) == 5
     with pytest.raises(StudyError, match="choose from local, pooled"):
         arms_of(study, ("global",))
 

@@ -13,11 +13,14 @@ from typer.testing import CliRunner
 from tests.toys import toy_sites, toy_study
 from wardround.cli import app
 from wardround.errors import DataError, Interrupted, JournalError, StudyError, WardroundError
+from wardround.federation.release import load_model
 from wardround.runs.folder import alone
 from wardround.runs.session import Result, evaluate, run
 from wardround.storage.journal import RoundReport
+from wardround.study.hashes import plan_sha256, study_sha256
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
+from wardround.wire.canonical import digest
 
 ROUNDS = {"schedule": {"rounds": 3, "min_sites": 2, "validate_every": 0, "release": "last"}}
 
@@ -127,6 +130,46 @@ def test_a_run_whose_data_changed_is_refused_and_nothing_is_trained(tmp_path: Pa
     assert [line["round"] for line in lines(go_on(tmp_path, study, sites))] == [1, 2, 3]
 
 
+def test_a_run_that_began_with_other_defaults_is_refused_and_names_them(tmp_path: Path) -> None:
+    study = toy_study(**ROUNDS)
+    sites = begun(tmp_path, study)
+    plan = tmp_path / "out" / "work" / "plan.json"
+    ours = plan.read_text()
+    assert json.loads(ours) == study.model_dump(mode="json")
+    # As a version that had other defaults, one setting less and one more wrote it.
+    other = json.loads(ours)
+    other["local"]["momentum"] = 0.25
+    del other["schedule"]["keep"]
+    plan.write_text(json.dumps(other))
+    keys = r"local\.momentum was 0\.25 and is 0\.0; schedule\.keep is new"
+    said = rf"same study, and this version .*fills in other defaults .*{keys}.*: go on with that version"
+    with pytest.raises(JournalError, match=said):
+        go_on(tmp_path, study, sites)
+    assert json.loads(plan.read_text()) == other
+    with pytest.raises(JournalError, match="of another study"):
+        go_on(tmp_path, study.model_copy(update={"seed": 99}), sites)
+    plan.unlink()
+    with pytest.raises(JournalError, match=r"work/plan\.json of the run is lost: restore it"):
+        go_on(tmp_path, study, sites)
+    plan.write_text(ours)
+    result = go_on(tmp_path, study, sites)
+    assert (result.study_sha256, result.plan_sha256) == (study_sha256(study), plan_sha256(study))
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).output
+    assert f"study_sha256 {study_sha256(study)}" in shown
+    assert f"plan_sha256  {plan_sha256(study)}" in shown
+    for name in ("model_card.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert study_sha256(study) in text
+        assert plan_sha256(study) in text
+    model = load_model(tmp_path / "out" / "models" / "federated.safetensors")[1]
+    assert (model["study_sha256"], model["plan_sha256"]) == (study_sha256(study), plan_sha256(study))
+    # What was measured is of the defaults that it was trained with.
+    told = json.loads((tmp_path / "out" / "result.json").read_text())
+    (tmp_path / "out" / "result.json").write_text(json.dumps({**told, "plan_sha256": "0" * 64}))
+    with pytest.raises(JournalError, match="fills in other defaults than the one that began it: go on with"):
+        evaluate(tmp_path / "out", sites, engine="local", quiet=True, allow_code=True)
+
+
 def lines(result: Result, arm: str = "federated") -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (result.out / "rounds.jsonl").read_text().splitlines()]
     return [line for line in found if line["arm"] == arm]
@@ -167,6 +210,16 @@ def test_a_run_goes_on_without_a_site_and_says_so(
     again = go_on(tmp_path, study, sites, compare=compare)
     assert (again.notes, again.metrics) == (values.notes, values.metrics)
     assert evaluate(result.out, sites, engine="local").metrics == values.metrics
+    # What hospitals compare by another way is shown, and stands in each site's log.
+    roster = result.out / "work" / "arms" / "federated" / "roster.json"
+    assert roster.exists() == secure
+    shown = CliRunner().invoke(app, ["inspect", str(result.out)]).output
+    if secure:
+        sha256 = digest(json.loads(roster.read_text()))
+        assert f"roster {sha256}" in " ".join(shown.split())
+        assert sha256 in (result.out / "work" / "sites" / "A" / "federated" / "log.jsonl").read_text()
+    else:
+        assert "roster" not in shown
 
 
 def test_what_a_run_cannot_go_on_without_is_said(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from wardround.errors import StudyError
 from wardround.learning.methods.fedavg import FedAvgSettings as FedAvg
 from wardround.models.cnn import UNetSettings as UNet
 from wardround.models.unrolled import MoDLSettings as MoDL
-from wardround.study.load import load_study, study_sha256
-from wardround.study.schema import Study
+from wardround.study.load import FOREIGN, load_study, plan_sha256, study_sha256
+from wardround.study.schema import Local, Study
 
 MINIMAL: dict[str, Any] = {"name": "trial", "sites": {"CS": {}, "DU": {}, "EZ": {"role": "unseen"}}}
 
@@ -147,20 +147,28 @@ def test_bad_overrides_are_refused(override: str, expected: str) -> None:
     assert any(part in text for part in expected.split("|"))
 
 
+def test_threads_are_the_machine_s_and_the_error_says_where_they_went() -> None:
+    assert "`threads` is the machine's choice" in refusal({**MINIMAL, "local": {"threads": 2, "steps": 3}})
+    assert "sites.NAME.threads" in refusal(dict(MINIMAL), "local.threads=1")
+    # A model that was released before is read all the same.
+    assert load_study({**MINIMAL, "local": {"threads": 2, "steps": 3}}, reading=FOREIGN).local == Local(steps=3)
+
+
 @given(st.permutations(["name", "sites", "seed", "local", "model"]))
-def test_the_hash_ignores_the_order_of_keys_and_written_defaults(order: list[str]) -> None:
+def test_the_plan_ignores_the_order_of_keys_and_written_defaults(order: list[str]) -> None:
     full = {**MINIMAL, "seed": 0, "local": {"steps": 20}, "model": {"kind": "modl", "preset": "small"}}
-    assert study_sha256(load_study({key: full[key] for key in order})) == study_sha256(load_study(MINIMAL))
+    assert plan_sha256(load_study({key: full[key] for key in order})) == plan_sha256(load_study(MINIMAL))
 
 
 @pytest.mark.parametrize("override", ["seed=1", "local.lr=0.002", "sites.CS.acquisition={coils: 4}", "name=other"])
 def test_the_hash_sees_every_change(override: str) -> None:
-    assert study_sha256(load_study(MINIMAL, [override])) != study_sha256(load_study(MINIMAL))
+    for hash_of in (study_sha256, plan_sha256):
+        assert hash_of(load_study(MINIMAL, [override])) != hash_of(load_study(MINIMAL))
 
 
 def test_the_hash_is_the_same_tomorrow() -> None:
     study = Study.model_validate({"name": "trial", "sites": {"CS": {}}})
-    assert study_sha256(study) == study_sha256(Study.model_validate(study.model_dump(mode="json")))
+    assert plan_sha256(study) == plan_sha256(Study.model_validate(study.model_dump(mode="json")))
     assert len(study_sha256(study)) == 64
 
 

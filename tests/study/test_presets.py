@@ -11,7 +11,7 @@ from wardround.errors import GeometryError, StudyError
 from wardround.imaging.acquisition.ct.geometry import check_geometry, field_of_view_radius
 from wardround.imaging.acquisition.ct.scanners import SCANNERS
 from wardround.study.ct import CTAcquisition
-from wardround.study.load import load_study, study_sha256
+from wardround.study.load import load_study, plan_sha256
 from wardround.study.schema import Study
 
 
@@ -36,7 +36,7 @@ def test_a_name_stands_for_all_numbers(name: str) -> None:
         load_study(ct_study(sites={"A": {"acquisition": acquisition}}, task=task))
         for acquisition in ({"preset": name}, SCANNERS[name].model_dump(mode="json"))
     )
-    assert study_sha256(named) == study_sha256(typed)
+    assert plan_sha256(named) == plan_sha256(typed)
     assert "preset" not in named.acquisition_of("A").model_dump_json()
 
 

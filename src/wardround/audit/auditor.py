@@ -31,7 +31,7 @@ from wardround.plan.arms import FEDERATED
 from wardround.protection.lint import Finding, architecture_sha256, lint_against
 from wardround.runs.machine import NOWHERE, Machine
 from wardround.storage.store import NOTHING
-from wardround.study.load import study_sha256
+from wardround.study.load import plan_sha256, study_sha256
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 from wardround.tasks.reconstruction import ReconstructionDataset
@@ -86,13 +86,14 @@ class Auditor:
         self.study, self.site, self.effort = study, site, effort
         self.attacks = tuple(effort.limit(attack) for attack in attacks)
         self._host = Machine(held_out_alike(study), sites, NOWHERE, (), start=start)
-        self._study_sha256 = study_sha256(study)
+        opened = self._host.plugins.opened(study)
+        self._hashes = study_sha256(opened), plan_sha256(opened)
         self._path = model_file(model)
         self.tensors = self._host.bench.initial_values()
         if self._path is not None:
             self.tensors = {
                 **self.tensors,
-                **model_of_study(self._path, self._study_sha256),
+                **model_of_study(self._path, *self._hashes),
                 **personal_part(self._path, site),
             }
         self._dataset = self._host.dataset(site)
@@ -207,7 +208,8 @@ class Auditor:
             epsilon = self.epsilon() if "epsilon" in parts else None
         return Audit(
             study=self.study.name,
-            study_sha256=self._study_sha256,
+            study_sha256=self._hashes[0],
+            plan_sha256=self._hashes[1],
             site=self.site,
             model="the initial weights of round 1" if self._path is None else f"the released model {self._path.name}",
             model_sha256=tensors_sha256(self.tensors),

@@ -73,6 +73,7 @@ class Audit:
 
     study: str
     study_sha256: str
+    plan_sha256: str
     site: str
     model: str
     model_sha256: str
@@ -117,6 +118,7 @@ class Audit:
             "version": 1,
             "study": self.study,
             "study_sha256": self.study_sha256,
+            "plan_sha256": self.plan_sha256,
             "site": self.site,
             "model": self.model,
             "model_sha256": self.model_sha256,

@@ -17,6 +17,8 @@ from wardround.study.protocols import HeaderFacts
 
 # Kinds of message, and of the answers to the first two.
 FACTS, SPENT, ROSTER, DELIVER = "facts", "spent", "roster", "deliver"
+# In a question for one of them: the resolved study of the coordinator.
+PLAN = "plan"
 # In the answer to a release: the hash of the private part that the site completed the model with.
 LOCAL_SHA256 = "local_sha256"
 
@@ -44,7 +46,9 @@ class SiteFacts(Config):
     fingerprint: Hash | None = Field(description="changes when the data do")
     patients: Patients | None
     headers: HeaderFacts = HeaderFacts()
-    machine: dict[str, str] = Field(description="versions and processor of the site's process, device and precision")
+    machine: dict[str, str] = Field(
+        description="versions and processor of the site's process, device, precision and threads"
+    )
 
 
 class SiteSpending(Config):

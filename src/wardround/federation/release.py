@@ -60,6 +60,7 @@ def save_release(
         "format": FORMAT,
         "study": blueprints.study.model_dump_json(),
         "study_sha256": blueprints.study_sha256,
+        "plan_sha256": blueprints.plan_sha256,
         "arm": blueprint.arm.name,
         "round": str(release.number),
         "shared": " ".join(sorted(blueprint.policy.names("shared"))),
@@ -104,12 +105,17 @@ def study_of(path: Path, metadata: Mapping[str, str]) -> Study:
         ) from error
 
 
-def model_of_study(path: Path, study_sha256: str) -> dict[str, Array]:
-    """The tensors of a model of this very study; raises `StudyError` for a model of another one."""
+def model_of_study(path: Path, study_sha256: str, plan_sha256: str) -> dict[str, Array]:
+    """The tensors of a model of this very study and its defaults; raises `StudyError` for a model of another one."""
     tensors, metadata = load_model(path)
     if metadata.get("study_sha256") != study_sha256:
         raise StudyError(
             f"models/{path.name} belongs to another study; evaluate it with the study it was trained by, or train again"
+        )
+    if metadata.get("plan_sha256") != plan_sha256:
+        raise StudyError(
+            f"models/{path.name} was trained by a version that fills in other defaults of the study; use the version "
+            "that trained it, or train again"
         )
     return tensors
 

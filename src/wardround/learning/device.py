@@ -35,10 +35,14 @@ _PLAIN = (str, bytes, int, float, complex, np.ndarray, np.generic, PurePath, Enu
 
 @dataclass(frozen=True)
 class Compute:
-    """A device and the precision of a network's layers on it; see `compute_of` for one that a site's file names."""
+    """A device, the precision of a network's layers on it, and torch's threads on the CPU.
+
+    See `compute_of` for a device that a site's file names.
+    """
 
     device: torch.device
     precision: Precision = "fp32"
+    threads: int = 1
 
     @property
     def on_cpu(self) -> bool:
@@ -68,11 +72,11 @@ class Compute:
         return torch.amp.GradScaler(self.device.type, init_scale=_FIRST_SCALE, enabled=self.precision == "fp16")
 
     def facts(self) -> dict[str, str]:
-        """Device and precision as a fingerprint names them."""
+        """Device, precision and threads as a fingerprint names them."""
         name = str(self.device)
         if self.device.type == "cuda":
             name = f"{name} ({torch.cuda.get_device_name(self.device)})"
-        return {"device": name, "precision": self.precision}
+        return {"device": name, "precision": self.precision, "threads": str(self.threads)}
 
     def fit_for_privacy(self) -> None:
         """Raise `StudyError` where a round could not be repeated bit for bit, or a step shows more than it may.
@@ -95,7 +99,7 @@ class Compute:
     def deterministic(self) -> Iterator[None]:
         """Until the context is left, an operation without a deterministic kernel raises `StudyError`; not on the CPU.
 
-        There, the study's one thread gives the same bits with every operation.
+        There, the site's threads give the same bits with every operation.
         """
         if self.on_cpu:
             yield

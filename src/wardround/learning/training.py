@@ -247,7 +247,7 @@ class Learner:
         """
         began = time.perf_counter()
         local, model = self._local, self._bench.model
-        torch.set_num_threads(local.threads)
+        torch.set_num_threads(self.compute.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         train_mode(model)
         state = model.state_dict(keep_vars=True)
@@ -349,7 +349,7 @@ class Learner:
     def evaluate(self, split: Split) -> dict[str, Array]:
         """What every patient of a split adds to each metric, in patient order: (n, *shape). It stays at the site."""
         model = self._bench.model
-        torch.set_num_threads(self._local.threads)
+        torch.set_num_threads(self.compute.threads)
         model.eval()
         with watched(model) as diverged:
             return self.per_patient(split, lambda batch: self._placed.score(model, batch), diverged)

@@ -35,9 +35,9 @@ class Arm:
     method: MethodSettings
     local: Local
 
-    def identity(self, study_sha256: str) -> str:
+    def identity(self, study_sha256: str, plan_sha256: str) -> str:
         """The hash that messages and journals of this arm carry."""
-        return digest([study_sha256, self.name])
+        return digest([study_sha256, plan_sha256, self.name])
 
     def parts(self, study: Study) -> Parts:
         """The roles that the study gives by name; what stays at a site is shared in an arm of one party, with itself.

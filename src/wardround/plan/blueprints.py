@@ -25,7 +25,7 @@ from wardround.plan.weights import begin
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
 from wardround.study.ct import CTAcquisition
-from wardround.study.load import study_sha256
+from wardround.study.hashes import plan_sha256, study_sha256
 from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
@@ -74,6 +74,7 @@ class Blueprints:
     ) -> None:
         self.study = plugins.opened(study)
         self.study_sha256 = study_sha256(self.study)
+        self.plan_sha256 = plan_sha256(self.study)
         self.arms = {arm.name: arm for arm in arms_of(self.study, compare)}
         self._embeddings = dict(embeddings or {})
         self.start_places = tuple(start) or self.study.start_places(Path())
@@ -159,7 +160,7 @@ class Blueprints:
             metrics = round_metrics(specs, private=protection.privacy is not None)
             self._blueprints[name] = Blueprint(
                 arm=arm,
-                identity=arm.identity(self.study_sha256),
+                identity=arm.identity(self.study_sha256, self.plan_sha256),
                 method=method,
                 policy=policy,
                 layout=Layout(groups, metrics, room, max_weight),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from wardround.version import __version__
 
 #: What a site says of where it computes, beside the versions of its process.
-PLACED = ("device", "precision")
+PLACED = ("device", "precision", "threads")
 
 
 def fingerprint() -> dict[str, str]:
@@ -27,7 +27,7 @@ def fingerprint() -> dict[str, str]:
 
 
 def placed(machines: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Device and precision of a run, from what each site says of its machine: one value, or each with its sites."""
+    """Device, precision and threads of a run, by what each site says of its machine: one, or each with its sites."""
     found: dict[str, str] = {}
     for key in PLACED:
         sites: dict[str, list[str]] = {}

@@ -171,7 +171,7 @@ class Run:
     def hashes(self) -> tuple[tuple[str, str], ...]:
         """The hashes of study and models, by name."""
         frozen = () if self.result.frozen_sha256 is None else ("frozen_sha256",)
-        keys = ("study_sha256", "model_sha256", *frozen, "local_sha256")
+        keys = ("study_sha256", "plan_sha256", "model_sha256", *frozen, "local_sha256")
         found = self.result.model_dump(include=set(keys))
         return tuple(flat({key: found[key] for key in keys}))
 

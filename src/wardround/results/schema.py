@@ -161,7 +161,8 @@ class Result(Measured):
 
     version: Literal[1] = 1
     study: str = Field(description="the study's name")
-    study_sha256: str
+    study_sha256: str = Field(description="over what the study's file says")
+    plan_sha256: str = Field(description="over the resolved study: all defaults of this version filled in")
     model_sha256: str = Field(
         description="over the shared tensors of the released federated model, and `frozen_sha256` where there is one"
     )

@@ -18,6 +18,7 @@ from wardround.federation.facts import (
     DELIVER,
     FACTS,
     LOCAL_SHA256,
+    PLAN,
     ROSTER,
     SPENT,
     SiteFacts,
@@ -87,7 +88,8 @@ def agree_on_roster(context: Context, engine: Engine, arm: Arm, facts: Mapping[s
             )
         roster = Roster({site: bytes.fromhex(facts[site].public_key) for site in arm.sites})
         write_text(path, json.dumps(roster.to_json()), durable=True)
-    identity = arm.identity(context.study_sha256)
+        log.info("roster_sha256 of %s, for the hospitals to compare: %s", arm.name, roster.sha256)
+    identity = arm.identity(context.study_sha256, context.plan_sha256)
     asked = [
         Message(Header(ROSTER, identity, s, meta={"keys": roster.to_json()})) for s in context.remaining(arm.sites)
     ]
@@ -174,7 +176,8 @@ def data_changed(sites: Collection[str]) -> DataError:
 
 
 def _ask_all(engine: Engine, kind: str, context: Context, sites: Sequence[str]) -> dict[str, Message]:
-    asked = [Message(Header(kind, context.study_sha256, site)) for site in sites]
+    meta = {PLAN: context.plan_sha256}
+    asked = [Message(Header(kind, context.study_sha256, site, meta=meta)) for site in sites]
     replies = {reply.header.site: reply for reply in engine.exchange(asked)}
     return {site: replies[site] for site in sites}
 

@@ -234,6 +234,7 @@ def _conclude(
         **dict(measured),
         study=host.study.name,
         study_sha256=host.study_sha256,
+        plan_sha256=host.plan_sha256,
         model_sha256=shared_sha256(model),
         local_sha256=dict(private),
         start=Started(kind=host.study.start.kind, sha256=getattr(host.study.start, "sha256", None)),

@@ -126,7 +126,8 @@ def _jobs(host: Context) -> Iterator[_Job]:
             raise DataError(f"models/{path.name} is missing: the run is not finished; run it again to resume")
         # Sites have what never changes.
         frozen = host.blueprint(name).policy.names("frozen")
-        model = {n: t for n, t in model_of_study(path, host.study_sha256).items() if n not in frozen}
+        whole = model_of_study(path, host.study_sha256, host.plan_sha256)
+        model = {name: tensor for name, tensor in whole.items() if name not in frozen}
         body = as_tensor_file(model, host.out / "work" / "released" / folder)
         left_out = name.removeprefix("without/") if name.startswith("without/") else None
         for site in everywhere if left_out is None else (left_out,):

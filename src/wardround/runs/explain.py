@@ -19,7 +19,7 @@ from wardround.runs.remarks import remarks_on
 from wardround.runs.session import open_host
 from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
-from wardround.study.load import load_study, study_sha256
+from wardround.study.load import load_study
 from wardround.study.protection import Rotation, Subspace, TopK
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
@@ -83,7 +83,8 @@ def _study(host: Machine, blueprint: Blueprint) -> str:
     meaning = {"shared": "shared", "local": "stay at each site", "frozen": "never change"}
     roles = ", ".join(f"{count:,} {meaning[role]}" for role, count in parts.items() if count)
     entries = [
-        entry("sha256", study_sha256(study)),
+        entry("study_sha256", host.study_sha256),
+        entry("plan_sha256", host.plan_sha256),
         entry("learns", _task(study)),
         entry("model", f"{_model(study)}: {sum(sizes.values()):,} values"),
         entry("method", f"{study.method.describe()}: {roles}"),

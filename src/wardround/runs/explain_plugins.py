@@ -18,7 +18,9 @@ def uncalled(host: Machine) -> str | None:
     if not reasons:
         return None
     own = not isinstance(study.task, ReconstructionTask)
-    facts = [entry("sha256", study_sha256(study)), *([entry("about", study.description)] if study.description else [])]
+    # Its plan has the defaults of code that is not called.
+    facts = [entry("study_sha256", study_sha256(study)), entry("plan_sha256", "not known without that code")]
+    facts += [entry("about", study.description)] if study.description else []
     facts += [entry("method", study.method.kind), entry("rounds", str(study.schedule.rounds))]
     header = ("site", "role") if own else ("site", "role", "simulated scanner")
     rows = [

@@ -9,13 +9,17 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from wardround.errors import JournalError
 from wardround.plan.versions import PLACED, fingerprint
 from wardround.runs.context import Context
-from wardround.study.load import load_study, study_sha256
+from wardround.study.hashes import differing, study_sha256
+from wardround.study.hashes import written as what_is_written
+from wardround.study.load import load_study
+from wardround.wire.canonical import digest
 from wardround.wire.files import refuse_links, write_text
 
 log = logging.getLogger(__name__)
@@ -25,6 +29,8 @@ Fingerprint = Mapping[str, str]
 # What the lock of a run's folder holds: without it, or the list of its arms, the folder is somebody else's.
 _MARK = b"wardround run\n"
 _ARMS, _WITHOUT, _FINGERPRINT, _NEAR = "compare.json", "without.json", "fingerprint.json", "near.json"
+# The study with all defaults of the version that began the run.
+_PLAN = "plan.json"
 
 
 def refuse_foreign(out: Path, *, ours: bool) -> None:
@@ -88,7 +94,8 @@ def claim(host: Context, *, resume: bool) -> list[Fingerprint]:
     """Take the folder for this study, or find that it holds a run of the same study to go on with.
 
     Returns the fingerprints that the run was worked on with, the present one last, and warns where there are several.
-    Raises `JournalError` for a run of another study or comparison, and with `resume` where there is none.
+    Raises `JournalError` for a run of another study or comparison, or one that began with other defaults, and with
+    `resume` where there is none.
     """
     out = host.out
     written = out / "study.yaml"
@@ -98,6 +105,8 @@ def claim(host: Context, *, resume: bool) -> list[Fingerprint]:
                 "the folder holds a run of another study: choose another --out, or restore the study as it was",
                 detail=str(out),
             )
+        if digest(plan_of_run(out)) != host.plan_sha256:
+            raise other_defaults(host)
         previous = out / "work" / _ARMS
         if previous.exists() and json.loads(previous.read_text(encoding="utf-8")) != sorted(host.asked):
             raise JournalError("the folder holds a run with another --compare: choose another --out", detail=str(out))
@@ -110,8 +119,31 @@ def claim(host: Context, *, resume: bool) -> list[Fingerprint]:
         )
     write_text(out / "work" / _ARMS, json.dumps(sorted(host.asked)))
     record_without(out, host.without)
-    write_text(written, yaml.safe_dump(host.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    if not written.exists():
+        write_text(out / "work" / _PLAN, json.dumps(host.study.model_dump(mode="json")) + "\n", durable=True)
+    write_text(written, yaml.safe_dump(what_is_written(host.study), sort_keys=False, allow_unicode=True))
     return _add_fingerprint(out / "work" / _FINGERPRINT)
+
+
+def other_defaults(host: Context) -> JournalError:
+    """What to say of a run of the same study that began with other defaults than this version fills in."""
+    keys = differing(plan_of_run(host.out), host.study.model_dump(mode="json"))
+    return JournalError(
+        "the run in the folder is of the same study, and this version of Wardround (or of a plug-in) fills in other "
+        f"defaults than the one that began it{f' ({keys})' if keys else ''}: go on with that version, or choose "
+        "another --out",
+        detail=str(host.out / "work" / _FINGERPRINT),
+    )
+
+
+def plan_of_run(out: Path) -> Any:
+    """The resolved study of the run in a folder; raises `JournalError` where it is lost."""
+    try:
+        return json.loads((out / "work" / _PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise JournalError(
+            f"work/{_PLAN} of the run is lost: restore it, or choose another --out", detail=str(out)
+        ) from None
 
 
 def without_in(out: Path) -> frozenset[str]:

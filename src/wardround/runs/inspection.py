@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from wardround.errors import JournalError
 from wardround.federation.release import load_model, model_path, study_of
 from wardround.plan.arms import FEDERATED, arms_of
 from wardround.plan.weights import FROZEN, FROZEN_SHA256
 from wardround.results.files import RESULT_FILE, read_result, read_rounds
 from wardround.runs.columns import entry, table
+from wardround.runs.folder import plan_of_run
 from wardround.runs.protocols import lines, read_protocols
 from wardround.study.load import UNREAD, load_study, study_sha256
+from wardround.wire.canonical import digest
 
 
 def inspect_model(path: Path) -> str:
@@ -24,8 +27,9 @@ def inspect_model(path: Path) -> str:
     kind = getattr(study.model, "kind", "")
     heading = (
         "a released model",
-        f"study {study.name} ({metadata.get('study_sha256', 'unknown')}), arm {metadata.get('arm', FEDERATED)}, round "
-        f"{metadata.get('round', 'unknown')}",
+        f"study {study.name}, arm {metadata.get('arm', FEDERATED)}, round {metadata.get('round', 'unknown')}",
+        f"study_sha256 {metadata.get('study_sha256', 'unknown')}",
+        f"plan_sha256 {metadata.get('plan_sha256', 'unknown')}",
         f"{study.modality.upper()}, {kind}: {sum(tensor.size for tensor in tensors.values()):,} values; "
         f"{study.method.kind}",
         f"started from {study.start.describe()}",
@@ -67,7 +71,9 @@ def inspect_run(out: Path) -> str:
         (
             f"a run of study {study.name}",
             entry("state", state),
-            entry("sha256", study_sha256(study)),
+            entry("study_sha256", study_sha256(study)),
+            entry("plan_sha256", _plan_sha256(out)),
+            *_roster(out),
             entry("sites", f"{', '.join(study.training_sites)}{unseen}"),
             "",
             table(("arm", "rounds", "model"), rows),
@@ -80,6 +86,22 @@ def _model_of(out: Path, folder: str, number: int | None) -> str:
     if not path.exists():
         return "not yet released"
     return f"models/{folder}.safetensors" + ("" if number is None else f", of round {number}")
+
+
+def _roster(out: Path) -> list[str]:
+    """The hash of the sites' keys, which hospitals compare, where the run sums under masks."""
+    try:
+        keys = json.loads((out / "work" / "arms" / FEDERATED / "roster.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [entry("roster", digest(keys))]
+
+
+def _plan_sha256(out: Path) -> str:
+    try:
+        return digest(plan_of_run(out))
+    except JournalError:
+        return "not known: work/plan.json is lost"
 
 
 def _compared(out: Path) -> set[str]:

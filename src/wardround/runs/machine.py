@@ -20,6 +20,7 @@ from wardround.runs.watching import OPERATORS, READING, Phase
 from wardround.site.agent import Agent, Progress
 from wardround.site.datasets import Datasets
 from wardround.site.egress import EgressRules
+from wardround.study.hashes import written
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
@@ -50,7 +51,7 @@ class Machine(Context):
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
         super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings, start)
         self.sites = sites
-        self.datasets = Datasets(self, sites)
+        self.datasets = Datasets(self, sites, folder=out)
         self._progress = progress
         self._compare = compare
         self._agents: dict[str, Agent] = {}
@@ -148,7 +149,7 @@ class Machine(Context):
     def spec(self) -> dict[str, Any]:
         """What another process needs to build the same machine."""
         return {
-            "study": self.study.model_dump(mode="json"),
+            "study": written(self.study),
             "sites": self.sites.model_dump(mode="json"),
             "allow_code": self.sites.allows_code,
             "out": str(self.out),

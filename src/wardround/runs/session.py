@@ -18,11 +18,11 @@ from wardround.results.files import read_result
 from wardround.results.schema import Measured, Result
 from wardround.runs.conduct import conduct, shielded, stoppable
 from wardround.runs.evaluation import measure, tables
-from wardround.runs.folder import alone, claim, near_in, record_near, without_in
+from wardround.runs.folder import alone, claim, near_in, other_defaults, record_near, without_in
 from wardround.runs.machine import Machine
 from wardround.runs.remarks import remarks_on
 from wardround.runs.watching import Shielded, Watcher
-from wardround.study.load import load_study
+from wardround.study.load import load_study, written
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
 from wardround.wire.files import write_text
@@ -101,6 +101,8 @@ def evaluate(
     host = open_host(study, sites, out, before.compare, (), watching, allow_code=allow_code, near=near)
     if host.study_sha256 != before.study_sha256:
         raise StudyError("study.yaml in the run's folder is not the study of result.json; restore it")
+    if host.plan_sha256 != before.plan_sha256:
+        raise other_defaults(host)
     with alone(out), closing(host), _Carrier(host, engine, processes, watching) as carrier:
         # A number of its own: sites answer a request that they know from their store, and here they must measure.
         again = secrets.token_hex(16)
@@ -127,7 +129,7 @@ def open_host(
     if not isinstance(study, Study):
         study = load_study(study, overrides)
     elif overrides:
-        study = load_study(study.model_dump(mode="json"), overrides)
+        study = load_study(written(study), overrides)
     if not isinstance(sites, SitesFile):
         sites = load_sites(sites)
     if allow_code:
@@ -158,7 +160,7 @@ class _Carrier:
 
     def __init__(self, host: Machine, name: str | None, processes: int | None, watcher: Shielded) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = processes or max(1, cores // host.study.local.threads)
+        count = processes or max(1, cores // max((host.sites.threads(site) for site in host.study.sites), default=1))
         make = engine_of(name or ("workers" if count > 1 else "local"))
         carried = make(Sites(host.find, _FACTORY, lambda: _written_spec(host), count, watcher.step))
         self.engine, self.parallel = carried.engine, carried.parallel

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from wardround.deidentify import describe_error
 from wardround.errors import Rejected, StudyError, WardroundError, WireError
 from wardround.federation.exchange import DONE, Party
-from wardround.federation.facts import DELIVER, FACTS, SPENT, Patients, SiteFacts, SiteSpending, meta_of
+from wardround.federation.facts import DELIVER, FACTS, PLAN, SPENT, Patients, SiteFacts, SiteSpending, meta_of
 from wardround.federation.plans import plan_of
 from wardround.federation.refusals import refusal
 from wardround.federation.release import (
@@ -35,7 +36,7 @@ from wardround.protection.identity import Identity
 from wardround.protection.secret import SecretRoot
 from wardround.site.alone import OnlyTests, OwnArm, TrainsAlone
 from wardround.site.budgets import Purses, spending_of
-from wardround.site.datasets import Datasets
+from wardround.site.datasets import Datasets, history_of
 from wardround.site.egress import OPEN, EgressRules
 from wardround.site.evaluators import evaluators_of, own_model
 from wardround.site.measured import MeasuredSets
@@ -90,7 +91,8 @@ class Agent:
         self._rounding_root = rounding_root
         self.purses = Purses(blueprints.study, sites, folder, blueprints.arms, lambda: blueprints.lattice)
         self._arms: dict[str, Site] = {}
-        self._by_identity = {arm.identity(blueprints.study_sha256): arm for arm in blueprints.arms.values()}
+        hashes = blueprints.study_sha256, blueprints.plan_sha256
+        self._by_identity = {arm.identity(*hashes): arm for arm in blueprints.arms.values()}
 
     # What is asked of it ---------------------------------------------------------------------------------------------
 
@@ -140,6 +142,11 @@ class Agent:
         header = request.header
         if header.site != self.name or header.study != self._blueprints.study_sha256:
             raise WireError(f"a message for another site or study reached {self.name}")
+        if header.kind in (FACTS, SPENT) and header.meta != {PLAN: self._blueprints.plan_sha256}:
+            raise StudyError(
+                f"site {self.name} and the coordinator fill in different defaults of the study: install the same "
+                "version of Wardround, and of the study's plug-ins, at both"
+            )
         if header.kind == FACTS:
             return request.reply(FACTS, meta=meta_of(self.facts()))
         if header.kind == SPENT:
@@ -156,6 +163,7 @@ class Agent:
         headers = HeaderFacts()
         try:
             dataset = self._datasets.of(self.name)
+            self._datasets.settle(self.name)
             own = dataset.fingerprint()
             found = SecretRoot.of(self._store).key("fingerprint", self._blueprints.study_sha256, own).hex()
             # Of other data than the first answer was of, only that they are others: two answers, before and after one
@@ -219,7 +227,7 @@ class Agent:
         if body_sha256(request.body) != header.body_sha256 or request.body.nbytes != header.body_nbytes:
             raise Rejected("the released model that arrived is not the one that was sent")
         # Read as what a clinic will read: nothing else is kept under the name of the study's model.
-        tensors = model_of_study(request.body.path, self._blueprints.study_sha256)
+        tensors = model_of_study(request.body.path, self._blueprints.study_sha256, self._blueprints.plan_sha256)
         if {name: tensor.shape for name, tensor in tensors.items()} != {n: tuple(t.shape) for n, t in initial.items()}:
             raise Rejected("a delivery of another network than the study's")
 
@@ -255,19 +263,23 @@ class Agent:
     @property
     def _history(self) -> Path:
         """The folder in which the site records over all studies what it has answered, or this run's own."""
-        entry = self._sites.sites.get(self.name)
-        given = None if entry is None else entry.history
-        return given or self._kept / "history"
+        found = history_of(self._sites, self._folder, self.name)
+        assert found is not None
+        return found
 
     @cached_property
     def compute(self) -> Compute:
-        """Where the site computes, by its own file; what has the data of several, where all of those do, or on the CPU.
+        """Where the site computes, by its own file.
+
+        What has the data of several computes where all of those do, or on the CPU, with the fewest threads of any.
 
         Raises `StudyError` where the device is not on this machine, or not fit for a study with privacy.
         """
         members = self._datasets.owners(self.name)
-        entries = {(entry.device, entry.precision) for name in members if (entry := self._sites.sites.get(name))}
+        found = [entry for name in members if (entry := self._sites.sites.get(name))]
+        entries = {(entry.device, entry.precision) for entry in found}
         compute = compute_of(*entries.pop(), self.name) if len(entries) == 1 else CPU
+        compute = replace(compute, threads=min((entry.threads for entry in found), default=1))
         if self.purses.rules is not None:
             compute.fit_for_privacy()
         return compute
@@ -375,8 +387,17 @@ class Agent:
                     model=model,
                 )
             )
-        threshold = arm.threshold(blueprints.study)
-        return None if threshold is None else SecureUpload(threshold, history=self._history, members=arm.sites)
+        threshold, entry = arm.threshold(blueprints.study), self._sites.sites.get(self.name)
+        return (
+            None
+            if threshold is None
+            else SecureUpload(
+                threshold,
+                history=self._history,
+                members=arm.sites,
+                expected=None if entry is None else entry.roster_sha256,
+            )
+        )
 
     def learner(self, blueprint: Blueprint) -> Learner:
         """What trains and evaluates in an arm; all learners of a process on one device share one model."""

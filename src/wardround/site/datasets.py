@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from wardround.errors import StudyError, WardroundError
+from wardround.imaging.datasets.split import Parts, Role, by_seed
 from wardround.plan.arms import POOLED
 from wardround.plan.blueprints import Blueprints
 from wardround.site.egress import EgressRules, strictest
+from wardround.site.splits import KnownParts
 from wardround.study.sites import Egress, SitesFile
-from wardround.tasks.task import Dataset, Prepared, Visited
+from wardround.study.tasks import Split
+from wardround.tasks.task import Dataset, Dealing, Prepared, Visited
 
 log = logging.getLogger(__name__)
 
@@ -18,14 +22,17 @@ log = logging.getLogger(__name__)
 class Datasets:
     """Data sets by site, each opened when it is first needed and shared by all arms of a process.
 
-    Nothing measured on fewer than `floor` patients leaves, whatever a site's own rules say.
+    Nothing measured on fewer than `floor` patients leaves, whatever a site's own rules say. Who trains and who tests is
+    remembered in a site's history, which is in `folder` where its file names none; without a folder it is not.
     """
 
-    def __init__(self, blueprints: Blueprints, sites: SitesFile, floor: int = 1) -> None:
+    def __init__(self, blueprints: Blueprints, sites: SitesFile, floor: int = 1, folder: Path | None = None) -> None:
         self._blueprints = blueprints
         self._sites = sites
         self._floor = floor
+        self._folder = folder
         self._opened: dict[str, Dataset] = {}
+        self._parts: dict[str, KnownParts] = {}
 
     def of(self, site: str) -> Dataset:
         """A site's data set.
@@ -34,6 +41,8 @@ class Datasets:
         """
         if site not in self._opened:
             task, members = self._blueprints.task, self._scanned_by(site)
+            if isinstance(task, Dealing):
+                task.deal_by(self._deal)
             if not members:
                 self._opened[site] = task.dataset(site, self._sites.of(site).data)
             elif isinstance(task, Visited):
@@ -41,6 +50,17 @@ class Datasets:
             else:
                 raise StudyError(f"sites.{site}.scans: the study's task cannot show one site's patients to another")
         return self._opened[site]
+
+    def settle(self, site: str) -> None:
+        """Put on record which of a site's patients train, validate and test; raises `DataError` where that fails."""
+        if site in self._parts:
+            self._parts[site].settle()
+
+    def _deal(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
+        history = history_of(self._sites, self._folder, site)
+        if history is None:
+            return by_seed(site, names, split, seed, role)
+        return self._parts.setdefault(site, KnownParts(history)).deal(site, names, split, seed, role)
 
     def owners(self, site: str) -> tuple[str, ...]:
         """Whose data a site has: its own, those of the sites whose patients it scans, or where data are pooled all."""
@@ -70,6 +90,13 @@ class Datasets:
     def _scanned_by(self, site: str) -> tuple[str, ...]:
         sites = self._blueprints.study.sites
         return sites[site].scans if site in sites else ()
+
+
+def history_of(sites: SitesFile, folder: Path | None, site: str) -> Path | None:
+    """The folder in which a site records what holds over all studies: the one of its file, or one of the run's own."""
+    entry = sites.sites.get(site)
+    given = None if entry is None else entry.history
+    return given or (None if folder is None else folder / "work" / "sites" / site / "history")
 
 
 def _rules_of(egress: Egress) -> EgressRules:

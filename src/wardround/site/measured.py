@@ -71,18 +71,18 @@ class MeasuredSets:
         """
         try:
             with locked(self._folder / SETS) as file:
-                secret, known = self._secret(), self._read(file)
+                secret, known = folder_key(self._folder, KEY, SETS), self._read(file)
                 same = [one for one in known if one.split == split]
                 ours = [one.patients for one in same if one.named]
                 others: Patients = frozenset().union(*(one.patients for one in same if not one.named))
                 if names is None:
-                    asked = frozenset({_digest(secret, fingerprint)})
+                    asked = frozenset({keyed(secret, fingerprint)})
                     if asked <= others:
                         return None
                     if others or ours:
                         return "its patients cannot be told from those it measured before (its data name none)"
                 else:
-                    asked = frozenset(_digest(secret, name) for name in names)
+                    asked = frozenset(keyed(secret, name) for name in names)
                     if asked in ours:
                         return None
                     if others:
@@ -99,29 +99,6 @@ class MeasuredSets:
                 return None
         except OSError as error:
             raise DataError("the site's history folder cannot be read or written", detail=str(error)) from error
-
-    def _secret(self) -> bytes:
-        """The key of the digests, made at the first use. Called under the lock."""
-        path = self._folder / KEY
-        with suppress(FileNotFoundError):
-            secret = bytes.fromhex(path.read_text(encoding="ascii"))
-            if len(secret) != 32:
-                raise DataError("the key of the site's history is damaged; restore it", detail=str(path))
-            return secret
-        if (self._folder / SETS).stat().st_size:
-            raise DataError(
-                "the key of the site's history is gone, and with it which patients were measured; restore it",
-                detail=str(path),
-            )
-        secret = secrets.token_bytes(32)
-        draft = path.with_name(path.name + ".draft")
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(secret.hex())
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
-        return secret
 
     def _read(self, file: BinaryIO) -> list[_Set]:
         """The recorded sets. A last line that a crash cut off is taken out: its results had not left."""
@@ -178,5 +155,32 @@ def _independent(rows: Array) -> Array:
     return rows[:, chosen]
 
 
-def _digest(secret: bytes, name: str) -> str:
+def folder_key(folder: Path, name: str, record: str) -> bytes:
+    """The key of the digests in a record of the history folder, made at the first use. Called under the record's lock.
+
+    Raises `DataError` where it is damaged, or gone from a record that has lines.
+    """
+    path = folder / name
+    with suppress(FileNotFoundError):
+        secret = bytes.fromhex(path.read_text(encoding="ascii"))
+        if len(secret) != 32:
+            raise DataError("the key of the site's history is damaged; restore it", detail=str(path))
+        return secret
+    if (folder / record).stat().st_size:
+        raise DataError(
+            "the key of the site's history is gone, and with it which patients are in it; restore it", detail=str(path)
+        )
+    secret = secrets.token_bytes(32)
+    draft = path.with_name(path.name + ".draft")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w", encoding="ascii") as file:
+        file.write(secret.hex())
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path)
+    return secret
+
+
+def keyed(secret: bytes, name: str) -> str:
+    """The digest of a patient's name in a record."""
     return hmac.digest(secret, name.encode("utf-8", "surrogateescape"), "sha256").hex()[: 2 * _DIGEST]

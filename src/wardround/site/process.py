@@ -13,6 +13,7 @@ from wardround.plan.blueprints import Blueprints
 from wardround.site.agent import Agent, Progress
 from wardround.site.datasets import Datasets
 from wardround.site.egress import ACROSS_HOSPITALS
+from wardround.study.hashes import written
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile
@@ -48,10 +49,7 @@ def spec_of(
         "rounding_root": None if rounding_root is None else rounding_root.hex(),
         "spool": str(spool),
         "floor": floor,
-        "studies": [
-            {"study": a.study.model_dump(mode="json"), "folder": str(a.folder), "compare": list(a.compare)}
-            for a in agreed
-        ],
+        "studies": [{"study": written(a.study), "folder": str(a.folder), "compare": list(a.compare)} for a in agreed],
     }
 
 
@@ -67,7 +65,8 @@ def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Call
         study = Study.model_validate(agreed["study"])
         start = study.start_places(Path(), entry.start)
         blueprints = Blueprints(study, tuple(agreed["compare"]), embeddings, plugins, start)
-        datasets, folder = Datasets(blueprints, sites, int(spec["floor"])), Path(agreed["folder"])
+        folder = Path(agreed["folder"])
+        datasets = Datasets(blueprints, sites, int(spec["floor"]), folder)
         agent = Agent(name, blueprints, sites, folder, datasets, progress=progress, rounding_root=root)
         agents |= dict.fromkeys(agent.identities, agent)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from wardround.storage.journal import survivors_of
 from wardround.wire.canonical import digest
 from wardround.wire.message import Header, Message
 
+log = logging.getLogger(__name__)
 _ROSTER_KEYS = "roster/keys"
 
 
@@ -60,11 +62,13 @@ class SecureUpload:
         roster: Callable[[], Roster] | None = None,
         history: Path | None = None,
         members: Collection[str] = (),
+        expected: str | None = None,
     ) -> None:
         self._threshold = threshold
         self._load_roster = roster
         self._members = frozenset(members)
         self._history_folder = history
+        self._expected = expected
         self._roster: Roster | None = None
         self._session: SiteSession | None = None
         self._kind = ""
@@ -204,10 +208,23 @@ class SecureUpload:
         own = site.store.enrol().public
         if frozenset(roster.sites) != self._members or roster.keys.get(site.name) != own:
             raise Rejected(f"site {site.name} is shown a roster of other sites, or with another key in its place")
+        self._check(roster, site)
         _hold_to(roster, site)
         site.store.set_fact(_ROSTER_KEYS, json.dumps(roster.to_json()))
         # What the hospitals can compare by another way.
         site.minutes.note("roster", {"roster": roster.sha256})
+
+    def _check(self, roster: Roster, site: Site) -> None:
+        """Raise `Rejected`, and write it down, for another roster than the one that the site's own file names."""
+        if self._expected in (None, roster.sha256):
+            return
+        site.minutes.note("roster refused", {"roster": roster.sha256, "expected": self._expected})
+        log.warning("site %s refuses a roster of sha256 %s: its sites file names another", site.name, roster.sha256)
+        raise Rejected(
+            f"site {site.name} sums only with the roster whose hash stands in its own sites file, and was shown "
+            "another one: the log of the site names both hashes. Compare them with the other hospitals, by another way "
+            "than this coordinator"
+        )
 
     def _pinned(self, site: Site) -> Roster:
         if self._roster is None:
@@ -217,6 +234,7 @@ class SecureUpload:
                 roster = Roster.from_json(json.loads(keys))
             else:
                 raise JournalError(f"site {site.name} was asked for a secure sum before it was shown the roster")
+            self._check(roster, site)
             _hold_to(roster, site)
             self._roster = roster
         return self._roster

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 import types
 import typing
@@ -15,11 +14,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from wardround.errors import StudyError
+from wardround.study.hashes import plan_sha256 as plan_sha256
+from wardround.study.hashes import study_sha256 as study_sha256
+from wardround.study.hashes import written as written
 from wardround.study.registry import BUILTIN, STRICT, Reading, Section, default_kind, settings_of
 from wardround.study.schema import Study
 from wardround.study.yaml_text import parse_yaml
 from wardround.study.yaml_text import read_yaml as read_yaml
-from wardround.wire.canonical import MAX_DEPTH, canonical_json
+from wardround.wire.canonical import MAX_DEPTH
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # A study that came with a model: its plug-ins may not be installed here.
@@ -45,21 +47,12 @@ def load_study(
     return validate(Study, data, "study", context=reading)
 
 
-def study_sha256(study: Study) -> str:
-    """Return the sha256 (hex) of the canonical JSON of the study with all defaults filled in."""
-    try:
-        return hashlib.sha256(canonical_json(study.model_dump())).hexdigest()
-    except (TypeError, ValueError) as error:
-        raise StudyError(
-            "the study has an option that JSON cannot hold; use numbers, text, lists and mappings",
-            detail=str(error),
-        ) from error
-
-
 def _copy(value: Any, depth: int = 0) -> Any:
     """Copy nested mappings and sequences so that overrides never touch the caller's."""
+    if isinstance(value, Study):
+        return written(value)
     if isinstance(value, BaseModel):
-        return value.model_dump()
+        return value.model_dump(exclude_unset=True)
     if depth > MAX_DEPTH:
         raise StudyError(f"the study is nested deeper than {MAX_DEPTH} levels; no study needs as many")
     if isinstance(value, Mapping):

@@ -12,7 +12,7 @@ from typing import Any
 
 from wardround.errors import StudyError
 from wardround.study.base import Settings, at
-from wardround.study.load import validate
+from wardround.study.load import validate, written
 from wardround.study.methods import CustomMethod
 from wardround.study.registry import BASES, BUILTIN, GROUPS, Reading
 from wardround.study.registry import Section as Part
@@ -80,7 +80,7 @@ class Plugins:
         if not closed:
             return study
         found = {(part, kind): self._settings(part, kind) for part, kind in closed.items()}
-        return validate(Study, study.model_dump(), "study", context=Reading(opened=found, foreign=partly))
+        return validate(Study, written(study), "study", context=Reading(opened=found, foreign=partly))
 
     def _settings(self, part: Part, kind: str) -> type[Settings]:
         """The settings class that an entry point is."""

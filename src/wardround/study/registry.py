@@ -134,7 +134,11 @@ def read(section: Section, value: Any, info: ValidationInfo) -> Any:
     if settings is None:
         known = sorted({*BUILTIN[section], *installed(section)})
         raise PydanticCustomError("unknown_kind", "unknown kind", {"tag": str(kind)[:64], "known": known})
-    return settings.model_validate(given)
+    found = settings.model_validate(given)
+    if "kind" not in value:
+        # Filled in here, and not written: see `wardround.study.hashes`.
+        found.model_fields_set.discard("kind")
+    return found
 
 
 def check_model(model: ModelSettings, modality: Modality) -> None:

@@ -29,7 +29,7 @@ from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
 from wardround.study.protection import Protection
-from wardround.study.registry import BUILTIN, builtins, check_model, default, read
+from wardround.study.registry import BUILTIN, Reading, builtins, check_model, default, read
 from wardround.study.start import Fresh, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import BASELINES, Evaluation, Modality, ReconstructionTask, TaskSettings
 
@@ -80,7 +80,19 @@ class Local(Config):
     momentum: float = Field(0.0, ge=0.0, lt=1.0, description="SGD only")
     clip_norm: float | None = Field(None, gt=0.0, description="clip each step's gradient to this norm")
     optimizer_state: Literal["reset", "keep"] = "reset"
-    threads: int = Field(1, ge=1, description="torch threads of a site")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_threads(cls, value: Any, info: ValidationInfo) -> Any:
+        if not (isinstance(value, Mapping) and "threads" in value):
+            return value
+        if isinstance(info.context, Reading) and info.context.foreign:
+            # A model or a result of before says on how many threads its sites were; whoever reads it has others.
+            return {key: given for key, given in value.items() if key != "threads"}
+        raise ValueError(
+            "`threads` is the machine's choice and no longer the study's: take the key out, and set "
+            "`sites.NAME.threads` in the sites file"
+        )
 
 
 class Schedule(Config):

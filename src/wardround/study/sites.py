@@ -67,6 +67,9 @@ class SiteData(Config):
         description="what the layers of a network compute in; parameters, losses, metrics, physics and what leaves the "
         "site stay in 32 bits",
     )
+    threads: int = Field(
+        1, ge=1, description="torch threads of the site on the CPU. Their number changes the speed and the last digits"
+    )
     lint: bool = Field(
         True, description="whether to refuse, before training, a received model that looks like one built to leak"
     )
@@ -91,6 +94,12 @@ class SiteData(Config):
         None,
         description="the file in which this site counts what its patients' privacy has cost, over all studies; "
         "default: one of the run's own",
+    )
+    roster_sha256: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="the hash of the list of sites and their keys with which this site sums under masks "
+        "(`protection.secure`), as the hospitals compared it; any other list is refused",
     )
     history: Path | None = Field(
         None,
@@ -127,6 +136,10 @@ class SitesFile(Config):
         if site not in self.sites:
             raise StudyError(f"the sites file has no entry for site {site}; add `sites.{site}.data`")
         return self.sites[site]
+
+    def threads(self, site: str) -> int:
+        """On how many threads a site computes; one for a site without an entry."""
+        return self.sites[site].threads if site in self.sites else 1
 
     def key(self, site: str) -> bytes | None:
         """A site's encryption key, read where it is needed and never written: nothing when it has none."""

@@ -303,6 +303,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
             split=self.config.split,
             seed=self.study.seed,
             role=self.study.sites[site].role,
+            deal=self._deal,
             served=served,
         )
 

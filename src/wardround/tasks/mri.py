@@ -165,6 +165,7 @@ class MRIReconstruction(ReconstructionTask[MRIBatch]):
             split=self.config.split,
             seed=self.study.seed,
             role=self.study.sites[site].role,
+            deal=self._deal,
         )
 
     def visitors(self, site: str, sources: Mapping[str, Source]) -> Visits[SliceIndex]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wardround.errors import StudyError
 from wardround.imaging.datasets.mri import Example
+from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.datasets.visits import Index
 from wardround.imaging.orientation import Turn
 from wardround.models.build import build_model
@@ -184,7 +185,12 @@ class ReconstructionTask(ABC, Generic[BatchT]):
         self.config = study.task
         self.study = study
         self._loss = build_loss(study.task.loss)
+        self._deal: Deal = by_seed
         self._datasets: dict[tuple[str, Source], ReconstructionDataset[BatchT]] = {}
+
+    def deal_by(self, deal: Deal) -> None:
+        """See `wardround.tasks.task.Dealing`."""
+        self._deal = deal
 
     @property
     @abstractmethod

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from wardround.imaging.datasets.split import Deal
     from wardround.imaging.orientation import Turn
     from wardround.study.protocols import HeaderFacts
 
@@ -218,6 +219,18 @@ class Staged(Task, Protocol):
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Stage -> its loss, a scalar. A loss may depend on its own stage and on those before it."""
+        ...
+
+
+@runtime_checkable
+class Dealing(Protocol):
+    """A task that lets the site say which patients train, validate and test: it remembers who did before.
+
+    A task without it deals its patients out by itself, and moves them when others join if it deals by their number.
+    """
+
+    def deal_by(self, deal: Deal) -> None:
+        """Take the parts of patients from `deal` in every data set that is opened from now on."""
         ...
 
 

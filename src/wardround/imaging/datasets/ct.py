@@ -18,7 +18,7 @@ from wardround.errors import DataError
 from wardround.imaging.datasets.ct_remarks import remarks_on
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
 from wardround.imaging.datasets.mri import SPLITS, BoolArray, Example, chosen, fill_holes
-from wardround.imaging.datasets.split import Role, SplitName, split_patients
+from wardround.imaging.datasets.split import Deal, Role, SplitName, by_seed
 from wardround.imaging.readers.ct_files import KINDS, NIFTI, patient_files
 from wardround.imaging.readers.ct_protocol import CTProtocol, facts_of
 from wardround.imaging.readers.dicom import AIR, CTSlice, read_slice
@@ -214,13 +214,14 @@ class CTIndex:
         split: Split,
         seed: int,
         role: Role = "train",
+        deal: Deal = by_seed,
         served: Sequence[SplitName] = SPLITS,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._folder = folder
         self._grid = grid
         self._slices = slices
-        self._split = split_patients(len(folder), split, seed, folder.site, role)
+        self._split = deal(folder.site, [folder.name(i) for i in range(len(folder))], split, seed, role)
         self._served = {name: self._split[name] if name in served else () for name in SPLITS}
         self._cache = ScanCache[_Placed](cache_bytes)
         self._inside = grid.inside()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from wardround.errors import DataError
-from wardround.imaging.datasets.split import Role, SplitName, split_patients
+from wardround.imaging.datasets.split import Deal, Role, SplitName, by_seed
 from wardround.imaging.orientation import Turn
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.imaging.readers.volume import FloatArray
@@ -65,13 +65,14 @@ class SliceIndex:
         split: Split,
         seed: int,
         role: Role = "train",
+        deal: Deal = by_seed,
     ) -> None:
         folder.require(contrasts)
         self._folder = folder
         self._contrasts = tuple(contrasts)
         self._size = size
         self._slices = slices
-        self._split = split_patients(len(folder), split, seed, folder.site, role)
+        self._split = deal(folder.site, [folder.name(i) for i in range(len(folder))], split, seed, role)
         self._surveys: dict[tuple[int, str], _Survey] = {}
 
     @property

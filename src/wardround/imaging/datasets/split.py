@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from wardround.errors import DataError
 from wardround.study.tasks import Split
+from wardround.wire.canonical import digest
 from wardround.wire.random import public_generator
 
 SplitName: TypeAlias = Literal["train", "validation", "test"]
 Role: TypeAlias = Literal["train", "unseen"]
+Parts: TypeAlias = dict[SplitName, tuple[int, ...]]
+#: Who is in which part: of a site, its patients' names in order, the shares, the study's seed and the site's role.
+Deal: TypeAlias = Callable[[str, Sequence[str], Split, int, Role], Parts]
+SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
-def split_patients(
-    count: int, split: Split, seed: int, site: str, role: Role = "train"
-) -> dict[SplitName, tuple[int, ...]]:
+def by_seed(site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
+    """A `Deal` that remembers nobody: see `split_patients`."""
+    return split_patients(len(names), split, seed, site, role)
+
+
+def deal_in(
+    site: str, names: Sequence[str], split: Split, seed: int, role: Role, known: Mapping[str, SplitName]
+) -> Parts:
+    """A deal in which the patients in `known` keep their parts, and the others join one after another.
+
+    Of whom none is known, they are dealt by `split_patients`. Else new patients come in the order of a hash of seed,
+    site and name, each to the part that is furthest below what `split_patients` would give it of as many patients; the
+    first of test, validation and train where several are. Where patients are only ever added, every part stays within
+    one patient of that: no part is filled above it, test's and validation's never shrink as patients are added, and
+    training's shrinks by one patient at most. Raises DataError as `split_patients` does.
+    """
+    if role == "unseen" or not any(name in known for name in names):
+        return split_patients(len(names), split, seed, site, role)
+    # The same refusals as ever.
+    split_patients(len(names), split, seed, site, role)
+    found = {name: known[name] for name in names if name in known}
+    sizes = {part: sum(one == part for one in found.values()) for part in SPLIT_NAMES}
+    for name in sorted((n for n in names if n not in found), key=lambda n: digest(["split", seed, site, n])):
+        validation, test = _sizes(len(found) + 1, split)
+        wanted = {"test": test, "validation": validation, "train": len(found) + 1 - test - validation}
+        part: SplitName = max(("test", "validation", "train"), key=lambda p: wanted[p] - sizes[p])
+        found[name] = part
+        sizes[part] += 1
+    parts = {part: tuple(i for i, name in enumerate(names) if found[name] == part) for part in SPLIT_NAMES}
+    if not parts["train"]:
+        raise DataError(f"site {site} trains and every patient that it has now was held out before; add patients")
+    return parts
+
+
+def split_patients(count: int, split: Split, seed: int, site: str, role: Role = "train") -> Parts:
     """Deal patients 0..count-1 out to train, validation and test.
 
     The patients are those of the site's folder in the order of their names; the draw depends only on the

@@ -1,0 +1,104 @@
+"""Which patients of a site trained, validated and tested, over all runs and studies that split them by one rule.
+
+Without it one more patient would deal all of them out anew, and a test patient of yesterday's model could train
+today's. It stays in the site's history folder: names of patients are in it as HMAC-SHA256 under a secret beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
+
+from wardround.errors import DataError
+from wardround.imaging.datasets.split import SPLIT_NAMES, Parts, Role, SplitName, deal_in
+from wardround.site.measured import folder_key, keyed
+from wardround.study.tasks import Split
+from wardround.wire.canonical import digest
+from wardround.wire.lines import locked, whole_lines
+
+SPLITS, KEY = "splits.jsonl", "splits.key"
+
+
+class KnownParts:
+    """The record in a site's history folder. Looking at it writes nothing; `settle` does.
+
+    What was dealt in this process and not yet settled stands, so that every data set of it is the same.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._dealt: dict[str, dict[str, SplitName]] = {}
+
+    def deal(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
+        """Who is in which part: those on record where they were, others as `deal_in` says (a `Deal`).
+
+        Raises DataError where the record is damaged, and as `deal_in` does.
+        """
+        rule = digest([site, seed, split.validation, split.test, role])
+        parts = deal_in(site, names, split, seed, role, self._known(rule, names))
+        # Whoever is always tested needs no record.
+        if role == "train":
+            self._dealt[rule] = {names[i]: part for part in SPLIT_NAMES for i in parts[part]}
+        return parts
+
+    def settle(self) -> None:
+        """Put on record what was dealt. Raises DataError where another run has dealt it otherwise since."""
+        if not self._dealt:
+            return
+        try:
+            with locked(self._folder / SPLITS) as file:
+                content = whole_lines(file)
+                secret = folder_key(self._folder, KEY, SPLITS)
+                file.seek(0, os.SEEK_END)
+                for rule, dealt in self._dealt.items():
+                    known = self._read(content).get(rule, {})
+                    ours = {keyed(secret, name): part for name, part in dealt.items()}
+                    if any(known.get(name, part) != part for name, part in ours.items()):
+                        raise DataError(
+                            "another run has dealt out this site's new patients since this one began: run again"
+                        )
+                    if new := {name: part for name, part in sorted(ours.items()) if name not in known}:
+                        file.write(json.dumps({"rule": rule, "patients": new}).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError("the site's history folder cannot be read or written", detail=str(error)) from error
+
+    def _known(self, rule: str, names: Sequence[str]) -> Mapping[str, SplitName]:
+        try:
+            content = (self._folder / SPLITS).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise DataError("the site's history folder cannot be read", detail=str(error)) from error
+        # A line that is being written, or was cut off, is of a run that has not begun.
+        record = self._read(content[: content.rfind(b"\n") + 1]).get(rule, {})
+        if not record:
+            return {}
+        secret = folder_key(self._folder, KEY, SPLITS)
+        found = {}
+        for name in names:
+            with suppress(KeyError):
+                found[name] = record[keyed(secret, name)]
+        return found
+
+    def _read(self, content: bytes) -> dict[str, dict[str, SplitName]]:
+        """Digest of a patient's name -> part, by rule."""
+        found: dict[str, dict[str, SplitName]] = {}
+        try:
+            for line in content.splitlines():
+                value = json.loads(line)
+                parts = {str(name): cast(SplitName, part) for name, part in value["patients"].items()}
+                if not set(parts.values()) <= set(SPLIT_NAMES):
+                    raise ValueError("no part")
+                found.setdefault(str(value["rule"]), {}).update(parts)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                "the site's record of who trains and who tests is damaged; restore it",
+                detail=str(self._folder / SPLITS),
+            ) from error
+        return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wardround.errors import DataError, StudyError
 from wardround.imaging.datasets.memory import ScanCache
-from wardround.imaging.datasets.split import split_patients
+from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.readers.cases import Case, Patterns, Table, find_cases
 from wardround.imaging.readers.labelled import LabelledImage, read_case
 from wardround.study.base import Config
@@ -209,8 +209,13 @@ class Classification:
 
     def __init__(self, study: Study, config: ClassificationTask) -> None:
         self.study, self.config = study, config
+        self._deal: Deal = by_seed
         chain = standard(config.dimensions) if config.augment == "standard" else config.augment
         self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
+
+    def deal_by(self, deal: Deal) -> None:
+        """See `wardround.tasks.task.Dealing`."""
+        self._deal = deal
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -230,7 +235,7 @@ class Classification:
         config, named = self.config, self.config.table
         table = Table(named.file, named.id, named.patient, named.label)
         cases = find_cases(source, site, Patterns(config.images, None, table))
-        split = split_patients(len(cases), config.split, self.study.seed, site, self.study.sites[site].role)
+        split = self._deal(site, list(cases), config.split, self.study.seed, self.study.sites[site].role)
         return DiagnosedDataset(site, cases, split, config, self._augmentation)
 
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:

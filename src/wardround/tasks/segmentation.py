@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
-from wardround.imaging.datasets.split import split_patients
+from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.readers.cases import Patterns, Table, find_cases
 from wardround.study.base import Config
 from wardround.study.tasks import Split as SplitRule
@@ -112,9 +112,14 @@ class Segmentation:
 
     def __init__(self, study: Study, config: SegmentationTask) -> None:
         self.study, self.config = study, config
+        self._deal: Deal = by_seed
         self.structures = tuple(config.structures)
         chain = standard(config.dimensions) if config.augment == "standard" else config.augment
         self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
+
+    def deal_by(self, deal: Deal) -> None:
+        """See `wardround.tasks.task.Dealing`."""
+        self._deal = deal
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -140,7 +145,7 @@ class Segmentation:
         return LabelledDataset(
             site,
             cases,
-            split_patients(len(cases), config.split, self.study.seed, site, self.study.sites[site].role),
+            self._deal(site, list(cases), config.split, self.study.seed, self.study.sites[site].role),
             {name: None if values == "any" else values for name, values in config.structures.items()},
             [name in drawn for name in self.structures],
             Sampling(

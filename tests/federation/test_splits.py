@@ -73,7 +73,7 @@ def test_a_damaged_record_is_an_error(tmp_path: Path, damage: str) -> None:
             key.write_text("00")
         case "gone":
             key.unlink()
-    with pytest.raises(DataError, match="damaged|gone"):
+    with pytest.raises(DataError, match=r"damaged|gone"):
         dealt(tmp_path, NAMES)
 
 

@@ -21,6 +21,7 @@ from wardround.runs.evaluation import measure, tables
 from wardround.runs.folder import alone, claim, without_in
 from wardround.runs.machine import Machine
 from wardround.runs.remarks import remarks_on
+from wardround.runs.trackers import Trackers
 from wardround.runs.watching import Shielded, Watcher
 from wardround.study.load import load_study
 from wardround.study.schema import Study
@@ -46,6 +47,7 @@ def run(
     watcher: Watcher | None = None,
     quiet: bool = False,
     allow_code: bool = False,
+    track: Sequence[str] = (),
 ) -> Result:
     """Train a study, compare it with training alone and on pooled data, and write the result files into `out`.
 
@@ -55,16 +57,18 @@ def run(
     A run that was stopped, by whatever, goes on where it was when the same call is made again; `resume` insists that
     there is something to go on with. A run whose data at a site changed since it began is refused; `without` names the
     sites to go on without, for good: the run records it, and its report says so. A line for each phase and round
-    goes to stderr, unless the run is `quiet` or a `watcher` sees to that. Raises `StudyError`, `DataError`,
-    `JournalError`, `NotEnoughSites`, and `Interrupted` after Ctrl-C.
+    goes to stderr, unless the run is `quiet` or a `watcher` sees to that. `track` sends the numbers of `rounds.jsonl`
+    to trackers, too: `tensorboard:FOLDER`, `mlflow` (a folder `mlruns` here) or `mlflow:URI`. Raises `StudyError`,
+    `DataError`, `JournalError`, `NotEnoughSites`, `MissingExtra`, and `Interrupted` after Ctrl-C.
     """
-    watching = shielded(watcher, quiet)
+    trackers = Trackers.of(track, Path(out).absolute().name)
+    watching = trackers.beside(shielded(watcher, quiet))
     host = open_host(study, sites, out, compare, overrides, watching, without, allow_code=allow_code)
     for remark in remarks_on(host.study, host.sites):
         log.warning("%s", remark)
     began = time.perf_counter()
     host.preflight(watching.phase)
-    with stoppable(), alone(host.out), closing(host):
+    with closing(trackers), stoppable(), alone(host.out), closing(host):
         fingerprints = claim(host, resume=resume)
         host.open_stores()
         with _Carrier(host, engine, processes, watching) as carrier:

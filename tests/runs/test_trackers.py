@@ -1,4 +1,4 @@
-"""Trackers hear the numbers of rounds.jsonl and no others; a run is the same with them, without them, or as they fail."""
+"""Trackers hear the numbers of rounds.jsonl and no others; a run is the same with and without them, or as they fail."""
 
 from __future__ import annotations
 
@@ -81,6 +81,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere.invalid")
+    monkeypatch.setenv("MLFLOW_LOGGING_LEVEL", "")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "")
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY")
     yield

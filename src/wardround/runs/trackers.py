@@ -151,6 +151,7 @@ def _tensorboard(folder: Path, name: str) -> Callable[[], Sink]:
 def _mlflow(uri: str, name: str) -> Callable[[], Sink]:
     # MLflow reports its use over the network unless it is asked not to, before it is imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     try:
         from mlflow.tracking import MlflowClient
     except ImportError as error:
@@ -175,7 +176,7 @@ def _mlflow(uri: str, name: str) -> Callable[[], Sink]:
 
 
 def _local_database() -> str:
-    """The folder `mlruns` here, made where it is absent: the one that `mlflow ui` looks into is a database in it."""
+    """A database in the folder `mlruns` here, which is made where it is absent."""
     folder = Path("mlruns").absolute()
     folder.mkdir(exist_ok=True)
     return f"sqlite:///{folder / 'mlflow.db'}"

@@ -60,6 +60,14 @@ def run(
     goes to stderr, unless the run is `quiet` or a `watcher` sees to that. `track` sends the numbers of `rounds.jsonl`
     to trackers, too: `tensorboard:FOLDER`, `mlflow` (a folder `mlruns` here) or `mlflow:URI`. Raises `StudyError`,
     `DataError`, `JournalError`, `NotEnoughSites`, `MissingExtra`, and `Interrupted` after Ctrl-C.
+
+    >>> result = run("study.yaml", "sites.yaml", "out", compare=["local"], engine="local", quiet=True)
+    >>> result.arms
+    ('zero_filled', 'federated', 'local')
+    >>> result.metric("federated", "mean", "psnr") > 0.0
+    True
+    >>> result.report.name
+    'report.html'
     """
     trackers = Trackers.of(track, Path(out).absolute().name)
     watching = trackers.beside(shielded(watcher, quiet))
@@ -93,6 +101,11 @@ def evaluate(
     Raises `StudyError` and `DataError` where the run or its models are not what they were, and `JournalError` where
     there is no readable result.json, and while another process is at work in the folder. Says what it does as `run`
     does.
+
+    >>> from wardround.results.files import read_result
+    >>> again = evaluate("out", "sites.yaml", engine="local", quiet=True)
+    >>> again.metrics == read_result("out").metrics
+    True
     """
     out = Path(out)
     before = read_result(out)

@@ -1,8 +1,15 @@
-"""Writes study.md and results.md from the schemas, so that no page can lag behind the code: python docs/reference.py"""
+"""Writes study.md and results.md from the schemas, and api.md from docstrings: python docs/reference.py
+
+So no page can lag behind the code.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -69,6 +76,51 @@ Numbers are finite; values, standard errors and intervals are rounded to 6 decim
 
 This page is generated from the schema (`docs/reference.py`).
 """
+API = """# Python API
+
+What a program outside may rely on: `import wardround` and the classes that a task, method, operator or watcher of your
+own is made of. Everything else may change without notice. Short programs that run as they are stand in `examples/`:
+`own_task.py`, `own_method.py`, `own_operator.py`. The keys of a study are on [its page](study.md), the attributes of a
+result on [theirs](results.md). The `>>>` lines below run in the tests, beside the files of two small hospitals.
+
+This page is generated from the docstrings (`docs/reference.py`).
+"""
+# By section of the page: `module:name`.
+PUBLIC = {
+    "Studies": (
+        "wardround:run",
+        "wardround:evaluate",
+        "wardround:reconstruct",
+        "wardround:load_study",
+        "wardround:load_sites",
+    ),
+    "Results": (
+        "wardround:Result",
+        "wardround.results.schema:Measured",
+        "wardround.results.schema:Estimate",
+        "wardround.results.files:read_result",
+        "wardround.results.files:read_rounds",
+        "wardround.runs.apply:Reconstruction",
+    ),
+    "A run as it goes on": ("wardround.runs.watching:Watcher",),
+    "Your own task": (
+        "wardround.tasks.task:Task",
+        "wardround.tasks.task:Dataset",
+        "wardround.tasks.task:MetricSpec",
+        "wardround.tasks.task:Imaging",
+    ),
+    "Your own method": ("wardround.learning.methods.method:Method", "wardround.learning.methods.method:LocalRound"),
+    "Your own operator": ("wardround.imaging.acquisition.operator:LinearOperator",),
+    "Errors": (
+        "wardround:WardroundError",
+        "wardround.errors:StudyError",
+        "wardround.errors:DataError",
+        "wardround.errors:JournalError",
+        "wardround.errors:NotEnoughSites",
+        "wardround.errors:Interrupted",
+        "wardround.errors:MissingExtra",
+    ),
+}
 
 
 def pages() -> dict[str, str]:
@@ -79,8 +131,63 @@ def pages() -> dict[str, str]:
     )
     return {
         "study.md": STUDY + _sections(Study, SitesFile),
+        "api.md": API + "".join(f"\n## {title}\n" + "".join(map(_entry, places)) for title, places in PUBLIC.items()),
         "results.md": RESULTS + _sections(Result, RoundLine) + schemas,
     }
+
+
+def _entry(place: str) -> str:
+    """A public function, or a class with what it defines itself."""
+    module, _, name = place.partition(":")
+    found = getattr(importlib.import_module(module), name)
+    text = f"\n### {module}.{name}\n\n"
+    plain = inspect.isfunction(found) or (dataclasses.is_dataclass(found) and not issubclass(found, BaseModel))
+    text += f"```python\n{name}{_signature(found)}\n```\n\n" if plain else ""
+    text += _documented(found)
+    for member, value in vars(found).items() if inspect.isclass(found) else ():
+        if member.startswith("_") or member == "model_config":
+            continue
+        function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        if inspect.isfunction(function):
+            text += f"\n**`{member}{'' if isinstance(value, property) else _signature(function, wide=True)}`**\n\n"
+            text += _documented(function)
+    return text
+
+
+def _signature(found: Any, *, wide: bool = False) -> str:
+    """As in the source; a parameter a line where all do not fit into one."""
+    parts, starred = [], False
+    signature = inspect.signature(found)
+    for parameter in signature.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            parts.append("*")
+            starred = True
+        kind = "" if parameter.annotation is parameter.empty else f": {_annotation(parameter.annotation)}"
+        default = "" if parameter.default is parameter.empty else f" = {_shown(parameter.default)}"
+        parts.append(f"{parameter.name}{kind}{default}")
+    returned = "" if inspect.isclass(found) else signature.return_annotation
+    end = "" if returned in ("", signature.empty) else f" -> {_annotation(returned)}"
+    line = f"({', '.join(parts)}){end}"
+    return line if wide or len(line) <= 100 else "(\n    " + ",\n    ".join(parts) + f",\n){end}"
+
+
+def _annotation(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+
+
+def _shown(default: Any) -> str:
+    """A default as in the source; a function, or one that a factory makes, as dots."""
+    text = repr(default)
+    return "..." if text.startswith("<") else text
+
+
+def _documented(found: Any) -> str:
+    """A docstring as Markdown: what is typed at `>>>`, and what it prints, becomes a block."""
+    paragraphs = (inspect.getdoc(found) or "").split("\n\n")
+    blocks = (f"```pycon\n{one}\n```" if one.startswith(">>>") else re.sub(r"\n +", "\n", one) for one in paragraphs)
+    return "\n\n".join(blocks) + "\n"
 
 
 def _sections(*models: type[BaseModel]) -> str:

@@ -16,7 +16,8 @@ from wardround.errors import JournalError, StudyError
 from wardround.results.answer import answer
 from wardround.results.card import write_card
 from wardround.results.html import write_report
-from wardround.results.metrics import MetricInfo
+from wardround.results.metrics import MINUS, NO_BREAK, MetricInfo
+from wardround.results.paired import pairs_of
 from wardround.results.pictures import gallery
 from wardround.results.run import load_run
 from wardround.results.schema import RoundLine
@@ -614,3 +615,38 @@ def test_writing_twice_gives_the_same_bytes(whole: tuple[Path, Page]) -> None:
     assert write_report(whole[0]).read_bytes() == first
     assert not list(whole[0].glob("*.draft"))
     json.loads((whole[0] / "result.json").read_text(encoding="utf-8"))
+
+
+def _patients(out: Path, site: str, rows: dict[str, list[float]]) -> None:
+    lines = [f"{n},Doe-{n},{row},psnr,{value}" for row, values in rows.items() for n, value in enumerate(values)]
+    table = "\n".join(["patient,folder,row,metric,value", *lines])
+    (out / "sites" / site / "patients.csv").write_text(table, encoding="utf-8")
+
+
+def test_each_patient_is_a_pair_and_the_least_and_the_most_gain_have_numbers_and_no_names(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run")
+    assert "patients" not in page_of(out).ids
+    _patients(out, "CS", {"local/CS": [30.0, 31.0, 32.0], "tv": [1.0, 1.0, 1.0], "federated": [31.5, 30.5, 32.0]})
+    # A site that trained no model of its own is compared with the best baseline.
+    _patients(out, "EZ", {"tv": [29.0], "zero_filled": [20.0], "federated": [29.25]})
+    page = page_of(out)
+    assert "patients" in page.ids
+    assert "#patients" in [link["href"] for link in page.all("a")]
+    assert "Doe-" not in (out / "report.html").read_text(encoding="utf-8")
+    labels = [figure["aria-label"] for figure in page.all("figure") if "paired" in figure.get("class", "")]
+    assert labels == [
+        "CS, Together against Alone: 3 test patients: 1 better, 1 worse, 1 unchanged. "
+        f"Least gain: patient 1, {MINUS}0.50{NO_BREAK}dB. Largest gain: patient 0, +1.50{NO_BREAK}dB.",
+        "EZ, Together against TV: 1 test patient: 1 better, 0 worse. "
+        f"Least gain: patient 0, +0.25{NO_BREAK}dB. Largest gain: patient 0, +0.25{NO_BREAK}dB.",
+    ]
+    drawn = [line["class"] for line in page.all("line") if "pair" in line.get("class", "").split()]
+    assert drawn == ["pair gain-down", "pair gain-up", "pair gain-up", "pair gain-up"]
+    write_run(out, {"withheld": {"CS": "its rules"}})
+    assert all(not figure.get("aria-label", "").startswith("CS,") for figure in page_of(out).all("figure"))
+
+
+def test_pairs_stand_from_the_least_to_the_largest_gain_whatever_the_metrics_direction() -> None:
+    metric = MetricInfo.model_validate(spec("nmse", larger_is_better=False))
+    pairs = pairs_of({0: 3.0, 1: 1.0, 2: 2.0, 4: 9.0}, {2: 2.5, 1: 1.0, 0: 1.0, 3: 1.0}, metric)
+    assert [(pair.number, pair.gain) for pair in pairs] == [(2, -0.5), (1, 0.0), (0, 2.0)]

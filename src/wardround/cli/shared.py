@@ -44,6 +44,13 @@ AllowCodeOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, only results, warnings and errors.")]
 
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track", metavar="TRACKER", help="Also send rounds to tensorboard:FOLDER, mlflow or mlflow:URI; repeatable."
+    ),
+]
+
 
 class Commands(TyperGroup):
     """Every error raised on purpose, or by the disk, becomes one line on stderr and an exit code."""

@@ -17,6 +17,7 @@ from wardround.cli.shared import (
     SetOption,
     SitesOption,
     StudyFile,
+    TrackOption,
     console,
     results,
     say,
@@ -41,6 +42,7 @@ def run(
     processes: ProcessesOption = None,
     quiet: QuietOption = False,
     allow_code: AllowCodeOption = False,
+    track: TrackOption = None,
 ) -> None:
     """Train a study, measure it, and write the report. Run it again to go on after any interruption."""
     from wardround.runs.session import run as run_study
@@ -61,6 +63,7 @@ def run(
             watcher=watcher,
             allow_code=allow_code,
             near=study.parent,
+            track=track or [],
         )
     summary(result)
 

@@ -11,7 +11,7 @@ against an active server), over the rings of `wardround.wire.ring`. Two state ma
     reveal(Quorum) -> Reveal       ->      reveal(), unmask() -> masks that cancel what hides the sum
 
 A site that finds a party breaking the protocol raises `Misbehaviour`, forgets its keys and says nothing more.
-Threat model and proofs of what is used: docs/protection.md.
+Threat model and proofs of what is used: docs/protection-details.md.
 """
 
 from __future__ import annotations

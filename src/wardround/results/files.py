@@ -23,11 +23,18 @@ def write_result(out: Path, result: Result) -> Result:
     return result.lying_in(out)
 
 
-def read_result(out: Path) -> Result:
+def read_result(out: str | Path) -> Result:
     """The result of a finished run.
 
     Raises `JournalError` where `result.json` is missing, damaged, or of another version.
+
+    >>> read_result("out").participants
+    ('Alpha', 'Beta')
+    >>> read_result("elsewhere")
+    Traceback (most recent call last):
+    wardround.errors.JournalError: the folder holds no finished run (no result.json): finish it first
     """
+    out = Path(out)
     path = out / RESULT_FILE
     if not path.is_file():
         raise JournalError(f"the folder holds no finished run (no {RESULT_FILE}): finish it first", detail=str(out))

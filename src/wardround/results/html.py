@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from wardround.results import figures, views
 from wardround.results.answer import answer, arm_words, unseen_result
+from wardround.results.paired import paired_charts
 from wardround.results.pictures import ERROR_GAIN, gallery
 from wardround.results.run import SMALL_N, Run, load_run
 from wardround.results.schema import Seconds
@@ -64,6 +65,7 @@ def render(run: Run) -> str:
         comparisons=[(each, views.comparison(run, each)) for each in metrics],
         gains=views.gains_over_alone(run, metric) if metric else None,
         left_out=views.gains_at_left_out(run, metric) if metric else None,
+        paired=paired_charts(run, metric) if metric else (),
         mark=figures.mark,
         gallery=gallery(run),
         error_gain=ERROR_GAIN,

@@ -79,7 +79,12 @@ class Measured(Config):
     failed: dict[str, str] = Field(description="by site: why it could not be measured")
 
     def estimate(self, arm: str, site: str, metric: str) -> Estimate | None:
-        """The estimate of an arm at a site (or `mean`, `unseen`), or None where there is none."""
+        """The estimate of an arm at a site (or `mean`, `unseen`), or None where there is none.
+
+        >>> found = read_result("out").estimate("federated", "Alpha", "psnr")
+        >>> found.n, found.interval
+        (1, None)
+        """
         return _cell(self.metrics.get(arm), site, metric)
 
     def gain(self, arm: str, reference: str, site: str, metric: str) -> Estimate | None:
@@ -211,7 +216,15 @@ class Result(Measured):
         return found
 
     def metric(self, arm: str, site: str = "mean", name: str | None = None) -> float:
-        """A metric's value, of the task's first one without a name; raises `KeyError` for one that was not measured."""
+        """A metric's value, of the task's first one without a name; raises `KeyError` for one that was not measured.
+
+        >>> result = read_result("out")
+        >>> result.metric("federated") == result.metric("federated", "mean", result.metric_specs[0].name)
+        True
+        >>> result.metric("federated", "Alpha", "speed")
+        Traceback (most recent call last):
+        KeyError: 'the run has no speed of federated at Alpha'
+        """
         name = name or self.metric_specs[0].name
         found = self.estimate(arm, site, name)
         if found is None:

@@ -35,6 +35,10 @@ def reconstruct(
     be, and for `site`, `embedding`, `dose`, `fallback`, `plugins` and `weights`, see
     `wardround.runs.apply.Reconstructor`. `told` is called after each.
     Raises `StudyError`, `DataError` and `GeometryError`; of several inputs those that can be are reconstructed first.
+
+    >>> (image,) = reconstruct("out/models/federated.safetensors", "scan.nii.gz", "image.nii.gz")
+    >>> image.output.name, image.output.exists()
+    ('image.nii.gz', True)
     """
     single = isinstance(inputs, str | os.PathLike)
     sources = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(each) for each in inputs]

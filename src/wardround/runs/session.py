@@ -21,6 +21,7 @@ from wardround.runs.evaluation import measure, tables
 from wardround.runs.folder import alone, claim, near_in, other_defaults, record_near, without_in
 from wardround.runs.machine import Machine
 from wardround.runs.remarks import remarks_on
+from wardround.runs.trackers import Trackers
 from wardround.runs.watching import Shielded, Watcher
 from wardround.study.load import load_study, written
 from wardround.study.schema import Study
@@ -47,6 +48,7 @@ def run(
     quiet: bool = False,
     allow_code: bool = False,
     near: str | Path | None = None,
+    track: Sequence[str] = (),
 ) -> Result:
     """Train a study, compare it with training alone and on pooled data, and write the result files into `out`.
 
@@ -57,17 +59,27 @@ def run(
     A run that was stopped, by whatever, goes on where it was when the same call is made again; `resume` insists that
     there is something to go on with. A run whose data at a site changed since it began is refused; `without` names the
     sites to go on without, for good: the run records it, and its report says so. A line for each phase and round
-    goes to stderr, unless the run is `quiet` or a `watcher` sees to that. Raises `StudyError`, `DataError`,
-    `JournalError`, `NotEnoughSites`, and `Interrupted` after Ctrl-C.
+    goes to stderr, unless the run is `quiet` or a `watcher` sees to that. `track` sends the numbers of `rounds.jsonl`
+    to trackers, too: `tensorboard:FOLDER`, `mlflow` (a folder `mlruns` here) or `mlflow:URI`. Raises `StudyError`,
+    `DataError`, `JournalError`, `NotEnoughSites`, `MissingExtra`, and `Interrupted` after Ctrl-C.
+
+    >>> result = run("study.yaml", "sites.yaml", "out", compare=["local"], engine="local", quiet=True)
+    >>> result.arms
+    ('zero_filled', 'federated', 'local')
+    >>> result.metric("federated", "mean", "psnr") > 0.0
+    True
+    >>> result.report.name
+    'report.html'
     """
-    watching = shielded(watcher, quiet)
+    trackers = Trackers.of(track, Path(out).absolute().name)
+    watching = trackers.beside(shielded(watcher, quiet))
     near = near_of(study, near)
     host = open_host(study, sites, out, compare, overrides, watching, without, allow_code=allow_code, near=near)
     for remark in remarks_on(host.study, host.sites):
         log.warning("%s", remark)
     began = time.perf_counter()
     host.preflight(watching.phase)
-    with stoppable(), alone(host.out), closing(host):
+    with closing(trackers), stoppable(), alone(host.out), closing(host):
         fingerprints = claim(host, resume=resume)
         record_near(host, near)
         host.open_stores()
@@ -93,6 +105,11 @@ def evaluate(
     Raises `StudyError` and `DataError` where the run or its models are not what they were, and `JournalError` where
     there is no readable result.json, and while another process is at work in the folder. Says what it does as `run`
     does.
+
+    >>> from wardround.results.files import read_result
+    >>> again = evaluate("out", "sites.yaml", engine="local", quiet=True)
+    >>> again.metrics == read_result("out").metrics
+    True
     """
     out = Path(out)
     before = read_result(out)

@@ -40,6 +40,15 @@ def load_study(
     `source` is the path of a YAML file or its content as a mapping. Every override is `a.b.c=value`, the
     value in YAML; overrides come before validation, hence before hashing. `task`, `model` and `method`
     without a `kind` are of the default kind. Raises StudyError, which lists every offending key.
+
+    >>> study = load_study({"name": "mine", "sites": {"CS": {}, "EZ": {"role": "unseen"}}}, ["schedule.rounds=5"])
+    >>> study.schedule.rounds
+    5
+    >>> study.training_sites, study.unseen_sites
+    (('CS',), ('EZ',))
+    >>> load_study({"name": "mine", "sites": {"CS": {}}, "round": 5})
+    Traceback (most recent call last):
+    wardround.errors.StudyError: ...
     """
     data = _copy(source) if isinstance(source, Mapping) else read_yaml(source, "study")
     for override in overrides:

@@ -152,6 +152,12 @@ def load_sites(path: str | Path) -> SitesFile:
 
     Raises StudyError for unknown keys, a variable that is not set and a folder that does not exist, naming
     the key.
+
+    >>> sites = load_sites("sites.yaml")
+    >>> sorted(sites.sites)
+    ['Alpha', 'Beta']
+    >>> sites.of("Alpha").data[0].is_absolute()
+    True
     """
     raw = validate(SitesFile, read_yaml(path, "sites"), "sites", show_values=False)
     base = Path(path).absolute().parent

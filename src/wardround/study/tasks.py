@@ -26,7 +26,7 @@ class Slices(Config):
 
     every: int = Field(1, ge=1, description="take every n-th slice")
     minimum_foreground: float = Field(0.05, ge=0.0, lt=1.0, description="skip slices with less tissue than this")
-    per_patient: int | None = Field(None, ge=1, description="at most so many, evenly spread")
+    per_patient: int | None = Field(None, ge=1, description="at most this number of slices, evenly spread")
 
 
 class Split(Config):

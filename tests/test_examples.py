@@ -1,0 +1,83 @@
+"""The examples of plug-ins run as they are, are short, and each does what it says."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = ("own_task", "own_method", "own_operator")
+Load = Callable[[str], Any]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Imports an example by its name, as python does for a script of that folder."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_short_and_says_how_to_run_it(name: str) -> None:
+    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 120
+    assert f"python examples/{name}.py" in text
+    assert all(line.split()[1].split(".")[0] != "tests" for line in text.splitlines() if line.startswith("from "))
+
+
+def test_a_task_of_ones_own_learns(load: Load, tmp_path: Path) -> None:
+    result = load("own_task").main(tmp_path)
+    assert result.participants == ("Aachen", "Bergen", "Cadiz")
+    # A model that knows nothing gives every label the probability 1/2.
+    assert result.metric("federated", "mean", "error") < 0.4
+    assert result.report.exists()
+
+
+def test_a_tasks_pooled_data_are_those_of_all_sites(load: Load, tmp_path: Path) -> None:
+    module = load("own_task")
+    sites = module.hospitals(tmp_path)
+    task = module.FindSpot()
+    parts = [task.dataset(name, site.data) for name, site in sites.sites.items()]
+    pooled = task.pooled(parts)
+    assert len(pooled) == sum(map(len, parts))
+    assert pooled.patients("test") == sum(part.patients("test") for part in parts)
+
+
+def test_a_method_of_ones_own_trains_beside_averaging(load: Load, tmp_path: Path) -> None:
+    results = load("own_method").main(tmp_path)
+    assert results["FedAvg"].model_sha256 != results["Careful"].model_sha256
+    assert all(result.metric("federated", "mean", "error") < 0.4 for result in results.values())
+
+
+def test_with_settings_that_do_nothing_the_method_is_averaging(load: Load) -> None:
+    method = load("own_method").Careful()
+    mean = torch.ones(2, dtype=torch.float64).numpy()
+    assert method.server_step("w", mean, {}, lambda name, value: None) == pytest.approx(mean)
+
+
+def test_an_operator_of_ones_own_has_an_exact_adjoint_and_a_network_learns_to_invert_it(
+    load: Load, tmp_path: Path
+) -> None:
+    module = load("own_operator")
+    operator = module.Blur(torch.tensor([1.0, 2.0]))
+    random = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(2, module.SIZE, module.SIZE, generator=random) for _ in range(2))
+    left, right = ((a * b).sum((1, 2)) for a, b in ((operator.A(x), y), (x, operator.A_adjoint(y))))
+    # Two FFTs of n values each err by a few log2(n) roundings of the product's length.
+    bound = 64 * torch.finfo(x.dtype).eps * x.norm() * y.norm()
+    assert (left - right).abs().max() < bound
+    result = module.main(tmp_path)
+    task = module.Deblur()
+    blurred = [
+        batch for site in result.participants for _, batch in task.dataset(site, (tmp_path / site,)).evaluation("test")
+    ]
+    errors = [float((data - images).square().mean().sqrt()) for _, data, images in blurred]
+    assert result.metric("federated", "mean", "rmse") < sum(errors) / len(errors)

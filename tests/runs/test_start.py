@@ -27,7 +27,7 @@ from wardround.federation.release import model_path, shared_sha256
 from wardround.learning.device import Compute
 from wardround.learning.frozen import train_mode
 from wardround.plan.blueprints import Blueprints
-from wardround.plan.weights import file_sha256, frozen_part, load_model
+from wardround.plan.weights import file_sha256, frozen_part, load_model, save_frozen
 from wardround.results.files import read_result
 from wardround.results.schema import Started
 from wardround.runs.apply import reconstruct
@@ -41,6 +41,7 @@ from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import load_sites
 from wardround.study.start import Parts
+from wardround.wire.tensors import tensors_sha256
 
 Tensors = Mapping[str, Any]
 CODE = Plugins(code=True)
@@ -322,6 +323,14 @@ def test_what_is_local_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.Mon
     assert np.array_equal(released(result.out)["2.weight"], fresh["2.weight"])
     pooled = load_model(model_path(result.out, "pooled"))[0]
     assert not np.array_equal(pooled["2.weight"], fresh["2.weight"])
+
+
+def test_a_frozen_part_is_stored_by_value_whatever_its_strides(tmp_path: Path) -> None:
+    turned = {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3).T}
+    sha256 = tensors_sha256(turned)
+    save_frozen(turned, sha256, tmp_path)
+    found = frozen_part(tmp_path / "model.safetensors", {"frozen": "w", "frozen_sha256": sha256})
+    assert np.array_equal(found["w"], turned["w"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
@@ -70,7 +71,8 @@ def save_frozen(values: Mapping[str, Array], sha256: str, folder: Path) -> Path:
     path = folder / _FOLDER / f"{sha256}.safetensors"
     if not path.exists():
         with written(path) as file:
-            file.write(save({name: values[name] for name in sorted(values)}))
+            # Not as it lies in memory: the library writes that, whatever the strides.
+            file.write(save({name: np.array(values[name], order="C") for name in sorted(values)}))
     return path
 
 

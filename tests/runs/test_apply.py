@@ -204,7 +204,7 @@ def _broken_models(model: Path, study: Study) -> dict[str, str]:
     _release(folder / "unnamed.safetensors", study, "{")
     other = study.model_copy(update={"model": study.model.model_copy(update={"channels": 12})})
     _release(folder / "other.safetensors", study, other.model_dump_json())
-    custom = {**STUDY, "task": {"kind": "custom", "factory": "a:b"}}
+    custom = {**STUDY, "task": {"kind": "custom", "factory": "a:b"}, "model": {"kind": "own_network"}}
     _release(folder / "custom.safetensors", study, load_study(custom).model_dump_json())
     return {
         "truncated": "cannot be read",

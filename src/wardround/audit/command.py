@@ -48,7 +48,8 @@ def audit(
         raise StudyError(f"--only: there is no part {unknown[0]!r}; choose among lint, {', '.join(PARTS)}")
     refuse_foreign(out, ours=holds_audit(out, site))
     effort = Effort.of(quick=quick, trials=trials)
-    start = study.start_places(near or Path(), sites.of(site).start)
+    entry = sites.sites.get(site)
+    start = study.start_places(near or Path(), None if entry is None else entry.start)
     auditor = Auditor(study, sites, site, effort, model=model, attacks=attacks, claim=claim, start=start)
     found = auditor.run(quick=quick, parts=[part for part in PARTS if part in parts])
     run = model if model is not None and model.is_dir() else None

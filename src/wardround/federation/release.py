@@ -39,7 +39,7 @@ CARD = "model_card.md"
 def scanners_of_arm(blueprints: Blueprints, arm: Arm, headers: Mapping[str, HeaderFacts]) -> ModelProtocols:
     """The scanners of an arm's sites, with what the sites let out of their headers."""
     return ModelProtocols(
-        scanners={site: blueprints.study.acquisition_of(site) for site in arm.members},
+        scanners={site: blueprints.study.acquisition_of(site) for site in arm.members if blueprints.study.scans},
         headers={site: headers[site] for site in arm.members if headers.get(site)},
     )
 

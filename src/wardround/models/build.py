@@ -6,7 +6,7 @@ from torch import nn
 
 from wardround.errors import StudyError
 from wardround.study.models import ModelSettings
-from wardround.study.registry import check_model
+from wardround.study.registry import check_modality
 from wardround.study.tasks import Modality
 
 
@@ -15,7 +15,7 @@ def build_model(settings: ModelSettings, modality: Modality = "mri") -> nn.Modul
 
     Raises StudyError where the network does not work on images of this modality.
     """
-    check_model(settings, modality)
+    check_modality(settings, modality)
     network = settings.build(modality)
     if not isinstance(network, nn.Module):
         raise StudyError(f"model.kind={settings.kind!r} does not make a torch module")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import nn
-
-from wardround.errors import StudyError
 from wardround.study.models import Preset, PresetSettings
 from wardround.study.tasks import Modality
 
@@ -14,9 +11,7 @@ from wardround.study.tasks import Modality
 class ClassifierSettings(PresetSettings):
     """The base of networks that classify images; they know no scanner."""
 
-    def build(self, modality: Modality) -> nn.Module:
-        """Raise StudyError: it takes images and no raw data."""
-        raise StudyError(f"model.kind={self.kind}: takes images, and a reconstruction begins with raw data; take modl")
+    modalities: ClassVar[frozenset[Modality]] = frozenset()
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network, freshly initialised: (B, channels, *size) -> (B, classes)."""

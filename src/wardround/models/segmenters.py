@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from torch import nn
+from typing import Any, ClassVar, Literal
 
 from wardround.errors import StudyError
 from wardround.study.models import Preset, PresetSettings
@@ -14,11 +12,8 @@ from wardround.study.tasks import Modality
 class NetworkSettings(PresetSettings):
     """The base of networks for images; they know no scanner."""
 
+    modalities: ClassVar[frozenset[Modality]] = frozenset()
     norm: Literal["batch", "instance", "group"] = "batch"
-
-    def build(self, modality: Modality) -> nn.Module:
-        """Raise StudyError: it takes images and no raw data."""
-        raise StudyError(f"model.kind={self.kind}: takes images, and a reconstruction begins with raw data; take modl")
 
     def build_network(self, dimensions: int, channels: int, outputs: int) -> Any:
         """The network, freshly initialised: (B, channels, *shape) -> (B, outputs, *shape)."""

@@ -205,5 +205,5 @@ class Blueprints:
 
 def protocols_of(study: Study, sites: Iterable[str]) -> dict[str, npt.NDArray[np.float32]]:
     """The public features of the sites' scanners; MRI has none."""
-    scanners = {site: study.acquisition_of(site) for site in sites}
+    scanners = {site: study.acquisition_of(site) for site in sites} if study.scans else {}
     return {site: protocol_features(a) for site, a in scanners.items() if isinstance(a, CTAcquisition)}

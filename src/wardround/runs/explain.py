@@ -101,7 +101,7 @@ def _simulates(study: Study) -> bool:
 
 
 def _model(study: Study) -> str:
-    return study.model.describe() if _simulates(study) else "the task's own"
+    return study.model.describe()
 
 
 def _scanner(study: Study, site: str) -> tuple[str, ...]:
@@ -193,7 +193,7 @@ def _update(study: Study) -> str:
 
 def _scanners(study: Study) -> str:
     """What simulated CT scanners take; nothing for another modality or a task of one's own."""
-    if study.modality != "ct" or not isinstance(study.task, ReconstructionTask):
+    if not isinstance(study.task, ReconstructionTask) or study.modality != "ct":
         return ""
     # Late: it imports the operators of CT.
     from wardround.runs.explain_ct import explain_matrices
@@ -288,7 +288,7 @@ def _beside(host: Machine) -> str:
 def _in_the_model(host: Machine) -> Iterator[str]:
     """What a site says of its scanners at the start, and a released model's file holds."""
     telling = [site for site in host.study.training_sites if host.egress(site).scanner_facts]
-    if host.study.modality == "ct" and host.study.protection.privacy is None and telling:
+    if host.study.scans and host.study.modality == "ct" and host.study.protection.privacy is None and telling:
         yield entry(
             "and in the model",
             "scanners, tube voltages, slice thicknesses and kernels that the headers of DICOM images name, as sets "

@@ -23,8 +23,9 @@ def uncalled(host: Machine) -> str | None:
     facts += [entry("about", study.description)] if study.description else []
     facts += [entry("method", study.method.kind), entry("rounds", str(study.schedule.rounds))]
     header = ("site", "role") if own else ("site", "role", "simulated scanner")
+    scanners = {name: study.acquisition_of(name) for name in study.sites if study.scans}
     rows = [
-        (name, "trains" if site.role == "train" else "unseen", protocol(study.acquisition_of(name)))
+        (name, "trains" if site.role == "train" else "unseen", protocol(scanners.get(name)))
         for name, site in study.sites.items()
     ]
     mind = "The study names code, and check did not call it: what it learns, the model and what travels is not known."

@@ -25,13 +25,13 @@ def inspect_model(path: Path) -> str:
     tensors, metadata = load_model(path)
     study = study_of(path, metadata)
     kind = getattr(study.model, "kind", "")
+    subject = study.modality.upper() if study.scans else study.task.kind
     heading = (
         "a released model",
         f"study {study.name}, arm {metadata.get('arm', FEDERATED)}, round {metadata.get('round', 'unknown')}",
         f"study_sha256 {metadata.get('study_sha256', 'unknown')}",
         f"plan_sha256 {metadata.get('plan_sha256', 'unknown')}",
-        f"{study.modality.upper()}, {kind}: {sum(tensor.size for tensor in tensors.values()):,} values; "
-        f"{study.method.kind}",
+        f"{subject}, {kind}: {sum(tensor.size for tensor in tensors.values()):,} values; {study.method.kind}",
         f"started from {study.start.describe()}",
         *_frozen(metadata),
     )

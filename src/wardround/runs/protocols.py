@@ -40,7 +40,7 @@ def read_protocols(metadata: Mapping[str, str], study: Study) -> ModelProtocols:
     if PROTOCOLS not in metadata:
         arms = {arm.name: arm for arm in every_arm(study)}
         members = arms[metadata.get("arm", FEDERATED)].members
-        return ModelProtocols(scanners={site: study.acquisition_of(site) for site in members})
+        return ModelProtocols(scanners={site: study.acquisition_of(site) for site in members if study.scans})
     try:
         return ModelProtocols.model_validate_json(metadata[PROTOCOLS])
     except ValidationError as error:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from wardround.errors import StudyError
 from wardround.study.base import Settings
-from wardround.study.registry import BUILTIN, Section, default_kind
+from wardround.study.registry import BUILTIN, Section, implied_kind
 from wardround.study.schema import Study
 from wardround.wire.canonical import canonical_json
 
@@ -83,7 +83,7 @@ def _stated(part: BaseModel, dumped: Mapping[str, Any], *, implied: bool = True)
         if name not in part.model_fields_set and (name != "kind" or implied):
             continue
         given, field = getattr(part, name), fields.get(name)
-        below = _value(given, value, implied=_implied(name, field, given))
+        below = _value(given, value, implied=_implied(name, field, given, part))
         # An empty section says what an absent one says, unless an absent one is switched off.
         if below == {} and isinstance(given, BaseModel) and field is not None and field.default is not None:
             continue
@@ -105,10 +105,10 @@ def _value(given: Any, dumped: Any, *, implied: bool = False) -> Any:
     return dumped
 
 
-def _implied(name: str, field: FieldInfo | None, given: Any) -> bool:
+def _implied(name: str, field: FieldInfo | None, given: Any, part: BaseModel) -> bool:
     """Whether a section without a `kind` at this place is read as what is there."""
     if isinstance(given, Settings):
-        return name in BUILTIN and given.kind == default_kind(cast(Section, name))
+        return name in BUILTIN and given.kind == implied_kind(cast(Section, name), getattr(part, "task", None))
     return field is None or type(given) is next(_models(field.annotation), None)
 
 

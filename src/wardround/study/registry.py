@@ -39,6 +39,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "redcnn": "wardround.models.redcnn:REDCNNSettings",
         "lpd": "wardround.models.lpd:LPDSettings",
         "two_band": "wardround.models.two_band:TwoBandSettings",
+        "own_network": "wardround.study.models:OwnModel",
         "iradonmap": "wardround.models.iradonmap:IRadonMAPSettings",
         "monai_unet": "wardround.models.segmenters:MonaiUNetSettings",
         "segresnet": "wardround.models.segmenters:SegResNetSettings",
@@ -62,6 +63,8 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "custom": "wardround.study.methods:CustomMethod",
     },
 }
+# The model of a study that names none, by its task; every other task builds its network itself.
+MODELS: Mapping[str, str] = {"reconstruction": "modl", "segmentation": "monai_unet", "classification": "densenet"}
 GROUPS: Mapping[Section, str] = {"task": "wardround.tasks", "model": "wardround.models", "method": "wardround.methods"}
 BASES: Mapping[Section, type[Settings]] = {"task": TaskSettings, "model": ModelSettings, "method": MethodSettings}
 CLOSED: Mapping[Section, type[Settings]] = {"task": ClosedTask, "model": ClosedModel, "method": ClosedMethod}
@@ -105,6 +108,13 @@ def default_kind(section: Section) -> str:
     return next(iter(BUILTIN[section]))
 
 
+def implied_kind(section: Section, task: Any) -> str:
+    """The kind of a section without one in a study of a `task`: which model, the task says."""
+    if section == "model" and isinstance(task, TaskSettings):
+        return MODELS.get(task.kind, "own_network")
+    return default_kind(section)
+
+
 def installed(section: Section) -> frozenset[str]:
     """The kinds that installed packages add; imports none of them."""
     return frozenset(entry_points(group=GROUPS[section]).names) - BUILTIN[section].keys()
@@ -128,7 +138,7 @@ def read(section: Section, value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, Mapping):
         raise PydanticCustomError("section", "must be a mapping with a `kind`")
     reading = info.context if isinstance(info.context, Reading) else STRICT
-    given = {"kind": default_kind(section), **value}
+    given = {"kind": implied_kind(section, info.data.get("task")), **value}
     kind = given["kind"]
     settings = settings_of(section, kind, reading) if isinstance(kind, str) else None
     if settings is None:
@@ -141,13 +151,23 @@ def read(section: Section, value: Any, info: ValidationInfo) -> Any:
     return found
 
 
-def check_model(model: ModelSettings, modality: Modality) -> None:
+def check_model(model: ModelSettings, task: TaskSettings) -> None:
+    """Raise `StudyError` where a network does not serve the task."""
+    if not (model.closed or task.closed or hasattr(model, task.network or "kind")):
+        kinds = ", ".join(kind for m in _models() if hasattr(m, task.network) for kind in m.kinds())
+        raise StudyError(f"model.kind: {model.kind} does not fit task.kind: {task.kind}; take {kinds}")
+
+
+def check_modality(model: ModelSettings, modality: Modality) -> None:
     """Raise `StudyError` where a network cannot work on the images of a modality."""
     if modality not in model.modalities:
-        models = (m for m in builtins("model") if issubclass(m, ModelSettings) and modality in m.modalities)
-        kinds = ", ".join(kind for m in models for kind in m.kinds())
-        mine = " and ".join(sorted(m.upper() for m in model.modalities))
+        kinds = ", ".join(kind for m in _models() if modality in m.modalities for kind in m.kinds())
+        mine = " and ".join(sorted(m.upper() for m in model.modalities)) or "images and no raw data"
         raise StudyError(
             f"model.kind: {model.kind} is for {mine}, and these scans are {modality.upper()}; take {kinds}"
         )
     model.check(modality)
+
+
+def _models() -> list[type[ModelSettings]]:
+    return [model for model in builtins("model") if issubclass(model, ModelSettings)]

@@ -29,7 +29,7 @@ from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
 from wardround.study.protection import Protection
-from wardround.study.registry import BUILTIN, Reading, builtins, check_model, default, read
+from wardround.study.registry import BUILTIN, Reading, builtins, check_modality, check_model, default, read
 from wardround.study.start import Fresh, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import BASELINES, Evaluation, Modality, ReconstructionTask, TaskSettings
 
@@ -130,7 +130,10 @@ class Study(Config):
     description: str = ""
     seed: int = Field(0, ge=0, lt=2**63)
     sites: dict[SiteName, Site] = Field(min_length=1)
-    acquisition: Acquisition = MRIAcquisition()
+    acquisition: Acquisition | None = Field(
+        MRIAcquisition(),
+        description="how sites scan that do not say it themselves; none for a task of images",
+    )
     task: Annotated[SerializeAsAny[TaskSettings], BeforeValidator(lambda value, info: read("task", value, info))] = (
         Field(default_factory=lambda: default("task"))
     )
@@ -161,6 +164,21 @@ class Study(Config):
         return sites
 
     @model_validator(mode="after")
+    def _has_the_scanners_of_its_task(self) -> Study:
+        """A scanner where the task has one, and no default of one elsewhere."""
+        own = [name for name, site in self.sites.items() if site.acquisition is not None]
+        stated = "acquisition" in self.model_fields_set and self.acquisition is not None
+        if self.task.scanner == "none" and (stated or own):
+            key = "acquisition" if stated else f"sites.{own[0]}.acquisition"
+            raise ValueError(f"{key}: task.kind {self.task.kind} begins with images and simulates no scan; take it out")
+        if self.task.scanner == "needed" and self.acquisition is None:
+            raise ValueError(f"acquisition: task.kind {self.task.kind} needs one")
+        if self.task.scanner == "none" or (self.task.scanner == "optional" and not stated and not own):
+            # What was written stays what it is: only the default goes.
+            self.__dict__["acquisition"] = None
+        return self
+
+    @model_validator(mode="after")
     def _sites_fit(self) -> Study:
         training = self.training_sites
         if not training:
@@ -173,12 +191,14 @@ class Study(Config):
             raise ValueError(
                 f"{len(training)} training sites but protection.max_sites={self.protection.max_sites}; raise it"
             )
-        if len({self.acquisition_of(site).kind for site in self.sites}) > 1:
+        if self.scans and len({self.acquisition_of(site).kind for site in self.sites}) > 1:
             raise ValueError("some sites are MRI and some are CT; a study has one modality: give all the same `kind`")
         if isinstance(self.task, ReconstructionTask):
             self._task_fits(self.task)
         try:
-            check_model(self.model, self.modality)
+            check_model(self.model, self.task)
+            if self.task.scanner == "needed":
+                check_modality(self.model, self.modality)
         except StudyError as error:
             raise ValueError(str(error)) from None
         for name, site in self.sites.items():
@@ -246,9 +266,9 @@ class Study(Config):
             raise ValueError(f"local: {said}; set `optimizer: sgd`, without momentum and weight decay")
         if local.schedule != "constant" or local.warmup:
             raise ValueError(f"local: {said} of one size; set `schedule: constant` and `warmup: 0`")
-        if self.evaluation is not None and self.evaluation.leave_one_out:
+        if self.task.leaves_out:
             raise ValueError(
-                "task.evaluation.leave_one_out: the noise of protection.privacy.noise=distributed is sized for all "
+                f"{self.task.leave_one_out_key}: the noise of protection.privacy.noise=distributed is sized for all "
                 "sites together; set it to false"
             )
 
@@ -281,8 +301,13 @@ class Study(Config):
         return places or ((near / self.start.file).absolute(),)
 
     @property
+    def scans(self) -> bool:
+        """Whether the study says how its sites scan."""
+        return self.acquisition is not None
+
+    @property
     def modality(self) -> Modality:
-        """What the study's acquisitions are of."""
+        """What the study's acquisitions are of. Raises `StudyError` where there are none."""
         return self.acquisition_of(next(iter(self.sites))).kind
 
     @property
@@ -306,8 +331,11 @@ class Study(Config):
         return tuple(name for name, site in self.sites.items() if site.role == "unseen")
 
     def acquisition_of(self, site: str) -> MRIAcquisition | CTAcquisition:
-        """The protocol of a site: its own, or the study's."""
-        return self.sites[site].acquisition or self.acquisition
+        """The protocol of a site: its own, or the study's. Raises `StudyError` where a study simulates no scan."""
+        found = self.sites[site].acquisition or self.acquisition
+        if found is None:
+            raise StudyError(f"task.kind {self.task.kind} has no scanner")
+        return found
 
 
 def _methods() -> tuple[type[MethodSettings], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -88,7 +88,19 @@ class Evaluation(Config):
 
 
 class TaskSettings(Settings):
-    """The base of every task's section: `build` makes the task."""
+    """The base of every task's section: `build` makes the task, and the rest says what else a study of it has."""
+
+    #: Whether a study of it says how sites scan (`acquisition`): `needed` has a default, `optional` has none.
+    scanner: ClassVar[Literal["needed", "optional", "none"]] = "optional"
+    #: The method that settings of a model must have to serve it; empty where any, or none, does.
+    network: ClassVar[str] = ""
+    #: Where in a study its arms without one site are asked for.
+    leave_one_out_key: ClassVar[str] = "task.leave_one_out"
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the study trains once more without each of its training sites."""
+        return bool(getattr(self, "leave_one_out", False))
 
     def build(self, study: Any, embeddings: Mapping[str, Path]) -> Any:
         """The `wardround.tasks.task.Task` of a `study` with this section.
@@ -101,6 +113,10 @@ class TaskSettings(Settings):
 class ReconstructionTask(TaskSettings):
     """From undersampled raw data to an image."""
 
+    scanner = "needed"
+    network = "build"
+    leave_one_out_key = "task.evaluation.leave_one_out"
+
     kind: Literal["reconstruction"] = "reconstruction"
     contrasts: tuple[str, ...] = Field(("image",), min_length=1, description="MRI: names of the files, without ending")
     size: tuple[int, int] = (128, 128)
@@ -110,6 +126,11 @@ class ReconstructionTask(TaskSettings):
     augment: bool = Field(False, description="CT: random quarter turns before each training scan, with new noise")
     loss: Loss = Loss()
     evaluation: Evaluation = Evaluation()
+
+    @property
+    def leaves_out(self) -> bool:
+        """What its evaluation says."""
+        return self.evaluation.leave_one_out
 
 
 class CustomTask(TaskSettings):

@@ -53,6 +53,9 @@ class LabelTable(Config):
 class ClassificationTask(TaskSettings):
     """Which of several classes a patient's images show."""
 
+    scanner = "none"
+    network = "build_classifier"
+
     kind: Literal["classification"]
     images: tuple[str, ...] = Field(("images/{id}",), min_length=1, description="as in a segmentation")
     table: LabelTable = LabelTable()
@@ -224,9 +227,7 @@ class Classification:
 
     def build_model(self) -> nn.Module:
         """The network: images (B, C, *size) -> logits (B, K)."""
-        build: Any = getattr(self.study.model, "build_classifier", None)
-        if build is None:
-            raise StudyError(f"model.kind={self.study.model.kind}: does not classify; take a classifier, say densenet")
+        build: Any = getattr(self.study.model, self.config.network)  # a study whose model has none is refused
         network: nn.Module = build(self.config.dimensions, self.config.channels, len(self.config.classes))
         return network
 

@@ -13,7 +13,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from wardround.errors import StudyError
 from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.readers.cases import Patterns, Table, find_cases
 from wardround.study.base import Config
@@ -50,6 +49,9 @@ class OverlapLoss(Config):
 
 class SegmentationTask(TaskSettings):
     """Outlines of structures in images, 2-D or 3-D."""
+
+    scanner = "none"
+    network = "build_network"
 
     kind: Literal["segmentation"]
     images: tuple[str, ...] = Field(
@@ -128,11 +130,7 @@ class Segmentation:
 
     def build_model(self) -> nn.Module:
         """The network: images (B, C, *shape) -> logits (B, K, *shape)."""
-        build: Any = getattr(self.study.model, "build_network", None)
-        if build is None:
-            raise StudyError(
-                f"model.kind={self.study.model.kind}: does not segment; take a network for images, say monai_unet"
-            )
+        build: Any = getattr(self.study.model, self.config.network)  # a study whose model has none is refused
         network: nn.Module = build(self.config.dimensions, self.config.channels, len(self.structures))
         return network
 

@@ -111,7 +111,8 @@ def test_a_network_and_a_method_from_outside_are_checked_trained_tested_reported
 
 
 def test_a_task_and_an_engine_from_outside(package: None, tmp_path: Path) -> None:
-    study, sites = hospital(tmp_path, ("tripling", "clipped"), task={"kind": "tripling"}, model={"kind": "own_network"}, method=METHOD)
+    kinds = {"task": {"kind": "tripling"}, "model": {"kind": "own_network"}, "method": METHOD}
+    study, sites = hospital(tmp_path, ("tripling", "clipped"), **kinds)
     said = CliRunner().invoke(app, ["check", str(study), "--sites", str(sites)])
     assert "to triple numbers, of 24 patients a site" in said.output
     result = wardround.run(study, sites, tmp_path / "out", engine="counting", quiet=True)

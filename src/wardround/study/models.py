@@ -52,17 +52,6 @@ class PresetSettings(ModelSettings):
         return f"{self.kind}, preset {self.preset}"
 
 
-class OwnModel(ModelSettings):
-    """The network that the task builds by itself."""
-
-    kind: Literal["own_network"]
-    modalities = frozenset()
-
-    def describe(self) -> str:
-        """Whose it is."""
-        return "the task's own"
-
-
 class ClosedModel(ModelSettings):
     """The section of a plug-in's model as the file has it."""
 

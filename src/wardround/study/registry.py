@@ -39,7 +39,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "redcnn": "wardround.models.redcnn:REDCNNSettings",
         "lpd": "wardround.models.lpd:LPDSettings",
         "two_band": "wardround.models.two_band:TwoBandSettings",
-        "own_network": "wardround.study.models:OwnModel",
+        "own_network": "wardround.study.own_network:OwnModel",
         "iradonmap": "wardround.models.iradonmap:IRadonMAPSettings",
         "monai_unet": "wardround.models.segmenters:MonaiUNetSettings",
         "segresnet": "wardround.models.segmenters:SegResNetSettings",

@@ -17,6 +17,7 @@ from wardround.errors import StudyError
 from wardround.imaging.datasets.split import split_patients
 from wardround.imaging.readers.cases import Patterns, Table, find_cases
 from wardround.study.base import Config
+from wardround.study.plugins import NO_PLUGINS
 from wardround.study.tasks import Split as SplitRule
 from wardround.study.tasks import TaskSettings
 from wardround.tasks.augmentation import Augmentation, standard
@@ -112,6 +113,7 @@ class Segmentation:
 
     def __init__(self, study: Study, config: SegmentationTask) -> None:
         self.study, self.config = study, config
+        self.readers = NO_PLUGINS.readers  # By site and ending; `build_task` sets what sites allow.
         self.structures = tuple(config.structures)
         chain = standard(config.dimensions) if config.augment == "standard" else config.augment
         self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
@@ -135,7 +137,7 @@ class Segmentation:
         """The images and masks of a site."""
         config = self.config
         table = None if config.table is None else Table(config.table.file, config.table.id, config.table.patient)
-        cases = find_cases(source, site, Patterns(config.images, config.mask, table))
+        cases = find_cases(source, site, Patterns(config.images, config.mask, table, self.readers(site)))
         drawn = config.annotated.get(site, self.structures)
         return LabelledDataset(
             site,

@@ -10,19 +10,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 import wardround
 from tests.hospitals import head, make_hospitals, save, write_study
+from tests.outlines import make_outlines, outline_study
 from wardround.cli import app
-from wardround.errors import StudyError
+from wardround.errors import DataError, StudyError
 from wardround.federation.release import load_model, study_of
 from wardround.runs.machine import Machine
 from wardround.study.load import UNREAD, load_study, plan_sha256, study_sha256
+from wardround.study.plugins import Plugins
 from wardround.study.registry import BUILTIN, Section, builtin
-from wardround.study.sites import load_sites
+from wardround.study.sites import SitesFile, load_sites
+from wardround.tasks.build import build_task
 
 SOURCE = Path(wardround.__file__).parent
 ENTRIES = """
@@ -35,6 +40,8 @@ clipped = ward_outside:ClippedSettings
 factory = ward_outside:Clipped
 [wardround.engines]
 counting = ward_outside:counting
+[wardround.readers]
+rawimg = ward_outside:read_rawimg
 """
 METHOD, MODEL = {"kind": "clipped", "weights": "equal"}, {"kind": "scale", "start": 1}
 
@@ -123,6 +130,36 @@ def test_a_task_and_an_engine_from_outside(package: None, tmp_path: Path) -> Non
     assert "Off by" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     with pytest.raises(StudyError, match="--engine other: there is none of that name; known are counting, local"):
         wardround.run(study, sites, tmp_path / "other", engine="other", quiet=True)
+
+
+def test_a_reader_from_outside_reads_where_a_site_allows_its_ending_and_only_there(
+    package: None, tmp_path: Path
+) -> None:
+    nifti = make_outlines(tmp_path / "nifti", {"A": 5})
+    for path in (tmp_path / "nifti").rglob("*.nii.gz"):
+        raw = tmp_path / "raw" / path.relative_to(tmp_path / "nifti").with_name(path.name.replace(".nii.gz", ".rawimg"))
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        image = nibabel.load(path)
+        with raw.open("wb") as file:
+            np.savez(file, array=np.asarray(image.dataobj)[None], affine=image.affine)
+    study = outline_study({"A": {}})
+    root = tmp_path / "raw" / "A"
+
+    def plugins(*names: str, code: bool = False) -> Plugins:
+        sites = SitesFile.model_validate({"sites": {"A": {"data": str(root), "plugins": list(names)}}})
+        return Plugins.of(study, sites.with_code() if code else sites)
+
+    for allowed in (plugins(), plugins(code=True), plugins("scale")):
+        with pytest.raises(DataError, match=r"no file in its data folder matches"):
+            build_task(study, plugins=allowed).dataset("A", root)
+    assert "ward_outside" not in sys.modules
+    read = build_task(study, plugins=plugins("rawimg")).dataset("A", root)
+    assert read.fingerprint() == build_task(study).dataset("A", nifti.sites["A"].data).fingerprint()
+    # Its words may name a patient's file: they stay in the detail.
+    next(root.rglob("image.rawimg")).write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"site A: the plug-in for \.rawimg files cannot read an image") as caught:
+        build_task(study, plugins=plugins("rawimg")).dataset("A", root)
+    assert "DOE" not in str(caught.value)
 
 
 @pytest.mark.parametrize("sites_given", [False, True])

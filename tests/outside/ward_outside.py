@@ -164,3 +164,10 @@ def counting(sites: Sites) -> Carried:
     """The entry point of `--engine counting`."""
     MADE.append(Counting(LocalEngine(sites.find)))
     return Carried(MADE[-1], 1)
+
+
+def read_rawimg(path: Path) -> tuple[Any, Sequence[float], Any]:
+    """Channels, mm and affine of a `.rawimg` file."""
+    with np.load(path) as file:
+        affine = file["affine"]
+        return file["array"], [float(size) for size in np.linalg.norm(affine[:3, :3], axis=0)], affine

@@ -14,7 +14,7 @@ from wardround.errors import StudyError
 from wardround.study.base import Settings, at
 from wardround.study.load import validate, written
 from wardround.study.methods import CustomMethod
-from wardround.study.registry import BASES, BUILTIN, GROUPS, Reading
+from wardround.study.registry import BASES, BUILTIN, GROUPS, READERS, Reading
 from wardround.study.registry import Section as Part
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
@@ -116,6 +116,31 @@ class Plugins:
                 f"installed in this environment (entry points of the group {GROUPS[part]}: {installed})",
                 detail=str(error),
             ) from error
+
+    def readers(self, site: str) -> dict[str, Any]:
+        """By ending (".raw") what reads a file, of the readers that a site allows; imports those alone.
+
+        No study names a reader, so `code` opens none. A site without an entry (one that scans others' patients, the
+        pool of all) has those that every site allows. Raises `StudyError` for one that cannot be imported.
+        """
+        everywhere = frozenset.intersection(*self.allowed.values()) if self.allowed else frozenset()
+        names = self.allowed.get(site, everywhere)
+        found: dict[str, Any] = {}
+        for point in entry_points(group=READERS):
+            if point.name not in names:
+                continue
+            if f".{point.name}" in found:
+                raise StudyError(
+                    f"sites.{site}.plugins: several installed packages read .{point.name} files; uninstall all but one"
+                )
+            try:
+                found[f".{point.name}"] = point.load()
+            except (ImportError, AttributeError) as error:
+                raise StudyError(
+                    f"sites.{site}.plugins: the reader of .{point.name} files cannot be imported; mend or remove it",
+                    detail=str(error),
+                ) from error
+        return found
 
 
 NO_PLUGINS = Plugins()

@@ -66,6 +66,8 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
 # The model of a study that names none, by its task; every other task builds its network itself.
 MODELS: Mapping[str, str] = {"reconstruction": "modl", "segmentation": "monai_unet", "classification": "densenet"}
 GROUPS: Mapping[Section, str] = {"task": "wardround.tasks", "model": "wardround.models", "method": "wardround.methods"}
+# Readers of image files; the name of an entry point is the ending that it reads, without the dot.
+READERS = "wardround.readers"
 BASES: Mapping[Section, type[Settings]] = {"task": TaskSettings, "model": ModelSettings, "method": MethodSettings}
 CLOSED: Mapping[Section, type[Settings]] = {"task": ClosedTask, "model": ClosedModel, "method": ClosedMethod}
 

@@ -36,7 +36,10 @@ def build_task(
         case tasks_config.CustomTask() as custom:
             return _whole(_custom(custom, plugins), f"factory: {custom.factory!r}")
         case other:
-            return _whole(other.build(study, embeddings or {}), f"kind: {other.kind!r}")
+            made = _whole(other.build(study, embeddings or {}), f"kind: {other.kind!r}")
+            if hasattr(made, "readers"):
+                made.readers = plugins.readers
+            return made
 
 
 def _custom(config: tasks_config.CustomTask, plugins: Plugins) -> Any:

@@ -23,6 +23,7 @@ from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.readers.cases import Case, Patterns, Table, find_cases
 from wardround.imaging.readers.labelled import LabelledImage, read_case
 from wardround.study.base import Config
+from wardround.study.plugins import NO_PLUGINS
 from wardround.study.tasks import Split as SplitRule
 from wardround.study.tasks import TaskSettings
 from wardround.tasks.augmentation import Augmentation, standard
@@ -213,6 +214,7 @@ class Classification:
     def __init__(self, study: Study, config: ClassificationTask) -> None:
         self.study, self.config = study, config
         self._deal: Deal = by_seed
+        self.readers = NO_PLUGINS.readers  # By site and ending; `build_task` sets what sites allow.
         chain = standard(config.dimensions) if config.augment == "standard" else config.augment
         self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
 
@@ -235,7 +237,7 @@ class Classification:
         """The images and classes of a site."""
         config, named = self.config, self.config.table
         table = Table(named.file, named.id, named.patient, named.label)
-        cases = find_cases(source, site, Patterns(config.images, None, table))
+        cases = find_cases(source, site, Patterns(config.images, None, table, self.readers(site)))
         split = self._deal(site, list(cases), config.split, self.study.seed, self.study.sites[site].role)
         return DiagnosedDataset(site, cases, split, config, self._augmentation)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.readers.cases import Patterns, Table, find_cases
 from wardround.study.base import Config
+from wardround.study.plugins import NO_PLUGINS
 from wardround.study.tasks import Split as SplitRule
 from wardround.study.tasks import TaskSettings
 from wardround.tasks.augmentation import Augmentation, standard
@@ -115,6 +116,7 @@ class Segmentation:
     def __init__(self, study: Study, config: SegmentationTask) -> None:
         self.study, self.config = study, config
         self._deal: Deal = by_seed
+        self.readers = NO_PLUGINS.readers  # By site and ending; `build_task` sets what sites allow.
         self.structures = tuple(config.structures)
         chain = standard(config.dimensions) if config.augment == "standard" else config.augment
         self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
@@ -138,7 +140,7 @@ class Segmentation:
         """The images and masks of a site."""
         config = self.config
         table = None if config.table is None else Table(config.table.file, config.table.id, config.table.patient)
-        cases = find_cases(source, site, Patterns(config.images, config.mask, table))
+        cases = find_cases(source, site, Patterns(config.images, config.mask, table, self.readers(site)))
         drawn = config.annotated.get(site, self.structures)
         return LabelledDataset(
             site,

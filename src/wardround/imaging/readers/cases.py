@@ -15,11 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from wardround.errors import DataError
 from wardround.wire.files import reason
 
 ENDINGS = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg")
+# What reads a file of a package outside: channels (C, *shape), mm along each axis of the shape, and the affine from
+# indices to mm, (4, 4); the last two may be `None`.
+Reader = Callable[[Path], tuple[Any, Sequence[float] | None, Any]]
 _PLACE = re.compile(r"(\{patient\}|\{id\}|\*)")
 _MOST_ROWS = 1_000_000
 
@@ -43,15 +47,22 @@ class Case:
     images: tuple[Path, ...]
     mask: Path | None = None
     label: str = ""
+    readers: Mapping[str, Reader] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """How a site's files are named."""
+    """How a site's files are named; `readers` by ending (".raw") read what the package itself does not."""
 
     images: tuple[str, ...]
     mask: str | None = None
     table: Table | None = None
+    readers: Mapping[str, Reader] = field(default_factory=dict, compare=False)
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Of the files that are looked for."""
+        return (*ENDINGS, *sorted(self.readers.keys() - set(ENDINGS)))
 
     def whole(self, pattern: str) -> str:
         """A pattern with its folder."""
@@ -85,7 +96,8 @@ def find_cases(source: Path | Sequence[Path], site: str, patterns: Patterns) -> 
     if not cases:
         shown = ", ".join(patterns.whole(pattern) for pattern in patterns.images)
         raise DataError(
-            f"site {site}: no file in its data folder matches {shown} ({', '.join(ENDINGS)}); see `task.images`",
+            f"site {site}: no file in its data folder matches {shown} ({', '.join(patterns.endings)}); "
+            "see `task.images`",
             detail=", ".join(map(str, folders)),
         )
     return dict(sorted(cases.items()))
@@ -97,10 +109,10 @@ def _in(folder: Path, site: str, patterns: Patterns) -> Iterator[Case]:
     rows = None if patterns.table is None else _rows(folder, site, patterns.table)
     found: dict[tuple[str, str], _Found] = {}
     for number, pattern in enumerate(patterns.images):
-        for key, path in _matches(folder, site, patterns.whole(pattern)):
+        for key, path in _matches(folder, site, patterns.whole(pattern), patterns.endings):
             found.setdefault(key, _Found()).images[number] = path
     if patterns.mask is not None:
-        for key, path in _matches(folder, site, patterns.whole(patterns.mask)):
+        for key, path in _matches(folder, site, patterns.whole(patterns.mask), patterns.endings):
             if key in found:
                 found[key].mask = path
     for number, pattern in enumerate(patterns.images):
@@ -112,7 +124,8 @@ def _in(folder: Path, site: str, patterns: Patterns) -> Iterator[Case]:
     for (patient, name), case in found.items():
         row = None if rows is None else rows[name]
         whose, label = (patient, "") if row is None else row
-        yield Case(whose, name, tuple(case.images[n] for n in range(len(patterns.images))), case.mask, label)
+        images = tuple(case.images[n] for n in range(len(patterns.images)))
+        yield Case(whose, name, images, case.mask, label, patterns.readers)
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
@@ -134,13 +147,13 @@ def _has_image(number: int, case: _Found) -> bool:
     return number in case.images
 
 
-def _matches(folder: Path, site: str, pattern: str) -> Iterator[tuple[tuple[str, str], Path]]:
+def _matches(folder: Path, site: str, pattern: str, endings: tuple[str, ...]) -> Iterator[tuple[tuple[str, str], Path]]:
     """What a pattern finds: (patient, id) and path. Hidden files do not count."""
     expression = _expression(pattern)
     wild = re.sub(r"\{patient\}|\{id\}", "*", pattern)
     seen: dict[tuple[str, str], Path] = {}
     try:
-        for ending in ("",) if pattern.endswith(ENDINGS) else ENDINGS:
+        for ending in ("",) if pattern.endswith(endings) else endings:
             for path in sorted(folder.glob(wild + ending)):
                 name = path.relative_to(folder).as_posix().removesuffix(ending)
                 match = expression.fullmatch(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import UnidentifiedImageError
 
 from wardround.errors import DataError
 from wardround.imaging.readers.bounds import MOST_PIXELS
-from wardround.imaging.readers.cases import Case
+from wardround.imaging.readers.cases import ENDINGS, Case, Reader
 from wardround.imaging.readers.volume import read_array
 from wardround.wire.files import reason
 
@@ -79,7 +80,7 @@ def read_case(case: Case, site: str) -> LabelledImage:
 
 
 def _read_case(case: Case) -> LabelledImage:
-    first, *others = (_read(path) for path in case.images)
+    first, *others = (_read(path, case.readers) for path in case.images)
     parts = [first[0]]
     for path, (channels, space) in zip(case.images[1:], others, strict=True):
         _same(first, (channels, space), "two channels of an image", path)
@@ -91,12 +92,12 @@ def _read_case(case: Case) -> LabelledImage:
             raise DataError(
                 "an image holds NaN or infinite values; replace them at the source", detail=str(case.images[0])
             )
-    labels = None if case.mask is None else _labels(first, case.mask)
+    labels = None if case.mask is None else _labels(first, case.mask, case.readers)
     return LabelledImage(channels, labels, first[1])
 
 
-def _labels(image: tuple[Array, Space], path: Path) -> Array:
-    mask = _read(path, colour=False)
+def _labels(image: tuple[Array, Space], path: Path, readers: Mapping[str, Reader]) -> Array:
+    mask = _read(path, readers, colour=False)
     _same(image, mask, "an image and its mask", path)
     if mask[0].shape[0] != 1:
         raise DataError("a mask has several channels; store one whole number a voxel", detail=str(path))
@@ -131,9 +132,38 @@ def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _read(path: Path, colour: bool = True) -> tuple[Array, Space]:
+def _read(path: Path, readers: Mapping[str, Reader], colour: bool = True) -> tuple[Array, Space]:
     """Channels (C, *shape) and space."""
+    if not path.name.endswith(ENDINGS):
+        for ending, reader in readers.items():
+            if path.name.endswith(ending):
+                return _foreign(reader, ending, path)
     return _volume(path) if path.name.endswith((".nii", ".nii.gz")) else _picture(path, colour)
+
+
+def _foreign(reader: Reader, ending: str, path: Path) -> tuple[Array, Space]:
+    """What a reader of another package gives, in the package's own orientation."""
+    try:
+        given, zooms, affine = reader(path)
+        channels = np.asarray(given)
+        spacing = None if zooms is None else tuple(float(zoom) for zoom in zooms)
+        place = None if affine is None else np.asarray(affine, dtype=np.float64)
+    except Exception as error:
+        # Another package's words may name the file: they stay in the detail.
+        raise DataError(f"the plug-in for {ending} files cannot read an image", detail=f"{path}: {error}") from error
+    if channels.ndim not in (3, 4) or 0 in channels.shape or channels.dtype.kind not in "biuf":
+        raise DataError(f"the plug-in for {ending} files gave no channels (C, *shape) of numbers", detail=str(path))
+    axes = channels.ndim - 1
+    if spacing is not None and (len(spacing) != axes or not all(np.isfinite(spacing)) or min(spacing) <= 0):
+        raise DataError(f"the plug-in for {ending} files gave no positive size for each axis", detail=str(path))
+    if place is None:
+        return _narrow(np.ascontiguousarray(channels)), Space(spacing)
+    if axes != 3 or place.shape != (4, 4) or not np.isfinite(place).all() or np.linalg.det(place) == 0:
+        raise DataError(f"the plug-in for {ending} files gave an affine that places no volume", detail=str(path))
+    orientation = nibabel.orientations.io_orientation(place)
+    if spacing is not None:
+        spacing = tuple(spacing[int(np.flatnonzero(orientation[:, 0] == axis)[0])] for axis in range(3))
+    return _narrow(np.ascontiguousarray(_turned(channels, orientation))), Space(spacing, place, orientation)
 
 
 def _volume(path: Path) -> tuple[Array, Space]:

@@ -88,7 +88,7 @@ def arms_of(study: Study, compare: Collection[str]) -> tuple[Arm, ...]:
         raise StudyError(
             "--compare local: with protection.privacy.noise=distributed a site alone has too little noise; leave it out"
         )
-    if study.evaluation is not None and study.evaluation.leave_one_out:
+    if study.leave_one_out:
         _check_left_out(study)
     return every_arm(study, compare)
 
@@ -97,11 +97,11 @@ def _check_left_out(study: Study) -> None:
     training = study.training_sites
     if study.protection.secure:
         raise StudyError(
-            "task.evaluation.leave_one_out: with protection.secure, the sum of all sites minus the sum without one is "
-            "the update of that one, so no left-out arm is trained; set it to false"
+            f"{study.task.leave_one_out_key}: with protection.secure, the sum of all sites minus the sum without one "
+            "is the update of that one, so no left-out arm is trained; set it to false"
         )
     if len(training) < 3:
-        raise StudyError("task.evaluation.leave_one_out needs at least 3 training sites")
+        raise StudyError(f"{study.task.leave_one_out_key} needs at least 3 training sites")
     if study.protection.robust is not None:
         study.protection.robust.tolerated(len(training) - 1)
 
@@ -115,7 +115,7 @@ def every_arm(study: Study, compare: Collection[str] = COMPARISONS) -> tuple[Arm
         # One step of every site in the federation is one step on the union of their batches here (law of the centre).
         union = study.local.model_copy(update={"batch": study.local.batch * len(training)})
         arms.insert(0, Arm(POOLED, (POOLED,), training, alone, union))
-    if study.evaluation is not None and study.evaluation.leave_one_out:
+    if study.leave_one_out:
         for site in training:
             rest = tuple(s for s in training if s != site)
             arms.append(Arm(WITHOUT + site, rest, rest, study.method, study.local))

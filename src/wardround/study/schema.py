@@ -228,9 +228,9 @@ class Study(Config):
             raise ValueError(f"local: {said}; set `optimizer: sgd`, without momentum and weight decay")
         if local.schedule != "constant" or local.warmup:
             raise ValueError(f"local: {said} of one size; set `schedule: constant` and `warmup: 0`")
-        if self.evaluation is not None and self.evaluation.leave_one_out:
+        if self.leave_one_out:
             raise ValueError(
-                "task.evaluation.leave_one_out: the noise of protection.privacy.noise=distributed is sized for all "
+                f"{self.task.leave_one_out_key}: the noise of protection.privacy.noise=distributed is sized for all "
                 "sites together; set it to false"
             )
 
@@ -261,6 +261,11 @@ class Study(Config):
     def evaluation(self) -> Evaluation | None:
         """What is measured on test patients; nothing for a task of your own, which says so itself."""
         return self.task.evaluation if isinstance(self.task, ReconstructionTask) else None
+
+    @property
+    def leave_one_out(self) -> bool:
+        """Whether the study trains once without each training site, which its task says."""
+        return self.task.leaves_one_out
 
     @property
     def baselines(self) -> tuple[str, ...]:

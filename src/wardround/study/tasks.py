@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -90,6 +90,13 @@ class Evaluation(Config):
 class TaskSettings(Settings):
     """The base of every task's section: `build` makes the task."""
 
+    leave_one_out_key: ClassVar[str] = "task.leave_one_out"  # for messages
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether the study trains once without each training site: the section's `leave_one_out`, if it has one."""
+        return getattr(self, "leave_one_out", False) is True
+
     def build(self, study: Any, embeddings: Mapping[str, Path]) -> Any:
         """The `wardround.tasks.task.Task` of a `study` with this section.
 
@@ -101,6 +108,8 @@ class TaskSettings(Settings):
 class ReconstructionTask(TaskSettings):
     """From undersampled raw data to an image."""
 
+    leave_one_out_key: ClassVar[str] = "task.evaluation.leave_one_out"
+
     kind: Literal["reconstruction"] = "reconstruction"
     contrasts: tuple[str, ...] = Field(("image",), min_length=1, description="MRI: names of the files, without ending")
     size: tuple[int, int] = (128, 128)
@@ -110,6 +119,11 @@ class ReconstructionTask(TaskSettings):
     augment: bool = Field(False, description="CT: random quarter turns before each training scan, with new noise")
     loss: Loss = Loss()
     evaluation: Evaluation = Evaluation()
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether the study trains once without each training site."""
+        return self.evaluation.leave_one_out
 
 
 class CustomTask(TaskSettings):

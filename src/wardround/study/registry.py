@@ -137,6 +137,23 @@ def read(section: Section, value: Any, info: ValidationInfo) -> Any:
     return settings.model_validate(given)
 
 
+def default_model(task: Any) -> str | None:
+    """The kind of network of a study whose `task` section this is and that names none; `None`: the package's first."""
+    kind = task.kind if isinstance(task, Settings) else task.get("kind") if isinstance(task, Mapping) else None
+    known = isinstance(kind, str) and kind in BUILTIN["task"]
+    settings = type(task) if isinstance(task, Settings) else builtin("task", kind) if known else None
+    return settings.default_model if settings is not None and issubclass(settings, TaskSettings) else None
+
+
+def check_builder(task: TaskSettings, model: ModelSettings) -> None:
+    """Raise `StudyError` where a network is of no use to a task, and name those that are."""
+    builder = task.model_builder
+    if builder is None or model.closed or hasattr(model, builder):
+        return
+    kinds = ", ".join(kind for m in builtins("model") if hasattr(m, builder) for kind in m.kinds())
+    raise StudyError(f"model.kind: {model.kind} is not for {task.kind}; take one of {kinds}")
+
+
 def check_model(model: ModelSettings, modality: Modality) -> None:
     """Raise `StudyError` where a network cannot work on the images of a modality."""
     if modality not in model.modalities:

@@ -28,7 +28,7 @@ from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
 from wardround.study.protection import Protection
-from wardround.study.registry import BUILTIN, builtins, check_model, default, read
+from wardround.study.registry import BUILTIN, builtins, check_builder, check_model, default, default_model, read
 from wardround.study.tasks import BASELINES, Evaluation, Modality, ReconstructionTask, TaskSettings
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
@@ -134,7 +134,13 @@ class Study(Config):
     @classmethod
     def _sections_are_read(cls, value: Any) -> Any:
         """Sections that the file leaves out are read as the rest is: some readers import no model (`Reading`)."""
-        return {**{section: {} for section in BUILTIN}, **value} if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping):
+            return value
+        sections = {**{section: {} for section in BUILTIN}, **value}
+        task, model = sections["task"], sections["model"]
+        if isinstance(model, Mapping) and "kind" not in model and (kind := default_model(task)) is not None:
+            sections["model"] = {**model, "kind": kind}
+        return sections
 
     @field_validator("sites")
     @classmethod
@@ -162,6 +168,7 @@ class Study(Config):
         if isinstance(self.task, ReconstructionTask):
             self._task_fits(self.task)
         try:
+            check_builder(self.task, self.model)
             check_model(self.model, self.modality)
         except StudyError as error:
             raise ValueError(str(error)) from None

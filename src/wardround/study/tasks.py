@@ -90,7 +90,12 @@ class Evaluation(Config):
 class TaskSettings(Settings):
     """The base of every task's section: `build` makes the task."""
 
-    leave_one_out_key: ClassVar[str] = "task.leave_one_out"  # for messages
+    #: The kind of network of a study that names none; `None`: the package's first.
+    default_model: ClassVar[str | None] = None
+    #: The method that a model's settings must have to be of use to the task; `None`: the task sees to that.
+    model_builder: ClassVar[str | None] = None
+    #: The key of `leave_one_out`, for messages.
+    leave_one_out_key: ClassVar[str] = "task.leave_one_out"
 
     @property
     def leaves_one_out(self) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,9 @@ class LabelTable(Config):
 
 class ClassificationTask(TaskSettings):
     """Which of several classes a patient's images show."""
+
+    default_model: ClassVar[str | None] = "densenet"
+    model_builder: ClassVar[str | None] = "build_classifier"
 
     kind: Literal["classification"]
     images: tuple[str, ...] = Field(("images/{id}",), min_length=1, description="as in a segmentation")

@@ -7,7 +7,7 @@ its loss (partial labels).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -50,6 +50,9 @@ class OverlapLoss(Config):
 
 class SegmentationTask(TaskSettings):
     """Outlines of structures in images, 2-D or 3-D."""
+
+    default_model: ClassVar[str | None] = "monai_unet"
+    model_builder: ClassVar[str | None] = "build_network"
 
     kind: Literal["segmentation"]
     images: tuple[str, ...] = Field(

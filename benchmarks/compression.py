@@ -163,18 +163,18 @@ def _errors(studies: dict[str, Any], sites: Any, folder: Path) -> dict[str, dict
 
     channels: dict[str, Channel] = {}
     for name, study in studies.items():
-        blueprint = Machine(study, sites, folder, ()).blueprint("federated")
+        arm_spec = Machine(study, sites, folder, ()).arm_spec("federated")
         scales = {
             scale_key(group.name, info.name): study.protection.initial_scale
-            for group in blueprint.codec.sent(blueprint.layout).groups
+            for group in arm_spec.codec.sent(arm_spec.layout).groups
             for info in group.tensors
         }
-        channels[name] = Channel(blueprint.codec, blueprint.layout, scales)
+        channels[name] = Channel(arm_spec.codec, arm_spec.layout, scales)
     study = next(iter(studies.values()))
     host = Machine(study, sites, folder, ())
-    blueprint = host.blueprint("federated")
-    public, _ = blueprint.method.initial(blueprint.layout.groups, host.bench.shared_initial(blueprint.policy))
-    learners = {s: host.find(Header("train", blueprint.identity, s)).learner for s in study.training_sites}
+    arm_spec = host.arm_spec("federated")
+    public, _ = arm_spec.method.initial(arm_spec.layout.groups, host.model_context.shared_initial(arm_spec.policy))
+    learners = {s: host.find(Header("train", arm_spec.identity, s)).learner for s in study.training_sites}
     memories: dict[str, Any] = {}
     overall: dict[str, Any] = {}
     for number in range(1, study.schedule.rounds + 1):
@@ -191,7 +191,7 @@ def _errors(studies: dict[str, Any], sites: Any, folder: Path) -> dict[str, dict
             channel.sum = {name: channel.sum.get(name, 0.0) + change for name, change in found.items()}
             channel.errors.append(_relative(found, exact))
         public = {name: np.asarray(tensor + exact[name], dtype=tensor.dtype) for name, tensor in public.items()}
-    plain = sum(info.size for group in blueprint.layout.groups for info in group.tensors) * 4
+    plain = sum(info.size for group in arm_spec.layout.groups for info in group.tensors) * 4
     return {
         name: {
             "relative_l2_error_of_mean": float(np.median(channel.errors)),

@@ -1,7 +1,7 @@
 """Which CT methods help, when every method meets FedAvg on its own network, and does a gain hold in another split?
 
 *Methods*: each personalised method of ct_sites.py beside FedAvg on the very same network, with the same steps. A
-hospital that did not train gets the mean of the private parts (`stranger: mean`; ct_sites.py has the initial ones).
+hospital that did not train gets the mean of the private parts (`unseen: mean`; ct_sites.py has the initial ones).
 *Splits*: the arms of ct_sites.py again with other seeds, which give other test patients, noise and initial values;
 differences are of the same patients, and their spread over seeds says how much of them is chance.
 
@@ -23,7 +23,7 @@ from common import arguments, conditions, cpu_seconds, finish, table
 from ct_sites import PLAIN, REST, UNSEEN, train
 
 SEEDS = (2026, 2027, 2028)
-MEAN = "stranger: mean"
+MEAN = "unseen: mean"
 BATCH_NORM = [*PLAIN, "model.norm=batch"]
 REDCNN = ["model={kind: redcnn, conditioning: bottleneck}"]
 TWO_BAND = ["model={kind: two_band}"]

@@ -3,7 +3,7 @@
 Short studies of four rounds run through the real coordinator, sites, stores, journal and logs: three sites in the
 clear (where every site must answer), or four under masks (`protection.secure`, threshold 3). What a site learns is a
 number known beforehand, so the final model tells which updates are in it, and how often (faults_oracle.py). It must
-also be, bit for bit, that of a run without faults; under masks, where a round without a site or a void round is no
+also be, bit for bit, that of a run without faults; under masks, where a round without a site or an aborted round is no
 fault, the plain sum of those updates that were announced. Every site must have kept exactly what the rounds leave, and
 the logs of every study must verify.
 
@@ -207,7 +207,7 @@ def main() -> None:
             "secure_trials": verdicts.secure_trials,
             "secure_sum_equal": int(verdicts.secure_sum_equal == verdicts.secure_trials),
             "secure_hashes_compared": verdicts.secure_whole,
-            "void_rounds": verdicts.void_rounds,
+            "void_rounds": verdicts.aborted_rounds,
             "second_survivor_lists": verdicts.second_lists,
             "seconds": round(time.perf_counter() - began, 1),
             "cpu_seconds": round(cpu_seconds() - cpu, 1),

@@ -24,7 +24,7 @@ from faults_messages import flipped
 from faults_study import PLAIN, PRIVATE, ROUNDS, Federation, Known, Setting, ledger_of, opened
 from wardround.errors import JournalError, NotEnoughSites
 from wardround.storage.database import Database
-from wardround.storage.record import LOG
+from wardround.storage.hash_log import LOG
 from wardround.storage.verify import verify
 from wardround.wire.canonical import digest
 

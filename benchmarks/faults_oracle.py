@@ -46,7 +46,7 @@ class Verdicts:
     secure_sum_equal: int = 0
     secure_whole: int = 0
     secure_whole_equal: int = 0
-    void_rounds: int = 0
+    aborted_rounds: int = 0
     second_lists: int = 0
 
     def judge(self, folder: Path, setting: Setting = PLAIN) -> None:
@@ -76,7 +76,7 @@ class Verdicts:
         counted = [number for number in range(1, setting.numbers + 1) if rows[number - 1].any()]
         lists = announced(folder)
         self.secure_trials += 1
-        self.void_rounds += max(counted, default=0) - len(counted)
+        self.aborted_rounds += max(counted, default=0) - len(counted)
         # A round that is not in the model at all has lost every update, one too many has doubled them.
         self.lost += max(0, ROUNDS - len(counted)) * len(setting.names)
         self.doubled += max(0, len(counted) - ROUNDS) * len(setting.names)
@@ -89,9 +89,9 @@ class Verdicts:
             self.secure_whole += 1
             self.secure_whole_equal += state.public_sha256 == self.secure_expected
         last = max(counted, default=0)
-        void = [number for number in range(1, last) if number not in counted]
+        aborted = [number for number in range(1, last) if number not in counted]
         for name, site in federation.sites.items():
-            memory = site.store.memory(last, without=void)
+            memory = site.store.memory(last, without=aborted)
             bits = int(memory.tensors["kept"][0]) if "kept" in memory.tensors else 0
             kept = {number for number in range(1, setting.numbers + 1) if bits >> (number - 1) & 1}
             # A site whose update came too late does not know that its round counted without it.

@@ -27,7 +27,7 @@ from wardround.learning.training import Trained
 from wardround.plan.sums import round_metrics
 from wardround.protection.identity import Roster
 from wardround.protection.ledger import Entry, Ledger
-from wardround.protection.privacy import Purse, Terms
+from wardround.protection.privacy import PrivacyBudget, Terms
 from wardround.protection.rounding import study_root
 from wardround.protection.secret import SecretRoot
 from wardround.site.rules import Rules
@@ -104,7 +104,7 @@ class Setting:
 
 PLAIN = Setting(("A", "B", "C"))
 PRIVATE = Setting(("A", "B", "C"), private=True)
-# The number of a void round is used up, so there have to be more of them than rounds.
+# The number of an aborted round is used up, so there have to be more of them than rounds.
 SECURE = Setting(("A", "B", "C", "D"), numbers=40, threshold=3)
 
 
@@ -118,10 +118,10 @@ class Known:
         def fingerprint() -> str:
             return "known"
 
-    def __init__(self, setting: Setting, name: str, purse: Purse | None) -> None:
+    def __init__(self, setting: Setting, name: str, budget: PrivacyBudget | None) -> None:
         self._setting = setting
         self._name = name
-        self._purse = purse
+        self._budget = budget
         self.spoil: Callable[[Any], Any] | None = None
         self.trained: list[int] = []
 
@@ -129,8 +129,8 @@ class Known:
         public["model/weight"]
 
     def train(self, number: int, public: Any, memory: Any) -> Trained:
-        if self._purse is not None:
-            self._purse.pay(STUDY, ARM, number, 1, "known", (number,))
+        if self._budget is not None:
+            self._budget.pay(STUDY, ARM, number, 1, "known", (number,))
         self.trained.append(number)
         change = self._setting.change(number, self._name)
         spoil, self.spoil = self.spoil, None
@@ -179,8 +179,8 @@ class Federation:
         self.setting = setting
         self._folder = folder
         self._stores = {name: SiteStore(folder / "sites" / name) for name in setting.names}
-        self._purses = {name: _purse(folder, name) for name in setting.names} if setting.private else {}
-        self.learners = {n: Known(setting, n, self._purses[n][0] if setting.private else None) for n in setting.names}
+        self._budgets = {name: _budget(folder, name) for name in setting.names} if setting.private else {}
+        self.learners = {n: Known(setting, n, self._budgets[n][0] if setting.private else None) for n in setting.names}
         self._roster = None if setting.threshold is None else _enrolled(folder, self._stores)
         self.sites: dict[str, Site] = {}
         for name in setting.names:
@@ -216,14 +216,14 @@ class Federation:
 
     def charged(self, name: str) -> tuple[Entry, ...]:
         """What a site's ledger says; raises `JournalError` for one that is not the newest."""
-        return self._purses[name][0].ledger.entries()
+        return self._budgets[name][0].ledger.entries()
 
     def close(self) -> None:
         """Close every database."""
         self.journal.close()
         for site in self.sites.values():
             site.close()
-        for _, store in self._purses.values():
+        for _, store in self._budgets.values():
             store.close()
 
 
@@ -236,9 +236,9 @@ def _enrolled(folder: Path, stores: Mapping[str, SiteStore]) -> Roster:
     return roster
 
 
-def _purse(folder: Path, name: str) -> tuple[Purse, SiteStore]:
+def _budget(folder: Path, name: str) -> tuple[PrivacyBudget, SiteStore]:
     store = SiteStore(folder / "sites" / name / "privacy")
-    return Purse(name, TERMS, Ledger(ledger_of(folder, name), store), SecretRoot.of(store)), store
+    return PrivacyBudget(name, TERMS, Ledger(ledger_of(folder, name), store), SecretRoot.of(store)), store
 
 
 def ledger_of(folder: Path, name: str) -> Path:

@@ -85,12 +85,12 @@ def ours(engine_name: str) -> dict[str, float]:
             spec = out / "spec.json"
             spec.write_text(json.dumps(host.spec()), encoding="utf-8")
             engine = WorkersEngine(2, "wardround.runs.machine:site_finder", spec)
-        blueprint = host.blueprint("federated")
+        arm_spec = host.arm_spec("federated")
         coordinator = Coordinator(
-            host.plan("federated"), blueprint.method, engine, Journal(out / "arm", blueprint.identity)
+            host.plan("federated"), arm_spec.method, engine, Journal(out / "arm", arm_spec.identity)
         )
         state = coordinator.start(
-            lambda: blueprint.method.initial(blueprint.layout.groups, host.bench.initial_values())
+            lambda: arm_spec.method.initial(arm_spec.layout.groups, host.model_context.initial_values())
         )
         marks = [(time.process_time(), time.perf_counter()) for _ in coordinator.rounds(state)]
         engine.close()

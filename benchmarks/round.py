@@ -151,10 +151,10 @@ def coordinator_peak(folder: Path) -> dict[str, float]:
     """One round of the coordinator, alone in this process."""
     from wardround.federation.coordinator import Coordinator, Plan
     from wardround.federation.exchange import UPDATE
-    from wardround.federation.minutes import HEAD, shown
+    from wardround.federation.logs import HEAD, shown
     from wardround.learning.methods.method import Method
+    from wardround.storage.hash_log import START
     from wardround.storage.journal import Journal
-    from wardround.storage.record import START
     from wardround.wire.message import FileBody, Message
 
     layout = _big_layout()

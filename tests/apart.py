@@ -86,7 +86,7 @@ def apart(study: Study, sites: SitesFile, folder: Path, compare: Sequence[str] =
 def give_root(folder: Path, site: str, root: str) -> None:
     """Put a secret root of privacy noise into a site's folder, as if the site had drawn it."""
     with closing(SiteStore(folder / "work" / "sites" / site / "privacy")) as store:
-        assert store.promise("privacy/root", 0, root) == root
+        assert store.write_once("privacy/root", 0, root) == root
 
 
 def comparable(values: Mapping[str, Any]) -> dict[str, Any]:

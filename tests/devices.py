@@ -14,7 +14,7 @@ from wardround.imaging.acquisition.ct.operator import StoredWeights
 from wardround.learning.device import Compute, compute_of
 from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.training import Learner
-from wardround.plan.blueprints import Blueprints
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.wire import host
@@ -62,27 +62,27 @@ def _columns(weights: StoredWeights) -> int:
     return int(weights._base.shape[0 if weights._transposed else 1])
 
 
-def blueprints_of(study: Study, embeddings: dict[str, Path] | None = None) -> Blueprints:
+def arm_specs_of(study: Study, embeddings: dict[str, Path] | None = None) -> ArmSpecs:
     """What a study comes to, on a machine where it may name any code."""
-    return Blueprints(study, (), embeddings, Plugins(code=True))
+    return ArmSpecs(study, (), embeddings, Plugins(code=True))
 
 
-def learner_of(plans: Blueprints, folder: Path, compute: Compute, site: str = "A") -> Learner:
+def learner_of(plans: ArmSpecs, folder: Path, compute: Compute, site: str = "A") -> Learner:
     """A site's learner in the federated arm, its data in `folder`."""
-    study, blueprint = plans.study, plans.blueprint("federated")
+    study, arm_spec = plans.study, plans.arm_spec("federated")
     dataset = plans.task.dataset(site, (folder,))
     return Learner(
         site=site,
-        bench=plans.bench.on(compute),
+        model_context=plans.model_context.on(compute),
         dataset=dataset,
         examples=SiteExamples(ExampleStream(len(dataset), study.seed, site)),
-        method=blueprint.method,
-        policy=blueprint.policy,
+        method=arm_spec.method,
+        policy=arm_spec.policy,
         local=study.local,
         rounds=study.schedule.rounds,
         seed=study.seed,
-        groups=tuple(g.name for g in blueprint.layout.groups),
-        curriculum=blueprint.curriculum,
+        groups=tuple(g.name for g in arm_spec.layout.groups),
+        curriculum=arm_spec.curriculum,
     )
 
 

@@ -12,7 +12,7 @@
     ├── Interrupted         the run was stopped cleanly and can be resumed
     └── MissingExtra        an optional part is not installed: names the command that installs it
 
-Those that a caller tells apart are declared where they arise: `exchange.Void` (a round is used up and trained anew),
+Those that a caller tells apart are declared where they arise: `exchange.Aborted` (a round is used up and trained anew),
 `secure_coordinator.Unrecoverable`, `agreement.Misbehaviour`, `privacy.BudgetSpent`, `training.TrainingFailed`.
 
 A message that may leave a site is built from fixed text, tensor names and numbers only. Paths and patient

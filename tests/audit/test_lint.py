@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.ct_hospitals import ct_study, make_ct_hospitals
 from tests.hospitals import make_hospitals, write_study
-from wardround.learning.training import Workbench
+from wardround.learning.training import ModelContext
 from wardround.protection.lint import architecture_sha256, lint_against, lint_tensors
 from wardround.study.load import load_study
 from wardround.study.schema import Study
@@ -27,7 +27,7 @@ def _study(folder: Path, **changes: Any) -> Study:
 
 
 def _initial(study: Study) -> Tensors:
-    return Workbench(build_task(study), study.seed).initial_values()
+    return ModelContext(build_task(study), study.seed).initial_values()
 
 
 def _linear(rows: int = 64, inputs: int = 128) -> Tensors:
@@ -189,15 +189,17 @@ CT = [
 def _learned(study: Study, folder: Path, steps: int, rate: float) -> tuple[Tensors, Tensors]:
     """A network's values after training on a site's images, and before."""
     task = build_task(study)
-    bench, dataset = Workbench(task, study.seed), task.dataset(next(iter(study.sites)), (folder,))
-    optimiser = torch.optim.Adam([p for p in bench.model.parameters() if p.requires_grad], lr=rate)
+    model_context, dataset = ModelContext(task, study.seed), task.dataset(next(iter(study.sites)), (folder,))
+    optimiser = torch.optim.Adam([p for p in model_context.model.parameters() if p.requires_grad], lr=rate)
     random = np.random.default_rng(0)
-    bench.model.train()
+    model_context.model.train()
     for _ in range(steps):
         optimiser.zero_grad()
-        task.loss(bench.model, dataset.batch([int(i) for i in random.choice(len(dataset), 2)], random)).backward()
+        task.loss(
+            model_context.model, dataset.batch([int(i) for i in random.choice(len(dataset), 2)], random)
+        ).backward()
         optimiser.step()
-    return _values(bench.model), bench.initial_values()
+    return _values(model_context.model), model_context.initial_values()
 
 
 @pytest.mark.parametrize("model", [*MRI, *CT], ids=lambda model: model.get("kind", "modl"))

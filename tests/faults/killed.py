@@ -55,7 +55,7 @@ def with_secrets(out: Path, first: int = 0) -> Path:
     reserve(out)
     for number, site in enumerate(SITES, first):
         store = SiteStore(site_folder(out, site) / "privacy")
-        store.promise("privacy/root", 0, bytes([number] * 32).hex())
+        store.write_once("privacy/root", 0, bytes([number] * 32).hex())
         assert SecretRoot.of(store).key() == SecretRoot(bytes([number] * 32)).key()
         store.close()
     return out
@@ -159,9 +159,9 @@ CASES = {
         ("local",),
     ),
     # The coordinator's mean of private parts, and each site's own.
-    "stranger": Case(
+    "unseen": Case(
         {
-            "method": {"kind": "hyperfed", "stranger": "mean"},
+            "method": {"kind": "hyperfed", "unseen": "mean"},
             "task": {"kind": "custom", "factory": "tests.scanners:make_scans", "options": {}},
             "sites": {name: {"acquisition": PROTOCOLS[name].model_dump()} for name in ("Alpha", "Beta", "Gamma")},
             "acquisition": {"kind": "ct"},

@@ -60,11 +60,11 @@ def test_no_message_fault_loses_or_doubles_an_update(driver: Driver, tmp_path: P
 
 @pytest.mark.slow
 def test_under_masks_a_round_holds_each_announced_update_once(driver: Driver, tmp_path: Path) -> None:
-    """Spoiled messages and kills; a round that is void is no fault, one that counts must be the plain sum."""
+    """Spoiled messages and kills; a round that is aborted is no fault, one that counts must be the plain sum."""
     verdicts, secure = driver.verdicts(), driver.study.SECURE
     _, _, acts = driver.injections.life(tmp_path / "whole", 0, secure)
     verdicts.judge(tmp_path / "whole", secure)
-    assert (verdicts.secure_whole, verdicts.secure_whole_equal, verdicts.void_rounds) == (1, 1, 0)
+    assert (verdicts.secure_whole, verdicts.secure_whole_equal, verdicts.aborted_rounds) == (1, 1, 0)
     by_class: Counter[str] = Counter()
     for seed in range(3):
         by_class += driver.messages.spoil_messages(tmp_path / f"m{seed}", 15, Random(seed), secure, 0.15)
@@ -73,7 +73,7 @@ def test_under_masks_a_round_holds_each_announced_update_once(driver: Driver, tm
     verdicts.judge(tmp_path / "killed", secure)
     assert by_class.total() >= 10
     assert kills
-    assert verdicts.void_rounds
+    assert verdicts.aborted_rounds
     assert verdicts.secure_trials == verdicts.secure_sum_equal == 5
     assert (verdicts.lost, verdicts.doubled, verdicts.second_lists, verdicts.site_state_wrong) == (0, 0, 0, 0)
     assert verdicts.false_alarms == 0

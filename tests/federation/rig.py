@@ -90,8 +90,8 @@ class Rig:
         if task is not None:
             self.host.__dict__["task"] = task
         self.study = study
-        self.blueprint = self.host.blueprint(ARM)
-        self.method = self.blueprint.method
+        self.arm_spec = self.host.arm_spec(ARM)
+        self.method = self.arm_spec.method
         self.sites = {
             name: Site(
                 name,
@@ -103,28 +103,28 @@ class Rig:
             for name in study.sites
         }
         self.engine = Recorder(LocalEngine(lambda header: self.sites[header.site]))
-        self.journal = Journal(folder / "coordinator", self.blueprint.identity)
+        self.journal = Journal(folder / "coordinator", self.arm_spec.identity)
         self.coordinator = Coordinator(self.host.plan(ARM), self.method, self.engine, self.journal, protocol)
 
     def learner(self, site: str) -> Learner:
         dataset = self.host.dataset(site)
         return Learner(
             site=site,
-            bench=self.host.bench,
+            model_context=self.host.model_context,
             dataset=dataset,
             examples=SiteExamples(ExampleStream(len(dataset), self.study.seed, site)),
             method=self.method,
-            policy=self.blueprint.policy,
+            policy=self.arm_spec.policy,
             local=self.study.local,
             rounds=self.study.schedule.rounds,
             seed=self.study.seed,
-            groups=tuple(g.name for g in self.blueprint.layout.groups),
-            curriculum=self.blueprint.curriculum,
+            groups=tuple(g.name for g in self.arm_spec.layout.groups),
+            curriculum=self.arm_spec.curriculum,
         )
 
     def start(self) -> State:
-        values = self.host.bench.initial_values()
-        return self.coordinator.start(lambda: self.method.initial(self.blueprint.layout.groups, values))
+        values = self.host.model_context.initial_values()
+        return self.coordinator.start(lambda: self.method.initial(self.arm_spec.layout.groups, values))
 
     def train(self) -> State:
         """All rounds; the last global state."""

@@ -10,8 +10,8 @@ import pytest
 
 from wardround.errors import JournalError
 from wardround.storage.blobs import Blobs
+from wardround.storage.hash_log import LOG, HashLog
 from wardround.storage.journal import Journal
-from wardround.storage.record import LOG, Record
 from wardround.storage.store import Memory, SiteStore
 from wardround.wire.files import write_text
 from wardround.wire.message import Header, Message
@@ -67,7 +67,7 @@ def test_a_linked_log_is_refused_and_a_linked_draft_not_followed(tmp_path: Path)
     theirs = outside(tmp_path)
     (tmp_path / LOG).symlink_to(theirs / LOG)
     with pytest.raises(JournalError, match="symbolic link"):
-        Record(tmp_path / LOG, "site A", {"study": "s"}).note("sent", {"round": 1})
+        HashLog(tmp_path / LOG, "site A", {"study": "s"}).note("sent", {"round": 1})
     (tmp_path / "result.json.draft").symlink_to(theirs / HASH)
     with pytest.raises(OSError, match="symbolic links"):
         write_text(tmp_path / "result.json", "{}")

@@ -20,7 +20,7 @@ from wardround.protection.compression import Codec
 from wardround.protection.discrete_gaussian import discrete_gaussians, epsilon_of_zcdp, squared_norm
 from wardround.protection.lattice import Lattice, LatticeCodec
 from wardround.protection.ledger import Ledger
-from wardround.protection.privacy import Purse, Terms
+from wardround.protection.privacy import PrivacyBudget, Terms
 from wardround.protection.rotation import unrotate
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.runs import session
@@ -55,7 +55,7 @@ def _change(out: Path) -> np.ndarray:
 
     released = load_file(out / "models" / "federated.safetensors")
     host = session.open_host(out / "study.yaml", toy_sites(out / "data"), out, (), (), None)
-    initial = host.bench.initial_values()
+    initial = host.model_context.initial_values()
     return np.concatenate([(released[name].astype(np.float64) - initial[name]).ravel() for name in released])
 
 
@@ -115,14 +115,14 @@ def _whole_sums(folder: Path, examples: tuple[tuple[int, ...], ...], scale: floa
     dataset, store = task.dataset("A", (folder,)), SiteStore(folder / "store")
     dataset.y[:] *= scale
     terms = Terms(1e9, 1e-3, 0.7, 1.0, 0.25, 5.0, 2, "exact", "pld", LATTICE)
-    purse = Purse("A", terms, Ledger(folder / "ledger.jsonl", store), SecretRoot.of(store))
-    training = PrivateTraining(task, dataset, purse, "study", "federated")
+    budget = PrivacyBudget("A", terms, Ledger(folder / "ledger.jsonl", store), SecretRoot.of(store))
+    training = PrivateTraining(task, dataset, budget, "study", "federated")
     torch.manual_seed(0)
     model = task.build_model()
     gradients = ExactGradients(task, model)
     training.draw = lambda secret, step: drawn(examples)  # type: ignore[method-assign]
     context = LocalRound("A", model, {}, {}, {}, {}, 5, 1, 0.1, seed=3)
-    secret = purse.pay("s", "a", 5, 1, "c", [])
+    secret = budget.pay("s", "a", 5, 1, "c", [])
     sums = training.whole_sums(context, gradients, secret, 0, LATTICE)
     noise = discrete_gaussians(secret.noise(0), LATTICE.deviation, LATTICE.dimension)
     whole = np.concatenate([part.ravel() for part in sums.values()]) - noise
@@ -180,7 +180,7 @@ def test_comparisons_and_buffers_are_refused(tmp_path: Path) -> None:
         session.open_host(_study(), toy_sites(tmp_path), tmp_path / "out", ("local",), (), None)
     host = session.open_host(_study({"norm": True}), toy_sites(tmp_path), tmp_path / "out", (), (), None)
     with pytest.raises(StudyError, match="averaged and not trained"):
-        host.blueprint("federated")
+        host.arm_spec("federated")
 
 
 def test_scales_stay_finite_however_tight_the_ring() -> None:

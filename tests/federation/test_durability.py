@@ -19,7 +19,7 @@ from wardround.protection.identity import Roster
 from wardround.protection.ledger import Ledger
 from wardround.site.secure import SecureUpload
 from wardround.storage.database import Database
-from wardround.storage.record import LOG
+from wardround.storage.hash_log import LOG
 from wardround.storage.verify import verify
 
 FULL, NORMAL = 2, 1

@@ -26,7 +26,7 @@ from wardround.learning.methods.fedbn import FedBN
 from wardround.learning.methods.hyperfed import HyperFed
 from wardround.learning.methods.method import Method
 from wardround.learning.training import build_optimizer
-from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, adam_ratio, drift, local_reach
+from wardround.protection.drift import UNKNOWN, Seen, Sketcher, UpdateBound, adam_ratio, drift, local_bound
 from wardround.protection.lint import lint_against
 from wardround.runs.machine import Machine
 from wardround.site.site import Site
@@ -58,7 +58,7 @@ def planted(rig: Rig, state: State, change: Callable[[Tensors], None]) -> State:
 
 def ask(rig: Rig, state: State, number: int, site: str = "A") -> Message:
     """One site's answer to a request to train on a state."""
-    call = rig.coordinator._call(TRAIN, state, number, {"keep": [], "validate": False}, rig.blueprint.layout)
+    call = rig.coordinator._call(TRAIN, state, number, {"keep": [], "validate": False}, rig.arm_spec.layout)
     return rig.sites[site].handle(call.message(site))
 
 
@@ -389,7 +389,7 @@ def test_no_gradients_move_further_than_the_reach(gradients: list[float], optimi
         steps.step()
     far = abs(float(network.weight.detach()) - 1.0)
     # Weight decay works on what the weight is on the way.
-    assert far <= local_reach(local).of(1, 1.0 + far) * (1 + 1e-3) + 1e-6
+    assert far <= local_bound(local).of(1, 1.0 + far) * (1 + 1e-3) + 1e-6
 
 
 def test_the_largest_ratio_of_adam_is_reached_by_the_gradients_that_cauchy_names() -> None:
@@ -411,10 +411,10 @@ def test_the_largest_ratio_of_adam_is_reached_by_the_gradients_that_cauchy_names
 
 def test_a_long_round_is_bounded_at_once() -> None:
     began = time.process_time()
-    many = local_reach(Local(steps=20_000, optimizer="adam", lr=1.0)).value
+    many = local_bound(Local(steps=20_000, optimizer="adam", lr=1.0)).value
     assert time.process_time() - began < 1.0
     # Far from the start every step has the ratio that it can have ever.
-    further = local_reach(Local(steps=20_001, optimizer="adam", lr=1.0)).value
+    further = local_bound(Local(steps=20_001, optimizer="adam", lr=1.0)).value
     assert further - many == pytest.approx(adam_ratio(), rel=1e-6)
 
 
@@ -423,17 +423,17 @@ def test_a_method_that_cannot_say_is_not_asked() -> None:
         def server_step(self, *_: Any) -> Any:
             return 0.0
 
-    one = Reach(1.0, 2.0)
-    assert Method().reach(one) == FedBN().reach(one) == one
-    assert FedAvgM(momentum=0.5).reach(one) == one.times(2.0)
-    assert FedAdam(server_lr=0.1).reach(UNKNOWN).value == pytest.approx(0.1 * adam_ratio(None, 0.9, 0.99))
-    assert Own().reach(one) == UNKNOWN
+    one = UpdateBound(1.0, 2.0)
+    assert Method().update_bound(one) == FedBN().update_bound(one) == one
+    assert FedAvgM(momentum=0.5).update_bound(one) == one.times(2.0)
+    assert FedAdam(server_lr=0.1).update_bound(UNKNOWN).value == pytest.approx(0.1 * adam_ratio(None, 0.9, 0.99))
+    assert Own().update_bound(one) == UNKNOWN
     for method in (FedBN, HyperFed, FedAvgM, FedAdam):
-        assert method().reach(one) != UNKNOWN
+        assert method().update_bound(one) != UNKNOWN
         for hook in ("server_step", "apply", "apply_group", "changes"):
             plugged = type("Plugged", (method,), {hook: lambda *_: None})
-            assert plugged().reach(one) == UNKNOWN
-    assert local_reach(Local(optimizer="sgd")) == UNKNOWN
+            assert plugged().update_bound(one) == UNKNOWN
+    assert local_bound(Local(optimizer="sgd")) == UNKNOWN
 
 
 def test_a_sketch_tells_lengths_and_hides_where_it_looks() -> None:
@@ -453,8 +453,8 @@ def test_a_sketch_tells_lengths_and_hides_where_it_looks() -> None:
     assert [f.check for f in drift(seen, {"t": big + 0.2}, 3, UNKNOWN, mine)] == ["drift"]
     # Three rounds of 0.1, and rounding, explain a move of 0.2; one round does not.
     seen = replace(seen, rounding={})
-    assert not list(drift(seen, {"t": big + 0.2}, 6, Reach(0.1), mine))
-    assert list(drift(seen, {"t": big + 0.2}, 4, Reach(0.1), mine))
+    assert not list(drift(seen, {"t": big + 0.2}, 6, UpdateBound(0.1), mine))
+    assert list(drift(seen, {"t": big + 0.2}, 4, UpdateBound(0.1), mine))
 
 
 # Honest rows -------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def other(rig: Rig, state: State) -> State:
 
 
 def ask(rig: Rig, state: State, split: str, number: int = 3, again: str = "") -> Message:
-    layout = rig.blueprint.metrics_layout if split == "validation" else rig.blueprint.evaluation_layout
+    layout = rig.arm_spec.metrics_layout if split == "validation" else rig.arm_spec.evaluation_layout
     call = rig.coordinator._call(EVALUATE, state, number, {"split": split, "again": again}, layout)
     return rig.sites["A"].handle(call.message("A"))
 

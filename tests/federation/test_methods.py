@@ -246,10 +246,10 @@ def test_fedbn_is_refused_on_a_model_without_batch_norm() -> None:
 
 def test_floating_buffers_are_averaged_and_counters_stay(tmp_path: Path) -> None:
     rig = rig_of(tmp_path, {"kind": "fedavg", "weights": "equal"}, norm=True)
-    roles = rig.blueprint.policy.roles
+    roles = rig.arm_spec.policy.roles
     assert roles["1.num_batches_tracked"] == "local"
     assert roles["1.running_mean"] == roles["1.running_var"] == roles["1.weight"] == "shared"
-    assert {g.name: [t.name for t in g.tensors] for g in rig.blueprint.layout.groups} == {
+    assert {g.name: [t.name for t in g.tensors] for g in rig.arm_spec.layout.groups} == {
         "model": ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"],
         "buffers": ["1.running_mean", "1.running_var"],
     }

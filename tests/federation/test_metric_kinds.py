@@ -392,18 +392,18 @@ def rig(tmp_path: Path) -> Rig:
 def test_one_metric_stays_and_the_others_leave(rig: Rig, tmp_path: Path) -> None:
     """7 of 20 test patients have no finding: too few for a cohort of 8, and nothing tells that there are 7."""
     rig.sites["A"] = cautious(rig, tmp_path / "eight", least=8)
-    found = results_in(told_by(rig, ask(rig), rig.blueprint.evaluation_layout), METRICS)
+    found = results_in(told_by(rig, ask(rig), rig.arm_spec.evaluation_layout), METRICS)
     finding = found["finding"].mean
     assert (finding.withheld, finding.count, finding.absent, finding.error) == (True, 0, 0, None)
     assert found["mse"].mean.count == 20
     assert blocked(rig.sites["A"]) == {"finding: fewer than 8 patients have no value"}
     rig.sites["A"] = cautious(rig, tmp_path / "five")
-    found = results_in(told_by(rig, ask(rig), rig.blueprint.evaluation_layout), METRICS)
+    found = results_in(told_by(rig, ask(rig), rig.arm_spec.evaluation_layout), METRICS)
     assert (found["finding"].mean.count, found["finding"].mean.absent) == (13, 7)
 
 
 def test_a_histogram_of_single_patients_leaves_under_masks_alone(rig: Rig, tmp_path: Path) -> None:
-    layout = rig.blueprint.metrics_layout
+    layout = rig.arm_spec.metrics_layout
     for hidden in (False, True):
         rig.sites["A"] = cautious(rig, tmp_path / str(hidden), hidden=hidden)
         sums = told_by(rig, ask(rig, "validation"), layout)

@@ -28,7 +28,7 @@ from wardround.site.measured import KEY, SETS, MeasuredSets, fewest_told
 from wardround.site.patients import PatientRows, results_of
 from wardround.site.rules import rules_of
 from wardround.site.site import Site
-from wardround.storage.cipher import Vault
+from wardround.storage.cipher import StoreCipher
 from wardround.storage.store import SiteStore
 from wardround.study.load import load_study, plan_sha256, study_sha256
 from wardround.study.sites import Egress, SitesFile
@@ -91,7 +91,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def test_the_bytes_of_an_evaluation_hold_n_value_and_standard_errors_alone(whole: Whole, tmp_path: Path) -> None:
     """Replicate sums once were as many equations as there are patients, and more: they gave all values away."""
     rig, out = Rig(cohort_study(), tmp_path), whole.result.out
-    layout, specs = rig.blueprint.evaluation_layout, rig.host.task.metrics
+    layout, specs = rig.arm_spec.evaluation_layout, rig.host.task.metrics
     # A contributor, n, and a value and two standard errors of each metric.
     assert len(layout.entries) - 2 == 3 * len(METRICS)
     hashes = study_sha256(rig.study), plan_sha256(rig.study)
@@ -176,7 +176,7 @@ def rig(tmp_path: Path) -> Rig:
 
 
 def ask(rig: Rig, split: str = "test", layout: Any = None, **meta: Any) -> Message:
-    found = layout or (rig.blueprint.metrics_layout if split == "validation" else rig.blueprint.evaluation_layout)
+    found = layout or (rig.arm_spec.metrics_layout if split == "validation" else rig.arm_spec.evaluation_layout)
     call = rig.coordinator._call(EVALUATE, rig.journal.state(2), meta.pop("number", 2), {"split": split, **meta}, found)
     return rig.sites["A"].handle(call.message("A"))
 
@@ -200,12 +200,12 @@ def test_a_model_is_tested_in_one_way(rig: Rig) -> None:
     """With and without its private part, or with that of another round, one file would be many models."""
     assert ask(rig).header.kind == UPDATE
     assert ask(rig, again="once more").header.kind == UPDATE
-    for other in ({"unknown_site": True}, {"number": 1}):
+    for other in ({"unseen_site": True}, {"number": 1}):
         assert "test sums of one model of an arm" in reason(ask(rig, **other))
 
 
 def test_validation_is_pooled_and_tests_are_not(rig: Rig) -> None:
-    own, pooled = rig.blueprint.evaluation_layout, rig.blueprint.metrics_layout
+    own, pooled = rig.arm_spec.evaluation_layout, rig.arm_spec.metrics_layout
     for split, layout in (("validation", own), ("test", pooled)):
         assert "gives sums of validation patients" in reason(ask(rig, split, layout))
     assert ask(rig, "validation").header.kind == UPDATE
@@ -279,11 +279,11 @@ def test_other_patients_give_the_very_same_answers(count: int) -> None:
 @pytest.mark.parametrize("key", [None, b"k" * 32])
 def test_rows_survive_a_restart(tmp_path: Path, key: bytes | None) -> None:
     values = {"mse": np.array([0.1, 0.25, 1 / 3])}
-    PatientRows(tmp_path, Vault.of(key)).keep("local/A", values, ())
-    again = PatientRows(tmp_path, Vault.of(key)).of("local/A")
+    PatientRows(tmp_path, StoreCipher.of(key)).keep("local/A", values, ())
+    again = PatientRows(tmp_path, StoreCipher.of(key)).of("local/A")
     assert again is not None
     assert np.array_equal(again["mse"], values["mse"])
-    assert PatientRows(tmp_path, Vault.of(key)).of("federated") is None
+    assert PatientRows(tmp_path, StoreCipher.of(key)).of("federated") is None
     assert (b"0.25" in b"".join(p.read_bytes() for p in tmp_path.iterdir())) == (key is None)
 
 

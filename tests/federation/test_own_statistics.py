@@ -14,7 +14,7 @@ from torch import nn
 from tests.federation.rig import Rig
 from tests.toys import Regression, toy_sites, toy_study
 from wardround.learning.methods.own_statistics import own_statistics
-from wardround.learning.methods.personal import STRANGER
+from wardround.learning.methods.personal import UNSEEN
 from wardround.runs.session import run
 
 NORM = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}}
@@ -56,9 +56,9 @@ def test_one_value_has_no_variance() -> None:
 
 def test_running_statistics_never_leave_a_site(tmp_path: Path) -> None:
     """The declared side channel is scales and shifts."""
-    rig = Rig(toy_study(task=NORM, method={"kind": "fedbn", "stranger": "mean"}), tmp_path)
+    rig = Rig(toy_study(task=NORM, method={"kind": "fedbn", "unseen": "mean"}), tmp_path)
     state = rig.train()
-    (group,) = (group for group in rig.blueprint.layout.groups if group.name == STRANGER)
+    (group,) = (group for group in rig.arm_spec.layout.groups if group.name == UNSEEN)
     assert {info.name for info in group.tensors} == {"1.weight", "1.bias"}
     assert not any(b"running_" in sent.data for sent in rig.engine.sent)
     released = rig.method.release_for(None, state.public, state.private)
@@ -69,10 +69,10 @@ def test_running_statistics_never_leave_a_site(tmp_path: Path) -> None:
         assert released[name] == pytest.approx(mean, abs=1e-4)
 
 
-@pytest.mark.parametrize("stranger", ["initial", "mean"])
-def test_an_unseen_hospital_is_measured_so(tmp_path: Path, stranger: str) -> None:
+@pytest.mark.parametrize("unseen", ["initial", "mean"])
+def test_an_unseen_hospital_is_measured_so(tmp_path: Path, unseen: str) -> None:
     study: Any = toy_study(
-        {"A": {}, "B": {}, "U": {"role": "unseen"}}, task=NORM, method={"kind": "fedbn", "stranger": stranger}
+        {"A": {}, "B": {}, "U": {"role": "unseen"}}, task=NORM, method={"kind": "fedbn", "unseen": unseen}
     )
     result = run(study, toy_sites(tmp_path / "data", ("A", "B", "U")), tmp_path / "out", engine="local")
     network = Regression(norm=True).build_model()

@@ -22,10 +22,10 @@ from wardround.learning.methods.fedct import FedCT
 from wardround.learning.methods.fedfdd import FedFDD
 from wardround.learning.methods.hyperfed import HyperFed
 from wardround.learning.methods.method import LocalRound
-from wardround.learning.methods.personal import STRANGER, Personal
+from wardround.learning.methods.personal import UNSEEN, Personal
 from wardround.learning.methods.scan_physfed import ScanPhysFed, scanner_code
 from wardround.learning.training import parameters_of
-from wardround.plan.blueprints import protocols_of
+from wardround.plan.arm_specs import protocols_of
 from wardround.runs.explain import explain
 from wardround.runs.session import run
 from wardround.wire.ring import ExactSum, levels
@@ -43,7 +43,7 @@ METHODS: list[tuple[dict[str, Any], str]] = [
     ({"kind": "fedct"}, "projection."),
 ]
 EACH = pytest.mark.parametrize(("method", "prefix"), METHODS, ids=lambda v: v if isinstance(v, str) else v["kind"])
-STRANGERS = pytest.mark.parametrize("stranger", ["initial", "mean"])
+STRANGERS = pytest.mark.parametrize("unseen", ["initial", "mean"])
 
 
 def names_in(sent: Sent) -> set[str]:
@@ -66,7 +66,7 @@ def test_the_private_part_stays_and_differs_and_the_rest_is_shared(
 ) -> None:
     rig = Rig(scanner_study(method), tmp_path)
     state = rig.train()
-    model = {p.name for p in rig.host.bench.parameters}
+    model = {p.name for p in rig.host.model_context.parameters}
     private = {name for name in model if name.startswith(prefix)}
     assert private
     counters = {name for name in model if name.endswith("num_batches_tracked")}
@@ -79,20 +79,20 @@ def test_the_private_part_stays_and_differs_and_the_rest_is_shared(
     assert not dict(state.private)
     travelled = {name.split("/")[1] for sent in rig.engine.sent for name in names_in(sent)}
     assert travelled == model - private - counters
-    assert sum(g.size for g in rig.blueprint.layout.groups) == sum(state.public[n].size for n in state.public)
+    assert sum(g.size for g in rig.arm_spec.layout.groups) == sum(state.public[n].size for n in state.public)
 
 
 @EACH
 def test_the_declared_side_channel_is_the_float_values_of_the_private_part_and_no_more(
     tmp_path: Path, method: dict[str, Any], prefix: str
 ) -> None:
-    plain, declared = (Rig(scanner_study(method | {"stranger": s}), tmp_path / s) for s in ("initial", "mean"))
-    *same, extra = declared.blueprint.layout.groups
-    assert tuple(same) == plain.blueprint.layout.groups
-    private = [p for p in declared.host.bench.parameters if p.name.startswith(prefix)]
-    assert (extra.name, extra.tensors) == (STRANGER, tuple(p.info for p in private if p.is_float))
+    plain, declared = (Rig(scanner_study(method | {"unseen": s}), tmp_path / s) for s in ("initial", "mean"))
+    *same, extra = declared.arm_spec.layout.groups
+    assert tuple(same) == plain.arm_spec.layout.groups
+    private = [p for p in declared.host.model_context.parameters if p.name.startswith(prefix)]
+    assert (extra.name, extra.tensors) == (UNSEEN, tuple(p.info for p in private if p.is_float))
     assert plain.method.discloses == ""
-    assert "stranger: mean" in declared.method.discloses
+    assert "unseen: mean" in declared.method.discloses
     # Training is the same to the last bit but for the rounding of the sum, which has its own draw for every tensor.
     ours, theirs = plain.train(), declared.train()
     assert set(ours.public) == set(theirs.public)
@@ -105,13 +105,13 @@ def test_the_declared_side_channel_is_the_float_values_of_the_private_part_and_n
 def test_strangers_get_the_mean_of_the_private_parts(
     tmp_path: Path, method: dict[str, Any], prefix: str, weights: str
 ) -> None:
-    rig = Rig(scanner_study(method | {"stranger": "mean", "weights": weights}), tmp_path)
+    rig = Rig(scanner_study(method | {"unseen": "mean", "weights": weights}), tmp_path)
     states = list(rig.states())
     start = rig.method.release_for(None, states[0].public, states[0].private)
-    initial = rig.host.bench.initial_values()
+    initial = rig.host.model_context.initial_values()
     assert {n for n in start if n.startswith(prefix)}
     assert all(np.array_equal(tensor, initial[name]) for name, tensor in start.items())
-    bits = rig.blueprint.layout.bits_of(rig.blueprint.layout.groups[-1])
+    bits = rig.arm_spec.layout.bits_of(rig.arm_spec.layout.groups[-1])
     sites = [rig.host.dataset(site) for site in rig.sites]
     shares = [1.0 if weights == "equal" else len(points) / 16.0 for points in sites]
     state = states[-1]
@@ -120,7 +120,7 @@ def test_strangers_get_the_mean_of_the_private_parts(
     told = [n for n in kept[0] if n.startswith(prefix) and not n.endswith("num_batches_tracked")]
     for name in told:
         mean = np.average([t[name].astype(np.float64) for t in kept], axis=0, weights=shares)
-        step = states[-2].scales[f"{STRANGER}/{name}"] / levels(bits)
+        step = states[-2].scales[f"{UNSEEN}/{name}"] / levels(bits)
         # A site's change is rounded to float32 and then by up to a step; what is released is rounded to float32.
         change = max(np.abs(t[name] - initial[name]).max() for t in kept)
         error = len(kept) * step / sum(shares) + HALF_ULP * (change + np.abs(released[name]).max())
@@ -131,7 +131,7 @@ def test_strangers_get_the_mean_of_the_private_parts(
 
 
 def test_a_mean_is_over_the_sites_of_its_round(tmp_path: Path) -> None:
-    study = scanner_study({"kind": "hyperfed", "stranger": "mean"})
+    study = scanner_study({"kind": "hyperfed", "unseen": "mean"})
     rig = Rig(study, tmp_path)
     answer, fall_silent = rig.sites["Beta"].handle, {2, 3}
 
@@ -157,21 +157,21 @@ def test_a_mean_is_over_the_sites_of_its_round(tmp_path: Path) -> None:
 
 def test_the_sum_of_an_update_holds_how_far_the_private_part_is_from_its_start(tmp_path: Path) -> None:
     """What the side channel says, read from the bytes at the seam."""
-    rig = Rig(scanner_study({"kind": "hyperfed", "stranger": "mean"}), tmp_path)
+    rig = Rig(scanner_study({"kind": "hyperfed", "unseen": "mean"}), tmp_path)
     scales = rig.start().scales
     rig.train()
-    initial = rig.host.bench.initial_values()
+    initial = rig.host.model_context.initial_values()
     for sent in rig.engine.sent:
         header = sent.message.header
         if (header.kind, header.round) != ("update", 1):
             continue
-        total = ExactSum(rig.blueprint.layout.segments)
+        total = ExactSum(rig.arm_spec.layout.segments)
         total.add(sent.body, 0)
-        said = Aggregate(rig.blueprint.layout, total, scales)
+        said = Aggregate(rig.arm_spec.layout, total, scales)
         kept = rig.sites[header.site].store.memory(1).tensors
-        for info in rig.blueprint.layout.groups[-1].tensors:
+        for info in rig.arm_spec.layout.groups[-1].tensors:
             change = kept[f"local/{info.name}"] - initial[info.name]
-            assert np.allclose(said.mean(STRANGER, info.name), change, atol=1e-7)
+            assert np.allclose(said.mean(UNSEEN, info.name), change, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_site_trains_with_the_repulsion(tmp_path: Path) -> None:
     learner = rig.learner("Beta")
     learner.load(public, memory)
     trained = learner.train(1, public, memory)
-    initial = rig.host.bench.initial
+    initial = rig.host.model_context.initial
     model = Network()
     model.load_state_dict(initial)
     indices = learner._examples.of_round(1, 12)
@@ -278,19 +278,19 @@ def test_a_stranger_is_served_with_the_nearest_code() -> None:
     model, method = Network().eval(), scan_of(*TRAINING)
     known = [np.array(g, dtype=np.float32) for _, g in method.scanners]
     book = [code_by_hand(model, g) for g in known]
-    strangers = np.random.default_rng(2).uniform(size=(12, FEATURES)).astype(np.float32)
-    strangers[:3] = known
-    nearest = [int(np.argmin([np.linalg.norm(code_by_hand(model, g) - c) for c in book])) for g in strangers]
+    unseen_sites = np.random.default_rng(2).uniform(size=(12, FEATURES)).astype(np.float32)
+    unseen_sites[:3] = known
+    nearest = [int(np.argmin([np.linalg.norm(code_by_hand(model, g) - c) for c in book])) for g in unseen_sites]
     assert nearest[:3] == [0, 1, 2]
     assert len(set(nearest[3:])) > 1
     x = torch.randn(12, 6)
-    seen = torch.cat([x, torch.from_numpy(strangers)], dim=1)
+    seen = torch.cat([x, torch.from_numpy(unseen_sites)], dim=1)
     replaced = torch.cat([x, torch.from_numpy(np.stack([known[i] for i in nearest]))], dim=1)
     with torch.no_grad():
         plain, wanted = model(seen), model(replaced)
-        with method.serving_stranger(model):
+        with method.serving_unseen(model):
             assert torch.equal(model(seen), wanted)
-            one = model.hypernetwork(torch.from_numpy(strangers[5]))
+            one = model.hypernetwork(torch.from_numpy(unseen_sites[5]))
         assert torch.equal(model(seen), plain)
     assert torch.allclose(one["one"].gamma, torch.from_numpy(book[nearest[5]][:6]))
     assert not torch.allclose(plain, wanted)
@@ -301,7 +301,7 @@ def test_a_stranger_is_served_with_the_nearest_code() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "prefix", "stranger"),
+    ("method", "prefix", "unseen"),
     [
         (*METHODS[0], "mean"),
         (*METHODS[1], "initial"),
@@ -313,28 +313,28 @@ def test_a_stranger_is_served_with_the_nearest_code() -> None:
     ids=str,
 )
 def test_a_run_with_a_stranger_and_all_comparisons(
-    tmp_path: Path, method: dict[str, Any], prefix: str, stranger: str
+    tmp_path: Path, method: dict[str, Any], prefix: str, unseen: str
 ) -> None:
     """The stranger's figures are those of the released model, which has the promised private part."""
-    study = scanner_study(method | {"stranger": stranger}, unseen=("Delta",), schedule={"rounds": 2, "release": "last"})
+    study = scanner_study(method | {"unseen": unseen}, unseen=("Delta",), schedule={"rounds": 2, "release": "last"})
     sites = toy_sites(tmp_path, tuple(study.sites))
     result = run(study, sites, tmp_path / "out", compare=("local", "pooled"), engine="local")
     rig = Rig(study, tmp_path / "rig")
     released = load_file(result.out / "models" / "federated.safetensors")
     parts = [load_file(result.out / "models" / site / "federated" / "local.safetensors") for site in TRAINING]
     assert set(result.local_sha256) == set(TRAINING)
-    initial = rig.host.bench.initial_values()
+    initial = rig.host.model_context.initial_values()
     for name in parts[0]:
         if not name.startswith(prefix) or name.endswith("num_batches_tracked"):
             continue
-        wanted = initial[name] if stranger == "initial" else np.mean([p[name] for p in parts], axis=0)
-        assert np.allclose(released[name], wanted, atol=0 if stranger == "initial" else 1e-6)
+        wanted = initial[name] if unseen == "initial" else np.mean([p[name] for p in parts], axis=0)
+        assert np.allclose(released[name], wanted, atol=0 if unseen == "initial" else 1e-6)
     model = Network()
     model.load_state_dict({name: torch.from_numpy(t) for name, t in released.items()})
     ((x, y),) = (
         (torch.cat(t) for t in zip(*(b for _, b in rig.host.dataset("Delta").evaluation("test")), strict=True)),
     )
-    with torch.no_grad(), rig.method.serving_stranger(model.eval()):
+    with torch.no_grad(), rig.method.serving_unseen(model.eval()):
         mse = float((model(x) - y).square().mean())
     assert result.metric("federated", "Delta", "mse") == pytest.approx(mse, abs=2e-6)
     assert set(result.metrics) >= {"federated", "local", "pooled"}
@@ -348,12 +348,12 @@ def test_left_out_arms_know_only_the_scanners_of_their_own_sites() -> None:
 
 
 @STRANGERS
-def test_a_secure_sum_comes_to_the_same_bits(tmp_path: Path, stranger: str) -> None:
+def test_a_secure_sum_comes_to_the_same_bits(tmp_path: Path, unseen: str) -> None:
     """Shared part and side channel are both masked: the released models are those of the clear sum."""
     released = []
     for secure in (False, True):
         study = scanner_study(
-            {"kind": "hyperfed", "stranger": stranger},
+            {"kind": "hyperfed", "unseen": unseen},
             schedule={"rounds": 2, "min_sites": 3, "release": "last"},
             protection={"max_sites": 4, "initial_scale": 1.0, "secure": secure},
         )
@@ -368,7 +368,7 @@ def test_a_secure_sum_comes_to_the_same_bits(tmp_path: Path, stranger: str) -> N
 def test_compression_leaves_the_side_channel_whole(tmp_path: Path) -> None:
     """It is told anew in every round: what compression holds back for the next would be counted twice."""
     study = scanner_study(
-        {"kind": "hyperfed", "stranger": "mean"},
+        {"kind": "hyperfed", "unseen": "mean"},
         protection={"max_sites": 4, "initial_scale": 1.0, "compression": {"kind": "top_k", "ratio": 0.1}},
     )
     rig = Rig(study, tmp_path)
@@ -379,9 +379,9 @@ def test_compression_leaves_the_side_channel_whole(tmp_path: Path) -> None:
 
 
 @STRANGERS
-def test_check_says_what_leaves(tmp_path: Path, stranger: str) -> None:
-    study = scanner_study({"kind": "hyperfed", "stranger": stranger})
+def test_check_says_what_leaves(tmp_path: Path, unseen: str) -> None:
+    study = scanner_study({"kind": "hyperfed", "unseen": unseen})
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json")))
     said = " ".join(explain(tmp_path / "study.yaml", None, (), (), allow_code=True).split())
-    assert ("its private part as well" in said) == (stranger == "mean")
-    assert ("what the method keeps at the site" in said) == (stranger == "initial")
+    assert ("its private part as well" in said) == (unseen == "mean")
+    assert ("what the method keeps at the site" in said) == (unseen == "initial")

@@ -22,7 +22,7 @@ from wardround.errors import StudyError, WardroundError
 from wardround.learning.gradients import BatchedGradients, Drawn, ExactGradients, autograd
 from wardround.learning.private_training import PrivateTraining, clipped, refuse_shared_statistics
 from wardround.protection.ledger import Entry, Ledger
-from wardround.protection.privacy import Purse, SecretRound, Terms
+from wardround.protection.privacy import PrivacyBudget, SecretRound, Terms
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.runs import session
 from wardround.runs.folder import reserve
@@ -37,8 +37,8 @@ def _training(folder: Path, *, rate: float = 0.25, noise: float = 1.0, patients:
     task = Regression(patients=patients)
     store = SiteStore(folder / "store")
     terms = Terms(1e6, 1e-3, CLIP, noise, rate, rate * (patients - 4), 2, "exact", "pld")
-    purse = Purse("A", terms, Ledger(folder / "ledger.jsonl", store), SecretRoot.of(store))
-    return PrivateTraining(task, task.dataset("A", (folder,)), purse, "study", "federated")
+    budget = PrivacyBudget("A", terms, Ledger(folder / "ledger.jsonl", store), SecretRoot.of(store))
+    return PrivateTraining(task, task.dataset("A", (folder,)), budget, "study", "federated")
 
 
 def _drawn(examples: Sequence[tuple[int, ...]]) -> tuple[Drawn, ...]:
@@ -84,7 +84,7 @@ def test_a_step_is_the_clipped_mean_and_noise_of_the_stated_size(tmp_path: Path)
     training = _training(tmp_path, noise=2.0)
     model = _model()
     gradients, size = ExactGradients(Regression(patients=24), model), sum(p.numel() for p in model.parameters())
-    secret = training._purse.pay("s", "a", 1, 1, "c", [])
+    secret = training._budget.pay("s", "a", 1, 1, "c", [])
     expected = training.terms.patients_per_step
     residuals = []
     for step in range(60):
@@ -97,7 +97,7 @@ def test_a_step_is_the_clipped_mean_and_noise_of_the_stated_size(tmp_path: Path)
 
 def test_patients_are_drawn_independently_at_the_stated_rate(tmp_path: Path) -> None:
     training = _training(tmp_path, rate=0.1)
-    secret = training._purse.pay("s", "a", 1, 1, "c", [])
+    secret = training._budget.pay("s", "a", 1, 1, "c", [])
     draws = [training.draw(secret, step) for step in range(400)]
     sizes = np.array([len(draw) for draw in draws])
     expected, patients = 2.0, 20
@@ -110,7 +110,7 @@ def test_patients_are_drawn_independently_at_the_stated_rate(tmp_path: Path) -> 
 
 def test_an_empty_draw_is_a_step_of_noise(tmp_path: Path) -> None:
     training = _training(tmp_path, rate=0.001)
-    secret = training._purse.pay("s", "a", 1, 1, "c", [])
+    secret = training._budget.pay("s", "a", 1, 1, "c", [])
     assert training.draw(secret, 0) == ()
     model = _model()
     size = sum(p.numel() for p in model.parameters())
@@ -170,7 +170,7 @@ def test_a_patient_less_changes_nothing_of_the_others_with_dropout_and_augmentat
     for lacking in (frozenset[int](), frozenset({without})):
         training = _training(tmp_path, rate=rate, patients=24)
         data: Any = _Lacking(whole, lacking)
-        training = PrivateTraining(training._task, data, training._purse, "study", "federated")
+        training = PrivateTraining(training._task, data, training._budget, "study", "federated")
         draw = training.draw(secret, 3)
         drawn.append(len(draw))
         torch.manual_seed(5)
@@ -336,9 +336,9 @@ def test_a_lost_ledger_stops_the_site(tmp_path: Path) -> None:
     study = _study()
     reserve(out)
     host = session.open_host(study, sites, out, (), (), None)
-    purse = host.agent("A").purses.of("A", host.dataset("A"))
-    purse.pay("s", "a", 1, 1, "c", [])
-    purse.ledger.path.unlink()
+    budget = host.agent("A").budgets.of("A", host.dataset("A"))
+    budget.pay("s", "a", 1, 1, "c", [])
+    budget.ledger.path.unlink()
     with pytest.raises(WardroundError, match="ledger was lost"):
         session.run(study, sites, out, engine="local")
 
@@ -373,13 +373,13 @@ def test_pooling_and_data_without_owners_are_refused(tmp_path: Path) -> None:
 def test_an_epsilon_that_rests_on_shared_noise_of_another_study_says_so(tmp_path: Path) -> None:
     out = tmp_path / "out"
     host = session.open_host(_study(), toy_sites(tmp_path), out, (), (), None)
-    purse = host.agent("A").purses.of("A", host.dataset("A"))
-    told = statement(host.study, {"A": spending_of(purse, "study")})
+    budget = host.agent("A").budgets.of("A", host.dataset("A"))
+    told = statement(host.study, {"A": spending_of(budget, "study")})
     assert told is not None
     assert SHARED not in told.note
     entry = Entry("another", "federated", 1, 1, 0.25, 5.0, "c", "i", "then", rho=0.01)
-    purse.ledger.spend(entry, lambda entries: None)
-    told = statement(host.study, {"A": spending_of(purse, "study")})
+    budget.ledger.spend(entry, lambda entries: None)
+    told = statement(host.study, {"A": spending_of(budget, "study")})
     assert told is not None
     assert (told.sites["A"].epsilon, told.noise) == (0.0, "site")
     assert told.sites["A"].epsilon_ledger > 0.0

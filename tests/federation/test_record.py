@@ -20,11 +20,11 @@ from tests.federation.rig import Rig
 from tests.toys import toy_sites, toy_study
 from wardround.cli import app
 from wardround.errors import JournalError
-from wardround.federation.minutes import ANCHOR, head_of
+from wardround.federation.logs import ANCHOR, head_of
 from wardround.protection.identity import Identity
 from wardround.runs.session import run
+from wardround.storage.hash_log import LOG, MAX_TAIL, PURPOSE, Entry, HashLog, begun_by
 from wardround.storage.journal import Journal
-from wardround.storage.record import LOG, MAX_TAIL, PURPOSE, Entry, Record, begun_by
 from wardround.storage.verify import verify
 from wardround.wire.canonical import digest
 
@@ -66,10 +66,10 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 def test_a_fact_is_on_record_once_whoever_notes_it_again(tmp_path: Path) -> None:
-    first = Record(tmp_path / LOG, "site A", {"study": "s", "site": "A"})
+    first = HashLog(tmp_path / LOG, "site A", {"study": "s", "site": "A"})
     heads = [first.note("sent", {"round": r}) for r in (1, 2, 1)]
     assert heads[0] == heads[2] != heads[1]
-    again = Record(tmp_path / LOG, "site A", {"study": "s", "site": "A"})
+    again = HashLog(tmp_path / LOG, "site A", {"study": "s", "site": "A"})
     assert again.note("sent", {"round": 2}, sync=True) == heads[1]
     assert again.round_of(heads[1]) == 2
     assert again.round_of("f" * 64) is None
@@ -84,7 +84,7 @@ def test_a_fact_is_on_record_once_whoever_notes_it_again(tmp_path: Path) -> None
 
 
 def test_a_line_that_a_killed_process_left_unfinished_is_removed(tmp_path: Path) -> None:
-    record = Record(tmp_path / LOG, "coordinator", {"study": "s"})
+    record = HashLog(tmp_path / LOG, "coordinator", {"study": "s"})
     record.note("opened", {"round": 1})
     whole = (tmp_path / LOG).read_bytes()
     with (tmp_path / LOG).open("ab") as file:
@@ -92,13 +92,13 @@ def test_a_line_that_a_killed_process_left_unfinished_is_removed(tmp_path: Path)
     found = verify(tmp_path)
     assert not found.damages
     assert "unfinished" in found.logs[0].note
-    assert Record(tmp_path / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 1}) == record.head
+    assert HashLog(tmp_path / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 1}) == record.head
     assert (tmp_path / LOG).read_bytes() == whole
 
 
 def test_what_a_power_cut_took_from_a_log_is_written_again_from_what_was_kept(tmp_path: Path) -> None:
     path, begun = tmp_path / LOG, {"study": "s"}
-    record = Record(path, "site A", begun)
+    record = HashLog(path, "site A", begun)
     record.note("sent", {"round": 1}, sync=True)
     assert record.tail().lines == b""
     synced = path.stat().st_size
@@ -109,18 +109,18 @@ def test_what_a_power_cut_took_from_a_log_is_written_again_from_what_was_kept(tm
     lost = [whole[:synced], whole[: synced + 50], whole[:-1], whole[:synced] + bytes(len(whole)), whole]
     for left in lost:
         path.write_bytes(left)
-        assert Record(path, "site A", begun, tail=kept).round_of(record.head) == 3
+        assert HashLog(path, "site A", begun, tail=kept).round_of(record.head) == 3
         assert path.read_bytes() == whole
     # What was synced is not made up for, and what somebody wrote is not written over.
     path.write_bytes(whole[: synced - 1])
-    assert Record(path, "site A", begun, tail=kept).round_of(record.head) is None
+    assert HashLog(path, "site A", begun, tail=kept).round_of(record.head) is None
     path.write_bytes(whole[:-30] + b"?" + whole[-29:])
     with pytest.raises(JournalError, match=r"was edited|is not"):
-        Record(path, "site A", begun, tail=kept).round_of(record.head)
+        HashLog(path, "site A", begun, tail=kept).round_of(record.head)
 
 
 def test_the_end_of_a_log_that_waits_for_a_sync_stays_short(tmp_path: Path) -> None:
-    record = Record(tmp_path / LOG, "site A", {"study": "s"})
+    record = HashLog(tmp_path / LOG, "site A", {"study": "s"})
     record.note("sent", {"round": 0})
     # The file's own name may be lost as well.
     assert record.tail().lines == b""
@@ -132,7 +132,7 @@ def test_the_end_of_a_log_that_waits_for_a_sync_stays_short(tmp_path: Path) -> N
 
 
 def test_many_writers_make_one_chain(tmp_path: Path) -> None:
-    records = [Record(tmp_path / LOG, "site A", {"study": "s", "site": "A"}) for _ in range(4)]
+    records = [HashLog(tmp_path / LOG, "site A", {"study": "s", "site": "A"}) for _ in range(4)]
 
     def write(number: int) -> None:
         for index in range(20):
@@ -148,7 +148,7 @@ def test_many_writers_make_one_chain(tmp_path: Path) -> None:
 
 
 def test_a_changed_log_is_not_gone_on_with(tmp_path: Path) -> None:
-    record = Record(tmp_path / LOG, "coordinator", {"study": "s"})
+    record = HashLog(tmp_path / LOG, "coordinator", {"study": "s"})
     for number in range(3):
         record.note("opened", {"round": number})
     lines = lines_of(tmp_path / LOG)
@@ -157,14 +157,14 @@ def test_a_changed_log_is_not_gone_on_with(tmp_path: Path) -> None:
         record.note("opened", {"round": 9})
     (tmp_path / LOG).write_bytes(b"".join([lines[0], *lines[2:]]))
     with pytest.raises(JournalError, match="does not go on at record 1"):
-        Record(tmp_path / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 9})
+        HashLog(tmp_path / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 9})
     (tmp_path / LOG).write_bytes(b"".join(lines).replace(b'"round":1', b'"round":7'))
     with pytest.raises(JournalError, match="was edited in record 2"):
-        Record(tmp_path / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 9})
+        HashLog(tmp_path / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 9})
 
 
 def test_reading_a_changed_log_says_where(tmp_path: Path) -> None:
-    record = Record(tmp_path / LOG, "site A", {"study": "s"})
+    record = HashLog(tmp_path / LOG, "site A", {"study": "s"})
     record.note("sent", {"round": 1})
     record.note("sent", {"round": 2})
     record.path.write_bytes(record.path.read_bytes().replace(b'"round":2', b'"round":9', 1))
@@ -174,7 +174,7 @@ def test_reading_a_changed_log_says_where(tmp_path: Path) -> None:
 
 def test_every_hundredth_record_is_signed_and_cannot_be_made_without_the_key(tmp_path: Path) -> None:
     key = Identity.generate()
-    record = Record(tmp_path / LOG, "site A", begun_by(key, (), study="s", site="A"), lambda: key)
+    record = HashLog(tmp_path / LOG, "site A", begun_by(key, (), study="s", site="A"), lambda: key)
     for number in range(250):
         record.note("sent", {"round": number})
     entries = list(record.entries())
@@ -228,22 +228,22 @@ def test_forged_and_stripped_signatures_are_found_in_one_log_alone(folder: Path)
 def test_a_crash_before_the_signature_is_made_up_for(tmp_path: Path) -> None:
     key = Identity.generate()
     begun = begun_by(key, ("committed",), study="s")
-    Record(tmp_path / LOG, "coordinator", begun, lambda: key).note("committed", {"round": 1})
+    HashLog(tmp_path / LOG, "coordinator", begun, lambda: key).note("committed", {"round": 1})
     lines = lines_of(tmp_path / LOG)
     assert [json.loads(line)["event"] for line in lines] == ["begun", "committed", "checkpoint"]
     (tmp_path / LOG).write_bytes(b"".join(lines[:-1]))
     assert not verify(tmp_path).damages
-    again = Record(tmp_path / LOG, "coordinator", begun, lambda: key)
+    again = HashLog(tmp_path / LOG, "coordinator", begun, lambda: key)
     again.note("opened", {"round": 2})
     assert [e.event for e in again.entries()] == ["begun", "committed", "checkpoint", "opened"]
     assert not verify(tmp_path).damages
     other = Identity.generate()
     with pytest.raises(JournalError, match="begun with another key"):
-        Record(tmp_path / LOG, "coordinator", begun, lambda: other).note("committed", {"round": 2})
+        HashLog(tmp_path / LOG, "coordinator", begun, lambda: other).note("committed", {"round": 2})
 
 
 def test_a_log_from_before_signatures_goes_on_and_says_that_it_has_none(tmp_path: Path) -> None:
-    Record(tmp_path / "coordinator" / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 1})
+    HashLog(tmp_path / "coordinator" / LOG, "coordinator", {"study": "s"}).note("opened", {"round": 1})
     journal = Journal(tmp_path / "coordinator", "s")
     journal.record.note("committed", {"round": 1})
     assert [e.event for e in journal.record.entries()] == ["begun", "opened", "committed"]
@@ -522,11 +522,11 @@ def test_a_record_of_a_process_that_died_is_synced_before_anybody_relies_on_it(
 ) -> None:
     path = tmp_path / LOG
     # What a process wrote and was killed before it could sync.
-    Record(path, "site A", {"study": "s"}).note("sent", {"round": 1})
+    HashLog(path, "site A", {"study": "s"}).note("sent", {"round": 1})
     synced: list[int] = []
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino) or sync(file))
-    again = Record(path, "site A", {"study": "s"})
+    again = HashLog(path, "site A", {"study": "s"})
     again.note("sent", {"round": 1}, sync=True)
     assert synced == [path.stat().st_ino, tmp_path.stat().st_ino]
     again.note("sent", {"round": 1}, sync=True)

@@ -59,11 +59,11 @@ class Poisoner:
         self._engine.close()
 
     def _is_bad(self, reply: Message) -> bool:
-        layout = self._rig.blueprint.layout
+        layout = self._rig.arm_spec.layout
         return reply.header.site in BAD and reply.header.kind == UPDATE and reply.header.body_nbytes == layout.nbytes
 
     def _poisoned(self, request: Message, reply: Message) -> Message:
-        layout, scales = self._rig.blueprint.layout, request.header.meta["scales"]
+        layout, scales = self._rig.arm_spec.layout, request.header.meta["scales"]
         exchange = PlainSum(
             replace(call_of(self._rig), layout=layout, scales=scales, sites=BAD, round=request.header.round)
         )
@@ -173,7 +173,7 @@ def test_a_mean_of_all_is_the_mean_of_the_plain_sum(tmp_path: Path) -> None:
         exchange.accept(reply)
     exchange.close()
     ours, theirs = exchange.aggregate(), plain.aggregate()
-    for group in rig.blueprint.layout.groups:
+    for group in rig.arm_spec.layout.groups:
         assert ours.weight(group.name) == pytest.approx(theirs.weight(group.name))
         for info in group.tensors:
             mean = theirs.mean(group.name, info.name)
@@ -246,7 +246,7 @@ def test_a_robust_study_runs_from_end_to_end_and_keeps_its_momentum_at_the_site(
     assert set(result.participants) <= set(SITES)
     rig = Rig(told, tmp_path / "rig")
     assert rig.host.arms[ARM].robust(told) == told.protection.robust
-    learner = rig.host.learner(rig.blueprint, "A")
+    learner = rig.host.learner(rig.arm_spec, "A")
     trained = learner.train(1, rig.start().public, rig.sites["A"].store.memory(0))
     assert {name for name in trained.memory if name.startswith(MOMENTUM)} == {
         f"{MOMENTUM}model/{name}" for name in trained.changes["model"]

@@ -1,4 +1,4 @@
-"""The coordinator's and the sites' promises: once is once, the first decision stands, strangers are refused."""
+"""The coordinator's and the sites' promises: once is once, the first decision stands, unseen hospitals are refused."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def call_of(rig: Rig, number: int = 1) -> Call:
     state = rig.start()
     return Call(
         kind=TRAIN,
-        study=rig.blueprint.identity,
+        study=rig.arm_spec.identity,
         round=number,
         sites=tuple(rig.sites),
-        layout=rig.blueprint.layout,
+        layout=rig.arm_spec.layout,
         scales=state.scales,
         meta={"keep": [0], "validate": False},
         tensors=state.public.table,
@@ -117,7 +117,7 @@ def test_late_replayed_and_foreign_replies_are_refused(tmp_path: Path) -> None:
 
 def test_gates_name_what_they_refuse(tmp_path: Path) -> None:
     rig = Rig(STUDY, tmp_path)
-    layout = rig.blueprint.layout
+    layout = rig.arm_spec.layout
     request = call_of(rig).message("A")
     reply = rig.sites["A"].handle(request)
     check_reply(reply, UPDATE, {"A": request.id})

@@ -41,7 +41,7 @@ def bright(**options: Any) -> Bright:
 
 def asked(rig: Rig, state: State, number: int, site: str = "A") -> Message:
     """One site's answer to a request to train on a state."""
-    call = rig.coordinator._call(TRAIN, state, number, {"keep": [], "validate": False}, rig.blueprint.layout)
+    call = rig.coordinator._call(TRAIN, state, number, {"keep": [], "validate": False}, rig.arm_spec.layout)
     return rig.sites[site].handle(call.message(site))
 
 
@@ -197,7 +197,7 @@ def test_a_study_learns_the_same_with_the_codec_and_without(tmp_path: Path, monk
     coded = list(rig.states())
     with monkeypatch.context() as patched:
         exact = Rig(study, tmp_path / "exact", protocol=exact_exchange(patched)).train()
-    layout = rig.blueprint.layout
+    layout = rig.arm_spec.layout
     for info in layout.groups[0].tensors:
         key = scale_key("model", info.name)
         # The weighted mean of roundings, each below one step of max_weight over the sites' smallest weight.

@@ -8,7 +8,7 @@ import pytest
 
 from tests.outlines import make_outlines, outline_study
 from wardround.errors import DataError
-from wardround.plan.blueprints import Blueprints
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.site.datasets import Datasets
 from wardround.site.splits import KEY, SPLITS, KnownParts
 from wardround.study.sites import SiteData, SitesFile
@@ -79,7 +79,7 @@ def test_a_damaged_record_is_an_error(tmp_path: Path, damage: str) -> None:
 
 def test_a_later_study_at_a_site_tests_whom_the_first_tested(tmp_path: Path) -> None:
     def names_of(sites: SitesFile, out: Path) -> dict[str, set[str]]:
-        datasets = Datasets(Blueprints(outline_study({"A": {}}), ()), sites, folder=out)
+        datasets = Datasets(ArmSpecs(outline_study({"A": {}}), ()), sites, folder=out)
         data = datasets.of("A")
         datasets.settle("A")
         return {split: set(data.names(split)) for split in ("train", "validation", "test")}

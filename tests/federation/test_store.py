@@ -11,13 +11,13 @@ from wardround.wire.message import Header, Message
 
 
 def test_a_site_that_missed_a_round_keeps_what_it_had_before_a_void_one(tmp_path: Path) -> None:
-    """Round 3 is void, round 4 goes on without the site, round 5 is void as well: round 2 is what counts."""
+    """Round 3 is aborted, round 4 goes on without the site, round 5 is aborted as well: round 2 is what counts."""
     store = SiteStore(tmp_path)
 
-    def finish(number: int, keep: set[int], void: set[int]) -> None:
+    def finish(number: int, keep: set[int], aborted: set[int]) -> None:
         request = Message(Header("train", "s", "A", number))
         memory = Memory({"kept": np.full(1, number, np.float32)}, {})
-        store.finish(request.reply("update"), memory, keep, void=void)
+        store.finish(request.reply("update"), memory, keep, aborted=aborted)
 
     finish(2, {1}, set())
     finish(3, {2}, set())

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cohorts import CohortTask, cohort_study
 from tests.federation.rig import ARM, Rig
-from tests.federation.test_promises import ask_train, nudged
+from tests.federation.test_write_once import ask_train, nudged
 from wardround.federation.exchange import UPDATE
 from wardround.site.egress import EgressRules
 from wardround.site.measured import SETS, MeasuredSets

@@ -22,7 +22,7 @@ from wardround.errors import DataError, StudyError, WardroundError
 from wardround.federation.exchange import ERROR, RELEASE
 from wardround.federation.facts import DELIVER, FACTS, ROSTER, SPENT, Patients, SiteFacts, parsed
 from wardround.federation.release import FORMAT, model_path
-from wardround.plan.blueprints import Blueprints
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.results.schema import Result
 from wardround.runs.conduct import coordinate
 from wardround.runs.folder import reserve
@@ -49,7 +49,7 @@ def toy(**options: Any) -> dict[str, Any]:
 
 UNSEEN = {"sites": {"A": {}, "B": {}, "C": {}, "D": {"role": "unseen"}}}
 SCANS = {
-    "method": {"kind": "hyperfed", "stranger": "mean"},
+    "method": {"kind": "hyperfed", "unseen": "mean"},
     "task": {"kind": "custom", "factory": "tests.scanners:make_scans", "options": {}},
     "sites": {name: {"acquisition": PROTOCOLS[name].model_dump()} for name in ("Alpha", "Beta", "Gamma")},
     "acquisition": {"kind": "ct"},
@@ -78,7 +78,7 @@ QUICK = {
 SLOW = {
     "private": Case(PRIVATE, ("local",)),
     "secure and private": Case({**PRIVATE, "protection": {**PRIVATE["protection"], "secure": True}}),
-    "stranger": Case({**ROUNDS, **SCANS}),
+    "unseen": Case({**ROUNDS, **SCANS}),
     "stranger under masks": Case({**ROUNDS, **SCANS, "protection": {"secure": True}}),
     "momentum": Case(
         {
@@ -269,7 +269,7 @@ def test_a_site_keeps_a_model_of_its_study_and_nothing_else(tmp_path: Path) -> N
         header = Header(DELIVER, machine.study_sha256, "A", **about)
         return dict(machine.find(header).handle(Message(header, body)).header.meta)
 
-    values = {name: tensor.numpy() for name, tensor in machine.bench.initial.items()}
+    values = {name: tensor.numpy() for name, tensor in machine.model_context.initial.items()}
     ours = {"format": FORMAT, "study_sha256": machine.study_sha256, "plan_sha256": machine.plan_sha256}
     own, again = save(values, ours), save(values, {**ours, "round": "2"})
     other = save(values, {**ours, "study_sha256": "0" * 64})
@@ -331,7 +331,7 @@ def test_a_site_that_fills_in_other_defaults_takes_no_part_and_says_why(tmp_path
             assert "site A and the coordinator fill in different defaults of the study" in reply.header.meta["reason"]
     assert asked(agent, facts_of(study)).header.kind == FACTS
     # No message of such a coordinator's arms finds a site, either.
-    arm = Blueprints(study, (), {}, Plugins(code=True)).arms["federated"]
+    arm = ArmSpecs(study, (), {}, Plugins(code=True)).arms["federated"]
     assert agent(Header("train", arm.identity(identity, plan_sha256(study)), "A")).name == "A"
     with pytest.raises(StudyError, match="no such study or arm"):
         agent(Header("train", arm.identity(identity, "0" * 64), "A"))
@@ -357,7 +357,7 @@ def test_a_hospital_s_private_part_is_of_one_round_and_its_hash_is_keyed(tmp_pat
         folder = tmp_path / str(number)
         with closing(engine_of(study, sites, folder, keyed=True)) as engine:
             hashes.append(coordinate(study, folder / "out", engine, quiet=True, allow_code=True).local_sha256["A"])
-            arm = Blueprints(study, (), {}, Plugins(code=True)).blueprint("federated").identity
+            arm = ArmSpecs(study, (), {}, Plugins(code=True)).arm_spec("federated").identity
             own = folder_of(folder, "A") / "models" / "A" / "federated" / "local.safetensors"
             before = own.read_bytes()
             (reply,) = engine.exchange([Message(Header(RELEASE, arm, "A", 1))])
@@ -370,7 +370,7 @@ def test_a_hospital_s_private_part_is_of_one_round_and_its_hash_is_keyed(tmp_pat
 
 def test_a_site_sums_with_the_roster_of_its_own_file_alone(tmp_path: Path) -> None:
     study = study_of({**ROUNDS, "protection": {"secure": True}})
-    arm = Blueprints(study, (), {}, Plugins(code=True)).blueprint("federated").identity
+    arm = ArmSpecs(study, (), {}, Plugins(code=True)).arm_spec("federated").identity
     log = tmp_path / "A" / "work" / "sites" / "A" / "federated" / "log.jsonl"
 
     def shown(keys: dict[str, str], expected: str | None, kind: str = ROSTER) -> dict[str, Any]:
@@ -407,7 +407,7 @@ def test_a_roster_belongs_to_no_round(tmp_path: Path) -> None:
     agent, identity = agent_of(study, tmp_path)
     key = parsed(SiteFacts, asked(agent, facts_of(study)).header.meta).public_key
     keys = {"A": key, "B": "b" * 64, "C": "c" * 64}
-    arm = Blueprints(study, (), {}, Plugins(code=True)).arms["federated"].identity(identity, plan_sha256(study))
+    arm = ArmSpecs(study, (), {}, Plugins(code=True)).arms["federated"].identity(identity, plan_sha256(study))
     assert "no round" in asked(agent, Header(ROSTER, arm, "A", 2, meta={"keys": keys})).header.meta["reason"]
     assert asked(agent, Header(ROSTER, arm, "A", meta={"keys": keys})).header.kind == "done"
     # What hospitals can compare by another way stands in the log.

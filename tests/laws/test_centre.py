@@ -126,7 +126,7 @@ def test_one_step_at_every_site_is_one_step_on_all_data(tmp_path: Path, sites: i
             batches.append(learner.dataset.batch(learner._examples.of_round(after.round, 4), np.random.default_rng()))
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
         (model(x) - y).square().mean().backward()
-        bits = rig.blueprint.layout.bits_of(rig.blueprint.layout.groups[0])
+        bits = rig.arm_spec.layout.bits_of(rig.arm_spec.layout.groups[0])
         for n, p in model.named_parameters():
             assert p.grad is not None
             expected = p.detach().double().numpy() - 0.1 * p.grad.double().numpy()

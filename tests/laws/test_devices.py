@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from tests.chain import STAGES, chain_study, stage_of
 from tests.ct_hospitals import ct_study, make_ct_hospitals
-from tests.devices import DEVICES, META, blueprints_of, device_named, learner_of, stand_ins, tensors_of
+from tests.devices import DEVICES, META, arm_specs_of, device_named, learner_of, stand_ins, tensors_of
 from tests.hospitals import head, save
 from tests.toys import Regression, toy_study
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.solvers import tv, weighted_tv
 from wardround.learning.device import CPU, Compute
 from wardround.learning.training import Learner, Trained
-from wardround.plan.blueprints import Blueprints
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.runs.machine import Machine
 from wardround.site.evaluators import evaluators_of
 from wardround.storage.store import NOTHING, Memory
@@ -55,7 +55,7 @@ CT: dict[str, dict[str, Any]] = {
         "method": {"kind": "scan_physfed"},
     },
     "lpd": {"model": {"kind": "lpd", **_TINY, "conditioned": True}},
-    "two_band": {"model": {"kind": "two_band", **_TINY}, "method": {"kind": "fedfdd", "stranger": "mean"}},
+    "two_band": {"model": {"kind": "two_band", **_TINY}, "method": {"kind": "fedfdd", "unseen": "mean"}},
     "iradonmap": {"model": {"kind": "iradonmap", **_TINY}, "method": {"kind": "fedct"}},
 }
 _EVALUATION = {"slices": {"per_patient": 1}, "tuning_slices": 1, "tv_weights": [0.001, 0.01]}
@@ -104,27 +104,27 @@ def _ct(name: str) -> Study:
     return Study.model_validate(ct_study(task=task, local=_LOCAL) | CT[name])
 
 
-def _step(plans: Blueprints, learner: Learner, memory: Memory = NOTHING, number: int = 1) -> Trained:
-    public, _ = plans.initial(plans.blueprint("federated"))
+def _step(plans: ArmSpecs, learner: Learner, memory: Memory = NOTHING, number: int = 1) -> Trained:
+    public, _ = plans.initial(plans.arm_spec("federated"))
     learner.load(public, memory)
     return learner.train(number, public, memory)
 
 
 def _steps_and_evaluation(study: Study, folder: Path, compute: Compute, out: Path, **embeddings: Path) -> Trained:
     """Two rounds of a step, the second from what the site kept, and all that a site is asked to evaluate."""
-    plans = blueprints_of(study, embeddings)
+    plans = arm_specs_of(study, embeddings)
     learner = learner_of(plans, folder, compute)
     trained = _step(plans, learner)
     trained = _step(plans, learner, Memory(trained.memory, {}), 2)
     assert all(tensor.device == compute.device for tensor in tensors_of(learner))
     given = {group: set(part) for group, part in trained.changes.items() if part}
-    layout = plans.blueprint("federated").layout
+    layout = plans.arm_spec("federated").layout
     assert given == {group.name: {info.name for info in group.tensors} for group in layout.groups}
     rows = learner.evaluate("test")
     assert all(len(rows[spec.name]) == learner.dataset.patients("test") > 0 for spec in plans.task.metrics)
     released = evaluators_of(out, out / "pictures.npz")["released"]
-    meta = {"picture": "model", "unknown_site": True}
-    released(learner, plans.bench.initial_values(), meta, "test")  # type: ignore[arg-type]
+    meta = {"picture": "model", "unseen_site": True}
+    released(learner, plans.model_context.initial_values(), meta, "test")  # type: ignore[arg-type]
     return trained
 
 
@@ -161,7 +161,7 @@ def test_baselines_are_tuned_and_evaluated(
     monkeypatch.setattr(f"wardround.tasks.{modality}.tv", partial(tv, iterations=2))
     monkeypatch.setattr("wardround.tasks.ct.weighted_tv", partial(weighted_tv, iterations=2))
     study, folder = (_mri("modl"), heads) if modality == "mri" else (_ct("learn"), thoraxes)
-    learner = learner_of(blueprints_of(study), folder, device_named(device, monkeypatch))
+    learner = learner_of(arm_specs_of(study), folder, device_named(device, monkeypatch))
     evaluator = evaluators_of(tmp_path, tmp_path / "pictures.npz")["baseline"]
     for name in study.baselines:
         rows = evaluator(learner, None, {"baseline": name, "picture": name}, "test")
@@ -181,10 +181,10 @@ def test_the_toy_trains_and_is_evaluated(
     options = {"norm": norm, "patients": 12}
     study = toy_study(task={"kind": "custom", "factory": "tests.toys:make_task", "options": options}, local=_LOCAL)
     compute = device_named(device, monkeypatch)
-    plans = blueprints_of(study)
+    plans = arm_specs_of(study)
     learner = learner_of(plans, tmp_path, compute)
     trained = _step(plans, learner)
-    assert trained.changes["model"].keys() == {name for name, _ in plans.bench.model.named_parameters()}
+    assert trained.changes["model"].keys() == {name for name, _ in plans.model_context.model.named_parameters()}
     assert learner.evaluate("test")["mse"].shape == (2,)
 
 
@@ -195,12 +195,12 @@ def test_a_chain_trains_and_is_evaluated(
 ) -> None:
     study = chain_study(local=_LOCAL, schedule={"phases": [{"train": learns}]})
     compute = device_named(device, monkeypatch)
-    plans = blueprints_of(study)
+    plans = arm_specs_of(study)
     learner = learner_of(plans, tmp_path, compute)
     trained = _step(plans, learner)
     trained = _step(plans, learner, Memory(trained.memory, {}), 2)
     assert all(tensor.device == compute.device for tensor in tensors_of(learner))
-    assert trained.changes["model"].keys() == {name for name, _ in plans.bench.model.named_parameters()}
+    assert trained.changes["model"].keys() == {name for name, _ in plans.model_context.model.named_parameters()}
     for group in ("model", "buffers"):
         assert not any(c.any() for n, c in trained.changes[group].items() if stage_of(n) not in learns)
     assert learner.evaluate("test")["dice"].shape == (2,)
@@ -243,7 +243,7 @@ def test_a_forgotten_host_copy_is_found(
     task: type[Regression], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_ins(monkeypatch)
-    plans = blueprints_of(toy_study())
+    plans = arm_specs_of(toy_study())
     plans.__dict__["task"] = task()
     for compute, fails in ((CPU, False), (META, True)):
         learner = learner_of(plans, tmp_path, compute)
@@ -271,7 +271,7 @@ def _machine(tmp_path: Path, study: Study, *compare: str, **entries: dict[str, A
 
 def test_sites_of_one_machine_compute_where_their_own_entries_say(tmp_path: Path) -> None:
     machine = _machine(tmp_path, toy_study(), "pooled", B={"precision": "bf16"}, C={"precision": "bf16"})
-    arms = machine.blueprint("federated")
+    arms = machine.arm_spec("federated")
     learners = {site: machine.learner(arms, site) for site in "ABC"}
     assert {site: learner.compute.precision for site, learner in learners.items()} == {
         "A": "fp32",
@@ -285,17 +285,17 @@ def test_sites_of_one_machine_compute_where_their_own_entries_say(tmp_path: Path
 
 
 def test_all_devices_start_from_the_same_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = blueprints_of(toy_study())
-    before = plans.bench.initial_values()
-    other = plans.bench.on(Compute(torch.device("cpu"), "bf16"))
-    assert other is plans.bench.on(Compute(torch.device("cpu"), "bf16"))
-    assert other.model is not plans.bench.model
+    plans = arm_specs_of(toy_study())
+    before = plans.model_context.initial_values()
+    other = plans.model_context.on(Compute(torch.device("cpu"), "bf16"))
+    assert other is plans.model_context.on(Compute(torch.device("cpu"), "bf16"))
+    assert other.model is not plans.model_context.model
     assert all(np.array_equal(other.initial_values()[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sixteen_bits_change_the_digits_that_they_lack(precision: str, tmp_path: Path) -> None:
-    plans = blueprints_of(toy_study())
+    plans = arm_specs_of(toy_study())
     compute = Compute(torch.device("cpu"), precision)  # type: ignore[arg-type]
     known, found = (_step(plans, learner_of(plans, tmp_path, c)) for c in (CPU, compute))
     # A product of the toy's layers has 2^-8 or 2^-11 of relative error, and the loss a few of them.
@@ -308,7 +308,7 @@ def test_sixteen_bits_change_the_digits_that_they_lack(precision: str, tmp_path:
 
 def test_physics_stays_in_full_precision(thoraxes: Path) -> None:
     study = _ct("learn")
-    plans = blueprints_of(study)
+    plans = arm_specs_of(study)
     batch = plans.task.dataset("A", (thoraxes,)).batch([0], np.random.default_rng(0))
     (part,) = batch.parts
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -344,7 +344,7 @@ def test_with_privacy_an_operation_that_cannot_be_repeated_is_refused_before_it_
         machine.__dict__["task"] = task
         agent = machine.agent("A")
         agent.__dict__["compute"] = META
-        learner = machine.learner(machine.blueprint("federated"), "A")
+        learner = machine.learner(machine.arm_spec("federated"), "A")
         if refused:
             with pytest.raises(StudyError, match=r"device: cpu.*|protection\.privacy: an operation") as error:
                 _step(machine, learner)
@@ -363,7 +363,7 @@ def test_with_privacy_a_device_that_promises_nothing_is_refused(compute: Compute
 
 def test_with_privacy_another_device_is_charged_anew(tmp_path: Path) -> None:
     machine = _machine(tmp_path, toy_study(**_PRIVATE))
-    agent, arm = machine.agent("A"), machine.blueprint("federated")
+    agent, arm = machine.agent("A"), machine.arm_spec("federated")
     spent = []
     for compute in (CPU, CPU, Compute(CPU.device, "bf16")):
         agent.__dict__["compute"] = compute

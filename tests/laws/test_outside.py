@@ -94,7 +94,7 @@ def test_a_network_and_a_method_from_outside_are_checked_trained_tested_reported
     worker = Machine.from_spec(json.loads(json.dumps(host.spec())))
     assert worker.study == host.study
     assert worker.study_sha256 == result.study_sha256
-    assert type(worker.blueprint("federated").method).__name__ == "Clipped"
+    assert type(worker.arm_spec("federated").method).__name__ == "Clipped"
     assert wardround.run(study, sites, out, engine="local", quiet=True, resume=True).metrics == result.metrics
     assert wardround.evaluate(out, sites, engine="local", quiet=True).metrics == result.metrics
     report, card = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "model_card.md"))

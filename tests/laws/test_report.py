@@ -40,14 +40,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, sites: SitesFile) -> Resu
 
 
 @torch.no_grad()
-def _mse(tensors: dict[str, Any], rig: Rig, site: str, own: Path, *, stranger: bool) -> float:
+def _mse(tensors: dict[str, Any], rig: Rig, site: str, own: Path, *, unseen: bool) -> float:
     """A test error computed outside every room of the product."""
     model = rig.host.task.build_model()
     private = load_file(own) if own.exists() else {}
     model.load_state_dict({n: torch.from_numpy(t) for n, t in {**tensors, **private}.items()})
     model.eval()
     # FedBN serves a site that did not train with statistics of what it is given, as in training.
-    model[1].train(stranger)
+    model[1].train(unseen)
     values = []
     for _, (x, y) in rig.host.dataset(site).evaluation("test"):
         values.append(float((model(x) - y).square().mean()))
@@ -74,7 +74,7 @@ def test_the_numbers_are_those_of_the_saved_models(finished: Result, tmp_path: P
             tensors, _ = load_model(out / "models" / f"{file}.safetensors")
             value = metrics[arm][site]["mse"].value
             own = out / "models" / site / file / "local.safetensors"
-            again = _mse(tensors, rig, site, own, stranger=arm == "federated" and site == "D")
+            again = _mse(tensors, rig, site, own, unseen=arm == "federated" and site == "D")
             assert value == pytest.approx(again, abs=2e-6), (arm, site)
     rows = [metrics["federated"][s]["mse"].value for s in STUDY.training_sites]
     assert metrics["federated"]["mean"]["mse"].value == pytest.approx(np.mean(rows), abs=2e-6)

@@ -111,7 +111,7 @@ def test_scaffold_is_a_method(tmp_path: Path) -> None:
     steps, batch, rate = study.local.steps, study.local.batch, study.local.lr
     states = rig.states()
     first = next(states)
-    names = [t.name for t in rig.blueprint.layout.groups[0].tensors]
+    names = [t.name for t in rig.arm_spec.layout.groups[0].tensors]
     x = {n: first.public[f"model/{n}"].astype(np.float64) for n in names}
     c = {n: np.zeros_like(x[n]) for n in names}
     ours = {site: {n: np.zeros_like(x[n]) for n in names} for site in study.sites}

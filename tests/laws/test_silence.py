@@ -33,7 +33,7 @@ HEADER = {
 }  # fmt: skip
 ROUNDS = ("train", "update", "evaluate", "release", "done")
 META = {
-    "keep", "validate", "void", "layout", "scales", "split", "evaluator", "picture", "unknown_site", "model", "again",
+    "keep", "validate", "aborted", "layout", "scales", "split", "evaluator", "picture", "unseen_site", "model", "again",
     "reason", "kind", "anchor", "heads", "log", "against", "baseline", "local_sha256", "card",
 }  # fmt: skip
 SITES = ("Alpha", "Beta", "Gamma")
@@ -130,23 +130,23 @@ def test_headers_say_only_what_their_schema_knows(tmp_path: Path, monkeypatch: p
 def test_a_released_model_carries_the_initial_values_of_what_stays_at_the_sites(tmp_path: Path) -> None:
     result = run(private_study(), toy_sites(tmp_path, SITES), tmp_path / "out", engine="local")
     released = load_file(result.out / "models" / "federated.safetensors")
-    initial = Rig(private_study(), tmp_path / "rig").host.bench.initial
+    initial = Rig(private_study(), tmp_path / "rig").host.model_context.initial
     private = {name for name in released if name.startswith("1.")}
     assert len(private) == 5
     assert all(np.array_equal(released[name], initial[name].numpy()) for name in private)
 
 
-@pytest.mark.parametrize("stranger", ["initial", "mean"])
+@pytest.mark.parametrize("unseen", ["initial", "mean"])
 def test_private_parts_are_in_the_sum_only_where_the_study_declares_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unseen: str
 ) -> None:
     """Declared, how far a site's part is from its start is a group of its updates; their mean goes to no site."""
     sent = recorded_sessions(monkeypatch)
-    study = scanner_study({"kind": "hyperfed", "stranger": stranger}, SITES)
+    study = scanner_study({"kind": "hyperfed", "unseen": unseen}, SITES)
     out = run(study, toy_sites(tmp_path, SITES), tmp_path / "out", engine="local").out
     kept = memories(out)
     rig = Rig(study, tmp_path / "rig")
-    blueprint, initial = rig.blueprint, rig.host.bench.initial_values()
+    arm_spec, initial = rig.arm_spec, rig.host.model_context.initial_values()
 
     def trained(name: str, data: bytes) -> Iterator[bytes]:
         """Pairs of values that training moved; others are the initial ones, which everybody knows, but for an ulp."""
@@ -163,20 +163,20 @@ def test_private_parts_are_in_the_sum_only_where_the_study_declares_it(
     assert len(private) > 100
     assert leaks(sent, private) == []
 
-    declared = {g.name for g in blueprint.layout.groups} - {"model", "buffers"}
-    assert declared == ({"stranger"} if stranger == "mean" else set())
+    declared = {g.name for g in arm_spec.layout.groups} - {"model", "buffers"}
+    assert declared == ({"unseen"} if unseen == "mean" else set())
     updates = [s for s in sent if s.message.header.kind == "update" and asked(sent, s).kind == "train"]
     assert len(updates) == 9
     for update in updates:
-        assert len(update.body) == blueprint.layout.nbytes
-        total = ExactSum(blueprint.layout.segments)
+        assert len(update.body) == arm_spec.layout.nbytes
+        total = ExactSum(arm_spec.layout.segments)
         total.add(update.body, 0)
-        said = Aggregate(blueprint.layout, total, asked(sent, update).meta["scales"])
+        said = Aggregate(arm_spec.layout, total, asked(sent, update).meta["scales"])
         header = update.message.header
         for name in (n for n in initial if n.startswith("hypernetwork.") and declared):
             data = kept[f"{header.site}/{header.round}/local/{name}"]
             change = np.frombuffer(data, dtype=np.float32).reshape(initial[name].shape) - initial[name]
-            assert np.allclose(said.mean("stranger", name), change, atol=1e-6)
+            assert np.allclose(said.mean("unseen", name), change, atol=1e-6)
 
     # Downwards: never in a round, and at the end only in the released model.
     mean = {n: t for n, t in load_file(out / "models" / "federated.safetensors").items() if "hypernetwork" in n}
@@ -204,7 +204,7 @@ def test_neither_embeddings_of_patients_nor_what_headers_say_is_in_a_message(
     anatomy = {"dimension": 12, "pool": 3, "width": 8, "heads": 2, "map": 5}
     study = ct_study(
         model={"kind": "redcnn", "preset": "tiny", "conditioning": "bottleneck", "anatomy": anatomy},
-        method={"kind": "scan_physfed", "stranger": "mean"},
+        method={"kind": "scan_physfed", "unseen": "mean"},
         schedule={"rounds": 2, "release": "last"},
     )
     study["task"]["evaluation"] |= {"baselines": []}
@@ -283,7 +283,7 @@ class _Nosy(LocalEngine):
 def test_a_request_that_quotes_a_path_is_not_quoted_back(tmp_path: Path) -> None:
     rig = Rig(toy_study(), tmp_path)
     engine = Recorder(_Nosy(lambda header: rig.sites[header.site]))
-    call = Call(EVALUATE, rig.blueprint.identity, 0, ("A",), rig.blueprint.metrics_layout, {})
+    call = Call(EVALUATE, rig.arm_spec.identity, 0, ("A",), rig.arm_spec.metrics_layout, {})
     (reply,) = engine.exchange([call.message("A")])
     assert reply.header.kind == ERROR
     assert b"DOE" not in reply.header.to_bytes()

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from tests.chain import STAGES, Chain, ChainTask, chain_study, moved, stage_of
-from tests.devices import blueprints_of, learner_of
+from tests.devices import arm_specs_of, learner_of
 from tests.federation.rig import Rig
 from tests.federation.test_private_training import _drawn
 from tests.protection.test_secure_rounds import SecureRig
@@ -23,7 +23,7 @@ from wardround.learning.device import CPU
 from wardround.learning.gradients import BatchedGradients, ExactGradients
 from wardround.learning.methods.method import LocalRound, Method
 from wardround.learning.training import Learner, Trained, build_optimizer
-from wardround.plan.blueprints import Blueprints
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.runs.session import run
 from wardround.storage.store import NOTHING, Memory
 from wardround.study.plugins import Plugins
@@ -83,35 +83,35 @@ def test_only_what_a_phase_trains_moves(name: str, tmp_path: Path) -> None:
 
 def test_private_layers_of_an_idle_stage_stay_as_they_were(tmp_path: Path) -> None:
     study = chain_study(method={"kind": "fedbn"})
-    plans = blueprints_of(study)
+    plans = arm_specs_of(study)
     learner = learner_of(plans, tmp_path, CPU)
-    public, _ = plans.initial(plans.blueprint("federated"))
+    public, _ = plans.initial(plans.arm_spec("federated"))
     memory = NOTHING
     kept = []
     for number in (1, 2, 3):
         learner.load(public, memory)
         memory = Memory(learner.train(number, public, memory).memory, {})
         kept.append({n: t for n, t in learner.local_tensors(memory).items() if not n.endswith("tracked")})
-    initial = {name: plans.bench.initial_values()[name] for name in kept[0]}
+    initial = {name: plans.model_context.initial_values()[name] for name in kept[0]}
     for number, (before, after) in enumerate(pairwise([initial, *kept]), start=1):
         expected = {stage: {stage in LEARNS[number - 1]} for stage in STAGES}
         assert moved(before, after) == expected
 
 
-def _round(plans: Blueprints, folder: Path, number: int = 1) -> tuple[Learner, Trained]:
+def _round(plans: ArmSpecs, folder: Path, number: int = 1) -> tuple[Learner, Trained]:
     """A round of one site from the initial values."""
     learner = learner_of(plans, folder, CPU)
-    public, _ = plans.initial(plans.blueprint("federated"))
+    public, _ = plans.initial(plans.arm_spec("federated"))
     learner.load(public, NOTHING)
     return learner, learner.train(number, public, NOTHING)
 
 
 def test_a_hook_moves_no_idle_stage_at_a_site(tmp_path: Path) -> None:
     study = chain_study(method={"kind": "custom", "factory": "tests.laws.test_stages:make_pushing"}, local=KEEPING)
-    plans = blueprints_of(study)
+    plans = arm_specs_of(study)
     learner, _ = _round(plans, tmp_path)
     after = {name: tensor.detach().numpy() for name, tensor in learner.model.state_dict().items()}
-    assert moved(plans.bench.initial_values(), after) == {"reconstruct": {True}, "segment": {False}}
+    assert moved(plans.model_context.initial_values(), after) == {"reconstruct": {True}, "segment": {False}}
 
 
 # What a round is ------------------------------------------------------------------------------------------------------
@@ -121,12 +121,12 @@ def test_a_hook_moves_no_idle_stage_at_a_site(tmp_path: Path) -> None:
 def test_a_round_is_a_plain_loop_over_what_learns(number: int, tmp_path: Path) -> None:
     """One site, one round of each phase: the bits of torch alone, with an optimiser of those parameters only."""
     study = chain_study(local={"steps": 3, "batch": 4, "optimizer": "adamw", "lr": 0.02, "weight_decay": 0.1})
-    plans = blueprints_of(study)
+    plans = arm_specs_of(study)
     learner, found = _round(plans, tmp_path, number)
     indices = learner._examples.of_round(number, 12)
 
     model, task = Chain(True), ChainTask()
-    model.load_state_dict({n: torch.from_numpy(v.copy()) for n, v in plans.bench.initial_values().items()})
+    model.load_state_dict({n: torch.from_numpy(v.copy()) for n, v in plans.model_context.initial_values().items()})
     before = {n: t.detach().clone() for n, t in model.state_dict().items()}
     learns = LEARNS[number - 1]
     for stage in STAGES:
@@ -154,13 +154,13 @@ def test_the_second_loss_reaches_the_first_stage(tmp_path: Path) -> None:
         local={"steps": 1, "batch": 4, "optimizer": "sgd", "lr": 0.5},
         schedule={"phases": [{"train": ["reconstruct"], "weights": weights}]},
     )
-    plans = blueprints_of(study)
+    plans = arm_specs_of(study)
     learner, trained = _round(plans, tmp_path)
     changes = trained.changes["model"]
     found = moved({n: np.zeros_like(c) for n, c in changes.items()}, changes)
     assert True in found["reconstruct"]
     assert found["segment"] == {False}
-    learner.load(plans.initial(plans.blueprint("federated"))[0], NOTHING)
+    learner.load(plans.initial(plans.arm_spec("federated"))[0], NOTHING)
     model, task = learner.model, ChainTask()
     model.get_submodule("segment").eval()
     losses = task.losses(model, learner.dataset.batch(learner._examples.of_round(1, 4), np.random.default_rng()))
@@ -174,17 +174,17 @@ def test_the_second_loss_reaches_the_first_stage(tmp_path: Path) -> None:
 def test_without_phases_everything_learns_by_the_task_s_loss(tmp_path: Path) -> None:
     found = []
     for phases in ((), [{"train": list(STAGES)}]):
-        changes = _round(blueprints_of(chain_study(schedule={"phases": phases})), tmp_path)[1].changes["model"]
+        changes = _round(arm_specs_of(chain_study(schedule={"phases": phases})), tmp_path)[1].changes["model"]
         found.append({name: change.tobytes() for name, change in changes.items()})
     assert found[0] == found[1]
 
 
 def test_a_site_with_momentum_sends_nothing_of_an_idle_stage(tmp_path: Path) -> None:
     """Its average over rounds would: what it sends of the first stage in round 1 is not all that it learned."""
-    plans = blueprints_of(chain_study())
+    plans = arm_specs_of(chain_study())
     learner = learner_of(plans, tmp_path, CPU)
     learner._momentum = 0.5
-    public, _ = plans.initial(plans.blueprint("federated"))
+    public, _ = plans.initial(plans.arm_spec("federated"))
     learner.load(public, NOTHING)
     first = learner.train(1, public, NOTHING)
     learner.load(public, Memory(first.memory, {}))
@@ -219,7 +219,7 @@ def test_all_arms_have_the_phases(tmp_path: Path) -> None:
     """Together, alone and pooled."""
     study = chain_study(schedule={"rounds": 1, "phases": [{"train": ["segment"]}]})
     run(study, toy_sites(tmp_path), tmp_path / "out", compare=("local", "pooled"), engine="local", quiet=True)
-    initial = Blueprints(study, (), None, Plugins(code=True)).bench.initial_values()
+    initial = ArmSpecs(study, (), None, Plugins(code=True)).model_context.initial_values()
     released = {path.stem: load_file(path) for path in (tmp_path / "out" / "models").glob("*.safetensors")}
     assert released.keys() == {"federated", "pooled", "local-A", "local-B"}
     for tensors in released.values():
@@ -302,14 +302,14 @@ def test_noise_is_on_what_learns_alone(changes: dict[str, Any], tmp_path: Path) 
     result = run(study, toy_sites(tmp_path), tmp_path / "out", engine="local", quiet=True)
     assert result.privacy is not None
     released = load_file(tmp_path / "out" / "models" / "federated.safetensors")
-    found = moved(Blueprints(study, (), None, Plugins(code=True)).bench.initial_values(), released)
+    found = moved(ArmSpecs(study, (), None, Plugins(code=True)).model_context.initial_values(), released)
     assert found == {"reconstruct": {False}, "segment": {True}}
 
 
 def test_a_patient_s_gradient_is_clipped_over_what_learns(tmp_path: Path) -> None:
     """The idle stage takes no part of the bound: the gradient has the length of the learning stage's alone."""
-    plans = blueprints_of(_private())
-    task, model = plans.curriculum.task(1, plans.task), plans.bench.model
+    plans = arm_specs_of(_private())
+    task, model = plans.curriculum.task(1, plans.task), plans.model_context.model
     stint = plans.curriculum.at(1)
     assert stint is not None
     dataset = plans.task.dataset("A", (tmp_path,))

@@ -128,11 +128,11 @@ def test_folded_pixels_come_back_where_they_were() -> None:
     image = torch.zeros(1, 32, 32, dtype=torch.complex64)
     image[0, 16, 20] = 1.0
     change = (denoiser(image) - denoiser(torch.zeros_like(image))).abs()[0]
-    reach = 5 * 2  # two 3x3 layers at half resolution see five pixels, of two each
+    update_bound = 5 * 2  # two 3x3 layers at half resolution see five pixels, of two each
     rows, columns = torch.nonzero(change, as_tuple=True)
     assert len(rows) > 4
-    assert (rows - 16).abs().max() < reach
-    assert (columns - 20).abs().max() < reach
+    assert (rows - 16).abs().max() < update_bound
+    assert (columns - 20).abs().max() < update_bound
 
 
 def test_untrained_modl_solves_the_regularised_equations() -> None:

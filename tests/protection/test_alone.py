@@ -71,8 +71,8 @@ def test_an_arm_that_stays_inside_comes_to_the_model_of_one_that_is_sent(
 
     # At the seam: a request without a body, an answer that holds nothing; at the end the test result, and no more.
     host = Machine(study_of(secure=True), toy_sites(tmp_path / "data", SITES), result.out, ("local",))
-    arms = {host.blueprint(f"local/{site}").identity for site in SITES}
-    layout = host.blueprint("local/A").evaluation_layout
+    arms = {host.arm_spec(f"local/{site}").identity for site in SITES}
+    layout = host.arm_spec("local/A").evaluation_layout
     ours = [s for s in sent if s.message.header.study in arms]
     assert [s.message.header.kind for s in ours if not s.message.header.reply_to].count(ALONE) == 4 * ROUNDS
     for one in ours:
@@ -97,7 +97,7 @@ def test_no_update_of_a_local_arm_equals_a_masked_one(
     result = compared(tmp_path, "out", secure=True)
     updates = [s for s in sent if s.message.header.kind == UPDATE]
     asked = {s.message.id: s.message.header for s in sent if not s.message.header.reply_to}
-    federated = Machine(study_of(secure=True), toy_sites(tmp_path / "data", SITES), result.out, ()).blueprint(
+    federated = Machine(study_of(secure=True), toy_sites(tmp_path / "data", SITES), result.out, ()).arm_spec(
         "federated"
     )
     trained = [s for s in updates if asked[s.message.header.reply_to].kind == TRAIN]
@@ -123,7 +123,7 @@ def test_evaluate_finds_the_same_numbers_and_a_lost_model_is_written_anew(tmp_pa
 def test_a_request_that_equals_one_within_is_refused(tmp_path: Path) -> None:
     """Of round 1 a coordinator can foretell every byte, and what the site said within lies in its store."""
     host = Machine(study_of(secure=True), toy_sites(tmp_path / "data", SITES), tmp_path / "out", ("local",))
-    blueprint, asked = host.blueprint("local/A"), []
+    arm_spec, asked = host.arm_spec("local/A"), []
 
     class Foretelling:
         def exchange(self, messages: Any) -> Iterator[Message]:
@@ -133,12 +133,12 @@ def test_a_request_that_equals_one_within_is_refused(tmp_path: Path) -> None:
         def close(self) -> None:
             """Nothing is open."""
 
-    with closing(Journal(tmp_path / "foretold", blueprint.identity)) as journal:
-        coordinator = Coordinator(host.plan("local/A"), blueprint.method, Foretelling(), journal)
+    with closing(Journal(tmp_path / "foretold", arm_spec.identity)) as journal:
+        coordinator = Coordinator(host.plan("local/A"), arm_spec.method, Foretelling(), journal)
         with pytest.raises(Interrupted):
-            list(coordinator.rounds(coordinator.start(lambda: host.initial(blueprint))))
+            list(coordinator.rounds(coordinator.start(lambda: host.initial(arm_spec))))
     site = host.find(asked[0].header)
-    assert site.handle(Message(Header(ALONE, blueprint.identity, "A", 1))).header.kind == DONE
+    assert site.handle(Message(Header(ALONE, arm_spec.identity, "A", 1))).header.kind == DONE
     assert [site.handle(message).header.kind for message in asked] == [ERROR]
     host.close()
 
@@ -164,7 +164,7 @@ def host(tmp_path: Path) -> Iterator[Machine]:
 
 def state_of(host: Machine, folder: Path, arm: str = "federated") -> Call:
     """What an honest coordinator of the arm would send in round 1."""
-    with_arm = host.blueprint(arm)
+    with_arm = host.arm_spec(arm)
     from wardround.federation.coordinator import Coordinator
     from wardround.storage.journal import Journal
 
@@ -213,22 +213,22 @@ def test_sums_for_pooling_do_not_leave_a_site_by_themselves(
     host: Machine, tmp_path: Path, arm: str, site: str, split: str
 ) -> None:
     """A site's validation is hidden in the masked sum; asked for alone it would be read."""
-    call, blueprint = state_of(host, tmp_path, arm), host.blueprint(arm)
-    for layout in (blueprint.metrics_layout, blueprint.evaluation_layout):
+    call, arm_spec = state_of(host, tmp_path, arm), host.arm_spec(arm)
+    for layout in (arm_spec.metrics_layout, arm_spec.evaluation_layout):
         meta = {"split": split}
         reply = asked(host, replace(call, kind=EVALUATE, layout=layout, scales={}, meta=meta), site)
-        own_test = split == "test" and layout is blueprint.evaluation_layout and arm != "local/A"
+        own_test = split == "test" and layout is arm_spec.evaluation_layout and arm != "local/A"
         assert (reply.header.kind == UPDATE) == own_test, reply.header.meta
 
 
 def test_a_site_tests_no_model_but_its_own_in_its_own_arm(host: Machine, tmp_path: Path) -> None:
-    blueprint = host.blueprint("local/A")
-    test = Call(EVALUATE, blueprint.identity, 1, ("A",), blueprint.evaluation_layout, {}, meta={"split": "test"})
+    arm_spec = host.arm_spec("local/A")
+    test = Call(EVALUATE, arm_spec.identity, 1, ("A",), arm_spec.evaluation_layout, {}, meta={"split": "test"})
     early = asked(host, replace(test, meta={"split": "test", "evaluator": OWN}), "A")
     assert "has not trained alone" in early.header.meta["reason"]
     body = state_of(host, tmp_path, "local/A")
     for evaluator in (OWN, "released"):
-        foreign = replace(body, kind=EVALUATE, layout=blueprint.evaluation_layout, scales={})
+        foreign = replace(body, kind=EVALUATE, layout=arm_spec.evaluation_layout, scales={})
         reply = asked(host, replace(foreign, meta={"split": "test", "evaluator": evaluator}), "A")
         assert "the model that it trained alone, and no other" in reply.header.meta["reason"]
     assert "trains this arm inside" in asked(host, replace(test, kind=RELEASE, meta={}), "A").header.meta["reason"]
@@ -236,7 +236,7 @@ def test_a_site_tests_no_model_but_its_own_in_its_own_arm(host: Machine, tmp_pat
 
 def test_a_request_to_train_alone_holds_a_round_of_the_study_and_nothing_else(host: Machine, tmp_path: Path) -> None:
     def ask(number: int, **more: Any) -> Message:
-        header = Header(ALONE, host.blueprint("local/A").identity, "A", number, **more)
+        header = Header(ALONE, host.arm_spec("local/A").identity, "A", number, **more)
         (reply,) = LocalEngine(host.find).exchange([Message(header)])
         return reply
 
@@ -244,7 +244,7 @@ def test_a_request_to_train_alone_holds_a_round_of_the_study_and_nothing_else(ho
     assert "names a round and nothing else" in ask(0).header.meta["reason"]
     assert "the study ends with round 3" in ask(10**6).header.meta["reason"]
     assert ask(1).header.kind == DONE
-    (reply,) = LocalEngine(host.find).exchange([Message(Header(ALONE, host.blueprint("federated").identity, "A", 1))])
+    (reply,) = LocalEngine(host.find).exchange([Message(Header(ALONE, host.arm_spec("federated").identity, "A", 1))])
     assert reply.header.kind == ERROR
 
 
@@ -257,10 +257,10 @@ def test_left_out_arms_are_refused_with_the_reason() -> None:
             "protection": {"secure": True},
         }
     )
-    from wardround.plan.blueprints import Blueprints
+    from wardround.plan.arm_specs import ArmSpecs
 
     with pytest.raises(StudyError, match=r"leave_one_out: .* minus the sum without one is the update of that one"):
-        Blueprints(study, ())
+        ArmSpecs(study, ())
 
 
 # Stopped and started again -----------------------------------------------------------------------------------------
@@ -328,8 +328,8 @@ def test_a_model_kept_inside_serves_its_site(tmp_path: Path) -> None:
     tensors, metadata = load_model(own(result.out, "A"))
     assert (metadata["arm"], metadata["format"]) == ("local/A", "wardround-model-1")
     host = Machine(study_of(secure=True), toy_sites(tmp_path / "data", SITES), result.out, ())
-    serve(host.bench.model, host.study, metadata, "A")
-    assert tensors.keys() == host.bench.initial.keys()
+    serve(host.model_context.model, host.study, metadata, "A")
+    assert tensors.keys() == host.model_context.initial.keys()
 
 
 def test_the_start_is_the_sites_own(host: Machine, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def study_of(kind: str, sites: str = "ABC", **protection: Any) -> Study:
 def test_rounds_are_trained_and_the_bytes_are_those_of_the_study(kind: str, ring_bits: int, tmp_path: Path) -> None:
     rig = Rig(study_of(kind, ring_bits=ring_bits, max_sites=4), tmp_path)
     state = rig.train()
-    codec, layout = rig.blueprint.codec, rig.blueprint.layout
+    codec, layout = rig.arm_spec.codec, rig.arm_spec.layout
     updates = [s for s in rig.engine.sent if s.message.header.kind == UPDATE and s.message.header.round == state.round]
     sizes = {len(s.body) for s in updates if s.message.header.meta["layout"] == codec.sent(layout).sha256}
     assert sizes == {codec.form.nbytes(codec.sent(layout))}
@@ -82,8 +82,8 @@ def test_a_site_that_dies_after_training_says_the_same_again(kind: str, tmp_path
 
 def test_comparisons_of_one_site_are_not_compressed(tmp_path: Path) -> None:
     host = Machine(study_of("top_k"), toy_sites(tmp_path), tmp_path / "out", ("local", "pooled"))
-    assert isinstance(host.blueprint("federated").codec, TopKCodec)
-    assert type(host.blueprint("local/A").codec) is type(host.blueprint("pooled").codec) is Codec
+    assert isinstance(host.arm_spec("federated").codec, TopKCodec)
+    assert type(host.arm_spec("local/A").codec) is type(host.arm_spec("pooled").codec) is Codec
 
 
 def test_places_cannot_be_summed_under_masks() -> None:
@@ -113,6 +113,6 @@ def test_what_waits_survives_a_site_that_misses_a_masked_round(tmp_path: Path) -
 def test_averages_of_batch_norm_travel_whole(tmp_path: Path) -> None:
     task = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"features": 40, "norm": True}}
     rig = Rig(study_of("subspace").model_copy(update={"task": toy_study(task=task).task}), tmp_path)
-    groups = {g.name: g for g in rig.blueprint.codec.sent(rig.blueprint.layout).groups}
-    assert groups["buffers"] == rig.blueprint.layout.groups[1]
-    assert groups["model"].size < rig.blueprint.layout.groups[0].size
+    groups = {g.name: g for g in rig.arm_spec.codec.sent(rig.arm_spec.layout).groups}
+    assert groups["buffers"] == rig.arm_spec.layout.groups[1]
+    assert groups["model"].size < rig.arm_spec.layout.groups[0].size

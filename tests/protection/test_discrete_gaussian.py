@@ -31,8 +31,8 @@ from wardround.study.protection import Privacy
 def test_sampler_follows_the_exact_probabilities(deviation: int) -> None:
     count = 60_000
     drawn = discrete_gaussians(SecretStream(bytes([deviation]) * 32), deviation, count)
-    reach = 12 * deviation
-    values = np.arange(-reach, reach + 1)
+    update_bound = 12 * deviation
+    values = np.arange(-update_bound, update_bound + 1)
     probability = np.exp(-(values**2) / (2 * deviation**2))
     probability /= probability.sum()
     common = probability * count >= 10

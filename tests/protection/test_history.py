@@ -167,7 +167,7 @@ def test_a_void_round_is_done_again_with_the_same_sites(
     told = "without D the difference of the two would" if honest else "the difference would be what D sent"
     with pytest.raises(NotEnoughSites, match=told):
         secure.train()
-    assert bool(secure.journal.void(TRAIN) - {2}) == (not honest)
+    assert bool(secure.journal.aborted(TRAIN) - {2}) == (not honest)
     # With D back, the sum is over the same sites: the run goes on.
     secure.line.lose = lambda m: False
     secure.restart_coordinator()
@@ -181,7 +181,7 @@ def test_a_validation_and_a_training_round_from_one_model_have_the_same_survivor
     states = secure.states()
     next(states)
     state = next(states)
-    call = secure.coordinator._call(EVALUATE, state, 1, {"split": "validation"}, secure.blueprint.metrics_layout)
+    call = secure.coordinator._call(EVALUATE, state, 1, {"split": "validation"}, secure.arm_spec.metrics_layout)
     secure.coordinator._run(call)
     secure.line.lose = losing("D", TRAIN, 2)
     with pytest.raises(NotEnoughSites, match="the difference would be what D sent"):
@@ -191,7 +191,7 @@ def test_a_validation_and_a_training_round_from_one_model_have_the_same_survivor
 def test_a_site_that_was_not_in_a_void_round_waits_for_the_next_that_counts(tmp_path: Path) -> None:
     """It is back, and with it the sum would differ by what it sends: the others would not consent."""
     secure = SecureRig(study_of(rounds=3), tmp_path)
-    # D sends no update in round 2, and the sum of the others is void.
+    # D sends no update in round 2, and the sum of the others is aborted.
     secure.line.lose = lambda m: m.header.round == 2 and (m.header.kind, m.header.site) in ((TRAIN, "D"), (REVEAL, "A"))
     secure.train()
     assert [(r.round, "".join(r.participants)) for r in secure.journal.reports()] == [
@@ -199,7 +199,7 @@ def test_a_site_that_was_not_in_a_void_round_waits_for_the_next_that_counts(tmp_
         (3, "ABC"),
         (4, "ABCD"),
     ]
-    assert "only the sites of the void round before it were asked: A, B, C" in secure.journal.reports()[1].notes
+    assert "only the sites of the aborted round before it were asked: A, B, C" in secure.journal.reports()[1].notes
 
 
 def test_a_site_says_no_before_it_trains(tmp_path: Path) -> None:

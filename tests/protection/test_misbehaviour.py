@@ -236,11 +236,11 @@ def test_a_wrong_share_is_found_and_the_sum_is_right_without_it(liar: str) -> No
 def test_too_many_wrong_shares_void_the_round() -> None:
     play = Play(7)
     _revealing(play, {site: lambda share: share ^ 1 for site in ("S00", "S01")})
-    with pytest.raises(Unrecoverable, match="round is void"):
+    with pytest.raises(Unrecoverable, match="round is aborted"):
         play.unmasked()
     short = Play(7)
     _revealing(short, {"S00": lambda share: share ^ 1}, missing=("S01",))
-    with pytest.raises(Unrecoverable, match="round is void"):
+    with pytest.raises(Unrecoverable, match="round is aborted"):
         short.unmasked()
 
 

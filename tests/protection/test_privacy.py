@@ -20,7 +20,7 @@ from wardround.errors import JournalError, MissingExtra, StudyError
 from wardround.protection.accounting import Spending, epsilon_of, noise_for
 from wardround.protection.ledger import Ledger
 from wardround.protection.opacus import from_opacus
-from wardround.protection.privacy import BudgetSpent, Purse, Terms, terms_of
+from wardround.protection.privacy import BudgetSpent, PrivacyBudget, Terms, terms_of
 from wardround.protection.secret import SecretRoot, SecretStream, coin
 from wardround.storage.store import SiteStore
 from wardround.study.protection import Privacy
@@ -194,32 +194,32 @@ def test_ledger_of_two_processes_at_once(tmp_path: Path) -> None:
     assert len(Ledger(tmp_path / "ledger.jsonl", SiteStore(tmp_path / "store")).entries()) == 10
 
 
-def _purse(folder: Path, epsilon: float = 3.0) -> Purse:
+def _budget(folder: Path, epsilon: float = 3.0) -> PrivacyBudget:
     store = SiteStore(folder / "store")
     terms = Terms(epsilon, 1e-3, 1.0, 1.0, 0.1, 5.0, 2, "exact", "pld")
-    return Purse("A", terms, Ledger(folder / "ledger.jsonl", store), SecretRoot.of(store))
+    return PrivacyBudget("A", terms, Ledger(folder / "ledger.jsonl", store), SecretRoot.of(store))
 
 
 def test_budget_is_never_passed_and_spans_studies(tmp_path: Path) -> None:
-    purse = _purse(tmp_path)
+    budget = _budget(tmp_path)
 
     def pay(number: int) -> None:
-        purse.pay(f"study {number % 2}", "federated", number, 10, "cohort", ["model"])
+        budget.pay(f"study {number % 2}", "federated", number, 10, "cohort", ["model"])
 
     with suppress(BudgetSpent):
         for number in range(50):
             pay(number)
     with pytest.raises(BudgetSpent, match=r"site A stops training.*budget is 3 "):
         pay(50)
-    spendings = [entry.spending for entry in purse.ledger.entries()]
+    spendings = [entry.spending for entry in budget.ledger.entries()]
     assert len(spendings) > 1
     assert epsilon_of(spendings, 1e-3) <= 3.0 < epsilon_of([*spendings, spendings[0]], 1e-3)
 
 
 def test_the_same_inputs_give_the_same_noise_and_others_other(tmp_path: Path) -> None:
-    purse = _purse(tmp_path, 8.0)
-    one, same, other = (purse.pay("s", "a", 1, 5, "cohort", [inputs]) for inputs in ("x", "x", "y"))
+    budget = _budget(tmp_path, 8.0)
+    one, same, other = (budget.pay("s", "a", 1, 5, "cohort", [inputs]) for inputs in ("x", "x", "y"))
     draw = [secret.noise(0).normals(4).tolist() for secret in (one, same, other)]
     assert draw[0] == draw[1] != draw[2]
-    assert len(purse.ledger.entries()) == 2
-    assert json.loads(purse.ledger.path.read_text().splitlines()[0])["cohort"] == "cohort"
+    assert len(budget.ledger.entries()) == 2
+    assert json.loads(budget.ledger.path.read_text().splitlines()[0])["cohort"] == "cohort"

@@ -1,4 +1,4 @@
-"""The secure sum through the real coordinator, journal, sites and stores: dropouts, void rounds, restarts."""
+"""The secure sum through the real coordinator, journal, sites and stores: dropouts, aborted rounds, restarts."""
 
 from __future__ import annotations
 
@@ -171,9 +171,9 @@ def test_a_lost_round_is_void_and_its_number_is_never_used_again(tmp_path: Path)
     secure.train()
     reports = secure.journal.reports()
     assert [r.round for r in reports] == [1, 3, 4]
-    assert any("round 2 is void" in note for note in reports[1].notes)
-    assert all(not any("void" in note for note in r.notes) for r in (reports[0], reports[2]))
-    # Two validations of one model by other sites would differ by one site's: the void round's is not repeated.
+    assert any("round 2 is aborted" in note for note in reports[1].notes)
+    assert all(not any("aborted" in note for note in r.notes) for r in (reports[0], reports[2]))
+    # Two validations of one model by other sites would differ by one site's: the aborted round's is not repeated.
     asked = {m.header.round: m.header.meta["validate"] for m in secure.sent_to("C", TRAIN)}
     assert asked == {1: False, 2: True, 3: False, 4: True}
     assert [r.validation is None for r in reports] == [True, False, False]
@@ -203,7 +203,7 @@ def test_a_void_round_of_a_private_study_uses_up_the_schedule(tmp_path: Path) ->
 def test_a_private_study_of_void_rounds_alone_releases_nothing(tmp_path: Path) -> None:
     secure = SecureRig(study_of(rounds=2, **PRIVATE), tmp_path)
     secure.line.lose = lambda m: m.header.kind == REVEAL and m.header.site in "AB"
-    with pytest.raises(NotEnoughSites, match="all 2 rounds were void"):
+    with pytest.raises(NotEnoughSites, match="all 2 rounds were aborted"):
         secure.train()
 
 
@@ -239,7 +239,7 @@ def test_a_site_that_signed_takes_part_in_no_other_attempt_of_the_round(tmp_path
 def test_too_many_void_rounds_stop_the_run_and_it_can_go_on(tmp_path: Path) -> None:
     secure = SecureRig(study_of(rounds=2), tmp_path)
     secure.line.lose = lambda m: m.header.kind == SIGN and m.header.site in "AB"
-    with pytest.raises(NotEnoughSites, match="3 rounds in a row were void"):
+    with pytest.raises(NotEnoughSites, match="3 rounds in a row were aborted"):
         secure.train()
     assert secure.journal.reports() == []
     secure.line.lose = lambda m: False
@@ -339,7 +339,7 @@ def test_the_model_that_was_announced_is_the_one_that_trains(tmp_path: Path) -> 
 def test_a_clear_request_is_refused_but_a_sites_own_results_are_its_own(tmp_path: Path) -> None:
     secure = SecureRig(study_of(rounds=1, schedule={"validate_every": 1}), tmp_path)
     secure.train()
-    site, study = secure.sites["A"], secure.blueprint.identity
+    site, study = secure.sites["A"], secure.arm_spec.identity
     train = secure.sent_to("A", TRAIN)[0]
     meta = {name: value for name, value in train.header.meta.items() if name != DEAL}
     reply = site.handle(Message(replace(train.header, meta=meta, phase=0), train.body))
@@ -348,7 +348,7 @@ def test_a_clear_request_is_refused_but_a_sites_own_results_are_its_own(tmp_path
     meta = {name: value for name, value in pooled.header.meta.items() if name != DEAL}
     reply = site.handle(Message(replace(pooled.header, meta=meta, phase=0), pooled.body))
     assert "a clear update is not given" in reply.header.meta["reason"]
-    own = {"split": "test", "layout": secure.blueprint.evaluation_layout.sha256}
+    own = {"split": "test", "layout": secure.arm_spec.evaluation_layout.sha256}
     header = Header(EVALUATE, study, "A", 1, meta=own, tensors=pooled.header.tensors)
     header = replace(header, body_nbytes=pooled.header.body_nbytes, body_sha256=pooled.header.body_sha256)
     assert site.handle(Message(header, pooled.body)).header.kind == UPDATE
@@ -367,23 +367,23 @@ def test_a_survivor_list_is_on_record_before_any_site_sees_it(tmp_path: Path) ->
 
     def look(message: Message) -> None:
         if message.header.kind == SIGN:
-            other = Journal(tmp_path / "coordinator", secure.blueprint.identity)
-            assert other.rounds_with("survivors/train") == other.void(TRAIN) == {1}
+            other = Journal(tmp_path / "coordinator", secure.arm_spec.identity)
+            assert other.rounds_with("survivors/train") == other.aborted(TRAIN) == {1}
             other.close()
 
     secure.line.before = look
     secure.train()
-    assert secure.journal.void(TRAIN) == frozenset()
+    assert secure.journal.aborted(TRAIN) == frozenset()
 
 
 def test_sites_promise_once_and_never_go_back(tmp_path: Path) -> None:
     store = SecureRig(study_of(), tmp_path).sites["A"].store
-    assert store.promised("survivors/train") == -1
-    assert store.promise("survivors/train", 3, "x") == "x"
-    assert store.promise("survivors/train", 3, "y") == "x"
-    assert store.promise("survivors/train", 2, "y") == "x"
-    assert store.promise("survivors/train", 4, "y") == "y"
-    assert store.promised("survivors/train") == 4
+    assert store.last_written("survivors/train") == -1
+    assert store.write_once("survivors/train", 3, "x") == "x"
+    assert store.write_once("survivors/train", 3, "y") == "x"
+    assert store.write_once("survivors/train", 2, "y") == "x"
+    assert store.write_once("survivors/train", 4, "y") == "y"
+    assert store.last_written("survivors/train") == 4
 
 
 # Through the runner --------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from wardround.federation.plans import plan_of
 from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.learning.methods.method import Method
 from wardround.learning.training import learning_rate
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import arms_of
-from wardround.plan.blueprints import Blueprints
 from wardround.runs.explain import explain
 from wardround.runs.machine import Machine
 from wardround.runs.session import open_host, run
@@ -83,16 +83,16 @@ def test_learning_rates_follow_the_global_step() -> None:
 def test_a_host_builds_each_part_once_and_only_sites_of_its_study(tmp_path: Path) -> None:
     study = toy_study(SITES)
     host = Machine(study, toy_sites(tmp_path, tuple(SITES)), tmp_path / "out", ("local",))
-    header = Header("train", host.blueprint("federated").identity, "A")
+    header = Header("train", host.arm_spec("federated").identity, "A")
     assert host.find(header) is host.find(header)
-    assert host.find(Header("train", host.blueprint("local/A").identity, "A")) is not host.find(header)
+    assert host.find(Header("train", host.arm_spec("local/A").identity, "A")) is not host.find(header)
     with pytest.raises(StudyError, match="another study"):
         host.find(Header("train", "0" * 64, "A"))
     with pytest.raises(StudyError, match="no site 'Z'"):
         host.find(Header("train", header.study, "Z"))
     again = Machine.from_spec(host.spec())
     assert again.study_sha256 == host.study_sha256
-    assert again.blueprint("federated").layout.sha256 == host.blueprint("federated").layout.sha256
+    assert again.arm_spec("federated").layout.sha256 == host.arm_spec("federated").layout.sha256
 
 
 def test_a_site_without_data_is_named_before_anything_starts(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_start_is_made_once_an_arm_and_nothing_changes_it(tmp_path: Path, monk
         return initial(self, *args)
 
     monkeypatch.setattr(Method, "initial", counted)
-    plans = Blueprints(study, ("local",), plugins=Plugins(code=True))
+    plans = ArmSpecs(study, ("local",), plugins=Plugins(code=True))
     starts = [rules_of(plans, "federated").initial for _ in study.sites] + [plan_of(plans, "federated").initial]
     assert len(made) == 1
     assert all(start is starts[0] for start in starts)

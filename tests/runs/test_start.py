@@ -26,7 +26,7 @@ from wardround.federation.facts import DELIVER
 from wardround.federation.release import model_path, shared_sha256
 from wardround.learning.device import Compute
 from wardround.learning.frozen import train_mode
-from wardround.plan.blueprints import Blueprints
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.weights import file_sha256, frozen_part, load_model, save_frozen
 from wardround.results.files import read_result
 from wardround.results.schema import Started
@@ -50,8 +50,8 @@ FROZEN = {"frozen": ["0.*", "1.*"]}
 QUICK = {"rounds": 2}
 
 
-def plans(study: Study, near: Path = Path()) -> Blueprints:
-    return Blueprints(study, ("local", "pooled"), plugins=CODE, start=study.start_places(near))
+def plans(study: Study, near: Path = Path()) -> ArmSpecs:
+    return ArmSpecs(study, ("local", "pooled"), plugins=CODE, start=study.start_places(near))
 
 
 def values(seed: int = 1, **options: Any) -> dict[str, Any]:
@@ -104,18 +104,18 @@ def test_a_run_goes_on_from_the_release_of_another(tmp_path: Path, monkeypatch: 
 
 def test_a_weights_file_is_what_it_says(tmp_path: Path) -> None:
     known = values()
-    whole = plans(toy_study(start=weights(tmp_path / "w.safetensors", known)), tmp_path).bench.initial_values()
+    whole = plans(toy_study(start=weights(tmp_path / "w.safetensors", known)), tmp_path).model_context.initial_values()
     assert all(np.array_equal(whole[name], known[name]) for name in known)
-    fresh = plans(toy_study()).bench.initial_values()
+    fresh = plans(toy_study()).model_context.initial_values()
 
     part = {name: tensor for name, tensor in known.items() if name.startswith("0.")}
     begun = plans(
         toy_study(start=weights(tmp_path / "p.safetensors", part, partial=True)), tmp_path
-    ).bench.initial_values()
+    ).model_context.initial_values()
     inside = {name.removeprefix("0."): tensor.astype(np.float16) for name, tensor in part.items()}
     into = plans(
         toy_study(start=weights(tmp_path / "i.safetensors", inside, into="0")), tmp_path
-    ).bench.initial_values()
+    ).model_context.initial_values()
     for name in fresh:
         assert np.array_equal(begun[name], (part if name in part else fresh)[name])
         # Half precision is widened.
@@ -138,7 +138,7 @@ def test_a_weights_file_is_what_it_says(tmp_path: Path) -> None:
 def test_another_file_is_one_clear_error(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     start = {**weights(tmp_path / "w.safetensors", values()), **changes}
     with pytest.raises(StudyError, match=reason.format(sha256=file_sha256(tmp_path / "w.safetensors"))):
-        _ = plans(toy_study(start=start), tmp_path).bench
+        _ = plans(toy_study(start=start), tmp_path).model_context
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_another_file_is_one_clear_error(tmp_path: Path, changes: dict[str, Any]
 def test_values_that_do_not_fit_are_one_clear_error(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     tensors = {name: tensor for name, tensor in {**values(), **change}.items() if tensor is not None}
     with pytest.raises(StudyError, match=reason):
-        _ = plans(toy_study(start=weights(tmp_path / "w.safetensors", tensors)), tmp_path).bench
+        _ = plans(toy_study(start=weights(tmp_path / "w.safetensors", tensors)), tmp_path).model_context
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "../others/w.safetensors", "a/../../w.safetensors"])
@@ -166,7 +166,7 @@ def test_a_study_asks_for_nothing_outside_its_folder(file: str) -> None:
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.safetensors")
     with pytest.raises(StudyError, match=r"w.safetensors is no file"):
-        _ = plans(toy_study(start={"kind": "weights", "file": "w.safetensors"}), tmp_path).bench
+        _ = plans(toy_study(start={"kind": "weights", "file": "w.safetensors"}), tmp_path).model_context
 
 
 def test_no_pickle_is_opened(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_no_pickle_is_opened(tmp_path: Path) -> None:
     torch.save({"0.weight": torch.zeros(2)}, path)
     start = {"kind": "weights", "file": path.name, "sha256": file_sha256(path)}
     with pytest.raises(StudyError, match=r"must be a .safetensors file"):
-        _ = plans(toy_study(start=start), tmp_path).bench
+        _ = plans(toy_study(start=start), tmp_path).model_context
 
 
 def test_a_start_that_changed_stops_the_run_before_it_goes_on(tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_a_personal_release_says_what_its_hash_does_not_cover(tmp_path: Path) ->
     first = run(study, sites, tmp_path / "first", engine="local", near=tmp_path, quiet=True)
     start = {"kind": "release", "file": "first", "sha256": first.model_sha256}
     with pytest.raises(StudyError, match=r"has no values for 1.weight, 1.bias"):
-        _ = plans(toy_study(task=NORM, start=start), tmp_path).bench
-    begun = plans(toy_study(task=NORM, start={**start, "partial": True}), tmp_path).bench.initial_values()
+        _ = plans(toy_study(task=NORM, start=start), tmp_path).model_context
+    begun = plans(toy_study(task=NORM, start={**start, "partial": True}), tmp_path).model_context.initial_values()
     assert np.array_equal(begun["0.weight"], released(tmp_path / "first")["0.weight"])
 
 
@@ -244,10 +244,10 @@ def test_frozen_layers_stay_in_evaluation_mode_and_out_of_the_optimiser(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = Rig(toy_study(task=NORM, parts=FROZEN, schedule=QUICK), tmp_path)
-    model, modes = rig.host.bench.model, []
+    model, modes = rig.host.model_context.model, []
     model.register_forward_hook(lambda m, *_: modes.append((m.training, m[1].training, m[2].training)))
-    frozen = {name: rig.host.bench.initial[name] for name in rig.host.bench.frozen}
-    # Held once: the workbench has no copy of what never changes.
+    frozen = {name: rig.host.model_context.initial[name] for name in rig.host.model_context.frozen}
+    # Held once: the model context has no copy of what never changes.
     assert all(tensor.data_ptr() == model.state_dict()[name].data_ptr() for name, tensor in frozen.items())
     before = {name: tensor.clone() for name, tensor in frozen.items()}
     rig.train()
@@ -260,20 +260,20 @@ def test_frozen_batch_norm_under_fedbn_keeps_its_statistics_everywhere(tmp_path:
     """A frozen layer is no private part, and a hospital that did not train does not estimate it anew."""
     task = NORM
     parts = {"frozen": ["1.*"]}
-    policy = plans(toy_study(task=task, parts=parts)).blueprint("federated").policy
+    policy = plans(toy_study(task=task, parts=parts)).arm_spec("federated").policy
     assert {policy.roles[f"1.{name}"] for name in ("weight", "bias", "running_mean", "num_batches_tracked")} == {
         "frozen"
     }
     study = toy_study(task=task, parts=parts, method={"kind": "fedbn"})
-    found = plans(study).blueprint("federated")
+    found = plans(study).arm_spec("federated")
     assert found.policy.names("local") == ()
-    bench = plans(study).bench
-    bench.model.eval()
+    model_context = plans(study).model_context
+    model_context.model.eval()
     x = torch.randn(9, 6)
     with torch.no_grad():
-        expected = bench.model(x)
-        with found.method.serving_stranger(bench.model):
-            assert torch.equal(bench.model(x), expected)
+        expected = model_context.model(x)
+        with found.method.serving_unseen(model_context.model):
+            assert torch.equal(model_context.model(x), expected)
 
 
 class HalfTrained(Regression):
@@ -310,7 +310,7 @@ def test_what_is_local_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.Mon
     sent = recorded_sessions(monkeypatch)
     study = toy_study(schedule=QUICK, parts={"local": ["2.*"]})
     result = run(study, sites, tmp_path / "out", compare=("local", "pooled"), engine="local", near=tmp_path, quiet=True)
-    federated = [s for s in sent if s.message.header.study == plans(study).blueprint("federated").identity]
+    federated = [s for s in sent if s.message.header.study == plans(study).arm_spec("federated").identity]
     tables = [info.name for s in federated if s.message.header.kind == TRAIN for info in s.message.header.tensors]
     assert set(tables) == {"model/0.weight", "model/0.bias"}
     assert set(result.local_sha256) == {"A", "B", "C"}
@@ -319,7 +319,7 @@ def test_what_is_local_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.Mon
     assert not np.array_equal(
         own["2.weight"], load_file(result.out / "models/B/federated/local.safetensors")["2.weight"]
     )
-    fresh = plans(study).bench.initial_values()
+    fresh = plans(study).model_context.initial_values()
     assert np.array_equal(released(result.out)["2.weight"], fresh["2.weight"])
     pooled = load_model(model_path(result.out, "pooled"))[0]
     assert not np.array_equal(pooled["2.weight"], fresh["2.weight"])
@@ -349,7 +349,7 @@ def test_a_frozen_part_is_stored_by_value_whatever_its_strides(tmp_path: Path) -
 )
 def test_parts_that_make_no_sense_are_one_clear_error(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(StudyError, match=reason):
-        plans(toy_study(**changes)).blueprint("federated")
+        plans(toy_study(**changes)).arm_spec("federated")
 
 
 def test_noise_of_all_sites_covers_no_part_of_one() -> None:
@@ -368,25 +368,25 @@ def test_frozen_batch_norm_is_fit_for_privacy(tmp_path: Path) -> None:
     changes = {"schedule": {"rounds": 1, "release": "last"}, "method": {"weights": "equal"}, "local": {"steps": 1}}
     study = toy_study(("A", "B"), task=NORM, parts=FROZEN, protection={"privacy": {"patients_per_step": 2}}, **changes)
     host = Machine(study, toy_sites(tmp_path, ("A", "B")), tmp_path / "out", ())
-    learner = host.learner(host.blueprint("federated"), "A")
-    public, _ = host.initial(host.blueprint("federated"))
+    learner = host.learner(host.arm_spec("federated"), "A")
+    public, _ = host.initial(host.arm_spec("federated"))
     learner.load(public, NOTHING)
     changes = learner.train(1, public, NOTHING).changes
     assert changes["model"].keys() == {"3.weight", "3.bias"}
     host.close()
     free = Machine(study.model_copy(update={"parts": Parts()}), host.sites, tmp_path / "free", ())
-    learner = free.learner(free.blueprint("federated"), "A")
+    learner = free.learner(free.arm_spec("federated"), "A")
     with pytest.raises(StudyError, match="keeps statistics over patients"):
         learner.train(1, public, NOTHING)
     free.close()
 
 
 def test_a_bench_on_another_device_holds_what_is_frozen_once_too() -> None:
-    bench = plans(toy_study(task=NORM, parts=FROZEN)).bench.on(Compute(torch.device("cpu"), "bf16"))
-    state = bench.model.state_dict()
-    assert {n for n, t in bench.initial.items() if t.data_ptr() == state[n].data_ptr()} == bench.frozen
-    train_mode(bench.model)
-    assert [module.training for module in bench.model] == [False, False, True, True]  # type: ignore[union-attr]
+    model_context = plans(toy_study(task=NORM, parts=FROZEN)).model_context.on(Compute(torch.device("cpu"), "bf16"))
+    state = model_context.model.state_dict()
+    assert {n for n, t in model_context.initial.items() if t.data_ptr() == state[n].data_ptr()} == model_context.frozen
+    train_mode(model_context.model)
+    assert [module.training for module in model_context.model] == [False, False, True, True]  # type: ignore[union-attr]
 
 
 def test_frozen_parts_under_masks_come_to_the_same_bits(tmp_path: Path) -> None:
@@ -468,7 +468,9 @@ def test_stopped_and_resumed_is_one_run(tmp_path: Path) -> None:
 def test_a_model_with_a_frozen_part_is_measured_and_applied_after_its_run(tmp_path: Path) -> None:
     hospitals = make_hospitals(tmp_path / "data")
     study, sites = write_study(tmp_path / "study", hospitals)
-    network = Machine(load_study(study), toy_sites(tmp_path / "t", ()), tmp_path / "o", ()).bench.initial_values()
+    network = Machine(
+        load_study(study), toy_sites(tmp_path / "t", ()), tmp_path / "o", ()
+    ).model_context.initial_values()
     first = "denoiser.stack.0.weight"
     start = {**weights(tmp_path / "study" / "w.safetensors", network), "file": "w.safetensors"}
     study, sites = write_study(
@@ -489,7 +491,7 @@ def test_a_model_with_a_frozen_part_is_measured_and_applied_after_its_run(tmp_pa
     result = read_result(tmp_path / "out")
     assert evaluate(result.out, sites, engine="local", quiet=True).metrics == result.metrics
     worker = Machine.from_spec(open_host(study, sites, tmp_path / "out", (), (), None).spec())
-    assert np.array_equal(worker.bench.initial_values()[first], network[first])
+    assert np.array_equal(worker.model_context.initial_values()[first], network[first])
     auditor = Auditor(
         load_study(study), load_sites(sites), "Alpha", Effort.of(quick=True), model=result.out, start=[base]
     )

@@ -1,4 +1,4 @@
-"""A study from strangers runs no code, in `check`, in a run or in a worker process, unless the site says so."""
+"""A study from unseen hospitals runs no code, in `check`, in a run or in a worker process, unless the site says so."""
 
 from __future__ import annotations
 

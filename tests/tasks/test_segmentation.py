@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from monai.losses import DiceLoss
 from monai.metrics import compute_hausdorff_distance
 from pydantic import ValidationError
-from tests.devices import DEVICES, blueprints_of, device_named, learner_of
+from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
 from tests.outlines import SIZE, make_outlines, outline_study
 
 import wardround
@@ -229,9 +229,9 @@ def test_a_step_and_an_evaluation_on_any_device(
     sites = make_outlines(tmp_path, {"A": 5})
     task = {"dimensions": dimensions, "patch": [16, 16, 4][:dimensions], "augment": "none"}
     study = outline_study({"A": {}}, task=task, local={"steps": 1, "batch": 2})
-    plans = blueprints_of(study)
+    plans = arm_specs_of(study)
     learner = learner_of(plans, sites.of("A").data[0], compute)
-    public, _ = plans.initial(plans.blueprint("federated"))
+    public, _ = plans.initial(plans.arm_spec("federated"))
     learner.load(public, NOTHING)
     learner.train(1, public, NOTHING)
     assert set(learner.evaluate("validation")) == {spec.name for spec in plans.task.metrics}

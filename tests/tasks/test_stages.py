@@ -10,24 +10,24 @@ import pytest
 import torch
 import yaml
 from tests.chain import STAGES, Chain, ChainTask, chain_study
-from tests.devices import blueprints_of, learner_of
+from tests.devices import arm_specs_of, learner_of
 from tests.toys import toy_study
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
 from wardround.learning.device import CPU
 from wardround.learning.training import Trained
-from wardround.plan.blueprints import Blueprints
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.runs.explain import explain
 from wardround.storage.store import NOTHING
 from wardround.study.load import load_study
 from wardround.tasks.stages import weighted_sum
 
 
-def _round(plans: Blueprints, folder: Path) -> Trained:
+def _round(plans: ArmSpecs, folder: Path) -> Trained:
     """The first round of one site."""
     learner = learner_of(plans, folder, CPU)
-    public, _ = plans.initial(plans.blueprint("federated"))
+    public, _ = plans.initial(plans.arm_spec("federated"))
     learner.load(public, NOTHING)
     return learner.train(1, public, NOTHING)
 
@@ -74,12 +74,12 @@ def test_phases_that_cannot_be_are_refused_by_the_study(phases: Any, why: str, t
 )
 def test_phases_that_do_not_fit_the_task_are_refused_before_training(phases: Any, why: str) -> None:
     with pytest.raises(StudyError, match=why):
-        blueprints_of(chain_study(schedule={"phases": phases})).blueprint("federated")
+        arm_specs_of(chain_study(schedule={"phases": phases})).arm_spec("federated")
 
 
 def test_phases_of_a_task_without_stages_are_refused() -> None:
     with pytest.raises(StudyError, match=r"schedule.phases: the task has no stages.*remove it"):
-        blueprints_of(toy_study(schedule={"phases": [{"train": ["segment"]}]})).blueprint("federated")
+        arm_specs_of(toy_study(schedule={"phases": [{"train": ["segment"]}]})).arm_spec("federated")
 
 
 class Tied(ChainTask):
@@ -111,10 +111,10 @@ class Loose(ChainTask):
     ],
 )
 def test_stages_part_the_model(task: ChainTask, why: str) -> None:
-    plans = blueprints_of(chain_study())
+    plans = arm_specs_of(chain_study())
     plans.__dict__["task"] = task
     with pytest.raises(StudyError, match=why):
-        plans.blueprint("federated")
+        plans.arm_spec("federated")
 
 
 class Detached(ChainTask):
@@ -133,11 +133,11 @@ class Forgetful(ChainTask):
 
 @pytest.mark.parametrize(("task", "why"), [(Detached(), "does not depend on"), (Forgetful(), "no loss of the stage")])
 def test_losses_that_teach_nothing_are_an_error(task: ChainTask, why: str, tmp_path: Path) -> None:
-    plans = blueprints_of(chain_study(schedule={"phases": [{"train": ["segment"]}]}))
+    plans = arm_specs_of(chain_study(schedule={"phases": [{"train": ["segment"]}]}))
     plans.__dict__["task"] = task
     with pytest.raises(StudyError, match=why):
         _round(plans, tmp_path)
-    assert all(parameter.requires_grad for parameter in plans.bench.model.parameters())
+    assert all(parameter.requires_grad for parameter in plans.model_context.model.parameters())
 
 
 def test_a_loss_without_weight_may_be_no_number(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_loss_without_weight_may_be_no_number(tmp_path: Path) -> None:
             losses = super().losses(model, batch)
             return {**losses, "reconstruct": losses["reconstruct"] * torch.nan}
 
-    plans = blueprints_of(chain_study(schedule={"phases": [{"train": ["segment"]}]}))
+    plans = arm_specs_of(chain_study(schedule={"phases": [{"train": ["segment"]}]}))
     plans.__dict__["task"] = Broken()
     assert math.isfinite(_round(plans, tmp_path).loss)
 

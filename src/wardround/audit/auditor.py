@@ -89,7 +89,7 @@ class Auditor:
         opened = self._host.plugins.opened(study)
         self._hashes = study_sha256(opened), plan_sha256(opened)
         self._path = model_file(model)
-        self.tensors = self._host.bench.initial_values()
+        self.tensors = self._host.model_context.initial_values()
         if self._path is not None:
             self.tensors = {
                 **self.tensors,
@@ -108,7 +108,7 @@ class Auditor:
     @cached_property
     def lint(self) -> tuple[Finding, ...]:
         """What is suspicious about the model."""
-        return lint_against(self.tensors, self._host.bench.initial_values())
+        return lint_against(self.tensors, self._host.model_context.initial_values())
 
     @cached_property
     def pool(self) -> Tensor:
@@ -289,9 +289,9 @@ class Auditor:
 
     def _as_sent(self) -> Victim:
         """What the site's own training sends in round 1; the adversary looks for the images of the first steps."""
-        blueprint = self._host.blueprint(FEDERATED)
-        learner, local = self._host.learner(blueprint, self.site), self.study.local
-        public, _ = blueprint.method.initial(blueprint.layout.groups, self.tensors)
+        arm_spec = self._host.arm_spec(FEDERATED)
+        learner, local = self._host.learner(arm_spec, self.site), self.study.local
+        public, _ = arm_spec.method.initial(arm_spec.layout.groups, self.tensors)
         learner.load(public, NOTHING)
         changes = learner.train(1, public, NOTHING).changes
         merged = {name: change for group in changes.values() for name, change in group.items()}
@@ -313,11 +313,11 @@ class Auditor:
 
     @property
     def _network(self) -> torch.nn.Module:
-        return self._host.bench.model
+        return self._host.model_context.model
 
     @cached_property
     def _shared(self) -> frozenset[str]:
-        return frozenset(self._host.blueprint(FEDERATED).policy.names("shared"))
+        return frozenset(self._host.arm_spec(FEDERATED).policy.names("shared"))
 
     @property
     def _last(self) -> int:
@@ -361,10 +361,10 @@ class Auditor:
 
     def _reference_losses(self, batches: Sequence[Batch], known: Any, random: np.random.Generator) -> Any:
         """Train a reference from the study's initial weights on the examples it may know; its losses on all."""
-        task, bench = self._host.task, self._host.bench
+        task, model_context = self._host.task, self._host.model_context
         with torch.no_grad():
             for name, tensor in self._network.state_dict().items():
-                tensor.copy_(bench.initial[name])
+                tensor.copy_(model_context.initial[name])
         train_mode(self._network)
         optimizer = build_optimizer(self._network, self.study.local)
         for index in random.choice(known, self.effort.reference_steps):

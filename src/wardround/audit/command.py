@@ -12,7 +12,7 @@ from wardround.audit.results import PARTS, Audit, write_audit
 from wardround.audit.signature import holds_audit, identity_of, sign
 from wardround.errors import StudyError
 from wardround.runs.folder import refuse_foreign
-from wardround.storage.cipher import Vault
+from wardround.storage.cipher import StoreCipher
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 
@@ -53,7 +53,7 @@ def audit(
     auditor = Auditor(study, sites, site, effort, model=model, attacks=attacks, claim=claim, start=start)
     found = auditor.run(quick=quick, parts=[part for part in PARTS if part in parts])
     run = model if model is not None and model.is_dir() else None
-    identity = identity_of(site, out, run, store, Vault.of(sites.key(site)))
+    identity = identity_of(site, out, run, store, StoreCipher.of(sites.key(site)))
     write_audit(found, out, pictures=pictures)
     sign(out, site, found.study_sha256, identity)
     return found

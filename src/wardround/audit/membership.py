@@ -139,7 +139,7 @@ def lira_scores(losses: Floats, references: Floats, knows: npt.NDArray[np.bool_]
     losses: (n,); references: (R, n); knows: (R, n), whether a reference was trained on the example. -> (n,).
     """
     strange = np.where(knows, np.nan, references)
-    mean = _mean_of_strangers(strange)
+    mean = _mean_for_unseen(strange)
     residual = strange - mean
     spread = float(np.sqrt(np.nanmean(residual**2))) if np.isfinite(residual).any() else 1.0
     return (mean - losses) / max(spread, 1e-12)
@@ -156,14 +156,14 @@ def rmia_scores(
     """
     scale = max(float(np.abs(losses).mean()), 1e-12)
     strange = np.where(knows, np.nan, np.exp(-references / scale))
-    ratio = np.exp(-losses / scale) / np.maximum(_mean_of_strangers(strange), 1e-12)
+    ratio = np.exp(-losses / scale) / np.maximum(_mean_for_unseen(strange), 1e-12)
     beaten = ratio[:, None] >= ratio[None, :]
     np.fill_diagonal(beaten, False)
     share: Floats = beaten[:, population].sum(axis=1) / np.maximum(population.sum() - population, 1)
     return share + 1e-9 * ratio
 
 
-def _mean_of_strangers(values: Floats) -> Floats:
+def _mean_for_unseen(values: Floats) -> Floats:
     """Mean over the references that never saw an example; over all examples where every one saw it."""
     count = np.isfinite(values).sum(axis=0)
     total = np.nansum(values, axis=0)

@@ -12,7 +12,7 @@ from wardround.audit.results import FILES
 from wardround.errors import StudyError
 from wardround.plan.arms import FEDERATED
 from wardround.protection.identity import KEY_BYTES, Identity, Roster
-from wardround.storage.cipher import Vault
+from wardround.storage.cipher import StoreCipher
 from wardround.storage.store import SiteStore
 from wardround.wire.files import write_text
 
@@ -29,7 +29,7 @@ class Signed:
     key: str
 
 
-def identity_of(site: str, out: Path, run: Path | None, store: Path | None, vault: Vault | None) -> Identity:
+def identity_of(site: str, out: Path, run: Path | None, store: Path | None, cipher: StoreCipher | None) -> Identity:
     """The site's signing key, made where it has none; in its own store, and never in the audit's folder.
 
     That is `store`, or the site's store in the folder of a run, or `identity/SITE` beside `out`.
@@ -37,7 +37,7 @@ def identity_of(site: str, out: Path, run: Path | None, store: Path | None, vaul
     used = None if run is None else run / "work" / "sites" / site / FEDERATED
     root = store or (used if used is not None and used.is_dir() else out.absolute().parent / "identity" / site)
     # A run may be at work there: its unfinished files are left alone.
-    opened = SiteStore(root, vault, tidy=False)
+    opened = SiteStore(root, cipher, tidy=False)
     try:
         return opened.enrol()
     finally:

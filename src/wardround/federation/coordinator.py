@@ -20,9 +20,9 @@ from wardround.federation.exchange import (
     Exchange,
     ExchangeFactory,
     PlainSum,
-    Void,
+    RoundAborted,
 )
-from wardround.federation.minutes import CoordinatorMinutes
+from wardround.federation.logs import CoordinatorLog
 from wardround.federation.phases import held, holding, next_scales
 from wardround.federation.selection import Scored, best_round, candidates
 from wardround.learning.methods.method import MODEL, Method, Writers
@@ -39,7 +39,7 @@ from wardround.wire.update import Aggregate, Layout
 Array = npt.NDArray[Any]
 
 # Rounds in a row that may come to nothing before somebody has to look.
-MAX_VOID = 3
+MAX_ABORTED = 3
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Plan:
     validate_every: int = 1
     release: str = "best"
     keep: int = 2
-    #: Whether void rounds, which only a secure sum has, come on top of `rounds`. With privacy they are paid for, and
+    #: Whether aborted rounds, which only a secure sum has, come on top of `rounds`. With privacy they are paid for, and
     #: the budget is for `rounds`.
     extends: bool = False
     #: The state before round 1, by group and tensor: it says where scales start.
@@ -72,11 +72,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Release:
-    """The round that an arm releases, its global state, and the numbers that void rounds used up."""
+    """The round that an arm releases, its global state, and the numbers that aborted rounds used up."""
 
     number: int
     state: State
-    void: frozenset[int] = frozenset()
+    aborted: frozenset[int] = frozenset()
 
 
 class Coordinator:
@@ -95,7 +95,7 @@ class Coordinator:
         self._engine = engine
         self._journal = journal
         self._protocol = protocol
-        self._minutes = CoordinatorMinutes(journal)
+        self._log = CoordinatorLog(journal)
         self._waited = 0.0
         self._sent = plan.codec.sent(plan.layout)
         self._scales = ScaleRules(self._sent, plan.initial_scale, plan.initial, frozenset({MODEL}))
@@ -116,7 +116,7 @@ class Coordinator:
             self._journal.commit(state, None, {})
         else:
             self._journal.check(state)
-        self._minutes.settle()
+        self._log.settle()
         return state
 
     def rounds(self, state: State) -> Iterator[RoundReport]:
@@ -127,34 +127,34 @@ class Coordinator:
         """
         plan = self._plan
         reasons: list[str] = []
-        # The number of a void round is used up: the study ends that many numbers later, or without it.
-        while self._next_number(state) <= plan.rounds + (len(self._journal.void(TRAIN)) if plan.extends else 0):
+        # The number of an aborted round is used up: the study ends that many numbers later, or without it.
+        while self._next_number(state) <= plan.rounds + (len(self._journal.aborted(TRAIN)) if plan.extends else 0):
             try:
                 state, report = self._round(state)
-            except Void as void:
-                reasons.append(str(void))
-                self._minutes.void(max(self._journal.void(TRAIN), default=state.round + 1), str(void))
-                if len(reasons) == MAX_VOID:
+            except RoundAborted as aborted:
+                reasons.append(str(aborted))
+                self._log.aborted(max(self._journal.aborted(TRAIN), default=state.round + 1), str(aborted))
+                if len(reasons) == MAX_ABORTED:
                     raise NotEnoughSites(
-                        f"{plan.arm}: {MAX_VOID} rounds in a row were void ({'; '.join(reasons)}). Mend the cause and "
-                        "run again with --resume"
-                    ) from void
+                        f"{plan.arm}: {MAX_ABORTED} rounds in a row were aborted ({'; '.join(reasons)}). Mend the cause "
+                        "and run again with --resume"
+                    ) from aborted
                 continue
             reasons.clear()
             yield report
         if not state.round:
             raise NotEnoughSites(
-                f"{plan.arm}: all {plan.rounds} rounds were void, and protection.privacy leaves no budget for others. "
-                "Mend the cause and start again in another folder"
+                f"{plan.arm}: all {plan.rounds} rounds were aborted, and protection.privacy leaves no budget for "
+                "others. Mend the cause and start again in another folder"
             )
         if plan.validate_every and self._missing_validation(state.round):
-            asked = {"split": "validation", **_numbers(self._journal.void(TRAIN))}
+            asked = {"split": "validation", **_numbers(self._journal.aborted(TRAIN))}
             evaluate = self._call(EVALUATE, state, state.round, asked, plan.metrics_layout)
             try:
                 exchange, _, _ = self._run(evaluate)
-            except Void as void:
+            except RoundAborted as aborted:
                 # It may not be repeated: the last round goes without its validation.
-                self._minutes.void(state.round, str(void), EVALUATE)
+                self._log.aborted(state.round, str(aborted), EVALUATE)
                 return
             yield self._amend(state.round, exchange.aggregate(), exchange.receipts)
 
@@ -164,9 +164,9 @@ class Coordinator:
         state = self._journal.latest() if number is None else self._journal.state(number)
         if state is None:
             raise JournalError(f"{self._plan.arm}: there is no round to release")
-        released = Release(state.round, state, self._journal.void(TRAIN))
+        released = Release(state.round, state, self._journal.aborted(TRAIN))
         self._journal.check(released.state)
-        self._minutes.released(released.number, released.state.public_sha256)
+        self._log.released(released.number, released.state.public_sha256)
         return released
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class Coordinator:
         missing: dict[str, str] = {}
         up = down = 0
         messages = exchange.open()
-        self._minutes.opened(call, exchange)
+        self._log.opened(call, exchange)
         while messages:
             for message in messages:
                 down += message.nbytes
@@ -200,22 +200,22 @@ class Coordinator:
                 site = reply.header.site
                 if reply.header.kind == ERROR:
                     missing[site] = str(reply.header.meta.get("reason", "no reason given"))
-                    self._minutes.refused(call, exchange.attempt, reply, missing[site])
+                    self._log.refused(call, exchange.attempt, reply, missing[site])
                     continue
                 try:
-                    self._minutes.check(reply)
+                    self._log.check(reply)
                     exchange.accept(reply)
                 except WireError as error:
                     missing[site] = str(error)
-                    self._minutes.refused(call, exchange.attempt, reply, missing[site])
+                    self._log.refused(call, exchange.attempt, reply, missing[site])
                 else:
                     missing.pop(site, None)
-                    self._minutes.accepted(call, exchange.attempt, reply)
+                    self._log.accepted(call, exchange.attempt, reply)
             self._require(exchange, missing)
             try:
                 messages = exchange.close()
-            except Void as void:
-                raise Void(f"{void} ({_reasons(missing)})" if missing else str(void)) from void
+            except RoundAborted as aborted:
+                raise RoundAborted(f"{aborted} ({_reasons(missing)})" if missing else str(aborted)) from aborted
         return exchange, missing, (up, down)
 
     def _waiting(self, replies: Iterator[Message]) -> Iterator[Message]:
@@ -237,16 +237,16 @@ class Coordinator:
             )
 
     def _round(self, state: State) -> tuple[State, RoundReport]:
-        plan, void = self._plan, self._journal.void(TRAIN)
+        plan, aborted = self._plan, self._journal.aborted(TRAIN)
         number = self._next_number(state)
         began, self._waited = time.perf_counter(), 0.0
-        skipped = sorted(n for n in void if n > state.round)
+        skipped = sorted(n for n in aborted if n > state.round)
         # What was known when the round was first asked for, so that a resumed run asks the very same.
         keep = sorted({*candidates(self._scored(before=state.round)), state.round})
         due = bool(plan.validate_every) and state.round > 0 and state.round % plan.validate_every == 0
         # Two validations of one model by different sites would differ by what one of them measured.
         validate = due and number == state.round + 1
-        meta = {"keep": keep, "validate": validate, **self._minutes.anchor(), **_numbers(void)}
+        meta = {"keep": keep, "validate": validate, **self._log.anchor(), **_numbers(aborted)}
         exchange, missing, (up, down) = self._run(self._call(TRAIN, state, number, meta, self._sent))
         aggregate = exchange.aggregate()
         if validate:
@@ -280,7 +280,7 @@ class Coordinator:
             saturated=max(saturated.values(), default=0.0),
             state_sha256=following.public_sha256,
             notes=(
-                *(f"round {n} is void: not all of it came after its survivors were named" for n in skipped),
+                *(f"round {n} is aborted: not all of it came after its survivors were named" for n in skipped),
                 *exchange.notes,
                 *(
                     f"{key}: {share:.2%} of values saturated; its scale grows "
@@ -291,14 +291,14 @@ class Coordinator:
             ),
         )
         self._journal.commit(following, report, exchange.receipts)
-        self._minutes.committed(number)
+        self._log.committed(number)
         self._forget(number)
         return following, report
 
     def _next_number(self, state: State) -> int:
-        """The number of the round that follows a state: the first that no void round has used up."""
-        void = self._journal.void(TRAIN)
-        return next(n for n in count(state.round + 1) if n not in void)
+        """The number of the round that follows a state: the first that no aborted round has used up."""
+        aborted = self._journal.aborted(TRAIN)
+        return next(n for n in count(state.round + 1) if n not in aborted)
 
     def _write(self, number: int, scales: Mapping[str, float], fill: Callable[[Writers], None]) -> State:
         blobs = self._journal.blobs
@@ -352,6 +352,6 @@ def _reasons(missing: Mapping[str, str]) -> str:
     return "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
 
 
-def _numbers(void: Collection[int]) -> dict[str, Any]:
-    """What a request says of the numbers that void rounds used up."""
-    return {"void": sorted(void)} if void else {}
+def _numbers(aborted: Collection[int]) -> dict[str, Any]:
+    """What a request says of the numbers that aborted rounds used up."""
+    return {"aborted": sorted(aborted)} if aborted else {}

@@ -15,7 +15,7 @@ from wardround.errors import JournalError, Rejected, WardroundError, WireError
 from wardround.protection.gates import check_reply, check_update, held_reply
 from wardround.wire.message import EMPTY, EMPTY_SHA256, Body, Header, Message
 from wardround.wire.ring import ExactSum
-from wardround.wire.sparse import DENSE, Form
+from wardround.wire.sparse import DENSE, Encoding
 from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import Aggregate, Layout, Scales
 
@@ -30,7 +30,7 @@ DONE = "done"
 ERROR = "error"
 
 
-class Void(WardroundError):
+class RoundAborted(WardroundError):
     """A round must be given up, and its number with it: repeating it could give away what a single site sent."""
 
 
@@ -75,7 +75,7 @@ class Call:
     tensors: tuple[TensorInfo, ...] = ()
     body: Body = EMPTY
     body_sha256: str = EMPTY_SHA256
-    form: Form = DENSE
+    form: Encoding = DENSE
 
     def message(self, site: str) -> Message:
         """The request to one site."""
@@ -110,7 +110,7 @@ class Exchange(ABC):
     def close(self) -> list[Message]:
         """End the phase with the replies that came; the messages of the next one, or none when all is done.
 
-        Raises `NotEnoughSites` or `Void` when it cannot go on.
+        Raises `NotEnoughSites` or `Aborted` when it cannot go on.
         """
 
     @property

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from wardround.federation.coordinator import Plan
-from wardround.plan.blueprints import Blueprints
+from wardround.plan.arm_specs import ArmSpecs
 
 
-def plan_of(blueprints: Blueprints, name: str) -> Plan:
+def plan_of(arm_specs: ArmSpecs, name: str) -> Plan:
     """The plan of an arm: whom it asks for what, and how it chooses the round that it releases."""
-    blueprint, study = blueprints.blueprint(name), blueprints.study
-    schedule, metrics = study.schedule, blueprints.task.metrics
+    arm_spec, study = arm_specs.arm_spec(name), arm_specs.study
+    schedule, metrics = study.schedule, arm_specs.task.metrics
     selection = metrics[0] if metrics else None
     return Plan(
         arm=name,
-        identity=blueprint.identity,
-        sites=blueprint.arm.sites,
+        identity=arm_spec.identity,
+        sites=arm_spec.arm.sites,
         rounds=schedule.rounds,
-        min_sites=min(schedule.min_sites, len(blueprint.arm.sites)),
-        layout=blueprint.layout,
-        metrics_layout=blueprint.metrics_layout,
+        min_sites=min(schedule.min_sites, len(arm_spec.arm.sites)),
+        layout=arm_spec.layout,
+        metrics_layout=arm_spec.metrics_layout,
         initial_scale=study.protection.initial_scale,
-        codec=blueprint.codec,
+        codec=arm_spec.codec,
         selection=None if selection is None else selection.name,
         larger_is_better=selection is None or selection.larger_is_better,
         metrics=metrics,
         validate_every=schedule.validate_every,
         release=schedule.release,
         keep=schedule.keep,
-        extends=blueprints.extends(blueprint.arm),
-        initial=blueprints.start(blueprint),
-        curriculum=blueprint.curriculum,
+        extends=arm_specs.extends(arm_spec.arm),
+        initial=arm_specs.start(arm_spec),
+        curriculum=arm_spec.curriculum,
     )

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save
 from wardround.errors import DataError, StudyError, WireError
 from wardround.federation.coordinator import Release
 from wardround.learning.methods.build import build_method
+from wardround.plan.arm_specs import ArmSpec, ArmSpecs, protocols_of
 from wardround.plan.arms import FEDERATED, Arm, every_arm
-from wardround.plan.blueprints import Blueprint, Blueprints, protocols_of
 from wardround.plan.weights import FORMAT as FORMAT
 from wardround.plan.weights import FROZEN, FROZEN_SHA256, model_sha256, save_frozen
 from wardround.plan.weights import load_model as load_model
@@ -36,36 +36,36 @@ PROTOCOLS = "protocols"
 CARD = "model_card.md"
 
 
-def scanners_of_arm(blueprints: Blueprints, arm: Arm, headers: Mapping[str, HeaderFacts]) -> ModelProtocols:
+def scanners_of_arm(arm_specs: ArmSpecs, arm: Arm, headers: Mapping[str, HeaderFacts]) -> ModelProtocols:
     """The scanners of an arm's sites, with what the sites let out of their headers."""
     return ModelProtocols(
-        scanners={site: blueprints.study.acquisition_of(site) for site in arm.members if blueprints.study.scans},
+        scanners={site: arm_specs.study.acquisition_of(site) for site in arm.members if arm_specs.study.scans},
         headers={site: headers[site] for site in arm.members if headers.get(site)},
     )
 
 
 def save_release(
-    blueprints: Blueprints, blueprint: Blueprint, release: Release, scanners: ModelProtocols, path: Path
+    arm_specs: ArmSpecs, arm_spec: ArmSpec, release: Release, scanners: ModelProtocols, path: Path
 ) -> Path:
     """Write a released model to `path`: as a site that did not take part gets it, and what it was trained on.
 
     Its frozen part is not in the file, which names its hash (`save_frozen_part`). Whole or not at all; raises `OSError`
     where the disk is full.
     """
-    bench, frozen = blueprints.bench, blueprints.frozen_sha256
-    shared = blueprint.method.release_for(None, release.state.public, release.state.private)
-    aside = bench.frozen.union(shared)
-    rest = {name: array for name, array in bench.initial_values().items() if name not in aside}
+    model_context, frozen = arm_specs.model_context, arm_specs.frozen_sha256
+    shared = arm_spec.method.release_for(None, release.state.public, release.state.private)
+    aside = model_context.frozen.union(shared)
+    rest = {name: array for name, array in model_context.initial_values().items() if name not in aside}
     metadata = {
         "format": FORMAT,
-        "study": blueprints.study.model_dump_json(),
-        "study_sha256": blueprints.study_sha256,
-        "plan_sha256": blueprints.plan_sha256,
-        "arm": blueprint.arm.name,
+        "study": arm_specs.study.model_dump_json(),
+        "study_sha256": arm_specs.study_sha256,
+        "plan_sha256": arm_specs.plan_sha256,
+        "arm": arm_spec.arm.name,
         "round": str(release.number),
-        "shared": " ".join(sorted(blueprint.policy.names("shared"))),
+        "shared": " ".join(sorted(arm_spec.policy.names("shared"))),
         PROTOCOLS: scanners.model_dump_json(),
-        **({} if frozen is None else {FROZEN: " ".join(sorted(bench.frozen)), FROZEN_SHA256: frozen}),
+        **({} if frozen is None else {FROZEN: " ".join(sorted(model_context.frozen)), FROZEN_SHA256: frozen}),
     }
     # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
     data = save({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, metadata=metadata)
@@ -74,11 +74,11 @@ def save_release(
     return path
 
 
-def save_frozen_part(blueprints: Blueprints, folder: Path) -> None:
+def save_frozen_part(arm_specs: ArmSpecs, folder: Path) -> None:
     """Store once what the models of a run have in common and never trained, where the study freezes anything."""
-    sha256 = blueprints.frozen_sha256
+    sha256 = arm_specs.frozen_sha256
     if sha256 is not None:
-        save_frozen(blueprints.frozen_values(), sha256, folder)
+        save_frozen(arm_specs.frozen_values(), sha256, folder)
 
 
 def _in_order(data: bytes) -> bytes:
@@ -155,7 +155,7 @@ def serve(network: nn.Module, study: Study, metadata: Mapping[str, str], site: s
     arm = arms[metadata.get("arm", FEDERATED)]
     own = isinstance(arm.method, CustomMethod) or arm.method.closed
     if site not in arm.members and not own:
-        build_method(arm.method, protocols_of(study, arm.members)).serving_stranger(network)
+        build_method(arm.method, protocols_of(study, arm.members)).serving_unseen(network)
 
 
 def shared_sha256(path: Path) -> str:

@@ -22,7 +22,7 @@ from wardround.federation.exchange import (
     Call,
     Exchange,
     ExchangeFactory,
-    Void,
+    RoundAborted,
     add_body,
 )
 from wardround.protection.gates import check_masked, check_reply
@@ -52,8 +52,8 @@ SIGN, CONSENT = "sum/sign", "sum/consent"
 REVEAL, REVEALED = "sum/reveal", "sum/revealed"
 # Where the third request carries what the secure sum adds to it.
 DEAL = "deal"
-# Every other request names the context of its attempt, and the numbers that void rounds used up.
-CONTEXT, VOID_NUMBERS = "context", "void"
+# Every other request names the context of its attempt, and the numbers that aborted rounds used up.
+CONTEXT, ABORTED_NUMBERS = "context", "aborted"
 
 
 def secure_sum(roster: Roster, threshold: int, journal: Journal) -> ExchangeFactory:
@@ -92,10 +92,12 @@ class SecureSum(Exchange):
         self._phase = 0
 
     def open(self) -> list[Message]:
-        """Ask for keys, under an attempt number that was never used before; raises `Void` for a consumed round."""
+        """Ask for keys, under an attempt number that was never used before; raises `Aborted` for a consumed round."""
         name, number = survivors_of(self._call.kind), self._call.round
         if number in self._journal.rounds_with(name):
-            raise Void(f"round {number} is void: its survivor list was announced and the round was not finished")
+            raise RoundAborted(
+                f"round {number} is aborted: its survivor list was announced and the round was not finished"
+            )
         standing = self._journal.standing(self._call.kind)
         if standing is not None:
             # From this model the sites consent to the sum that they consented to before, and to no other.
@@ -136,7 +138,7 @@ class SecureSum(Exchange):
         self._answered.add(site)
 
     def close(self) -> list[Message]:
-        """Go on to the next phase; raises `NotEnoughSites` before the survivor list is announced, `Void` after."""
+        """Go on to the next phase; raises `NotEnoughSites` before the survivor list is announced, `Aborted` after."""
         self._answered = set()
         try:
             match self._phase:
@@ -154,7 +156,7 @@ class SecureSum(Exchange):
                     self._unmask()
                     return []
         except Unrecoverable as error:
-            raise Void(str(error)) from error
+            raise RoundAborted(str(error)) from error
 
     @property
     def present(self) -> Set[str]:
@@ -174,8 +176,8 @@ class SecureSum(Exchange):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """That a round had to be of the same sites as the void one before it."""
-        asked = f"only the sites of the void round before it were asked: {', '.join(self._standing)}"
+        """That a round had to be of the same sites as the aborted one before it."""
+        asked = f"only the sites of the aborted round before it were asked: {', '.join(self._standing)}"
         return (asked,) if self._standing else ()
 
     def aggregate(self) -> Aggregate:
@@ -196,7 +198,7 @@ class SecureSum(Exchange):
         call, phase = self._call, self._phase
         # The context makes a request of one attempt differ from any other's: sites answer a known one from their store.
         about = {CONTEXT: self._session.context.sha256.hex()}
-        about |= {name: value for name, value in call.meta.items() if name == VOID_NUMBERS}
+        about |= {name: value for name, value in call.meta.items() if name == ABORTED_NUMBERS}
         return self._sent(
             Message(Header(kind, call.study, site, call.round, call.attempt, phase, meta={**meta, **about}))
             for site, meta in metas.items()
@@ -227,14 +229,14 @@ class SecureSum(Exchange):
         away = sorted(set(self._standing) - set(announcement.survivors))
         if away:
             raise NotEnoughSites(
-                f"round {call.round} begins where a void one did, whose sum was over {', '.join(self._standing)}; "
+                f"round {call.round} begins where an aborted one did, whose sum was over {', '.join(self._standing)}; "
                 f"without {', '.join(away)} the difference of the two would be what they sent. Bring them back and run "
                 "again with --resume, or start a study with another seed"
             )
         value = announcement.to_json()
         # On record first: from here on the round ends with exactly this list, or not at all.
         if self._journal.decide(call.round, call.attempt, survivors_of(call.kind), value) != value:
-            raise Void(f"round {call.round} is void: another survivor list is on record for this attempt")
+            raise RoundAborted(f"round {call.round} is aborted: another survivor list is on record for this attempt")
         self._journal.record.note(
             "survivors", {"kind": call.kind, "round": call.round, "attempt": call.attempt, "list": digest(value)}
         )
@@ -246,8 +248,8 @@ class SecureSum(Exchange):
             log.warning("secure sum, round %d: %s; the round does without it", self._call.round, lie)
         count = self.aggregate().contributors
         if count != len(self._receipts):
-            raise Void(
-                f"round {self._call.round} is void: the unmasked sum counts {count} contributors where "
+            raise RoundAborted(
+                f"round {self._call.round} is aborted: the unmasked sum counts {count} contributors where "
                 f"{len(self._receipts)} sites are in it; a site masked with other keys than it advertised"
             )
 

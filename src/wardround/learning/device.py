@@ -81,8 +81,8 @@ class Compute:
     def fit_for_privacy(self) -> None:
         """Raise `StudyError` where a round could not be repeated bit for bit, or a step shows more than it may.
 
-        Noise is drawn anew only where something that the sums depend on changed (`Purse.pay`), so the same must give
-        the same bits.
+        Noise is drawn anew only where something that the sums depend on changed (`PrivacyBudget.pay`), so the same must
+        give the same bits.
         """
         if self.precision == "fp16":
             raise StudyError(

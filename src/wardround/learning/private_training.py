@@ -27,7 +27,7 @@ from wardround.learning.methods.method import MODEL, LocalRound, Method
 from wardround.protection.compression import Codec
 from wardround.protection.discrete_gaussian import discrete_gaussians, rounded
 from wardround.protection.lattice import Lattice
-from wardround.protection.privacy import Purse, SecretRound, Terms
+from wardround.protection.privacy import PrivacyBudget, SecretRound, Terms
 from wardround.protection.rotation import rotate
 from wardround.protection.secret import SecretStream
 from wardround.tasks.task import Dataset
@@ -72,12 +72,12 @@ class PrivateTraining:
     """Takes the place of loss and backward pass at a site with privacy; `task` gives its losses on `compute`."""
 
     def __init__(
-        self, task: Losses, dataset: Dataset, purse: Purse, study: str, arm: str, compute: Compute = CPU
+        self, task: Losses, dataset: Dataset, budget: PrivacyBudget, study: str, arm: str, compute: Compute = CPU
     ) -> None:
         self._task = task
         self._compute = compute
         self._dataset = dataset
-        self._purse = purse
+        self._budget = budget
         self._named = (study, arm)
         owners = owners_of(dataset)
         self._fingerprint = dataset.fingerprint()
@@ -92,7 +92,7 @@ class PrivateTraining:
     @property
     def terms(self) -> Terms:
         """What the site agreed to."""
-        return self._purse.terms
+        return self._budget.terms
 
     @contextmanager
     def round(
@@ -110,7 +110,7 @@ class PrivateTraining:
         with self._compute.deterministic():
             self._try(task, context.model)
             inputs = _inputs(context, memory, self._compute)
-            secret = self._purse.pay(*self._named, context.number, context.steps, self._fingerprint, inputs)
+            secret = self._budget.pay(*self._named, context.number, context.steps, self._fingerprint, inputs)
             gradients: Gradients = ExactGradients(task, context.model)
             if self.terms.gradients == "exact":
                 yield PrivateRound(self, context, method, gradients, secret)

@@ -23,7 +23,7 @@ from wardround.learning.methods.method import Facts, LocalRound, Method
 from wardround.learning.momentum import averaged
 from wardround.learning.policy import Parameter, Policy
 from wardround.learning.private_training import PrivateTraining
-from wardround.protection.drift import Reach, local_reach
+from wardround.protection.drift import UpdateBound, local_bound
 from wardround.storage.store import Memory
 from wardround.study.schema import Local
 from wardround.tasks.stages import WHOLE, Curriculum
@@ -62,7 +62,7 @@ def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
     )
 
 
-class Workbench:
+class ModelContext:
     """The one model of a process, and how it was initialised: public randomness on the CPU, so the same everywhere.
 
     Then `begin` may put other values into it, those that the study starts from. What `frozen` matches is in `initial`
@@ -88,8 +88,8 @@ class Workbench:
         state = self.model.state_dict()
         self.initial = {name: t if name in self.frozen else t.detach().clone() for name, t in state.items()}
 
-    def on(self, compute: Compute) -> Workbench:
-        """The workbench of this process for a device and precision: the same initial values, a model of its own."""
+    def on(self, compute: Compute) -> ModelContext:
+        """The model context of this process for a device and precision: the same initial values, a model of its own."""
         if compute not in self._all:
             other = copy(self)
             other.compute = compute
@@ -124,7 +124,7 @@ class Learner:
     def __init__(
         self,
         site: str,
-        bench: Workbench,
+        model_context: ModelContext,
         dataset: Dataset,
         examples: Examples,
         method: Method,
@@ -140,9 +140,9 @@ class Learner:
     ) -> None:
         self.site = site
         self.dataset = dataset
-        self.task = bench.task
-        self._bench = bench
-        self._placed = Placed(bench.task, bench.compute)
+        self.task = model_context.task
+        self._model_context = model_context
+        self._placed = Placed(model_context.task, model_context.compute)
         self._examples = examples
         self._method = method
         self._policy = policy
@@ -158,12 +158,12 @@ class Learner:
     @property
     def model(self) -> nn.Module:
         """The network, with whatever was loaded last."""
-        return self._bench.model
+        return self._model_context.model
 
     @property
     def compute(self) -> Compute:
         """Where the site computes."""
-        return self._bench.compute
+        return self._model_context.compute
 
     def load(self, public: Mapping[str, Array], memory: Memory) -> None:
         """Put the shared, local and frozen tensors into the model."""
@@ -186,30 +186,30 @@ class Learner:
 
     def approved(self) -> dict[str, Array]:
         """The shared tensors before round 1, by model name: what the site makes of the study it agreed to."""
-        shared = tuple(p for p in self._bench.parameters if self._policy.roles[p.name] == "shared")
+        shared = tuple(p for p in self._model_context.parameters if self._policy.roles[p.name] == "shared")
         groups = self._method.groups(shared, ring_bits=32)
-        return self.received(self._method.initial(groups, self._bench.initial_values())[0])
+        return self.received(self._method.initial(groups, self._model_context.initial_values())[0])
 
     @property
     def trained(self) -> frozenset[str]:
         """The shared tensors that gradients reach."""
         return frozenset(
-            p.name for p in self._bench.parameters if p.trainable and self._policy.roles[p.name] == "shared"
+            p.name for p in self._model_context.parameters if p.trainable and self._policy.roles[p.name] == "shared"
         )
 
     @property
-    def reach(self) -> Reach:
+    def update_bound(self) -> UpdateBound:
         """How far a round of the study can move them."""
-        return self._method.reach(self.own_reach)
+        return self._method.update_bound(self.own_bound)
 
-    def reach_after(self, own: Reach) -> Reach:
+    def bound_after(self, own: UpdateBound) -> UpdateBound:
         """How far it can move them where every site's steps go as far as `own`."""
-        return self._method.reach(own)
+        return self._method.update_bound(own)
 
     @property
-    def own_reach(self) -> Reach:
+    def own_bound(self) -> UpdateBound:
         """How far the steps of one site go in a round."""
-        return local_reach(self._local)
+        return local_bound(self._local)
 
     @property
     def weighs_by_validation(self) -> bool:
@@ -225,14 +225,14 @@ class Learner:
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
         """Put tensors into the model by name; all others get their initial values, and what is frozen has them."""
         with torch.no_grad():
-            for name, tensor in self._bench.model.state_dict().items():
-                if name in self._bench.frozen:
+            for name, tensor in self._model_context.model.state_dict().items():
+                if name in self._model_context.frozen:
                     continue
-                tensor.copy_(torch.from_numpy(tensors[name]) if name in tensors else self._bench.initial[name])
+                tensor.copy_(torch.from_numpy(tensors[name]) if name in tensors else self._model_context.initial[name])
 
-    def serving_stranger(self) -> AbstractContextManager[Any]:
+    def serving_unseen(self) -> AbstractContextManager[Any]:
         """From now until the context is left, the loaded model is what a hospital that did not train gets."""
-        return self._method.serving_stranger(self._bench.model)
+        return self._method.serving_unseen(self._model_context.model)
 
     def local_tensors(self, memory: Memory) -> dict[str, Array]:
         """The private part of the model, by model name."""
@@ -246,7 +246,7 @@ class Learner:
         Stages that do not learn in the round are held still: no gradient, no step, no new running statistics.
         """
         began = time.perf_counter()
-        local, model = self._local, self._bench.model
+        local, model = self._local, self._model_context.model
         torch.set_num_threads(self.compute.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         train_mode(model)
@@ -268,7 +268,7 @@ class Learner:
             learning_rate=local.lr,
             facts=Facts(len(self.dataset)),
             private={name: state[name] for name in self._policy.names("local")},
-            initial=self._bench.initial,
+            initial=self._model_context.initial,
             seed=self._seed,
         )
         self._method.begin(context)
@@ -348,7 +348,7 @@ class Learner:
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, Array]:
         """What every patient of a split adds to each metric, in patient order: (n, *shape). It stays at the site."""
-        model = self._bench.model
+        model = self._model_context.model
         torch.set_num_threads(self.compute.threads)
         model.eval()
         with watched(model) as diverged:
@@ -365,9 +365,9 @@ class Learner:
     def _validation_loss(self, task: Losses) -> float | None:
         if not self.weighs_by_validation:
             return None
-        self._bench.model.eval()
+        self._model_context.model.eval()
         batches = self.dataset.evaluation("validation")
-        losses = [float(on_host(task.loss(self._bench.model, batch))) for _, batch in batches]
+        losses = [float(on_host(task.loss(self._model_context.model, batch))) for _, batch in batches]
         return sum(losses) / len(losses)
 
     def _set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -382,7 +382,7 @@ def learning_rate(local: Local, step: int, total: int) -> float:
         return local.lr * (step + 1) / local.warmup
     if local.schedule == "constant":
         return local.lr
-    # Rounds that take the place of void ones come after the last step of the schedule.
+    # Rounds that take the place of aborted ones come after the last step of the schedule.
     progress = min(1.0, (step - local.warmup) / max(1, total - local.warmup))
     return local.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save
 
 from wardround.errors import DataError, StudyError
 from wardround.learning.policy import listed
-from wardround.storage.record import is_hash
+from wardround.storage.hash_log import is_hash
 from wardround.study.start import FromRelease, FromWeights, Start
 from wardround.wire.canonical import digest
 from wardround.wire.files import reason, written

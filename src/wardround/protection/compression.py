@@ -18,7 +18,7 @@ from wardround.protection.rotation import rotate, unrotate
 from wardround.study import protection as study
 from wardround.wire.random import public_generator
 from wardround.wire.scales import next_scales
-from wardround.wire.sparse import DENSE, Form, Sparse, kept
+from wardround.wire.sparse import DENSE, Encoding, Sparse, kept
 from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import Aggregate, Floats, Group, Layout, scale_key
 
@@ -44,7 +44,7 @@ class Codec:
     turns: ClassVar[bool] = False
 
     @property
-    def form(self) -> Form:
+    def form(self) -> Encoding:
         """The form of an update on the wire."""
         return DENSE
 
@@ -183,7 +183,7 @@ class TopKCodec(_Feedback):
     """Sends the largest values of each tensor, with their places."""
 
     @property
-    def form(self) -> Form:
+    def form(self) -> Encoding:
         """Places and values."""
         return Sparse(self.ratio, self.whole)
 

@@ -34,7 +34,7 @@ _STILL = 1e-3
 
 
 @dataclass(frozen=True)
-class Reach:
+class UpdateBound:
     """The most that a tensor can move: `value` in the root mean square of its values, `norm` in length, and `decay`
     times its own length on top. Infinite where nobody can say.
     """
@@ -43,9 +43,9 @@ class Reach:
     norm: float = math.inf
     decay: float = 0.0
 
-    def times(self, factor: float) -> Reach:
+    def times(self, factor: float) -> UpdateBound:
         """So many times as far."""
-        return Reach(self.value * factor, self.norm * factor, self.decay * factor)
+        return UpdateBound(self.value * factor, self.norm * factor, self.decay * factor)
 
     def of(self, size: int, length: float) -> float:
         """The length by which a tensor of `size` values and of that length can move."""
@@ -56,10 +56,10 @@ class Reach:
         return min(self.value, self.norm) + self.decay * length
 
 
-UNKNOWN = Reach()
+UNKNOWN = UpdateBound()
 
 
-def local_reach(local: Local) -> Reach:
+def local_bound(local: Local) -> UpdateBound:
     """How far a site's own steps of one round can move the model.
 
     A step of Adam moves no value by more than lr |m| / sqrt(v), and m and v are means of the same gradients
@@ -70,12 +70,12 @@ def local_reach(local: Local) -> Reach:
         if local.clip_norm is None:
             return UNKNOWN
         gain = steps / (1.0 - local.momentum)
-        return Reach(norm=gain * local.clip_norm, decay=gain * local.weight_decay)
+        return UpdateBound(norm=gain * local.clip_norm, decay=gain * local.weight_decay)
     if local.optimizer_state == "keep":
         moved = steps * _largest_ratio()
     else:
         moved = local.lr * _from_rest(local.steps)
-    return Reach(value=moved, decay=steps * local.weight_decay if local.optimizer == "adamw" else 0.0)
+    return UpdateBound(value=moved, decay=steps * local.weight_decay if local.optimizer == "adamw" else 0.0)
 
 
 def adam_ratio(step: int | None = None, beta1: float = 0.9, beta2: float = 0.999) -> float:
@@ -154,34 +154,42 @@ class Seen:
         return Seen(int(value["round"]), sketches, dict(value["rounding"]), dict(value.get("own", {})))
 
 
-def witnessed(own: Mapping[str, float], sizes: Mapping[str, int], name: str) -> Reach:
+def witnessed(own: Mapping[str, float], sizes: Mapping[str, int], name: str) -> UpdateBound:
     """How far a round moves a tensor by what a site's own training showed, where the optimiser has no limit.
 
     Other sites may have gone further: up to `_OTHERS` times, which is also what the whole model's mean change gives a
     tensor that stood still here.
     """
     everything = math.sqrt(sum(length**2 for length in own.values()) / max(1, sum(sizes[n] for n in own)))
-    return Reach(norm=_OTHERS * max(own.get(name, 0.0), everything * math.sqrt(sizes[name])))
+    return UpdateBound(norm=_OTHERS * max(own.get(name, 0.0), everything * math.sqrt(sizes[name])))
 
 
 def drift(
-    seen: Seen, tensors: Mapping[str, Array], number: int, reach: Reach | Mapping[str, Reach], sketcher: Sketcher
+    seen: Seen,
+    tensors: Mapping[str, Array],
+    number: int,
+    update_bound: UpdateBound | Mapping[str, UpdateBound],
+    sketcher: Sketcher,
 ) -> Iterator[Finding]:
     """Which tensors of the model of round `number` moved further than the rounds in between can have moved them.
 
-    `reach` is how far one of those goes: the study's optimisers, or of each tensor what the site knows by itself.
+    `update_bound` is how far one of those goes: the study's optimisers, or of each tensor what the site itself knows.
     """
     rounds = max(0, number - seen.round)
-    if rounds and reach == UNKNOWN:
+    if rounds and update_bound == UNKNOWN:
         return
     for name, before in seen.sketches.items():
         tensor = np.asarray(tensors[name], np.float64)
         length = float(np.linalg.norm(tensor))
         moved = float(np.linalg.norm(sketcher.sketch(name, tensor) - before))
-        one = reach if isinstance(reach, Reach) else reach[name]
+        one = update_bound if isinstance(update_bound, UpdateBound) else update_bound[name]
         each = one.of(tensor.size, length) + seen.rounding.get(name, 0.0) * math.sqrt(tensor.size)
         most = _SLACK * rounds * each if rounds else 0.0
         if moved > most + _STILL * length + 1e-6 * math.sqrt(tensor.size):
-            whose = "the study's optimisers reach" if isinstance(reach, Reach) else "what the site saw makes it"
+            whose = (
+                "the study's optimisers reach"
+                if isinstance(update_bound, UpdateBound)
+                else "what the site saw makes it"
+            )
             reachable = f"{whose} {most:.3g} at most" if rounds else "no round lies in between"
             yield Finding("drift", name, f"moved by {moved:.3g} since round {seen.round}, and {reachable}")

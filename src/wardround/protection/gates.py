@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from wardround.errors import Rejected
 from wardround.wire.message import Body, HashingBody, Message, body_sha256, held
-from wardround.wire.sparse import DENSE, Form
+from wardround.wire.sparse import DENSE, Encoding
 from wardround.wire.update import Layout, check_range
 
 
@@ -62,7 +62,7 @@ def check_body(message: Message) -> None:
         raise Rejected(_CHANGED)
 
 
-def check_update(layout: Layout, reply: Message, form: Form = DENSE) -> None:
+def check_update(layout: Layout, reply: Message, form: Encoding = DENSE) -> None:
     """Refuse an update of another size or layout, other bytes than were sent, or impossible elements: `Rejected`.
 
     A form that leaves values out has a length of its own, and must be one that expands to the layout.
@@ -99,7 +99,7 @@ def _check_length(message: Message) -> None:
         raise Rejected(f"a body of {message.body.nbytes} bytes where the header says {header.body_nbytes}")
 
 
-def _check_layout(layout: Layout, reply: Message, form: Form = DENSE) -> None:
+def _check_layout(layout: Layout, reply: Message, form: Encoding = DENSE) -> None:
     # The size is checked before anything is read.
     header, nbytes = reply.header, form.nbytes(layout)
     if header.body_nbytes != nbytes:

@@ -82,7 +82,7 @@ def terms_of(privacy: Privacy, site: str, patients: int, steps: int, lattice: La
 
 
 @dataclass(frozen=True)
-class Purse:
+class PrivacyBudget:
     """A site's terms with the ledger that they are charged to and the root of its secret randomness."""
 
     site: str

@@ -29,7 +29,7 @@ def study_root(seed: int) -> bytes:
 
 def kept_root(keeper: Keeper) -> bytes:
     """The root in a site's store, drawn from the operating system when it is first asked for, 32 bytes."""
-    return bytes.fromhex(keeper.promise(_ROOT, 0, secrets.token_hex(32)))
+    return bytes.fromhex(keeper.write_once(_ROOT, 0, secrets.token_hex(32)))
 
 
 class Draws:

@@ -25,7 +25,7 @@ _CHUNK = 1 << 18
 class Keeper(Protocol):
     """Where a site keeps its word: the first value that was written under a name and number stands."""
 
-    def promise(self, name: str, number: int, value: str) -> str:
+    def write_once(self, name: str, number: int, value: str) -> str:
         """Write a value durably, unless there is one; the value that stands."""
         ...
 
@@ -39,7 +39,7 @@ class SecretRoot:
     @classmethod
     def of(cls, keeper: Keeper) -> SecretRoot:
         """The root in a site's store, drawn when it is first asked for."""
-        return cls(bytes.fromhex(keeper.promise(_ROOT, 0, secrets.token_hex(32))))
+        return cls(bytes.fromhex(keeper.write_once(_ROOT, 0, secrets.token_hex(32))))
 
     def key(self, *purpose: Any) -> bytes:
         """32 bytes that depend on the root and on everything named (HMAC-SHA256)."""

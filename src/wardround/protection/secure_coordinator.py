@@ -186,7 +186,7 @@ class CoordinatorSession:
     def _still(self, count: int, did: str) -> None:
         if count < self.context.threshold:
             raise Unrecoverable(
-                f"secure sum: {count} sites {did} and the threshold is {self.context.threshold}; this round is void"
+                f"secure sum: {count} sites {did} and the threshold is {self.context.threshold}; this round is aborted"
             )
 
 
@@ -210,7 +210,7 @@ class _Recovery:
                 return found.to_bytes(size, "big")
         raise Unrecoverable(
             f"secure sum: the shares of site {dealer} do not give what it advertised: it dealt wrong ones, or too many "
-            "sites revealed wrong ones; this round is void"
+            "sites revealed wrong ones; this round is aborted"
         )
 
     def _subsets(self, sites: list[str]) -> Iterable[tuple[str, ...]]:

@@ -182,8 +182,8 @@ class SiteSession:
             if fault is not None:
                 raise Misbehaviour(COORDINATOR, fault)
             fields = consent_fields(self._dealers, announcement)
-            promise = frame_sha256(CONSENT, *fields).hex()
-            if remember(promise) != promise:
+            write_once = frame_sha256(CONSENT, *fields).hex()
+            if remember(write_once) != write_once:
                 raise Misbehaviour(COORDINATOR, "announced a second survivor list for a round that has one")
             self._announcement = announcement
             return Consent(self.site, self._identity.sign(CONSENT, *fields))

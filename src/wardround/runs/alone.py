@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from wardround.errors import NotEnoughSites
 from wardround.federation.exchange import ALONE, DONE, Engine
-from wardround.plan.blueprints import Blueprint
+from wardround.plan.arm_specs import ArmSpec
 from wardround.storage.journal import RoundReport
 from wardround.wire.message import Header, Message
 
 
-def train_alone(engine: Engine, blueprint: Blueprint, number: int) -> RoundReport:
+def train_alone(engine: Engine, arm_spec: ArmSpec, number: int) -> RoundReport:
     """Have the one site of an arm train up to round `number`; an empty report, for those who watch.
 
     A message a round, so that a run can be stopped between two. Raises `NotEnoughSites` when the site declines.
     """
-    (site,) = blueprint.arm.sites
-    (reply,) = engine.exchange([Message(Header(ALONE, blueprint.identity, site, number))])
+    (site,) = arm_spec.arm.sites
+    (reply,) = engine.exchange([Message(Header(ALONE, arm_spec.identity, site, number))])
     if reply.header.kind != DONE:
         reason = reply.header.meta.get("reason", "no reason given")
-        raise NotEnoughSites(f"{blueprint.arm.name}: {reason}. Mend the cause and run again with --resume")
+        raise NotEnoughSites(f"{arm_spec.arm.name}: {reason}. Mend the cause and run again with --resume")
     return RoundReport(
-        arm=blueprint.arm.name,
+        arm=arm_spec.arm.name,
         round=number,
         attempt=0,
         participants=(site,),

@@ -26,11 +26,11 @@ from wardround.federation.facts import (
     meta_of,
     parsed,
 )
+from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.arms import POOLED, Arm
-from wardround.plan.blueprints import Blueprint
 from wardround.protection.identity import Roster
 from wardround.runs.context import Context
-from wardround.storage.record import is_hash
+from wardround.storage.hash_log import is_hash
 from wardround.wire.files import write_text
 from wardround.wire.message import FileBody, Header, Message, body_sha256
 
@@ -101,19 +101,19 @@ def agree_on_roster(context: Context, engine: Engine, arm: Arm, facts: Mapping[s
 
 
 def ask_release(
-    context: Context, engine: Engine, blueprint: Blueprint, number: int, void: Collection[int]
+    context: Context, engine: Engine, arm_spec: ArmSpec, number: int, aborted: Collection[int]
 ) -> dict[str, str]:
     """Have the sites of an arm write their private parts of the released model; the parts' hashes by site.
 
     Raises `WardroundError` where a site could not.
     """
-    if not blueprint.policy.names("local"):
+    if not arm_spec.policy.names("local"):
         return {}
-    sites = [site for site in context.remaining(blueprint.arm.sites) if site != POOLED]
-    # Rounds that took the place of void ones come after the study's last.
-    meta: dict[str, Any] = {"void": sorted(void)} if void else {}
+    sites = [site for site in context.remaining(arm_spec.arm.sites) if site != POOLED]
+    # Rounds that took the place of aborted ones come after the study's last.
+    meta: dict[str, Any] = {"aborted": sorted(aborted)} if aborted else {}
     found = {}
-    for reply in engine.exchange(Message(Header(RELEASE, blueprint.identity, s, number, meta=meta)) for s in sites):
+    for reply in engine.exchange(Message(Header(RELEASE, arm_spec.identity, s, number, meta=meta)) for s in sites):
         site, said = reply.header.site, reply.header.meta
         if reply.header.kind != DONE:
             raise WardroundError(f"site {site} could not save its part: {_reason(reply)}")

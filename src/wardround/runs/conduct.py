@@ -25,8 +25,8 @@ from wardround.federation.release import (
     scanners_of_arm,
     shared_sha256,
 )
+from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.arms import FEDERATED, POOLED
-from wardround.plan.blueprints import Blueprint
 from wardround.plan.versions import placed
 from wardround.results.card import write_card
 from wardround.results.files import read_rounds, write_result
@@ -80,7 +80,7 @@ def coordinate(
     places = study.start_places(Path(near or ""))
     context = Context(study, out, compare, without_in(out).union(without), allowed, start=places)
     for name in context.arms:
-        context.blueprint(name)
+        context.arm_spec(name)
     with stoppable(), alone(out):
         fingerprints = claim(context, resume=resume)
         return conduct(context, engine, len(context.arms), watching, fingerprints, began)
@@ -103,24 +103,24 @@ def _train(
     """Train all arms, several at once where there are several workers."""
     stop = threading.Event()
     watcher.arms(list(host.arms), host.study.schedule.rounds)
-    blueprints = {name: host.blueprint(name) for name in host.arms}
+    arm_specs = {name: host.arm_spec(name) for name in host.arms}
     rounds = RoundsFile(host.out, list(host.arms))
-    for blueprint in blueprints.values():
-        rounds.put(_committed(host, blueprint))
+    for arm_spec in arm_specs.values():
+        rounds.put(_committed(host, arm_spec))
 
     def train(name: str) -> Release | None:
-        blueprint, plan = blueprints[name], host.plan(name)
-        if blueprint.arm.inside(host.study):
+        arm_spec, plan = arm_specs[name], host.plan(name)
+        if arm_spec.arm.inside(host.study):
             for number in range(1, plan.rounds + 1):
-                watcher.round(train_alone(engine, blueprint, number))
+                watcher.round(train_alone(engine, arm_spec, number))
                 if stop.is_set():
                     raise Interrupted(STOPPED)
             return None
-        with closing(Journal(host.out / "work" / "arms" / blueprint.arm.folder, blueprint.identity)) as journal:
-            roster = agree_on_roster(host, engine, blueprint.arm, facts)
-            protocol = host.exchange(blueprint.arm, journal, roster)
-            coordinator = Coordinator(plan, blueprint.method, engine, journal, protocol)
-            state = coordinator.start(lambda: host.initial(blueprint))
+        with closing(Journal(host.out / "work" / "arms" / arm_spec.arm.folder, arm_spec.identity)) as journal:
+            roster = agree_on_roster(host, engine, arm_spec.arm, facts)
+            protocol = host.exchange(arm_spec.arm, journal, roster)
+            coordinator = Coordinator(plan, arm_spec.method, engine, journal, protocol)
+            state = coordinator.start(lambda: host.initial(arm_spec))
             for report in journal.reports()[-1:]:
                 watcher.round(_by_importance(host, report))
             for _ in coordinator.rounds(state):
@@ -159,12 +159,12 @@ def _by_importance(host: Context, report: RoundReport) -> RoundReport:
     return replace(report, validation={name: known[name] for name in names} | dict(known))
 
 
-def _committed(host: Context, blueprint: Blueprint) -> list[RoundReport]:
+def _committed(host: Context, arm_spec: ArmSpec) -> list[RoundReport]:
     """The rounds of an arm that an earlier process committed."""
-    folder = host.out / "work" / "arms" / blueprint.arm.folder
+    folder = host.out / "work" / "arms" / arm_spec.arm.folder
     if not folder.exists():
         return []
-    with closing(Journal(folder, blueprint.identity)) as journal:
+    with closing(Journal(folder, arm_spec.identity)) as journal:
         return journal.reports()
 
 
@@ -176,10 +176,10 @@ def _release(
     save_frozen_part(host, host.out)
     headers = {site: said.headers for site, said in facts.items() if site not in host.without}
     for name, release in releases.items():
-        blueprint = host.blueprint(name)
-        scanners = scanners_of_arm(host, blueprint.arm, headers)
-        save_release(host, blueprint, release, scanners, model_path(host.out, blueprint.arm.folder))
-        found = ask_release(host, engine, blueprint, release.number, release.void)
+        arm_spec = host.arm_spec(name)
+        scanners = scanners_of_arm(host, arm_spec.arm, headers)
+        save_release(host, arm_spec, release, scanners, model_path(host.out, arm_spec.arm.folder))
+        found = ask_release(host, engine, arm_spec, release.number, release.aborted)
         if name == FEDERATED:
             private = found
     return private

@@ -15,8 +15,8 @@ from wardround.federation.exchange import ExchangeFactory, PlainSum
 from wardround.federation.plans import plan_of
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import secure_sum
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import Arm
-from wardround.plan.blueprints import Blueprints
 from wardround.protection.identity import Roster
 from wardround.protection.robust import Defence
 from wardround.storage.journal import Journal
@@ -24,7 +24,7 @@ from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 
 
-class Context(Blueprints):
+class Context(ArmSpecs):
     """A study with the folder of its run. A run that was resumed goes on `without` some sites.
 
     They are not asked any more, and arms that cannot do without them are left out.

@@ -111,9 +111,9 @@ def _claim(data: Path, demo: Demo, recipe: dict[str, Any]) -> None:
                 detail=str(data),
             )
         return
-    if strangers := [site.name for site in demo.sites if (data / site.name).exists()]:
+    if foreign := [site.name for site in demo.sites if (data / site.name).exists()]:
         raise StudyError(
-            f"{strangers[0]} is there already, and the demo did not make it; choose another --out, or move it away",
+            f"{foreign[0]} is there already, and the demo did not make it; choose another --out, or move it away",
             detail=str(data),
         )
     write_text(path, _text(recipe))

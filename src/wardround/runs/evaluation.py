@@ -125,7 +125,7 @@ def _jobs(host: Context) -> Iterator[_Job]:
         if not path.exists():
             raise DataError(f"models/{path.name} is missing: the run is not finished; run it again to resume")
         # Sites have what never changes.
-        frozen = host.blueprint(name).policy.names("frozen")
+        frozen = host.arm_spec(name).policy.names("frozen")
         whole = model_of_study(path, host.study_sha256, host.plan_sha256)
         model = {name: tensor for name, tensor in whole.items() if name not in frozen}
         body = as_tensor_file(model, host.out / "work" / "released" / folder)
@@ -137,21 +137,21 @@ def _jobs(host: Context) -> Iterator[_Job]:
                 "evaluator": RELEASED,
                 "split": "test",
                 "picture": shown,
-                "unknown_site": not trained_here,
+                "unseen_site": not trained_here,
                 "model": body[1],
             }
             yield _Job(name, site, _call(host, name, site, meta, body))
 
 
 def _call(host: Context, arm: str, site: str, meta: Mapping[str, Any], body: tuple[TensorFile, str] | None) -> Call:
-    blueprint = host.blueprint(arm)
+    arm_spec = host.arm_spec(arm)
     file, sha = body if body is not None else (None, EMPTY_SHA256)
     return Call(
         kind=EVALUATE,
-        study=blueprint.identity,
+        study=arm_spec.identity,
         round=host.study.schedule.rounds,
         sites=(site,),
-        layout=blueprint.evaluation_layout,
+        layout=arm_spec.evaluation_layout,
         scales={},
         meta=meta,
         tensors=() if file is None else file.table,

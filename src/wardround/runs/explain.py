@@ -9,7 +9,7 @@ import yaml
 
 from wardround.federation.measuring import REFERENCE
 from wardround.learning.training import patients_in
-from wardround.plan.blueprints import Blueprint
+from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.sums import LOSS
 from wardround.results.units import human_bytes, protocol
 from wardround.runs.columns import WIDTH, entry, table, wrapped
@@ -56,14 +56,14 @@ def explain(
         read = load_sites(sites_file)
         host = open_host(study, read, NOWHERE, compare, (), None, allow_code=allow_code, near=near)
         sites, mind = _sites_with_data(host), "\n".join(_cautions(host))
-    blueprint = host.blueprint("federated")
+    arm_spec = host.arm_spec("federated")
     sections = (
-        _study(host, blueprint),
+        _study(host, arm_spec),
         f"Sites\n{sites}",
-        f"Training\n{_training(host, blueprint)}",
+        f"Training\n{_training(host, arm_spec)}",
         _scanners(study),
         f"Arms\n{_arms(host)}",
-        f"What leaves a site\n{_egress(host, blueprint, with_data=sites_file is not None)}",
+        f"What leaves a site\n{_egress(host, arm_spec, with_data=sites_file is not None)}",
         _privacy(host, with_data=sites_file is not None),
         mind,
     )
@@ -76,10 +76,10 @@ def full_study(study_file: Path, overrides: Sequence[str]) -> str:
     return str(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=WIDTH)).rstrip()
 
 
-def _study(host: Machine, blueprint: Blueprint) -> str:
+def _study(host: Machine, arm_spec: ArmSpec) -> str:
     study = host.study
-    sizes = {p.name: p.info.size for p in host.bench.parameters}
-    parts = {role: sum(sizes[name] for name in blueprint.policy.names(role)) for role in ("shared", "local", "frozen")}
+    sizes = {p.name: p.info.size for p in host.model_context.parameters}
+    parts = {role: sum(sizes[name] for name in arm_spec.policy.names(role)) for role in ("shared", "local", "frozen")}
     meaning = {"shared": "shared", "local": "stay at each site", "frozen": "never change"}
     roles = ", ".join(f"{count:,} {meaning[role]}" for role, count in parts.items() if count)
     entries = [
@@ -154,11 +154,11 @@ def _role(study: Study, site: str) -> str:
     return "trains" if study.sites[site].role == "train" else "unseen: only tested"
 
 
-def _training(host: Machine, blueprint: Blueprint) -> str:
+def _training(host: Machine, arm_spec: ArmSpec) -> str:
     study, local, schedule = host.study, host.study.local, host.study.schedule
-    nbytes = {p.name: p.info.nbytes for p in host.bench.parameters}
-    sent = blueprint.codec.sent(blueprint.layout)
-    down, up = sum(nbytes[name] for name in blueprint.policy.names("shared")), blueprint.codec.form.nbytes(sent)
+    nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
+    sent = arm_spec.codec.sent(arm_spec.layout)
+    down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
     total = schedule.rounds * len(study.training_sites) * (down + up)
     examples = f"{local.batch} example{'s' if local.batch != 1 else ''}"
     released = "the last"
@@ -168,7 +168,7 @@ def _training(host: Machine, blueprint: Blueprint) -> str:
         (
             entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
             entry("rounds", f"{schedule.rounds}; released is {released}"),
-            *(entry("phase", stint.describe()) for stint in blueprint.curriculum.stints),
+            *(entry("phase", stint.describe()) for stint in arm_spec.curriculum.stints),
             entry("an update", _update(study)),
             entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
             entry("", f"all rounds, all sites: {human_bytes(total)}"),
@@ -219,7 +219,7 @@ def _arms(host: Machine) -> str:
     )
 
 
-def _egress(host: Machine, blueprint: Blueprint, *, with_data: bool) -> str:
+def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:
     names = ", ".join(spec.name for spec in host.task.metrics)
     private = host.study.protection.privacy is not None
     seen = "the coordinator learns their sum over sites and nothing of any site"
@@ -227,7 +227,7 @@ def _egress(host: Machine, blueprint: Blueprint, *, with_data: bool) -> str:
         seen = "the coordinator only adds them up, but could read each: `protection.secure` is false"
     if host.study.protection.robust is not None:
         seen = "the coordinator reads each site's, to leave out what a malicious one sends: `protection.robust`"
-    discloses = blueprint.method.discloses
+    discloses = arm_spec.method.discloses
     prompts = ", embeddings of patients" if host.study.model.prompt_dimension is not None else ""
     kept = f"images, raw data, pictures{prompts}, names, paths" + (
         "" if discloses else "; what the method keeps at the site"
@@ -311,7 +311,7 @@ def _privacy(host: Machine, *, with_data: bool) -> str:
         lines.append(entry("noise", shared))
     if not with_data:
         return "\n".join([*lines, entry("sites", "add --sites SITES to see what the patients of each would spend")])
-    outlooks = [host.agent(site).purses.outlook(site, host.dataset(site)) for site in host.study.training_sites]
+    outlooks = [host.agent(site).budgets.outlook(site, host.dataset(site)) for site in host.study.training_sites]
     header = ("site", "patients", "sample rate", "noise", "delta", "epsilon", "in the ledger")
     rows = [
         (

@@ -11,8 +11,8 @@ from typing import Any
 from wardround.errors import StudyError, WardroundError
 from wardround.federation.exchange import Party
 from wardround.learning.training import Learner
+from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.arms import POOLED
-from wardround.plan.blueprints import Blueprint
 from wardround.protection.rounding import study_root
 from wardround.runs.asking import data_changed
 from wardround.runs.context import Context
@@ -84,9 +84,9 @@ class Machine(Context):
         """What a site lets out."""
         return self.datasets.egress(site)
 
-    def learner(self, blueprint: Blueprint, site: str) -> Learner:
+    def learner(self, arm_spec: ArmSpec, site: str) -> Learner:
         """What trains and evaluates at a site in an arm."""
-        return self.agent(site).learner(blueprint)
+        return self.agent(site).learner(arm_spec)
 
     @property
     def rounding_root(self) -> bytes:
@@ -100,15 +100,15 @@ class Machine(Context):
         study or the data; whatever else goes wrong at a site is left to the round.
         """
         for name in self.arms:
-            self.blueprint(name)
+            self.arm_spec(name)
         sites = self.remaining(self.study.sites)
         for number, site in enumerate(sites):
             phase(READING, number, len(sites))
             try:
                 _ = self.agent(site).compute
-                dataset, purses = self.dataset(site), self.agent(site).purses
-                if purses.rules is not None and site in self.study.training_sites:
-                    purses.terms(site, dataset)
+                dataset, budgets = self.dataset(site), self.agent(site).budgets
+                if budgets.rules is not None and site in self.study.training_sites:
+                    budgets.terms(site, dataset)
             except WardroundError:
                 raise
             except Exception:

@@ -29,13 +29,13 @@ from wardround.learning.device import CPU, Compute, Placed, compute_of
 from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.learning.private_training import PrivateTraining
 from wardround.learning.training import Learner, patients_in
+from wardround.plan.arm_specs import ArmSpec, ArmSpecs
 from wardround.plan.arms import FEDERATED, POOLED, Arm
-from wardround.plan.blueprints import Blueprint, Blueprints
 from wardround.plan.versions import fingerprint
 from wardround.protection.identity import Identity
 from wardround.protection.secret import SecretRoot
 from wardround.site.alone import OnlyTests, OwnArm, TrainsAlone
-from wardround.site.budgets import Purses, spending_of
+from wardround.site.budgets import PrivacyBudgets, spending_of
 from wardround.site.datasets import Datasets, history_of
 from wardround.site.egress import OPEN, EgressRules
 from wardround.site.evaluators import evaluators_of, own_model
@@ -46,8 +46,8 @@ from wardround.site.rules import rules_of
 from wardround.site.secure import SecureUpload
 from wardround.site.site import Site
 from wardround.storage.blobs import disk_error
-from wardround.storage.cipher import Vault
-from wardround.storage.record import LOG, Record, begun_by
+from wardround.storage.cipher import StoreCipher
+from wardround.storage.hash_log import LOG, HashLog, begun_by
 from wardround.storage.store import SiteStore
 from wardround.study.protocols import HeaderFacts
 from wardround.study.sites import SitesFile
@@ -74,7 +74,7 @@ class Agent:
     def __init__(
         self,
         name: str,
-        blueprints: Blueprints,
+        arm_specs: ArmSpecs,
         sites: SitesFile,
         folder: Path,
         datasets: Datasets,
@@ -83,30 +83,30 @@ class Agent:
         rounding_root: bytes | None = None,
     ) -> None:
         self.name = name
-        self._blueprints = blueprints
+        self._arm_specs = arm_specs
         self._sites = sites
         self._folder = folder
         self._datasets = datasets
         self._progress = progress
         self._rounding_root = rounding_root
-        self.purses = Purses(blueprints.study, sites, folder, blueprints.arms, lambda: blueprints.lattice)
+        self.budgets = PrivacyBudgets(arm_specs.study, sites, folder, arm_specs.arms, lambda: arm_specs.lattice)
         self._arms: dict[str, Site] = {}
-        hashes = blueprints.study_sha256, blueprints.plan_sha256
-        self._by_identity = {arm.identity(*hashes): arm for arm in blueprints.arms.values()}
+        hashes = arm_specs.study_sha256, arm_specs.plan_sha256
+        self._by_identity = {arm.identity(*hashes): arm for arm in arm_specs.arms.values()}
 
     # What is asked of it ---------------------------------------------------------------------------------------------
 
     @property
     def identities(self) -> tuple[str, ...]:
         """What messages for this agent name: the study, and each of its arms."""
-        return (self._blueprints.study_sha256, *self._by_identity)
+        return (self._arm_specs.study_sha256, *self._by_identity)
 
     def find(self, header: Header) -> Party:
         """What answers a message: the site in an arm of the study, or the agent for the study as a whole.
 
         Raises `StudyError` for a message of another study, or of an arm that the site does not take part in.
         """
-        if header.study == self._blueprints.study_sha256:
+        if header.study == self._arm_specs.study_sha256:
             return self
         arm = self._by_identity.get(header.study)
         if arm is None:
@@ -140,9 +140,9 @@ class Agent:
 
     def _answer(self, request: Message) -> Message:
         header = request.header
-        if header.site != self.name or header.study != self._blueprints.study_sha256:
+        if header.site != self.name or header.study != self._arm_specs.study_sha256:
             raise WireError(f"a message for another site or study reached {self.name}")
-        if header.kind in (FACTS, SPENT) and header.meta != {PLAN: self._blueprints.plan_sha256}:
+        if header.kind in (FACTS, SPENT) and header.meta != {PLAN: self._arm_specs.plan_sha256}:
             raise StudyError(
                 f"site {self.name} and the coordinator fill in different defaults of the study: install the same "
                 "version of Wardround, and of the study's plug-ins, at both"
@@ -165,10 +165,10 @@ class Agent:
             dataset = self._datasets.of(self.name)
             self._datasets.settle(self.name)
             own = dataset.fingerprint()
-            found = SecretRoot.of(self._store).key("fingerprint", self._blueprints.study_sha256, own).hex()
+            found = SecretRoot.of(self._store).key("fingerprint", self._arm_specs.study_sha256, own).hex()
             # Of other data than the first answer was of, only that they are others: two answers, before and after one
             # patient, would be that patient's.
-            same = self._store.promise("facts", 0, own) == own
+            same = self._store.write_once("facts", 0, own) == own
             patients = Patients(**egress.counts(patients_in(dataset))) if same else None
             headers = self.header_facts() if same else HeaderFacts()
         except Exception as error:
@@ -184,9 +184,9 @@ class Agent:
 
     def spent(self) -> SiteSpending:
         """What the ledger says; raises `StudyError` where the study or the site spends nothing."""
-        if self.purses.rules is None or self.name not in self._blueprints.study.training_sites:
+        if self.budgets.rules is None or self.name not in self._arm_specs.study.training_sites:
             raise StudyError(f"site {self.name} spends no privacy in this study")
-        return spending_of(self.purses.of(self.name, self._datasets.of(self.name)), self._blueprints.study_sha256)
+        return spending_of(self.budgets.of(self.name, self._datasets.of(self.name)), self._arm_specs.study_sha256)
 
     def _take(self, request: Message) -> None:
         """Keep a released model and its card.
@@ -203,11 +203,11 @@ class Agent:
         there = _holds(model, header.body_sha256)
         if not there:
             self._check_delivered(request)
-        if self._store.promise("delivered", 0, header.body_sha256) != header.body_sha256:
+        if self._store.write_once("delivered", 0, header.body_sha256) != header.body_sha256:
             raise Rejected(f"site {self.name} has the study's released model; another one is not kept in its place")
         try:
             if not there:
-                save_frozen_part(self._blueprints, self._folder)
+                save_frozen_part(self._arm_specs, self._folder)
                 with written(model) as file:
                     for chunk in request.body.chunks():
                         file.write(chunk)
@@ -219,15 +219,15 @@ class Agent:
 
     def _check_delivered(self, request: Message) -> None:
         """Raise for a body that is not a released model of this study; see `_take`."""
-        header, bench = request.header, self._blueprints.bench
-        initial = {name: tensor for name, tensor in bench.initial.items() if name not in bench.frozen}
+        header, model_context = request.header, self._arm_specs.model_context
+        initial = {name: tensor for name, tensor in model_context.initial.items() if name not in model_context.frozen}
         values = sum(tensor.numel() * tensor.element_size() for tensor in initial.values())
         if not isinstance(request.body, FileBody) or header.body_nbytes > values + MAX_HEADER:
             raise Rejected("a delivery that is larger than the study's model")
         if body_sha256(request.body) != header.body_sha256 or request.body.nbytes != header.body_nbytes:
             raise Rejected("the released model that arrived is not the one that was sent")
         # Read as what a clinic will read: nothing else is kept under the name of the study's model.
-        tensors = model_of_study(request.body.path, self._blueprints.study_sha256, self._blueprints.plan_sha256)
+        tensors = model_of_study(request.body.path, self._arm_specs.study_sha256, self._arm_specs.plan_sha256)
         if {name: tensor.shape for name, tensor in tensors.items()} != {n: tuple(t.shape) for n, t in initial.items()}:
             raise Rejected("a delivery of another network than the study's")
 
@@ -235,15 +235,15 @@ class Agent:
 
     @cached_property
     def _store(self) -> SiteStore:
-        return SiteStore(self._kept / "agent", self._vault)
+        return SiteStore(self._kept / "agent", self._cipher)
 
     @property
     def _kept(self) -> Path:
         return self._folder / "work" / "sites" / self.name
 
     @property
-    def _vault(self) -> Vault | None:
-        return Vault.of(self._sites.key(self.name))
+    def _cipher(self) -> StoreCipher | None:
+        return StoreCipher.of(self._sites.key(self.name))
 
     @property
     def identity(self) -> Identity:
@@ -251,9 +251,9 @@ class Agent:
         return self._store.enrol()
 
     @cached_property
-    def _record(self) -> Record:
-        begun = begun_by(self.identity, (_SENT,), study=self._blueprints.study_sha256, site=self.name)
-        return Record(self._store.root / LOG, f"site {self.name}", begun, lambda: self._store.identity)
+    def _record(self) -> HashLog:
+        begun = begun_by(self.identity, (_SENT,), study=self._arm_specs.study_sha256, site=self.name)
+        return HashLog(self._store.root / LOG, f"site {self.name}", begun, lambda: self._store.identity)
 
     @property
     def _egress(self) -> EgressRules:
@@ -280,7 +280,7 @@ class Agent:
         entries = {(entry.device, entry.precision) for entry in found}
         compute = compute_of(*entries.pop(), self.name) if len(entries) == 1 else CPU
         compute = replace(compute, threads=min((entry.threads for entry in found), default=1))
-        if self.purses.rules is not None:
+        if self.budgets.rules is not None:
             compute.fit_for_privacy()
         return compute
 
@@ -291,7 +291,7 @@ class Agent:
         survives that.
         """
         rules = self._egress
-        if not rules.scanner_facts or self._blueprints.study.protection.privacy is not None:
+        if not rules.scanner_facts or self._arm_specs.study.protection.privacy is not None:
             return HeaderFacts()
         try:
             dataset = self._datasets.of(self.name)
@@ -303,7 +303,7 @@ class Agent:
     def earlier_fingerprints(self) -> set[str]:
         """What the site's data were in every arm of an earlier process; another key is an error."""
         known: set[str] = set()
-        for arm in self._blueprints.arms.values():
+        for arm in self._arm_specs.arms.values():
             if (self._kept / arm.folder).exists():
                 store = self._store_of(arm)
                 fact = store.fact("fingerprint")
@@ -315,7 +315,7 @@ class Agent:
         """Close what is open; an agent that is asked again opens it again."""
         while self._arms:
             self._arms.popitem()[1].close()
-        self.purses.close()
+        self.budgets.close()
         if "_store" in self.__dict__:
             self._store.close()
         for name in ("_store", "_record"):
@@ -324,34 +324,34 @@ class Agent:
     # The site in an arm ----------------------------------------------------------------------------------------------
 
     def _store_of(self, arm: Arm) -> SiteStore:
-        return SiteStore(self._kept / arm.folder, self._vault)
+        return SiteStore(self._kept / arm.folder, self._cipher)
 
     def _build(self, arm_name: str) -> Site:
-        name, blueprint = self.name, self._blueprints.blueprint(arm_name)
+        name, arm_spec = self.name, self._arm_specs.arm_spec(arm_name)
         entry = self._sites.sites.get(name)
-        if blueprint.arm.inside(self._blueprints.study) and name not in blueprint.arm.sites:
+        if arm_spec.arm.inside(self._arm_specs.study) and name not in arm_spec.arm.sites:
             raise StudyError(
                 f"site {name} has no part in an arm that another site trains alone: under protection.secure it stays "
                 "inside that site"
             )
         rules = rules_of(
-            self._blueprints,
+            self._arm_specs,
             arm_name,
             egress=self._egress,
             lint=entry is not None and entry.lint,
             rounding_root=self._rounding_root,
             catch_up=0 if entry is None else entry.catch_up,
         )
-        models = self._folder / "models" / name / blueprint.arm.folder
+        models = self._folder / "models" / name / arm_spec.arm.folder
         pictures = self._folder / "sites" / name / "pictures.npz"
-        store = self._store_of(blueprint.arm)
+        store = self._store_of(arm_spec.arm)
         store.enrol(self.identity)
         return Site(
             name,
             rules,
-            lambda: self.learner(blueprint),
+            lambda: self.learner(arm_spec),
             store,
-            protocol=self._protocol(blueprint, models),
+            protocol=self._protocol(arm_spec, models),
             evaluators=evaluators_of(models, pictures),
             folder=models,
             rows=None if name == POOLED else self._rows,
@@ -362,32 +362,32 @@ class Agent:
     def _rows(self) -> PatientRows:
         """What the site measured of each patient; a readable table of it where its rules let a single patient out."""
         rules = self._egress
-        shown = self._vault is None and rules.per_site_results and rules.least == 1
+        shown = self._cipher is None and rules.per_site_results and rules.least == 1
         table = self._folder / "sites" / self.name / "patients.csv" if shown else None
-        return PatientRows(self._kept / "patients", self._vault, table)
+        return PatientRows(self._kept / "patients", self._cipher, table)
 
-    def _protocol(self, blueprint: Blueprint, models: Path) -> SiteProtocol | None:
+    def _protocol(self, arm_spec: ArmSpec, models: Path) -> SiteProtocol | None:
         """How the site answers in an arm; nothing special where its updates are summed in the clear."""
-        arm, blueprints = blueprint.arm, self._blueprints
+        arm, arm_specs = arm_spec.arm, self._arm_specs
         if self.name not in arm.sites:
             return OnlyTests()
-        if arm.inside(blueprints.study):
+        if arm.inside(arm_specs.study):
             model = own_model(models)
 
             def save(release: Any) -> Path:
-                scanners = scanners_of_arm(blueprints, arm, {self.name: self.header_facts()})
-                return save_release(blueprints, blueprint, release, scanners, model)
+                scanners = scanners_of_arm(arm_specs, arm, {self.name: self.header_facts()})
+                return save_release(arm_specs, arm_spec, release, scanners, model)
 
             return TrainsAlone(
                 OwnArm(
-                    plan=plan_of(blueprints, arm.name),
-                    method=blueprint.method,
-                    initial=partial(blueprints.initial, blueprint),
+                    plan=plan_of(arm_specs, arm.name),
+                    method=arm_spec.method,
+                    initial=partial(arm_specs.initial, arm_spec),
                     save=save,
                     model=model,
                 )
             )
-        threshold, entry = arm.threshold(blueprints.study), self._sites.sites.get(self.name)
+        threshold, entry = arm.threshold(arm_specs.study), self._sites.sites.get(self.name)
         return (
             None
             if threshold is None
@@ -399,12 +399,12 @@ class Agent:
             )
         )
 
-    def learner(self, blueprint: Blueprint) -> Learner:
+    def learner(self, arm_spec: ArmSpec) -> Learner:
         """What trains and evaluates in an arm; all learners of a process on one device share one model."""
-        arm, study, name = blueprint.arm, self._blueprints.study, self.name
+        arm, study, name = arm_spec.arm, self._arm_specs.study, self.name
         if name == POOLED:
             parts = [self._datasets.of(member) for member in arm.members]
-            dataset = self._blueprints.task.pooled(parts)
+            dataset = self._arm_specs.task.pooled(parts)
             offsets = tuple(sum(len(p) for p in parts[:i]) for i in range(len(parts)))
             streams = tuple(ExampleStream(len(p), study.seed, m) for p, m in zip(parts, arm.members, strict=True))
             examples: SiteExamples | UnionExamples = UnionExamples(streams, offsets, study.seed)
@@ -414,25 +414,25 @@ class Agent:
         report, robust = self._progress, arm.robust(study)
         private = None
         # A site that only evaluates an arm's model spends nothing, and may have no training patients at all.
-        if self.purses.rules is not None and name in arm.sites:
-            purse = self.purses.of(name, dataset)
-            task = Placed(self._blueprints.task, self.compute)
-            private = PrivateTraining(task, dataset, purse, self._blueprints.study_sha256, arm.name, self.compute)
+        if self.budgets.rules is not None and name in arm.sites:
+            budget = self.budgets.of(name, dataset)
+            task = Placed(self._arm_specs.task, self.compute)
+            private = PrivateTraining(task, dataset, budget, self._arm_specs.study_sha256, arm.name, self.compute)
         return Learner(
             site=name,
-            bench=self._blueprints.bench.on(self.compute),
+            model_context=self._arm_specs.model_context.on(self.compute),
             dataset=dataset,
             examples=examples,
-            method=blueprint.method,
-            policy=blueprint.policy,
+            method=arm_spec.method,
+            policy=arm_spec.policy,
             local=arm.local,
             rounds=study.schedule.rounds,
             seed=study.seed,
-            groups=tuple(g.name for g in blueprint.layout.groups),
+            groups=tuple(g.name for g in arm_spec.layout.groups),
             progress=None if report is None else (lambda *step: report(arm.name, name, *step)),
             momentum=0.0 if robust is None else robust.momentum,
             private=private,
-            curriculum=blueprint.curriculum,
+            curriculum=arm_spec.curriculum,
         )
 
 

@@ -1,4 +1,4 @@
-"""A site's privacy: its purse, what a study would cost its patients, and what was spent."""
+"""A site's privacy: its privacy budget, what a study would cost its patients, and what was spent."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from wardround.plan.arms import Arm
 from wardround.protection.accounting import Spending, epsilon_of
 from wardround.protection.lattice import Lattice
 from wardround.protection.ledger import Ledger, peek
-from wardround.protection.privacy import Purse, Terms, spent, terms_of
+from wardround.protection.privacy import PrivacyBudget, Terms, spent, terms_of
 from wardround.protection.secret import SecretRoot
-from wardround.storage.cipher import Vault
+from wardround.storage.cipher import StoreCipher
 from wardround.storage.store import SiteStore
 from wardround.study.protection import Privacy
 from wardround.study.schema import Study
@@ -39,8 +39,8 @@ class Outlook:
     rounds: int
 
 
-class Purses:
-    """The purse of every site of a run, opened when it is first needed and shared by all arms."""
+class PrivacyBudgets:
+    """The privacy budget of every site of a run, opened when it is first needed and shared by all arms."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Purses:
         self._out = out
         self._arms = arms
         self._lattice = lattice
-        self._purses: dict[str, Purse] = {}
+        self._budgets: dict[str, PrivacyBudget] = {}
         self._stores: list[SiteStore] = []
 
     @property
@@ -96,25 +96,27 @@ class Purses:
         """A site's steps in a round of all arms."""
         return sum(arm.local.steps for arm in self._arms.values() if site in arm.sites)
 
-    def of(self, site: str, dataset: Dataset) -> Purse:
-        """A site's purse; its ledger is where the sites file says, or beside the site's stores."""
-        if site not in self._purses:
-            store = SiteStore(self._out / "work" / "sites" / site / "privacy", Vault.of(self._sites.key(site)))
+    def of(self, site: str, dataset: Dataset) -> PrivacyBudget:
+        """A site's privacy budget; its ledger is where the sites file says, or beside the site's stores."""
+        if site not in self._budgets:
+            store = SiteStore(self._out / "work" / "sites" / site / "privacy", StoreCipher.of(self._sites.key(site)))
             self._stores.append(store)
             path = self._sites.of(site).ledger or self._out / "work" / "sites" / site / "ledger.jsonl"
-            self._purses[site] = Purse(site, self.terms(site, dataset), Ledger(path, store), SecretRoot.of(store))
-        return self._purses[site]
+            self._budgets[site] = PrivacyBudget(
+                site, self.terms(site, dataset), Ledger(path, store), SecretRoot.of(store)
+            )
+        return self._budgets[site]
 
     def close(self) -> None:
-        """Close the stores behind the purses; whoever asks for one again opens it again."""
-        self._purses.clear()
+        """Close the stores behind the privacy budgets; whoever asks for one again opens it again."""
+        self._budgets.clear()
         while self._stores:
             self._stores.pop().close()
 
 
-def spending_of(purse: Purse, study: str) -> SiteSpending:
-    """What a purse has paid, of the study with that hash and of all."""
-    entries, terms = purse.ledger.entries(), purse.terms
+def spending_of(budget: PrivacyBudget, study: str) -> SiteSpending:
+    """What a privacy budget has paid, of the study with that hash and of all."""
+    entries, terms = budget.ledger.entries(), budget.terms
     return SiteSpending(
         epsilon=round(spent(entries, terms.delta, terms.accountant, study), 4),
         epsilon_ledger=round(spent(entries, terms.delta, terms.accountant), 4),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from wardround.errors import StudyError, WardroundError
 from wardround.imaging.datasets.split import Parts, Role, by_seed
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import POOLED
-from wardround.plan.blueprints import Blueprints
 from wardround.site.egress import EgressRules, strictest
 from wardround.site.splits import KnownParts
 from wardround.study.sites import Egress, SitesFile
@@ -26,8 +26,8 @@ class Datasets:
     remembered in a site's history, which is in `folder` where its file names none; without a folder it is not.
     """
 
-    def __init__(self, blueprints: Blueprints, sites: SitesFile, floor: int = 1, folder: Path | None = None) -> None:
-        self._blueprints = blueprints
+    def __init__(self, arm_specs: ArmSpecs, sites: SitesFile, floor: int = 1, folder: Path | None = None) -> None:
+        self._arm_specs = arm_specs
         self._sites = sites
         self._floor = floor
         self._folder = folder
@@ -40,7 +40,7 @@ class Datasets:
         A site that scans the patients of others has no folder: it gets their test patients and theirs alone.
         """
         if site not in self._opened:
-            task, members = self._blueprints.task, self._scanned_by(site)
+            task, members = self._arm_specs.task, self._scanned_by(site)
             if isinstance(task, Dealing):
                 task.deal_by(self._deal)
             if not members:
@@ -65,7 +65,7 @@ class Datasets:
     def owners(self, site: str) -> tuple[str, ...]:
         """Whose data a site has: its own, those of the sites whose patients it scans, or where data are pooled all."""
         if site == POOLED:
-            return self._blueprints.study.training_sites
+            return self._arm_specs.study.training_sites
         return self._scanned_by(site) or (site,)
 
     def egress(self, site: str) -> EgressRules:
@@ -88,7 +88,7 @@ class Datasets:
         return (dataset for dataset in self._opened.values() if isinstance(dataset, Prepared))
 
     def _scanned_by(self, site: str) -> tuple[str, ...]:
-        sites = self._blueprints.study.sites
+        sites = self._arm_specs.study.sites
         return sites[site].scans if site in sites else ()
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from wardround.errors import Withheld
 from wardround.federation.exchange import DONE, UPDATE
 from wardround.federation.facts import LOCAL_SHA256
-from wardround.federation.minutes import HEAD
-from wardround.storage.record import is_hash
+from wardround.federation.logs import HEAD
+from wardround.storage.hash_log import is_hash
 from wardround.wire.message import Message
 
 

@@ -78,11 +78,11 @@ class Released:
         if tensors is None:
             raise WireError("an evaluation of a released model needs the model")
         own = self._models / "local.safetensors"
-        stranger = bool(meta.get("unknown_site"))
-        private = load_file(own) if own.exists() and not stranger else {}
+        unseen = bool(meta.get("unseen_site"))
+        private = load_file(own) if own.exists() and not unseen else {}
         learner.load_tensors({**tensors, **private})
         task = learner.task
-        with learner.serving_stranger() if stranger else nullcontext():
+        with learner.serving_unseen() if unseen else nullcontext():
             values = learner.evaluate(split)
             if meta.get("picture") and isinstance(task, Imaging):
                 model = learner.model

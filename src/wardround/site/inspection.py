@@ -16,7 +16,7 @@ from wardround.errors import Rejected
 from wardround.federation.exchange import TRAIN
 from wardround.learning.methods.method import MODEL
 from wardround.protection.compression import Codec
-from wardround.protection.drift import UNKNOWN, Reach, Seen, Sketcher, drift, witnessed
+from wardround.protection.drift import UNKNOWN, Seen, Sketcher, UpdateBound, drift, witnessed
 from wardround.protection.lint import Finding, lint_against
 from wardround.storage.store import SiteStore
 from wardround.wire.ring import levels
@@ -36,16 +36,16 @@ class Agreed(Protocol):
         ...
 
     @property
-    def reach(self) -> Reach:
+    def update_bound(self) -> UpdateBound:
         """How far a round can move them."""
         ...
 
-    def reach_after(self, own: Reach) -> Reach:
+    def bound_after(self, own: UpdateBound) -> UpdateBound:
         """How far it can move them where every site's steps go as far as `own`."""
         ...
 
     @property
-    def own_reach(self) -> Reach:
+    def own_bound(self) -> UpdateBound:
         """How far the steps of one site go in a round."""
         ...
 
@@ -99,23 +99,23 @@ class Inspector:
         findings = list(lint_against(tensors, self._approved))
         if findings:
             raise self._refusal(number, findings[0])
-        sketcher = Sketcher(bytes.fromhex(self._store.promise(_SECRET, 0, secrets.token_hex(32))))
-        self._largest_scales = self._honest_scales(tensors, agreed.own_reach)
+        sketcher = Sketcher(bytes.fromhex(self._store.write_once(_SECRET, 0, secrets.token_hex(32))))
+        self._largest_scales = self._honest_scales(tensors, agreed.own_bound)
         known = self._seen(agreed, sketcher)
-        reach = self._reach(agreed, known, tensors)
+        update_bound = self._update_bound(agreed, known, tensors)
         believed = min(number, known.round + 1 + self._catch_up)
-        for finding in drift(known, tensors, believed, reach, sketcher):
+        for finding in drift(known, tensors, believed, update_bound, sketcher):
             limit = f"in {1 + self._catch_up} round{'s' if self._catch_up else ''}"
             raise self._refusal(number, self._unwitnessed(finding, limit, number - known.round))
-        if reach == UNKNOWN and not known.own and number > believed:
+        if update_bound == UNKNOWN and not known.own and number > believed:
             # It never saw how far a round goes, and is told of several.
-            for finding in drift(known, tensors, known.round, Reach(), sketcher):
+            for finding in drift(known, tensors, known.round, UpdateBound(), sketcher):
                 told = f"moved since round {known.round}"
                 limit = "and how far a round of this study goes cannot be said"
                 finding = Finding("drift", finding.tensor, told)
                 raise self._refusal(number, self._unwitnessed(finding, limit, number - known.round))
         # What its operator agreed to all the same is put on record.
-        for finding in drift(known, tensors, min(number, known.round + 1), reach, sketcher):
+        for finding in drift(known, tensors, min(number, known.round + 1), update_bound, sketcher):
             said = f"{finding.tensor} {finding.text} in 1 round; {number - known.round} are said to lie in between"
             self._note("security", {"kind": TRAIN, "round": number, "reason": said})
             break
@@ -126,15 +126,17 @@ class Inspector:
         sketches = {name: sketcher.sketch(name, tensors[name]) for name in tensors if name in names}
         return Seen(number, sketches, known.rounding, known.own)
 
-    def _reach(self, agreed: Agreed, known: Seen, tensors: Mapping[str, Array]) -> Reach | dict[str, Reach]:
+    def _update_bound(
+        self, agreed: Agreed, known: Seen, tensors: Mapping[str, Array]
+    ) -> UpdateBound | dict[str, UpdateBound]:
         """How far a round goes: as the study's optimisers say, or where they have no limit as the site's own training
         showed.
         """
-        if self._codec.lags or agreed.reach != UNKNOWN or not known.own:
-            return UNKNOWN if self._codec.lags else agreed.reach
+        if self._codec.lags or agreed.update_bound != UNKNOWN or not known.own:
+            return UNKNOWN if self._codec.lags else agreed.update_bound
         sizes = {name: int(np.asarray(tensors[name]).size) for name in known.sketches}
         own = {name: length for name, length in known.own.items() if name in sizes}
-        return {name: agreed.reach_after(witnessed(own, sizes, name)) for name in sizes}
+        return {name: agreed.bound_after(witnessed(own, sizes, name)) for name in sizes}
 
     def _unwitnessed(self, finding: Finding, limit: str, between: int) -> Finding:
         """A finding, with what the site's operator can do where the coordinator says that the site was away."""
@@ -188,7 +190,7 @@ class Inspector:
         rounding = self._rounding(scales, agreed.least_weights)
         return Seen(1, sketches, {n: v for n, v in rounding.items() if n in sketches})
 
-    def _honest_scales(self, tensors: Mapping[str, Array], own: Reach) -> dict[str, float]:
+    def _honest_scales(self, tensors: Mapping[str, Array], own: UpdateBound) -> dict[str, float]:
         """The largest scale that `next_scales` can come to for a tensor, when all sites do what the study says.
 
         The headroom over the peak of a sum of as many changes as sites fit, twice that for what grows within a round,

@@ -26,7 +26,7 @@ from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.site.cohorts import kept_back
 from wardround.site.egress import EgressRules
 from wardround.site.measured import MeasuredSets
-from wardround.storage.cipher import Vault
+from wardround.storage.cipher import StoreCipher
 from wardround.tasks.estimates import LEAST_PATIENTS, WITHHELD, Mean, mean_of, two_digits
 from wardround.tasks.resampling import resampled_error
 from wardround.tasks.states import Kind, PatientMean, value_of
@@ -45,14 +45,16 @@ COLUMNS = ("patient", "folder", "row", "metric", "value")
 
 
 class PatientRows:
-    """The rows of one site in one run, in `folder` (sealed with a `vault`), or in memory without a folder.
+    """The rows of one site in one run, in `folder` (sealed with a `cipher`), or in memory without a folder.
 
     With `table`, a path in the site's own folder, all rows are written there too, readable: for the eyes of a person
     who has the patients.
     """
 
-    def __init__(self, folder: Path | None = None, vault: Vault | None = None, table: Path | None = None) -> None:
-        self._folder, self._vault, self._table = folder, vault, table
+    def __init__(
+        self, folder: Path | None = None, cipher: StoreCipher | None = None, table: Path | None = None
+    ) -> None:
+        self._folder, self._cipher, self._table = folder, cipher, table
         self._rows: dict[str, dict[str, Array]] = {}
         self._kinds: dict[str, Kind] = {}
 
@@ -69,7 +71,7 @@ class PatientRows:
         if self._folder is not None:
             plain = json.dumps({name: _packed(per_patient) for name, per_patient in values.items()})
             # On disk before the answer: one that outlived its row would leave the others nothing to compare with.
-            write_text(self._path(row), plain if self._vault is None else self._vault.seal(plain, row), durable=True)
+            write_text(self._path(row), plain if self._cipher is None else self._cipher.seal(plain, row), durable=True)
         if self._table is not None:
             self._write_table(self._table, names)
 
@@ -77,7 +79,7 @@ class PatientRows:
         """A row's values, if the site measured it in this run."""
         if row not in self._rows and self._folder is not None and self._path(row).exists():
             text = self._path(row).read_text(encoding="utf-8")
-            plain = json.loads(text if self._vault is None else self._vault.open(text, row))
+            plain = json.loads(text if self._cipher is None else self._cipher.open(text, row))
             self._rows[row] = {name: _unpacked(per_patient) for name, per_patient in plain.items()}
         return self._rows.get(row)
 

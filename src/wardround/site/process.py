@@ -9,7 +9,7 @@ from typing import Any
 
 from wardround.errors import StudyError, WireError
 from wardround.federation.exchange import Party
-from wardround.plan.blueprints import Blueprints
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.site.agent import Agent, Progress
 from wardround.site.datasets import Datasets
 from wardround.site.egress import ACROSS_HOSPITALS
@@ -64,10 +64,10 @@ def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Call
     for agreed in spec["studies"]:
         study = Study.model_validate(agreed["study"])
         start = study.start_places(Path(), entry.start)
-        blueprints = Blueprints(study, tuple(agreed["compare"]), embeddings, plugins, start)
+        arm_specs = ArmSpecs(study, tuple(agreed["compare"]), embeddings, plugins, start)
         folder = Path(agreed["folder"])
-        datasets = Datasets(blueprints, sites, int(spec["floor"]), folder)
-        agent = Agent(name, blueprints, sites, folder, datasets, progress=progress, rounding_root=root)
+        datasets = Datasets(arm_specs, sites, int(spec["floor"]), folder)
+        agent = Agent(name, arm_specs, sites, folder, datasets, progress=progress, rounding_root=root)
         agents |= dict.fromkeys(agent.identities, agent)
 
     def find(header: Header) -> Party:

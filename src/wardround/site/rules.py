@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from wardround.plan.blueprints import Blueprints
+from wardround.plan.arm_specs import ArmSpecs
 from wardround.protection.compression import PLAIN, Codec
 from wardround.site.egress import OPEN, EgressRules
 from wardround.wire.update import Layout
@@ -21,9 +21,9 @@ class Rules:
     """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
 
     With `lint` it looks at every model before it trains on it (`Inspector`), and lets up to `catch_up` rounds that it
-    missed explain a move. `rounds` is how many there are, where that is known, with one more for each void one where
-    that `extends` the study; there are void ones only where updates are summed `masked`. It measures the model of the
-    `arm`, and the `baselines`. Scales start at `initial_scale`, or higher where the state before round 1, `initial` by
+    missed explain a move. `rounds` is how many there are, where that is known, with one more for each aborted one where
+    that `extends` the study; there are aborted ones only where updates are summed `masked`. It measures the model of
+    the `arm`, and the `baselines`. Scales start at `initial_scale`, or higher where the state before round 1, `initial` by
     group and tensor, says so. Updates are rounded from `rounding_root`; without one, from a root that the operating
     system gives and that stays in the site's store. Its validation sums are `hidden` where they leave under masks, or
     not at all.
@@ -56,7 +56,7 @@ class Rules:
 
 
 def rules_of(
-    blueprints: Blueprints,
+    arm_specs: ArmSpecs,
     name: str,
     *,
     egress: EgressRules = OPEN,
@@ -68,24 +68,24 @@ def rules_of(
 
     Without a `rounding_root` the site draws a secret one, from which its updates are rounded.
     """
-    blueprint, study = blueprints.blueprint(name), blueprints.study
+    arm_spec, study = arm_specs.arm_spec(name), arm_specs.study
     return Rules(
-        identity=blueprint.identity,
-        layout=blueprint.codec.sent(blueprint.layout),
-        metrics_layout=blueprint.metrics_layout,
-        evaluation_layout=blueprint.evaluation_layout,
+        identity=arm_spec.identity,
+        layout=arm_spec.codec.sent(arm_spec.layout),
+        metrics_layout=arm_spec.metrics_layout,
+        evaluation_layout=arm_spec.evaluation_layout,
         seed=study.seed,
         egress=egress,
-        codec=blueprint.codec,
+        codec=arm_spec.codec,
         lint=lint,
         catch_up=catch_up,
         initial_scale=study.protection.initial_scale,
         rounds=study.schedule.rounds,
-        extends=blueprints.extends(blueprint.arm),
-        masked=blueprint.arm.masked(study),
+        extends=arm_specs.extends(arm_spec.arm),
+        masked=arm_spec.arm.masked(study),
         arm=name,
         baselines=frozenset(study.baselines),
-        initial=blueprints.start(blueprint),
+        initial=arm_specs.start(arm_spec),
         rounding_root=rounding_root,
-        hidden=blueprint.arm.threshold(study) is not None or blueprint.arm.inside(study),
+        hidden=arm_spec.arm.threshold(study) is not None or arm_spec.arm.inside(study),
     )

@@ -11,6 +11,7 @@ from wardround.errors import JournalError, Rejected, WireError
 from wardround.federation.exchange import DONE, EVALUATE, TRAIN, UPDATE
 from wardround.federation.facts import ROSTER
 from wardround.federation.secure import (
+    ABORTED_NUMBERS,
     ADVERT,
     ADVERTISE,
     CONSENT,
@@ -21,7 +22,6 @@ from wardround.federation.secure import (
     SHARE,
     SHARES,
     SIGN,
-    VOID_NUMBERS,
     context_of,
 )
 from wardround.protection.secure_site import SiteSession
@@ -79,7 +79,7 @@ class SecureUpload:
     def answer(self, request: Message, site: Site) -> Answer:
         """Answer one phase."""
         header = request.header
-        meta = {name: value for name, value in header.meta.items() if name not in (CONTEXT, VOID_NUMBERS)}
+        meta = {name: value for name, value in header.meta.items() if name not in (CONTEXT, ABORTED_NUMBERS)}
         match header.kind:
             case "roster":
                 self._agree(request, site)
@@ -94,7 +94,7 @@ class SecureUpload:
                 announcement = Announcement.from_json(meta)
 
                 def remember(value: str) -> str:
-                    standing = site.store.promise(record, header.round, value)
+                    standing = site.store.write_once(record, header.round, value)
                     if standing == value:
                         # From here on the sum may be read, and that it was not is the coordinator's word alone.
                         self._history(site).join(self._joined(session.context, site, announcement.survivors))
@@ -118,7 +118,7 @@ class SecureUpload:
         kind = str(told["kind"])
         if kind not in (TRAIN, EVALUATE):
             raise WireError("a secure sum is of updates or of validation sums")
-        if header.round <= site.store.promised(survivors_of(kind)):
+        if header.round <= site.store.last_written(survivors_of(kind)):
             raise Rejected(
                 f"site {site.name} has signed the survivor list of round {header.round} or a later one; the round is "
                 "over, and its sites must train anew under a new number"
@@ -164,7 +164,7 @@ class SecureUpload:
                 update, layout = site.measure(request)
             else:
                 (update, memory, keep), layout = site.work(request), site.rules.layout
-                site.voids.answered(header.round, session.context.model)
+                site.aborted.answered(header.round, session.context.model)
             chunks = MaskStream(masks, layout.segments).masked(update)
             return Answer(site.reply_with(request, UPDATE, chunks, layout), memory, keep)
         except BaseException:
@@ -242,7 +242,7 @@ class SecureUpload:
 
 def _hold_to(roster: Roster, site: Site) -> None:
     """Take a roster for good; raises `JournalError` where the site began with another one."""
-    if site.store.promise("roster", 0, roster.sha256) != roster.sha256:
+    if site.store.write_once("roster", 0, roster.sha256) != roster.sha256:
         raise JournalError(
             f"the study's roster is not the one site {site.name} began with; restore it, or start a new run"
         )

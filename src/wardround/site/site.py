@@ -20,7 +20,7 @@ from wardround.deidentify import describe_error
 from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
 from wardround.federation.exchange import DONE, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.facts import LOCAL_SHA256
-from wardround.federation.minutes import SENT, SiteMinutes
+from wardround.federation.logs import SENT, SiteLog
 from wardround.federation.refusals import refusal
 from wardround.learning.methods.method import MODEL
 from wardround.learning.training import Learner
@@ -28,15 +28,15 @@ from wardround.plan.sums import LOSS, SECONDS, validation_sums
 from wardround.protection.gates import check_body
 from wardround.protection.rounding import kept_root, rounding
 from wardround.protection.secret import SecretRoot
+from wardround.site.aborted import AbortedRounds
 from wardround.site.egress import check_egress
 from wardround.site.inspection import Inspector
 from wardround.site.measured import MeasuredSets
 from wardround.site.patients import OwnResults, PatientRows
 from wardround.site.protocol import Answer, ClearUpload, Evaluator, SiteProtocol
 from wardround.site.rules import Rules
-from wardround.site.voids import VoidRounds
 from wardround.storage.blobs import disk_error
-from wardround.storage.record import LOG, Record, begun_by
+from wardround.storage.hash_log import LOG, HashLog, begun_by
 from wardround.storage.store import Memory, SiteStore
 from wardround.wire.canonical import digest
 from wardround.wire.files import written
@@ -73,8 +73,8 @@ class Site:
         self.rules = rules
         self.store = store
         self.folder = folder
-        self.minutes = SiteMinutes(name, _record(name, rules.identity, store))
-        self.voids = VoidRounds(store)
+        self.minutes = SiteLog(name, _record(name, rules.identity, store))
+        self.aborted = AbortedRounds(store)
         self._make_learner = learner
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
@@ -102,7 +102,7 @@ class Site:
             tail = self.minutes.record.tail()
             facts = {} if answer.memory is None else _seen_scales(request.header)
             self.store.finish(
-                reply, answer.memory, set(answer.keep), void=_void(request.header), tail=tail, facts=facts
+                reply, answer.memory, set(answer.keep), aborted=_aborted(request.header), tail=tail, facts=facts
             )
             return reply
         except Exception as error:
@@ -161,7 +161,7 @@ class Site:
             raise Rejected("the global state holds other tensors than the study's, or in another order")
         layout, scales = self.rules.layout, scales_in(header.meta)
         self._check_scales(header.round, scales, public)
-        memory = self.store.memory(header.round - 1, without=_void(header))
+        memory = self.store.memory(header.round - 1, without=_aborted(header))
         learner = self.learner
         inspector = self._inspector
         seen = None if inspector is None else inspector.check(header.round, public, learner)
@@ -229,11 +229,11 @@ class Site:
                 f"site {self.name} has gone on to round {last} and is asked for round {header.round}: the coordinator "
                 "was restored from an older copy, or is not the one it was. Restore its newest copy"
             )
-        if any(number < 1 for number in _void(header)):
-            raise WireError("a message names void rounds that no study has")
-        if _void(header) and not self.rules.masked:
+        if any(number < 1 for number in _aborted(header)):
+            raise WireError("a message names aborted rounds that no study has")
+        if _aborted(header) and not self.rules.masked:
             raise Rejected(
-                f"a request to site {self.name} names void rounds, and an arm without a secure sum has none; a "
+                f"a request to site {self.name} names aborted rounds, and an arm without a secure sum has none; a "
                 "coordinator of this version sends no such request"
             )
         self._check_end(header)
@@ -245,7 +245,7 @@ class Site:
         rules = self.rules
         if rules.rounds is None:
             return
-        end = rules.rounds + (self.voids.believed(header, _void(header)) if rules.extends else 0)
+        end = rules.rounds + (self.aborted.believed(header, _aborted(header)) if rules.extends else 0)
         if header.round > end:
             raise Rejected(f"site {self.name} is asked for round {header.round}, and the study ends with round {end}")
 
@@ -302,11 +302,11 @@ class Site:
         header, state = request.header, self.public_state(request)
         if header.meta.get("split") == "test":
             # The private part that completes a model is another one in another round, and none for a stranger.
-            how = [header.meta.get("evaluator"), bool(header.meta.get("unknown_site")), header.round]
+            how = [header.meta.get("evaluator"), bool(header.meta.get("unseen_site")), header.round]
             self._measure_once("test", 0, digest([header.body_sha256, *how]))
         else:
-            if self.voids.saw(header.round):
-                raise Rejected(f"site {self.name} is asked to validate round {header.round}, which was void")
+            if self.aborted.saw(header.round):
+                raise Rejected(f"site {self.name} is asked to validate round {header.round}, which was aborted")
             self._measure_once("validation", header.round, header.body_sha256)
         return state
 
@@ -320,11 +320,11 @@ class Site:
                 f"validation patients: {why}. Give the study method.weights=samples or equal, or the site more "
                 "validation patients"
             )
-        # What is trained follows from the start, the round and, by the void rounds, what the site remembers.
-        self._measure_once("weight", header.round, digest([header.body_sha256, sorted(_void(header))]))
+        # What is trained follows from the start, the round and, by the aborted rounds, what the site remembers.
+        self._measure_once("weight", header.round, digest([header.body_sha256, sorted(_aborted(header))]))
 
     def _measure_once(self, what: Literal["test", "validation", "weight"], number: int, model: str) -> None:
-        if self.store.promise(f"measured/{what}", number, model) != model:
+        if self.store.write_once(f"measured/{what}", number, model) != model:
             gives = "one weight by validation loss" if what == "weight" else f"{what} sums of one model"
             raise Rejected(
                 f"site {self.name} has measured another model: it gives {gives} of {_EACH[what]}. To measure others, "
@@ -334,8 +334,8 @@ class Site:
     def _release(self, request: Message) -> Answer:
         """Write the private part of the released model into the site's own folder."""
         # Another round's part would be another model to test, and would take the place of the released one.
-        word = digest([request.header.round, sorted(_void(request.header))])
-        if self.store.promised_value("released") not in (None, word):
+        word = digest([request.header.round, sorted(_aborted(request.header))])
+        if self.store.written_value("released") not in (None, word):
             raise Rejected(f"site {self.name} has written its part of the released model of another round")
         memory = self.store.memory(request.header.round)
         tensors = self.learner.local_tensors(memory)
@@ -347,7 +347,7 @@ class Site:
                     file.write(save(tensors))
             except OSError as error:
                 raise disk_error(error) from error
-        self.store.promise("released", 0, word)
+        self.store.write_once("released", 0, word)
         said = tensors_sha256(tensors)
         if self.rules.rounding_root is None:
             # A bare hash would let a coordinator test guesses of the data that the part was trained on.
@@ -369,14 +369,14 @@ class Site:
             self.store.close()
 
 
-def _record(name: str, identity: str, store: SiteStore) -> Record:
+def _record(name: str, identity: str, store: SiteStore) -> HashLog:
     begun = begun_by(store.enrol(), (SENT,), study=identity, site=name)
-    return Record(store.root / LOG, f"site {name}", begun, lambda: store.identity, store.tail)
+    return HashLog(store.root / LOG, f"site {name}", begun, lambda: store.identity, store.tail)
 
 
-def _void(header: Header) -> frozenset[int]:
-    """The numbers of void rounds, as the coordinator says."""
-    return frozenset(int(number) for number in header.meta.get("void", ()))
+def _aborted(header: Header) -> frozenset[int]:
+    """The numbers of aborted rounds, as the coordinator says."""
+    return frozenset(int(number) for number in header.meta.get("aborted", ()))
 
 
 def _seen_scales(header: Header) -> dict[str, str]:

@@ -24,7 +24,7 @@ CHUNK = 1 << 20
 _NONCE, _PREFIX, _TAG = 12, 7, 16
 
 
-class Vault:
+class StoreCipher:
     """Seals and opens with keys derived from one of 32 bytes."""
 
     def __init__(self, key: bytes) -> None:
@@ -35,12 +35,12 @@ class Vault:
         )
 
     @staticmethod
-    def of(key: bytes | None) -> Vault | None:
-        """The vault of a key; nothing without one."""
-        return None if key is None else Vault(key)
+    def of(key: bytes | None) -> StoreCipher | None:
+        """The store's cipher of a key; nothing without one."""
+        return None if key is None else StoreCipher(key)
 
     def __repr__(self) -> str:
-        return "Vault(...)"
+        return "store's cipher(...)"
 
     def seal(self, text: str, name: str) -> str:
         """A value that only opens under the same name."""

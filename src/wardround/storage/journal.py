@@ -16,7 +16,7 @@ from wardround.errors import JournalError
 from wardround.protection.identity import Identity
 from wardround.storage.blobs import Blobs
 from wardround.storage.database import Database
-from wardround.storage.record import LOG, Record, begun_by
+from wardround.storage.hash_log import LOG, HashLog, begun_by
 from wardround.wire.canonical import canonical_json
 from wardround.wire.files import refuse_links
 from wardround.wire.tensors import TensorFile, parse_table
@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, report TEXT NOT NU
 
 
 # The coordinator signs its log after these, with a key that stays in its journal.
-SIGNED_EVENTS = ("committed", "void")
+SIGNED_EVENTS = ("committed", "aborted")
 _LOG_KEY = "log key"
 
 
@@ -109,7 +109,7 @@ class Journal:
             )
         key = self._signing_key()
         begun = begun_by(key, SIGNED_EVENTS, study=identity)
-        self.record = Record(root / LOG, "coordinator", begun, lambda: key)
+        self.record = HashLog(root / LOG, "coordinator", begun, lambda: key)
 
     def _signing_key(self) -> Identity:
         """The coordinator's key for its log: made once, and durable before the log names it."""
@@ -177,7 +177,7 @@ class Journal:
         rows = self._database.rows("SELECT DISTINCT round FROM decisions WHERE name = ?", name)
         return frozenset(int(str(row[0])) for row in rows)
 
-    def void(self, kind: str) -> frozenset[int]:
+    def aborted(self, kind: str) -> frozenset[int]:
         """The rounds whose survivor list was announced and which were never committed: their numbers are used up.
 
         Repeating one with other survivors would give away, by difference, what a single site sent.
@@ -186,7 +186,7 @@ class Journal:
         return self.rounds_with(survivors_of(kind)) - {int(str(row[0])) for row in rows}
 
     def standing(self, kind: str) -> Any:
-        """The survivor list of the last void round after the last committed one, if there is any.
+        """The survivor list of the last aborted round after the last committed one, if there is any.
 
         Sites that signed it consent to no other from the same model, so that no difference of two sums is one site's.
         """

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from wardround.errors import JournalError
 from wardround.protection.identity import Identity
 from wardround.storage.blobs import Blobs
-from wardround.storage.cipher import Vault, sealed_nbytes
+from wardround.storage.cipher import StoreCipher, sealed_nbytes
 from wardround.storage.database import Database
-from wardround.storage.record import Tail
+from wardround.storage.hash_log import Tail
 from wardround.wire.canonical import canonical_json
 from wardround.wire.files import refuse_links
 from wardround.wire.message import EmptyBody, FileBody, Header, Message
@@ -60,14 +60,13 @@ NOTHING = Memory({}, {})
 class SiteStore:
     """The transactional store of one site in one arm.
 
-    With a `vault`, memories and facts are sealed before they are written; what was or will be sent is not. Raises
-    `JournalError` for another vault than the store began with. Whoever only looks, perhaps beside a run that writes, is
-    not to `tidy`.
+    With a `cipher`, memories and facts are sealed before they are written; what was or will be sent is not. Raises
+    `JournalError` for another cipher than the store began with. A reader beside a run that writes must not `tidy`.
     """
 
-    def __init__(self, root: Path, vault: Vault | None = None, *, tidy: bool = True) -> None:
+    def __init__(self, root: Path, cipher: StoreCipher | None = None, *, tidy: bool = True) -> None:
         self.root = root
-        self._vault = vault
+        self._cipher = cipher
         self._identity: Identity | None = None
         refuse_links(root)
         self.blobs = Blobs(root / "blobs", tidy=tidy)
@@ -75,18 +74,18 @@ class SiteStore:
         # What a killed process wrote before its transaction: nothing refers to it.
         if tidy:
             self.blobs.keep(self._named())
-        self._check_vault()
+        self._check_cipher()
 
-    def _check_vault(self) -> None:
+    def _check_cipher(self) -> None:
         rows = self._database.rows("SELECT value FROM facts WHERE name = ?", _SEALED)
-        if rows and self._vault is None:
+        if rows and self._cipher is None:
             raise JournalError(
                 "a site's store is encrypted and no key was given: set sites.SITE.encryption_key in the sites file",
                 detail=str(self.root),
             )
         if rows:
             self.fact(_SEALED)
-        elif self._vault is not None:
+        elif self._cipher is not None:
             used = "SELECT 1 FROM facts UNION SELECT 1 FROM replies UNION SELECT 1 FROM memories"
             if self._database.rows(used):
                 raise JournalError(
@@ -97,10 +96,10 @@ class SiteStore:
             self.set_fact(_SEALED, "yes")
 
     def _seal(self, name: str, value: str) -> str:
-        return value if self._vault is None else self._vault.seal(value, name)
+        return value if self._cipher is None else self._cipher.seal(value, name)
 
     def _unseal(self, name: str, value: str) -> str:
-        return value if self._vault is None else self._vault.open(value, name)
+        return value if self._cipher is None else self._cipher.open(value, name)
 
     def fact(self, name: str) -> str | None:
         """A fact, if it was ever written."""
@@ -112,7 +111,7 @@ class SiteStore:
         with self._database.transaction(durable=durable) as connection:
             connection.execute(_SET_FACT, (name, self._seal(name, value)))
 
-    def promise(self, name: str, number: int, value: str) -> str:
+    def write_once(self, name: str, number: int, value: str) -> str:
         """Give one's word for round `number`, durably, unless it was given for that round or a later one.
 
         Returns the word that stands. It is what keeps a site from signing two things for one round.
@@ -126,12 +125,12 @@ class SiteStore:
             connection.execute(_SET_FACT, (name, word))
         return value
 
-    def promised(self, name: str) -> int:
+    def last_written(self, name: str) -> int:
         """The last round for which a promise of that name was given; -1 when there is none."""
         fact = self.fact(name)
         return -1 if fact is None else int(json.loads(fact)[0])
 
-    def promised_value(self, name: str) -> str | None:
+    def written_value(self, name: str) -> str | None:
         """The word of the last promise of that name; `None` when there is none."""
         fact = self.fact(name)
         return None if fact is None else str(json.loads(fact)[1])
@@ -139,7 +138,7 @@ class SiteStore:
     def memory(self, number: int, *, without: Collection[int] = ()) -> Memory:
         """The private state after the last round up to `number` in which the site took part.
 
-        Rounds in `without` are void: what the site learned in them never entered the global model. Raises
+        Rounds in `without` are aborted: what the site learned in them never entered the global model. Raises
         `JournalError` when its file is gone or changed.
         """
         rows = self._database.rows(
@@ -152,17 +151,17 @@ class SiteStore:
             return NOTHING
         name, table, meta = (str(v) for v in rows[0])
         tensors = TensorFile(self.blobs.path(name), parse_table(json.loads(table)))
-        if not self.blobs.sound(name, tensors.nbytes if self._vault is None else sealed_nbytes(tensors.nbytes)):
+        if not self.blobs.sound(name, tensors.nbytes if self._cipher is None else sealed_nbytes(tensors.nbytes)):
             raise JournalError(
                 "a site's store has lost the private part of its model: its file is gone, or changed on the disk; "
                 "restore the folder, or start again in another one",
                 detail=str(tensors.path),
             )
         values = json.loads(self._unseal("meta", meta))
-        if self._vault is None:
+        if self._cipher is None:
             return Memory(tensors, values)
         # What is sealed cannot be read in place: it is in memory while it is used.
-        plain = self._vault.read(tensors.path)
+        plain = self._cipher.read(tensors.path)
         return Memory(tensors_in(plain, tensors.table), values)
 
     def reply(self, request: str) -> Message | None:
@@ -196,7 +195,7 @@ class SiteStore:
     def enrol(self, identity: Identity | None = None) -> Identity:
         """The site's signing key, made on first use and kept here; the one given, where there is none yet."""
         made = Identity.generate() if identity is None else identity
-        return Identity(bytes.fromhex(self.promise("identity", 0, made.private.hex())))
+        return Identity(bytes.fromhex(self.write_once("identity", 0, made.private.hex())))
 
     @property
     def tail(self) -> Tail | None:
@@ -210,11 +209,11 @@ class SiteStore:
         memory: Memory | None,
         keep: set[int],
         *,
-        void: Collection[int] = (),
+        aborted: Collection[int] = (),
         tail: Tail | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> None:
-        """Record a reply and the state it leaves in one transaction; then forget rounds not in `keep`, and void ones.
+        """Record a reply and the state it leaves in one transaction; then forget aborted rounds and those not in `keep`.
 
         `facts` are written with it: nothing is kept of a request that was refused or never answered. With a memory,
         even an empty one, it survives a power cut, and so does `tail`, the end of the site's log, which needs no sync
@@ -227,7 +226,7 @@ class SiteStore:
             row: tuple[str, str, str] | None = None
             if memory is not None and (memory.tensors or memory.meta):
                 with self.blobs.draft(durable=True) as draft:
-                    sealing = None if self._vault is None else self._vault.writer(draft.file)
+                    sealing = None if self._cipher is None else self._cipher.writer(draft.file)
                     writer = TensorWriter(draft.file if sealing is None else cast("BinaryIO", sealing))
                     for name, tensor in memory.tensors.items():
                         writer.add(name, np.asarray(tensor))
@@ -241,9 +240,9 @@ class SiteStore:
                 dropped |= {str(old[0]) for old in connection.execute(again, (number,)).fetchall()}
                 connection.execute("INSERT OR REPLACE INTO memories VALUES (?,?,?,?)", (number, *row))
                 # A site that missed a round goes on using what it had before: that is what `keep` refers to then. What
-                # it learned in a void round is not that.
-                latest = f"SELECT max(round) FROM memories WHERE round <= ? AND round NOT IN ({_marks(void)})"
-                bases = (connection.execute(latest, (k, *void)).fetchone()[0] for k in keep)
+                # it learned in an aborted round is not that.
+                latest = f"SELECT max(round) FROM memories WHERE round <= ? AND round NOT IN ({_marks(aborted)})"
+                bases = (connection.execute(latest, (k, *aborted)).fetchone()[0] for k in keep)
                 kept = {number, *(base for base in bases if base is not None)}
                 gone = f"DELETE FROM memories WHERE round NOT IN ({_marks(kept)}) RETURNING sha256"
                 dropped |= {str(row[0]) for row in connection.execute(gone, tuple(kept)).fetchall()}

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from wardround.errors import StudyError
 from wardround.protection.identity import frame
-from wardround.storage.record import (
+from wardround.storage.hash_log import (
     CHECKPOINT,
     CHECKPOINT_EVERY,
     KEY,

@@ -124,7 +124,7 @@ class Curriculum:
     stints: tuple[Stint, ...] = ()
 
     def at(self, number: int) -> Stint | None:
-        """The phase of round `number` (from 1); numbers that come on top, for void rounds, are of the last."""
+        """The phase of round `number` (from 1); numbers that come on top, for aborted rounds, are of the last."""
         return next((stint for stint in reversed(self.stints) if stint.first <= number), None)
 
     def task(self, number: int, task: Task) -> Task | Weighed:

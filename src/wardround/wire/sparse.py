@@ -32,7 +32,7 @@ def kept(size: int, ratio: float) -> int:
     return size if size < SMALLEST else min(size, math.ceil(size * ratio))
 
 
-class Form:
+class Encoding:
     """The form of an update on the wire; this one is the update itself."""
 
     def nbytes(self, layout: Layout) -> int:
@@ -48,11 +48,11 @@ class Form:
         return body
 
 
-DENSE = Form()
+DENSE = Encoding()
 
 
 @dataclass(frozen=True)
-class Sparse(Form):
+class Sparse(Encoding):
     """At most `kept(n, ratio)` values of each tensor; the groups named in `whole` are not cut."""
 
     ratio: float

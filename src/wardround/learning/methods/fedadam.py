@@ -11,7 +11,7 @@ from pydantic import Field
 
 from wardround.learning.methods.method import Array, Method
 from wardround.learning.methods.server import Floats, Keep, is_trained, slot
-from wardround.protection.drift import UNKNOWN, Reach, adam_ratio
+from wardround.protection.drift import UNKNOWN, UpdateBound, adam_ratio
 from wardround.study.methods import WeightedSettings
 
 
@@ -27,11 +27,11 @@ class FedAdam(Method):
     beta2: float = 0.99
     tau: float = 1e-3
 
-    def reach(self, local: Reach) -> Reach:
+    def update_bound(self, local: UpdateBound) -> UpdateBound:
         """No further than `adam_ratio` times the rate, whatever the sites do."""
         if not self.moves_as(FedAdam):
             return UNKNOWN
-        return Reach(value=self.server_lr * adam_ratio(None, self.beta1, self.beta2))
+        return UpdateBound(value=self.server_lr * adam_ratio(None, self.beta1, self.beta2))
 
     def server_step(self, name: str, mean: Floats, private: Mapping[str, Array], keep: Keep) -> Floats:
         """The Adam step; both moments are part of the round's commit."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from wardround.learning.methods.method import Array, Method
 from wardround.learning.methods.server import Floats, Keep, is_trained, slot
-from wardround.protection.drift import UNKNOWN, Reach
+from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.study.methods import WeightedSettings
 
 
@@ -21,7 +21,7 @@ class FedAvgM(Method):
     momentum: float = 0.9
     server_lr: float = 1.0
 
-    def reach(self, local: Reach) -> Reach:
+    def update_bound(self, local: UpdateBound) -> UpdateBound:
         """The velocity is a sum of means that die away."""
         if not self.moves_as(FedAvgM):
             return UNKNOWN

@@ -23,7 +23,7 @@ class FedBN(Personal):
 
     At a hospital that did not train, the layers normalise by statistics of its own images (`own_statistics`): those of
     other sites, or none, are of other images. Its scales and shifts are the initial ones, the identity, or the mean of
-    the sites' (`stranger="mean"`), which is what the paper proposes for a new hospital. Running statistics never leave.
+    the sites' (`unseen="mean"`), which is what the paper proposes for a new hospital. Running statistics never leave.
     """
 
     tells_buffers = False
@@ -40,7 +40,7 @@ class FedBN(Personal):
             )
         return super().policy(parameters)
 
-    def serving_stranger(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def serving_unseen(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Statistics of the hospital's own images."""
         from wardround.learning.methods.own_statistics import own_statistics
 
@@ -50,7 +50,7 @@ class FedBN(Personal):
 class FedBNSettings(PersonalSettings):
     """Batch-norm layers stay at the site (Li et al., 2021).
 
-    A hospital that did not train normalises by its own images; `stranger` is about scales and shifts.
+    A hospital that did not train normalises by its own images; `unseen` is about scales and shifts.
     """
 
     kind: Literal["fedbn"]
@@ -61,4 +61,4 @@ class FedBNSettings(PersonalSettings):
 
     def build(self, protocols: Mapping[str, Any]) -> FedBN:
         """The method."""
-        return FedBN(self.weights, self.stranger)
+        return FedBN(self.weights, self.unseen)

@@ -32,4 +32,4 @@ class FedCTSettings(PersonalSettings):
 
     def build(self, protocols: Mapping[str, Any]) -> FedCT:
         """The method."""
-        return FedCT(self.weights, self.stranger)
+        return FedCT(self.weights, self.unseen)

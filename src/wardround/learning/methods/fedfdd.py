@@ -36,7 +36,7 @@ class FedFDDSettings(PersonalSettings):
 
     def build(self, protocols: Mapping[str, Any]) -> FedFDD:
         """The method."""
-        return FedFDD(self.weights, self.stranger, private=self.private)
+        return FedFDD(self.weights, self.unseen, private=self.private)
 
     def describe(self) -> str:
         """With the band."""

@@ -32,4 +32,4 @@ class HyperFedSettings(PersonalSettings):
 
     def build(self, protocols: Mapping[str, Any]) -> HyperFed:
         """The method."""
-        return HyperFed(self.weights, self.stranger)
+        return HyperFed(self.weights, self.unseen)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from wardround.errors import StudyError
 from wardround.learning.policy import Parameter, Policy, Role
-from wardround.protection.drift import UNKNOWN, Reach
+from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.wire.update import Aggregate, Group
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class Method:
 
     # What a site may expect ----------------------------------------------------------------------------------------
 
-    def reach(self, local: Reach) -> Reach:
+    def update_bound(self, local: UpdateBound) -> UpdateBound:
         """How far one round can move what gradients reach, when no site's own steps go further than `local`.
 
         A mean goes no further than the furthest. `UNKNOWN` for a method with an update or a server step of its own,
@@ -188,7 +188,8 @@ class Method:
     def moves_as(self, known: type[Method]) -> bool:
         """Whether a round moves the model as in the class `known`: nothing derived from it changes how.
 
-        For `reach` of a class that has hooks of its own: a class derived from it may have others, and inherits `reach`.
+        For `update_bound` of a class that has hooks of its own: a class derived from it may have others, and inherits
+        `update_bound`.
         """
         return all(getattr(type(self), hook) is getattr(known, hook) for hook in _MOVING)
 
@@ -241,6 +242,6 @@ class Method:
 
     # At a hospital that did not train ------------------------------------------------------------------------------
 
-    def serving_stranger(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def serving_unseen(self, model: nn.Module) -> AbstractContextManager[Any]:
         """From now until the context is left, the released model serves a hospital that did not train."""
         return nullcontext()

@@ -11,26 +11,26 @@ from pydantic import Field
 from wardround.errors import StudyError
 from wardround.learning.methods.method import Array, Changes, LocalRound, Method, Writers, state_name
 from wardround.learning.policy import Parameter, Policy, Role
-from wardround.protection.drift import UNKNOWN, Reach
+from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.study.methods import MethodSettings
 from wardround.wire.update import Aggregate, Group
 
-# The group in which private parts travel, and names in the coordinator's state; only with `stranger: mean`.
-STRANGER = "stranger"
-START = "stranger_start"
+# The group in which private parts travel, and names in the coordinator's state; only with `unseen: mean`.
+UNSEEN = "unseen"
+START = "unseen_start"
 
 
 @dataclass(frozen=True)
 class Personal(Method):
     """The part of the model that `is_private` chooses stays at the site; the rest is averaged.
 
-    A hospital that did not train has no such part. It gets the initial values (`stranger="initial"`), and then nothing
-    of any site's private part leaves it. Or it gets the mean of the private parts (`stranger="mean"`), over the sites
+    A hospital that did not train has no such part. It gets the initial values (`unseen="initial"`), and then nothing
+    of any site's private part leaves it. Or it gets the mean of the private parts (`unseen="mean"`), over the sites
     of the released round and with the method's weights: then each site adds theirs to the sum, every round, as how far
     they are from their initial values. The coordinator keeps that mean and does not send it back to the sites.
     """
 
-    stranger: Literal["initial", "mean"] = "initial"
+    unseen: Literal["initial", "mean"] = "initial"
     #: Whether the mean is also of what no gradient reaches, such as running statistics.
     tells_buffers: ClassVar[bool] = True
     #: Prefixes of parameters that the method means nothing without, and what to set in the study for a model with them.
@@ -39,11 +39,11 @@ class Personal(Method):
 
     @property
     def discloses(self) -> str:
-        """The mean private part, where strangers get it."""
-        if self.stranger == "initial":
+        """The mean private part, where unseen hospitals get it."""
+        if self.unseen == "initial":
             return ""
         return (
-            "its private part as well, in the same sum (`method.stranger: mean`): hospitals that did not train get "
+            "its private part as well, in the same sum (`method.unseen: mean`): hospitals that did not train get "
             "the mean"
         )
 
@@ -66,32 +66,32 @@ class Personal(Method):
         return super().policy(parameters)
 
     def side_channel(self, private: tuple[Parameter, ...], ring_bits: int) -> tuple[Group, ...]:
-        """The private part as a group of its own, where strangers get the mean; counters have none."""
+        """The private part as a group of its own, where unseen hospitals get the mean; counters have none."""
         floats = [p for p in private if p.is_float and (p.trainable or self.tells_buffers)]
-        told = tuple(p.info for p in floats) if self.stranger == "mean" else ()
-        return (Group(STRANGER, told, ring_bits),) if told else ()
+        told = tuple(p.info for p in floats) if self.unseen == "mean" else ()
+        return (Group(UNSEEN, told, ring_bits),) if told else ()
 
     def initial(
         self, groups: tuple[Group, ...], values: Mapping[str, Array]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Before round 1 the mean private part is the initial one; only the coordinator holds it."""
-        public, private = super().initial(tuple(g for g in groups if g.name != STRANGER), values)
+        public, private = super().initial(tuple(g for g in groups if g.name != UNSEEN), values)
         for info in _told(groups):
-            private[state_name(START, info)] = private[state_name(STRANGER, info)] = values[info]
+            private[state_name(START, info)] = private[state_name(UNSEEN, info)] = values[info]
         return public, private
 
     def changes(self, local: LocalRound) -> Changes:
         """The changes of the shared part; and, declared, how far the private part is from its initial values."""
         changes = super().changes(local)
-        if self.stranger == "mean":
-            changes[STRANGER] = {
+        if self.unseen == "mean":
+            changes[UNSEEN] = {
                 name: tensor.detach() - local.initial[name]
                 for name, tensor in local.private.items()
                 if tensor.is_floating_point() and (tensor.requires_grad or self.tells_buffers)
             }
         return changes
 
-    def reach(self, local: Reach) -> Reach:
+    def update_bound(self, local: UpdateBound) -> UpdateBound:
         """The shared part is averaged, unless a derived method has other ideas."""
         return local if self.moves_as(Personal) else UNKNOWN
 
@@ -107,14 +107,14 @@ class Personal(Method):
 
         Not the sum of every round's changes: sites that miss a round, and roundings, would add up to a drift.
         """
-        if group.name != STRANGER:
+        if group.name != UNSEEN:
             super().apply_group(group, public, private, aggregate, write)
             return
         for info in group.tensors:
             start = private[state_name(START, info.name)]
-            mean = aggregate.mean(STRANGER, info.name) + start
+            mean = aggregate.mean(UNSEEN, info.name) + start
             write.private(state_name(START, info.name), start)
-            write.private(state_name(STRANGER, info.name), mean.astype(start.dtype))
+            write.private(state_name(UNSEEN, info.name), mean.astype(start.dtype))
 
     def release_for(
         self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
@@ -122,13 +122,13 @@ class Personal(Method):
         """The shared part; for a hospital that did not train, with the mean private part where there is one."""
         released = super().release_for(site, public, private)
         if site is None:
-            prefix = state_name(STRANGER, "")
+            prefix = state_name(UNSEEN, "")
             released |= {n.removeprefix(prefix): private[n] for n in private if n.startswith(prefix)}
         return released
 
 
 def _told(groups: tuple[Group, ...]) -> tuple[str, ...]:
-    return tuple(info.name for group in groups if group.name == STRANGER for info in group.tensors)
+    return tuple(info.name for group in groups if group.name == UNSEEN for info in group.tensors)
 
 
 class PersonalSettings(MethodSettings):
@@ -137,7 +137,7 @@ class PersonalSettings(MethodSettings):
     weights: Literal["samples", "equal", "validation"] = Field(
         "equal", description="`validation` is exp(-validation loss), clamped"
     )
-    stranger: Literal["initial", "mean"] = Field(
+    unseen: Literal["initial", "mean"] = Field(
         "initial",
         description="what a hospital that did not train gets for the private part: its initial values, or the mean of "
         "the sites' private parts. `mean` is a side channel: every round, each site's private part travels as well, "

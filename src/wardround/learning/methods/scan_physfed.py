@@ -74,7 +74,7 @@ class ScanPhysFed(Personal):
         )
         return loss + self.repulsion * cosine_similarity(own, other, dim=-1).abs()
 
-    def serving_stranger(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def serving_unseen(self, model: nn.Module) -> AbstractContextManager[Any]:
         """From now until the context is left, the model sees the training scanner with the nearest code."""
         return _nearest_code(model, tuple(features for _, features in self.scanners))
 
@@ -128,7 +128,7 @@ class ScanPhysFedSettings(PersonalSettings):
     def build(self, protocols: Mapping[str, Any]) -> ScanPhysFed:
         """The method, which knows the training sites' scanners."""
         scanners = tuple((site, tuple(float(v) for v in g)) for site, g in protocols.items())
-        return ScanPhysFed(self.weights, self.stranger, repulsion=self.repulsion, scanners=scanners)
+        return ScanPhysFed(self.weights, self.unseen, repulsion=self.repulsion, scanners=scanners)
 
     def describe(self) -> str:
         """With how much of the term."""

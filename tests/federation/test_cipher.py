@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError, StudyError
 from wardround.runs.session import Result, run
-from wardround.storage.cipher import CHUNK, Vault, sealed_nbytes
+from wardround.storage.cipher import CHUNK, StoreCipher, sealed_nbytes
 from wardround.storage.store import Memory, SiteStore
 from wardround.study.sites import SitesFile, load_sites
 from wardround.wire.message import Header, Message
@@ -32,17 +32,17 @@ def test_files_come_back_whatever_their_size(tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("vault") / "file"
     parts = [np.random.default_rng(n).bytes(n) for n in sizes]
     with path.open("wb") as file:
-        sealing = Vault(KEY).writer(file)
+        sealing = StoreCipher(KEY).writer(file)
         for part in parts:
             sealing.write(part)
         sealing.close()
-    assert Vault(KEY).read(path) == b"".join(parts)
+    assert StoreCipher(KEY).read(path) == b"".join(parts)
     assert path.stat().st_size == sealed_nbytes(sum(sizes))
 
 
 def test_no_chunk_can_be_changed_moved_left_out_or_cut_off(tmp_path: Path) -> None:
     buffer = io.BytesIO()
-    sealing = Vault(KEY).writer(buffer)
+    sealing = StoreCipher(KEY).writer(buffer)
     sealing.write(bytes(3 * CHUNK))
     sealing.close()
     sealed, size = buffer.getvalue(), CHUNK + 16
@@ -58,24 +58,24 @@ def test_no_chunk_can_be_changed_moved_left_out_or_cut_off(tmp_path: Path) -> No
     for data in spoiled:
         (tmp_path / "file").write_bytes(data)
         with pytest.raises(JournalError, match="does not open"):
-            Vault(KEY).read(tmp_path / "file")
+            StoreCipher(KEY).read(tmp_path / "file")
     (tmp_path / "file").write_bytes(sealed)
     with pytest.raises(JournalError, match="does not open"):
-        Vault(OTHER).read(tmp_path / "file")
+        StoreCipher(OTHER).read(tmp_path / "file")
 
 
 def test_a_value_opens_under_its_own_name_only() -> None:
-    vault = Vault(KEY)
-    assert vault.open(vault.seal("word", "identity"), "identity") == "word"
+    cipher = StoreCipher(KEY)
+    assert cipher.open(cipher.seal("word", "identity"), "identity") == "word"
     with pytest.raises(JournalError):
-        vault.open(vault.seal("word", "identity"), "roster")
-    assert repr(vault) == "Vault(...)"
+        cipher.open(cipher.seal("word", "identity"), "roster")
+    assert repr(cipher) == "store's cipher(...)"
 
 
 def test_a_sealed_store_shows_nothing_and_opens_with_its_key(tmp_path: Path) -> None:
-    store = SiteStore(tmp_path, Vault(KEY))
+    store = SiteStore(tmp_path, StoreCipher(KEY))
     store.set_fact("fingerprint", "FINGERPRINT")
-    store.promise("identity", 0, "PRIVATE-KEY")
+    store.write_once("identity", 0, "PRIVATE-KEY")
     tensor = np.frombuffer(b"PRIVATE-TENSOR--" * 8, np.float32)
     request = Message(Header("train", "s", "A", 1))
     for _ in range(2):  # Sealed anew, the same memory is another file: the first must not stay behind.
@@ -87,11 +87,11 @@ def test_a_sealed_store_shows_nothing_and_opens_with_its_key(tmp_path: Path) -> 
     store.close()
     raw = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert not any(word in raw for word in (b"PRIVATE", b"FINGERPRINT"))
-    again = SiteStore(tmp_path, Vault(KEY))
-    assert again.promise("identity", 0, "another") == "PRIVATE-KEY"
+    again = SiteStore(tmp_path, StoreCipher(KEY))
+    assert again.write_once("identity", 0, "another") == "PRIVATE-KEY"
     again.close()
     with pytest.raises(JournalError, match="does not open"):
-        SiteStore(tmp_path, Vault(OTHER))
+        SiteStore(tmp_path, StoreCipher(OTHER))
     with pytest.raises(JournalError, match="no key was given"):
         SiteStore(tmp_path)
 
@@ -101,7 +101,7 @@ def test_a_clear_store_is_not_gone_on_with_under_a_key(tmp_path: Path) -> None:
     store.set_fact("fingerprint", "f")
     store.close()
     with pytest.raises(JournalError, match="begun without encryption"):
-        SiteStore(tmp_path, Vault(KEY))
+        SiteStore(tmp_path, StoreCipher(KEY))
 
 
 def keyed(folder: Path, place: str | None) -> SitesFile:

@@ -1,4 +1,4 @@
-"""That a round was void is the coordinator's word: what a site believes of it, and what it does not."""
+"""That a round was aborted is the coordinator's word: what a site believes of it, and what it does not."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from tests.protection.test_secure_rounds import SecureRig, losing, study_of
 from wardround.errors import NotEnoughSites
 from wardround.federation.exchange import EVALUATE, TRAIN
 from wardround.federation.secure import ADVERTISE, SIGN
+from wardround.site.aborted import UNSEEN, AbortedRounds
 from wardround.site.rules import rules_of
-from wardround.site.voids import UNSEEN, VoidRounds
 from wardround.storage.journal import State
 from wardround.wire.message import Header, Message
 
 ENDS = "the study ends with round"
 
 
-def offer(secure: SecureRig, number: int, void: list[int], model: str | None = None) -> str:
+def offer(secure: SecureRig, number: int, aborted: list[int], model: str | None = None) -> str:
     """What site A says to the offer of another masked round."""
     header = next(m.header for m in reversed(secure.sent_to("A", ADVERTISE)) if m.header.meta["kind"] == TRAIN)
-    meta = {**header.meta, "void": void, "model": header.meta["model"] if model is None else model}
+    meta = {**header.meta, "aborted": aborted, "model": header.meta["model"] if model is None else model}
     reply = secure.sites["A"].handle(Message(replace(header, round=number, meta=meta)))
     return str(reply.header.meta.get("reason"))
 
 
-def ask(rig: Rig, state: State, kind: str, number: int, void: list[int]) -> str:
-    layout = rig.blueprint.metrics_layout if kind == EVALUATE else rig.blueprint.codec.sent(rig.blueprint.layout)
+def ask(rig: Rig, state: State, kind: str, number: int, aborted: list[int]) -> str:
+    layout = rig.arm_spec.metrics_layout if kind == EVALUATE else rig.arm_spec.codec.sent(rig.arm_spec.layout)
     meta = {"split": "validation"} if kind == EVALUATE else {"keep": [], "validate": False}
-    call = rig.coordinator._call(kind, state, number, {**meta, "void": void}, layout)
+    call = rig.coordinator._call(kind, state, number, {**meta, "aborted": aborted}, layout)
     return str(rig.sites["A"].handle(call.message("A")).header.meta.get("reason"))
 
 
 @pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
 def test_an_arm_in_the_clear_has_no_void_rounds(tmp_path: Path, kind: str) -> None:
-    """The attack: as many void numbers as one likes buy as many rounds and validations of other models."""
+    """The attack: as many aborted numbers as one likes buy as many rounds and validations of other models."""
     rig = Rig(study_of(rounds=2), tmp_path)
     assert not rules_of(rig.host, "federated").extends
     state = rig.train()
@@ -54,18 +54,18 @@ def test_committed_rounds_that_are_called_void_buy_no_more_than_a_few(tmp_path: 
     assert f"{ENDS} {last}" in offer(secure, last + 1, said, state.public_sha256)
     assert ENDS not in offer(secure, last, said, state.public_sha256)
     assert f"{ENDS} {last}" in ask(secure, state, EVALUATE, last + 1, said)
-    # A round that was offered is not one that was done: it is no proof that the one before it was void.
+    # A round that was offered is not one that was done: it is no proof that the one before it was aborted.
     assert ENDS not in offer(secure, last, said)
     assert f"{ENDS} {last}" in ask(secure, state, EVALUATE, last + 1, said)
     assert f"{ENDS} {last}" in offer(secure, last + 1, said, state.public_sha256)
 
 
 def test_rounds_that_the_site_saw_to_be_void_all_count(tmp_path: Path) -> None:
-    """A run that is resumed after every three void rounds goes on for as long as it takes, also at restarted sites."""
+    """A run that is resumed after every three aborted rounds goes on as long as it takes, also at restarted sites."""
     secure = SecureRig(study_of(rounds=2), tmp_path)
     secure.line.lose = lambda m: m.header.kind == SIGN and m.header.site in "AB" and m.header.round <= 2 * UNSEEN
     for _ in range(2):
-        with pytest.raises(NotEnoughSites, match="3 rounds in a row were void"):
+        with pytest.raises(NotEnoughSites, match="3 rounds in a row were aborted"):
             secure.train()
         secure.restart_coordinator()
         for name in "ABCD":
@@ -79,9 +79,9 @@ def test_rounds_that_the_site_saw_to_be_void_all_count(tmp_path: Path) -> None:
 
 
 def evaluated(secure: SecureRig, state: State, number: int) -> None:
-    """A masked validation of a model under a number of the coordinator's choice, after two void rounds."""
-    meta = {"split": "validation", "void": [1, 2]}
-    secure.coordinator._run(secure.coordinator._call(EVALUATE, state, number, meta, secure.blueprint.metrics_layout))
+    """A masked validation of a model under a number of the coordinator's choice, after two aborted rounds."""
+    meta = {"split": "validation", "aborted": [1, 2]}
+    secure.coordinator._run(secure.coordinator._call(EVALUATE, state, number, meta, secure.arm_spec.metrics_layout))
 
 
 def test_rounds_that_are_repeated_buy_no_validations(tmp_path: Path) -> None:
@@ -91,16 +91,16 @@ def test_rounds_that_are_repeated_buy_no_validations(tmp_path: Path) -> None:
     secure.train()
     state, site = secure.journal.latest(), secure.sites["A"]
     assert state is not None
-    assert site.voids.saw(1)
-    assert site.voids.saw(2)
+    assert site.aborted.saw(1)
+    assert site.aborted.saw(2)
     for number in (1, 2):
-        with pytest.raises(NotEnoughSites, match=f"asked to validate round {number}, which was void"):
+        with pytest.raises(NotEnoughSites, match=f"asked to validate round {number}, which was aborted"):
             evaluated(secure, state, number)
     assert f"{ENDS} 4" in offer(secure, 5, [1, 2])
-    # Validated first, a round is no void one when it is done again: the number is spent.
+    # Validated first, a round is no aborted one when it is done again: the number is spent.
     evaluated(secure, state, 4)
-    site.voids.answered(5, site.voids._known()[1])
-    assert not site.voids.saw(4)
+    site.aborted.answered(5, site.aborted._known()[1])
+    assert not site.aborted.saw(4)
 
 
 def test_a_site_believes_a_few_rounds_that_it_was_away_from(tmp_path: Path) -> None:
@@ -123,17 +123,17 @@ def header(kind: str, number: int, start: str) -> Header:
 def test_a_void_number_counts_where_the_next_round_begins_where_it_did(tmp_path: Path) -> None:
     secure = SecureRig(study_of(), tmp_path)
     store = secure.sites["A"].store
-    store.set_fact("void rounds", '{"last": 9, "start": "s", "void": [2, 4]}')
+    store.set_fact("aborted rounds", '{"last": 9, "start": "s", "aborted": [2, 4]}')
     many = frozenset(range(1, 50))
     for kind in (TRAIN, ADVERTISE):
-        assert VoidRounds(store).believed(header(kind, 10, "s"), many) == 3 + UNSEEN
-        assert VoidRounds(store).believed(header(kind, 10, "t"), many) == 2 + UNSEEN
+        assert AbortedRounds(store).believed(header(kind, 10, "s"), many) == 3 + UNSEEN
+        assert AbortedRounds(store).believed(header(kind, 10, "t"), many) == 2 + UNSEEN
         # The round itself, asked for again.
-        assert VoidRounds(store).believed(header(kind, 9, "s"), many) == 2 + UNSEEN
-        assert VoidRounds(store).believed(header(kind, 10, "s"), frozenset({4})) == 1
+        assert AbortedRounds(store).believed(header(kind, 9, "s"), many) == 2 + UNSEEN
+        assert AbortedRounds(store).believed(header(kind, 10, "s"), frozenset({4})) == 1
     # A model to be measured starts no round.
-    assert VoidRounds(store).believed(header(EVALUATE, 10, "s"), many) == 2 + UNSEEN
-    VoidRounds(store).answered(10, "t")
-    assert VoidRounds(store).believed(header(TRAIN, 11, "s"), many) == 2 + UNSEEN
-    VoidRounds(store).answered(11, "t")
-    assert VoidRounds(store).believed(header(TRAIN, 12, "u"), many) == 3 + UNSEEN
+    assert AbortedRounds(store).believed(header(EVALUATE, 10, "s"), many) == 2 + UNSEEN
+    AbortedRounds(store).answered(10, "t")
+    assert AbortedRounds(store).believed(header(TRAIN, 11, "s"), many) == 2 + UNSEEN
+    AbortedRounds(store).answered(11, "t")
+    assert AbortedRounds(store).believed(header(TRAIN, 12, "u"), many) == 3 + UNSEEN

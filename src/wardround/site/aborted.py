@@ -1,10 +1,10 @@
 """Which rounds came to nothing, as far as a site can tell by itself.
 
-The number of a void round of a secure sum is used up, and the study ends one number later. That a round is void is the
-coordinator's word, and with it further rounds and validations could be had. But an honest coordinator goes on after a
-void round from the same model. So a number counts where the next round that the site sent a masked update of began from
-the very model that this one began from: all that the coordinator gets for it is the same round again. A void round has
-no model, so none is validated under its number.
+The number of an aborted round of a secure sum is used up, and the study ends one number later. That a round is aborted
+is the coordinator's word, and with it further rounds and validations could be had. But an honest coordinator goes on
+after an aborted round from the same model. So a number counts where the next round that the site sent a masked update
+of began from the very model that this one began from: all that the coordinator gets for it is the same round again. An
+aborted round has no model, so none is validated under its number.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from wardround.federation.secure import ADVERTISE
 from wardround.storage.store import SiteStore
 from wardround.wire.message import Header
 
-# Void rounds of a study that a site believes in without having seen them, because it was away or its update was lost:
-# as many as stop a run when they come in a row.
+# Aborted rounds of a study that a site believes in without having seen them, because it was away or its update was
+# lost: as many as stop a run when they come in a row.
 UNSEEN = 3
 # The promise of which model the site validated as that of a round.
 VALIDATED = "measured/validation"
-_FACT = "void rounds"
+_FACT = "aborted rounds"
 
 
-class VoidRounds:
-    """What a site knows of the void rounds of an arm; it is kept in the site's store."""
+class AbortedRounds:
+    """What a site knows of the aborted rounds of an arm; it is kept in the site's store."""
 
     def __init__(self, store: SiteStore) -> None:
         self._store = store
@@ -38,16 +38,16 @@ class VoidRounds:
 
         Not durable by itself: the answer is, and with it what was written before.
         """
-        last, before, void = self._known()
+        last, before, aborted = self._known()
         if last < number and before == start and not self._validated(last):
-            void = void | {last}
-        value = json.dumps({"last": number, "start": start, "void": sorted(void)})
+            aborted = aborted | {last}
+        value = json.dumps({"last": number, "start": start, "aborted": sorted(aborted)})
         self._store.set_fact(_FACT, value, durable=False)
 
     def believed(self, header: Header, said: Set[int]) -> int:
-        """How many rounds of those that a request says are void count: the ones seen, and up to `UNSEEN` others."""
-        last, before, void = self._known()
-        seen = void & said
+        """How many rounds of those that a request says are aborted count: the ones seen, and up to `UNSEEN` others."""
+        last, before, aborted = self._known()
+        seen = aborted & said
         repeated = last < header.round and self._start(header) == before
         if last in said and repeated and not self._validated(last):
             seen |= {last}
@@ -58,8 +58,8 @@ class VoidRounds:
         return number in self._known()[2]
 
     def _validated(self, number: int) -> bool:
-        """Whether a model was validated as that of round `number`, or of a later one: then it was not void."""
-        return self._store.promised(VALIDATED) >= number
+        """Whether a model was validated as that of round `number`, or of a later one: then it was not aborted."""
+        return self._store.last_written(VALIDATED) >= number
 
     def _start(self, header: Header) -> str:
         """The model from which the round that a request belongs to begins, where that is known; else nothing."""
@@ -73,9 +73,9 @@ class VoidRounds:
         return start if number == header.round and header.kind not in (EVALUATE, RELEASE) else ""
 
     def _known(self) -> tuple[int, str, frozenset[int]]:
-        """The last round that was answered, its start, and the rounds before it that were seen to be void."""
+        """The last round that was answered, its start, and the rounds before it that were seen to be aborted."""
         fact = self._store.fact(_FACT)
         if fact is None:
             return -1, "", frozenset()
         value = json.loads(fact)
-        return int(value["last"]), str(value["start"]), frozenset(map(int, value["void"]))
+        return int(value["last"]), str(value["start"]), frozenset(map(int, value["aborted"]))

@@ -10,8 +10,8 @@ from typing import Any
 from wardround.errors import JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
 from wardround.federation.exchange import ALONE, DONE, ERROR, TRAIN, UPDATE, Call, Exchange
 from wardround.federation.facts import ROSTER
+from wardround.storage.hash_log import Entry, HashLog, is_hash
 from wardround.storage.journal import SIGNED_EVENTS, Journal
-from wardround.storage.record import Entry, Record, is_hash
 from wardround.wire.canonical import digest
 from wardround.wire.message import Header, Message
 
@@ -38,14 +38,14 @@ def head_of(header: Header) -> str:
     return head
 
 
-class CoordinatorMinutes:
+class CoordinatorLog:
     """The coordinator's log of an arm."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._record = journal.record
         self._heads: dict[str, str] = {}
-        self._void: set[tuple[str, int]] = set()
+        self._aborted: set[tuple[str, int]] = set()
 
     def settle(self) -> None:
         """After a start: log and journal must tell the same rounds.
@@ -76,10 +76,10 @@ class CoordinatorMinutes:
                     self._heads[entry.payload["site"]] = entry.payload["head"]
             self.committed(number)
         if self._record.last(VOID) is not None:
-            voided = (entry.payload for entry in self._record.entries() if entry.event == VOID)
-            self._void = {(payload.get("kind", TRAIN), payload["round"]) for payload in voided}
-        for number in sorted(self._journal.void(TRAIN)):
-            self.void(number, f"the coordinator stopped after the survivors of round {number} were named")
+            aborted = (entry.payload for entry in self._record.entries() if entry.event == VOID)
+            self._aborted = {(payload.get("kind", TRAIN), payload["round"]) for payload in aborted}
+        for number in sorted(self._journal.aborted(TRAIN)):
+            self.aborted(number, f"the coordinator stopped after the survivors of round {number} were named")
 
     def anchor(self) -> dict[str, Any]:
         """What a request shows of all logs: a pure function of what is committed, so that it can be asked again."""
@@ -122,22 +122,22 @@ class CoordinatorMinutes:
         }
         self._record.note(COMMITTED, payload, sync=True)
 
-    def void(self, number: int, reason: str, kind: str = TRAIN) -> None:
+    def aborted(self, number: int, reason: str, kind: str = TRAIN) -> None:
         """A round came to nothing, or the validation that follows the last one; on record once."""
-        if (kind, number) not in self._void:
+        if (kind, number) not in self._aborted:
             about = {} if kind == TRAIN else {"kind": kind}
             self._record.note(VOID, {**about, "round": number, "reason": reason}, sync=True)
-            self._void.add((kind, number))
+            self._aborted.add((kind, number))
 
     def released(self, number: int, state_sha256: str) -> None:
         """A round's model is the one that is released."""
         self._record.note("released", {"round": number, "state_sha256": state_sha256}, sync=True)
 
 
-class SiteMinutes:
+class SiteLog:
     """The log of a site in an arm."""
 
-    def __init__(self, site: str, record: Record) -> None:
+    def __init__(self, site: str, record: HashLog) -> None:
         self._site = site
         self.record = record
 

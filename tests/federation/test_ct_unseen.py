@@ -15,7 +15,7 @@ from tests.ct_hospitals import GEOMETRY, ct_study
 from wardround.federation.release import serve
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.learning.methods.method import state_name
-from wardround.learning.methods.personal import STRANGER
+from wardround.learning.methods.personal import UNSEEN
 from wardround.models.build import build_model
 from wardround.runs.machine import Machine
 from wardround.study.ct import CTAcquisition
@@ -50,23 +50,23 @@ class Served:
         return found
 
 
-def _served(name: str, stranger: str, folder: Path) -> Served:
+def _served(name: str, unseen: str, folder: Path) -> Served:
     """A release after training that moved every shared value, and every private mean where there is one."""
     method, model, prefix = METHODS[name]
-    study = load_study(ct_study(method=method | {"stranger": stranger}, model=model))
+    study = load_study(ct_study(method=method | {"unseen": unseen}, model=model))
     host = Machine(study, SitesFile(sites={}), folder, ())
-    blueprint, values = host.blueprint("federated"), host.bench.initial_values()
-    public, private = blueprint.method.initial(blueprint.layout.groups, values)
+    arm_spec, values = host.arm_spec("federated"), host.model_context.initial_values()
+    public, private = arm_spec.method.initial(arm_spec.layout.groups, values)
     random = np.random.default_rng(1)
     moved = {n: (v + 0.05 * random.standard_normal(v.shape)).astype(v.dtype) for n, v in public.items()}
     means = {
         n: (v + 0.05 * random.standard_normal(v.shape)).astype(v.dtype)
         for n, v in private.items()
-        if n.startswith(state_name(STRANGER, ""))
+        if n.startswith(state_name(UNSEEN, ""))
     }
-    released = blueprint.method.release_for(None, moved, {**private, **means})
+    released = arm_spec.method.release_for(None, moved, {**private, **means})
     # The shared part is everybody's; of the private one there is the mean, or nothing.
-    assert any(n.startswith(prefix) for n in released) == (stranger == "mean")
+    assert any(n.startswith(prefix) for n in released) == (unseen == "mean")
     network = build_model(study.model, "ct")
     network.load_state_dict({n: torch.from_numpy(released.get(n, values[n])) for n in values})
     serve(network.eval(), study, {}, None)

@@ -33,7 +33,7 @@ def nudged(rig: Rig, state: State, step: int) -> State:
 
 
 def ask_train(rig: Rig, state: State, number: int, *, validate: bool, keep: int = 0) -> Message:
-    layout = rig.blueprint.codec.sent(rig.blueprint.layout)
+    layout = rig.arm_spec.codec.sent(rig.arm_spec.layout)
     call = rig.coordinator._call(TRAIN, state, number, {"keep": [keep], "validate": validate}, layout)
     return rig.sites["A"].handle(call.message("A"))
 
@@ -57,7 +57,7 @@ def test_a_round_has_one_validation_whichever_kind_of_request_asks(tmp_path: Pat
     state = next(states)
 
     def evaluate(measured: State) -> Message:
-        layout = rig.blueprint.metrics_layout
+        layout = rig.arm_spec.metrics_layout
         return rig.sites["A"].handle(
             rig.coordinator._call(EVALUATE, measured, 1, {"split": "validation"}, layout).message("A")
         )
@@ -72,7 +72,7 @@ def test_a_round_has_one_validation_whichever_kind_of_request_asks(tmp_path: Pat
 def test_no_kind_of_message_shuts_a_site_out_of_its_rounds(tmp_path: Path, kind: str) -> None:
     """The attack: an answer of round 10^6 is the last the site gives; every honest round comes before it."""
     rig = Rig(toy_study(schedule={"rounds": 2}), tmp_path)
-    reply = rig.sites["A"].handle(Message(Header(kind, rig.blueprint.identity, "A", 10**6)))
+    reply = rig.sites["A"].handle(Message(Header(kind, rig.arm_spec.identity, "A", 10**6)))
     assert "the study ends with round 2" in reply.header.meta["reason"]
     rig.train()
     assert [r.participants for r in rig.journal.reports()] == [("A", "B", "C")] * 2
@@ -202,12 +202,12 @@ def test_a_test_result_without_its_body_is_its_sites_failure(tmp_path: Path, mon
     assert result.metrics["federated"]["A"] is not None
 
 
-# Void rounds on record ---------------------------------------------------------------------------------------------
+# Aborted rounds on record ---------------------------------------------------------------------------------------------
 
 
-def voids(secure: SecureRig) -> list[tuple[str, int]]:
+def aborted(secure: SecureRig) -> list[tuple[str, int]]:
     entries = secure.journal.record.entries()
-    return [(e.payload.get("kind", TRAIN), e.round) for e in entries if e.event == "void"]
+    return [(e.payload.get("kind", TRAIN), e.round) for e in entries if e.event == "aborted"]
 
 
 def test_a_round_that_a_restart_made_void_is_in_the_log(tmp_path: Path) -> None:
@@ -220,11 +220,11 @@ def test_a_round_that_a_restart_made_void_is_in_the_log(tmp_path: Path) -> None:
     secure.line.before = die
     with pytest.raises(Interrupted):
         secure.train()
-    assert voids(secure) == []
+    assert aborted(secure) == []
     for _ in range(2):
         secure.restart_coordinator()
         secure.train()
-        assert voids(secure) == [(TRAIN, 2)]
+        assert aborted(secure) == [(TRAIN, 2)]
     assert read_log(secure.journal.record.path, "coordinator").damages == []
 
 
@@ -236,7 +236,7 @@ def test_a_void_round_that_was_seen_is_in_the_log_once(tmp_path: Path) -> None:
     secure.line.lose = lambda m: False
     secure.restart_coordinator()
     secure.train()
-    assert voids(secure) == [(TRAIN, 1), (TRAIN, 2), (TRAIN, 3)]
+    assert aborted(secure) == [(TRAIN, 1), (TRAIN, 2), (TRAIN, 3)]
 
 
 def test_a_void_validation_is_in_the_log_once(tmp_path: Path) -> None:
@@ -244,6 +244,6 @@ def test_a_void_validation_is_in_the_log_once(tmp_path: Path) -> None:
     secure.line.lose = lambda m: m.header.kind == SIGN and m.header.site in "AB" and bool(secure.journal.reports())
     secure.train()
     for _ in range(2):
-        assert voids(secure) == [(EVALUATE, 1)]
+        assert aborted(secure) == [(EVALUATE, 1)]
         secure.restart_coordinator()
         secure.train()

@@ -139,7 +139,7 @@ class Tail:
     lines: bytes
 
 
-class Record:
+class HashLog:
     """The log of one party in one arm.
 
     `begun` says in its first record whose it is, and with which key it is signed (`begun_by`), if with any. A fact is

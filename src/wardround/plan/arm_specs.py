@@ -16,9 +16,9 @@ from wardround.errors import StudyError
 from wardround.imaging.acquisition.ct.scanners import protocol_features
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.method import BUFFERS, Method
-from wardround.learning.methods.personal import STRANGER
+from wardround.learning.methods.personal import UNSEEN
 from wardround.learning.policy import Policy, listed, matching
-from wardround.learning.training import Workbench
+from wardround.learning.training import ModelContext
 from wardround.plan.arms import Arm, arms_of
 from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
 from wardround.plan.weights import begin
@@ -40,7 +40,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class ArmSpec:
     """An arm with everything derived from it: method, policy and the layouts of its updates, and their codec.
 
     `layout` is the method's; `codec.sent(layout)` is what travels.
@@ -57,7 +57,7 @@ class Blueprint:
     curriculum: Curriculum
 
 
-class Blueprints:
+class ArmSpecs:
     """Everything that follows from a study alone, each part made once and only when it is needed.
 
     `embeddings` are the files that sites provide beside their images, by site; `plugins` what of the code that the
@@ -79,7 +79,7 @@ class Blueprints:
         self._embeddings = dict(embeddings or {})
         self.start_places = tuple(start) or self.study.start_places(Path())
         self.plugins = plugins
-        self._blueprints: dict[str, Blueprint] = {}
+        self._arm_specs: dict[str, ArmSpec] = {}
         self._starts: dict[str, Mapping[str, Array]] = {}
 
     @cached_property
@@ -90,10 +90,10 @@ class Blueprints:
         return build_task(self.study, self._embeddings, self.plugins)
 
     @cached_property
-    def bench(self) -> Workbench:
+    def model_context(self) -> ModelContext:
         """The model of this process, with what the study starts from in it."""
         study = self.study
-        return Workbench(self.task, study.seed, partial(begin, study.start, self.start_places), study.parts.frozen)
+        return ModelContext(self.task, study.seed, partial(begin, study.start, self.start_places), study.parts.frozen)
 
     @cached_property
     def frozen_sha256(self) -> str | None:
@@ -103,12 +103,16 @@ class Blueprints:
 
     def frozen_values(self) -> dict[str, Array]:
         """The values that the study freezes, by name."""
-        return {name: on_host(self.bench.initial[name]) for name in self.bench.initial if name in self.bench.frozen}
+        return {
+            name: on_host(self.model_context.initial[name])
+            for name in self.model_context.initial
+            if name in self.model_context.frozen
+        }
 
     @cached_property
     def curriculum(self) -> Curriculum:
         """Which stages of the task learn when. Raises `StudyError` where `schedule.phases` does not fit the task."""
-        return curriculum_of(self.study.schedule.phases, self.task, self.bench.model)
+        return curriculum_of(self.study.schedule.phases, self.task, self.model_context.model)
 
     @cached_property
     def lattice(self) -> Lattice | None:
@@ -116,8 +120,12 @@ class Blueprints:
         study, rules = self.study, self.study.protection.privacy
         if rules is None or rules.noise == "site":
             return None
-        frozen = self.bench.frozen
-        floats = [p for p in self.bench.parameters if p.is_float and (p.trainable or p.buffer) and p.name not in frozen]
+        frozen = self.model_context.frozen
+        floats = [
+            p
+            for p in self.model_context.parameters
+            if p.is_float and (p.trainable or p.buffer) and p.name not in frozen
+        ]
         untrained = [p.info.name for p in floats if not p.trainable]
         if untrained:
             raise StudyError(
@@ -134,7 +142,7 @@ class Blueprints:
 
     def _codec(self, arm: Arm) -> Codec:
         """How an arm's changes are written in whole numbers."""
-        study, whole = self.study, frozenset({BUFFERS, STRANGER})
+        study, whole = self.study, frozenset({BUFFERS, UNSEEN})
         if self.lattice is None:
             return build_codec(arm.compression(study), study.seed, whole)
         assert study.protection.privacy is not None
@@ -142,14 +150,14 @@ class Blueprints:
         unit = -arm.local.lr * self.lattice.step / study.protection.privacy.patients_per_step
         return LatticeCodec(study.seed, whole, unit)
 
-    def blueprint(self, name: str) -> Blueprint:
+    def arm_spec(self, name: str) -> ArmSpec:
         """What an arm is made of."""
-        if name not in self._blueprints:
+        if name not in self._arm_specs:
             arm, specs = self.arms[name], self.task.metrics
             method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
             policy = self._policy(arm, method)
-            shared = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "shared")
-            private = tuple(p for p in self.bench.parameters if policy.roles[p.name] == "local")
+            shared = tuple(p for p in self.model_context.parameters if policy.roles[p.name] == "shared")
+            private = tuple(p for p in self.model_context.parameters if policy.roles[p.name] == "local")
             protection = self.study.protection
             max_weight = protection.max_weight if method.weights == "samples" else 1.0
             room = protection.max_sites
@@ -158,7 +166,7 @@ class Blueprints:
                 *method.side_channel(private, protection.ring_bits),
             )
             metrics = round_metrics(specs, private=protection.privacy is not None)
-            self._blueprints[name] = Blueprint(
+            self._arm_specs[name] = ArmSpec(
                 arm=arm,
                 identity=arm.identity(self.study_sha256, self.plan_sha256),
                 method=method,
@@ -169,11 +177,11 @@ class Blueprints:
                 codec=self._codec(arm),
                 curriculum=self.curriculum,
             )
-        return self._blueprints[name]
+        return self._arm_specs[name]
 
     def _policy(self, arm: Arm, method: Method) -> Policy:
         """The method's roles, and the study's own on top; raises `StudyError` where nothing is left to share."""
-        parameters, frozen, parts = self.bench.parameters, self.bench.frozen, arm.parts(self.study)
+        parameters, frozen, parts = self.model_context.parameters, self.model_context.frozen, arm.parts(self.study)
         names = tuple(p.name for p in parameters)
         local = matching(parts.local, names, "parts.local")
         if both := sorted(frozen & local):
@@ -186,19 +194,19 @@ class Blueprints:
             )
         return method.policy(parameters).with_parts(frozen, local)
 
-    def initial(self, blueprint: Blueprint) -> tuple[dict[str, Array], dict[str, Array]]:
+    def initial(self, arm_spec: ArmSpec) -> tuple[dict[str, Array], dict[str, Array]]:
         """What an arm begins with: the values that sites get, and what only its coordinator keeps."""
-        return blueprint.method.initial(blueprint.layout.groups, self.bench.initial_values())
+        return arm_spec.method.initial(arm_spec.layout.groups, self.model_context.initial_values())
 
     def extends(self, arm: Arm) -> bool:
-        """Whether a void round comes on top of the study's; with privacy it is paid for."""
+        """Whether an aborted round comes on top of the study's; with privacy it is paid for."""
         return arm.masked(self.study) and self.study.protection.privacy is None
 
-    def start(self, blueprint: Blueprint) -> Mapping[str, Array]:
+    def start(self, arm_spec: ArmSpec) -> Mapping[str, Array]:
         """The state of an arm before round 1, what sites get and what the coordinator keeps: one for all its sites."""
-        name = blueprint.arm.name
+        name = arm_spec.arm.name
         if name not in self._starts:
-            public, private = self.initial(blueprint)
+            public, private = self.initial(arm_spec)
             self._starts[name] = MappingProxyType({**private, **public})
         return self._starts[name]
 

@@ -333,7 +333,7 @@ class Stopping(Silent):
 def test_a_run_resumed_on_another_fingerprint_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    study, ours = toy_study(), {**folder.fingerprint(), "device": "cpu", "precision": "fp32"}
+    study, ours = toy_study(), {**folder.fingerprint(), "device": "cpu", "precision": "fp32", "threads": "1"}
     with pytest.raises(Interrupted):
         go(tmp_path, study, watcher=Stopping())
     assert json.loads((tmp_path / "out" / "work" / "fingerprint.json").read_text()) == [ours]

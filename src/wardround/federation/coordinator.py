@@ -136,8 +136,8 @@ class Coordinator:
                 self._log.aborted(max(self._journal.aborted(TRAIN), default=state.round + 1), str(aborted))
                 if len(reasons) == MAX_ABORTED:
                     raise NotEnoughSites(
-                        f"{plan.arm}: {MAX_ABORTED} rounds in a row were aborted ({'; '.join(reasons)}). Mend the cause "
-                        "and run again with --resume"
+                        f"{plan.arm}: {MAX_ABORTED} rounds in a row were aborted ({'; '.join(reasons)}). Mend the "
+                        "cause and run again with --resume"
                     ) from aborted
                 continue
             reasons.clear()

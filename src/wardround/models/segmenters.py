@@ -116,4 +116,6 @@ class SwinUNETRSettings(NetworkSettings):
                 norm_name=self.normalisation(),
             )  # fmt: skip
         except (ImportError, ModuleNotFoundError) as error:
-            raise StudyError(f"model.kind=swin_unetr needs the package einops: pip install einops ({error})") from error
+            raise StudyError(
+                "model.kind: swin_unetr needs the package einops: pip install 'wardround[swin]'"
+            ) from error

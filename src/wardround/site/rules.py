@@ -23,8 +23,8 @@ class Rules:
     With `lint` it looks at every model before it trains on it (`Inspector`), and lets up to `catch_up` rounds that it
     missed explain a move. `rounds` is how many there are, where that is known, with one more for each aborted one where
     that `extends` the study; there are aborted ones only where updates are summed `masked`. It measures the model of
-    the `arm`, and the `baselines`. Scales start at `initial_scale`, or higher where the state before round 1, `initial` by
-    group and tensor, says so. Updates are rounded from `rounding_root`; without one, from a root that the operating
+    the `arm`, and the `baselines`. Scales start at `initial_scale`, or higher where the state before round 1, `initial`
+    by group and tensor, says so. Updates are rounded from `rounding_root`; without one, from a root that the operating
     system gives and that stays in the site's store. Its validation sums are `hidden` where they leave under masks, or
     not at all.
     """

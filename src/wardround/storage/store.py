@@ -213,7 +213,7 @@ class SiteStore:
         tail: Tail | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> None:
-        """Record a reply and the state it leaves in one transaction; then forget aborted rounds and those not in `keep`.
+        """Record a reply and the state it leaves at once; then forget aborted rounds and others not in `keep`.
 
         `facts` are written with it: nothing is kept of a request that was refused or never answered. With a memory,
         even an empty one, it survives a power cut, and so does `tail`, the end of the site's log, which needs no sync

@@ -28,7 +28,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 FOREIGN = Reading(foreign=True)
 # A study of which no model and no method is made: results are read without torch, and without plug-ins.
 UNREAD = Reading(foreign=True, unread=frozenset({"model", "method"}))
-# Problems that an error lists: a file from unseen hospitals can have any number.
+# Problems that an error lists: a file from elsewhere can have any number.
 _SHOWN = 50
 
 

@@ -1,6 +1,6 @@
 """The code that a study names: installed entry points that the sites allow by name, and nothing else unless asked.
 
-A study may come from unseen hospitals. What it names is neither called nor imported before this page has said yes.
+A study may come from anywhere. What it names is neither called nor imported before this page has said yes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""YAML from people and from unseen hospitals: read as YAML 1.2 means it, and within bounds that no study reaches.
+"""YAML from people and from elsewhere: read as YAML 1.2 means it, and within bounds that no study reaches.
 
 A few hundred bytes of aliases can stand for 10^9 values, and a few thousand brackets exhaust Python's stack: both are
 refused before anything is made of them.

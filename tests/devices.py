@@ -15,6 +15,7 @@ from wardround.learning.device import Compute, compute_of
 from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.training import Learner
 from wardround.plan.arm_specs import ArmSpecs
+from wardround.storage.store import NOTHING
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.wire import host
@@ -84,6 +85,18 @@ def learner_of(plans: ArmSpecs, folder: Path, compute: Compute, site: str = "A")
         groups=tuple(g.name for g in arm_spec.layout.groups),
         curriculum=arm_spec.curriculum,
     )
+
+
+def step_and_evaluation(study: Study, folder: Path, compute: Compute) -> set[str]:
+    """One round of a site, and the names of what it then measures on validation patients."""
+    plans = arm_specs_of(study)
+    learner = learner_of(plans, folder, compute)
+    public, _ = plans.initial(plans.arm_spec("federated"))
+    learner.load(public, NOTHING)
+    learner.train(1, public, NOTHING)
+    measured = set(learner.evaluate("validation"))
+    assert measured == {spec.name for spec in plans.task.metrics}
+    return measured
 
 
 def tensors_of(learner: Learner) -> Iterator[Tensor]:

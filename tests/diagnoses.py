@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.outlines import image_study
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile
 
@@ -56,13 +57,12 @@ def diagnosis_study(sites: Mapping[str, Any], **changes: Any) -> Study:
         "augment": "none",
         "split": {"validation": 0.2, "test": 0.3},
     }
-    values: dict[str, Any] = {
-        "name": "diagnoses",
-        "seed": 5,
-        "sites": dict(sites),
-        "model": {"kind": "densenet", "preset": "tiny"},
-        "local": {"steps": 6, "batch": 8, "optimizer": "adam", "lr": 0.01, "optimizer_state": "keep"},
-        "schedule": {"rounds": 4},
-    }
-    task |= changes.pop("task", {})
-    return Study.model_validate({**values, **changes, "task": task})
+    return image_study(
+        task,
+        changes,
+        name="diagnoses",
+        sites=dict(sites),
+        model={"kind": "densenet", "preset": "tiny"},
+        local={"steps": 6, "batch": 8, "optimizer": "adam", "lr": 0.01, "optimizer_state": "keep"},
+        schedule={"rounds": 4},
+    )

@@ -43,14 +43,17 @@ def blob(seed: int, slices: int, drawn: bool = True) -> tuple[np.ndarray, np.nda
 
 def outline_study(sites: Mapping[str, Any], **changes: Any) -> Study:
     """A study of the blobs in 2-D; `changes` replace parts of the task (`task`), or of the study."""
-    task = {"kind": "segmentation", "patch": [SIZE, SIZE], "split": {"validation": 0.2, "test": 0.3}}
-    values: dict[str, Any] = {
-        "name": "outlines",
-        "seed": 5,
-        "sites": dict(sites),
-        "model": {"kind": "monai_unet", "preset": "tiny"},
-        "local": {"steps": 6, "batch": 4, "optimizer": "adam", "lr": 0.02, "optimizer_state": "keep"},
-        "schedule": {"rounds": 6},
-    }
-    task |= changes.pop("task", {})
-    return Study.model_validate({**values, **changes, "task": task})
+    return image_study(
+        {"kind": "segmentation", "patch": [SIZE, SIZE], "split": {"validation": 0.2, "test": 0.3}},
+        changes,
+        name="outlines",
+        sites=dict(sites),
+        model={"kind": "monai_unet", "preset": "tiny"},
+        local={"steps": 6, "batch": 4, "optimizer": "adam", "lr": 0.02, "optimizer_state": "keep"},
+        schedule={"rounds": 6},
+    )
+
+
+def image_study(task: Mapping[str, Any], changes: Mapping[str, Any], **values: Any) -> Study:
+    """A study of a task of images; `changes` replace parts of the task (`task`), or of the study."""
+    return Study.model_validate({"seed": 5, **values, **changes, "task": {**task, **changes.get("task", {})}})

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from wardround.errors import DataError
-from wardround.imaging.readers.cases import Case, Patterns, Table, find_cases
+from wardround.imaging.readers.cases import Case, Patterns, find_cases
 from wardround.imaging.readers.labelled import read_case
+from wardround.study.images import CaseTable
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 
@@ -79,7 +80,7 @@ def skin(folder: Path, rows: list[tuple[str, str]], images: list[str]) -> Patter
         picture(folder / "images" / f"{name}.jpg", np.zeros((4, 4, 3), np.uint8))
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "lesion"), *rows])
-    return Patterns(("images/{id}",), None, Table("labels.csv", "image", "lesion"))
+    return Patterns(("images/{id}",), None, CaseTable(patient="lesion"))
 
 
 def test_a_table_says_whose_each_image_is(tmp_path: Path) -> None:

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
+from tests.devices import DEVICES, device_named, step_and_evaluation
 from tests.diagnoses import CLASSES, diagnosis_study, make_diagnoses
 
 import wardround
 from wardround.errors import DataError, StudyError
 from wardround.models.classifiers import DenseNetSettings, EfficientNetSettings, ResNetSettings
-from wardround.storage.store import NOTHING
 from wardround.tasks.classification import Classification, ClassificationTask, DiagnosedBatch, diagnosis_loss
 from wardround.tasks.states import State, patient_rows
 
@@ -125,12 +124,8 @@ def test_networks_by_name(settings: Any, dimensions: int) -> None:
 def test_a_step_and_an_evaluation_on_any_device(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = device_named(device, monkeypatch)
     sites = make_diagnoses(tmp_path, {"A": (4, 4, 4)})
-    plans = arm_specs_of(diagnosis_study({"A": {}}, local={"steps": 1, "batch": 4}))
-    learner = learner_of(plans, sites.of("A").data[0], compute)
-    public, _ = plans.initial(plans.arm_spec("federated"))
-    learner.load(public, NOTHING)
-    learner.train(1, public, NOTHING)
-    assert set(learner.evaluate("validation")) == {spec.name for spec in plans.task.metrics}
+    study = diagnosis_study({"A": {}}, local={"steps": 1, "batch": 4})
+    assert step_and_evaluation(study, sites.of("A").data[0], compute)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from monai.losses import DiceLoss
 from monai.metrics import compute_hausdorff_distance
 from pydantic import ValidationError
-from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
+from tests.devices import DEVICES, device_named, step_and_evaluation
 from tests.outlines import SIZE, make_outlines, outline_study
 
 import wardround
 from wardround.errors import DataError, StudyError
-from wardround.storage.store import NOTHING
 from wardround.tasks.augmentation import INTENSITY, SPATIAL, Augmentation, standard
 from wardround.tasks.overlap import hd95, overlap_metrics, overlap_scores
 from wardround.tasks.segmentation import Segmentation, SegmentationTask, overlap_loss
@@ -229,12 +228,7 @@ def test_a_step_and_an_evaluation_on_any_device(
     sites = make_outlines(tmp_path, {"A": 5})
     task = {"dimensions": dimensions, "patch": [16, 16, 4][:dimensions], "augment": "none"}
     study = outline_study({"A": {}}, task=task, local={"steps": 1, "batch": 2})
-    plans = arm_specs_of(study)
-    learner = learner_of(plans, sites.of("A").data[0], compute)
-    public, _ = plans.initial(plans.arm_spec("federated"))
-    learner.load(public, NOTHING)
-    learner.train(1, public, NOTHING)
-    assert set(learner.evaluate("validation")) == {spec.name for spec in plans.task.metrics}
+    assert step_and_evaluation(study, sites.of("A").data[0], compute)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

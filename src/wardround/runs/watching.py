@@ -38,7 +38,7 @@ class Watcher(Protocol):
     """
 
     def phase(self, name: str, finished: int, total: int) -> None:
-        """Parts of a phase are done; it begins with 0. Training is told by the other calls."""
+        """Parts of a phase are done; it begins with 0. The other calls report training."""
 
     def arms(self, names: Sequence[str], rounds: int) -> None:
         """The run will train these arms."""

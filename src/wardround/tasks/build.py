@@ -11,7 +11,7 @@ from wardround.errors import StudyError
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.plugins import NO_PLUGINS, Plugins
-from wardround.tasks.task import Task
+from wardround.tasks.task import ReadsFiles, Task
 
 _PARTS = ("metrics", "build_model", "dataset", "pooled", "loss", "score")
 
@@ -37,8 +37,8 @@ def build_task(
             return _whole(_custom(custom, plugins), f"factory: {custom.factory!r}")
         case other:
             made = _whole(other.build(study, embeddings or {}), f"kind: {other.kind!r}")
-            if hasattr(made, "readers"):
-                made.readers = plugins.readers
+            if isinstance(made, ReadsFiles):
+                made.read_by(plugins.readers)
             return made
 
 

@@ -18,43 +18,25 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from wardround.errors import DataError, StudyError
-from wardround.imaging.datasets.memory import ScanCache
-from wardround.imaging.datasets.split import Deal, by_seed
-from wardround.imaging.readers.cases import Case, Patterns, Table, find_cases
-from wardround.imaging.readers.labelled import LabelledImage, read_case
-from wardround.study.base import Config
-from wardround.study.plugins import NO_PLUGINS
-from wardround.study.tasks import Split as SplitRule
-from wardround.study.tasks import TaskSettings
-from wardround.tasks.augmentation import Augmentation, standard
+from wardround.imaging.readers.cases import Case
+from wardround.study.images import ImageSettings, LabelTable
+from wardround.tasks.augmentation import Augmentation
 from wardround.tasks.histograms import auroc, average_precision, calibration_error
-from wardround.tasks.labelled import normalised, resampled
+from wardround.tasks.images import Cases, ImageTask, PatientImages, resampled
 from wardround.tasks.reconstruction import PooledDataset, evaluating
 from wardround.tasks.states import Histogram
 from wardround.tasks.task import Dataset, MetricSpec, Source, Split
-from wardround.wire.canonical import canonical_json
 
 if TYPE_CHECKING:
     from wardround.study.schema import Study
 
-_CACHE_BYTES = 2**30
 _BINS = 200
 Floats = npt.NDArray[np.float64]
 
 
-class LabelTable(Config):
-    """A CSV in each site's folder that says whose each image is, and what it shows."""
-
-    file: str = Field("labels.csv", pattern=r"^[^/\\]+$")
-    id: str = Field("image", description="the column that names an image, `{id}` of the patterns")
-    patient: str = Field("patient", description="the column that names whose it is: images of one are never parted")
-    label: str = Field("label", description="the column that names its class, or its classes with `;` between them")
-
-
-class ClassificationTask(TaskSettings):
+class ClassificationTask(ImageSettings):
     """Which of several classes a patient's images show."""
 
-    scanner = "none"
     network = "build_classifier"
 
     kind: Literal["classification"]
@@ -63,18 +45,12 @@ class ClassificationTask(TaskSettings):
     classes: tuple[str, ...] = Field(min_length=2, description="as the table names them")
     multi_label: bool = Field(False, description="whether a patient can have several classes, or none")
     channels: int = Field(3, ge=1)
-    dimensions: Literal[2, 3] = 2
     size: tuple[int, ...] = Field((128, 128), description="voxels that images are resampled to")
-    split: SplitRule = SplitRule()
-    augment: Literal["standard", "none"] | tuple[dict[str, Any], ...] = Field(
-        "standard", description="or a list of MONAI's random dictionary transforms: `{name: RandFlipd, prob: 0.5}`"
-    )
     imbalance: Literal["none", "weighted", "balanced", "logit_adjusted"] = Field(
         "none",
         description="against classes that are rare at a site: `weighted` weighs the loss by 1 / frequency, `balanced` "
         "draws examples of all its classes alike, `logit_adjusted` adds log frequencies to the logits in training",
     )
-    leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
 
     @model_validator(mode="after")
     def _fits_together(self) -> ClassificationTask:
@@ -117,23 +93,20 @@ class DiagnosedBatch:
         return cls(*(torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels", "prior")))
 
 
-class DiagnosedDataset:
+class DiagnosedDataset(PatientImages):
     """One site's images with their classes; see `wardround.tasks.task.Dataset`. Raises DataError."""
 
     def __init__(
         self,
         site: str,
-        cases: Mapping[str, Sequence[Case]],
+        cases: Cases,
         split: Mapping[Split, Sequence[int]],
         config: ClassificationTask,
         augmentation: Augmentation,
     ) -> None:
-        self.site = site
-        self._config, self._augmentation, self._split = config, augmentation, split
-        self._names = tuple(cases)
-        self._cases = tuple(tuple(of_patient) for of_patient in cases.values())
+        super().__init__(site, cases, split)
+        self._config, self._augmentation = config, augmentation
         self._labels = [[_labels(case, config, site) for case in of_patient] for of_patient in self._cases]
-        self._cache = ScanCache[LabelledImage](_CACHE_BYTES)
         self._train = [(p, n) for p in split["train"] for n in range(len(self._cases[p]))]
         self._digests = [self._digest(patient) for patient in range(len(self._cases))]
         shown = np.array([self._labels[p][n] for p, n in self._train]).reshape(len(self._train), len(config.classes))
@@ -142,9 +115,7 @@ class DiagnosedDataset:
 
     def fingerprint(self) -> str:
         """Sha256 (hex) over images, classes and who trains, never over names or paths."""
-        splits: tuple[Split, ...] = ("train", "validation", "test")
-        seen = {name: sorted(self._digests[patient] for patient in self._split[name]) for name in splits}
-        return hashlib.sha256(canonical_json({"patients": seen, "classes": list(self._config.classes)})).hexdigest()
+        return self._hashed(self._digests, classes=list(self._config.classes))
 
     def __len__(self) -> int:
         return len(self._train)
@@ -163,14 +134,6 @@ class DiagnosedDataset:
             raise StudyError("task.imbalance: balanced draws examples by their class, which privacy does not cover")
         return tuple(patient for patient, _ in self._train)
 
-    def patients(self, split: Split) -> int:
-        """Number of patients in a split."""
-        return len(self._split[split])
-
-    def names(self, split: Split) -> tuple[str, ...]:
-        """The names of the patients of a split, in the order of `evaluation`: they stay at the site."""
-        return tuple(self._names[patient] for patient in self._split[split])
-
     def evaluation(self, split: Split) -> Iterator[tuple[int, DiagnosedBatch]]:
         """(patient number, all images of the patient)."""
         for patient in self._split[split]:
@@ -178,9 +141,7 @@ class DiagnosedDataset:
             yield patient, DiagnosedBatch.joined([self._example(patient, n, None) for n in numbers])
 
     def _example(self, patient: int, number: int, random: np.random.Generator | None) -> DiagnosedBatch:
-        key = (patient, number)
-        image = self._cache.get(key, lambda: read_case(self._cases[patient][number], self.site))
-        pixels = resampled(normalised(image.channels), self._config.size)
+        pixels = resampled(self._normalised(patient, number), self._config.size)
         if random is not None:
             pixels, _ = self._augmentation(pixels, pixels[:1], random)
         labels = torch.from_numpy(self._labels[patient][number].astype(np.float32))
@@ -208,19 +169,8 @@ def _labels(case: Case, config: ClassificationTask, site: str) -> npt.NDArray[np
     return np.array([name in names for name in config.classes])
 
 
-class Classification:
+class Classification(ImageTask[ClassificationTask]):
     """The task of a study; see `wardround.tasks.task.Task`."""
-
-    def __init__(self, study: Study, config: ClassificationTask) -> None:
-        self.study, self.config = study, config
-        self._deal: Deal = by_seed
-        self.readers = NO_PLUGINS.readers  # By site and ending; `build_task` sets what sites allow.
-        chain = standard(config.dimensions) if config.augment == "standard" else config.augment
-        self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
-
-    def deal_by(self, deal: Deal) -> None:
-        """See `wardround.tasks.task.Dealing`."""
-        self._deal = deal
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -229,17 +179,12 @@ class Classification:
 
     def build_model(self) -> nn.Module:
         """The network: images (B, C, *size) -> logits (B, K)."""
-        build: Any = getattr(self.study.model, self.config.network)  # a study whose model has none is refused
-        network: nn.Module = build(self.config.dimensions, self.config.channels, len(self.config.classes))
-        return network
+        return self._network(self.config.channels, len(self.config.classes))
 
     def dataset(self, site: str, source: Source) -> DiagnosedDataset:
         """The images and classes of a site."""
-        config, named = self.config, self.config.table
-        table = Table(named.file, named.id, named.patient, named.label)
-        cases = find_cases(source, site, Patterns(config.images, None, table, self.readers(site)))
-        split = self._deal(site, list(cases), config.split, self.study.seed, self.study.sites[site].role)
-        return DiagnosedDataset(site, cases, split, config, self._augmentation)
+        cases, split = self._cases(site, source, self.config.images, None, self.config.table)
+        return DiagnosedDataset(site, cases, split, self.config, self._augmentation)
 
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
         """The union of several sites' data sets."""

@@ -13,15 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.errors import DataError
-from wardround.imaging.datasets.memory import ScanCache
 from wardround.imaging.readers.cases import Case
-from wardround.imaging.readers.labelled import LabelledImage, read_case
+from wardround.imaging.readers.labelled import LabelledImage
 from wardround.tasks.augmentation import Augmentation
+from wardround.tasks.images import CONTENT, Cases, PatientImages, resampled
 from wardround.tasks.task import Split
-from wardround.wire.canonical import canonical_json
 
-_CACHE_BYTES = 2**30
-_CONTENT = 0.05
 Structures = Mapping[str, tuple[int, ...] | None]
 
 
@@ -73,7 +70,7 @@ class Sampling:
     foreground: float
 
 
-class LabelledDataset:
+class LabelledDataset(PatientImages):
     """One site's images and masks; see `wardround.tasks.task.Dataset`.
 
     Every image is read when the set is made, so that one that cannot be used does not stop a run at its end. Raises
@@ -83,7 +80,7 @@ class LabelledDataset:
     def __init__(
         self,
         site: str,
-        cases: Mapping[str, Sequence[Case]],
+        cases: Cases,
         split: Mapping[Split, Sequence[int]],
         structures: Structures,
         known: Sequence[bool],
@@ -92,17 +89,13 @@ class LabelledDataset:
         *,
         physical: bool,
     ) -> None:
-        self.site = site
-        self._names = tuple(cases)
-        self._cases = tuple(tuple(of_patient) for of_patient in cases.values())
-        self._split = split
+        super().__init__(site, cases, split)
         self._structures = structures
         self._known = torch.tensor(known, dtype=torch.float32)
         self._sampling = sampling
         self._augmentation = augmentation
         self._physical = physical
-        self._cache = ScanCache[LabelledImage](_CACHE_BYTES)
-        self._digests: dict[int, str] = {}
+        digests: list[str] = []
         training = frozenset(split["train"])
         examples: list[Example] = []
         for patient, of_patient in enumerate(self._cases):
@@ -113,7 +106,8 @@ class LabelledDataset:
                 digest.update(_digest(image))
                 if patient in training:
                     examples += self._parts(image, patient, number)
-            self._digests[patient] = digest.hexdigest()
+            digests.append(digest.hexdigest())
+        self._digests = tuple(digests)
         self._train = tuple(examples)
         if training and not examples:
             raise DataError(f"site {site}: no training image has anything to see; see `task.images`")
@@ -122,11 +116,8 @@ class LabelledDataset:
 
     def fingerprint(self) -> str:
         """Sha256 (hex) over the content of images and masks and who trains, never over names or paths."""
-        splits: tuple[Split, ...] = ("train", "validation", "test")
-        seen = {name: sorted(self._digests[patient] for patient in self._split[name]) for name in splits}
         rules = {name: None if values is None else list(values) for name, values in self._structures.items()}
-        content = {"patients": seen, "structures": rules, "known": [bool(k) for k in self._known]}
-        return hashlib.sha256(canonical_json(content)).hexdigest()
+        return self._hashed(self._digests, structures=rules, known=[bool(k) for k in self._known])
 
     def __len__(self) -> int:
         return len(self._train)
@@ -139,24 +130,13 @@ class LabelledDataset:
         """Whose each training example is."""
         return tuple(example.patient for example in self._train)
 
-    def patients(self, split: Split) -> int:
-        """Number of patients in a split."""
-        return len(self._split[split])
-
-    def names(self, split: Split) -> tuple[str, ...]:
-        """The names of the patients of a split, in the order of `evaluation`: they stay at the site."""
-        return tuple(self._names[patient] for patient in self._split[split])
-
     def evaluation(self, split: Split) -> Iterator[tuple[int, LabelledBatch]]:
         """(patient number, a whole image), patient by patient: all slices of a volume, or the volume or picture."""
         for patient in self._split[split]:
             for number in range(len(self._cases[patient])):
-                yield patient, self._whole(self._read(patient, number))
+                yield patient, self._whole(patient, number)
 
     # Images ----------------------------------------------------------------------------------------------------------
-
-    def _read(self, patient: int, number: int) -> LabelledImage:
-        return self._cache.get((patient, number), lambda: read_case(self._cases[patient][number], self.site))
 
     def _check(self, image: LabelledImage, case: Case) -> None:
         where, shape, place = f"site {self.site}", image.channels.shape[1:], str(case.images[0])
@@ -185,15 +165,14 @@ class LabelledDataset:
         if sampling.dimensions == 3 or len(shape) == 2:
             yield from (Example(patient, number, part) for part in range(sampling.per_image))
             return
-        drawn = self._masks(image).any(axis=(0, 1, 2))
+        drawn = self._masks(image.labels).any(axis=(0, 1, 2))
         first = image.channels[0].astype(np.float32)
-        content = (first > _CONTENT * first.max()).mean(axis=(0, 1)) > _CONTENT
+        content = (first > CONTENT * first.max()).mean(axis=(0, 1)) > CONTENT
         rest = np.flatnonzero(content & ~drawn)[:: sampling.empty_every]
         yield from (Example(patient, number, int(part)) for part in sorted([*np.flatnonzero(drawn), *rest]))
 
-    def _masks(self, image: LabelledImage) -> NDArray[np.bool_]:
+    def _masks(self, labels: NDArray[np.generic] | None) -> NDArray[np.bool_]:
         """(K, *shape), a channel a structure."""
-        labels = image.labels
         assert labels is not None
         return np.stack([labels != 0 if v is None else np.isin(labels, v) for v in self._structures.values()])
 
@@ -211,11 +190,12 @@ class LabelledDataset:
 
     def _example(self, example: Example, random: np.random.Generator) -> LabelledBatch:
         image = self._read(example.patient, example.case)
-        channels, masks = normalised(image.channels), torch.from_numpy(self._masks(image).astype(np.float32))
-        grid = self._grid(image)
-        if self._sampling.dimensions == 2 and channels.ndim == 4:
-            channels, masks = channels[..., example.part], masks[..., example.part]
-            grid = grid[:2]
+        labels, grid, part = image.labels, self._grid(image), None
+        assert labels is not None
+        if self._sampling.dimensions == 2 and labels.ndim == 3:
+            labels, grid, part = labels[..., example.part], grid[:2], example.part
+        channels = self._normalised(example.patient, example.case, part)
+        masks = torch.from_numpy(self._masks(labels).astype(np.float32))
         channels, masks = resampled(channels, grid), resampled(masks, grid, nearest=True)
         channels, masks = self._cropped(channels, masks, random)
         channels, masks = self._augmentation(channels, masks, random)
@@ -243,9 +223,10 @@ class LabelledDataset:
                 image, mask = (nn.functional.pad(part, pads) for part in (image, mask))
         return image, mask
 
-    def _whole(self, image: LabelledImage) -> LabelledBatch:
+    def _whole(self, patient: int, number: int) -> LabelledBatch:
         """An image for evaluation: channels on the network's grid, masks on its own."""
-        channels, masks = normalised(image.channels), torch.from_numpy(self._masks(image).astype(np.float32))
+        image, channels = self._read(patient, number), self._normalised(patient, number)
+        masks = torch.from_numpy(self._masks(image.labels).astype(np.float32))
         spacing = image.space.spacing if self._physical and image.space.spacing else (1.0,) * (masks.ndim - 1)
         grid = self._grid(image)
         if self._sampling.dimensions == 2 and masks.ndim == 4:
@@ -256,32 +237,6 @@ class LabelledDataset:
             channels, masks = resampled(channels, grid)[None], masks[None]
         known = self._known.expand(len(channels), -1)
         return LabelledBatch(channels.contiguous(), masks.contiguous(), known, spacing)
-
-
-def normalised(channels: NDArray[np.generic]) -> Tensor:
-    """Each channel (*shape) with mean 0 and deviation 1 over what it shows: what is above 5 % of its maximum."""
-    values = torch.from_numpy(channels.astype(np.float32))
-    for channel in values:
-        inside = channel[channel > _CONTENT * channel.max()]
-        if len(inside) > 1:
-            channel.sub_(inside.mean()).div_(inside.std().clamp_min(1e-6))
-    return values
-
-
-def resampled(x: Tensor, grid: Sequence[int], *, nearest: bool = False) -> Tensor:
-    """(N, *shape) or (N, C, *shape), over the last axes, on another grid: averaged where smaller, else linear."""
-    shape = tuple(x.shape[-len(grid) :])
-    if shape == tuple(grid):
-        return x
-    batch = x if x.ndim == len(grid) + 2 else x[None]
-    if nearest:
-        made = nn.functional.interpolate(batch, size=tuple(grid), mode="nearest-exact")
-    elif all(wanted <= have for wanted, have in zip(grid, shape, strict=True)):
-        made = nn.functional.interpolate(batch, size=tuple(grid), mode="area")
-    else:
-        mode = "trilinear" if len(grid) == 3 else "bilinear"
-        made = nn.functional.interpolate(batch, size=tuple(grid), mode=mode, align_corners=False)
-    return made if x.ndim == len(grid) + 2 else made[0]
 
 
 def _digest(image: LabelledImage) -> bytes:

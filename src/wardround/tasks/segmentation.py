@@ -7,20 +7,17 @@ its loss (partial labels).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from wardround.imaging.datasets.split import Deal, by_seed
-from wardround.imaging.readers.cases import Patterns, Table, find_cases
 from wardround.study.base import Config
-from wardround.study.plugins import NO_PLUGINS
-from wardround.study.tasks import Split as SplitRule
-from wardround.study.tasks import TaskSettings
-from wardround.tasks.augmentation import Augmentation, standard
-from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling, resampled
+from wardround.study.images import CaseTable, ImageSettings
+from wardround.tasks.images import ImageTask, resampled
+from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
 from wardround.tasks.reconstruction import PooledDataset, evaluating
 from wardround.tasks.task import Dataset, MetricSpec, Source
@@ -33,14 +30,6 @@ _WINDOWS = 16
 _OVERLAP = 0.25
 
 
-class CaseTable(Config):
-    """A CSV in each site's folder that says whose each image is."""
-
-    file: str = Field("labels.csv", pattern=r"^[^/\\]+$")
-    id: str = Field("image", description="the column that names an image, `{id}` of the patterns")
-    patient: str = Field("patient", description="the column that names whose it is")
-
-
 class OverlapLoss(Config):
     """Weights of the two parts of the loss."""
 
@@ -48,10 +37,9 @@ class OverlapLoss(Config):
     cross_entropy: float = Field(1.0, ge=0.0)
 
 
-class SegmentationTask(TaskSettings):
+class SegmentationTask(ImageSettings):
     """Outlines of structures in images, 2-D or 3-D."""
 
-    scanner = "none"
     network = "build_network"
 
     kind: Literal["segmentation"]
@@ -73,20 +61,14 @@ class SegmentationTask(TaskSettings):
     annotated: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="for a site that does not draw all structures: those it draws"
     )
-    dimensions: Literal[2, 3] = 2
     patch: tuple[int, ...] = Field((128, 128), description="voxels of an example, and of a window in evaluation")
     resize: tuple[int, int] | None = Field(None, description="2-D: rows and columns that images are resampled to")
     spacing: tuple[float, ...] | None = Field(None, description="mm that images are resampled to, along each axis")
     patches_per_image: int = Field(1, ge=1, description="examples of a volume (3-D) or picture")
     empty_every: int = Field(3, ge=1, description="2-D of volumes: every n-th slice without a structure is an example")
     foreground: float = Field(0.5, ge=0.0, le=1.0, description="share of patches around a voxel of a structure")
-    split: SplitRule = SplitRule()
-    augment: Literal["standard", "none"] | tuple[dict[str, Any], ...] = Field(
-        "standard", description="or a list of MONAI's random dictionary transforms: `{name: RandFlipd, prob: 0.5}`"
-    )
     loss: OverlapLoss = OverlapLoss()
     distances: Literal["mm", "pixels"] = Field("mm", description="`pixels` where files do not say how large they are")
-    leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
 
     @model_validator(mode="after")
     def _fits_together(self) -> SegmentationTask:
@@ -110,20 +92,13 @@ class SegmentationTask(TaskSettings):
         return Segmentation(study, self)
 
 
-class Segmentation:
+class Segmentation(ImageTask[SegmentationTask]):
     """The task of a study; see `wardround.tasks.task.Task`."""
 
-    def __init__(self, study: Study, config: SegmentationTask) -> None:
-        self.study, self.config = study, config
-        self._deal: Deal = by_seed
-        self.readers = NO_PLUGINS.readers  # By site and ending; `build_task` sets what sites allow.
-        self.structures = tuple(config.structures)
-        chain = standard(config.dimensions) if config.augment == "standard" else config.augment
-        self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
-
-    def deal_by(self, deal: Deal) -> None:
-        """See `wardround.tasks.task.Dealing`."""
-        self._deal = deal
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """What is outlined, in the order of channels."""
+        return tuple(self.config.structures)
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -132,20 +107,17 @@ class Segmentation:
 
     def build_model(self) -> nn.Module:
         """The network: images (B, C, *shape) -> logits (B, K, *shape)."""
-        build: Any = getattr(self.study.model, self.config.network)  # a study whose model has none is refused
-        network: nn.Module = build(self.config.dimensions, self.config.channels, len(self.structures))
-        return network
+        return self._network(self.config.channels, len(self.structures))
 
     def dataset(self, site: str, source: Source) -> LabelledDataset:
         """The images and masks of a site."""
         config = self.config
-        table = None if config.table is None else Table(config.table.file, config.table.id, config.table.patient)
-        cases = find_cases(source, site, Patterns(config.images, config.mask, table, self.readers(site)))
+        cases, split = self._cases(site, source, config.images, config.mask, config.table)
         drawn = config.annotated.get(site, self.structures)
         return LabelledDataset(
             site,
             cases,
-            self._deal(site, list(cases), config.split, self.study.seed, self.study.sites[site].role),
+            split,
             {name: None if values == "any" else values for name, values in config.structures.items()},
             [name in drawn for name in self.structures],
             Sampling(
@@ -173,17 +145,22 @@ class Segmentation:
     def logits(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
         """Logits (B, K, *shape of the masks) by windows of the size of a patch, in evaluation mode."""
         # Late: MONAI takes seconds to import, and a process that only reads the study needs none of it.
-        from monai.data.utils import compute_importance_map
         from monai.inferers import sliding_window_inference
 
-        patch, device = self.config.patch, batch.images.device
-        # Made on the CPU: torch's device for tests has no numbers to weigh windows with.
-        weights = compute_importance_map(patch, mode="gaussian").to(device)
+        weights = self._weights.to(batch.images.device)
         with evaluating(model), torch.no_grad():
             found: Any = sliding_window_inference(
-                batch.images, patch, _WINDOWS, model, overlap=_OVERLAP, roi_weight_map=weights
+                batch.images, self.config.patch, _WINDOWS, model, overlap=_OVERLAP, roi_weight_map=weights
             )
         return resampled(found.float(), batch.masks.shape[2:])
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        """Of the voxels of a window. Made on the CPU: torch's device for tests has no numbers."""
+        from monai.data.utils import compute_importance_map
+
+        weights: Tensor = compute_importance_map(self.config.patch, mode="gaussian")
+        return weights
 
     def score(self, model: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
         """All metrics of one whole image: name -> (1,)."""

@@ -6,7 +6,7 @@ Nothing here imports torch at run time, so that a coordinator can read metric sp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -231,6 +231,15 @@ class Dealing(Protocol):
 
     def deal_by(self, deal: Deal) -> None:
         """Take the parts of patients from `deal` in every data set that is opened from now on."""
+        ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """A task that reads image files, those of readers outside included where a site allows them."""
+
+    def read_by(self, readers: Callable[[str], Mapping[str, Any]]) -> None:
+        """Take from `readers`, by site, what reads files of an ending (".raw")."""
         ...
 
 

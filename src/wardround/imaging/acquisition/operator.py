@@ -46,7 +46,7 @@ class LinearOperator(ABC):
 
     @property
     def prompt(self) -> Tensor | None:
-        """What a network is told of whose scans these are: (B, tokens, dimension), where a site provides it."""
+        """The patients' embeddings, for a network that takes them: (B, tokens, dimension), where a site has them."""
         return None
 
     def to(self, device: torch.device) -> Self:

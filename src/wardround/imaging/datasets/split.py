@@ -21,7 +21,7 @@ SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
 def by_seed(site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
-    """A `Deal` that remembers nobody: see `split_patients`."""
+    """A `Deal` that keeps no record: see `split_patients`."""
     return split_patients(len(names), split, seed, site, role)
 
 

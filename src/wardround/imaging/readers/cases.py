@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import DataError
+from wardround.study.images import CaseTable, LabelTable
 from wardround.wire.files import reason
 
 ENDINGS = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg")
@@ -26,16 +27,6 @@ ENDINGS = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg")
 Reader = Callable[[Path], tuple[Any, Sequence[float] | None, Any]]
 _PLACE = re.compile(r"(\{patient\}|\{id\}|\*)")
 _MOST_ROWS = 1_000_000
-
-
-@dataclass(frozen=True)
-class Table:
-    """A CSV in a site's folder: the column that names an image, the one that names its patient, and a label's."""
-
-    file: str
-    id: str
-    patient: str
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Patterns:
 
     images: tuple[str, ...]
     mask: str | None = None
-    table: Table | None = None
+    table: CaseTable | None = None
     readers: Mapping[str, Reader] = field(default_factory=dict, compare=False)
 
     @property
@@ -189,15 +180,16 @@ def _complete(
         )
 
 
-def _rows(folder: Path, site: str, table: Table) -> dict[str, tuple[str, str]]:
+def _rows(folder: Path, site: str, table: CaseTable) -> dict[str, tuple[str, str]]:
     """Patient and label of each image. Raises DataError."""
     path, where = folder / table.file, f"site {site}, {table.file}"
+    column_of_label = table.label if isinstance(table, LabelTable) else ""
     rows: dict[str, tuple[str, str]] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             names = reader.fieldnames or []
-            for column in filter(None, (table.id, table.patient, table.label)):
+            for column in filter(None, (table.id, table.patient, column_of_label)):
                 if column not in names:
                     raise DataError(f"{where}: there is no column {column!r}; it has {', '.join(names)}")
             for number, row in enumerate(reader, 2):
@@ -206,7 +198,7 @@ def _rows(folder: Path, site: str, table: Table) -> dict[str, tuple[str, str]]:
                     raise DataError(f"{where}: line {number} names no image, or no patient", detail=str(path))
                 if key in rows:
                     raise DataError(f"{where}: line {number} names an image a second time", detail=f"{path}: {key}")
-                rows[key] = (whose, (row[table.label] or "").strip() if table.label else "")
+                rows[key] = (whose, (row[column_of_label] or "").strip() if column_of_label else "")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         said = reason(error) if isinstance(error, OSError) else "it is no CSV in UTF-8"
         raise DataError(f"{where}: cannot be read ({said})", detail=str(path)) from error
@@ -214,7 +206,7 @@ def _rows(folder: Path, site: str, table: Table) -> dict[str, tuple[str, str]]:
 
 
 def _fits(
-    site: str, found: Mapping[tuple[str, str], _Found], rows: Mapping[str, tuple[str, str]], table: Table
+    site: str, found: Mapping[tuple[str, str], _Found], rows: Mapping[str, tuple[str, str]], table: CaseTable
 ) -> None:
     names = Counter(name for _, name in found)
     without_row = [name for name in names if name not in rows]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from wardround.learning.methods.method import Array, Changes, LocalRound, Method
+from wardround.learning.methods.method import MODEL, Array, Changes, LocalRound, Method
 from wardround.learning.methods.server import Floats, Keep, is_trained, slot
 from wardround.study.methods import MethodSettings
 
@@ -41,7 +41,7 @@ class FedDyn(Method):
         """The changes; what the site remembers of its gradient goes on by them."""
         changes = super().changes(local)
         for name in local.trainable():
-            step = -self.alpha * changes["model"][name]
+            step = -self.alpha * changes[MODEL][name]
             before = local.memory.get(_GRADIENT + name)
             local.memory[_GRADIENT + name] = step if before is None else before + step
         return changes

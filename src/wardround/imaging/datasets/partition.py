@@ -30,8 +30,8 @@ def part(
     `even` gives all sites as many patients, to within one. `quantity` draws the sites' shares of all patients, and
     `labels` those of the patients of each label, from a symmetric Dirichlet distribution of concentration `alpha` (Hsu
     et al., arXiv 1909.06335): the smaller, the less alike are the sites. What is drawn depends on the seed, the sites'
-    names and the number of patients (of each label) alone; it is drawn anew until each site has `least` patients. Raises
-    StudyError where that cannot be, or where a patient has no label.
+    names and the number of patients (of each label) alone; it is drawn anew until each site has `least` patients.
+    Raises StudyError where that cannot be, or where a patient has no label.
     """
     if least < 1 or len(patients) < least * len(sites):
         raise StudyError(

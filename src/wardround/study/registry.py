@@ -47,6 +47,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "densenet": "wardround.models.classifiers:DenseNetSettings",
         "resnet": "wardround.models.classifiers:ResNetSettings",
         "efficientnet": "wardround.models.classifiers:EfficientNetSettings",
+        "efficientnet_lite": "wardround.models.efficientnet_lite:EfficientNetLiteSettings",
         "swin_unetr": "wardround.models.segmenters:SwinUNETRSettings",
     },
     "method": {

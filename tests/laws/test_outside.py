@@ -17,11 +17,13 @@ import yaml
 from typer.testing import CliRunner
 
 import wardround
-from tests.hospitals import head, make_hospitals, save, write_study
+from tests.hospitals import SIZE, head, make_hospitals, save, write_study
 from tests.outlines import make_outlines, outline_study
 from wardround.cli import app
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import load_model, study_of
+from wardround.results.card import write_card
+from wardround.results.html import write_report
 from wardround.runs.machine import Machine
 from wardround.study.load import UNREAD, load_study, plan_sha256, study_sha256
 from wardround.study.plugins import Plugins
@@ -38,6 +40,10 @@ scale = ward_outside:ScaleSettings
 [wardround.methods]
 clipped = ward_outside:ClippedSettings
 factory = ward_outside:Clipped
+[wardround.acquisitions]
+sampled = ward_outside:SampledSettings
+[wardround.baselines]
+filled = ward_outside:FILLED
 [wardround.engines]
 counting = ward_outside:counting
 [wardround.readers]
@@ -130,6 +136,100 @@ def test_a_task_and_an_engine_from_outside(package: None, tmp_path: Path) -> Non
     assert "Off by" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     with pytest.raises(StudyError, match="--engine other: there is none of that name; known are counting, local"):
         wardround.run(study, sites, tmp_path / "other", engine="other", quiet=True)
+
+
+SAMPLED: dict[str, Any] = {
+    "acquisition": {"kind": "sampled"},
+    "sites": {"Alpha": {}, "Beta": {"acquisition": {"kind": "sampled", "share": 0.7}}},
+    "task": {
+        "contrasts": ["flair"],
+        "size": [SIZE, SIZE],
+        "evaluation": {"tuning_slices": 1, "slices": {"per_patient": 1}, "tv_weights": [0.01]},
+    },
+}
+
+
+def test_an_acquisition_and_a_baseline_from_outside_are_checked_trained_tested_reported_and_applied(
+    package: None, tmp_path: Path
+) -> None:
+    study, sites = hospital(tmp_path, ("sampled", "filled"), **SAMPLED)
+    said = " ".join(CliRunner().invoke(app, ["check", str(study), "--sites", str(sites)]).output.split())
+    assert "50% of all pixels, noise 0.01" in said
+    assert "nothing learned: tv, filled" in said
+    out = tmp_path / "out"
+    result = wardround.run(study, sites, out, engine="local", quiet=True)
+    assert list(result.baselines) == ["tv", "filled"]
+    assert min(result.metric(arm, "Beta", "psnr") for arm in ("federated", "tv", "filled")) > 10.0
+    assert study_sha256(load_study(out / "study.yaml", reading=UNREAD)) == result.study_sha256
+    assert json.loads((out / "work" / "plan.json").read_text())["acquisition"] == {
+        "kind": "sampled", "share": 0.5, "noise": 0.01
+    }  # fmt: skip
+    host = Machine(load_study(study), load_sites(sites), out, ())
+    assert Machine.from_spec(json.loads(json.dumps(host.spec()))).study == host.study
+    assert wardround.evaluate(out, sites, engine="local", quiet=True).metrics == result.metrics
+    model, image = out / "models" / "federated.safetensors", tmp_path / "image.nii.gz"
+    save(head(3), image)
+    with pytest.raises(StudyError, match=r"scanner is a plug-in's, 'sampled'.*--plugin sampled"):
+        wardround.reconstruct(model, image, tmp_path / "image-out.nii.gz")
+    (done,) = wardround.reconstruct(model, image, tmp_path / "image-out.nii.gz", site="Beta", plugins=("sampled",))
+    assert "by the scanner of Beta (70% of all pixels, noise 0.01)" in done.said
+    assert "Untested there" not in done.said
+    assert done.metrics["network"]["psnr"] > 10.0
+    # What the run wrote is read without the package, and nothing that a package says becomes markup.
+    (tmp_path / "site-packages" / "ward_outside-1.dist-info" / "entry_points.txt").write_text("")
+    sys.modules.pop("ward_outside")
+    write_report(out)
+    write_card(out)
+    report, card = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "model_card.md"))
+    assert "Filled &lt;b&gt;" in report
+    assert "Filled <b>" not in report
+    assert "Filled &lt;b&gt;" in card
+    assert "sampled, share 0.7" in report
+    assert "sampled, share 0.7" in card
+    assert "SAMPLED" in CliRunner().invoke(app, ["inspect", str(model)]).output
+    assert "ward_outside" not in sys.modules
+    with pytest.raises(StudyError, match=r"acquisition\.kind: unknown kind 'sampled'"):
+        load_study(study)
+
+
+def test_an_acquisition_or_a_baseline_that_a_site_does_not_allow_is_not_imported(package: None, tmp_path: Path) -> None:
+    def refused(*allowed: str, **changes: Any) -> str:
+        study, sites = hospital(tmp_path, allowed, **{**SAMPLED, **changes})
+        said = " ".join(CliRunner().invoke(app, ["check", str(study), "--sites", str(sites)]).output.split())
+        with pytest.raises(StudyError) as caught:
+            wardround.run(study, sites, tmp_path / "out", engine="local", quiet=True)
+        assert ("ward_outside" in sys.modules) == bool(allowed)
+        assert allowed or str(caught.value) in said
+        return str(caught.value)
+
+    assert refused().startswith("acquisition.kind: site Alpha does not allow the plug-in 'sampled'")
+    mri = {"acquisition": {"coils": 4}, "sites": {"Alpha": {}, "Beta": {}}}
+    named = {**SAMPLED["task"], "evaluation": {"baselines": ["tv", "filled"]}}
+    only = "task.evaluation.baselines: site Alpha does not allow the plug-in 'filled'"
+    assert refused(task=named, **mri).startswith(only)
+    own = {"sites": {"Alpha": {"acquisition": {"kind": "sampled"}}, "Beta": {"acquisition": {"kind": "sampled"}}}}
+    assert refused(**own, acquisition={}).startswith("sites.Alpha.acquisition.kind: site Alpha does not allow")
+    # A plug-in that is allowed says that it is compared with one that is not.
+    assert refused("sampled").startswith(only)
+
+
+def test_an_acquisition_that_is_not_of_its_contract_and_an_unknown_baseline_are_errors_of_the_study(
+    package: None, tmp_path: Path
+) -> None:
+    def refused(acquisition: dict[str, Any], baselines: list[str]) -> str:
+        evaluation = {"baselines": baselines}
+        changes = {"task": {**SAMPLED["task"], "evaluation": evaluation}, "sites": {"Alpha": {}, "Beta": {}}}
+        study, sites = hospital(tmp_path, ("sampled", "filled", "scale"), **changes, acquisition=acquisition)
+        with pytest.raises(StudyError) as caught:
+            wardround.run(study, sites, tmp_path / "out", engine="local", quiet=True)
+        return str(caught.value)
+
+    sampled = {"kind": "sampled"}
+    assert "acquisition.shre: unknown key; did you mean `share`?" in refused({**sampled, "shre": 1.0}, [])
+    assert "acquisition.share: must be greater than 0" in refused({**sampled, "share": 0}, [])
+    assert "'fbp' is none of CAMERA; choose from tv" in refused(sampled, ["fbp"])
+    assert "there is no baseline 'fild'" in refused(sampled, ["fild"])
+    assert "'federated' is a reserved name" in refused(sampled, ["federated"])
 
 
 def test_a_reader_from_outside_reads_where_a_site_allows_its_ending_and_only_there(

@@ -72,10 +72,8 @@ def card(run: Run) -> str:
 
 
 def _intended(run: Run) -> list[str]:
-    purpose = {
-        "mri": "Research on reconstruction from undersampled raw data of the protocols below.",
-        "ct": "Research on reconstruction from projections of the protocols below.",
-    }.get(run.simulated or "", "Research on the task described by the study file.")
+    scanner = run.scanner
+    purpose = "Research on the task described by the study file." if scanner is None else scanner.purpose
     return [
         purpose,
         "Not for clinical decisions, and not for anatomy, scanners or protocols that are not listed below.",
@@ -84,7 +82,7 @@ def _intended(run: Run) -> list[str]:
 
 
 def _data(run: Run) -> str:
-    simulated = run.simulated is not None
+    simulated = run.scanner is not None
     rows = []
     for site in run.sites:
         patients = run.patients(site)

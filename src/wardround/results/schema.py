@@ -66,11 +66,19 @@ class LeftOut(Config):
     best_local: Row | None = Field(None, description="the best of the other sites' own models, chosen with hindsight")
 
 
+class Compared(Config):
+    """A classical method that the models are compared with."""
+
+    label: str
+    description: str
+
+
 class Measured(Config):
     """What the models of a run gave on test patients."""
 
     metric_specs: tuple[MetricInfo, ...] = Field(description="in the task's order; the first answers the question")
     metrics: dict[str, Table] = Field(description="by arm: `federated`, `local`, `pooled`, `baseline`, each baseline")
+    baselines: dict[str, Compared] = Field({}, description="by arm: what each baseline is; it learns nothing")
     gains: dict[str, dict[str, Table]] = Field(
         description="by arm and reference arm: paired differences, positive where the arm is better"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -13,21 +14,27 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 import wardround
+from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
 from tests.hospitals import SIZE, head, make_hospitals, save, write_study
 from tests.outlines import make_outlines, outline_study
+from wardround.audit.victims import measured_anew, singles
 from wardround.cli import app
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import load_model, study_of
 from wardround.results.card import write_card
 from wardround.results.html import write_report
 from wardround.runs.machine import Machine
+from wardround.site.evaluators import evaluators_of
+from wardround.storage.store import NOTHING
 from wardround.study.load import UNREAD, load_study, plan_sha256, study_sha256
 from wardround.study.plugins import Plugins
-from wardround.study.registry import BUILTIN, Section, builtin
+from wardround.study.registry import BASELINES, BUILTIN, Section, builtin, builtins
+from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
 from wardround.tasks.build import build_task
 
@@ -140,12 +147,17 @@ def test_a_task_and_an_engine_from_outside(package: None, tmp_path: Path) -> Non
 
 SAMPLED: dict[str, Any] = {
     "acquisition": {"kind": "sampled"},
-    "sites": {"Alpha": {}, "Beta": {"acquisition": {"kind": "sampled", "share": 0.7}}},
+    "sites": {
+        "Alpha": {},
+        "Beta": {"acquisition": {"kind": "sampled", "share": 0.7}},
+        "Gamma": {"role": "unseen", "scans": ["Alpha"], "acquisition": {"kind": "sampled", "share": 0.9}},
+    },
     "task": {
         "contrasts": ["flair"],
         "size": [SIZE, SIZE],
         "evaluation": {"tuning_slices": 1, "slices": {"per_patient": 1}, "tv_weights": [0.01]},
     },
+    "schedule": {"rounds": 1},
 }
 
 
@@ -157,9 +169,11 @@ def test_an_acquisition_and_a_baseline_from_outside_are_checked_trained_tested_r
     assert "50% of all pixels, noise 0.01" in said
     assert "nothing learned: tv, filled" in said
     out = tmp_path / "out"
-    result = wardround.run(study, sites, out, engine="local", quiet=True)
+    result = wardround.run(study, sites, out, engine="local", quiet=True, compare=("pooled",))
     assert list(result.baselines) == ["tv", "filled"]
-    assert min(result.metric(arm, "Beta", "psnr") for arm in ("federated", "tv", "filled")) > 10.0
+    assert min(result.metric(arm, "Beta", "psnr") for arm in ("federated", "pooled", "tv", "filled")) > 10.0
+    # A scanner that loses fewer pixels of the same patients.
+    assert result.metric("tv", "Gamma", "psnr") > result.metric("tv", "Alpha", "psnr")
     assert study_sha256(load_study(out / "study.yaml", reading=UNREAD)) == result.study_sha256
     assert json.loads((out / "work" / "plan.json").read_text())["acquisition"] == {
         "kind": "sampled", "share": 0.5, "noise": 0.01
@@ -192,6 +206,31 @@ def test_an_acquisition_and_a_baseline_from_outside_are_checked_trained_tested_r
         load_study(study)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_acquisition_from_outside_computes_where_its_site_does_and_can_be_attacked(
+    package: None, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_hospitals(tmp_path)
+    # Total variation runs on the meta device with the package's own acquisitions, and slowly.
+    task = {**SAMPLED["task"], "evaluation": {"baselines": ["filled"]}}
+    study = {**SAMPLED, "name": "sampled", "sites": {"Alpha": {}}, "task": task, "local": {"steps": 1}}
+    specs = arm_specs_of(Study.model_validate({**study, "model": {"preset": "tiny"}}))
+    learner = learner_of(specs, tmp_path / "Alpha", device_named(device, monkeypatch), "Alpha")
+    public, _ = specs.initial(specs.arm_spec("federated"))
+    learner.load(public, NOTHING)
+    assert learner.train(1, public, NOTHING).changes["model"]
+    evaluator = evaluators_of(tmp_path, tmp_path / "pictures.npz")["baseline"]
+    rows = evaluator(learner, None, {"baseline": "filled", "picture": "filled"}, "test")
+    assert len(rows["psnr"]) == learner.dataset.patients("test")
+    batch = learner.dataset.batch(range(len(learner.dataset)), np.random.default_rng(0))
+    assert len(batch.parts) == learner.dataset.patients("train") > 1  # each patient with holes of their own
+    alone = singles(batch)
+    assert [one.parts[0].operator for one in alone] == [part.operator for part in batch.parts for _ in range(len(part))]
+    # What an attacker expects of the true images is what was measured, but for the noise.
+    data, expected = (torch.cat([part.data for part in b.parts]) for b in (batch, measured_anew(batch, batch.target)))
+    assert (data - expected).abs().max() < 6 * 0.01  # 36,864 values of a normal distribution: 4.2 deviations
+
+
 def test_an_acquisition_or_a_baseline_that_a_site_does_not_allow_is_not_imported(package: None, tmp_path: Path) -> None:
     def refused(*allowed: str, **changes: Any) -> str:
         study, sites = hospital(tmp_path, allowed, **{**SAMPLED, **changes})
@@ -203,7 +242,7 @@ def test_an_acquisition_or_a_baseline_that_a_site_does_not_allow_is_not_imported
         return str(caught.value)
 
     assert refused().startswith("acquisition.kind: site Alpha does not allow the plug-in 'sampled'")
-    mri = {"acquisition": {"coils": 4}, "sites": {"Alpha": {}, "Beta": {}}}
+    mri: dict[str, Any] = {"acquisition": {"coils": 4}, "sites": {"Alpha": {}, "Beta": {}}}
     named = {**SAMPLED["task"], "evaluation": {"baselines": ["tv", "filled"]}}
     only = "task.evaluation.baselines: site Alpha does not allow the plug-in 'filled'"
     assert refused(task=named, **mri).startswith(only)
@@ -314,6 +353,21 @@ def test_a_kind_is_known_to_its_own_file_and_the_registry_alone(section: Section
     assert kind in builtin(section, kind).kinds()
     knowing = {path for path, (strings, modules) in _sources().items() if kind in strings or module in modules}
     assert {path for path in knowing if (kind, path) not in HOMONYMS} == {own, SOURCE / "study" / "registry.py"}
+
+
+# A network's word for its gradient, and a way to project.
+BACK_PROJECTION = {SOURCE / "models" / "learn.py", *(SOURCE / "imaging" / "acquisition" / "ct").glob("*.py")}
+
+
+# `tv` is what `reconstruct` looks at a network with, and what any acquisition is compared with.
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "tv"])
+def test_a_baseline_is_known_to_its_own_file_the_registry_and_the_acquisition_that_takes_it(name: str) -> None:
+    module = BASELINES[name].partition(":")[0]
+    own = SOURCE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    acquisitions = {Path(inspect.getfile(settings)) for settings in builtins("acquisition")}
+    knowing = {path for path, (strings, modules) in _sources().items() if name in strings or module in modules}
+    assert knowing - BACK_PROJECTION <= {own, SOURCE / "study" / "registry.py", *acquisitions}
+    assert SOURCE / "study" / "registry.py" in knowing
 
 
 @cache

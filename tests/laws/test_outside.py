@@ -28,7 +28,9 @@ from wardround.errors import DataError, StudyError
 from wardround.federation.release import load_model, study_of
 from wardround.results.card import write_card
 from wardround.results.html import write_report
+from wardround.results.schema import Part
 from wardround.runs.machine import Machine
+from wardround.runs.parts import parts_of
 from wardround.site.evaluators import evaluators_of
 from wardround.storage.store import NOTHING
 from wardround.study.load import UNREAD, load_study, plan_sha256, study_sha256
@@ -140,7 +142,17 @@ def test_a_task_and_an_engine_from_outside(package: None, tmp_path: Path) -> Non
 
     assert {"facts", "train", "evaluate"} <= set(MADE[-1].carried)
     assert result.metrics["federated"]["mean"]["off"].value is not None
-    assert "Off by" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    report, card = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("report.html", "model_card.md"))
+    assert "Off by" in report
+    # What the task says of its results is text.
+    (part,) = result.parts
+    assert (part.head, [row[0] for row in part.rows]) == (("site", "off", "why"), ["Alpha", "Beta"])
+    assert part.rows[0][1] == result.metric("federated", "Alpha", "off")
+    for page in (report, card):
+        assert "How far &lt;off&gt;" in page
+        assert "Of 3 x &amp; more." in page
+    assert "How far <off>" not in report
+    assert wardround.evaluate(tmp_path / "out", sites, engine="local", quiet=True).parts == result.parts
     with pytest.raises(StudyError, match="--engine other: there is none of that name; known are counting, local"):
         wardround.run(study, sites, tmp_path / "other", engine="other", quiet=True)
 
@@ -204,6 +216,15 @@ def test_an_acquisition_and_a_baseline_from_outside_are_checked_trained_tested_r
     assert "ward_outside" not in sys.modules
     with pytest.raises(StudyError, match=r"acquisition\.kind: unknown kind 'sampled'"):
         load_study(study)
+
+
+def test_a_part_of_the_report_that_fails_says_so_and_costs_no_result(package: None) -> None:
+    from ward_outside import Tripling
+
+    (part,) = parts_of(Tripling(24), {"local": {}})
+    assert "could not be made (KeyError)" in part.text
+    with pytest.raises(ValueError, match="not of its 2 columns"):
+        Part(title="Odd", head=("a", "b"), rows=(("c",),))
 
 
 @pytest.mark.parametrize("device", DEVICES)

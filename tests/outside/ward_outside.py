@@ -24,7 +24,7 @@ from wardround.study.baselines import Baseline
 from wardround.study.methods import WeightedSettings
 from wardround.study.models import ModelSettings
 from wardround.study.tasks import Modality, TaskSettings
-from wardround.tasks.task import MetricSpec, Source, Split
+from wardround.tasks.task import MetricSpec, ReportPart, Source, Split
 from wardround.wire.message import Message
 
 
@@ -183,6 +183,11 @@ class Tripling:
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         return (model(batch) - 3.0 * batch).square().mean()
+
+    def report_parts(self, numbers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[ReportPart]:
+        found = {site: row["off"] for site, row in numbers["federated"].items() if site != "mean"}
+        rows = [(site, off, None) for site, off in found.items()]
+        return [ReportPart("How far <off>", "Of 3 x & more.", ("site", "off", "why"), rows)]
 
     def score(self, model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         return {"off": (model(batch) - 3.0 * batch).abs().squeeze(1)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from wardround.results.answer import answer
 from wardround.results.metrics import MetricInfo
 from wardround.results.run import SMALL_N, Run, load_run
+from wardround.results.schema import Part
 from wardround.results.units import flat, human_bytes, human_seconds, protocol
 from wardround.results.views import comparison, warnings
 from wardround.study.tasks import ReconstructionTask
@@ -61,6 +62,7 @@ def card(run: Run) -> str:
         "Means over test patients with 95% intervals (Student's t) from the standard errors that sites computed; "
         f"the mean gives every training site the same weight. Fewer than {LEAST_PATIENTS} patients have no interval. "
         f"Where n is below {SMALL_N}, a single patient can decide the outcome.",
+        *(_part(part) for part in run.result.parts),
         "## Training",
         _bullets(_training(run)),
         "## Limits",
@@ -108,6 +110,12 @@ def _metric(run: Run, metric: MetricInfo) -> str:
     ]
     head = ["site", "n", *(escape(arm.label) for arm in run.arms)]
     return f"### {escape(metric.heading)}, {metric.direction}\n\n{_table(head, rows)}"
+
+
+def _part(part: Part) -> str:
+    """What the task says of its results."""
+    table = _table([escape(name) for name in part.head], part.cells) if part.head else ""
+    return "\n\n".join(each for each in (f"## {escape(part.title)}", escape(part.text), table) if each)
 
 
 def _training(run: Run) -> list[str]:

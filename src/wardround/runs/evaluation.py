@@ -22,6 +22,7 @@ from wardround.plan.sums import Result, results_in
 from wardround.results.metrics import MetricInfo
 from wardround.results.schema import ALIAS, Compared, Estimate, LeftOut, Measured, Row, Table
 from wardround.runs.context import Context
+from wardround.runs.parts import parts_of
 from wardround.runs.watching import TESTING, TUNING, Phase
 from wardround.tasks.estimates import Estimate as Found
 from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
@@ -203,6 +204,7 @@ def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
             **dict.fromkeys(sorted(host.without), "the run went on without it (--without)"),
             **{m.site: m.reason for m in measurements if m.results is None and not m.withheld},
         },
+        parts=parts_of(host.task, metrics),
     )
 
 

@@ -33,6 +33,7 @@ from wardround.runs.machine import Machine
 from wardround.runs.parts import parts_of
 from wardround.site.evaluators import evaluators_of
 from wardround.storage.store import NOTHING
+from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.load import UNREAD, load_study, plan_sha256, study_sha256
 from wardround.study.plugins import Plugins
 from wardround.study.registry import BASELINES, BUILTIN, Section, builtin, builtins
@@ -201,6 +202,17 @@ def test_an_acquisition_and_a_baseline_from_outside_are_checked_trained_tested_r
     assert "by the scanner of Beta (70% of all pixels, noise 0.01)" in done.said
     assert "Untested there" not in done.said
     assert done.metrics["network"]["psnr"] > 10.0
+    # Data that a camera measured, in units of its own.
+    truth = head(3).astype(np.float64)
+    seen = truth * (np.random.default_rng(0).random((SIZE, SIZE, 1)) < 0.6)
+    np.save(tmp_path / "raw.npy", 7 * seen.transpose(2, 0, 1).astype(np.int16))
+    (done,) = wardround.reconstruct(model, tmp_path / "raw.npy", tmp_path / "raw.nii.gz", plugins=("sampled",))
+    assert "Reconstructed 3 slices of 64 x 64 from raw data" in done.said
+    found = nibabel.load(tmp_path / "raw.nii.gz").get_fdata() / 7
+    assert np.square(found - truth).mean() < np.square(seen - truth).mean()
+    np.save(tmp_path / "raw.npy", np.full((3, SIZE, SIZE), np.nan))
+    with pytest.raises(DataError, match="the raw data hold what is no finite number"):
+        wardround.reconstruct(model, tmp_path / "raw.npy", tmp_path / "raw.nii.gz", plugins=("sampled",))
     # What the run wrote is read without the package, and nothing that a package says becomes markup.
     (tmp_path / "site-packages" / "ward_outside-1.dist-info" / "entry_points.txt").write_text("")
     sys.modules.pop("ward_outside")
@@ -389,6 +401,18 @@ def test_a_baseline_is_known_to_its_own_file_the_registry_and_the_acquisition_th
     knowing = {path for path, (strings, modules) in _sources().items() if name in strings or module in modules}
     assert knowing - BACK_PROJECTION <= {own, SOURCE / "study" / "registry.py", *acquisitions}
     assert SOURCE / "study" / "registry.py" in knowing
+
+
+@pytest.mark.parametrize("kind", list(BUILTIN["acquisition"]))
+def test_only_networks_readers_and_what_an_acquisition_names_ask_of_which_kind_scans_are(kind: str) -> None:
+    settings = builtin("acquisition", kind)
+    assert issubclass(settings, AcquisitionSettings)
+    places = (place.partition(":")[0] for place in (settings.reconstruction, settings.applied, settings.costs) if place)
+    own = {SOURCE.joinpath(*module.split(".")[1:]).with_suffix(".py") for module in places}
+    module = BUILTIN["acquisition"][kind].partition(":")[0]
+    knowing = {path for path, (strings, modules) in _sources().items() if kind in strings or module in modules}
+    rooms = {path.relative_to(SOURCE).parts[0] for path in knowing - own}
+    assert rooms <= {"models", "imaging", "study"}
 
 
 @cache

@@ -120,6 +120,9 @@ class SampledSettings(AcquisitionSettings):
         noise = torch.from_numpy(random.normal(0.0, self.noise, tuple(image.shape)).astype(np.float32))
         return operator.A(image + noise)
 
+    def read(self, raw: np.ndarray[Any, Any]) -> tuple[Sampled, Tensor]:
+        return Sampled(torch.from_numpy(raw != 0).float()), torch.from_numpy(raw.astype(np.float32))[None]
+
     def describe(self) -> str:
         return f"{self.share:.0%} of all pixels, noise {self.noise:g}"
 

@@ -92,7 +92,8 @@ class Reconstructor:
 
     An input is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
     or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`; a model
-    of CT takes other files, see `wardround.runs.apply_ct.reconstruct_ct`. `embedding` is a file with the patient's,
+    of CT takes other files, see `wardround.runs.apply_ct.reconstruct_ct`, and one of an acquisition outside the raw data
+    that it reads. `embedding` is a file with the patient's,
     for a model with anatomy; without it that model's map is neutral. `dose` is a share of the dose of measured
     projections to be simulated. With `fallback`, where the network is out of its depth (`wardround.runs.depth`) total
     variation's image is written instead of the network's. `plugins` are names of installed plug-ins that may be
@@ -255,18 +256,24 @@ def _trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
     return tuple(sorted({a.coils for a in found if isinstance(a, MRIAcquisition)}))
 
 
-def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
+def read_array(source: Path, what: str) -> Array:
+    """The array of a .npy file, which is called `what` in errors, mapped. Raises DataError for any other file."""
     try:
         # Mapped: a header that says more than the file holds takes no memory.
-        kspace = np.load(source, mmap_mode="r", allow_pickle=False)
+        found = np.load(source, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
-        raise DataError("the k-space file does not exist; check its path", detail=str(source)) from error
+        raise DataError(f"the {what} file does not exist; check its path", detail=str(source)) from error
     except PermissionError as error:
-        raise DataError(f"the k-space file cannot be read ({reason(error)})", detail=str(source)) from error
+        raise DataError(f"the {what} file cannot be read ({reason(error)})", detail=str(source)) from error
     except (OSError, EOFError, ValueError) as error:
-        raise DataError("the k-space file is not a NumPy array (.npy)", detail=f"{source}: {error}") from error
-    if not isinstance(kspace, np.ndarray):
-        raise DataError("the k-space file holds several arrays; store one array as .npy", detail=str(source))
+        raise DataError(f"the {what} file is not a NumPy array (.npy)", detail=f"{source}: {error}") from error
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"the {what} file holds several arrays; store one array as .npy", detail=str(source))
+    return found
+
+
+def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
+    kspace = read_array(source, "k-space")
     if kspace.ndim not in (3, 4) or not np.iscomplexobj(kspace) or 0 in kspace.shape:
         raise DataError(
             "k-space must be complex, (coils, H, W) or (slices, coils, H, W); "

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
+from wardround.errors import DataError
 from wardround.study.base import Settings
 from wardround.study.tasks import Modality, ReconstructionTask
 
@@ -65,6 +66,13 @@ class AcquisitionSettings(Settings):
         `random`: a NumPy generator of this one scan, for noise.
         """
         return operator.A(image)
+
+    def read(self, raw: Any) -> tuple[Any, Any]:
+        """What a real scanner measured of one slice, for `reconstruct`: its operator and its data (1, *data_shape).
+
+        raw: an array of a file from outside, of any shape and type. Raises `DataError` where it is no such data.
+        """
+        raise DataError(f"the acquisition {self.kind} reads no raw data; give a NIfTI image, which is scanned first")
 
     def facts(self) -> dict[str, float | str]:
         """Numbers and words by names for people: a model's file lists them, and other scans are compared with them."""

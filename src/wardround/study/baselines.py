@@ -31,8 +31,12 @@ class Baseline:
     modalities: frozenset[Modality] | None = None
     #: Whether it takes images of MRI for real, so that coil maps have to carry their phase.
     real_images: bool = False
-    #: Its look in the report; empty for a spare one.
+    #: The look of one of the package's own in the report; all others have spare ones.
     style: str = ""
+
+    def __post_init__(self) -> None:
+        if self.key and self.key not in Evaluation.model_fields:
+            raise ValueError(f"the baseline {self.label!r} takes weights from task.evaluation.{self.key}: no such key")
 
     def serves(self, modality: Modality) -> bool:
         """Whether it works on what a modality measures."""

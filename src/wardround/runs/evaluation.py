@@ -20,8 +20,9 @@ from wardround.federation.release import as_tensor_file, model_of_study, model_p
 from wardround.plan.arms import FEDERATED, POOLED
 from wardround.plan.sums import Result, results_in
 from wardround.results.metrics import MetricInfo
-from wardround.results.schema import ALIAS, Estimate, LeftOut, Measured, Row, Table
+from wardround.results.schema import ALIAS, Compared, Estimate, LeftOut, Measured, Row, Table
 from wardround.runs.context import Context
+from wardround.runs.parts import parts_of
 from wardround.runs.watching import TESTING, TUNING, Phase
 from wardround.tasks.estimates import Estimate as Found
 from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
@@ -181,9 +182,9 @@ def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
     if any(alone.values()):
         compared["local"] = alone
     metrics: dict[str, Table] = {row: _row(specs, training, sites) for row, sites in compared.items()}
-    baselines = host.study.baselines
+    baselines = {name: host.plugins.baseline(name, host.study.modality) for name in host.study.baselines}
     if baselines:
-        metrics[ALIAS] = metrics[baselines[0]]
+        metrics[ALIAS] = metrics[next(iter(baselines))]
     left_out = _left_out(specs, training, results)
     for row, key in ((FEDERATED, "federated"), ("local", "best_local")):
         sites = [_means(entry[key]) for entry in left_out.values() if key in entry]
@@ -192,6 +193,7 @@ def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
     return Measured(
         metric_specs=tuple(MetricInfo(**spec.to_json()) for spec in specs),
         metrics=metrics,
+        baselines={name: Compared(label=b.label, description=b.description) for name, b in baselines.items()},
         gains={FEDERATED: _gains(specs, compared, training)},
         left_out={
             site: LeftOut(**{key: _at_site(specs, _means(results)) for key, results in entry.items()})
@@ -202,6 +204,7 @@ def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
             **dict.fromkeys(sorted(host.without), "the run went on without it (--without)"),
             **{m.site: m.reason for m in measurements if m.results is None and not m.withheld},
         },
+        parts=parts_of(host.task, metrics),
     )
 
 

@@ -88,8 +88,9 @@ class SiteData(Config):
     plugins: tuple[str, ...] = Field(
         (),
         description="names of the installed entry points (groups `wardround.tasks`, `wardround.models`, "
-        "`wardround.methods`) whose code a study may have called here; a study that names another is refused. Also the "
-        "endings (without the dot) of image files that an installed reader (group `wardround.readers`) may read",
+        "`wardround.methods`, `wardround.acquisitions`, `wardround.baselines`) whose code a study may have called "
+        "here; a study that names another is refused. Also the endings (without the dot) of image files that an "
+        "installed reader (group `wardround.readers`) may read",
     )
     encryption_key: str | None = Field(
         None,

@@ -75,7 +75,10 @@ def _intended(run: Run) -> list[str]:
     purpose = {
         "mri": "Research on reconstruction from undersampled raw data of the protocols below.",
         "ct": "Research on reconstruction from projections of the protocols below.",
-    }.get(run.simulated or "", "Research on the task described by the study file.")
+    }.get(run.simulated or "")
+    if purpose is None or not isinstance(run.study.task, ReconstructionTask):
+        scanned = ", from simulated raw data of the protocols below" if run.simulated else ""
+        purpose = f"Research on the task described by the study file{scanned}."
     return [
         purpose,
         "Not for clinical decisions, and not for anatomy, scanners or protocols that are not listed below.",
@@ -116,8 +119,9 @@ def _training(run: Run) -> list[str]:
     result, study = run.result, run.study.model_dump(mode="json")
     lines = [f"Sites that trained: {', '.join(run.training)}", f"Rounds: {result.rounds}"]
     # A task of one's own builds its own model: that of the study file is none of it.
-    own = not isinstance(run.study.task, ReconstructionTask)
-    for section in ("task" if own else "model", "method", "local", "schedule", "protection"):
+    task = run.study.task
+    own = () if isinstance(task, ReconstructionTask) else ("task",)
+    for section in (*own, *(("model",) if task.network else ()), "method", "local", "schedule", "protection"):
         # What a study leaves to the model's preset is not "none".
         shown = {key: value for key, value in study[section].items() if section != "model" or value is not None}
         lines.append(f"{section.capitalize()}: {', '.join(f'{key} {value}' for key, value in flat(shown))}")

@@ -14,7 +14,7 @@ from wardround.study.acquisition import MRIAcquisition
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import UNREAD, load_study
 from wardround.study.schema import Study
-from wardround.study.tasks import Modality, ReconstructionTask
+from wardround.study.tasks import Modality
 
 SMALL_N = 10
 SATURATION_LIMIT = 1e-4
@@ -149,8 +149,8 @@ class Run:
 
     @property
     def simulated(self) -> Modality | None:
-        """Which acquisition a reconstruction's raw data are simulated by; None for tasks of another kind."""
-        return self.study.modality if isinstance(self.study.task, ReconstructionTask) else None
+        """Which acquisition a task's raw data are simulated by; None for tasks without scanners."""
+        return self.study.modality if self.study.task.scanner == "needed" else None
 
     def acquisition(self, site: str) -> MRIAcquisition | CTAcquisition | None:
         """The simulated protocol of a site; None for a task without scanners."""

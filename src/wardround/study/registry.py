@@ -29,6 +29,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
     "task": {
         "reconstruction": "wardround.study.tasks:ReconstructionTask",
         "segmentation": "wardround.tasks.segmentation:SegmentationTask",
+        "chain": "wardround.tasks.chain:ChainTask",
         "classification": "wardround.tasks.classification:ClassificationTask",
         "custom": "wardround.study.tasks:CustomTask",
     },
@@ -64,7 +65,12 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
     },
 }
 # The model of a study that names none, by its task; every other task builds its network itself.
-MODELS: Mapping[str, str] = {"reconstruction": "modl", "segmentation": "monai_unet", "classification": "densenet"}
+MODELS: Mapping[str, str] = {
+    "reconstruction": "modl",
+    "segmentation": "monai_unet",
+    "classification": "densenet",
+    "chain": "modl",
+}
 GROUPS: Mapping[Section, str] = {"task": "wardround.tasks", "model": "wardround.models", "method": "wardround.methods"}
 # Readers of image files; the name of an entry point is the ending that it reads, without the dot.
 READERS = "wardround.readers"

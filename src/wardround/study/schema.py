@@ -318,7 +318,7 @@ class Study(Config):
     @property
     def baselines(self) -> tuple[str, ...]:
         """The classical methods that the study compares with."""
-        return () if self.evaluation is None else self.evaluation.baselines_for(self.modality)
+        return self.task.compares_with(self.modality) if self.scans else ()
 
     @property
     def training_sites(self) -> tuple[str, ...]:

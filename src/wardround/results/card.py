@@ -75,10 +75,7 @@ def _intended(run: Run) -> list[str]:
     purpose = {
         "mri": "Research on reconstruction from undersampled raw data of the protocols below.",
         "ct": "Research on reconstruction from projections of the protocols below.",
-    }.get(run.simulated or "")
-    if purpose is None or not isinstance(run.study.task, ReconstructionTask):
-        scanned = ", from simulated raw data of the protocols below" if run.simulated else ""
-        purpose = f"Research on the task described by the study file{scanned}."
+    }.get(run.simulated or "", "Research on the task described by the study file.")
     return [
         purpose,
         "Not for clinical decisions, and not for anatomy, scanners or protocols that are not listed below.",

@@ -318,7 +318,9 @@ class Study(Config):
     @property
     def baselines(self) -> tuple[str, ...]:
         """The classical methods that the study compares with."""
-        return self.task.compares_with(self.modality) if self.scans else ()
+        if self.evaluation is None:
+            return self.task.compares_with
+        return self.evaluation.baselines_for(self.modality)
 
     @property
     def training_sites(self) -> tuple[str, ...]:

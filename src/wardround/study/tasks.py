@@ -102,8 +102,9 @@ class TaskSettings(Settings):
         """Whether the study trains once more without each of its training sites."""
         return bool(getattr(self, "leave_one_out", False))
 
-    def compares_with(self, modality: Modality) -> tuple[str, ...]:
-        """The methods that learn nothing and that results are shown beside."""
+    @property
+    def compares_with(self) -> tuple[str, ...]:
+        """The classical methods that results are shown beside, of a task without an `evaluation` that says it."""
         return ()
 
     def build(self, study: Any, embeddings: Mapping[str, Path]) -> Any:
@@ -135,10 +136,6 @@ class ReconstructionTask(TaskSettings):
     def leaves_out(self) -> bool:
         """What its evaluation says."""
         return self.evaluation.leave_one_out
-
-    def compares_with(self, modality: Modality) -> tuple[str, ...]:
-        """What its evaluation says."""
-        return self.evaluation.baselines_for(modality)
 
 
 class CustomTask(TaskSettings):

@@ -23,7 +23,7 @@ from wardround.study.base import Config
 from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.study.models import ModelSettings
 from wardround.study.registry import MODELS, builtin, builtins, read
-from wardround.study.tasks import Loss, Modality
+from wardround.study.tasks import Loss
 from wardround.tasks.augmentation import SPATIAL, standard
 from wardround.tasks.images import CONTENT, ImageTask, resampled
 from wardround.tasks.labelled import LabelledDataset, Sampling
@@ -48,6 +48,9 @@ _TOGETHER = 8
 _LEAST_HEAD = 0.05
 # A deviation below it is that of a slice of noise, which must not be blown up to look like anatomy.
 _LEAST_DEVIATION = 0.02
+# Taken from every logit: what is outlined is small, and an untrained network that marks half of an image spends its
+# first hundreds of steps on learning that.
+RARE = 3.0
 
 
 class ChainLosses(Config):
@@ -119,7 +122,8 @@ class ChainTask(DrawnSettings):
                 )
         return self
 
-    def compares_with(self, modality: Modality) -> tuple[str, ...]:
+    @property
+    def compares_with(self) -> tuple[str, ...]:
         """Zero-filled images, of which there is no outline."""
         return ("zero_filled",) if self.seen == "reconstruction" else ()
 
@@ -152,7 +156,8 @@ class ChainNetwork(nn.Module):
     def forward(self, scans: MRIBatch, channels: int) -> tuple[Tensor, Tensor]:
         """`scans` are of B * C images, the channels of a slice one after the other."""
         images = self.images(scans).reshape(-1, channels, *scans.target.shape[1:])
-        return images, self.diagnosis(standardised(images))
+        logits: Tensor = self.diagnosis(standardised(images))
+        return images, logits - RARE
 
     def images(self, scans: MRIBatch) -> Tensor:
         """The first stage alone: magnitudes (B * C, H, W)."""

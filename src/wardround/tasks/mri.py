@@ -94,6 +94,7 @@ class MRIDataset(ReconstructionDataset[MRIBatch]):
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         super().__init__(index, task, MRIBatch.joined)
+        self.acquisition = acquisition
         self.scanner = MRIScanner(index.site, acquisition, seed)
         self._cache = ScanCache[Scan](cache_bytes)
 

@@ -122,8 +122,9 @@ def _training(run: Run) -> list[str]:
     result, study = run.result, run.study.model_dump(mode="json")
     lines = [f"Sites that trained: {', '.join(run.training)}", f"Rounds: {result.rounds}"]
     # A task of one's own builds its own model: that of the study file is none of it.
-    own = not isinstance(run.study.task, ReconstructionTask)
-    for section in ("task" if own else "model", "method", "local", "schedule", "protection"):
+    task = run.study.task
+    own = () if isinstance(task, ReconstructionTask) else ("task",)
+    for section in (*own, *(("model",) if task.network else ()), "method", "local", "schedule", "protection"):
         # What a study leaves to the model's preset is not "none".
         shown = {key: value for key, value in study[section].items() if section != "model" or value is not None}
         lines.append(f"{section.capitalize()}: {', '.join(f'{key} {value}' for key, value in flat(shown))}")

@@ -14,7 +14,6 @@ from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.load import UNREAD, load_study
 from wardround.study.registry import BASELINES, baseline
 from wardround.study.schema import Study
-from wardround.study.tasks import ReconstructionTask
 
 SMALL_N = 10
 SATURATION_LIMIT = 1e-4
@@ -151,8 +150,8 @@ class Run:
 
     @property
     def scanner(self) -> AcquisitionSettings | None:
-        """How the raw data of a reconstruction are simulated; None for tasks of another kind."""
-        return self.study.scanner if isinstance(self.study.task, ReconstructionTask) else None
+        """How a task's raw data are simulated; None for tasks without scanners."""
+        return self.study.scanner if self.study.task.scanner == "needed" else None
 
     def acquisition(self, site: str) -> AcquisitionSettings | None:
         """The simulated protocol of a site; None for a task without scanners."""

@@ -97,8 +97,8 @@ def _study(host: Machine, arm_spec: ArmSpec) -> str:
 
 
 def _simulates(study: Study) -> bool:
-    """Whether raw data are simulated; a task of one's own has no scanner of the study's, and no model of it."""
-    return isinstance(study.task, ReconstructionTask)
+    """Whether raw data are simulated, by scanners that the study describes."""
+    return study.task.scanner == "needed"
 
 
 def _model(study: Study) -> str:

@@ -36,6 +36,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
     "task": {
         "reconstruction": "wardround.study.tasks:ReconstructionTask",
         "segmentation": "wardround.tasks.segmentation:SegmentationTask",
+        "chain": "wardround.tasks.chain:ChainTask",
         "classification": "wardround.tasks.classification:ClassificationTask",
         "custom": "wardround.study.tasks:CustomTask",
     },
@@ -76,7 +77,12 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
     },
 }
 # The model of a study that names none, by its task; every other task builds its network itself.
-MODELS: Mapping[str, str] = {"reconstruction": "modl", "segmentation": "monai_unet", "classification": "densenet"}
+MODELS: Mapping[str, str] = {
+    "reconstruction": "modl",
+    "segmentation": "monai_unet",
+    "classification": "densenet",
+    "chain": "modl",
+}
 # Classical methods to compare with, in the order of reports.
 BASELINES: Mapping[str, str] = {
     "zero_filled": "wardround.imaging.baselines.zero_filled:ZERO_FILLED",

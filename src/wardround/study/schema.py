@@ -336,7 +336,7 @@ class Study(Config):
     def baselines(self) -> tuple[str, ...]:
         """The classical methods that the study compares with."""
         if self.evaluation is None:
-            return ()
+            return self.task.compares_with
         named = self.evaluation.baselines
         return self.scanner.baselines if named is None else named
 

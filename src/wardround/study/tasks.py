@@ -87,6 +87,11 @@ class TaskSettings(Settings):
         """Whether the study trains once more without each of its training sites."""
         return bool(getattr(self, "leave_one_out", False))
 
+    @property
+    def compares_with(self) -> tuple[str, ...]:
+        """The classical methods that results are shown beside, of a task without an `evaluation` that says it."""
+        return ()
+
     def build(self, study: Any, embeddings: Mapping[str, Path]) -> Any:
         """The `wardround.tasks.task.Task` of a `study` with this section.
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.devices import DEVICES, arm_specs_of, device_named, learner_of, step_and_evaluation
+from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
+from tests.laws.test_devices import _steps_and_evaluation
 from tests.laws.test_stages import stage_of
 from tests.outlines import SIZE, image_study, make_outlines
 
@@ -19,6 +20,7 @@ import wardround
 from wardround.errors import DataError, StudyError
 from wardround.learning.device import CPU
 from wardround.runs.explain import explain
+from wardround.site.evaluators import evaluators_of
 from wardround.storage.store import NOTHING
 from wardround.study.hashes import written
 from wardround.study.schema import Study
@@ -268,9 +270,16 @@ def test_pooled_sites_may_have_unlike_coils(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_step_and_an_evaluation_on_any_device(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds, the second from what the site kept; metrics, pictures, and the zero-filled images beside them."""
     compute = device_named(device, monkeypatch)
-    sites = make_outlines(tmp_path, {"A": 5}, slices=2)
-    assert step_and_evaluation(chain_study(), sites.of("A").data[0], compute)
+    local = {"steps": 1, "batch": 2, "optimizer": "adam", "optimizer_state": "keep", "clip_norm": 1.0}
+    study, folder = chain_study(local=local), make_outlines(tmp_path / "data", {"A": 5}, slices=2).of("A").data[0]
+    _steps_and_evaluation(study, folder, compute, tmp_path)
+    learner = learner_of(arm_specs_of(study), folder, compute)
+    rows = evaluators_of(tmp_path, tmp_path / "pictures.npz")["baseline"](
+        learner, None, {"baseline": "zero_filled"}, "test"
+    )
+    assert len(rows["psnr"]) == learner.dataset.patients("test") > 0
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -299,6 +308,11 @@ def test_scans_of_ct_are_refused() -> None:
         chain_study(model={"kind": "redcnn"})
     with pytest.raises(ValidationError, match="needs one"):
         chain_study(acquisition=None)
+
+
+def test_a_size_that_the_segmenter_cannot_halve_is_refused() -> None:
+    with pytest.raises(StudyError, match=r"task\.size: .* does not take 30 x 32 pixels"):
+        arm_specs_of(chain_study(task={"size": [30, 32]})).arm_spec("federated")
 
 
 def test_images_that_are_no_magnitudes_are_refused_without_a_name(tmp_path: Path) -> None:

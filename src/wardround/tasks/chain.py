@@ -210,6 +210,7 @@ class Chain(ImageTask[ChainTask]):
         first = build_model(self.study.model, "mri") if config.seen == "reconstruction" else None
         build: Any = getattr(config.segmenter, "build_network")  # noqa: B009 - which settings have it, the study checked
         second: nn.Module = build(2, config.channels, len(self.structures))
+        _check_size(second, config.channels, config.size)
         return ChainNetwork(first, second, full=config.seen == "full")
 
     def dataset(self, site: str, source: Source) -> ChainDataset:
@@ -307,6 +308,19 @@ class Chain(ImageTask[ChainTask]):
         """How each of these examples is shown; None for as it is."""
         if isinstance(dataset, ChainDataset):
             yield from (turn for _, turn in dataset.shown())
+
+
+def _check_size(network: nn.Module, channels: int, size: tuple[int, int]) -> None:
+    """Raise `StudyError` where a network does not take images of a size."""
+    try:
+        with evaluating(network), torch.no_grad():
+            network(torch.zeros(1, channels, *size))
+    except RuntimeError as error:
+        raise StudyError(
+            f"task.size: the network of task.segmenter halves images several times and does not take {size[0]} x "
+            f"{size[1]} pixels; multiples of 32 fit all of them",
+            detail=str(error),
+        ) from error
 
 
 def standardised(images: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class ChainBatch:
         return len(self.scans) // len(self.masks)
 
     def parts(self, slices: int) -> Iterator[MRIBatch]:
-        """The scans of at most so many slices at a time, in order: a whole volume's would fill a memory."""
+        """The scans of up to `slices` slices at a time, in order: those of a whole volume would fill a memory."""
         step = slices * self.channels
         for start in range(0, len(self.scans), step):
             yield self.scans.part(start, start + step)

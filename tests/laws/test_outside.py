@@ -34,7 +34,7 @@ from wardround.runs.parts import parts_of
 from wardround.site.evaluators import evaluators_of
 from wardround.storage.store import NOTHING
 from wardround.study.acquisitions import AcquisitionSettings
-from wardround.study.load import UNREAD, load_study, plan_sha256, study_sha256
+from wardround.study.load import FOREIGN, UNREAD, load_study, plan_sha256, study_sha256
 from wardround.study.plugins import Plugins
 from wardround.study.registry import BASELINES, BUILTIN, Section, builtin, builtins
 from wardround.study.schema import Study
@@ -285,6 +285,17 @@ def test_an_acquisition_or_a_baseline_that_a_site_does_not_allow_is_not_imported
     assert refused("sampled").startswith(only)
 
 
+def test_what_a_study_says_of_an_acquisition_never_stands_for_what_its_class_says() -> None:
+    keys = {"reconstruction": "os:system", "applied": "os:system", "costs": "os:system", "closed": False, "share": 2}
+    study = load_study({"name": "s", "sites": {"A": {}}, "acquisition": {"kind": "away", **keys}}, reading=FOREIGN)
+    assert study.scanner.closed
+    assert study.scanner.reconstruction != "os:system" != study.scanner.applied
+    assert study.scanner.costs == ""
+    assert "share 2" in study.scanner.describe()
+    with pytest.raises(StudyError, match=r"acquisition\.kind: no sites file was given to allow the plug-in 'away'"):
+        build_task(study)
+
+
 def test_an_acquisition_that_is_not_of_its_contract_and_an_unknown_baseline_are_errors_of_the_study(
     package: None, tmp_path: Path
 ) -> None:
@@ -404,7 +415,7 @@ def test_a_baseline_is_known_to_its_own_file_the_registry_and_the_acquisition_th
 
 
 @pytest.mark.parametrize("kind", list(BUILTIN["acquisition"]))
-def test_only_networks_readers_and_what_an_acquisition_names_ask_of_which_kind_scans_are(kind: str) -> None:
+def test_no_room_above_tasks_asks_of_which_kind_scans_are_but_what_an_acquisition_names(kind: str) -> None:
     settings = builtin("acquisition", kind)
     assert issubclass(settings, AcquisitionSettings)
     places = (place.partition(":")[0] for place in (settings.reconstruction, settings.applied, settings.costs) if place)
@@ -412,7 +423,7 @@ def test_only_networks_readers_and_what_an_acquisition_names_ask_of_which_kind_s
     module = BUILTIN["acquisition"][kind].partition(":")[0]
     knowing = {path for path, (strings, modules) in _sources().items() if kind in strings or module in modules}
     rooms = {path.relative_to(SOURCE).parts[0] for path in knowing - own}
-    assert rooms <= {"models", "imaging", "study"}
+    assert rooms <= {"tasks", "models", "imaging", "study"}
 
 
 @cache

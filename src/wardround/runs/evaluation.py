@@ -24,6 +24,7 @@ from wardround.results.schema import ALIAS, Compared, Estimate, LeftOut, Measure
 from wardround.runs.context import Context
 from wardround.runs.parts import parts_of
 from wardround.runs.watching import TESTING, TUNING, Phase
+from wardround.study.registry import BASELINES, baseline
 from wardround.tasks.estimates import Estimate as Found
 from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
 from wardround.tasks.task import MetricSpec
@@ -182,7 +183,7 @@ def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
     if any(alone.values()):
         compared["local"] = alone
     metrics: dict[str, Table] = {row: _row(specs, training, sites) for row, sites in compared.items()}
-    baselines = {name: host.plugins.baseline(name, host.study.modality) for name in host.study.baselines}
+    baselines = {name: _compared(host, name) for name in host.study.baselines}
     if baselines:
         metrics[ALIAS] = metrics[next(iter(baselines))]
     left_out = _left_out(specs, training, results)
@@ -193,7 +194,7 @@ def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
     return Measured(
         metric_specs=tuple(MetricInfo(**spec.to_json()) for spec in specs),
         metrics=metrics,
-        baselines={name: Compared(label=b.label, description=b.description) for name, b in baselines.items()},
+        baselines=baselines,
         gains={FEDERATED: _gains(specs, compared, training)},
         left_out={
             site: LeftOut(**{key: _at_site(specs, _means(results)) for key, results in entry.items()})
@@ -206,6 +207,14 @@ def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
         },
         parts=parts_of(host.task, metrics),
     )
+
+
+def _compared(host: Context, name: str) -> Compared:
+    """What a baseline is; of a task that has its own, at least its name."""
+    if name not in BASELINES and host.study.evaluation is None:
+        return Compared(label=name.replace("_", " "), description="nothing learned")
+    found = baseline(name) if name in BASELINES else host.plugins.baseline(name, host.study.modality)
+    return Compared(label=found.label, description=found.description)
 
 
 def _row(specs: Sequence[MetricSpec], training: Sequence[str], sites: Mapping[str, Results | None]) -> Table:

@@ -28,9 +28,9 @@ class AcquisitionSettings(Settings):
     #: What a study that names no baselines compares with.
     baselines: ClassVar[tuple[str, ...]] = ("tv",)
     #: The class of the reconstruction task, made from the study and the sites' files of embeddings.
-    reconstruction: ClassVar[str] = "wardround.tasks.scanned:ScannedReconstruction"
-    #: What applies a released model, as `wardround.runs.apply_scanned.reconstruct_scanned`.
-    applied: ClassVar[str] = "wardround.runs.apply_scanned:reconstruct_scanned"
+    reconstruction: ClassVar[str] = "wardround.tasks.general:GeneralReconstruction"
+    #: What applies a released model, as `wardround.runs.apply_general.reconstruct_general`.
+    applied: ClassVar[str] = "wardround.runs.apply_general:reconstruct_general"
     #: What `check` prints of all scanners of a study together (a function of the study); empty for nothing.
     costs: ClassVar[str] = ""
     #: Whether headers of a site's files say by which scanner its images were made, see `tasks.task.Headed`.

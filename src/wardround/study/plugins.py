@@ -81,7 +81,8 @@ class Plugins:
                 why = self.refusal(part, section.kind, f"{key}.kind")
             if why is not None:
                 yield why
-        for name in study.baselines:
+        # A task without an `evaluation` has baselines of its own.
+        for name in study.baselines if study.evaluation is not None else ():
             if name not in BASELINES and (why := self.refusal("baseline", name, COMPARED)) is not None:
                 yield why
 

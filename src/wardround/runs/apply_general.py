@@ -35,7 +35,7 @@ class _Input:
     score: Score | None = None
 
 
-def reconstruct_scanned(
+def reconstruct_general(
     network: nn.Module,
     study: Study,
     source: Path,

@@ -24,7 +24,7 @@ from wardround.tasks.task import MetricSpec, Source, Window
 from wardround.wire.random import public_generator
 
 
-class ScannedDataset(ReconstructionDataset[ScansBatch]):
+class GeneralDataset(ReconstructionDataset[ScansBatch]):
     """One site's slices, measured by its scanner's operator.
 
     The operator is drawn for the site (for a patient where the acquisition `varies`), noise for a slice. Scans are kept
@@ -80,7 +80,7 @@ class ScannedDataset(ReconstructionDataset[ScansBatch]):
         return data
 
 
-class ScannedReconstruction(ReconstructionTask[ScansBatch]):
+class GeneralReconstruction(ReconstructionTask[ScansBatch]):
     """Magnitude images from what an acquisition's operator measures. Raises StudyError for tiny images."""
 
     @property
@@ -110,9 +110,9 @@ class ScannedReconstruction(ReconstructionTask[ScansBatch]):
         """The test patients of other sites, as an index of `site`."""
         return Visits(site, [self.index(member, source, site) for member, source in sources.items()])
 
-    def scans(self, index: Index) -> ScannedDataset:
+    def scans(self, index: Index) -> GeneralDataset:
         """The acquisitions of an index's slices by its site's scanner."""
-        return ScannedDataset(index, self.study.acquisition_of(index.site), self.config, seed=self.study.seed)
+        return GeneralDataset(index, self.study.acquisition_of(index.site), self.config, seed=self.study.seed)
 
     def joined(self, batches: Sequence[ScansBatch]) -> ScansBatch:
         """One batch of all slices, in order."""

@@ -27,9 +27,13 @@ from wardround.wire.tensors import TensorFile
 Array = npt.NDArray[Any]
 
 
-def evaluators_of(models: Path, pictures: Path) -> dict[str, Evaluator]:
-    """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file."""
-    return {RELEASED: Released(models, pictures), BASELINE: Baseline(pictures), OWN: Own(models, pictures)}
+def evaluators_of(models: Path, pictures: Path, least: int = 1) -> dict[str, Evaluator]:
+    """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file.
+
+    What leaves depends on no fewer than `least` validation patients' labels.
+    """
+    released = Released(models, pictures, least)
+    return {RELEASED: released, BASELINE: Baseline(pictures), OWN: Own(models, released)}
 
 
 def own_model(models: Path) -> Path:
@@ -40,8 +44,8 @@ def own_model(models: Path) -> Path:
 class Own:
     """The model that the site trained by itself and that nobody else has; its request carries none."""
 
-    def __init__(self, models: Path, pictures: Path) -> None:
-        self._models, self._released = models, Released(models, pictures)
+    def __init__(self, models: Path, released: Released) -> None:
+        self._models, self._released = models, released
 
     def __call__(
         self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
@@ -61,8 +65,8 @@ class Own:
 class Released:
     """The released model that the request carries, completed by the site's private part of it."""
 
-    def __init__(self, models: Path, pictures: Path) -> None:
-        self._models, self._pictures = models, pictures
+    def __init__(self, models: Path, pictures: Path, least: int) -> None:
+        self._models, self._pictures, self._least = models, pictures, least
 
     def __call__(
         self, learner: Learner, tensors: Mapping[str, Array] | None, meta: Mapping[str, Any], split: Split
@@ -77,7 +81,8 @@ class Released:
         task = learner.task
         with learner.serving_unseen() if unseen else nullcontext():
             # An unseen hospital labels no patient for the model.
-            temperature = None if unseen or split != "test" else learner.temperature()
+            fits = split == "test" and not unseen and learner.dataset.patients("validation") >= self._least
+            temperature = learner.temperature() if fits else None
             values = learner.evaluate(split, temperature)
             if isinstance(task, Calibrated) and split == "test":
                 keep_temperature(self._models, temperature)

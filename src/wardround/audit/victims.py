@@ -49,6 +49,11 @@ def measured_anew(batch: Batch, images: Tensor) -> Batch:
     raise StudyError("inversion knows batches of MRI and CT reconstruction; this task's updates were not attacked")
 
 
+def is_scan(batch: Batch) -> bool:
+    """Whether the attacks on images know how the batch was measured."""
+    return isinstance(batch, MRIBatch | ScansBatch)
+
+
 def masks_of(batch: Batch) -> Tensor:
     """Where the head or the body is: (B, H, W)."""
     mask: Tensor = batch.head if isinstance(batch, MRIBatch) else batch.body
@@ -82,7 +87,7 @@ def victim_of(
     that are no reconstruction.
     """
     for batch in batches:
-        if not isinstance(batch, MRIBatch | ScansBatch):
+        if not is_scan(batch):
             measured_anew(batch, torch.zeros(()))
     objective = Objective(network, lambda net, step, x, _: task.loss(net, measured_anew(batches[step], x)), shared)
     real = Objective(network, lambda net, step, x, _: task.loss(net, batches[step]), shared)

@@ -141,6 +141,10 @@ class LabelledDataset(PatientImages):
             for number in range(len(self._cases[patient])):
                 yield patient, self._whole(patient, number)
 
+    def tested(self, place: int) -> LabelledBatch:
+        """The first image of the test patient at a place in the order of `evaluation`."""
+        return self._whole(self._split["test"][place], 0)
+
     # Images ----------------------------------------------------------------------------------------------------------
 
     def _check(self, image: LabelledImage, case: Case) -> None:

@@ -6,10 +6,12 @@ its loss (partial labels).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -18,8 +20,9 @@ from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.tasks.images import ImageTask, resampled
 from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
+from wardround.tasks.overlays import DRAWN, MARKED, fullest, overlay, upright
 from wardround.tasks.reconstruction import PooledDataset, evaluating
-from wardround.tasks.task import Dataset, MetricSpec, Source
+from wardround.tasks.task import Dataset, Illustration, MetricSpec, Source
 from wardround.wire.host import on_host
 
 if TYPE_CHECKING:
@@ -135,6 +138,48 @@ class Segmentation(ImageTask[SegmentationTask]):
         marked, drawn = as_one(self.logits(model, batch) > 0), as_one(batch.masks > 0.5)
         known = [bool(each) for each in on_host(batch.known[0]) > 0.5]
         return overlap_scores(marked, drawn, known, self.structures, batch.spacing)
+
+    # What a report shows ----------------------------------------------------------------------------------------------
+
+    @property
+    def legend(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+        """The colours of outlines."""
+        return ("drawn at the site", DRAWN), ("marked by the network", MARKED)
+
+    def merit(self, rows: Mapping[str, Any]) -> Any:
+        """The Dice of each patient."""
+        return rows[self.metrics[0].name]
+
+    def pictured(self, dataset: Dataset, places: Sequence[int]) -> Iterator[LabelledBatch]:
+        """See `wardround.tasks.task.Illustrated`; of a patient with several images the first."""
+        assert isinstance(dataset, LabelledDataset)
+        yield from (dataset.tested(place) for place in places)
+
+    def illustrate(self, model: nn.Module | None, batch: LabelledBatch) -> Illustration:
+        """Outlines in the first channel; of a volume, in the slice that shows most of what is drawn."""
+        volume, at = len(batch.spacing) == 3, None
+        if volume:
+            drawn = on_host(batch.masks) > 0.5
+            at = fullest(np.moveaxis(drawn, 0, -1) if self.config.dimensions == 2 else drawn[0])
+        if at is not None and self.config.dimensions == 2:
+            # The network sees the one slice that is shown.
+            batch = replace(batch, **{n: getattr(batch, n)[at : at + 1] for n in ("images", "masks", "known")})
+            at = None
+
+        def shown(part: Tensor) -> Any:
+            whole = on_host(part[0])
+            flat = whole if at is None else whole[..., at]
+            return upright(flat) if volume else flat
+
+        rows, columns = batch.spacing[-2:] if self.config.dimensions == 2 else batch.spacing[:2]
+        return Illustration(
+            overlay(
+                shown(resampled(batch.images[:, :1], batch.masks.shape[2:]))[0],
+                shown(batch.masks > 0.5),
+                None if model is None else shown(self.logits(model, batch) > 0),
+                (columns, rows) if volume else (rows, columns),
+            )
+        )
 
 
 def as_one(masks: Tensor) -> Tensor:

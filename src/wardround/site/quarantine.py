@@ -35,7 +35,7 @@ def counted(dataset: Dataset, egress: EgressRules) -> tuple[Patients, int | None
     counts = patients_in(dataset)
     if not isinstance(dataset, SetsAside):
         return Patients(**egress.counts(counts)), 0
-    aside: dict[str, int] = dict(dataset.set_aside())
+    aside = {str(split): count for split, count in dataset.set_aside().items()}
     number = sum(aside.values()) + dataset.set_aside_unknown()
     return Patients(**egress.counts_without(counts, aside)), egress.counts({"all": number})["all"]
 

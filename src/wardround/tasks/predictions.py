@@ -38,6 +38,11 @@ class Probabilities:
     exclusive: bool = True
 
     @property
+    def by_name(self) -> dict[str, float]:
+        """Class -> probability."""
+        return {name: float(value) for name, value in zip(self.names, self.values, strict=True)}
+
+    @property
     def called(self) -> tuple[str, ...]:
         """The likeliest class; where several are possible at once, those above a half."""
         if self.exclusive:

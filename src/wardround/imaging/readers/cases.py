@@ -9,6 +9,7 @@ image is. Names and paths stay at the site.
 from __future__ import annotations
 
 import csv
+import glob
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,14 +41,22 @@ class Case:
     readers: Mapping[str, Reader] = field(default_factory=dict, compare=False)
 
 
+class NothingMatches(DataError):
+    """A folder holds no file that the patterns name."""
+
+
 @dataclass(frozen=True)
 class Patterns:
-    """How a site's files are named; `readers` by ending (".raw") read what the package itself does not."""
+    """How a site's files are named; `readers` by ending (".raw") read what the package itself does not.
+
+    `only`: look for this patient and no other.
+    """
 
     images: tuple[str, ...]
     mask: str | None = None
     table: CaseTable | None = None
     readers: Mapping[str, Reader] = field(default_factory=dict, compare=False)
+    only: str | None = None
 
     @property
     def endings(self) -> tuple[str, ...]:
@@ -106,7 +115,7 @@ def sort_cases(source: Path | Sequence[Path], site: str, patterns: Patterns) -> 
         aside += without
     if not cases and not aside:
         shown = ", ".join(patterns.whole(pattern) for pattern in patterns.images)
-        raise DataError(
+        raise NothingMatches(
             f"{place(site)}no file in its data folder matches {shown} ({', '.join(patterns.endings)}); "
             "see `task.images`",
             detail=", ".join(map(str, folders)),
@@ -123,12 +132,12 @@ def _in(folder: Path, site: str, patterns: Patterns) -> tuple[list[Case], list[A
     rows = None if patterns.table is None else _rows(folder, site, patterns.table)
     found: dict[tuple[str, str], _Found] = {}
     for number, pattern in enumerate(patterns.images):
-        for key, path in _matches(folder, site, patterns.whole(pattern), patterns.endings):
+        for key, path in _matches(folder, site, patterns.whole(pattern), patterns):
             case = found.setdefault(key, _Found())
             case.doubled = pattern if number in case.images else case.doubled
             case.images[number] = path
     if patterns.mask is not None:
-        for key, path in _matches(folder, site, patterns.whole(patterns.mask), patterns.endings):
+        for key, path in _matches(folder, site, patterns.whole(patterns.mask), patterns):
             if key in found:
                 found[key].doubled = patterns.mask if found[key].mask is not None else found[key].doubled
                 found[key].mask = path
@@ -174,10 +183,11 @@ def _expression(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def _matches(folder: Path, site: str, pattern: str, endings: tuple[str, ...]) -> Iterator[tuple[tuple[str, str], Path]]:
+def _matches(folder: Path, site: str, pattern: str, patterns: Patterns) -> Iterator[tuple[tuple[str, str], Path]]:
     """What a pattern finds: (patient, id) and path. Hidden files do not count."""
     expression = _expression(pattern)
-    wild = re.sub(r"\{patient\}|\{id\}", "*", pattern)
+    patient = "*" if patterns.only is None else glob.escape(patterns.only)
+    wild, endings = pattern.replace("{patient}", patient).replace("{id}", "*"), patterns.endings
     try:
         for ending in ("",) if pattern.endswith(endings) else endings:
             for path in sorted(folder.glob(wild + ending)):
@@ -186,6 +196,8 @@ def _matches(folder: Path, site: str, pattern: str, endings: tuple[str, ...]) ->
                 if match is None or any(part.startswith(".") for part in name.split("/")) or not path.is_file():
                     continue
                 groups = match.groupdict()
+                if patterns.only is not None and groups.get("patient") != patterns.only:
+                    continue
                 yield (groups.get("patient") or "", groups.get("id") or ""), path
     except OSError as error:
         raise DataError(

@@ -51,8 +51,9 @@ def predict(
 
     if out is None and len(paths) < 2:
         raise StudyError("give one input and the output, or several inputs and a folder for them with --out")
-    # A model of images, and of several inputs, has a folder as the last path too.
     *inputs, last = paths if out is None else [*paths, out]
+    if len(inputs) > 1 and last.is_file():
+        raise StudyError("the output is a file; give several inputs and a folder for them with --out", detail=str(last))
     single = inputs[0] if out is None and len(inputs) == 1 else inputs
     found = apply(
         model,
@@ -73,6 +74,24 @@ def predict(
     if found.failed:
         complain(f"{len(found.failed)} of {len(found.done) + len(found.failed)} inputs could not be used")
         raise typer.Exit(1)
+
+
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A released model of images (segmentation, ...).")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
+    site: Annotated[str | None, typer.Option("--site", help="As this site has it (default: for any site).")] = None,
+    plugins: Annotated[
+        list[str] | None, typer.Option("--plugin", help="A plug-in that the model's file may name; give it again.")
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="The frozen part of a model that names one, where it lies elsewhere."),
+    ] = None,
+) -> None:
+    """Write a released model's network as ONNX, checked against torch. It takes normalised images or windows."""
+    from wardround.runs.export import export as write
+
+    say(write(model, output, site=site, plugins=plugins or (), weights=weights).said)
 
 
 def inspect(

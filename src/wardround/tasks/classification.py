@@ -230,6 +230,10 @@ class Classification(ImageTask[ClassificationTask]):
         """See `wardround.tasks.task.Predicts`."""
         return self._patterns(self.config.images, self.config.table)
 
+    def input_shape(self) -> tuple[int, ...]:
+        """See `wardround.tasks.task.Predicts`."""
+        return (self.config.channels, *self.config.size)
+
     def predict(self, model: nn.Module, image: LabelledImage) -> Probabilities:
         """How likely each class is of an image. Raises DataError for one that the network cannot see."""
         check_shape(image, self.config, "")

@@ -181,6 +181,10 @@ class Segmentation(ImageTask[SegmentationTask]):
         """See `wardround.tasks.task.Predicts`."""
         return self._patterns(self.config.images, self.config.table)
 
+    def input_shape(self) -> tuple[int, ...]:
+        """See `wardround.tasks.task.Predicts`: a window's."""
+        return (self.config.channels, *self.config.patch)
+
     def predict(self, model: nn.Module, image: LabelledImage) -> Masks:
         """What the network outlines in an image, on the image's grid, where it is likelier than not.
 

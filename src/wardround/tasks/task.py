@@ -280,6 +280,10 @@ class Predicts(Task, Protocol):
         """How the files of an image are named, relative to a folder."""
         ...
 
+    def input_shape(self) -> tuple[int, ...]:
+        """Channels and grid of one example of a batch, as the network sees it."""
+        ...
+
     def predict(self, model: nn.Module, image: LabelledImage) -> Prediction:
         """What the model says of one image; raises `DataError` for one that it cannot see."""
         ...

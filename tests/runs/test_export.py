@@ -26,6 +26,7 @@ from wardround.tasks.build import build_task
 STUDIES = {"segmentation": outline_study({"A": {}}), "classification": diagnosis_study({"A": {}})}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STUDIES)
 def test_onnx_gives_torch_s_numbers(kind: str, tmp_path: Path) -> None:
     onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")

@@ -221,6 +221,18 @@ def test_a_perfect_network_scores_one(tmp_path: Path) -> None:
                 assert (scores["dice"], scores["hd95"], scores["volume_error"]) == (1.0, 0.0, 0.0)
 
 
+def test_a_volume_of_one_slice_is_measured_in_its_plane(tmp_path: Path) -> None:
+    sites = make_outlines(tmp_path, {"A": 3}, slices=1)
+    study = outline_study({"A": {}}, task={"split": {"validation": 0.0, "test": 0.6}})
+    assert isinstance(study.task, SegmentationTask)
+    task = Segmentation(study, study.task)
+    (_, batch), *_ = task.dataset("A", sites.of("A").data).evaluation("test")
+    assert batch.spacing == (3.0, 1.0, 1.0)
+    seen = type(batch)(batch.masks * 2 - 1, batch.masks, batch.known, batch.spacing)
+    scores = task.score(torch.nn.Identity(), seen)
+    assert (float(scores["dice"]), float(scores["hd95"])) == (1.0, 0.0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dimensions", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_and_an_evaluation_on_any_device(

@@ -146,7 +146,8 @@ class Segmentation(ImageTask[SegmentationTask]):
         """All metrics of one whole image: name -> (1,)."""
         marked, drawn = as_one(self.logits(model, batch) > 0), as_one(batch.masks > 0.5)
         known = [bool(each) for each in on_host(batch.known[0]) > 0.5]
-        return overlap_scores(marked, drawn, known, self.structures, batch.spacing)
+        # A volume of one slice is a picture.
+        return overlap_scores(marked, drawn, known, self.structures, batch.spacing[1 - marked.ndim :])
 
     # What a report shows ----------------------------------------------------------------------------------------------
 

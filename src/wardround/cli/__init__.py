@@ -58,7 +58,16 @@ def version() -> None:
     say(__version__)
 
 
-for command in (study.run, study.demo, study.evaluate, models.reconstruct, study.init, study.check, models.inspect):
+for command in (
+    study.run,
+    study.demo,
+    study.evaluate,
+    models.reconstruct,
+    study.init,
+    study.check,
+    study.partition,
+    models.inspect,
+):
     app.command()(command)
 app.command()(audit.audit)
 app.command("verify-audit")(audit.verify_audit)

@@ -79,7 +79,7 @@ def render(run: Run) -> str:
         traffic=_traffic(run),
         seconds=_seconds(run),
         privacy=run.spent,
-        simulated=run.simulated,
+        scanner=run.scanner,
         protocols=_protocols(run),
         hashes=run.hashes,
         fingerprint=tuple(run.result.fingerprint.items()),

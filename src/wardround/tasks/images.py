@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wardround.imaging.datasets.memory import ScanCache
 from wardround.imaging.datasets.split import Deal, by_seed
+from wardround.imaging.orientation import Turn, turn_for
 from wardround.imaging.readers.cases import Case, Patterns, Reader, find_cases
 from wardround.imaging.readers.labelled import LabelledImage, read_case
 from wardround.study.images import CaseTable, ImageSettings
@@ -35,12 +36,15 @@ CONTENT = 0.05
 class PatientImages:
     """The images of a site's patients, read when asked for and kept as far as memory goes."""
 
-    def __init__(self, site: str, cases: Cases, split: Mapping[Split, Sequence[int]]) -> None:
+    def __init__(
+        self, site: str, cases: Cases, split: Mapping[Split, Sequence[int]], scales: Scales | None = None
+    ) -> None:
         self.site = site
         self._names = tuple(cases)
         self._cases = tuple(tuple(of_patient) for of_patient in cases.values())
         self._split = split
         self._cache = ScanCache[LabelledImage](_CACHE_BYTES)
+        self._scales_of = scales_of if scales is None else scales
         self._scales: dict[tuple[int, int], tuple[Scale | None, ...]] = {}
 
     def patients(self, split: Split) -> int:
@@ -58,8 +62,13 @@ class PatientImages:
         """The channels of an image, or of its slice `part`, each on the scale of the whole image."""
         key, channels = (patient, number), self._read(patient, number).channels
         if key not in self._scales:
-            self._scales[key] = scales_of(channels)
+            self._scales[key] = self._scales_of(channels)
         return scaled(channels if part is None else channels[..., part], self._scales[key])
+
+    def turn(self, patient: int, number: int) -> Turn | None:
+        """How slices of an image are shown to people; `None` where its file does not say how the patient lies."""
+        affine = self._read(patient, number).space.affine
+        return None if affine is None or np.array_equal(affine, np.eye(4)) else turn_for(np.eye(4))
 
     def _hashed(self, digests: Sequence[str], **rules: Any) -> str:
         """Sha256 (hex) over every patient's digest by split, and over the rules that make examples of them."""
@@ -74,8 +83,12 @@ class ImageTask(Generic[SettingsT]):
         self.study, self.config = study, config
         self._deal: Deal = by_seed
         self._readers: Callable[[str], Mapping[str, Reader]] = NO_PLUGINS.readers
-        chain = standard(config.dimensions) if config.augment == "standard" else config.augment
+        chain = self._standard() if config.augment == "standard" else config.augment
         self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
+
+    def _standard(self) -> Sequence[Mapping[str, Any]]:
+        """The changes of training images where the study says `standard`."""
+        return standard(self.config.dimensions)
 
     def deal_by(self, deal: Deal) -> None:
         """See `wardround.tasks.task.Dealing`."""
@@ -101,11 +114,18 @@ class ImageTask(Generic[SettingsT]):
 
 
 Scale = tuple[Tensor, Tensor]
+Scales = Callable[[NDArray[np.generic]], tuple[Scale | None, ...]]
 
 
 def scales_of(channels: NDArray[np.generic]) -> tuple[Scale | None, ...]:
     """Mean and deviation of each channel (*shape) over what it shows; `None` for one that shows nothing."""
     return tuple(map(_scale, torch.from_numpy(channels.astype(np.float32))))
+
+
+def peaks_of(channels: NDArray[np.generic]) -> tuple[Scale | None, ...]:
+    """0 and the maximum of each channel (*shape): a magnitude image on the scale of a reconstruction, 0 to 1."""
+    whole = torch.from_numpy(channels.astype(np.float32)).flatten(1)
+    return tuple((torch.zeros(()), peak) if peak > 0 else None for peak in whole.amax(1))
 
 
 def _scale(channel: Tensor) -> Scale | None:

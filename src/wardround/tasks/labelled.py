@@ -16,10 +16,12 @@ from wardround.errors import DataError
 from wardround.imaging.readers.cases import Case
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.tasks.augmentation import Augmentation
-from wardround.tasks.images import CONTENT, Cases, PatientImages, resampled
+from wardround.tasks.images import CONTENT, Cases, PatientImages, peaks_of, resampled
 from wardround.tasks.task import Split
 
 Structures = Mapping[str, tuple[int, ...] | None]
+# Interpolation leaves small undershoots; anything lower is no magnitude image.
+_UNDERSHOOT = 0.05
 
 
 class Example(NamedTuple):
@@ -73,8 +75,9 @@ class Sampling:
 class LabelledDataset(PatientImages):
     """One site's images and masks; see `wardround.tasks.task.Dataset`.
 
-    Every image is read when the set is made, so that one that cannot be used does not stop a run at its end. Raises
-    DataError.
+    Every image is read when the set is made, so that one that cannot be used does not stop a run at its end. With
+    `magnitudes`, channels are on the scale of their maximum, and negative values are refused; else they are normalised.
+    Raises DataError.
     """
 
     def __init__(
@@ -88,13 +91,15 @@ class LabelledDataset(PatientImages):
         augmentation: Augmentation,
         *,
         physical: bool,
+        magnitudes: bool = False,
     ) -> None:
-        super().__init__(site, cases, split)
+        super().__init__(site, cases, split, peaks_of if magnitudes else None)
         self._structures = structures
         self._known = torch.tensor(known, dtype=torch.float32)
         self._sampling = sampling
         self._augmentation = augmentation
         self._physical = physical
+        self._magnitudes = magnitudes
         digests: list[str] = []
         training = frozenset(split["train"])
         examples: list[Example] = []
@@ -154,6 +159,8 @@ class LabelledDataset(PatientImages):
             raise DataError(f"{where}: task.spacing needs images that say how large their voxels are", detail=place)
         if image.labels is None:
             raise DataError(f"{where}: an image has no mask; see task.mask", detail=place)
+        if self._magnitudes:
+            _check_magnitudes(image, where, place)
         if any(values is None for values in self._structures.values()):
             return
         declared = {0} | {value for values in self._structures.values() for value in values or ()}
@@ -241,6 +248,17 @@ class LabelledDataset(PatientImages):
             channels, masks = resampled(channels, grid)[None], masks[None]
         known = self._known.expand(len(channels), -1)
         return LabelledBatch(channels.contiguous(), masks.contiguous(), known, spacing)
+
+
+def _check_magnitudes(image: LabelledImage, where: str, place: str) -> None:
+    for channel in image.channels:
+        low, high = float(channel.min()), float(channel.max())
+        if high <= 0.0 or low < -_UNDERSHOOT * high:
+            raise DataError(
+                f"{where}: a channel has negative values, or none above 0, so it is no magnitude image, of which a "
+                "scan could be simulated; store magnitudes, or leave the patient out",
+                detail=f"{place}: {low:g} to {high:g}",
+            )
 
 
 def _digest(image: LabelledImage) -> bytes:

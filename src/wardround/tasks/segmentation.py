@@ -16,8 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from wardround.study.base import Config
-from wardround.study.images import CaseTable, ImageSettings
+from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.tasks.images import ImageTask, resampled
 from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
@@ -33,45 +32,18 @@ _WINDOWS = 16
 _OVERLAP = 0.25
 
 
-class OverlapLoss(Config):
-    """Weights of the two parts of the loss."""
-
-    dice: float = Field(1.0, ge=0.0)
-    cross_entropy: float = Field(1.0, ge=0.0)
-
-
-class SegmentationTask(ImageSettings):
+class SegmentationTask(DrawnSettings):
     """Outlines of structures in images, 2-D or 3-D."""
 
     network = "build_network"
 
     kind: Literal["segmentation"]
-    images: tuple[str, ...] = Field(
-        ("image",),
-        min_length=1,
-        description="the files of an image, a channel each (or several, where a file has them), as patterns relative "
-        "to a site's folder without ending: `flair` is `{patient}/flair`; others are `imagesTr/{patient}`, "
-        "`{patient}/{patient}_t1ce`, `{patient}/{id}.jpg`",
-    )
-    mask: str = Field("mask", description="the file of its mask, likewise")
-    table: CaseTable | None = None
-    channels: int = Field(1, ge=1, description="channels of all files of an image together; 3 for a colour picture")
-    structures: dict[str, Literal["any"] | tuple[int, ...]] = Field(
-        {"structure": "any"},
-        min_length=1,
-        description="what is outlined, and the mask's values that mean it; `any` is every value but 0",
-    )
-    annotated: dict[str, tuple[str, ...]] = Field(
-        default_factory=dict, description="for a site that does not draw all structures: those it draws"
-    )
     patch: tuple[int, ...] = Field((128, 128), description="voxels of an example, and of a window in evaluation")
     resize: tuple[int, int] | None = Field(None, description="2-D: rows and columns that images are resampled to")
     spacing: tuple[float, ...] | None = Field(None, description="mm that images are resampled to, along each axis")
     patches_per_image: int = Field(1, ge=1, description="examples of a volume (3-D) or picture")
-    empty_every: int = Field(3, ge=1, description="2-D of volumes: every n-th slice without a structure is an example")
     foreground: float = Field(0.5, ge=0.0, le=1.0, description="share of patches around a voxel of a structure")
     loss: OverlapLoss = OverlapLoss()
-    distances: Literal["mm", "pixels"] = Field("mm", description="`pixels` where files do not say how large they are")
 
     @model_validator(mode="after")
     def _fits_together(self) -> SegmentationTask:
@@ -81,9 +53,6 @@ class SegmentationTask(ImageSettings):
             raise ValueError("task.resize is for 2-D, and not with task.spacing")
         if self.spacing is not None and (len(self.spacing) != self.dimensions or min(self.spacing) <= 0):
             raise ValueError(f"task.spacing needs {self.dimensions} positive numbers, as task.dimensions says")
-        for site, drawn in self.annotated.items():
-            if unknown := sorted(set(drawn) - self.structures.keys()):
-                raise ValueError(f"task.annotated.{site}: {unknown[0]!r} is not in task.structures")
         return self
 
     def describe(self) -> str:
@@ -116,13 +85,12 @@ class Segmentation(ImageTask[SegmentationTask]):
         """The images and masks of a site."""
         config = self.config
         cases, split = self._cases(site, source, config.images, config.mask, config.table)
-        drawn = config.annotated.get(site, self.structures)
         return LabelledDataset(
             site,
             cases,
             split,
-            {name: None if values == "any" else values for name, values in config.structures.items()},
-            [name in drawn for name in self.structures],
+            config.values,
+            config.drawn_at(site),
             Sampling(
                 config.dimensions,
                 config.patch,

@@ -116,6 +116,19 @@ class Window:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class ReportPart:
+    """What a task adds to report and model card: a heading, a paragraph, and a table where it has a `head`.
+
+    All of it is plain text and numbers: markup is shown as it is. A cell that is `None` is a dash.
+    """
+
+    title: str
+    text: str = ""
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str | float | None]] = ()
+
+
 class Dataset(Protocol):
     """One site's data, with patients as numbers and never as names."""
 
@@ -233,6 +246,17 @@ class Dealing(Protocol):
 
     def deal_by(self, deal: Deal) -> None:
         """Take the parts of patients from `deal` in every data set that is opened from now on."""
+        ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A task that says more of its results than their tables do."""
+
+    def report_parts(self, numbers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[ReportPart]:
+        """Parts of the report. `numbers`: arm -> site (or `mean`, `unseen`) -> metric -> value, as `result.json` has
+        them; what a site withholds is not there.
+        """
         ...
 
 

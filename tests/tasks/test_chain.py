@@ -374,7 +374,13 @@ def test_a_run_in_two_phases_outlines_blobs_in_images_that_it_reconstructed(tmp_
     assert "Simulated acquisitions, not raw data measured by a scanner." in card
     assert "- Task: " in card
     assert "- Model: kind modl, preset tiny" in card
-    assert result.report.exists()
+    page = result.report.read_text(encoding="utf-8")
+    # Images with their errors, and outlines in the same images.
+    assert "Example reconstructions" in page
+    assert "Worst test patient" in page
+    with np.load(tmp_path / "out" / "sites" / "A" / "pictures.npz") as pictures:
+        drawn = {key for key in pictures if pictures[key].shape == (320, 320, 3)}
+    assert drawn == {f"{label}/{number}" for label in ("reference", "federated") for number in (1000, 1001, 1002)}
 
 
 def test_a_network_that_gives_the_truth_is_right_on_whole_volumes(one: tuple[Chain, ChainDataset]) -> None:

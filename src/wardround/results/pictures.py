@@ -6,8 +6,9 @@ import base64
 import io
 import math
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,18 @@ class Gallery:
         return any(example.window.name for example in self._examples if example.window)
 
     @property
-    def reconstructed(self) -> bool:
-        """Whether pictures are images that were reconstructed, with error maps."""
-        return any(example.window for example in self._examples)
+    def images(self) -> dict[str, tuple[Example, ...]]:
+        """Of these the images that were reconstructed, with error maps."""
+        return self._of(lambda example: example.window is not None)
+
+    @property
+    def drawn(self) -> dict[str, tuple[Example, ...]]:
+        """And those that the task drew."""
+        return self._of(lambda example: example.window is None)
+
+    def _of(self, wanted: Callable[[Example], bool]) -> dict[str, tuple[Example, ...]]:
+        found = {site: tuple(filter(wanted, examples)) for site, examples in self.sites.items()}
+        return {site: examples for site, examples in found.items() if examples}
 
     @property
     def _examples(self) -> Iterator[Example]:
@@ -278,6 +288,12 @@ def _weight(sites: dict[str, tuple[Example, ...]]) -> int:
     )
 
 
+def _first(examples: Mapping[int, dict[str, Picture]], count: int) -> Iterator[tuple[int, dict[str, Picture]]]:
+    """So many examples of images, and so many that the task drew."""
+    for axes in (2, 3):
+        yield from islice(((n, arms) for n, arms in examples.items() if arms[_REFERENCE].ndim == axes), count)
+
+
 def gallery(run: Run) -> Gallery:
     """The pictures of every site, fewer and smaller where they would make the page too large."""
     # Where numbers stay, pictures stay; a site that failed may not have come to say so.
@@ -293,7 +309,7 @@ def gallery(run: Run) -> Gallery:
                 _drawn(run, number, shown, side, values[site])
                 if arms[_REFERENCE].ndim == 3
                 else _example(run, number, arms, frame, side, palette)
-                for number, arms in list(shown.examples.items())[:count]
+                for number, arms in _first(shown.examples, count)
                 for frame in (shown.frames if arms[_REFERENCE].ndim == 2 else ()) or (None,)
             )
             for site, shown in found.items()

@@ -88,7 +88,7 @@ class Released:
                 keep_temperature(self._models, temperature)
             if meta.get("picture") and isinstance(task, Illustrated):
                 write_illustrations(self._pictures, str(meta["picture"]), learner, values)
-            elif meta.get("picture") and isinstance(task, Imaging):
+            if meta.get("picture") and isinstance(task, Imaging):
                 model = learner.model
                 write_images(self._pictures, str(meta["picture"]), learner, lambda b: task.reconstruct(model, b))
         return values

@@ -28,6 +28,8 @@ TURN = "turn"
 LEGEND, CAPTION, TITLE, PATIENT = "legend", "caption", "title", "patient"
 REFERENCE = "reference"
 _SHOWN = 3
+# Numbers from here on are of pictures that the task drew: a task may have images, too.
+DRAWN = 1000
 
 
 def write_images(path: Path, label: str, learner: Learner, reconstruct: Callable[[Any], Tensor]) -> None:
@@ -55,13 +57,13 @@ def write_illustrations(path: Path, label: str, learner: Learner, rows: Mapping[
     task = learner.task
     assert isinstance(task, Illustrated)
     known = _known(path)
-    if f"{PATIENT}/0" not in known:
-        for number, (title, place) in enumerate(_chosen(task.merit(rows))):
+    if f"{PATIENT}/{DRAWN}" not in known:
+        for number, (title, place) in enumerate(_chosen(task.merit(rows)), DRAWN):
             known |= {f"{PATIENT}/{number}": np.array(place), f"{TITLE}/{number}": np.array(title)}
     known |= {f"{LEGEND}/{words}": np.array(colour, np.uint8) for words, colour in task.legend}
     places = list(_places(known))
     with torch.no_grad(), learner.compute.autocast():
-        for number, example in enumerate(task.pictured(learner.dataset, places)):
+        for number, example in enumerate(task.pictured(learner.dataset, places), DRAWN):
             batch = learner.compute.moved(example)
             for name, model in ((REFERENCE, None), (label, learner.model)):
                 found = task.illustrate(model, batch)
@@ -87,7 +89,7 @@ def _chosen(merit: Array) -> Iterator[tuple[str, int]]:
 
 
 def _places(known: Mapping[str, Array]) -> Iterator[int]:
-    number = 0
+    number = DRAWN
     while (key := f"{PATIENT}/{number}") in known:
         yield int(known[key])
         number += 1

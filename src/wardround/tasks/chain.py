@@ -32,10 +32,11 @@ from wardround.tasks.losses import build_loss
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, SSIM_WINDOW, reconstruction_scores
 from wardround.tasks.mri import MRIBatch, require_estimated_maps
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
+from wardround.tasks.overlays import OUTLINES, slice_overlay
 from wardround.tasks.reconstruction import PooledDataset, evaluating
 from wardround.tasks.segmentation import as_one, overlap_loss
 from wardround.tasks.stages import weighted_sum
-from wardround.tasks.task import Dataset, MetricSpec, Source, Window
+from wardround.tasks.task import Dataset, Illustration, MetricSpec, Source, Window
 from wardround.wire.host import on_host
 
 if TYPE_CHECKING:
@@ -305,6 +306,30 @@ class Chain(ImageTask[ChainTask]):
         """How each of these examples is shown; None for as it is."""
         if isinstance(dataset, ChainDataset):
             yield from (turn for _, turn in dataset.shown())
+
+    @property
+    def legend(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+        """The colours of outlines."""
+        return OUTLINES
+
+    def merit(self, rows: Mapping[str, Any]) -> Any:
+        """The Dice of each patient."""
+        return rows[self.metrics[0].name]
+
+    def pictured(self, dataset: Dataset, places: Sequence[int]) -> Iterator[ChainBatch]:
+        """See `wardround.tasks.task.Illustrated`: a slice of each patient."""
+        assert isinstance(dataset, ChainDataset)
+        yield from (dataset.tested(place) for place in places)
+
+    def illustrate(self, model: nn.Module | None, batch: ChainBatch) -> Illustration:
+        """Outlines in the first channel as the first stage reconstructed it; without a network as it was scanned."""
+        shape, images, marked = batch.masks.shape[2:], batch.scans.target[None], None
+        if model is not None:
+            with evaluating(model), torch.no_grad():
+                images, logits = model(batch.scans, batch.channels)
+            marked = on_host(resampled(logits.float(), shape) > 0)[0]
+        image, drawn = on_host(resampled(images[:, :1], shape))[0, 0], on_host(batch.masks > 0.5)[0]
+        return Illustration(slice_overlay(image, drawn, marked, batch.spacing))
 
 
 def _check_size(network: nn.Module, channels: int, size: tuple[int, int]) -> None:

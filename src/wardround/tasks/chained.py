@@ -17,6 +17,7 @@ from wardround.imaging.datasets.mri import head_of_slice
 from wardround.imaging.orientation import Turn
 from wardround.tasks.labelled import LabelledBatch, LabelledDataset
 from wardround.tasks.mri import MRIBatch
+from wardround.tasks.overlays import fullest
 from wardround.tasks.task import Split
 
 
@@ -109,6 +110,12 @@ class ChainDataset:
             for channel in range(batch.channels):
                 yield ChainBatch(batch.scans.part(channel, channel + 1), batch.masks, batch.known), turn
             return
+
+    def tested(self, place: int) -> ChainBatch:
+        """The slice with most of the structures, of the test patient at a place in the order of `evaluation`."""
+        image = self._drawn.tested(place)
+        chosen = fullest(np.moveaxis(image.masks.numpy() > 0.5, 0, -1))
+        return self._scanned(image, self._drawn.tested_patient(place), 0, (chosen,))
 
     def _whole(self, split: Split) -> Iterator[tuple[int, int, LabelledBatch]]:
         """Patient, number of the image among the patient's, and the image."""

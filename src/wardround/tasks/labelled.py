@@ -132,7 +132,11 @@ class LabelledDataset(PatientImages):
 
     def tested(self, place: int) -> LabelledBatch:
         """The first image of the test patient at a place in the order of `evaluation`."""
-        return self._whole(self._split["test"][place], 0)
+        return self._whole(self.tested_patient(place), 0)
+
+    def tested_patient(self, place: int) -> int:
+        """The number of the test patient at a place."""
+        return self._split["test"][place]
 
     # Images ----------------------------------------------------------------------------------------------------------
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+ArrayT = TypeVar("ArrayT", bound=np.generic)
 Masks = NDArray[np.bool_]
 Colour = tuple[int, int, int]
 # Sky blue and orange of Okabe and Ito, told apart with any colour vision.
 DRAWN: Colour = (86, 180, 233)
 MARKED: Colour = (230, 159, 0)
+OUTLINES = (("drawn at the site", DRAWN), ("marked by the network", MARKED))
 _SIDE, _LINE = 320, 3
 
 
@@ -41,6 +44,17 @@ def overlay(
     return picture
 
 
+def slice_overlay(
+    image: NDArray[np.floating], drawn: Masks, marked: Masks | None, spacing: Sequence[float]
+) -> NDArray[np.uint8]:
+    """The same of a picture (`spacing` of two axes), or of an axial slice of a volume, slices first: turned upright."""
+    rows, columns = spacing[-2:]
+    if len(spacing) == 2:
+        return overlay(image, drawn, marked, (rows, columns))
+    turned = None if marked is None else upright(marked)
+    return overlay(upright(image), upright(drawn), turned, (columns, rows))
+
+
 def coloured(image: NDArray[np.floating]) -> NDArray[np.uint8]:
     """An image (C, H, W) for people: its three channels as colours, else the first in grey: uint8 (H, W, 3)."""
     channels = image if len(image) == 3 else np.repeat(image[:1], 3, axis=0)
@@ -60,7 +74,7 @@ def fullest(masks: Masks) -> int:
     return int(areas.argmax()) if areas.any() else int(len(areas) // 2)
 
 
-def upright(array: NDArray[np.generic]) -> NDArray[np.generic]:
+def upright(array: NDArray[ArrayT]) -> NDArray[ArrayT]:
     """The last two axes of an axial slice, (..., right, front), as radiologists look at it: front on top."""
     return np.swapaxes(array, -1, -2)[..., ::-1, ::-1]
 

@@ -22,7 +22,7 @@ from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.tasks.images import ImageTask, resampled, scaled, scales_of
 from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling, check_image, whole_image
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
-from wardround.tasks.overlays import DRAWN, MARKED, fullest, overlay, upright
+from wardround.tasks.overlays import OUTLINES, fullest, slice_overlay
 from wardround.tasks.predictions import Masks
 from wardround.tasks.reconstruction import PooledDataset, evaluating
 from wardround.tasks.task import Dataset, Illustration, MetricSpec, Source
@@ -154,7 +154,7 @@ class Segmentation(ImageTask[SegmentationTask]):
     @property
     def legend(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
         """The colours of outlines."""
-        return ("drawn at the site", DRAWN), ("marked by the network", MARKED)
+        return OUTLINES
 
     def merit(self, rows: Mapping[str, Any]) -> Any:
         """The Dice of each patient."""
@@ -178,16 +178,14 @@ class Segmentation(ImageTask[SegmentationTask]):
 
         def shown(part: Tensor) -> Any:
             whole = on_host(part[0])
-            flat = whole if at is None else whole[..., at]
-            return upright(flat) if volume else flat
+            return whole if at is None else whole[..., at]
 
-        rows, columns = batch.spacing[-2:] if self.config.dimensions == 2 else batch.spacing[:2]
         return Illustration(
-            overlay(
+            slice_overlay(
                 shown(resampled(batch.images[:, :1], batch.masks.shape[2:]))[0],
                 shown(batch.masks > 0.5),
                 None if model is None else shown(self.logits(model, batch) > 0),
-                (columns, rows) if volume else (rows, columns),
+                batch.spacing if self.config.dimensions == 2 else (batch.spacing[2], *batch.spacing[:2]),
             )
         )
 

@@ -15,6 +15,7 @@ SCANNER = {"kind": "mri", "coils": 4}
 TASKS: dict[str, dict[str, Any]] = {
     "reconstruction": {},
     "segmentation": {},
+    "chain": {},
     "classification": {"classes": ["x", "y"]},
 }
 
@@ -25,7 +26,13 @@ def _study(kind: str, **changes: Any) -> Study:
 
 
 @pytest.mark.parametrize(
-    ("kind", "model"), [("reconstruction", "modl"), ("segmentation", "monai_unet"), ("classification", "densenet")]
+    ("kind", "model"),
+    [
+        ("reconstruction", "modl"),
+        ("segmentation", "monai_unet"),
+        ("classification", "densenet"),
+        ("chain", "modl"),
+    ],
 )
 def test_a_study_without_a_model_has_the_one_of_its_task(kind: str, model: str) -> None:
     assert _study(kind).model.kind == model
@@ -73,11 +80,12 @@ def test_a_task_of_ones_own_has_the_scanner_that_its_study_names_and_no_other() 
     assert study_sha256(study) != study_sha256(named)
 
 
-def test_a_reconstruction_always_scans_and_takes_no_segmenter() -> None:
-    assert _study("reconstruction").acquisition_of("a").kind == "mri"
-    with pytest.raises(ValidationError, match=r"acquisition: task\.kind reconstruction needs one"):
-        _study("reconstruction", acquisition=None)
+@pytest.mark.parametrize("kind", ["reconstruction", "chain"])
+def test_what_begins_with_raw_data_always_scans_and_takes_no_segmenter(kind: str) -> None:
+    assert _study(kind).acquisition_of("a").kind == "mri"
+    with pytest.raises(ValidationError, match=rf"acquisition: task\.kind {kind} needs one"):
+        _study(kind, acquisition=None)
     with pytest.raises(ValidationError, match=r"model\.kind: own_network does not fit|model\.kind: own_network is for"):
-        _study("reconstruction", model={"kind": "own_network"})
+        _study(kind, model={"kind": "own_network"})
     with pytest.raises(ValidationError, match=r"model\.kind: segresnet"):
-        _study("reconstruction", model={"kind": "segresnet"})
+        _study(kind, model={"kind": "segresnet"})

@@ -58,9 +58,18 @@ def version() -> None:
     say(__version__)
 
 
-for command in (study.run, study.demo, study.evaluate, models.predict, study.init, study.check, models.inspect):
+for command in (
+    study.run,
+    study.demo,
+    study.evaluate,
+    models.predict,
+    models.export,
+    study.init,
+    study.check,
+    study.partition,
+    models.inspect,
+):
     app.command()(command)
-app.command()(models.export)
 # The older name of the same command.
 app.command("reconstruct", hidden=True)(models.predict)
 app.command()(audit.audit)

@@ -18,6 +18,7 @@ from wardround.plan.weights import frozen_part
 from wardround.runs.protocols import read_protocols
 from wardround.study.plugins import Plugins
 from wardround.study.protocols import ModelProtocols
+from wardround.study.registry import Reading
 from wardround.study.schema import Study
 
 
@@ -30,6 +31,7 @@ class ReleasedModel:
     metadata: Mapping[str, str]
     study: Study
     plugins: Plugins
+    reading: Reading
 
     @classmethod
     def opened(cls, path: Path, plugins: Collection[str] = ()) -> ReleasedModel:
@@ -40,18 +42,17 @@ class ReleasedModel:
         """
         tensors, metadata = load_model(path)
         allowed = Plugins({"here": frozenset(plugins)})
-        study = allowed.opened(study_of(path, metadata), partly=True)
+        written = study_of(path, metadata)
+        study = allowed.opened(written, partly=True)
         if study.model.closed:
-            raise StudyError(
-                f"this model's network is a plug-in's, {study.model.kind!r}; if you trust the package that it came "
-                f"with, install it and give --plugin {study.model.kind} (Python: plugins=({study.model.kind!r},))"
-            )
-        return cls(path, tensors, metadata, study, allowed)
+            raise closed("network", study.model.kind)
+        reading = Reading(allowed.settings(written), foreign=True)
+        return cls(path, tensors, metadata, study, allowed, reading)
 
     @property
     def trained_on(self) -> ModelProtocols:
         """The scanners that it was trained on."""
-        return read_protocols(self.metadata, self.study)
+        return read_protocols(self.metadata, self.study, self.reading)
 
     def network(self, build: Callable[[], nn.Module], site: str | None, weights: Path | None) -> nn.Module:
         """The network that `build` makes, with the model's values, as it serves a site; in evaluation mode.
@@ -74,3 +75,11 @@ class ReleasedModel:
         freeze(made, self.study.parts.frozen)
         serve(made, self.study, self.metadata, site)
         return made.eval()
+
+
+def closed(what: str, kind: str) -> StudyError:
+    """The error of a model of which a part is a plug-in's that may not be imported."""
+    return StudyError(
+        f"this model's {what} is a plug-in's, {kind!r}; if you trust the package that it came with, install it and "
+        f"give --plugin {kind} (Python: plugins=({kind!r},))"
+    )

@@ -356,7 +356,7 @@ class Agent:
             lambda: self.learner(arm_spec),
             store,
             protocol=self._protocol(arm_spec, models),
-            evaluators=evaluators_of(models, pictures),
+            evaluators=evaluators_of(models, pictures, self._egress.least),
             folder=models,
             rows=None if name == POOLED else self._rows,
             sets=None if name == POOLED else MeasuredSets(self._history),

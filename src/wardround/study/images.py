@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from wardround.study.base import Config
 from wardround.study.tasks import Split, TaskSettings
@@ -27,7 +27,7 @@ class LabelTable(CaseTable):
 class ImageSettings(TaskSettings):
     """The base of tasks that begin with images."""
 
-    scanner = "none"
+    scanner: ClassVar[Literal["needed", "optional", "none"]] = "none"
 
     dimensions: Literal[2, 3] = 2
     split: Split = Split()
@@ -35,3 +35,52 @@ class ImageSettings(TaskSettings):
         "standard", description="or a list of MONAI's random dictionary transforms: `{name: RandFlipd, prob: 0.5}`"
     )
     leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
+
+
+class DrawnSettings(ImageSettings):
+    """The base of tasks that learn what was drawn in images."""
+
+    images: tuple[str, ...] = Field(
+        ("image",),
+        min_length=1,
+        description="the files of an image, a channel each (or several, where a file has them), as patterns relative "
+        "to a site's folder without ending: `flair` is `{patient}/flair`; others are `imagesTr/{patient}`, "
+        "`{patient}/{patient}_t1ce`, `{patient}/{id}.jpg`",
+    )
+    mask: str = Field("mask", description="the file of its mask, likewise")
+    table: CaseTable | None = None
+    channels: int = Field(1, ge=1, description="channels of all files of an image together; 3 for a colour picture")
+    structures: dict[str, Literal["any"] | tuple[int, ...]] = Field(
+        {"structure": "any"},
+        min_length=1,
+        description="what is outlined, and the mask's values that mean it; `any` is every value but 0",
+    )
+    annotated: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="for a site that does not draw all structures: those it draws"
+    )
+    empty_every: int = Field(3, ge=1, description="2-D of volumes: every n-th slice without a structure is an example")
+    distances: Literal["mm", "pixels"] = Field("mm", description="`pixels` where files do not say how large they are")
+
+    @model_validator(mode="after")
+    def _draws_what_there_is(self) -> Self:
+        for site, drawn in self.annotated.items():
+            if unknown := sorted(set(drawn) - self.structures.keys()):
+                raise ValueError(f"task.annotated.{site}: {unknown[0]!r} is not in task.structures")
+        return self
+
+    @property
+    def values(self) -> dict[str, tuple[int, ...] | None]:
+        """The mask's values of each structure; `None` for every value but 0."""
+        return {name: None if values == "any" else values for name, values in self.structures.items()}
+
+    def drawn_at(self, site: str) -> list[bool]:
+        """Which structures a site draws."""
+        drawn = self.annotated.get(site, tuple(self.structures))
+        return [name in drawn for name in self.structures]
+
+
+class OverlapLoss(Config):
+    """Weights of the two parts of the loss."""
+
+    dice: float = Field(1.0, ge=0.0)
+    cross_entropy: float = Field(1.0, ge=0.0)

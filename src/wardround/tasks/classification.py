@@ -6,7 +6,9 @@ A patient is measured once, by the mean of the probabilities of all their images
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,12 +24,15 @@ from wardround.imaging.readers.cases import Case, Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import ImageSettings, LabelTable
 from wardround.tasks.augmentation import Augmentation
+from wardround.tasks.charts import Charts, confusion, reliability
 from wardround.tasks.histograms import auroc, average_precision, calibration_error
 from wardround.tasks.images import ImageTask, PatientImages, SitePatients, resampled, scaled, scales_of
+from wardround.tasks.overlays import coloured
 from wardround.tasks.predictions import Probabilities
 from wardround.tasks.reconstruction import PooledDataset, evaluating
 from wardround.tasks.states import Histogram
-from wardround.tasks.task import Dataset, MetricSpec, Source, Split
+from wardround.tasks.task import Dataset, Illustration, MetricSpec, Source, Split
+from wardround.tasks.temperature import fitted
 from wardround.wire.host import on_host
 
 if TYPE_CHECKING:
@@ -137,9 +142,15 @@ class DiagnosedDataset(PatientImages):
 
     def evaluation(self, split: Split) -> Iterator[tuple[int, DiagnosedBatch]]:
         """(patient number, all images of the patient)."""
-        for patient in self._split[split]:
-            numbers = range(len(self._cases[patient]))
-            yield patient, DiagnosedBatch.joined([self._example(patient, n, None) for n in numbers])
+        yield from ((patient, self._whole(patient)) for patient in self._split[split])
+
+    def tested(self, place: int) -> DiagnosedBatch:
+        """All images of the test patient at a place in the order of `evaluation`."""
+        return self._whole(self._split["test"][place])
+
+    def _whole(self, patient: int) -> DiagnosedBatch:
+        numbers = range(len(self._cases[patient]))
+        return DiagnosedBatch.joined([self._example(patient, n, None) for n in numbers])
 
     def _example(self, patient: int, number: int, random: np.random.Generator | None) -> DiagnosedBatch:
         pixels = resampled(self._normalised(patient, number), self._config.size)
@@ -182,7 +193,9 @@ def _labels(case: Case, config: ClassificationTask) -> npt.NDArray[np.bool_]:
 
 
 class Classification(ImageTask[ClassificationTask]):
-    """The task of a study; see `wardround.tasks.task.Task`."""
+    """The task of a study; see `wardround.tasks.task.Task`. `temperature` is a site's own, None in training."""
+
+    temperature: float | None = None
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -207,24 +220,102 @@ class Classification(ImageTask[ClassificationTask]):
         logits = model(batch.images).float()
         return diagnosis_loss(logits, batch.labels, batch.prior, self.config.imbalance, self.config.multi_label)
 
-    def probabilities(self, model: nn.Module, batch: DiagnosedBatch) -> Tensor:
+    def logits(self, model: nn.Module, batch: DiagnosedBatch) -> Tensor:
         """(B, K), in evaluation mode."""
         with evaluating(model), torch.no_grad():
-            logits = model(batch.images).float()
-        return torch.sigmoid(logits) if self.config.multi_label else torch.softmax(logits, dim=1)
+            found: Tensor = model(batch.images).float()
+        return found
+
+    def probabilities(self, logits: Tensor, temperature: float | None = None) -> Tensor:
+        """(B, K), of logits over a site's temperature where it has one; see `wardround.tasks.temperature`."""
+        scaled = logits if temperature is None else logits / temperature
+        return torch.sigmoid(scaled) if self.config.multi_label else torch.softmax(scaled, dim=1)
 
     def score(self, model: nn.Module, batch: DiagnosedBatch) -> dict[str, Tensor]:
-        """What one patient adds to the histograms, from all of the patient's images: (1, classes, 2) each."""
-        scores = self.probabilities(model, batch).mean(dim=0, keepdim=True)
-        labels = batch.labels.amax(dim=0, keepdim=True)
+        """What one patient adds to the histograms, from all of the patient's images: (1, classes, 2) each.
+
+        Where the site has no temperature, no label of a scaled probability is known.
+        """
+        logits, labels = self.logits(model, batch), batch.labels.amax(dim=0, keepdim=True)
+        scores = self.probabilities(logits).mean(dim=0, keepdim=True)
         if self.config.multi_label:
-            hits, sure, right = (scores > 0.5).float(), scores, labels
+            hits = (scores > 0.5).float()
         else:
-            best = scores.argmax(dim=1, keepdim=True)
-            hits = torch.zeros_like(scores).scatter_(1, best, 1.0)
-            sure, right = scores.gather(1, best), labels.gather(1, best)
-        pairs = {"probability": (scores, labels), "hit": (hits, labels), "confidence": (sure, right)}
+            hits = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
+        scaled, right = self._confidence(self.probabilities(logits, self.temperature).mean(dim=0, keepdim=True), labels)
+        pairs = {
+            "probability": (scores, labels),
+            "hit": (hits, labels),
+            "confidence": self._confidence(scores, labels),
+            "scaled": (scaled, torch.full_like(right, math.nan) if self.temperature is None else right),
+        }
         return {name: torch.stack(pair, dim=-1) for name, pair in pairs.items()}
+
+    def _confidence(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (1, K) that are to come true, and whether they do: of the likeliest class, or of every one."""
+        if self.config.multi_label:
+            return scores, labels
+        best = scores.argmax(dim=1, keepdim=True)
+        return scores.gather(1, best), labels.gather(1, best)
+
+    # A temperature at each site ---------------------------------------------------------------------------------------
+
+    def calibration(self, model: nn.Module, batches: Iterable[tuple[int, DiagnosedBatch]]) -> float | None:
+        """See `wardround.tasks.task.Calibrated`."""
+        logits, labels = [], []
+        for _, batch in batches:
+            logits.append(on_host(self.logits(model, batch)).astype(np.float64))
+            labels.append(on_host(batch.labels.amax(dim=0)).astype(np.float64))
+        return fitted(logits, np.array(labels), multi_label=self.config.multi_label)
+
+    def calibrated(self, temperature: float) -> Classification:
+        """See `wardround.tasks.task.Calibrated`."""
+        task = copy(self)
+        task.temperature = temperature
+        return task
+
+    # What a report shows ----------------------------------------------------------------------------------------------
+
+    def charts(self, rows: Mapping[str, Floats]) -> Charts:
+        """See `wardround.tasks.task.Charted`; without a matrix of classes where a patient can have several."""
+        called = rows["balanced_accuracy"]
+        known = ~np.isnan(called).any(axis=(1, 2, 3))
+        return Charts(
+            confusion=None if self.config.multi_label else confusion(called[known], self.config.classes),
+            before=reliability(np.nansum(rows["ece"], axis=0)),
+            after=reliability(np.nansum(rows["ece_scaled"], axis=0)),
+        )
+
+    @property
+    def legend(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+        """None: nothing is drawn into the images."""
+        return ()
+
+    def merit(self, rows: Mapping[str, Floats]) -> Floats:
+        """The mean over classes of the probability of what is true, the class or its absence."""
+        counts = rows["auroc"]
+        centres = (np.arange(counts.shape[-1]) + 0.5) / counts.shape[-1]
+        right = (counts[:, :, 1] @ centres + counts[:, :, 0] @ (1.0 - centres)).mean(axis=1)
+        return np.asarray(right)
+
+    def pictured(self, dataset: Dataset, places: Sequence[int]) -> Iterator[DiagnosedBatch]:
+        """See `wardround.tasks.task.Illustrated`."""
+        assert isinstance(dataset, DiagnosedDataset)
+        yield from (dataset.tested(place) for place in places)
+
+    def illustrate(self, model: nn.Module | None, batch: DiagnosedBatch) -> Illustration:
+        """The patient's first image; below it the classes, those that a network finds with their probabilities."""
+        labels = on_host(batch.labels.amax(dim=0))
+        if model is None:
+            found = [name for name, has in zip(self.config.classes, labels, strict=True) if has]
+        else:
+            scores = on_host(self.probabilities(self.logits(model, batch)).mean(dim=0))
+            named = [k for k in range(len(scores)) if scores[k] > 0.5] if self.config.multi_label else [scores.argmax()]
+            found = [f"{self.config.classes[k]} {scores[k]:.2f}" for k in named]
+        image = on_host(batch.images[0])
+        return Illustration(coloured(image[..., image.shape[-1] // 2] if image.ndim == 4 else image), ", ".join(found))
+
+    # A clinic's images -----------------------------------------------------------------------------------------------
 
     def patterns(self) -> Patterns:
         """See `wardround.tasks.task.Predicts`."""
@@ -239,7 +330,7 @@ class Classification(ImageTask[ClassificationTask]):
         check_shape(image, self.config, "")
         pixels = resampled(scaled(image.channels, scales_of(image.channels)), self.config.size)[None]
         nothing = pixels.new_zeros(1, len(self.config.classes))
-        found = self.probabilities(model, DiagnosedBatch(pixels, nothing, nothing))
+        found = self.probabilities(self.logits(model, DiagnosedBatch(pixels, nothing, nothing)), self.temperature)
         values = on_host(found)[0].astype(np.float64)
         return Probabilities(self.config.classes, values, not self.config.multi_label)
 
@@ -261,13 +352,15 @@ def classification_metrics(classes: Sequence[str], multi_label: bool = False) ->
         return MetricSpec(name, 0.0, 1.0, 1e-4, larger, label, "", 0.005, definition, True, kind, source)
 
     area = "share of pairs of a patient with and one without the class in which the former has the higher probability"
+    apart = "expected difference of the likeliest class's probability and the share in whom it is right, in 10 bins"
     called = "share of the class's patients in whom it is the likeliest class"
     macro = (
         spec("auroc", "AUROC", f"{area}; mean of the classes", scores(auroc), "probability"),
         spec("balanced_accuracy", "Balanced accuracy", f"{called}; mean of the classes", hits(sensitivity), "hit"),
         spec("auprc", "AUPRC", "average precision, mean of the classes", scores(average_precision), "probability"),
-        spec("ece", "Calibration error", "expected difference of the likeliest class's probability and the share in "
-             "whom it is right, in 10 bins", sure(calibration_error), "confidence", larger=False),
+        spec("ece", "Calibration error", apart, sure(calibration_error), "confidence", larger=False),
+        spec("ece_scaled", "Calibration error after scaling", f"{apart}; of logits over the temperature that each site "
+             "fits to its own validation patients", sure(calibration_error), "scaled", larger=False),
     )  # fmt: skip
     by_class = [
         part

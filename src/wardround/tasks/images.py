@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from wardround.errors import DataError
 from wardround.imaging.datasets.memory import ScanCache
 from wardround.imaging.datasets.split import Deal, by_seed
+from wardround.imaging.orientation import Turn, turn_for
 from wardround.imaging.readers.aside import Aside, refuse
 from wardround.imaging.readers.cases import Case, Patterns, Reader, sort_cases
 from wardround.imaging.readers.labelled import LabelledImage, read_image
@@ -61,16 +62,19 @@ class PatientImages:
     too many for the site, and where none is left to train of those that should.
     """
 
-    def __init__(self, patients: SitePatients) -> None:
+    def __init__(self, patients: SitePatients, scales: Scales | None = None) -> None:
         self.site = patients.site
         self._names = patients.names
         self._cases = tuple(tuple(patients.cases.get(name, ())) for name in patients.names)
         self._cache = ScanCache[LabelledImage](_CACHE_BYTES)
+        self._scales_of = scales_of if scales is None else scales
         self._scales: dict[tuple[int, int], tuple[Scale | None, ...]] = {}
         self._split = patients.split
-        found = self._examine()
-        aside = (*patients.aside, *found)
-        total = len(self._names) + sum(not one.patient for one in aside)
+        # Whom no part has is of another site that shares the folder.
+        dealt = {self._names[patient] for part in patients.split.values() for patient in part}
+        incomplete = (one for one in patients.aside if not one.patient or one.patient in dealt)
+        aside = (*incomplete, *self._examine(dealt))
+        total = len(dealt) + sum(not one.patient for one in aside)
         patients.quarantine(self.site, total, aside)
         out = {one.patient for one in aside}
         self._split = {
@@ -82,10 +86,10 @@ class PatientImages:
         if patients.split["train"] and not self._split["train"]:
             raise DataError(f"site {self.site}: no patient is left to train, after those that cannot be used")
 
-    def _examine(self) -> list[Aside]:
+    def _examine(self, dealt: Set[str]) -> list[Aside]:
         found = []
         for patient, of_patient in enumerate(self._cases):
-            for number, case in enumerate(of_patient):
+            for number, case in enumerate(of_patient if self._names[patient] in dealt else ()):
                 try:
                     self._examined(patient, number, self._read(patient, number), case)
                 except DataError as error:
@@ -119,8 +123,13 @@ class PatientImages:
         """The channels of an image, or of its slice `part`, each on the scale of the whole image."""
         key, channels = (patient, number), self._read(patient, number).channels
         if key not in self._scales:
-            self._scales[key] = scales_of(channels)
+            self._scales[key] = self._scales_of(channels)
         return scaled(channels if part is None else channels[..., part], self._scales[key])
+
+    def turn(self, patient: int, number: int) -> Turn | None:
+        """How slices of an image are shown to people; `None` where its file does not say how the patient lies."""
+        affine = self._read(patient, number).space.affine
+        return None if affine is None or np.array_equal(affine, np.eye(4)) else turn_for(np.eye(4))
 
     def _hashed(self, digests: Mapping[int, str], **rules: Any) -> str:
         """Sha256 (hex) over every patient's digest by split, and over the rules that make examples of them."""
@@ -136,8 +145,12 @@ class ImageTask(Generic[SettingsT]):
         self._deal: Deal = by_seed
         self._quarantine: Quarantine = refuse
         self._readers: Callable[[str], Mapping[str, Reader]] = NO_PLUGINS.readers
-        chain = standard(config.dimensions) if config.augment == "standard" else config.augment
+        chain = self._standard() if config.augment == "standard" else config.augment
         self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
+
+    def _standard(self) -> Sequence[Mapping[str, Any]]:
+        """The changes of training images where the study says `standard`."""
+        return standard(self.config.dimensions)
 
     def deal_by(self, deal: Deal) -> None:
         """See `wardround.tasks.task.Dealing`."""
@@ -176,11 +189,18 @@ class ImageTask(Generic[SettingsT]):
 
 
 Scale = tuple[Tensor, Tensor]
+Scales = Callable[[NDArray[np.generic]], tuple[Scale | None, ...]]
 
 
 def scales_of(channels: NDArray[np.generic]) -> tuple[Scale | None, ...]:
     """Mean and deviation of each channel (*shape) over what it shows; `None` for one that shows nothing."""
     return tuple(map(_scale, torch.from_numpy(channels.astype(np.float32))))
+
+
+def peaks_of(channels: NDArray[np.generic]) -> tuple[Scale | None, ...]:
+    """0 and the maximum of each channel (*shape): a magnitude image on the scale of a reconstruction, 0 to 1."""
+    whole = torch.from_numpy(channels.astype(np.float32)).flatten(1)
+    return tuple((torch.zeros(()), peak) if peak > 0 else None for peak in whole.amax(1))
 
 
 def _scale(channel: Tensor) -> Scale | None:

@@ -16,10 +16,12 @@ from wardround.errors import DataError
 from wardround.imaging.readers.cases import Case
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.tasks.augmentation import Augmentation
-from wardround.tasks.images import CONTENT, PatientImages, SitePatients, resampled
+from wardround.tasks.images import CONTENT, PatientImages, SitePatients, peaks_of, resampled
 from wardround.tasks.task import Split
 
 Structures = Mapping[str, tuple[int, ...] | None]
+# Interpolation leaves small undershoots; anything lower is no magnitude image.
+_UNDERSHOOT = 0.05
 
 
 class Example(NamedTuple):
@@ -74,7 +76,8 @@ class Sampling:
 class LabelledDataset(PatientImages):
     """One site's images and masks; see `wardround.tasks.task.Dataset`.
 
-    See `wardround.tasks.images.PatientImages` for patients who cannot be used. Raises DataError.
+    With `magnitudes`, channels are on the scale of their maximum, and negative values are refused; else they are
+    normalised. See `wardround.tasks.images.PatientImages` for patients who cannot be used. Raises DataError.
     """
 
     def __init__(
@@ -86,16 +89,18 @@ class LabelledDataset(PatientImages):
         augmentation: Augmentation,
         *,
         physical: bool,
+        magnitudes: bool = False,
     ) -> None:
         self._structures = structures
         self._known = torch.tensor(known, dtype=torch.float32)
         self._sampling = sampling
         self._augmentation = augmentation
         self._physical = physical
+        self._magnitudes = magnitudes
         self._training = frozenset(patients.split["train"])
         self._content: dict[int, Any] = {}
         self._found: dict[int, list[Example]] = {}
-        super().__init__(patients)
+        super().__init__(patients, peaks_of if magnitudes else None)
         self._digests = {patient: found.hexdigest() for patient, found in self._content.items()}
         self._train = tuple(example for patient in self._split["train"] for example in self._found[patient])
         if self._split["train"] and not self._train:
@@ -125,6 +130,10 @@ class LabelledDataset(PatientImages):
             for number in range(len(self._cases[patient])):
                 yield patient, self._whole(patient, number)
 
+    def tested(self, place: int) -> LabelledBatch:
+        """The first image of the test patient at a place in the order of `evaluation`."""
+        return self._whole(self._split["test"][place], 0)
+
     # Images ----------------------------------------------------------------------------------------------------------
 
     def _examined(self, patient: int, number: int, image: LabelledImage, case: Case) -> None:
@@ -142,6 +151,8 @@ class LabelledDataset(PatientImages):
             )
         if image.labels is None:
             raise DataError("an image has no mask; see task.mask", detail=place)
+        if self._magnitudes:
+            _check_magnitudes(image, place)
         if any(values is None for values in self._structures.values()):
             return
         declared = {0} | {value for values in self._structures.values() for value in values or ()}
@@ -251,6 +262,17 @@ def whole_image(image: LabelledImage, channels: Tensor, sampling: Sampling) -> T
     if sampling.dimensions == 2 and channels.ndim == 4:
         return resampled(channels.permute(3, 0, 1, 2), grid[:2]).contiguous()
     return resampled(channels, grid)[None].contiguous()
+
+
+def _check_magnitudes(image: LabelledImage, place: str) -> None:
+    for channel in image.channels:
+        low, high = float(channel.min()), float(channel.max())
+        if high <= 0.0 or low < -_UNDERSHOOT * high:
+            raise DataError(
+                "a channel has negative values, or none above 0, so it is no magnitude image, of which a "
+                "scan could be simulated; store magnitudes, or leave the patient out",
+                detail=f"{place}: {low:g} to {high:g}",
+            )
 
 
 def _digest(image: LabelledImage) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,22 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
-from wardround.imaging.acquisition.mri.coils import low_resolution_maps
-from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
-from wardround.imaging.acquisition.mri.simulate import simulate
-from wardround.imaging.acquisition.solvers import cg_sense, tv, zero_filled
-from wardround.imaging.acquisition.wrapped import RealImage
+from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
 from wardround.imaging.datasets.mri import Example, SliceIndex
 from wardround.imaging.datasets.visits import Index, Visits
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.study import MRIAcquisition, schema
 from wardround.study import tasks as tasks_config
+from wardround.study.baselines import Baseline
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, reconstruction_scores
-from wardround.tasks.reconstruction import ReconstructionDataset, ReconstructionTask, weight_of
+from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionDataset, ReconstructionTask
 from wardround.tasks.task import MetricSpec, Source, Window
-from wardround.wire.random import public_generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +48,17 @@ class MRIBatch:
     def operator(self) -> CartesianMRI:
         """The acquisition as the reconstruction knows it."""
         return CartesianMRI(self.maps, self.mask)
+
+    def part(self, start: int, stop: int) -> MRIBatch:
+        """The slices from `start` to before `stop`."""
+        return MRIBatch(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
+    @classmethod
+    def of(cls, scan: Scan, image: NDArray[np.float32], head: NDArray[np.bool_]) -> MRIBatch:
+        """A batch of one scan of an image (H, W) with its head."""
+        kspace, mask, maps = scan.unpacked()
+        target, inside = torch.from_numpy(image), torch.from_numpy(head.astype(np.float32))
+        return cls(kspace[None], maps[None], mask[None], target[None], inside[None])
 
     @classmethod
     def joined(cls, batches: Sequence[MRIBatch]) -> MRIBatch:
@@ -87,49 +95,18 @@ class MRIDataset(ReconstructionDataset[MRIBatch]):
     ) -> None:
         super().__init__(index, task, MRIBatch.joined)
         self.acquisition = acquisition
-        self._seed = seed
-        self._cache = ScanCache[_Scan](cache_bytes)
+        self.scanner = MRIScanner(index.site, acquisition, seed)
+        self._cache = ScanCache[Scan](cache_bytes)
 
     def scan(self, example: Example, flip: bool) -> MRIBatch:
         """A batch of one slice, flipped left-right before its scan where `flip` says so."""
         image, head = self._index.image(example), self._index.mask(example)
         if flip:
             image, head = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(head[:, ::-1])
-        scan = self._cache.get((example, flip), lambda: self._simulate(example, image))
-        kspace, mask, maps = scan.unpacked()
-        target, inside = torch.from_numpy(image), torch.from_numpy(head.astype(np.float32))
-        return MRIBatch(kspace[None], maps[None], mask[None], target[None], inside[None])
-
-    def _simulate(self, example: Example, image: NDArray[np.float32]) -> _Scan:
-        whose = () if self.acquisition.mask.fixed else (example.patient,)
-        shape = (image.shape[0], image.shape[1])
-        mask = sampling_mask(self.acquisition.mask, shape, public_generator(self._seed, self.site, "mask", *whose))
-        scanner = public_generator(self._seed, self.site, "scan", example.patient, example.contrast, example.slice)
-        measured = simulate(image, self.acquisition, scanner, mask)
-        where = measured.mask != 0
-        maps = measured.maps if self.acquisition.maps == "true" else None
-        return _Scan(measured.kspace[:, where], where, maps)
-
-
-@dataclass(frozen=True, eq=False)
-class _Scan:
-    """A scan without its zeros, and without maps that can be estimated again: a fifth of the memory."""
-
-    samples: Tensor
-    measured: Tensor
-    maps: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        return self.samples.nbytes + self.measured.nbytes + (0 if self.maps is None else self.maps.nbytes)
-
-    def unpacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """K-space (C, H, W), mask (H, W) and maps (C, H, W)."""
-        kspace = self.samples.new_zeros(self.samples.shape[0], *self.measured.shape)
-        kspace[:, self.measured] = self.samples
-        mask = self.measured.float()
-        maps = low_resolution_maps(kspace[None], mask[None])[0] if self.maps is None else self.maps
-        return kspace, mask, maps
+        patient, which, scanner = example.patient, (example.contrast, example.slice), self.scanner
+        key = (example, flip)
+        scan = self._cache.get(key, lambda: scanner.scan(image, patient, scanner.random(patient, *which)))
+        return MRIBatch.of(scan, image, head)
 
 
 class MRIReconstruction(ReconstructionTask[MRIBatch]):
@@ -138,12 +115,17 @@ class MRIReconstruction(ReconstructionTask[MRIBatch]):
     Raises StudyError for tiny images, and for a real model or baseline where the coil maps do not carry the phase.
     """
 
-    def __init__(self, study: schema.Study) -> None:
-        super().__init__(study)
+    def __init__(self, study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> None:
+        super().__init__(study, embeddings)
         if study.model.real_images:
-            _require_estimated_maps(study, "model.image: real")
-        if "tv_real" in study.baselines:
-            _require_estimated_maps(study, "the baseline tv_real")
+            require_estimated_maps(study, "model.image: real")
+
+    def compare_with(self, baselines: Mapping[str, Baseline]) -> None:
+        """Raises StudyError for one of real images where the coil maps do not carry the phase."""
+        super().compare_with(baselines)
+        for name, found in baselines.items():
+            if found.real_images:
+                require_estimated_maps(self.study, f"the baseline {name}")
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -195,33 +177,13 @@ class MRIReconstruction(ReconstructionTask[MRIBatch]):
         """All metrics of magnitude images (B, H, W), from whatever method: name -> (B,)."""
         return reconstruction_scores(images, batch.target, batch.head)
 
-    def baseline(self, name: str, parameter: float | None, batch: MRIBatch) -> Tensor:
-        """Magnitude images (B, H, W) of a method that learns nothing; `parameter` is its weight, if any."""
-        with torch.no_grad():
-            match name:
-                case "zero_filled":
-                    return zero_filled(batch.operator, batch.kspace).abs()
-                case "cg_sense":
-                    return cg_sense(batch.operator, batch.kspace, weight_of(name, parameter)).abs()
-                case "tv":
-                    return tv(batch.operator, batch.kspace, weight_of(name, parameter)).abs()
-                case "tv_real":
-                    return tv(RealImage(batch.operator), batch.kspace, weight_of(name, parameter)).abs()
-        raise _unknown_baseline(name)
-
-    def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
-        """The weights among which validation patients choose; (None,) where there is nothing to choose."""
-        match name:
-            case "zero_filled":
-                return (None,)
-            case "cg_sense":
-                return self.config.evaluation.cg_weights
-            case "tv" | "tv_real":
-                return self.config.evaluation.tv_weights_for("mri")
-        raise _unknown_baseline(name)
+    def classical(self, method: Method, batch: MRIBatch) -> Tensor:
+        """Magnitude images (B, H, W)."""
+        return method(batch.operator, batch.kspace).abs()
 
 
-def _require_estimated_maps(study: schema.Study, what: str) -> None:
+def require_estimated_maps(study: schema.Study, what: str) -> None:
+    """Raise `StudyError` where a site has coil maps that do not carry the phase, which `what` needs."""
     remedy = "set model.image: complex" if what.startswith("model") else "take it out of task.evaluation.baselines"
     for site in study.sites:
         acquisition = study.acquisition_of(site)
@@ -230,7 +192,3 @@ def _require_estimated_maps(study: schema.Study, what: str) -> None:
                 f"{what} needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
                 f"with acquisition.phase above 0; {remedy}, or set maps: estimated"
             )
-
-
-def _unknown_baseline(name: str) -> StudyError:
-    return StudyError(f"there is no baseline {name!r} for MRI; choose zero_filled, cg_sense, tv or tv_real")

@@ -6,24 +6,26 @@ its loss (partial labels).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
-from wardround.study.base import Config
-from wardround.study.images import CaseTable, ImageSettings
+from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.tasks.images import ImageTask, resampled, scaled, scales_of
 from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling, check_image, whole_image
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
+from wardround.tasks.overlays import DRAWN, MARKED, fullest, overlay, upright
 from wardround.tasks.predictions import Masks
 from wardround.tasks.reconstruction import PooledDataset, evaluating
-from wardround.tasks.task import Dataset, MetricSpec, Source
+from wardround.tasks.task import Dataset, Illustration, MetricSpec, Source
 from wardround.wire.host import on_host
 
 if TYPE_CHECKING:
@@ -33,45 +35,18 @@ _WINDOWS = 16
 _OVERLAP = 0.25
 
 
-class OverlapLoss(Config):
-    """Weights of the two parts of the loss."""
-
-    dice: float = Field(1.0, ge=0.0)
-    cross_entropy: float = Field(1.0, ge=0.0)
-
-
-class SegmentationTask(ImageSettings):
+class SegmentationTask(DrawnSettings):
     """Outlines of structures in images, 2-D or 3-D."""
 
     network = "build_network"
 
     kind: Literal["segmentation"]
-    images: tuple[str, ...] = Field(
-        ("image",),
-        min_length=1,
-        description="the files of an image, a channel each (or several, where a file has them), as patterns relative "
-        "to a site's folder without ending: `flair` is `{patient}/flair`; others are `imagesTr/{patient}`, "
-        "`{patient}/{patient}_t1ce`, `{patient}/{id}.jpg`",
-    )
-    mask: str = Field("mask", description="the file of its mask, likewise")
-    table: CaseTable | None = None
-    channels: int = Field(1, ge=1, description="channels of all files of an image together; 3 for a colour picture")
-    structures: dict[str, Literal["any"] | tuple[int, ...]] = Field(
-        {"structure": "any"},
-        min_length=1,
-        description="what is outlined, and the mask's values that mean it; `any` is every value but 0",
-    )
-    annotated: dict[str, tuple[str, ...]] = Field(
-        default_factory=dict, description="for a site that does not draw all structures: those it draws"
-    )
     patch: tuple[int, ...] = Field((128, 128), description="voxels of an example, and of a window in evaluation")
     resize: tuple[int, int] | None = Field(None, description="2-D: rows and columns that images are resampled to")
     spacing: tuple[float, ...] | None = Field(None, description="mm that images are resampled to, along each axis")
     patches_per_image: int = Field(1, ge=1, description="examples of a volume (3-D) or picture")
-    empty_every: int = Field(3, ge=1, description="2-D of volumes: every n-th slice without a structure is an example")
     foreground: float = Field(0.5, ge=0.0, le=1.0, description="share of patches around a voxel of a structure")
     loss: OverlapLoss = OverlapLoss()
-    distances: Literal["mm", "pixels"] = Field("mm", description="`pixels` where files do not say how large they are")
 
     @model_validator(mode="after")
     def _fits_together(self) -> SegmentationTask:
@@ -81,9 +56,6 @@ class SegmentationTask(ImageSettings):
             raise ValueError("task.resize is for 2-D, and not with task.spacing")
         if self.spacing is not None and (len(self.spacing) != self.dimensions or min(self.spacing) <= 0):
             raise ValueError(f"task.spacing needs {self.dimensions} positive numbers, as task.dimensions says")
-        for site, drawn in self.annotated.items():
-            if unknown := sorted(set(drawn) - self.structures.keys()):
-                raise ValueError(f"task.annotated.{site}: {unknown[0]!r} is not in task.structures")
         return self
 
     def describe(self) -> str:
@@ -115,11 +87,10 @@ class Segmentation(ImageTask[SegmentationTask]):
     def dataset(self, site: str, source: Source) -> LabelledDataset:
         """The images and masks of a site."""
         config = self.config
-        drawn = config.annotated.get(site, self.structures)
         return LabelledDataset(
             self._patients(site, source, config.images, config.mask, config.table),
-            {name: None if values == "any" else values for name, values in config.structures.items()},
-            [name in drawn for name in self.structures],
+            config.values,
+            config.drawn_at(site),
             self._sampling,
             self._augmentation,
             physical=config.distances == "mm",
@@ -177,6 +148,50 @@ class Segmentation(ImageTask[SegmentationTask]):
         known = [bool(each) for each in on_host(batch.known[0]) > 0.5]
         # A volume of one slice is a picture.
         return overlap_scores(marked, drawn, known, self.structures, batch.spacing[1 - marked.ndim :])
+
+    # What a report shows ----------------------------------------------------------------------------------------------
+
+    @property
+    def legend(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+        """The colours of outlines."""
+        return ("drawn at the site", DRAWN), ("marked by the network", MARKED)
+
+    def merit(self, rows: Mapping[str, Any]) -> Any:
+        """The Dice of each patient."""
+        return rows[self.metrics[0].name]
+
+    def pictured(self, dataset: Dataset, places: Sequence[int]) -> Iterator[LabelledBatch]:
+        """See `wardround.tasks.task.Illustrated`; of a patient with several images the first."""
+        assert isinstance(dataset, LabelledDataset)
+        yield from (dataset.tested(place) for place in places)
+
+    def illustrate(self, model: nn.Module | None, batch: LabelledBatch) -> Illustration:
+        """Outlines in the first channel; of a volume, in the slice that shows most of what is drawn."""
+        volume, at = len(batch.spacing) == 3, None
+        if volume:
+            drawn = on_host(batch.masks) > 0.5
+            at = fullest(np.moveaxis(drawn, 0, -1) if self.config.dimensions == 2 else drawn[0])
+        if at is not None and self.config.dimensions == 2:
+            # The network sees the one slice that is shown.
+            batch = replace(batch, **{n: getattr(batch, n)[at : at + 1] for n in ("images", "masks", "known")})
+            at = None
+
+        def shown(part: Tensor) -> Any:
+            whole = on_host(part[0])
+            flat = whole if at is None else whole[..., at]
+            return upright(flat) if volume else flat
+
+        rows, columns = batch.spacing[-2:] if self.config.dimensions == 2 else batch.spacing[:2]
+        return Illustration(
+            overlay(
+                shown(resampled(batch.images[:, :1], batch.masks.shape[2:]))[0],
+                shown(batch.masks > 0.5),
+                None if model is None else shown(self.logits(model, batch) > 0),
+                (columns, rows) if volume else (rows, columns),
+            )
+        )
+
+    # A clinic's images -----------------------------------------------------------------------------------------------
 
     def patterns(self) -> Patterns:
         """See `wardround.tasks.task.Predicts`."""

@@ -186,6 +186,11 @@ def head_mask(image: FloatArray, air: float) -> BoolArray:
     return fill_holes(np.asarray(large[labels], dtype=np.bool_))
 
 
+def head_of_slice(image: FloatArray) -> BoolArray:
+    """Return where the head is in a slice `(H, W)` whose volume is not at hand: air is as dark as in the slice."""
+    return head_mask(image, _AIR * float(np.percentile(image, 99)))
+
+
 def fill_holes(mask: BoolArray) -> BoolArray:
     """Fill every hole: background that does not reach the border (`binary_fill_holes`, but faster)."""
     labels, pieces = ndimage.label(~mask)

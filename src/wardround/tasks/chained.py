@@ -1,0 +1,145 @@
+"""Images with masks of one site, and a simulated MRI scan of every channel: the examples of a chain."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
+from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
+from wardround.imaging.datasets.mri import head_of_slice
+from wardround.imaging.orientation import Turn
+from wardround.tasks.labelled import LabelledBatch, LabelledDataset
+from wardround.tasks.mri import MRIBatch
+from wardround.tasks.task import Split
+
+
+@dataclass(frozen=True, eq=False)
+class ChainBatch:
+    """Slices with a scan of each of their channels, and what was drawn on them.
+
+    scans: of B slices with C channels each, B * C images: the channels of a slice follow each other. masks: float32
+    (B, K, *shape), in evaluation on the image's own grid. known: float32 (B, K), 1 where the site draws the structure.
+    spacing: the size of a voxel of the masks along their axes, slices first where B counts them.
+    """
+
+    scans: MRIBatch
+    masks: Tensor
+    known: Tensor
+    spacing: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def channels(self) -> int:
+        """Scans of a slice."""
+        return len(self.scans) // len(self.masks)
+
+    def parts(self, slices: int) -> Iterator[MRIBatch]:
+        """The scans of up to `slices` slices at a time, in order: those of a whole volume would fill a memory."""
+        step = slices * self.channels
+        for start in range(0, len(self.scans), step):
+            yield self.scans.part(start, start + step)
+
+    @classmethod
+    def joined(cls, batches: Sequence[ChainBatch]) -> ChainBatch:
+        """One batch of all slices, in order."""
+        return cls(
+            MRIBatch.joined([batch.scans for batch in batches]),
+            torch.cat([batch.masks for batch in batches]),
+            torch.cat([batch.known for batch in batches]),
+        )
+
+
+class ChainDataset:
+    """One site's images and masks with simulated scans; see `wardround.tasks.task.Dataset`.
+
+    A patient's sampling mask is drawn once, and serves all channels. A training example is changed and then
+    scanned anew each time: coils, phase and noise come from the random numbers of the step. How a scan in evaluation
+    looks is public randomness, so every arm of a study sees the same raw data.
+    """
+
+    def __init__(self, drawn: LabelledDataset, scanner: MRIScanner, *, cache_bytes: int = CACHE_BYTES) -> None:
+        self.site = drawn.site
+        self._drawn = drawn
+        self._scanner = scanner
+        self._owners = drawn.owners()
+        self._cache = ScanCache[Scan](cache_bytes)
+
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over the content of images and masks and who trains, never over names or paths."""
+        return self._drawn.fingerprint()
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator) -> ChainBatch:
+        """Training slices, changed and then scanned with `random` alone."""
+        return ChainBatch.joined([self._training(index, random) for index in indices])
+
+    def owners(self) -> tuple[int, ...]:
+        """Whose each training slice is."""
+        return self._owners
+
+    def patients(self, split: Split) -> int:
+        """Number of patients in a split."""
+        return self._drawn.patients(split)
+
+    def names(self, split: Split) -> tuple[str, ...]:
+        """The names of the patients of a split, in the order of `evaluation`: they stay at the site."""
+        return self._drawn.names(split)
+
+    def evaluation(self, split: Split) -> Iterator[tuple[int, ChainBatch]]:
+        """(patient number, a whole image), patient by patient: all slices of a volume, or a picture."""
+        for patient, number, image in self._whole(split):
+            yield patient, self._scanned(image, patient, number, range(len(image)))
+
+    def shown(self) -> Iterator[tuple[ChainBatch, Turn | None]]:
+        """The slice of the first test patient with most of the structures, a batch of one for each of its channels."""
+        for patient, number, image in self._whole("test"):
+            chosen = int(image.masks.flatten(1).sum(1).argmax())
+            batch, turn = self._scanned(image, patient, number, (chosen,)), self._drawn.turn(patient, number)
+            for channel in range(batch.channels):
+                yield ChainBatch(batch.scans.part(channel, channel + 1), batch.masks, batch.known), turn
+            return
+
+    def _whole(self, split: Split) -> Iterator[tuple[int, int, LabelledBatch]]:
+        """Patient, number of the image among the patient's, and the image."""
+        numbers: Counter[int] = Counter()
+        for patient, image in self._drawn.evaluation(split):
+            yield patient, numbers[patient], image
+            numbers[patient] += 1
+
+    def _training(self, index: int, random: np.random.Generator) -> ChainBatch:
+        drawn, patient = self._drawn.batch([index], random), self._owners[index]
+        scans = [
+            MRIBatch.of(self._scanner.scan(image, patient, random), image, head_of_slice(image))
+            for image in map(_magnitude, drawn.images[0])
+        ]
+        return ChainBatch(MRIBatch.joined(scans), drawn.masks, drawn.known)
+
+    def _scanned(self, image: LabelledBatch, patient: int, number: int, slices: Sequence[int]) -> ChainBatch:
+        scans = []
+        for part in slices:
+            for channel, values in enumerate(image.images[part]):
+                magnitude = _magnitude(values)
+                scan = self._kept(patient, (number, part, channel), magnitude)
+                scans.append(MRIBatch.of(scan, magnitude, head_of_slice(magnitude)))
+        chosen = list(slices)
+        return ChainBatch(MRIBatch.joined(scans), image.masks[chosen], image.known[chosen], image.spacing)
+
+    def _kept(self, patient: int, which: tuple[int, ...], image: NDArray[np.float32]) -> Scan:
+        scanner = self._scanner
+        return self._cache.get((patient, *which), lambda: scanner.scan(image, patient, scanner.random(patient, *which)))
+
+
+def _magnitude(image: Tensor) -> NDArray[np.float32]:
+    """An image (H, W) between 0 and 1: interpolation may leave undershoots."""
+    return np.asarray(image.clamp(0.0, 1.0).numpy(), dtype=np.float32)

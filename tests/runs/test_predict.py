@@ -31,6 +31,7 @@ from wardround.runs.releases import ReleasedModel
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
 from wardround.tasks.predictions import Masks
+from wardround.tasks.temperature import keep_temperature
 
 STRUCTURES = {"organ": [1, 2], "tumour": [2]}
 
@@ -341,6 +342,18 @@ def test_a_folder_of_pictures_gives_probabilities(tmp_path: Path) -> None:
     beside = wardround.predict(model, folder / "images", tmp_path / "beside")
     assert [one.patient for one in beside.diagnoses] == sorted(row["image"] for row in table)
     assert not (tmp_path / "beside" / "patients.csv").exists()
+
+
+def test_a_site_s_temperature_calibrates_its_probabilities(tmp_path: Path) -> None:
+    """Logits over a temperature: the log of a ratio of two probabilities is divided by it."""
+    model = release(tmp_path / "model.safetensors", diagnosis_study({"A": {}}))
+    picture = next((make_diagnoses(tmp_path / "in", {"A": (1, 1, 1)}).of("A").data[0] / "images").iterdir())
+    keep_temperature(tmp_path / "A" / "model", 4.0)
+    found = [wardround.predict(model, picture, tmp_path / "out", site=site) for site in (None, "A")]
+    assert [each.temperature for each in found] == [None, 4.0]
+    plain, calibrated = (each.diagnoses[0].whole.values for each in found)
+    np.testing.assert_allclose(np.log(plain[0] / plain[1]), 4 * np.log(calibrated[0] / calibrated[1]), rtol=1e-4)
+    assert calibrated.max() < plain.max()
 
 
 def test_names_of_a_table_stay_in_the_folder(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def predict(
         weights=weights,
         told=lambda one: say(f"{one.source}\n{one.said}"),
     )
+    if found.temperature is not None:
+        say(f"Probabilities are over the temperature of {site}, {found.temperature:.3g}.")
     if found.table is not None:
         say(f"Table: {found.table}")
     for failure in found.failed:

@@ -120,14 +120,18 @@ def model_of_study(path: Path, study_sha256: str, plan_sha256: str) -> dict[str,
     return tensors
 
 
+def own_folder(path: Path, site: str) -> Path:
+    """Where a site keeps what is its own of a released model."""
+    return path.parent / site / path.stem
+
+
 def personal_part(path: Path, site: str | None) -> dict[str, Array]:
     """The private part that a site keeps beside a released model, models/SITE/ARM/local.safetensors.
 
     Empty where there is none: another hospital's copy of the model, or a method that keeps nothing. Raises `DataError`
     for a file of another model.
     """
-    own = path.parent / (site or "") / path.stem / "local.safetensors"
-    if site is None or not own.exists():
+    if site is None or not (own := own_folder(path, site) / "local.safetensors").exists():
         return {}
     try:
         private: dict[str, Array] = load_file(own)

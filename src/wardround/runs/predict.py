@@ -8,23 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wardround.errors import DataError, StudyError
+from wardround.federation.release import own_folder
 from wardround.runs.apply import Reconstruction, Reconstructor
 from wardround.runs.predict_images import Diagnosis, Failure, ImagePredictor, Outline
 from wardround.runs.reconstruct import Fallback, PathLike, reconstruct_all
 from wardround.runs.releases import ReleasedModel
 from wardround.tasks.build import build_task
-from wardround.tasks.task import Predicts
+from wardround.tasks.task import Calibrated, Predicts
+from wardround.tasks.temperature import kept_temperature
 
 Predicted = Reconstruction | Outline | Diagnosis
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What became of all inputs: `done` in their order, `failed` those that cannot be used, `table` the CSV if any."""
+    """What became of all inputs: `done` in their order, `failed` those that cannot be used, `table` the CSV if any.
+
+    `temperature` is the site's own, over which its probabilities are; None without one.
+    """
 
     done: tuple[Predicted, ...]
     failed: tuple[Failure, ...]
     table: Path | None = None
+    temperature: float | None = None
 
     @property
     def outlines(self) -> tuple[Outline, ...]:
@@ -89,10 +95,14 @@ def predict(
     if not isinstance(task, Predicts):
         raise StudyError(f"this model does not predict from images: its study's task is `{released.study.task.kind}`")
     network = released.network(task.build_model, site, place)
+    temperature = None if site is None else kept_temperature(own_folder(released.path, site))
+    if temperature is not None and isinstance(task, Calibrated):
+        scaled = task.calibrated(temperature)
+        task = scaled if isinstance(scaled, Predicts) else task
     sources = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(each) for each in inputs]
     predictor = ImagePredictor(task, network, released.study.name, Path(out), told)
     table = predictor(sources)
     if not predictor.done and len(predictor.failed) == 1:
         alone = predictor.failed[0]
         raise DataError(alone.reason, detail=": ".join(part for part in (alone.patient, alone.detail) if part))
-    return Predictions(tuple(predictor.done), tuple(predictor.failed), table)
+    return Predictions(tuple(predictor.done), tuple(predictor.failed), table, temperature)

@@ -19,6 +19,7 @@ from tests.outlines import SIZE, make_outlines, outline_study
 
 import wardround
 from wardround.errors import DataError, StudyError
+from wardround.study.sites import SitesFile
 from wardround.tasks.augmentation import INTENSITY, SPATIAL, Augmentation, standard
 from wardround.tasks.overlap import hd95, overlap_metrics, overlap_scores
 from wardround.tasks.overlays import DRAWN, MARKED
@@ -220,6 +221,18 @@ def test_a_perfect_network_scores_one(tmp_path: Path) -> None:
                 assert (scores["dice"], scores["hd95"], scores["volume_error"]) == (1.0, 0.0, 0.0)
 
 
+def test_a_volume_of_one_slice_is_measured_in_its_plane(tmp_path: Path) -> None:
+    sites = make_outlines(tmp_path, {"A": 3}, slices=1)
+    study = outline_study({"A": {}}, task={"split": {"validation": 0.0, "test": 0.6}})
+    assert isinstance(study.task, SegmentationTask)
+    task = Segmentation(study, study.task)
+    (_, batch), *_ = task.dataset("A", sites.of("A").data).evaluation("test")
+    assert batch.spacing == (3.0, 1.0, 1.0)
+    seen = type(batch)(batch.masks * 2 - 1, batch.masks, batch.known, batch.spacing)
+    scores = task.score(torch.nn.Identity(), seen)
+    assert (float(scores["dice"]), float(scores["hd95"])) == (1.0, 0.0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dimensions", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_and_an_evaluation_on_any_device(
@@ -266,7 +279,9 @@ def test_other_data_have_another_fingerprint(tmp_path: Path) -> None:
 
 
 def test_a_run_outlines_blobs_and_counts_patients_without_one_apart(tmp_path: Path) -> None:
-    sites = make_outlines(tmp_path / "data", {"A": 8, "B": 8}, slices=2, without=2)
+    made = make_outlines(tmp_path / "data", {"A": 9, "B": 8}, slices=2, without=2)
+    (tmp_path / "data" / "A" / "DOE-00" / "image.nii.gz").write_bytes(b"damaged")
+    sites = SitesFile(sites={**made.sites, "A": made.of("A").model_copy(update={"quarantine": 0.2})})
     study = outline_study({"A": {}, "B": {}}, task={"split": {"validation": 0.1, "test": 0.5}, "augment": "none"})
     result = wardround.run(study, sites, tmp_path / "out")
     mean = result.metrics["federated"]["mean"]
@@ -274,7 +289,8 @@ def test_a_run_outlines_blobs_and_counts_patients_without_one_apart(tmp_path: Pa
     assert dice is not None
     assert dice.value > 0.5
     assert alarms is not None
-    print(dice, alarms)
+    assert result.set_aside == {"A": 1, "B": 0}
+    assert "Patients set aside at their site, for their files cannot be used: A (1)." in result.report.read_text()
 
 
 def test_a_volume_is_trained_on_tested_and_shown(tmp_path: Path) -> None:

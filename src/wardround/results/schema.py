@@ -219,6 +219,11 @@ class Result(Measured):
     patients: dict[str, dict[Literal["train", "validation", "test"], int | None] | None] = Field(
         description="by site and split; `null` where the site's rules keep a small number"
     )
+    set_aside: dict[str, int | None] = Field(
+        {},
+        description="by site: patients whose files cannot be used, who are in no other number; `null` where the "
+        "site's rules keep a small number",
+    )
     traffic: Traffic
     seconds: Seconds
     privacy: PrivacyStatement | None = Field(description="`null` where updates were neither noised nor masked")

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.errors import DataError, StudyError
-from wardround.federation.release import load_model, personal_part, serve, study_of
 from wardround.imaging.acquisition.mri.coils import low_resolution_maps
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
@@ -23,17 +22,13 @@ from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.readers.embeddings import Embeddings
 from wardround.imaging.readers.volume import Volume, read_volume
-from wardround.learning.frozen import freeze
 from wardround.models.build import build_model
-from wardround.plan.weights import frozen_part
 from wardround.runs.apply_ct import Done, save_nifti
 from wardround.runs.depth import Classical, Depth, Scan, Score, look, total_variation
-from wardround.runs.protocols import read_protocols, summary, warning
+from wardround.runs.protocols import summary, warning
+from wardround.runs.releases import ReleasedModel, closed
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.base import at
-from wardround.study.plugins import Plugins
-from wardround.study.protocols import ModelProtocols
-from wardround.study.registry import Reading
 from wardround.study.schema import Study
 from wardround.tasks.metrics import SSIM_WINDOW, reconstruction_scores
 from wardround.wire.files import reason
@@ -112,7 +107,14 @@ class Reconstructor:
         weights: Path | None = None,
     ) -> None:
         self._site, self._dose, self._fallback = site, dose, fallback
-        self._network, self.study, self._trained = _open(model_file, site, plugins, weights)
+        released = ReleasedModel.opened(model_file, plugins)
+        study = self.study = released.study
+        if study.task.kind != "reconstruction":
+            raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
+        if study.scanner.closed:
+            raise closed("scanner", study.scanner.kind)
+        self._trained = released.trained_on
+        self._network = released.network(lambda: build_model(study.model, study.modality), site, weights)
         self._dimension, self._prompt = self.study.model.prompt_dimension, None
         if embedding is not None:
             if self._dimension is None:
@@ -205,42 +207,6 @@ class _Model:
     coils: tuple[int, ...]
     seed: int
     classical: Classical
-
-
-def _open(
-    path: Path, site: str | None, plugins: Collection[str], weights: Path | None
-) -> tuple[nn.Module, Study, ModelProtocols]:
-    tensors, metadata = load_model(path)
-    written, allowed = study_of(path, metadata), Plugins({"here": frozenset(plugins)})
-    study = allowed.opened(written, partly=True)
-    if study.model.closed:
-        raise _closed("network", study.model.kind)
-    if study.task.kind != "reconstruction":
-        raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
-    if study.scanner.closed:
-        raise _closed("scanner", study.scanner.kind)
-    if site is not None and site not in study.sites:
-        raise StudyError(f"--site {site}: the model's study has no such site, only {', '.join(study.sites)}")
-    tensors |= {**frozen_part(path, metadata, weights), **personal_part(path, site)}
-    network = build_model(study.model, study.modality)
-    try:
-        network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
-    except RuntimeError as error:
-        raise DataError(
-            "the model file's tensors do not fit the network of its study; get it again from where it was released",
-            detail=f"{path}: {_one_line(error)}",
-        ) from error
-    freeze(network, study.parts.frozen)
-    serve(network, study, metadata, site)
-    reading = Reading(allowed.settings(written), foreign=True)
-    return network.eval(), study, read_protocols(metadata, study, reading)
-
-
-def _closed(what: str, kind: str) -> StudyError:
-    return StudyError(
-        f"this model's {what} is a plug-in's, {kind!r}; if you trust the package that it came with, install it and "
-        f"give --plugin {kind} (Python: plugins=({kind!r},))"
-    )
 
 
 def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
@@ -345,10 +311,6 @@ def score_of(volume: Volume, peak: float) -> Score | None:
         return {name: float(values[name]) for name in ("psnr", "ssim", "nmse")}
 
     return score
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def slices_said(size: tuple[int, ...], count: int) -> str:

@@ -19,6 +19,7 @@ from wardround.runs.remarks import remarks_on
 from wardround.runs.session import open_host
 from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
+from wardround.site.quarantine import summary
 from wardround.study.base import at
 from wardround.study.load import load_study
 from wardround.study.protection import Rotation, Subspace, TopK
@@ -395,6 +396,8 @@ def _cautions(host: Machine) -> Iterator[str]:
         lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals, and none below {LEAST_PATIENTS}.")
     for name in host.study.sites:
         dataset = host.dataset(name)
+        aside = summary(host.datasets.aside(name))
+        lines += [f"{name}: {aside}."] if aside else []
         lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]
     lines += [f"{remark}." for remark in remarks_on(host.study, host.sites)]
     if lines:

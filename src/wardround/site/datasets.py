@@ -8,13 +8,15 @@ from pathlib import Path
 
 from wardround.errors import DataError, StudyError, WardroundError
 from wardround.imaging.datasets.split import Parts, Role, by_seed
+from wardround.imaging.readers.aside import Aside
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import POOLED
 from wardround.site.egress import EgressRules, strictest
+from wardround.site.quarantine import check_share
 from wardround.site.splits import KnownParts
 from wardround.study.sites import Egress, SitesFile
 from wardround.study.tasks import Split
-from wardround.tasks.task import Dataset, Dealing, Prepared, Visited
+from wardround.tasks.task import Dataset, Dealing, Prepared, SettingAside, Visited
 from wardround.wire.files import reason
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class Datasets:
         self._folder = folder
         self._opened: dict[str, Dataset] = {}
         self._parts: dict[str, KnownParts] = {}
+        self._aside: dict[str, tuple[Aside, ...]] = {}
 
     def of(self, site: str) -> Dataset:
         """A site's data set.
@@ -46,6 +49,8 @@ class Datasets:
                 task.deal_by(self._deal)
             elif site in self._sites.sites and self._sites.of(site).patients is not None:
                 raise StudyError(f"sites.{site}.patients: the study's task parts its patients by itself; remove it")
+            if isinstance(task, SettingAside):
+                task.set_aside_by(self._set_aside)
             if not members:
                 self._opened[site] = task.dataset(site, self._sites.of(site).data)
             elif isinstance(task, Visited):
@@ -78,6 +83,14 @@ class Datasets:
         if history is None:
             return by_seed(site, names, split, seed, role)
         return self._parts.setdefault(site, KnownParts(history)).deal(site, names, split, seed, role)
+
+    def aside(self, site: str) -> tuple[Aside, ...]:
+        """The patients of a site who cannot be used, also where they were too many for its data set to be opened."""
+        return self._aside.get(site, ())
+
+    def _set_aside(self, site: str, total: int, aside: Sequence[Aside]) -> None:
+        self._aside[site] = tuple(aside)
+        check_share(site, total, aside, self._sites.of(site).quarantine)
 
     def owners(self, site: str) -> tuple[str, ...]:
         """Whose data a site has: its own, those of the sites whose patients it scans, or where data are pooled all."""

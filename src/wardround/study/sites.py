@@ -97,6 +97,13 @@ class SiteData(Config):
         description="`${VARIABLE}` or a file with 32 bytes in hex: encrypts what the site keeps of a run; make one "
         "with `openssl rand -hex 32`",
     )
+    quarantine: float = Field(
+        0.05,
+        ge=0.0,
+        le=1.0,
+        description="the share of patients that the site goes on without where their files cannot be read or do not "
+        "fit together; with more it stops. Tasks that begin with images; every other stops at the first",
+    )
     ledger: Path | None = Field(
         None,
         description="the file in which this site counts what its patients' privacy has cost, over all studies; "

@@ -218,12 +218,9 @@ class Chain(ImageTask[ChainTask]):
         """The images and masks of a site, with its simulated scanner."""
         config, acquisition = self.config, self.study.acquisition_of(site)
         assert isinstance(acquisition, MRIAcquisition)
-        cases, split = self._cases(site, source, config.images, config.mask, config.table)
-        sampling = Sampling(2, config.size, config.size, None, 1, config.empty_every, 0.0)
+        sampling = Sampling(config.channels, 2, config.size, config.size, None, 1, config.empty_every, 0.0)
         drawn = LabelledDataset(
-            site,
-            cases,
-            split,
+            self._patients(site, source, config.images, config.mask, config.table),
             config.values,
             config.drawn_at(site),
             sampling,

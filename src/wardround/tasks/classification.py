@@ -20,13 +20,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from wardround.errors import DataError, StudyError
-from wardround.imaging.readers.cases import Case
+from wardround.imaging.readers.cases import Case, Patterns
+from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import ImageSettings, LabelTable
 from wardround.tasks.augmentation import Augmentation
 from wardround.tasks.charts import Charts, confusion, reliability
 from wardround.tasks.histograms import auroc, average_precision, calibration_error
-from wardround.tasks.images import Cases, ImageTask, PatientImages, resampled
+from wardround.tasks.images import ImageTask, PatientImages, SitePatients, resampled, scaled, scales_of
 from wardround.tasks.overlays import coloured
+from wardround.tasks.predictions import Probabilities
 from wardround.tasks.reconstruction import PooledDataset, evaluating
 from wardround.tasks.states import Histogram
 from wardround.tasks.task import Dataset, Illustration, MetricSpec, Source, Split
@@ -102,22 +104,20 @@ class DiagnosedBatch:
 class DiagnosedDataset(PatientImages):
     """One site's images with their classes; see `wardround.tasks.task.Dataset`. Raises DataError."""
 
-    def __init__(
-        self,
-        site: str,
-        cases: Cases,
-        split: Mapping[Split, Sequence[int]],
-        config: ClassificationTask,
-        augmentation: Augmentation,
-    ) -> None:
-        super().__init__(site, cases, split)
+    def __init__(self, patients: SitePatients, config: ClassificationTask, augmentation: Augmentation) -> None:
         self._config, self._augmentation = config, augmentation
-        self._labels = [[_labels(case, config, site) for case in of_patient] for of_patient in self._cases]
-        self._train = [(p, n) for p in split["train"] for n in range(len(self._cases[p]))]
-        self._digests = [self._digest(patient) for patient in range(len(self._cases))]
-        shown = np.array([self._labels[p][n] for p, n in self._train]).reshape(len(self._train), len(config.classes))
+        self._labels: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
+        super().__init__(patients)
+        self._train = [(p, n) for p in self._split["train"] for n in range(len(self._cases[p]))]
+        used = [patient for part in self._split.values() for patient in part]
+        self._digests = {patient: self._digest(patient) for patient in used}
+        shown = np.array([self._labels[example] for example in self._train]).reshape(-1, len(config.classes))
         self._prior = torch.from_numpy((shown.mean(axis=0) if len(shown) else np.zeros(shown.shape[1])).astype("f4"))
         self._of_class = [np.flatnonzero(shown[:, k]) for k in range(shown.shape[1])]
+
+    def _examined(self, patient: int, number: int, image: LabelledImage, case: Case) -> None:
+        check_shape(image, self._config, str(case.images[0]))
+        self._labels[patient, number] = _labels(case, self._config)
 
     def fingerprint(self) -> str:
         """Sha256 (hex) over images, classes and who trains, never over names or paths."""
@@ -156,7 +156,7 @@ class DiagnosedDataset(PatientImages):
         pixels = resampled(self._normalised(patient, number), self._config.size)
         if random is not None:
             pixels, _ = self._augmentation(pixels, pixels[:1], random)
-        labels = torch.from_numpy(self._labels[patient][number].astype(np.float32))
+        labels = torch.from_numpy(self._labels[patient, number].astype(np.float32))
         return DiagnosedBatch(pixels[None], labels[None], self._prior[None])
 
     def _digest(self, patient: int) -> str:
@@ -165,16 +165,27 @@ class DiagnosedDataset(PatientImages):
             for path in case.images:
                 with path.open("rb") as file:
                     found.update(hashlib.file_digest(file, "sha256").digest())
-            found.update(self._labels[patient][number].tobytes())
+            found.update(self._labels[patient, number].tobytes())
         return found.hexdigest()
 
 
-def _labels(case: Case, config: ClassificationTask, site: str) -> npt.NDArray[np.bool_]:
+def check_shape(image: LabelledImage, config: ClassificationTask, place: str) -> None:
+    """Raises DataError, with `place` as its detail, for an image that the task's network cannot see."""
+    channels, *shape = image.channels.shape
+    if channels != config.channels:
+        raise DataError(
+            f"an image has {channels} channels, and the study's have {config.channels} (task.channels)", detail=place
+        )
+    if len(shape) != config.dimensions:
+        raise DataError(f"task.dimensions is {config.dimensions}, and an image has {len(shape)}", detail=place)
+
+
+def _labels(case: Case, config: ClassificationTask) -> npt.NDArray[np.bool_]:
     names = [name.strip() for name in case.label.split(";") if name.strip()] if config.multi_label else [case.label]
     unknown = [name for name in names if name not in config.classes]
     if unknown:
         raise DataError(
-            f"site {site}: {config.table.file} names a class that task.classes does not list; the study has "
+            f"{config.table.file} names a class that task.classes does not list; the study has "
             f"{', '.join(config.classes)}",
             detail=f"{case.images[0]}: {unknown[0]!r}",
         )
@@ -197,8 +208,8 @@ class Classification(ImageTask[ClassificationTask]):
 
     def dataset(self, site: str, source: Source) -> DiagnosedDataset:
         """The images and classes of a site."""
-        cases, split = self._cases(site, source, self.config.images, None, self.config.table)
-        return DiagnosedDataset(site, cases, split, self.config, self._augmentation)
+        patients = self._patients(site, source, self.config.images, None, self.config.table)
+        return DiagnosedDataset(patients, self.config, self._augmentation)
 
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
         """The union of several sites' data sets."""
@@ -303,6 +314,25 @@ class Classification(ImageTask[ClassificationTask]):
             found = [f"{self.config.classes[k]} {scores[k]:.2f}" for k in named]
         image = on_host(batch.images[0])
         return Illustration(coloured(image[..., image.shape[-1] // 2] if image.ndim == 4 else image), ", ".join(found))
+
+    # A clinic's images -----------------------------------------------------------------------------------------------
+
+    def patterns(self) -> Patterns:
+        """See `wardround.tasks.task.Predicts`."""
+        return self._patterns(self.config.images, self.config.table)
+
+    def input_shape(self) -> tuple[int, ...]:
+        """See `wardround.tasks.task.Predicts`."""
+        return (self.config.channels, *self.config.size)
+
+    def predict(self, model: nn.Module, image: LabelledImage) -> Probabilities:
+        """How likely each class is of an image. Raises DataError for one that the network cannot see."""
+        check_shape(image, self.config, "")
+        pixels = resampled(scaled(image.channels, scales_of(image.channels)), self.config.size)[None]
+        nothing = pixels.new_zeros(1, len(self.config.classes))
+        found = self.probabilities(self.logits(model, DiagnosedBatch(pixels, nothing, nothing)), self.temperature)
+        values = on_host(found)[0].astype(np.float64)
+        return Probabilities(self.config.classes, values, not self.config.multi_label)
 
 
 def sensitivity(counts: Floats) -> Floats:

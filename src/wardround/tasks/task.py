@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 
     from wardround.imaging.datasets.split import Deal
     from wardround.imaging.orientation import Turn
+    from wardround.imaging.readers.aside import Aside
+    from wardround.imaging.readers.cases import Patterns
+    from wardround.imaging.readers.labelled import LabelledImage
     from wardround.study.protocols import HeaderFacts
     from wardround.tasks.charts import Charts
+    from wardround.tasks.predictions import Prediction
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 # A site's data folders.
@@ -266,6 +270,48 @@ class ReadsFiles(Protocol):
 
     def read_by(self, readers: Callable[[str], Mapping[str, Any]]) -> None:
         """Take from `readers`, by site, what reads files of an ending (".raw")."""
+        ...
+
+
+@runtime_checkable
+class SettingAside(Protocol):
+    """A task that can go on without patients whose files cannot be used."""
+
+    def set_aside_by(self, quarantine: Callable[[str, int, Sequence[Aside]], None]) -> None:
+        """Let `quarantine` look at whom each data set sets aside: the site, how many patients it has, and who it is.
+
+        It raises `DataError` where those are too many. A task that is given none sets no patient aside.
+        """
+        ...
+
+
+@runtime_checkable
+class SetsAside(Protocol):
+    """A data set that may have gone on without some patients."""
+
+    def set_aside(self) -> Mapping[Split, int]:
+        """How many patients of each part cannot be used."""
+        ...
+
+    def set_aside_unknown(self) -> int:
+        """How many images or rows of a table cannot be used and do not say whose they are."""
+        ...
+
+
+@runtime_checkable
+class Predicts(Task, Protocol):
+    """A task whose released model a clinic applies to images of its own."""
+
+    def patterns(self) -> Patterns:
+        """How the files of an image are named, relative to a folder."""
+        ...
+
+    def input_shape(self) -> tuple[int, ...]:
+        """Channels and grid of one example of a batch, as the network sees it."""
+        ...
+
+    def predict(self, model: nn.Module, image: LabelledImage) -> Prediction:
+        """What the model says of one image; raises `DataError` for one that it cannot see."""
         ...
 
 

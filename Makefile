@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 LOG    := $(VENV)/install.log
-EXTRAS := demo,dev,privacy,compressed
+EXTRAS := demo,dev,privacy,compressed,seg
 
 # Real images, where this machine has them. Empty or not set means none: no test that reads them runs then.
 WARDROUND_DATA ?= $(wildcard $(abspath ../shared/data))
@@ -57,7 +57,7 @@ wheel:
 	build/wheel/bin/pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 	build/wheel/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt dist/*.whl
 	cd build/wheel && bin/wardround --version && bin/wardround demo --help >/dev/null && bin/python -c \
-		'import wardround; wardround.run, wardround.evaluate, wardround.reconstruct'
+		'import wardround; wardround.run, wardround.evaluate, wardround.predict'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

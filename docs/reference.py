@@ -65,7 +65,7 @@ result.privacy.epsilon if result.privacy else None
 ```
 
 `wardround.evaluate` returns the part of it that is measured again (the keys `metric_specs`,
-`metrics`, `gains`, `left_out`, `withheld`, `failed`).
+`metrics`, `baselines`, `gains`, `left_out`, `withheld`, `failed`, `parts`).
 
 For a spreadsheet, `wardround inspect OUT --csv numbers.csv` writes a row for every number: arm, site (or `mean`,
 `unseen`), metric, value, se, ci_low, ci_high, n, absent. Numbers that are withheld have no row, and `baseline`, which
@@ -90,6 +90,7 @@ PUBLIC = {
     "Studies": (
         "wardround:run",
         "wardround:evaluate",
+        "wardround:predict",
         "wardround:reconstruct",
         "wardround:load_study",
         "wardround:load_sites",
@@ -100,6 +101,12 @@ PUBLIC = {
         "wardround.results.schema:Estimate",
         "wardround.results.files:read_result",
         "wardround.results.files:read_rounds",
+        "wardround.runs.predict:Predictions",
+        "wardround.runs.predict_images:Outline",
+        "wardround.runs.predict_images:Structure",
+        "wardround.runs.predict_images:Diagnosis",
+        "wardround.tasks.predictions:Probabilities",
+        "wardround.runs.predict_images:Failure",
         "wardround.runs.apply:Reconstruction",
     ),
     "A run as it goes on": ("wardround.runs.watching:Watcher",),
@@ -108,9 +115,17 @@ PUBLIC = {
         "wardround.tasks.task:Dataset",
         "wardround.tasks.task:MetricSpec",
         "wardround.tasks.task:Imaging",
+        "wardround.tasks.task:Reporting",
+        "wardround.tasks.task:ReportPart",
+        "wardround.tasks.task:Predicts",
+        "wardround.tasks.predictions:Masks",
     ),
     "Your own method": ("wardround.learning.methods.method:Method", "wardround.learning.methods.method:LocalRound"),
-    "Your own operator": ("wardround.imaging.acquisition.operator:LinearOperator",),
+    "Your own operator": (
+        "wardround.imaging.acquisition.operator:LinearOperator",
+        "wardround.study.acquisitions:AcquisitionSettings",
+        "wardround.study.baselines:Baseline",
+    ),
     "Errors": (
         "wardround:WardroundError",
         "wardround.errors:StudyError",

@@ -361,12 +361,12 @@ def test_the_package_is_the_command() -> None:
     assert done.stdout.strip() == __version__
 
 
-@pytest.mark.parametrize("command", ["run", "demo", "evaluate", "reconstruct", "init", "check", "inspect"])
+@pytest.mark.parametrize("command", ["run", "demo", "evaluate", "predict", "init", "check", "inspect"])
 def test_help_is_whole(command: str) -> None:
     """Rich reads square brackets as markup and swallows them."""
     said = _ok(command, "--help")
     assert not re.search(r" \.\s", said)
-    assert "default: " in said or command not in ("run", "reconstruct")
+    assert "default: " in said or command not in ("run", "predict")
 
 
 # Bad input --------------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ import pytest
 
 from tests.hospitals import head, make_hospitals, save, write_study
 from wardround.results import files, schema
-from wardround.runs import reconstruct, session
+from wardround.runs import predict, reconstruct, session
 from wardround.study import load, sites
 
 # In this order: a later one reads what `run` wrote.
-DOCUMENTED = (load, sites, session, files, schema, reconstruct)
+DOCUMENTED = (load, sites, session, files, schema, reconstruct, predict)
 STUDY: dict[str, Any] = {
     "schedule": {"rounds": 1},
     "local": {"steps": 1},

@@ -2,7 +2,7 @@
 
 result = wardround.run("study.yaml", "sites.yaml", "out", compare=["local", "pooled"])
 result.metric("federated", "mean", "psnr")
-wardround.reconstruct("out/models/federated.safetensors", ["kspace.npy"], "images", fallback="tv")
+wardround.predict("out/models/federated.safetensors", ["kspace.npy"], "images", fallback="tv")
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "evaluate",
     "load_sites",
     "load_study",
+    "predict",
     "reconstruct",
     "run",
 ]
@@ -31,6 +32,7 @@ _HOMES = {
     "Result": "wardround.results.schema",
     "run": "wardround.runs.session",
     "evaluate": "wardround.runs.session",
+    "predict": "wardround.runs.predict",
     "reconstruct": "wardround.runs.reconstruct",
     "Study": "wardround.study",
     "load_study": "wardround.study.load",
@@ -41,6 +43,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from wardround.errors import WardroundError
     from wardround.results.schema import Result
+    from wardround.runs.predict import predict
     from wardround.runs.reconstruct import reconstruct
     from wardround.runs.session import evaluate, run
     from wardround.study import Study

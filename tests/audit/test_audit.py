@@ -21,7 +21,7 @@ from tests.toys import toy_sites, toy_study
 from wardround.audit import auditor
 from wardround.audit.auditor import Auditor, Effort
 from wardround.audit.command import audit
-from wardround.audit.epsilon import Bound
+from wardround.audit.epsilon import Bound, Claim
 from wardround.audit.inversion import ATTACKS, Attack, Recovered, Victim, invert
 from wardround.audit.results import Audit, render
 from wardround.audit.signature import identity_of, sign
@@ -333,3 +333,18 @@ def test_noise_that_sites_share_is_no_claim_of_one_site(tmp_path: Path) -> None:
     assert auditor.claim is None
     assert auditor.epsilon() is None
     assert "sites share the study's noise" in auditor.skipped[0]
+
+
+def test_a_task_that_is_no_reconstruction_says_what_is_not_attacked(tmp_path: Path) -> None:
+    """The lint and the claim are for every task; what looks for images of scans is named, and not failed at."""
+    task = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"patients": 12}}
+    study, claim = toy_study(task=task), Claim(1.0, steps=2)
+    found = Auditor(study, toy_sites(tmp_path), "A", Effort.of(quick=True), claim=claim).run(quick=True)
+    assert found.lint == ()
+    assert found.light == "not attacked"
+    assert found.epsilon is not None
+    assert found.epsilon.holds
+    for part in ("inversion", "membership", "properties"):
+        assert any(why.startswith(f"{part}: not attacked") for why in found.skipped)
+    page = render(found)
+    assert "that says nothing of what such updates give away" in page

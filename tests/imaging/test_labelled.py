@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from wardround.errors import DataError
-from wardround.imaging.readers.cases import Case, Patterns, find_cases
+from wardround.imaging.readers.cases import Case, Patterns, find_cases, sort_cases
 from wardround.imaging.readers.labelled import read_case
 from wardround.study.images import CaseTable
 
@@ -91,10 +91,10 @@ def test_a_table_says_whose_each_image_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([("i1", "L1"), ("i1", "L2")], "line 3 names an image a second time"),
-        ([("i1", "L1")], "1 images have no row in labels.csv, and 0 rows of it have no image"),
-        ([("i1", "L1"), ("i2", "L1"), ("i9", "L2")], "0 images have no row in labels.csv, and 1 rows of it"),
-        ([("i1", ""), ("i2", "L1")], "line 2 names no image, or no patient"),
+        ([("i1", "L1"), ("i1", "L2"), ("i2", "L3")], "labels.csv names an image a second time"),
+        ([("i1", "L1")], "an image has no row in labels.csv"),
+        ([("i1", "L1"), ("i2", "L1"), ("i9", "L2")], "a row of labels.csv has no image"),
+        ([("i1", ""), ("i2", "L1")], "a row of labels.csv names no image, or no patient"),
     ],
 )
 def test_a_table_that_does_not_fit(tmp_path: Path, rows: list[tuple[str, str]], says: str) -> None:
@@ -108,9 +108,31 @@ def test_an_image_without_its_mask_is_counted_and_not_named(tmp_path: Path) -> N
     for patient in ("DOE", "ROE"):
         nifti(tmp_path / patient / "flair.nii.gz", volume())
     nifti(tmp_path / "ROE" / "seg.nii.gz", volume())
-    with pytest.raises(DataError, match="1 of 2 images lack the file 'seg'") as caught:
+    with pytest.raises(DataError, match="site A: an image lacks the file 'seg'") as caught:
         find_cases(tmp_path, "A", Patterns(("flair",), "seg"))
     assert "DOE" not in str(caught.value)
+    assert caught.value.detail == "DOE"
+    found = sort_cases(tmp_path, "A", Patterns(("flair",), "seg"))
+    assert list(found.cases) == ["ROE"]
+    assert [one.patient for one in found.aside] == ["DOE"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept", "aside"),
+    [
+        ([("i1", "L1"), ("i1", "L2"), ("i2", "L3")], {"L3": ["i2"]}, ["L1", "L2"]),  # it may be of either
+        ([("i2", "L1")], {"L1": ["i2"]}, [""]),
+        ([("i1", "L1"), ("i2", "L2"), ("i9", "L2")], {"L1": ["i1"]}, ["L2"]),
+        ([("i1", ""), ("i2", "L1")], {"L1": ["i2"]}, [""]),
+        ([("", "L1"), ("i1", "L1"), ("i2", "L2")], {"L2": ["i2"]}, ["L1"]),
+    ],
+)
+def test_a_patient_is_set_aside_whole_and_once(
+    tmp_path: Path, rows: list[tuple[str, str]], kept: dict[str, list[str]], aside: list[str]
+) -> None:
+    found = sort_cases(tmp_path, "A", skin(tmp_path, rows, ["i1", "i2"]))
+    assert ids(found.cases) == kept
+    assert [one.patient for one in found.aside] == aside
 
 
 def test_nothing_matches_and_twice_the_same(tmp_path: Path) -> None:

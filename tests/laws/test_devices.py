@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from tests.devices import DEVICES, META, arm_specs_of, device_named, learner_of,
 from tests.hospitals import head, save
 from tests.toys import Regression, toy_study
 from wardround.errors import StudyError
-from wardround.imaging.acquisition.solvers import tv, weighted_tv
+from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.imaging.acquisition.solvers import tv
 from wardround.learning.device import CPU, Compute
 from wardround.learning.training import Learner, Trained
 from wardround.plan.arm_specs import ArmSpecs
@@ -158,8 +158,10 @@ def test_baselines_are_tuned_and_evaluated(
     modality: str, device: str, heads: Path, thoraxes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Meta kernels are slow, and a third iteration does what the second does.
-    monkeypatch.setattr(f"wardround.tasks.{modality}.tv", partial(tv, iterations=2))
-    monkeypatch.setattr("wardround.tasks.ct.weighted_tv", partial(weighted_tv, iterations=2))
+    def quick(operator: LinearOperator, data: Tensor, weight: float, *_: int, **more: float) -> Tensor:
+        return tv(operator, data, weight, 2, **more)
+
+    monkeypatch.setattr("wardround.imaging.acquisition.solvers.tv", quick)
     study, folder = (_mri("modl"), heads) if modality == "mri" else (_ct("learn"), thoraxes)
     learner = learner_of(arm_specs_of(study), folder, device_named(device, monkeypatch))
     evaluator = evaluators_of(tmp_path, tmp_path / "pictures.npz")["baseline"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -13,19 +14,30 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 import wardround
-from tests.hospitals import head, make_hospitals, save, write_study
+from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
+from tests.hospitals import SIZE, head, make_hospitals, save, write_study
 from tests.outlines import make_outlines, outline_study
+from wardround.audit.victims import measured_anew, singles
 from wardround.cli import app
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import load_model, study_of
+from wardround.results.card import write_card
+from wardround.results.html import write_report
+from wardround.results.schema import Part
 from wardround.runs.machine import Machine
-from wardround.study.load import UNREAD, load_study, plan_sha256, study_sha256
+from wardround.runs.parts import parts_of
+from wardround.site.evaluators import evaluators_of
+from wardround.storage.store import NOTHING
+from wardround.study.acquisitions import AcquisitionSettings
+from wardround.study.load import FOREIGN, UNREAD, load_study, plan_sha256, study_sha256
 from wardround.study.plugins import Plugins
-from wardround.study.registry import BUILTIN, Section, builtin
+from wardround.study.registry import BASELINES, BUILTIN, Section, builtin, builtins
+from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
 from wardround.tasks.build import build_task
 
@@ -38,6 +50,10 @@ scale = ward_outside:ScaleSettings
 [wardround.methods]
 clipped = ward_outside:ClippedSettings
 factory = ward_outside:Clipped
+[wardround.acquisitions]
+sampled = ward_outside:SampledSettings
+[wardround.baselines]
+filled = ward_outside:FILLED
 [wardround.engines]
 counting = ward_outside:counting
 [wardround.readers]
@@ -127,9 +143,176 @@ def test_a_task_and_an_engine_from_outside(package: None, tmp_path: Path) -> Non
 
     assert {"facts", "train", "evaluate"} <= set(MADE[-1].carried)
     assert result.metrics["federated"]["mean"]["off"].value is not None
-    assert "Off by" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    report, card = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("report.html", "model_card.md"))
+    assert "Off by" in report
+    # What the task says of its results is text.
+    (part,) = result.parts
+    assert (part.head, [row[0] for row in part.rows]) == (("site", "off", "why"), ["Alpha", "Beta"])
+    assert part.rows[0][1] == result.metric("federated", "Alpha", "off")
+    for page in (report, card):
+        assert "How far &lt;off&gt;" in page
+        assert "Of 3 x &amp; more." in page
+    assert "How far <off>" not in report
+    assert wardround.evaluate(tmp_path / "out", sites, engine="local", quiet=True).parts == result.parts
     with pytest.raises(StudyError, match="--engine other: there is none of that name; known are counting, local"):
         wardround.run(study, sites, tmp_path / "other", engine="other", quiet=True)
+
+
+SAMPLED: dict[str, Any] = {
+    "acquisition": {"kind": "sampled"},
+    "sites": {
+        "Alpha": {},
+        "Beta": {"acquisition": {"kind": "sampled", "share": 0.7}},
+        "Gamma": {"role": "unseen", "scans": ["Alpha"], "acquisition": {"kind": "sampled", "share": 0.9}},
+    },
+    "task": {
+        "contrasts": ["flair"],
+        "size": [SIZE, SIZE],
+        "evaluation": {"tuning_slices": 1, "slices": {"per_patient": 1}, "tv_weights": [0.01]},
+    },
+    "schedule": {"rounds": 1},
+}
+
+
+def test_an_acquisition_and_a_baseline_from_outside_are_checked_trained_tested_reported_and_applied(
+    package: None, tmp_path: Path
+) -> None:
+    study, sites = hospital(tmp_path, ("sampled", "filled"), **SAMPLED)
+    said = " ".join(CliRunner().invoke(app, ["check", str(study), "--sites", str(sites)]).output.split())
+    assert "50% of all pixels, noise 0.01" in said
+    assert "nothing learned: tv, filled" in said
+    out = tmp_path / "out"
+    result = wardround.run(study, sites, out, engine="local", quiet=True, compare=("pooled",))
+    assert list(result.baselines) == ["tv", "filled"]
+    assert min(result.metric(arm, "Beta", "psnr") for arm in ("federated", "pooled", "tv", "filled")) > 10.0
+    # A scanner that loses fewer pixels of the same patients.
+    assert result.metric("tv", "Gamma", "psnr") > result.metric("tv", "Alpha", "psnr")
+    assert study_sha256(load_study(out / "study.yaml", reading=UNREAD)) == result.study_sha256
+    assert json.loads((out / "work" / "plan.json").read_text())["acquisition"] == {
+        "kind": "sampled", "share": 0.5, "noise": 0.01
+    }  # fmt: skip
+    host = Machine(load_study(study), load_sites(sites), out, ())
+    assert Machine.from_spec(json.loads(json.dumps(host.spec()))).study == host.study
+    assert wardround.evaluate(out, sites, engine="local", quiet=True).metrics == result.metrics
+    model, image = out / "models" / "federated.safetensors", tmp_path / "image.nii.gz"
+    save(head(3), image)
+    with pytest.raises(StudyError, match=r"scanner is a plug-in's, 'sampled'.*--plugin sampled"):
+        wardround.reconstruct(model, image, tmp_path / "image-out.nii.gz")
+    (done,) = wardround.reconstruct(model, image, tmp_path / "image-out.nii.gz", site="Beta", plugins=("sampled",))
+    assert "by the scanner of Beta (70% of all pixels, noise 0.01)" in done.said
+    assert "Untested there" not in done.said
+    assert done.metrics["network"]["psnr"] > 10.0
+    # Data that a camera measured, in units of its own.
+    truth = head(3).astype(np.float64)
+    seen = truth * (np.random.default_rng(0).random((SIZE, SIZE, 1)) < 0.6)
+    np.save(tmp_path / "raw.npy", 7 * seen.transpose(2, 0, 1).astype(np.int16))
+    (done,) = wardround.reconstruct(model, tmp_path / "raw.npy", tmp_path / "raw.nii.gz", plugins=("sampled",))
+    assert "Reconstructed 3 slices of 64 x 64 from raw data" in done.said
+    found = nibabel.load(tmp_path / "raw.nii.gz").get_fdata() / 7
+    assert np.square(found - truth).mean() < np.square(seen - truth).mean()
+    np.save(tmp_path / "raw.npy", np.full((3, SIZE, SIZE), np.nan))
+    with pytest.raises(DataError, match="the raw data hold what is no finite number"):
+        wardround.reconstruct(model, tmp_path / "raw.npy", tmp_path / "raw.nii.gz", plugins=("sampled",))
+    # What the run wrote is read without the package, and nothing that a package says becomes markup.
+    (tmp_path / "site-packages" / "ward_outside-1.dist-info" / "entry_points.txt").write_text("")
+    sys.modules.pop("ward_outside")
+    write_report(out)
+    write_card(out)
+    report, card = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "model_card.md"))
+    assert "Filled &lt;b&gt;" in report
+    assert "Filled <b>" not in report
+    assert "Filled &lt;b&gt;" in card
+    assert "sampled, share 0.7" in report
+    assert "sampled, share 0.7" in card
+    assert "SAMPLED" in CliRunner().invoke(app, ["inspect", str(model)]).output
+    assert "ward_outside" not in sys.modules
+    with pytest.raises(StudyError, match=r"acquisition\.kind: unknown kind 'sampled'"):
+        load_study(study)
+
+
+def test_a_part_of_the_report_that_fails_says_so_and_costs_no_result(package: None) -> None:
+    from ward_outside import Tripling
+
+    (part,) = parts_of(Tripling(24), {"local": {}})
+    assert "could not be made (KeyError)" in part.text
+    with pytest.raises(ValueError, match="not of its 2 columns"):
+        Part(title="Odd", head=("a", "b"), rows=(("c",),))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_acquisition_from_outside_computes_where_its_site_does_and_can_be_attacked(
+    package: None, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_hospitals(tmp_path)
+    # Total variation runs on the meta device with the package's own acquisitions, and slowly.
+    task = {**SAMPLED["task"], "evaluation": {"baselines": ["filled"]}}
+    study = {**SAMPLED, "name": "sampled", "sites": {"Alpha": {}}, "task": task, "local": {"steps": 1}}
+    specs = arm_specs_of(Study.model_validate({**study, "model": {"preset": "tiny"}}))
+    learner = learner_of(specs, tmp_path / "Alpha", device_named(device, monkeypatch), "Alpha")
+    public, _ = specs.initial(specs.arm_spec("federated"))
+    learner.load(public, NOTHING)
+    assert learner.train(1, public, NOTHING).changes["model"]
+    evaluator = evaluators_of(tmp_path, tmp_path / "pictures.npz")["baseline"]
+    rows = evaluator(learner, None, {"baseline": "filled", "picture": "filled"}, "test")
+    assert len(rows["psnr"]) == learner.dataset.patients("test")
+    batch = learner.dataset.batch(range(len(learner.dataset)), np.random.default_rng(0))
+    assert len(batch.parts) == learner.dataset.patients("train") > 1  # each patient with holes of their own
+    alone = singles(batch)
+    assert [one.parts[0].operator for one in alone] == [part.operator for part in batch.parts for _ in range(len(part))]
+    # What an attacker expects of the true images is what was measured, but for the noise.
+    data, expected = (torch.cat([part.data for part in b.parts]) for b in (batch, measured_anew(batch, batch.target)))
+    assert (data - expected).abs().max() < 6 * 0.01  # 36,864 values of a normal distribution: 4.2 deviations
+
+
+def test_an_acquisition_or_a_baseline_that_a_site_does_not_allow_is_not_imported(package: None, tmp_path: Path) -> None:
+    def refused(*allowed: str, **changes: Any) -> str:
+        study, sites = hospital(tmp_path, allowed, **{**SAMPLED, **changes})
+        said = " ".join(CliRunner().invoke(app, ["check", str(study), "--sites", str(sites)]).output.split())
+        with pytest.raises(StudyError) as caught:
+            wardround.run(study, sites, tmp_path / "out", engine="local", quiet=True)
+        assert ("ward_outside" in sys.modules) == bool(allowed)
+        assert allowed or str(caught.value) in said
+        return str(caught.value)
+
+    assert refused().startswith("acquisition.kind: site Alpha does not allow the plug-in 'sampled'")
+    mri: dict[str, Any] = {"acquisition": {"coils": 4}, "sites": {"Alpha": {}, "Beta": {}}}
+    named = {**SAMPLED["task"], "evaluation": {"baselines": ["tv", "filled"]}}
+    only = "task.evaluation.baselines: site Alpha does not allow the plug-in 'filled'"
+    assert refused(task=named, **mri).startswith(only)
+    own = {"sites": {"Alpha": {"acquisition": {"kind": "sampled"}}, "Beta": {"acquisition": {"kind": "sampled"}}}}
+    assert refused(**own, acquisition={}).startswith("sites.Alpha.acquisition.kind: site Alpha does not allow")
+    # A plug-in that is allowed says that it is compared with one that is not.
+    assert refused("sampled").startswith(only)
+
+
+def test_what_a_study_says_of_an_acquisition_never_stands_for_what_its_class_says() -> None:
+    keys = {"reconstruction": "os:system", "applied": "os:system", "costs": "os:system", "closed": False, "share": 2}
+    study = load_study({"name": "s", "sites": {"A": {}}, "acquisition": {"kind": "away", **keys}}, reading=FOREIGN)
+    assert study.scanner.closed
+    assert study.scanner.reconstruction != "os:system" != study.scanner.applied
+    assert study.scanner.costs == ""
+    assert "share 2" in study.scanner.describe()
+    with pytest.raises(StudyError, match=r"acquisition\.kind: no sites file was given to allow the plug-in 'away'"):
+        build_task(study)
+
+
+def test_an_acquisition_that_is_not_of_its_contract_and_an_unknown_baseline_are_errors_of_the_study(
+    package: None, tmp_path: Path
+) -> None:
+    def refused(acquisition: dict[str, Any], baselines: list[str]) -> str:
+        evaluation = {"baselines": baselines}
+        changes = {"task": {**SAMPLED["task"], "evaluation": evaluation}, "sites": {"Alpha": {}, "Beta": {}}}
+        study, sites = hospital(tmp_path, ("sampled", "filled", "scale"), **changes, acquisition=acquisition)
+        with pytest.raises(StudyError) as caught:
+            wardround.run(study, sites, tmp_path / "out", engine="local", quiet=True)
+        return str(caught.value)
+
+    sampled = {"kind": "sampled"}
+    assert "acquisition.shre: unknown key; did you mean `share`?" in refused({**sampled, "shre": 1.0}, [])
+    assert "acquisition.share: must be greater than 0" in refused({**sampled, "share": 0}, [])
+    assert "'fbp' is none of CAMERA; choose from tv" in refused(sampled, ["fbp"])
+    assert "there is no baseline 'fild'" in refused(sampled, ["fild"])
+    assert "'federated' is a reserved name" in refused(sampled, ["federated"])
 
 
 def test_a_reader_from_outside_reads_where_a_site_allows_its_ending_and_only_there(
@@ -214,6 +397,33 @@ def test_a_kind_is_known_to_its_own_file_and_the_registry_alone(section: Section
     assert kind in builtin(section, kind).kinds()
     knowing = {path for path, (strings, modules) in _sources().items() if kind in strings or module in modules}
     assert {path for path in knowing if (kind, path) not in HOMONYMS} == {own, SOURCE / "study" / "registry.py"}
+
+
+# A network's word for its gradient, and a way to project.
+BACK_PROJECTION = {SOURCE / "models" / "learn.py", *(SOURCE / "imaging" / "acquisition" / "ct").glob("*.py")}
+
+
+# `tv` is what `reconstruct` looks at a network with, and what any acquisition is compared with.
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "tv"])
+def test_a_baseline_is_known_to_its_own_file_the_registry_and_the_acquisition_that_takes_it(name: str) -> None:
+    module = BASELINES[name].partition(":")[0]
+    own = SOURCE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    acquisitions = {Path(inspect.getfile(settings)) for settings in builtins("acquisition")}
+    knowing = {path for path, (strings, modules) in _sources().items() if name in strings or module in modules}
+    assert knowing - BACK_PROJECTION <= {own, SOURCE / "study" / "registry.py", *acquisitions}
+    assert SOURCE / "study" / "registry.py" in knowing
+
+
+@pytest.mark.parametrize("kind", list(BUILTIN["acquisition"]))
+def test_no_room_above_tasks_asks_of_which_kind_scans_are_but_what_an_acquisition_names(kind: str) -> None:
+    settings = builtin("acquisition", kind)
+    assert issubclass(settings, AcquisitionSettings)
+    places = (place.partition(":")[0] for place in (settings.reconstruction, settings.applied, settings.costs) if place)
+    own = {SOURCE.joinpath(*module.split(".")[1:]).with_suffix(".py") for module in places}
+    module = BUILTIN["acquisition"][kind].partition(":")[0]
+    knowing = {path for path, (strings, modules) in _sources().items() if kind in strings or module in modules}
+    rooms = {path.relative_to(SOURCE).parts[0] for path in knowing - own}
+    assert rooms <= {"tasks", "models", "imaging", "study"}
 
 
 @cache

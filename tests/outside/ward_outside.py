@@ -1,4 +1,4 @@
-"""A package outside: a method, a model, a task and an engine of its own, found by entry points alone.
+"""A package outside: a method, model, task, acquisition, baseline and engine of its own, found by entry points alone.
 
 Tests make it importable under its own name (`tests.laws.test_outside`); it imports nothing of `tests`.
 """
@@ -19,10 +19,12 @@ from wardround.engines.local import LocalEngine
 from wardround.engines.registry import Carried, Sites
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.learning.methods.method import LocalRound, Method
+from wardround.study.acquisitions import AcquisitionSettings
+from wardround.study.baselines import Baseline
 from wardround.study.methods import WeightedSettings
 from wardround.study.models import ModelSettings
 from wardround.study.tasks import Modality, TaskSettings
-from wardround.tasks.task import MetricSpec, Source, Split
+from wardround.tasks.task import MetricSpec, ReportPart, Source, Split
 from wardround.wire.message import Message
 
 
@@ -75,6 +77,67 @@ class ScaleSettings(ModelSettings):
         return f"scale, one number from {self.start:g} on"
 
 
+class Sampled(LinearOperator):
+    """A camera that sees some pixels and no others: y = mask x."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return tuple(self.mask.shape)
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        return tuple(self.mask.shape)
+
+    def A(self, x: Tensor) -> Tensor:
+        return self.mask * x
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return self.mask * y
+
+
+class SampledSettings(AcquisitionSettings):
+    """Each patient is seen through holes of their own."""
+
+    modality = "camera"
+    baselines = ("tv", "filled")
+    inside = "face"
+
+    kind: Literal["sampled"]
+    share: float = Field(0.5, gt=0.0, le=1.0)
+    noise: float = Field(0.01, ge=0.0)
+
+    @property
+    def varies(self) -> bool:
+        return True
+
+    def operator(self, shape: tuple[int, int], random: np.random.Generator) -> Sampled:
+        return Sampled(torch.from_numpy(random.random(shape) < self.share).float())
+
+    def measure(self, operator: Sampled, image: Tensor, random: np.random.Generator) -> Tensor:
+        noise = torch.from_numpy(random.normal(0.0, self.noise, tuple(image.shape)).astype(np.float32))
+        return operator.A(image + noise)
+
+    def read(self, raw: np.ndarray[Any, Any]) -> tuple[Sampled, Tensor]:
+        return Sampled(torch.from_numpy(raw != 0).float()), torch.from_numpy(raw.astype(np.float32))[None]
+
+    def describe(self) -> str:
+        return f"{self.share:.0%} of all pixels, noise {self.noise:g}"
+
+
+def fill(operator: LinearOperator, data: Tensor, width: float | None) -> Tensor:
+    """Each pixel as the mean of those that are seen in a square of `width` pixels around it."""
+    assert width is not None
+    seen = operator.A(torch.ones_like(data))
+    total, count = (nn.functional.avg_pool2d(x, int(width), 1, int(width) // 2) for x in (data, seen))
+    return total / count.clamp_min(1e-6)
+
+
+FILLED = Baseline("Filled <b>", "holes filled with the mean around them, nothing learned", fill, (3.0, 5.0))
+
+
 @dataclass(frozen=True)
 class Numbers:
     """A site's numbers: y = 3 x, a patient a row."""
@@ -123,6 +186,11 @@ class Tripling:
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         return (model(batch) - 3.0 * batch).square().mean()
+
+    def report_parts(self, numbers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[ReportPart]:
+        found = {site: row["off"] for site, row in numbers["federated"].items() if site != "mean"}
+        rows = [(site, off, None) for site, off in found.items()]
+        return [ReportPart("How far <off>", "Of 3 x & more.", ("site", "off", "why"), rows)]
 
     def score(self, model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         return {"off": (model(batch) - 3.0 * batch).abs().squeeze(1)}

@@ -20,7 +20,7 @@ from wardround.cli import app
 from wardround.federation.facts import DELIVER, FACTS
 from wardround.imaging.readers.ct_protocol import CTProtocol, facts_of
 from wardround.runs.machine import Machine
-from wardround.runs.protocols import simulated, warning
+from wardround.runs.protocols import warning
 from wardround.runs.session import Result, run
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
@@ -158,11 +158,11 @@ def test_only_what_lies_outside_is_named() -> None:
     trained = ModelProtocols(scanners={site: study.acquisition_of(site) for site in "AB"})
     inside = study.acquisition_of("A")
     assert isinstance(inside, CTAcquisition)
-    assert warning(trained, simulated(inside), {"kernel": "X", "scanner": "Y"}) == ""
+    assert warning(trained, inside.facts(), {"kernel": "X", "scanner": "Y"}) == ""
     between = inside.model_copy(update={"geometry": inside.geometry.model_copy(update={"views": 20})})
-    assert warning(trained, simulated(between), {}) == ""
+    assert warning(trained, between.facts(), {}) == ""
     far = inside.model_copy(update={"photons": 1e6, "geometry": inside.geometry.model_copy(update={"views": 96})})
-    said = warning(trained, simulated(far), {})
+    said = warning(trained, far.facts(), {})
     assert "views 96 (trained on 16 to 24)" in said
     assert "photons 1,000,000 (trained on 30,000 to 100,000)" in said
     assert "\n" not in said

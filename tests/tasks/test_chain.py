@@ -25,9 +25,9 @@ from wardround.storage.store import NOTHING
 from wardround.study.hashes import written
 from wardround.study.schema import Study
 from wardround.tasks.chain import RARE, Chain, ChainTask, standardised
+from wardround.tasks.chained import ChainBatch, ChainDataset
 from wardround.tasks.losses import l1
 from wardround.tasks.reconstruction import evaluating
-from wardround.tasks.scanned import ChainBatch, ChainDataset
 from wardround.tasks.segmentation import overlap_loss
 from wardround.tasks.stages import Weighed, curriculum_of
 

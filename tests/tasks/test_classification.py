@@ -17,7 +17,8 @@ import wardround
 from wardround.errors import DataError, StudyError
 from wardround.models.classifiers import DenseNetSettings, EfficientNetSettings, ResNetSettings
 from wardround.tasks.classification import Classification, ClassificationTask, DiagnosedBatch, diagnosis_loss
-from wardround.tasks.states import State, patient_rows
+from wardround.tasks.states import State, patient_rows, value_of
+from wardround.tasks.temperature import kept_temperature
 
 
 def examples(seed: int = 0, count: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -163,10 +164,72 @@ def test_several_classes_a_patient(tmp_path: Path) -> None:
     assert {tuple(value.shape) for value in scores.values()} == {(1, 3, 2)}
 
 
+def test_a_temperature_scales_what_a_site_measures_and_nothing_else() -> None:
+    """A network that is sure of itself and right in three of four patients."""
+    task = task_of()
+    classes = torch.tensor([0, 1, 2, 0] * 4)
+    logits = 8.0 * one_hot(torch.tensor([0, 1, 2, 1] * 4))
+    model = Fixed(logits)
+    batches = [
+        (n, DiagnosedBatch(torch.full((1, 1, 1, 1), float(n)), one_hot(classes[n : n + 1]), torch.ones(1, 3)))
+        for n in range(len(classes))
+    ]
+    temperature = task.calibration(model, batches)
+    assert temperature is not None
+    assert task.calibration(model, batches[:3]) is None
+
+    def measured(scored: Classification) -> dict[str, float]:
+        rows = patient_rows(scored.metrics, iter(batches), lambda batch: scored.score(model, batch))
+        return {spec.name: value_of(spec, rows[spec.name]) for spec in scored.metrics}
+
+    before, after = measured(task), measured(task.calibrated(temperature))
+    assert np.isnan(before.pop("ece_scaled"))
+    # Scaled, it says 3/4: within a bin of 1/200.
+    assert after.pop("ece_scaled") <= 1 / 200
+    assert before == after
+    assert before["ece"] == pytest.approx(0.25, abs=1 / 200)
+    assert task.temperature is None
+
+
+def test_charts_and_pictures_say_who_was_called_what() -> None:
+    task = task_of()
+    classes, called = [0, 0, 1, 2], [0, 1, 1, 1]
+    model = Fixed(3.0 * one_hot(torch.tensor(called)))
+    batches = [
+        DiagnosedBatch(torch.full((1, 3, 2, 2), float(n)), one_hot(torch.tensor([k])), torch.ones(1, 3))
+        for n, k in enumerate(classes)
+    ]
+    rows = patient_rows(task.metrics, enumerate(batches), lambda batch: task.score(model, batch))
+    found = task.charts(rows)
+    assert found.confusion is not None
+    assert found.confusion.counts == ((1, 1, 0), (0, 1, 0), (0, 1, 0))
+    assert found.before is not None
+    assert sum(found.before.true) == 2
+    assert found.after is None
+    merit = task.merit(rows)
+    assert merit[0] == merit[2] > merit[1] == merit[3]
+    assert task.illustrate(None, batches[3]).caption == "bright"
+    assert task.illustrate(model, batches[3]).caption == f"striped {np.exp(3) / (np.exp(3) + 2):.2f}"
+    assert task.illustrate(model, batches[3]).picture.shape == (2, 2, 3)
+
+
 def test_a_run_tells_textures_apart(tmp_path: Path) -> None:
-    sites = make_diagnoses(tmp_path / "data", {"A": (8, 8, 8), "B": (12, 6, 6)})
-    result = wardround.run(diagnosis_study({"A": {}, "B": {}}), sites, tmp_path / "out")
+    sites = make_diagnoses(tmp_path / "data", {"A": (12, 12, 12), "B": (16, 10, 10), "C": (2, 2, 2)})
+    split = {"validation": 0.3, "test": 0.3}
+    study = diagnosis_study({"A": {}, "B": {}, "C": {"role": "unseen"}}, task={"split": split})
+    result = wardround.run(study, sites, tmp_path / "out", engine="local")
     auroc = result.metrics["federated"]["mean"]["auroc"]
     assert auroc is not None
     assert auroc.value > 0.9
     assert result.metrics["federated"]["mean"][f"sensitivity_{CLASSES[0]}"] is not None
+    # A temperature is a training site's own, and stays there; an unseen hospital labels no patient for the model.
+    for site in ("A", "B"):
+        assert result.metrics["federated"][site]["ece_scaled"] is not None
+        temperature = kept_temperature(tmp_path / "out" / "models" / site / "federated")
+        assert temperature is not None
+        assert f"{temperature:.6f}" not in (tmp_path / "out" / "result.json").read_text()
+    assert result.metrics["federated"]["C"]["ece_scaled"] is None
+    page = result.report.read_text()
+    assert "Class by class" in page
+    assert "Worst test patient" in page
+    assert "DOE0" not in page

@@ -149,7 +149,7 @@ def test_total_variation_beats_filtered_back_projection(folders: dict[str, Path]
     weights = task.baseline_parameters("tv")
     best = max(float(task.score_images(task.baseline("tv", w, batch), batch)["psnr"].mean()) for w in weights)
     assert best > float(fbp) + 2
-    with pytest.raises(StudyError, match="choose fbp, tv or weighted_tv"):
+    with pytest.raises(StudyError, match="choose from fbp, tv, weighted_tv"):
         task.baseline("zero_filled", None, batch)
 
 

@@ -16,7 +16,6 @@ from wardround.errors import DataError, StudyError
 from wardround.models.unrolled import MoDL
 from wardround.study import Study
 from wardround.study.plugins import Plugins
-from wardround.study.tasks import BASELINES
 from wardround.tasks.build import build_task
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS
 from wardround.tasks.mri import MRIBatch, MRIDataset, MRIReconstruction
@@ -220,7 +219,7 @@ def test_baselines_have_weights_to_choose_from(dataset: MRIDataset) -> None:
     task = _task()
     batch = dataset.batch([0], np.random.default_rng(0))
     best = {}
-    for name in BASELINES["mri"]:
+    for name in ("zero_filled", "cg_sense", "tv", "tv_real"):
         images = [task.baseline(name, weight, batch) for weight in task.baseline_parameters(name)]
         best[name] = max(task.score_images(image, batch)["psnr"].item() for image in images)
     assert best["tv"] > best["cg_sense"] > best["zero_filled"]

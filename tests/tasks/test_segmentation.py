@@ -19,8 +19,10 @@ from tests.outlines import SIZE, make_outlines, outline_study
 
 import wardround
 from wardround.errors import DataError, StudyError
+from wardround.study.sites import SitesFile
 from wardround.tasks.augmentation import INTENSITY, SPATIAL, Augmentation, standard
 from wardround.tasks.overlap import hd95, overlap_metrics, overlap_scores
+from wardround.tasks.overlays import DRAWN, MARKED
 from wardround.tasks.segmentation import Segmentation, SegmentationTask, overlap_loss
 
 # The loss -------------------------------------------------------------------------------------------------------------
@@ -265,7 +267,9 @@ def test_other_data_have_another_fingerprint(tmp_path: Path) -> None:
 
 
 def test_a_run_outlines_blobs_and_counts_patients_without_one_apart(tmp_path: Path) -> None:
-    sites = make_outlines(tmp_path / "data", {"A": 8, "B": 8}, slices=2, without=2)
+    made = make_outlines(tmp_path / "data", {"A": 9, "B": 8}, slices=2, without=2)
+    (tmp_path / "data" / "A" / "DOE-00" / "image.nii.gz").write_bytes(b"damaged")
+    sites = SitesFile(sites={**made.sites, "A": made.of("A").model_copy(update={"quarantine": 0.2})})
     study = outline_study({"A": {}, "B": {}}, task={"split": {"validation": 0.1, "test": 0.5}, "augment": "none"})
     result = wardround.run(study, sites, tmp_path / "out")
     mean = result.metrics["federated"]["mean"]
@@ -273,4 +277,53 @@ def test_a_run_outlines_blobs_and_counts_patients_without_one_apart(tmp_path: Pa
     assert dice is not None
     assert dice.value > 0.5
     assert alarms is not None
-    print(dice, alarms)
+    assert result.set_aside == {"A": 1, "B": 0}
+    assert "Patients set aside at their site, for their files cannot be used: A (1)." in result.report.read_text()
+
+
+def test_a_volume_is_trained_on_tested_and_shown(tmp_path: Path) -> None:
+    """Nothing outside a task takes an image for a slice: 3-D from the first round to the picture in the report."""
+    sites = make_outlines(tmp_path / "data", {"A": 6, "B": 6}, slices=16)
+    split = {"validation": 0.0, "test": 0.5}
+    task = {"dimensions": 3, "patch": [16] * 3, "spacing": [2.0, 2.0, 3.0], "split": split, "augment": "none"}
+    local = {"steps": 2, "batch": 1, "optimizer": "adam", "lr": 0.02}
+    study = outline_study({"A": {}, "B": {}}, task=task, local=local, schedule={"rounds": 2})
+    result = wardround.run(study, sites, tmp_path / "out", engine="local")
+    dice = result.metrics["federated"]["mean"]["dice"]
+    assert dice is not None
+    assert dice.n == 6
+    page = result.report.read_text()
+    assert "Worst test patient" in page
+    assert "drawn at the site" in page
+    assert "DOE-" not in page
+    with np.load(tmp_path / "out" / "sites" / "A" / "pictures.npz") as pictures:
+        drawn = {key for key in pictures if key.startswith(("reference/", "federated/"))}
+        assert len(drawn) == 6
+        assert {pictures[key].shape for key in drawn} == {(320, 320, 3)}
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_picture_shows_the_fullest_slice_under_both_outlines(tmp_path: Path, dimensions: int) -> None:
+    """A network that marks what the image shows as bright."""
+    patch = [SIZE, SIZE, 4][:dimensions]
+    sites = make_outlines(tmp_path, {"A": 4})
+    study = outline_study({"A": {}}, task={"dimensions": dimensions, "patch": patch})
+    assert isinstance(study.task, SegmentationTask)
+    task = Segmentation(study, study.task)
+    (batch,) = task.pictured(task.dataset("A", sites.of("A").data), [0])
+
+    class Bright(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, :1] - 1.7
+
+    truth, found = task.illustrate(None, batch).picture, task.illustrate(Bright(), batch).picture
+    masks = batch.masks.numpy() > 0.5
+    volume = np.moveaxis(masks[:, 0], 0, -1) if dimensions == 2 else masks[0, 0]
+    largest = volume.sum(axis=(0, 1)).argmax()
+    filled = np.repeat(np.repeat(volume[..., largest].T[::-1, ::-1], 10, axis=0), 10, axis=1)
+    blue = (truth == DRAWN).all(axis=-1)
+    assert blue.any()
+    assert not (blue & ~filled).any()
+    assert not (truth == MARKED).all(axis=-1).any()
+    assert (found == MARKED).all(axis=-1).any()
+    assert np.array_equal((found == DRAWN).all(axis=-1), blue)

@@ -21,7 +21,7 @@ from wardround.audit.properties import Property, probe
 from wardround.audit.results import PARTS, Audit, Control, Part, Pictured
 from wardround.audit.scores import Row, Trial, row, score
 from wardround.audit.subject import claimed, held_out_alike, model_file
-from wardround.audit.victims import Noise, control_victim, singles, victim_of
+from wardround.audit.victims import Noise, control_victim, is_scan, singles, victim_of
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import model_of_study, personal_part
 from wardround.learning.examples import ExampleStream, SiteExamples
@@ -38,6 +38,13 @@ from wardround.tasks.reconstruction import ReconstructionDataset
 from wardround.tasks.task import Batch, Split
 from wardround.wire.random import public_generator
 from wardround.wire.tensors import tensors_sha256
+
+# The parts that attack images of scans, and why a task of another kind has none of them.
+OF_SCANS: tuple[Part, ...] = ("inversion", "membership", "properties")
+_NO_SCANS = (
+    "not attacked, because this part knows scans of MRI and CT reconstruction alone; that says nothing of what such "
+    "updates give away"
+)
 
 
 @dataclass(frozen=True)
@@ -200,6 +207,10 @@ class Auditor:
             self.skipped.append("everything but the lint: nobody should compute with this model")
         else:
             self.skipped += [f"{part}: not asked for" for part in PARTS if part not in parts]
+            if not self._scans:
+                beyond = [part for part in parts if part in OF_SCANS]
+                self.skipped += [f"{part}: {_NO_SCANS}" for part in beyond]
+                parts = [part for part in parts if part not in beyond]
             if "inversion" in parts:
                 controls = self.controls()
                 rows = self.inversions(controls)
@@ -223,7 +234,7 @@ class Auditor:
             properties=properties,
             epsilon=epsilon,
             skipped=tuple(self.skipped),
-            pool=len(self.pool),
+            pool=len(self.pool) if self._scans else 0,
             seconds=time.perf_counter() - began,
             pictures=tuple(self.pictures),
         )
@@ -309,6 +320,11 @@ class Auditor:
         ]
         return victim_of(self._host.task, self._network, batches, self._shared, sent=sent)
 
+    @cached_property
+    def _scans(self) -> bool:
+        """Whether the task's examples are scans, whose images the attacks look for."""
+        return is_scan(self._batch(0))
+
     # What they share ---------------------------------------------------------------------------------------------
 
     @property
@@ -351,8 +367,18 @@ class Auditor:
 
     def _flat(self, batch: Batch) -> Any:
         """The update of one example as one vector."""
+        if not self._scans:
+            return self._gradient(batch)
         victim = victim_of(self._host.task, self._network, [batch], self._shared)
         return torch.cat([g.flatten() for g in victim.sent]).numpy()
+
+    def _gradient(self, batch: Batch) -> Any:
+        """The same of a task of any kind, by its own loss."""
+        train_mode(self._network)
+        self._network.zero_grad()
+        self._host.task.loss(self._network, batch).backward()  # type: ignore[no-untyped-call]
+        sent = [p for n, p in self._network.named_parameters() if p.requires_grad and n in self._shared]
+        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in sent]).numpy()
 
     @torch.no_grad()
     def _losses(self, batches: Sequence[Batch]) -> Any:

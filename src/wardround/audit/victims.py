@@ -14,8 +14,8 @@ from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.wrapped import RealImage
 from wardround.learning.frozen import train_mode
-from wardround.tasks.ct import CTBatch
 from wardround.tasks.mri import MRIBatch
+from wardround.tasks.scans import ScansBatch
 from wardround.tasks.task import Batch, Task
 
 CONTROL_SIDE = 32
@@ -39,14 +39,19 @@ def measured_anew(batch: Batch, images: Tensor) -> Batch:
     if isinstance(batch, MRIBatch):
         operator: LinearOperator = RealImage(batch.operator)
         return replace(batch, kspace=operator.A(images), target=images)
-    if isinstance(batch, CTBatch):
+    if isinstance(batch, ScansBatch):
         parts, start = [], 0
         for part in batch.parts:
             mine = images[start : start + len(part)]
             parts.append(replace(part, data=part.operator.A(mine), target=mine))
             start += len(part)
-        return CTBatch(tuple(parts))
+        return ScansBatch(tuple(parts))
     raise StudyError("inversion knows batches of MRI and CT reconstruction; this task's updates were not attacked")
+
+
+def is_scan(batch: Batch) -> bool:
+    """Whether the attacks on images know how the batch was measured."""
+    return isinstance(batch, MRIBatch | ScansBatch)
 
 
 def masks_of(batch: Batch) -> Tensor:
@@ -59,8 +64,8 @@ def singles(batch: Batch) -> list[Batch]:
     """A batch of scans as batches of one. Raises StudyError for batches that are no scans."""
     if isinstance(batch, MRIBatch):
         return [MRIBatch(*(getattr(batch, f.name)[i : i + 1] for f in fields(MRIBatch))) for i in range(len(batch))]
-    if isinstance(batch, CTBatch):
-        return [CTBatch((part.alone(i),)) for part in batch.parts for i in range(len(part))]
+    if isinstance(batch, ScansBatch):
+        return [ScansBatch((part.alone(i),)) for part in batch.parts for i in range(len(part))]
     raise StudyError("the audit knows batches of MRI and CT reconstruction alone")
 
 
@@ -82,7 +87,7 @@ def victim_of(
     that are no reconstruction.
     """
     for batch in batches:
-        if not isinstance(batch, MRIBatch | CTBatch):
+        if not is_scan(batch):
             measured_anew(batch, torch.zeros(()))
     objective = Objective(network, lambda net, step, x, _: task.loss(net, measured_anew(batches[step], x)), shared)
     real = Objective(network, lambda net, step, x, _: task.loss(net, batches[step]), shared)

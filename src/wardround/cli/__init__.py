@@ -58,8 +58,20 @@ def version() -> None:
     say(__version__)
 
 
-for command in (study.run, study.demo, study.evaluate, models.reconstruct, study.init, study.check, models.inspect):
+for command in (
+    study.run,
+    study.demo,
+    study.evaluate,
+    models.predict,
+    models.export,
+    study.init,
+    study.check,
+    study.partition,
+    models.inspect,
+):
     app.command()(command)
+# The older name of the same command.
+app.command("reconstruct", hidden=True)(models.predict)
 app.command()(audit.audit)
 app.command("verify-audit")(audit.verify_audit)
 app.command()(version)

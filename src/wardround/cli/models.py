@@ -7,21 +7,22 @@ from typing import Annotated, Literal
 
 import typer
 
-from wardround.cli.shared import say
+from wardround.cli.shared import complain, explain, say
 from wardround.errors import StudyError
 
 
-def reconstruct(
+def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A released model (models/ARM.safetensors).")],
     paths: Annotated[
         list[Path],
         typer.Argument(
             metavar="INPUT...",
-            help="NIfTI images, k-space (.npy: slices x coils x H x W), DICOM CT folders. Without --out the last path "
-            "is the output: a NIfTI file, or for DICOM a folder.",
+            help="NIfTI images, k-space (.npy: slices x coils x H x W), DICOM folders; for a segmentation or "
+            "classification images, folders of patients or an MR or CT series. Without --out the last path is the "
+            "output: a folder, or of one reconstruction a NIfTI file.",
         ),
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="A folder for the NIfTI files of all inputs.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A folder for the results of all inputs.")] = None,
     site: Annotated[str | None, typer.Option("--site", help="Whose scanner and coils (default: the study's).")] = None,
     embedding: Annotated[
         Path | None, typer.Option("--embedding", help="A file with the patient's embedding, for a model with anatomy.")
@@ -41,32 +42,56 @@ def reconstruct(
         typer.Option("--weights", help="The frozen part of a model that names one, where it lies elsewhere."),
     ] = None,
 ) -> None:
-    """Reconstruct with a released model. An image is scanned by the study's simulated scanner first."""
-    from wardround.runs.apply import reconstruct as apply
-    from wardround.runs.reconstruct import reconstruct as apply_to_all
+    """Apply a released model: reconstruct raw data, outline structures, or name what images show.
 
-    if out is not None:
-        apply_to_all(
-            model,
-            paths,
-            out,
-            site=site,
-            embedding=embedding,
-            dose=dose,
-            fallback=fallback,
-            plugins=plugins or (),
-            weights=weights,
-            told=lambda found: say(f"{found.source}\n{found.said}"),
-        )
-    elif len(paths) == 2:
-        tv = fallback == "tv"
-        given = plugins or ()
-        said = apply(
-            model, *paths, site=site, embedding=embedding, dose=dose, fallback=tv, plugins=given, weights=weights
-        )
-        say(said)
-    else:
+    Of a model that reconstructs, an image is scanned by the study's simulated scanner first. Exit code 1 where some of
+    several inputs could not be used.
+    """
+    from wardround.runs.predict import predict as apply
+
+    if out is None and len(paths) < 2:
         raise StudyError("give one input and the output, or several inputs and a folder for them with --out")
+    *inputs, last = paths if out is None else [*paths, out]
+    if len(inputs) > 1 and last.is_file():
+        raise StudyError("the output is a file; give several inputs and a folder for them with --out", detail=str(last))
+    single = inputs[0] if out is None and len(inputs) == 1 else inputs
+    found = apply(
+        model,
+        single,
+        last,
+        site=site,
+        embedding=embedding,
+        dose=dose,
+        fallback=fallback,
+        plugins=plugins or (),
+        weights=weights,
+        told=lambda one: say(f"{one.source}\n{one.said}"),
+    )
+    if found.table is not None:
+        say(f"Table: {found.table}")
+    for failure in found.failed:
+        explain(f"{failure.reason}", ": ".join(filter(None, (str(failure.source), failure.patient, failure.detail))))
+    if found.failed:
+        complain(f"{len(found.failed)} of {len(found.done) + len(found.failed)} inputs could not be used")
+        raise typer.Exit(1)
+
+
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A released model of images (segmentation, ...).")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
+    site: Annotated[str | None, typer.Option("--site", help="As this site has it (default: for any site).")] = None,
+    plugins: Annotated[
+        list[str] | None, typer.Option("--plugin", help="A plug-in that the model's file may name; give it again.")
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="The frozen part of a model that names one, where it lies elsewhere."),
+    ] = None,
+) -> None:
+    """Write a released model's network as ONNX, checked against torch. It takes normalised images or windows."""
+    from wardround.runs.export import export as write
+
+    say(write(model, output, site=site, plugins=plugins or (), weights=weights).said)
 
 
 def inspect(

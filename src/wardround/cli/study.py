@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -154,6 +154,37 @@ def init(
     say(f"Wrote {study_file} and {sites_file}. Look through them, then:")
     say(f"  wardround check {study_file} --sites {sites_file}")
     say(f"  wardround run {study_file} --sites {sites_file} --compare local,pooled")
+
+
+def partition(
+    study: StudyFile,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="One folder with the patients of all sites.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write sites.yaml and a list of patients a site.")],
+    by: Annotated[
+        Literal["even", "quantity", "labels"],
+        typer.Option("--by", help="Sites alike; of unlike sizes; or of unlike shares of each label."),
+    ] = "even",
+    column: Annotated[
+        str | None, typer.Option("--column", help="A column of the table: the labels, or else each patient's site.")
+    ] = None,
+    table: Annotated[str | None, typer.Option("--table", help="A CSV in DATA (default: labels.csv).")] = None,
+    patient: Annotated[str, typer.Option("--patient", help="The table's column that names the patient.")] = "patient",
+    alpha: Annotated[
+        float, typer.Option("--alpha", help="How alike the sites are: 0.1 makes them unlike, 100 alike.")
+    ] = 0.5,
+    least: Annotated[int, typer.Option("--least", help="The least number of patients of a site.")] = 3,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the draw (default: the study's).")] = None,
+) -> None:
+    """Part one folder of patients among the sites of a study, for data that came without any."""
+    from wardround.runs.partition import SITES
+    from wardround.runs.partition import partition as part
+
+    if (out / SITES).exists():
+        raise WardroundError(f"{SITES} exists already; choose another --out", detail=str(out / SITES))
+    counts = part(
+        study, data, out, how=by, column=column, table=table, patient=patient, alpha=alpha, least=least, seed=seed
+    )
+    say(f"Wrote {out / SITES}: " + ", ".join(f"{site} {count}" for site, count in counts.items()) + " patients")
 
 
 def check(

@@ -45,6 +45,9 @@ class SiteFacts(Config):
     public_key: Hash = Field(description="of the key that signs what the site says, in all arms")
     fingerprint: Hash | None = Field(description="changes when the data do")
     patients: Patients | None
+    set_aside: Count | None = Field(
+        None, description="patients whose files cannot be used; `null` for a handful that its rules keep"
+    )
     headers: HeaderFacts = HeaderFacts()
     machine: dict[str, str] = Field(
         description="versions and processor of the site's process, device, precision and threads"

@@ -28,7 +28,7 @@ from wardround.storage.store import Memory
 from wardround.study.schema import Local
 from wardround.tasks.stages import WHOLE, Curriculum
 from wardround.tasks.states import patient_rows
-from wardround.tasks.task import Batch, Dataset, Split, Task
+from wardround.tasks.task import Batch, Calibrated, Dataset, Split, Task
 from wardround.wire.host import on_host
 from wardround.wire.random import public_generator, public_seed
 from wardround.wire.tensors import TensorInfo
@@ -346,13 +346,30 @@ class Learner:
         return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self, split: Split) -> dict[str, Array]:
-        """What every patient of a split adds to each metric, in patient order: (n, *shape). It stays at the site."""
-        model = self._model_context.model
+    def evaluate(self, split: Split, temperature: float | None = None) -> dict[str, Array]:
+        """What every patient of a split adds to each metric, in patient order: (n, *shape). It stays at the site.
+
+        `temperature` is that of `temperature`, for a task that has one.
+        """
+        model, placed = self._model_context.model, self._placed
+        if temperature is not None and isinstance(self.task, Calibrated):
+            placed = Placed(self.task.calibrated(temperature), self.compute)
         torch.set_num_threads(self.compute.threads)
         model.eval()
         with watched(model) as diverged:
-            return self.per_patient(split, lambda batch: self._placed.score(model, batch), diverged)
+            return self.per_patient(split, lambda batch: placed.score(model, batch), diverged)
+
+    @torch.no_grad()
+    def temperature(self) -> float | None:
+        """What fits the loaded model's probabilities to the site's validation patients; None for other tasks."""
+        if not isinstance(self.task, Calibrated):
+            return None
+        model = self._model_context.model
+        torch.set_num_threads(self.compute.threads)
+        model.eval()
+        batches = ((patient, self.compute.moved(batch)) for patient, batch in self.dataset.evaluation("validation"))
+        with self.compute.autocast():
+            return self.task.calibration(model, batches)
 
     def per_patient(
         self, split: Split, score: Callable[[Batch], dict[str, Tensor]], diverged: Callable[[], bool] = lambda: False

@@ -11,7 +11,7 @@ from wardround.study.tasks import Modality
 class ClassifierSettings(PresetSettings):
     """The base of networks that classify images; they know no scanner."""
 
-    modalities: ClassVar[frozenset[Modality]] = frozenset()
+    modalities: ClassVar[frozenset[Modality] | None] = frozenset()
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network, freshly initialised: (B, channels, *size) -> (B, classes)."""

@@ -31,8 +31,8 @@ class ConditionedSettings(PresetSettings):
     hidden: Hidden = HIDDEN
 
     def check(self, modality: Modality) -> None:
-        """Scanners of MRI have no protocol."""
-        if modality == "mri" and self.conditioned:
+        """Only scanners of CT have a protocol."""
+        if modality != "ct" and self.conditioned:
             raise StudyError("model.conditioned needs CT, whose scanners have a protocol; set it to false")
 
     def describe(self) -> str:

@@ -12,7 +12,7 @@ from wardround.study.tasks import Modality
 class NetworkSettings(PresetSettings):
     """The base of networks for images; they know no scanner."""
 
-    modalities: ClassVar[frozenset[Modality]] = frozenset()
+    modalities: ClassVar[frozenset[Modality] | None] = frozenset()
     norm: Literal["batch", "instance", "group"] = "batch"
 
     def build_network(self, dimensions: int, channels: int, outputs: int) -> Any:

@@ -103,14 +103,14 @@ class MoDLSettings(PresetSettings):
     )
 
     def build(self, modality: Modality) -> MoDL:
-        """The network; images of CT are real."""
+        """The network; images of all but MRI are real."""
         shape = modl_shape(self)
         return MoDL(shape if modality == "mri" else replace(shape, image="real"))
 
     def check(self, modality: Modality) -> None:
-        """Images of CT are real."""
-        if modality == "ct" and self.image == "complex":
-            raise StudyError("model.image: complex is for MRI, and CT images are real; remove it")
+        """Images of all but MRI are real."""
+        if modality != "mri" and self.image == "complex":
+            raise StudyError(f"model.image: complex is for MRI, and {modality.upper()} images are real; remove it")
 
     @property
     def real_images(self) -> bool:

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import StudyError
-from wardround.imaging.acquisition.ct.scanners import protocol_features
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import UNSEEN
@@ -24,7 +23,6 @@ from wardround.plan.sums import evaluation_metrics, round_metrics, validation_me
 from wardround.plan.weights import begin
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
-from wardround.study.ct import CTAcquisition
 from wardround.study.hashes import plan_sha256, study_sha256
 from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
@@ -212,6 +210,6 @@ class ArmSpecs:
 
 
 def protocols_of(study: Study, sites: Iterable[str]) -> dict[str, npt.NDArray[np.float32]]:
-    """The public features of the sites' scanners; MRI has none."""
-    scanners = {site: study.acquisition_of(site) for site in sites} if study.scans else {}
-    return {site: protocol_features(a) for site, a in scanners.items() if isinstance(a, CTAcquisition)}
+    """The public features of the sites' scanners; those of MRI have none."""
+    scanners = {site: study.acquisition_of(site).features() for site in sites} if study.scans else {}
+    return {site: np.array(found, np.float32) for site, found in scanners.items() if found is not None}

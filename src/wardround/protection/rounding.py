@@ -42,9 +42,9 @@ class Draws:
         """Multiples of 2^-23 in [0, 1): (size,)."""
         words = self._stream.words(-(-size // 2)).view("<u4")[:size]
         # The bits of a float in [1, 2): no conversion, which would cost as much as the key stream.
-        bits = words >> np.uint32(9)
-        bits |= _ONE
-        drawn = bits.view(np.float32)
+        words >>= np.uint32(9)
+        words |= _ONE
+        drawn = words.view(np.float32)
         drawn -= np.float32(1.0)
         return drawn.astype(dtype, copy=False)
 

@@ -54,7 +54,10 @@ class SecretStream:
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """Uniform 64-bit integers: (count,)."""
-        return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
+        drawn = np.zeros(count, dtype="<u8")
+        # In place: a stream cipher reads each byte before it writes it.
+        self._cipher.update_into(drawn.data.cast("B"), drawn.data.cast("B"))
+        return drawn
 
     def normals(self, count: int) -> npt.NDArray[np.float64]:
         """Standard normal numbers in double precision: (count,).

@@ -9,6 +9,7 @@ from pathlib import Path
 from wardround.results.answer import answer
 from wardround.results.metrics import MetricInfo
 from wardround.results.run import SMALL_N, Run, load_run
+from wardround.results.schema import Part
 from wardround.results.units import flat, human_bytes, human_seconds, protocol
 from wardround.results.views import comparison, warnings
 from wardround.study.tasks import ReconstructionTask
@@ -61,6 +62,7 @@ def card(run: Run) -> str:
         "Means over test patients with 95% intervals (Student's t) from the standard errors that sites computed; "
         f"the mean gives every training site the same weight. Fewer than {LEAST_PATIENTS} patients have no interval. "
         f"Where n is below {SMALL_N}, a single patient can decide the outcome.",
+        *(_part(part) for part in run.result.parts),
         "## Training",
         _bullets(_training(run)),
         "## Limits",
@@ -72,10 +74,8 @@ def card(run: Run) -> str:
 
 
 def _intended(run: Run) -> list[str]:
-    purpose = {
-        "mri": "Research on reconstruction from undersampled raw data of the protocols below.",
-        "ct": "Research on reconstruction from projections of the protocols below.",
-    }.get(run.simulated or "", "Research on the task described by the study file.")
+    scanner = run.scanner
+    purpose = "Research on the task described by the study file." if scanner is None else scanner.purpose
     return [
         purpose,
         "Not for clinical decisions, and not for anatomy, scanners or protocols that are not listed below.",
@@ -84,7 +84,7 @@ def _intended(run: Run) -> list[str]:
 
 
 def _data(run: Run) -> str:
-    simulated = run.simulated is not None
+    simulated = run.scanner is not None
     rows = []
     for site in run.sites:
         patients = run.patients(site)
@@ -110,6 +110,12 @@ def _metric(run: Run, metric: MetricInfo) -> str:
     ]
     head = ["site", "n", *(escape(arm.label) for arm in run.arms)]
     return f"### {escape(metric.heading)}, {metric.direction}\n\n{_table(head, rows)}"
+
+
+def _part(part: Part) -> str:
+    """What the task says of its results."""
+    table = _table([escape(name) for name in part.head], part.cells) if part.head else ""
+    return "\n\n".join(each for each in (f"## {escape(part.title)}", escape(part.text), table) if each)
 
 
 def _training(run: Run) -> list[str]:

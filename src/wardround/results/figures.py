@@ -249,3 +249,29 @@ def attendance(site: str, history: Sequence[RoundLine]) -> Markup:
     return Markup('<svg class="strip" width="100%" height="{}" aria-hidden="true">{}</svg>').format(
         LANE, Markup("").join(parts)
     )
+
+
+def reliability_plot(
+    before: Sequence[tuple[float, float, float]], after: Sequence[tuple[float, float, float]]
+) -> Markup:
+    """A reliability diagram: mean probability across, share that came true upwards, over the line where they are equal.
+
+    Points are (probability, share, patients), hollow squares `before` scaling and filled circles `after`; a larger mark
+    stands for more patients.
+    """
+    ticks = (0.0, 0.25, 0.5, 0.75, 1.0)
+    rule = Markup('<line class="grid" x1="{}%" x2="{}%" y1="{}" y2="{}"/>')
+    parts = [rule.format(0, 100, PLOT * (1 - tick), PLOT * (1 - tick)) for tick in ticks]
+    parts += [rule.format(100 * tick, 100 * tick, 0, PLOT) for tick in ticks]
+    parts.append(Markup('<line class="equal" x1="0" x2="100%" y1="{}" y2="0"/>').format(PLOT))
+    square = Markup(
+        '<svg x="{0}%" y="{1}" overflow="visible">'
+        '<rect class="before" x="-{2}" y="-{2}" width="{3}" height="{3}"/></svg>'
+    )
+    circle = Markup('<circle class="after" cx="{}%" cy="{}" r="{}"/>')
+    most = max((count for *_, count in (*before, *after)), default=1.0)
+    for points, shape in ((before, square), (after, circle)):
+        for probability, share, count in points:
+            radius = round(3 + 5 * math.sqrt(count / most), 2)
+            parts.append(shape.format(round(100 * probability, 2), round(PLOT * (1 - share), 2), radius, 2 * radius))
+    return Markup("").join(parts)

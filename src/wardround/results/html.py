@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from wardround.results import figures, views
 from wardround.results.answer import answer, arm_words, unseen_result
+from wardround.results.classes import class_charts
 from wardround.results.paired import paired_charts
 from wardround.results.pictures import ERROR_GAIN, gallery
 from wardround.results.run import SMALL_N, Run, load_run
@@ -68,6 +69,7 @@ def render(run: Run) -> str:
         paired=paired_charts(run, metric) if metric else (),
         mark=figures.mark,
         gallery=gallery(run),
+        class_charts=class_charts(run),
         error_gain=ERROR_GAIN,
         curves=views.learning_curves(run, metric),
         curve_height=figures.PLOT,
@@ -77,7 +79,7 @@ def render(run: Run) -> str:
         traffic=_traffic(run),
         seconds=_seconds(run),
         privacy=run.spent,
-        simulated=run.simulated,
+        scanner=run.scanner,
         protocols=_protocols(run),
         hashes=run.hashes,
         fingerprint=tuple(run.result.fingerprint.items()),

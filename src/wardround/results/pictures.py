@@ -6,24 +6,27 @@ import base64
 import io
 import math
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wardround.results.run import Run, arm_of
+from wardround.results.patients import NumberedPoints, numbered_points_of
+from wardround.results.run import Arm, Run, arm_of
 from wardround.wire.archives import read_npz
 
 ERROR_GAIN = 5
 BUDGET = 2_600_000  # characters of all data URIs, so that the page stays below 4 MB
 _FITS = ((3, 320), (2, 320), (1, 320), (1, 192), (1, 128), (1, 64))  # examples a site, longest side
 _REFERENCE, _WINDOW, _TURN = "reference", "window", "turn"
+_LEGEND, _CAPTION, _TITLE, _PATIENT = "legend", "caption", "title", "patient"
 
-Picture = NDArray[np.float32]
+Picture = NDArray[Any]  # float32 (H, W), or uint8 (H, W, 3) as the task drew it
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,32 @@ class Frame:
 
 @dataclass(frozen=True)
 class Panel:
-    """One arm's picture and error map, with the PSNR of this slice in dB: see `psnr`."""
+    """One arm's picture, of a reconstruction its error map and the PSNR of this slice in dB (`psnr`), and words."""
 
     label: str
     style: str
     image: str
     error: str | None = None
     psnr: float | None = None
+    caption: str = ""
 
 
 @dataclass(frozen=True)
 class Example:
-    """Pictures of one slice in one window, which all share; error maps are amplified in it."""
+    """Pictures of one slice in one window, which all share; error maps are amplified in it.
+
+    Pictures that the task drew have no window, and a title.
+    """
 
     number: int
-    window: Frame
+    window: Frame | None
     panels: tuple[Panel, ...]
+    title: str = ""
+
+    @property
+    def one_picture(self) -> bool:
+        """Whether all panels are of the first one's picture, and differ in their captions."""
+        return len(self.panels) > 1 and not any(panel.image for panel in self.panels[1:])
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,21 @@ class Gallery:
 
     sites: dict[str, tuple[Example, ...]]
     shrunk: bool = False
+    legend: tuple[tuple[str, str], ...] = ()
 
     @property
     def framed(self) -> bool:
         """Whether pictures are shown in named windows."""
-        return any(example.window.name for examples in self.sites.values() for example in examples)
+        return any(example.window.name for example in self._examples if example.window)
+
+    @property
+    def reconstructed(self) -> bool:
+        """Whether pictures are images that were reconstructed, with error maps."""
+        return any(example.window for example in self._examples)
+
+    @property
+    def _examples(self) -> Iterator[Example]:
+        return (example for examples in self.sites.values() for example in examples)
 
 
 @dataclass(frozen=True)
@@ -87,13 +110,16 @@ class Shown:
 
     examples: dict[int, dict[str, Picture]]
     frames: tuple[Frame, ...] = ()
+    legend: tuple[tuple[str, str], ...] = ()  # words, and a colour of CSS
+    captions: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    patients: Mapping[int, tuple[str, int]] = field(default_factory=dict)  # by example: title, place in patients.csv
 
 
 def read_pictures(path: Path) -> Shown:
     """A site's `pictures.npz`; nothing where there is no readable file.
 
-    Entries that are no 2-D arrays, or have another shape than their reference, are left out. Pictures are turned as the
-    file says that they are to be shown.
+    Entries that are neither 2-D arrays nor colours, uint8 (H, W, 3), or have another shape than their reference, are
+    left out. Pictures in grey are turned as the file says that they are to be shown.
     """
     try:
         stored = read_npz(path)
@@ -103,8 +129,9 @@ def read_pictures(path: Path) -> Shown:
     examples: dict[int, dict[str, Picture]] = {}
     for key, array in arrays.items():
         arm, _, index = key.rpartition("/")
-        if arm and index.isdigit() and array.ndim == 2 and array.size:
-            examples.setdefault(int(index), {})[arm] = np.nan_to_num(array.astype(np.float32))
+        if arm and index.isdigit() and array.size and (array.ndim == 2 or _is_colour(array)):
+            shown = array if _is_colour(array) else np.nan_to_num(array.astype(np.float32))
+            examples.setdefault(int(index), {})[arm] = shown
     whole = {
         index: {
             arm: _turned(image, arrays.get(f"{_TURN}/{index}"))
@@ -114,11 +141,31 @@ def read_pictures(path: Path) -> Shown:
         for index, arms in sorted(examples.items())
         if _REFERENCE in arms
     }
-    return Shown(whole, tuple(_frames(arrays)))
+    legend = tuple(
+        (key.removeprefix(f"{_LEGEND}/"), f"rgb({', '.join(map(str, array.tolist()))})")
+        for key, array in arrays.items()
+        if key.startswith(f"{_LEGEND}/") and array.shape == (3,) and array.dtype == np.uint8
+    )
+    captions = {
+        (arm, number): str(arrays[key])
+        for number, arms in whole.items()
+        for arm in arms
+        if (key := f"{_CAPTION}/{arm}/{number}") in arrays
+    }
+    patients = {
+        number: (str(arrays[f"{_TITLE}/{number}"]), int(arrays[key]))
+        for number in whole
+        if (key := f"{_PATIENT}/{number}") in arrays and f"{_TITLE}/{number}" in arrays
+    }
+    return Shown(whole, tuple(_frames(arrays)), legend, captions, patients)
+
+
+def _is_colour(array: NDArray[Any]) -> bool:
+    return array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
 
 
 def _turned(image: Picture, turn: NDArray[np.generic] | None) -> Picture:
-    if turn is None or turn.shape != (3,):
+    if turn is None or turn.shape != (3,) or image.ndim != 2:
         return image
     swap, rows, columns = (bool(value) for value in turn)
     turned = image.T if swap else image
@@ -168,16 +215,47 @@ def _palette() -> bytes:
     return bytes(np.asarray(colours)[:, :3].tobytes())
 
 
+def _drawn(run: Run, number: int, shown: Shown, side: int, values: NumberedPoints) -> Example:
+    """An example whose task drew it; what stands below is the task's caption, or the patient's value."""
+    arms, (title, place) = shown.examples[number], shown.patients.get(number, ("", -1))
+
+    def caption(key: str) -> str:
+        for metric in run.result.measured[:1]:
+            if (value := values.get((key, metric.name), {}).get(place)) is not None:
+                return f"{metric.label} {metric.show(value)}"
+        return shown.captions.get((key, number), "")
+
+    def panel(label: str, style: str, key: str) -> Panel:
+        picture = Image.fromarray(arms[key].astype(np.uint8))
+        picture.thumbnail((side, side), Image.Resampling.BOX)
+        # A palette is a third of the bytes, and alike to the eye.
+        return Panel(label, style, _encode(picture.quantize(dither=Image.Dither.NONE)), caption=caption(key))
+
+    panels = [panel("Truth", _REFERENCE, _REFERENCE)]
+    for arm in _in_order(run, arms):
+        # Where arms differ in words alone, there is one picture.
+        alike = np.array_equal(arms[arm.key], arms[_REFERENCE])
+        found = panel(arm.label, arm.style, arm.key)
+        panels.append(replace(found, image="") if alike else found)
+    return Example(number, None, tuple(panels), f"{title}, number {place}" if title else "")
+
+
+def _in_order(run: Run, arms: Iterable[str]) -> Iterator[Arm]:
+    """The arms that have a picture in reading order, then those that the run does not know."""
+    named = {arm.key: arm for arm in run.arms}
+    order = [key for key in named if key in arms] + [key for key in arms if key not in named]
+    for index, key in enumerate(key for key in order if key != _REFERENCE):
+        yield named.get(key) or arm_of(key, index)
+
+
 def _example(
     run: Run, number: int, arms: dict[str, Picture], given: Frame | None, side: int, palette: bytes
 ) -> Example:
     reference = arms[_REFERENCE]
     frame = given or Frame("", 0.0, float(np.quantile(reference, 0.998)) or 1.0)
     panels = [Panel("Reference", _REFERENCE, _png(reference, frame.low, frame.high, side))]
-    named = {arm.key: arm for arm in run.arms}
-    order = [key for key in named if key in arms] + [key for key in arms if key not in named]
-    for index, key in enumerate(key for key in order if key != _REFERENCE):
-        arm = named.get(key) or arm_of(key, index)
+    for arm in _in_order(run, arms):
+        key = arm.key
         error = np.abs(arms[key] - reference)
         panels.append(
             Panel(
@@ -205,18 +283,22 @@ def gallery(run: Run) -> Gallery:
     # Where numbers stay, pictures stay; a site that failed may not have come to say so.
     open_sites = [site for site in run.sites if site not in run.hidden]
     found = {site: read_pictures(run.folder / "sites" / site / "pictures.npz") for site in open_sites}
+    values = {site: numbered_points_of(run, site) for site in open_sites}
+    legend = tuple(dict.fromkeys(entry for shown in found.values() for entry in shown.legend))
     palette = _palette()
     sites: dict[str, tuple[Example, ...]] = {}
     for attempt, (count, side) in enumerate(_FITS):
         sites = {
             site: tuple(
-                _example(run, number, arms, frame, side, palette)
+                _drawn(run, number, shown, side, values[site])
+                if arms[_REFERENCE].ndim == 3
+                else _example(run, number, arms, frame, side, palette)
                 for number, arms in list(shown.examples.items())[:count]
-                for frame in shown.frames or (None,)
+                for frame in (shown.frames if arms[_REFERENCE].ndim == 2 else ()) or (None,)
             )
             for site, shown in found.items()
             if shown.examples
         }
         if _weight(sites) <= BUDGET:
-            return Gallery(sites, shrunk=attempt > 2)
-    return Gallery(sites, shrunk=True)
+            return Gallery(sites, attempt > 2, legend)
+    return Gallery(sites, True, legend)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
 from wardround.results.files import read_result, read_rounds
-from wardround.results.schema import Measured, Result, RoundLine
+from wardround.results.schema import Compared, Measured, Result, RoundLine
 from wardround.results.units import flat
-from wardround.study.acquisition import MRIAcquisition
-from wardround.study.ct import CTAcquisition
+from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.load import UNREAD, load_study
+from wardround.study.registry import BASELINES, baseline
 from wardround.study.schema import Study
-from wardround.study.tasks import Modality
 
 SMALL_N = 10
 SATURATION_LIMIT = 1e-4
@@ -40,14 +39,8 @@ class Arm:
     description: str = ""
 
 
-# In reading order, from baselines to pooled; unknown arms stand before the last.
-_KNOWN_ARMS = (
-    Arm("zero_filled", "Zero-filled", "baseline", "zero-filled", "no reconstruction: missing samples are zero"),
-    Arm("fbp", "FBP", "baseline", "zero-filled", "filtered back projection, nothing learned"),
-    Arm("cg_sense", "CG-SENSE", "baseline", "cg-sense", "least squares with coil maps, nothing learned"),
-    Arm("tv", "TV", "baseline", "tv", "total variation: compressed sensing, nothing learned"),
-    Arm("tv_real", "TV, real image", "baseline", "other-2", "total variation of a real image, nothing learned"),
-    Arm("weighted_tv", "Weighted TV", "baseline", "cg-sense", "total variation, rays weighted by their photons"),
+# In reading order, behind the baselines; unknown arms stand before the last.
+_TRAINED = (
     Arm("local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"),
     Arm("federated", "Together", "federated", "federated", "federated: scans stay, sums of updates travel"),
     Arm("pooled", "Pooled", "pooled", "pooled", "all data in one place: the ideal that privacy forbids"),
@@ -55,11 +48,19 @@ _KNOWN_ARMS = (
 _ARM_ORDER: tuple[Kind, ...] = ("baseline", "local", "federated", "other", "pooled")
 
 
-def arm_of(key: str, unknown_index: int = 0) -> Arm:
-    """The arm of a key; unknown keys are shown under their own name with one of four spare styles."""
-    if known := next((arm for arm in _KNOWN_ARMS if arm.key == key), None):
+@cache
+def _known_arms() -> tuple[Arm, ...]:
+    own = ((name, baseline(name)) for name in BASELINES)
+    return (*(Arm(name, b.label, "baseline", b.style, b.description) for name, b in own), *_TRAINED)
+
+
+def arm_of(key: str, unknown_index: int = 0, outside: Compared | None = None) -> Arm:
+    """The arm of a key, the baseline of a package `outside`; others are shown under their key with a spare style."""
+    if known := next((arm for arm in _known_arms() if arm.key == key), None):
         return known
     style = f"other-{unknown_index % 4}"
+    if outside is not None:
+        return Arm(key, outside.label, "baseline", style, outside.description)
     if key == "baseline":
         return Arm(key, "Baseline", "baseline", style, "nothing learned")
     return Arm(key, key.replace("_", " "), "other", style)
@@ -67,9 +68,9 @@ def arm_of(key: str, unknown_index: int = 0) -> Arm:
 
 def arms_of(measured: Measured) -> tuple[Arm, ...]:
     """The arms of a result in reading order."""
-    known = [arm for arm in _KNOWN_ARMS if arm.key in measured.arms]
+    known = [arm for arm in _known_arms() if arm.key in measured.arms]
     unknown = [key for key in measured.arms if key not in [arm.key for arm in known]]
-    arms = known + [arm_of(key, index) for index, key in enumerate(unknown)]
+    arms = known + [arm_of(key, index, measured.baselines.get(key)) for index, key in enumerate(unknown)]
     return tuple(sorted(arms, key=lambda arm: _ARM_ORDER.index(arm.kind)))
 
 
@@ -148,13 +149,13 @@ class Run:
         return None
 
     @property
-    def simulated(self) -> Modality | None:
-        """Which acquisition a task's raw data are simulated by; None for tasks without scanners."""
-        return self.study.modality if self.study.task.scanner == "needed" else None
+    def scanner(self) -> AcquisitionSettings | None:
+        """How a task's raw data are simulated; None for tasks without scanners."""
+        return self.study.scanner if self.study.task.scanner == "needed" else None
 
-    def acquisition(self, site: str) -> MRIAcquisition | CTAcquisition | None:
+    def acquisition(self, site: str) -> AcquisitionSettings | None:
         """The simulated protocol of a site; None for a task without scanners."""
-        return None if self.simulated is None else self.study.acquisition_of(site)
+        return self.study.acquisition_of(site) if self.scanner is not None else None
 
     @property
     def secure(self) -> bool:

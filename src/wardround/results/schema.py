@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, WithJsonSchema
+from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, WithJsonSchema, model_validator
 
 from wardround.results.metrics import MetricInfo
 from wardround.study.base import Config
@@ -66,17 +66,53 @@ class LeftOut(Config):
     best_local: Row | None = Field(None, description="the best of the other sites' own models, chosen with hindsight")
 
 
+class Compared(Config):
+    """A classical method that the models are compared with."""
+
+    label: str
+    description: str
+
+
+Cell = str | float | None
+
+
+class Part(Config):
+    """What the task says of its results: plain text, and a table where there is a `head`."""
+
+    title: str = Field(max_length=200)
+    text: str = Field("", max_length=10_000)
+    head: tuple[str, ...] = Field((), max_length=30)
+    rows: tuple[tuple[Cell, ...], ...] = Field((), max_length=1000)
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Part:
+        if any(len(row) != len(self.head) for row in self.rows):
+            raise ValueError(f"the table {self.title!r} has rows that are not of its {len(self.head)} columns")
+        return self
+
+    @property
+    def cells(self) -> tuple[tuple[str, ...], ...]:
+        """The rows as text."""
+        return tuple(tuple(_text(cell) for cell in row) for row in self.rows)
+
+
+def _text(cell: Cell) -> str:
+    return "–" if cell is None else cell if isinstance(cell, str) else f"{cell:.6g}"
+
+
 class Measured(Config):
     """What the models of a run gave on test patients."""
 
     metric_specs: tuple[MetricInfo, ...] = Field(description="in the task's order; the first answers the question")
     metrics: dict[str, Table] = Field(description="by arm: `federated`, `local`, `pooled`, `baseline`, each baseline")
+    baselines: dict[str, Compared] = Field({}, description="by arm: what each baseline is; it learns nothing")
     gains: dict[str, dict[str, Table]] = Field(
         description="by arm and reference arm: paired differences, positive where the arm is better"
     )
     left_out: dict[str, LeftOut] = Field(description="by training site, where each was left out once")
     withheld: dict[str, str] = Field(description="by site: the rule of the site that keeps its numbers")
     failed: dict[str, str] = Field(description="by site: why it could not be measured")
+    parts: tuple[Part, ...] = Field((), description="what the task itself says of these numbers")
 
     def estimate(self, arm: str, site: str, metric: str) -> Estimate | None:
         """The estimate of an arm at a site (or `mean`, `unseen`), or None where there is none.
@@ -182,6 +218,11 @@ class Result(Measured):
     compare: tuple[str, ...]
     patients: dict[str, dict[Literal["train", "validation", "test"], int | None] | None] = Field(
         description="by site and split; `null` where the site's rules keep a small number"
+    )
+    set_aside: dict[str, int | None] = Field(
+        {},
+        description="by site: patients whose files cannot be used, who are in no other number; `null` where the "
+        "site's rules keep a small number",
     )
     traffic: Traffic
     seconds: Seconds

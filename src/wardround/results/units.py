@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from wardround.study.acquisition import MRIAcquisition
-from wardround.study.ct import CTAcquisition
+from wardround.study.acquisitions import AcquisitionSettings
 
 
 def human_bytes(count: float) -> str:
@@ -56,12 +55,6 @@ def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, "none" if settings is None else str(settings)
 
 
-def protocol(acquisition: MRIAcquisition | CTAcquisition | None) -> str:
+def protocol(acquisition: AcquisitionSettings | None) -> str:
     """A simulated protocol in a few words: `4× random, 8 coils, noise 0.005`, `fan_arc, 96 views, 30000 photons`."""
-    if acquisition is None:
-        return ""
-    if isinstance(acquisition, CTAcquisition):
-        geometry = acquisition.geometry
-        return f"{geometry.kind}, {geometry.views} views, {acquisition.photons:g} photons"
-    mask = acquisition.mask
-    return f"{mask.acceleration:g}× {mask.family}, {acquisition.coils} coils, noise {acquisition.noise}"
+    return "" if acquisition is None else acquisition.describe()

@@ -247,6 +247,10 @@ def warnings(run: Run) -> tuple[str, ...]:
             "One unusual patient can move these numbers, and the intervals are themselves uncertain; "
             f"below {LEAST_PATIENTS} there is none."
         )
+    if aside := [
+        f"{site} ({'a few' if count is None else count})" for site, count in run.result.set_aside.items() if count != 0
+    ]:
+        found.append(f"Patients set aside at their site, for their files cannot be used: {', '.join(aside)}.")
     for metric in run.result.measured:
         absent = {
             site: one.absent

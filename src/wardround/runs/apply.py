@@ -15,24 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.errors import DataError, StudyError
-from wardround.federation.release import load_model, personal_part, serve, study_of
 from wardround.imaging.acquisition.mri.coils import low_resolution_maps
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.imaging.acquisition.operator import LinearOperator
-from wardround.imaging.acquisition.solvers import tv
 from wardround.imaging.readers.embeddings import Embeddings
 from wardround.imaging.readers.volume import Volume, read_volume
-from wardround.learning.frozen import freeze
 from wardround.models.build import build_model
-from wardround.plan.weights import frozen_part
-from wardround.runs.apply_ct import Done, reconstruct_ct, save_nifti
-from wardround.runs.depth import Depth, Scan, Score, look
-from wardround.runs.protocols import read_protocols, simulated, summary, warning
+from wardround.runs.apply_ct import Done, save_nifti
+from wardround.runs.depth import Classical, Depth, Scan, Score, look, total_variation
+from wardround.runs.protocols import summary, warning
+from wardround.runs.releases import ReleasedModel, closed
 from wardround.study.acquisition import MRIAcquisition
-from wardround.study.plugins import Plugins
-from wardround.study.protocols import ModelProtocols
+from wardround.study.base import at
 from wardround.study.schema import Study
 from wardround.tasks.metrics import SSIM_WINDOW, reconstruction_scores
 from wardround.wire.files import reason
@@ -91,12 +87,12 @@ class Reconstructor:
 
     An input is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
     or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`; a model
-    of CT takes other files, see `wardround.runs.apply_ct.reconstruct_ct`. `embedding` is a file with the patient's,
-    for a model with anatomy; without it that model's map is neutral. `dose` is a share of the dose of measured
-    projections to be simulated. With `fallback`, where the network is out of its depth (`wardround.runs.depth`) total
-    variation's image is written instead of the network's. `plugins` are names of installed plug-ins that may be
-    imported, where the model's file names one; `weights` is the file with its frozen part, where that does not lie
-    where the run put it. Raises `DataError` and `StudyError`.
+    of CT takes other files, see `wardround.runs.apply_ct.reconstruct_ct`, and one of an acquisition outside the raw
+    data that it reads. `embedding` is a file with the patient's, for a model with anatomy; without it that model's map
+    is neutral. `dose` is a share of the dose of measured projections to be simulated. With `fallback`, where the
+    network is out of its depth (`wardround.runs.depth`) total variation's image is written instead of the network's.
+    `plugins` are names of installed plug-ins that may be imported, where the model's file names one; `weights` is the
+    file with its frozen part, where that does not lie where the run put it. Raises `DataError` and `StudyError`.
     """
 
     def __init__(
@@ -111,7 +107,14 @@ class Reconstructor:
         weights: Path | None = None,
     ) -> None:
         self._site, self._dose, self._fallback = site, dose, fallback
-        self._network, self.study, self._trained = _open(model_file, site, plugins, weights)
+        released = ReleasedModel.opened(model_file, plugins)
+        study = self.study = released.study
+        if study.task.kind != "reconstruction":
+            raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
+        if study.scanner.closed:
+            raise closed("scanner", study.scanner.kind)
+        self._trained = released.trained_on
+        self._network = released.network(lambda: build_model(study.model, study.modality), site, weights)
         self._dimension, self._prompt = self.study.model.prompt_dimension, None
         if embedding is not None:
             if self._dimension is None:
@@ -124,15 +127,9 @@ class Reconstructor:
             raise StudyError("the output must be a NIfTI file: NAME.nii.gz", detail=str(output))
         if output.exists() and source.exists() and output.samefile(source):
             raise StudyError("the output would overwrite the input; choose another name", detail=str(output))
-        if self.study.modality == "ct":
-            done = reconstruct_ct(
-                self._network, self.study, source, output, self._site, self._prompt, self._dose, self._fallback
-            )
-        elif self._dose is not None:
-            raise StudyError("--dose: this is a model for MRI; leave it out")
-        else:
-            model = _mri_model(self._network, self.study, self._site)
-            done = _reconstruct_mri(model, source, output, self._site, self._fallback)
+        done: Done = at(self.study.scanner.applied)(
+            self._network, self.study, source, output, self._site, self._prompt, self._dose, self._fallback
+        )
         mind = warning(self._trained, done.scan, done.header)
         neutral = "No --embedding of the patient was given: the model's anatomy map is neutral."
         written = done.depth is not None and done.depth.fires and self._fallback
@@ -148,6 +145,22 @@ class Reconstructor:
         return Reconstruction(source, output, "\n".join(said), done.depth)
 
 
+def reconstruct_mri(
+    network: nn.Module,
+    study: Study,
+    source: Path,
+    output: Path,
+    site: str | None,
+    prompt: Tensor | None = None,
+    dose: float | None = None,
+    fallback: bool = False,
+) -> Done:
+    """What a model of MRI makes of an input; see `Reconstructor`."""
+    if dose is not None:
+        raise StudyError("--dose: this is a model for MRI; leave it out")
+    return _reconstruct_mri(_mri_model(network, study, site), source, output, site, fallback)
+
+
 def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None, fallback: bool) -> Done:
     if source.is_dir():
         raise StudyError("this is a model for MRI: it takes one file, a NIfTI image or k-space", detail=str(source))
@@ -157,30 +170,28 @@ def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None
         score = None
         affine, spacing, space = np.eye(4), (1.0, 1.0, 1.0), None
         said = (
-            f"Reconstructed {_slices(kspace.shape[-2:], len(scans))} from k-space of {kspace.shape[1]} coils; "
+            f"Reconstructed {slices_said(kspace.shape[-2:], len(scans))} from k-space of {kspace.shape[1]} coils; "
             "k-space holds no voxel size, so 1 mm is written."
         )
         scan: dict[str, float | str] = {"acceleration": _acceleration(kspace), "coils": float(kspace.shape[1])}
     else:
         image = read_volume(source)
-        scale = _peak(image, source)
-        scans, score = _simulated(model, image, scale), _score_of(image, scale)
+        scale = peak_of(image, source)
+        scans, score = _simulated(model, image, scale), score_of(image, scale)
         affine, spacing, space = image.affine, image.spacing, image.space
         said = (
-            f"Simulated a scan of {_slices(image.data.shape[:2], len(scans))} by the scanner of {site or 'the study'} "
-            f"(R = {model.acquisition.mask.acceleration:g}, {model.acquisition.coils} coils) and reconstructed it."
+            f"Simulated a scan of {slices_said(image.data.shape[:2], len(scans))} by the scanner of "
+            f"{site or 'the study'} (R = {model.acquisition.mask.acceleration:g}, {model.acquisition.coils} coils) and "
+            "reconstructed it."
         )
-        scan = simulated(model.acquisition)
-
-    def classical(operator: LinearOperator, data: Tensor) -> Tensor:
-        return tv(operator, data, model.tv_weight)
+        scan = model.acquisition.facts()
 
     def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor]:
         magnitude = image[0].abs().numpy()
         return _scanned(model, magnitude / max(float(magnitude.max()), 1e-9), number)
 
-    depth = look(model.network, scans, classical, again, score)
-    method = classical if fallback and depth is not None and depth.fires else model.network
+    depth = look(model.network, scans, model.classical, again, score)
+    method = model.classical if fallback and depth is not None and depth.fires else model.network
     with torch.no_grad():
         images = [method(*each())[0].abs().numpy() * np.float32(scale) for each in scans]
     save_nifti(Volume(np.stack(images, axis=-1), spacing, affine, space), output)
@@ -195,43 +206,13 @@ class _Model:
     acquisition: MRIAcquisition
     coils: tuple[int, ...]
     seed: int
-    tv_weight: float
-
-
-def _open(
-    path: Path, site: str | None, plugins: Collection[str], weights: Path | None
-) -> tuple[nn.Module, Study, ModelProtocols]:
-    tensors, metadata = load_model(path)
-    study = Plugins({"here": frozenset(plugins)}).opened(study_of(path, metadata), partly=True)
-    if study.model.closed:
-        raise StudyError(
-            f"this model's network is a plug-in's, {study.model.kind!r}; if you trust the package that it came with, "
-            f"install it and give --plugin {study.model.kind} (Python: plugins=({study.model.kind!r},))"
-        )
-    if study.task.kind != "reconstruction":
-        raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
-    if site is not None and site not in study.sites:
-        raise StudyError(f"--site {site}: the model's study has no such site, only {', '.join(study.sites)}")
-    tensors |= {**frozen_part(path, metadata, weights), **personal_part(path, site)}
-    network = build_model(study.model, study.modality)
-    try:
-        network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
-    except RuntimeError as error:
-        raise DataError(
-            "the model file's tensors do not fit the network of its study; get it again from where it was released",
-            detail=f"{path}: {_one_line(error)}",
-        ) from error
-    freeze(network, study.parts.frozen)
-    serve(network, study, metadata, site)
-    return network.eval(), study, read_protocols(metadata, study)
+    classical: Classical
 
 
 def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
     acquisition = study.acquisition if site is None else study.acquisition_of(site)
     assert isinstance(acquisition, MRIAcquisition)
-    assert study.evaluation is not None
-    weights = study.evaluation.tv_weights_for("mri")
-    return _Model(network, acquisition, _trained_coils(study, site), study.seed, weights[len(weights) // 2])
+    return _Model(network, acquisition, _trained_coils(study, site), study.seed, total_variation(study))
 
 
 def _trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
@@ -240,18 +221,24 @@ def _trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
     return tuple(sorted({a.coils for a in found if isinstance(a, MRIAcquisition)}))
 
 
-def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
+def read_array(source: Path, what: str) -> Array:
+    """The array of a .npy file, which is called `what` in errors, mapped. Raises DataError for any other file."""
     try:
         # Mapped: a header that says more than the file holds takes no memory.
-        kspace = np.load(source, mmap_mode="r", allow_pickle=False)
+        found = np.load(source, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
-        raise DataError("the k-space file does not exist; check its path", detail=str(source)) from error
+        raise DataError(f"the {what} file does not exist; check its path", detail=str(source)) from error
     except PermissionError as error:
-        raise DataError(f"the k-space file cannot be read ({reason(error)})", detail=str(source)) from error
+        raise DataError(f"the {what} file cannot be read ({reason(error)})", detail=str(source)) from error
     except (OSError, EOFError, ValueError) as error:
-        raise DataError("the k-space file is not a NumPy array (.npy)", detail=f"{source}: {error}") from error
-    if not isinstance(kspace, np.ndarray):
-        raise DataError("the k-space file holds several arrays; store one array as .npy", detail=str(source))
+        raise DataError(f"the {what} file is not a NumPy array (.npy)", detail=f"{source}: {error}") from error
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"the {what} file holds several arrays; store one array as .npy", detail=str(source))
+    return found
+
+
+def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
+    kspace = read_array(source, "k-space")
     if kspace.ndim not in (3, 4) or not np.iscomplexobj(kspace) or 0 in kspace.shape:
         raise DataError(
             "k-space must be complex, (coils, H, W) or (slices, coils, H, W); "
@@ -290,7 +277,7 @@ def _measured(kspace: Array) -> tuple[list[Scan], float]:
     return [partial(scan, number, scale) for number in range(len(kspace))], scale
 
 
-def _peak(volume: Volume, source: Path) -> float:
+def peak_of(volume: Volume, source: Path) -> float:
     """The maximum of a magnitude image. Raises DataError for any other image."""
     peak = float(volume.data.max())
     if peak <= 0 or float(volume.data.min()) < -_UNDERSHOOT * peak:
@@ -313,8 +300,8 @@ def _scanned(
     return CartesianMRI(measured.maps[None], measured.mask[None]), measured.kspace[None]
 
 
-def _score_of(volume: Volume, peak: float) -> Score | None:
-    """Metrics of a slice against the image that was scanned; none where it is smaller than their windows."""
+def score_of(volume: Volume, peak: float) -> Score | None:
+    """PSNR, SSIM and NMSE of a slice against what was scanned; none where it is smaller than their windows."""
     if min(volume.data.shape[:2]) < SSIM_WINDOW:
         return None
 
@@ -326,9 +313,6 @@ def _score_of(volume: Volume, peak: float) -> Score | None:
     return score
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _slices(size: tuple[int, ...], count: int) -> str:
+def slices_said(size: tuple[int, ...], count: int) -> str:
+    """`3 slices of 64 x 64`."""
     return f"{count} slice{'s' if count != 1 else ''} of {size[0]} x {size[1]}"

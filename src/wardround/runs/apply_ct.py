@@ -16,7 +16,6 @@ from wardround.errors import DataError, GeometryError, StudyError
 from wardround.imaging.acquisition.ct.noise import insert_noise
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.acquisition.operator import LinearOperator
-from wardround.imaging.acquisition.solvers import tv
 from wardround.imaging.acquisition.wrapped import Prompted
 from wardround.imaging.datasets.ct import Body, Grid, Slice, on_grid, read_ct_volume, slices_of
 from wardround.imaging.readers.ct_projections import CTProjections, read_projections
@@ -27,12 +26,12 @@ from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.hounsfield import AIR
 from wardround.imaging.readers.volume import FloatArray, Volume, write_nifti
 from wardround.imaging.writers.dicom import write_derived
-from wardround.runs.depth import Classical, Depth, Scan, look
-from wardround.runs.protocols import Facts, simulated, stated
+from wardround.runs.depth import Depth, Scan, look, total_variation
+from wardround.runs.protocols import Facts, stated
 from wardround.study.ct import CTAcquisition, CTGeometry
 from wardround.study.schema import Study
 from wardround.study.tasks import ReconstructionTask
-from wardround.tasks.ct import TV_PENALTY, Scanner
+from wardround.tasks.ct import Scanner
 from wardround.tasks.ct_metrics import ct_scores
 from wardround.tasks.metrics import SSIM_WINDOW
 from wardround.wire.random import public_generator
@@ -156,7 +155,7 @@ def _rescanned(
         return operator, scan(number)[0][None]
 
     scans = [partial(measured, number) for number in range(len(slices))]
-    classical = _total_variation(study)
+    classical = total_variation(study)
     small = min(scanner.acquisition.geometry.size) < SSIM_WINDOW
     depth = look(network, scans, classical, again, None if small else score)
     method = classical if fallback and depth is not None and depth.fires else network
@@ -165,17 +164,6 @@ def _rescanned(
         _back(_hounsfield(method(*each())), pixel, like, middle) for each, like in zip(scans, slices, strict=True)
     ]
     return np.stack(images, axis=-1), depth
-
-
-def _total_variation(study: Study) -> Classical:
-    """Total variation with the middle weight of the study, which no patient chose."""
-    assert study.evaluation is not None
-    weights = study.evaluation.tv_weights_for("ct")
-
-    def classical(operator: LinearOperator, data: Tensor) -> Tensor:
-        return tv(operator, data, weights[len(weights) // 2], penalty_factor=TV_PENALTY)
-
-    return classical
 
 
 def _middle(slices: list[Slice], grid: Grid) -> tuple[float, float]:
@@ -234,7 +222,7 @@ def _from_projections(
         heights.append(projections.row_height(row))
     if system is None:
         raise GeometryError("no detector row of the projections lies near enough to the plane of the source")
-    classical = _total_variation(study)
+    classical = total_variation(study)
     depth = look(network, scans, classical, _as_in_training(study, system, prompt), most=_ROWS)
     method = classical if fallback and depth is not None and depth.fires else network
     images = [_hounsfield(method(*scan())) for scan in scans]
@@ -243,7 +231,7 @@ def _from_projections(
     left = f"; {skipped} rows lie too far off the plane of the source" if skipped else ""
     geometry = projections.geometry
     said = f"Reconstructed {len(images)} detector rows of {geometry.views} views of {geometry.bins} bins{left}."
-    scan, header = simulated(system.acquisition), stated(projections.protocol)
+    scan, header = system.acquisition.facts(), stated(projections.protocol)
     unknown = {"photons"} if projections.photons is None else set()
     if "tube voltage" not in header:
         unknown.add("tube voltage")
@@ -343,7 +331,7 @@ def _done(
         f"{_resolution(acquisition)}."
     )
     # The tube voltage of a simulation decides nothing unless it has a spectrum; the input's own is in its header.
-    scan = {name: value for name, value in simulated(acquisition).items() if name != "tube voltage"}
+    scan = {name: value for name, value in acquisition.facts().items() if name != "tube voltage"}
     return Done(said, scan, header, minds, depth)
 
 

@@ -61,7 +61,9 @@ def ask_facts(context: Context, engine: Engine) -> dict[str, SiteFacts]:
             changed += [site] if before.fingerprint != found.fingerprint else []
         if before is not None and found.fingerprint is None:
             # Data that cannot be read now are no other data.
-            found = found.model_copy(update={"fingerprint": before.fingerprint, "patients": before.patients})
+            found = found.model_copy(
+                update={name: getattr(before, name) for name in ("fingerprint", "patients", "set_aside")}
+            )
         known[site] = found
     if changed:
         raise data_changed(changed)

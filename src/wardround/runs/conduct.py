@@ -244,6 +244,7 @@ def _conclude(
         participants=tuple(sorted({site for line in federated for site in line.participants})),
         compare=tuple(sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"})),
         patients={site: _patients(host, site, facts) for site in host.study.sites},
+        set_aside={site: facts[site].set_aside for site in host.study.sites if _patients(host, site, facts)},
         traffic=Traffic(
             bytes_up=sum(line.bytes_up for line in federated), bytes_down=sum(line.bytes_down for line in federated)
         ),

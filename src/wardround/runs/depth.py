@@ -11,12 +11,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.study.registry import baseline
+from wardround.study.schema import Study
 
 # An operator and the data (1, *data_shape) of one slice; made when asked for, for a volume has many.
 Scan = Callable[[], tuple[LinearOperator, Tensor]]
@@ -128,6 +131,14 @@ def look(
         Residuals(tuple(repeated["network"]), tuple(repeated["tv"])) if repeated["tv"] else None,
         {} if score is None else {name: _means(values) for name, values in scores.items()},
     )
+
+
+def total_variation(study: Study) -> Classical:
+    """Total variation with the middle weight of the study, which no patient chose."""
+    assert study.evaluation is not None
+    weights = baseline("tv").parameters(study.evaluation, study.modality)
+    weight = weights[len(weights) // 2]
+    return lambda operator, data: cast(Tensor, baseline("tv").reconstruct(operator, data, weight))
 
 
 def residual(operator: LinearOperator, image: Tensor, data: Tensor) -> float:

@@ -20,9 +20,11 @@ from wardround.federation.release import as_tensor_file, model_of_study, model_p
 from wardround.plan.arms import FEDERATED, POOLED
 from wardround.plan.sums import Result, results_in
 from wardround.results.metrics import MetricInfo
-from wardround.results.schema import ALIAS, Estimate, LeftOut, Measured, Row, Table
+from wardround.results.schema import ALIAS, Compared, Estimate, LeftOut, Measured, Row, Table
 from wardround.runs.context import Context
+from wardround.runs.parts import parts_of
 from wardround.runs.watching import TESTING, TUNING, Phase
+from wardround.study.registry import BASELINES, baseline
 from wardround.tasks.estimates import Estimate as Found
 from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
 from wardround.tasks.task import MetricSpec
@@ -181,9 +183,9 @@ def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
     if any(alone.values()):
         compared["local"] = alone
     metrics: dict[str, Table] = {row: _row(specs, training, sites) for row, sites in compared.items()}
-    baselines = host.study.baselines
+    baselines = {name: _compared(host, name) for name in host.study.baselines}
     if baselines:
-        metrics[ALIAS] = metrics[baselines[0]]
+        metrics[ALIAS] = metrics[next(iter(baselines))]
     left_out = _left_out(specs, training, results)
     for row, key in ((FEDERATED, "federated"), ("local", "best_local")):
         sites = [_means(entry[key]) for entry in left_out.values() if key in entry]
@@ -192,6 +194,7 @@ def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
     return Measured(
         metric_specs=tuple(MetricInfo(**spec.to_json()) for spec in specs),
         metrics=metrics,
+        baselines=baselines,
         gains={FEDERATED: _gains(specs, compared, training)},
         left_out={
             site: LeftOut(**{key: _at_site(specs, _means(results)) for key, results in entry.items()})
@@ -202,7 +205,16 @@ def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
             **dict.fromkeys(sorted(host.without), "the run went on without it (--without)"),
             **{m.site: m.reason for m in measurements if m.results is None and not m.withheld},
         },
+        parts=parts_of(host.task, metrics),
     )
+
+
+def _compared(host: Context, name: str) -> Compared:
+    """What a baseline is; of a task that has its own, at least its name."""
+    if name not in BASELINES and host.study.evaluation is None:
+        return Compared(label=name.replace("_", " "), description="nothing learned")
+    found = baseline(name) if name in BASELINES else host.plugins.baseline(name, host.study.modality)
+    return Compared(label=found.label, description=found.description)
 
 
 def _row(specs: Sequence[MetricSpec], training: Sequence[str], sites: Mapping[str, Results | None]) -> Table:

@@ -19,6 +19,8 @@ from wardround.runs.remarks import remarks_on
 from wardround.runs.session import open_host
 from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
+from wardround.site.quarantine import summary
+from wardround.study.base import at
 from wardround.study.load import load_study
 from wardround.study.protection import Rotation, Subspace, TopK
 from wardround.study.schema import Study
@@ -112,10 +114,10 @@ def _task(study: Study) -> str:
     task = study.task
     if not isinstance(task, ReconstructionTask):
         return task.describe()
-    ct = study.modality == "ct"
-    masked = (" inside the body" if ct else " inside the head") if task.loss.masked else ""
+    scanner = study.scanner
+    masked = f" inside the {scanner.inside}" if task.loss.masked else ""
     size = f"{task.size[0]} x {task.size[1]} pixels"
-    return f"reconstruction of {'CT' if ct else ', '.join(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+    return f"reconstruction of {scanner.subject(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
 
 
 def _sites(host: Machine) -> str:
@@ -192,13 +194,9 @@ def _update(study: Study) -> str:
 
 
 def _scanners(study: Study) -> str:
-    """What simulated CT scanners take; nothing for another modality or a task of one's own."""
-    if not isinstance(study.task, ReconstructionTask) or study.modality != "ct":
-        return ""
-    # Late: it imports the operators of CT.
-    from wardround.runs.explain_ct import explain_matrices
-
-    return f"Matrices of the simulated scanners, in memory\n{explain_matrices(study)}"
+    """What the simulated scanners take; nothing where they do not say it, and for a task of one's own."""
+    costs = study.scanner.costs if _simulates(study) else ""
+    return str(at(costs)(study)) if costs else ""
 
 
 def _arms(host: Machine) -> str:
@@ -288,7 +286,8 @@ def _beside(host: Machine) -> str:
 def _in_the_model(host: Machine) -> Iterator[str]:
     """What a site says of its scanners at the start, and a released model's file holds."""
     telling = [site for site in host.study.training_sites if host.egress(site).scanner_facts]
-    if host.study.scans and host.study.modality == "ct" and host.study.protection.privacy is None and telling:
+    headed = host.study.scans and host.study.scanner.headers
+    if headed and host.study.protection.privacy is None and telling:
         yield entry(
             "and in the model",
             "scanners, tube voltages, slice thicknesses and kernels that the headers of DICOM images name, as sets "
@@ -397,6 +396,8 @@ def _cautions(host: Machine) -> Iterator[str]:
         lines.append(f"Few test patients ({', '.join(few)}): expect wide intervals, and none below {LEAST_PATIENTS}.")
     for name in host.study.sites:
         dataset = host.dataset(name)
+        aside = summary(host.datasets.aside(name))
+        lines += [f"{name}: {aside}."] if aside else []
         lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]
     lines += [f"{remark}." for remark in remarks_on(host.study, host.sites)]
     if lines:

@@ -14,7 +14,10 @@ from wardround.study.schema import Study
 
 
 def explain_matrices(study: Study) -> str:
-    """The matrices of every site's scanner, their sum, and what is wrong with them. Raises StudyError."""
+    """The matrices of every site's scanner, their sum, and what is wrong with them: a section of `check`.
+
+    Raises StudyError.
+    """
     scanners: dict[str, dict[str, MatrixPlan]] = {}
     keys: dict[str, str] = {}
     for site in study.sites:
@@ -28,6 +31,7 @@ def explain_matrices(study: Study) -> str:
     rows = [(site, *map(_cell, planned.values())) for site, planned in plans.items()]
     total = sum(plan.nbytes for planned in scanners.values() for plan in planned.values() if plan.stored)
     lines = [
+        "Matrices of the simulated scanners, in memory",
         table(("site", *names), rows),
         wrapped(f"In all {human_bytes(total)}; a worker process has those of the sites it serves.", "  "),
         *(wrapped(line, "  - ") for line in _cautions(plans, total)),

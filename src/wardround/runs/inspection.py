@@ -25,7 +25,7 @@ def inspect_model(path: Path) -> str:
     tensors, metadata = load_model(path)
     study = study_of(path, metadata)
     kind = getattr(study.model, "kind", "")
-    subject = study.modality.upper() if study.scans else study.task.kind
+    subject = study.scanner.kind.upper() if study.scans else study.task.kind
     heading = (
         "a released model",
         f"study {study.name}, arm {metadata.get('arm', FEDERATED)}, round {metadata.get('round', 'unknown')}",

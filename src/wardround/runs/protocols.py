@@ -12,9 +12,9 @@ from wardround.federation.release import PROTOCOLS
 from wardround.imaging.readers.ct_protocol import CTProtocol
 from wardround.plan.arms import FEDERATED, every_arm
 from wardround.results.units import protocol
-from wardround.study.acquisition import MRIAcquisition
-from wardround.study.ct import CTAcquisition
+from wardround.study.load import FOREIGN
 from wardround.study.protocols import ModelProtocols
+from wardround.study.registry import Reading
 from wardround.study.schema import Study
 
 # What is told of a scan, and in which unit; a text has none.
@@ -32,9 +32,10 @@ _TOLERANCES = {"acceleration": 0.1}  # lines are whole, and some masks come only
 _SHOWN = 6
 
 
-def read_protocols(metadata: Mapping[str, str], study: Study) -> ModelProtocols:
+def read_protocols(metadata: Mapping[str, str], study: Study, reading: Reading = FOREIGN) -> ModelProtocols:
     """The scanners in a model's metadata; a file from before they were written has those of its study.
 
+    `reading` says which of them, if they are of a package outside, are read by its settings.
     Raises `DataError` where they cannot be read.
     """
     if PROTOCOLS not in metadata:
@@ -42,7 +43,7 @@ def read_protocols(metadata: Mapping[str, str], study: Study) -> ModelProtocols:
         members = arms[metadata.get("arm", FEDERATED)].members
         return ModelProtocols(scanners={site: study.acquisition_of(site) for site in members if study.scans})
     try:
-        return ModelProtocols.model_validate_json(metadata[PROTOCOLS])
+        return ModelProtocols.model_validate_json(metadata[PROTOCOLS], context=reading)
     except ValidationError as error:
         raise DataError(
             "the model file's scanners cannot be read; use the version of Wardround that wrote it",
@@ -54,7 +55,7 @@ def lines(protocols: ModelProtocols) -> list[str]:
     """Every training scanner in full, one a line, and what headers said, for people."""
     found = []
     for site, acquisition in protocols.scanners.items():
-        found.append(f"simulated scanner of {site}: {_listed(simulated(acquisition))}")
+        found.append(f"simulated scanner of {site}: {_listed(acquisition.facts())}")
         if site in protocols.headers:
             found.append(f"  headers of {site}: {protocols.headers[site].text}")
     return found
@@ -65,30 +66,6 @@ def summary(protocols: ModelProtocols) -> str:
     sites = [f"{site} ({protocol(a)})" for site, a in protocols.scanners.items()]
     more = f" and {len(sites) - _SHOWN} others" if len(sites) > _SHOWN else ""
     return f"Trained on the simulated scanners of {', '.join(sites[:_SHOWN])}{more}."
-
-
-def simulated(acquisition: MRIAcquisition | CTAcquisition) -> dict[str, float | str]:
-    """What a protocol says, by names for people."""
-    if isinstance(acquisition, MRIAcquisition):
-        mask = acquisition.mask
-        return {"mask": mask.family, "acceleration": mask.acceleration, "coils": float(acquisition.coils)}
-    geometry = acquisition.geometry
-    distances: dict[str, float | str] = {}
-    if geometry.source_distance is not None and geometry.detector_distance is not None:
-        distances = {
-            "source to isocentre": geometry.source_distance,
-            "isocentre to detector": geometry.detector_distance,
-        }
-    return {
-        "geometry": geometry.kind,
-        "views": float(geometry.views),
-        "bins": float(geometry.bins),
-        "pixel": geometry.pixel,
-        "bin": geometry.bin,
-        **distances,
-        "photons": acquisition.photons,
-        "tube voltage": acquisition.kvp,
-    }
 
 
 def stated(header: CTProtocol) -> dict[str, float | str]:
@@ -108,7 +85,7 @@ def warning(protocols: ModelProtocols, scan: Facts, header: Facts) -> str:
     `scan` is compared with the simulated protocols, `header` with what the training images' headers say, as far as
     the model knows.
     """
-    known = [simulated(acquisition) for acquisition in protocols.acquisitions]
+    known = [acquisition.facts() for acquisition in protocols.acquisitions]
     departures = [said for name, value in scan.items() if (said := _departure(name, value, _values(known, name)))]
     for name, value in header.items():
         if said := _departure(name, value, _header_values(protocols, name)):

@@ -40,8 +40,6 @@ def reconstruct(
     >>> image.output.name, image.output.exists()
     ('image.nii.gz', True)
     """
-    single = isinstance(inputs, str | os.PathLike)
-    sources = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(each) for each in inputs]
     reconstructor = Reconstructor(
         Path(model),
         site=site,
@@ -51,6 +49,26 @@ def reconstruct(
         plugins=plugins,
         weights=None if weights is None else Path(weights),
     )
+    done, failed = reconstruct_all(reconstructor, inputs, out, told)
+    if failed:
+        reasons = "; ".join(f"{source}: {error}" for source, error in failed)
+        count = len(done) + len(failed)
+        raise StudyError(f"{len(failed)} of {count} inputs could not be reconstructed", detail=reasons)
+    return tuple(done)
+
+
+def reconstruct_all(
+    reconstructor: Reconstructor,
+    inputs: PathLike | Sequence[PathLike],
+    out: PathLike,
+    told: Callable[[Reconstruction], None],
+) -> tuple[list[Reconstruction], list[tuple[Path, WardroundError]]]:
+    """Every input that can be is reconstructed, as `reconstruct` does; then those that cannot, and why.
+
+    Raises the error of a single input.
+    """
+    single = isinstance(inputs, str | os.PathLike)
+    sources = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(each) for each in inputs]
     whole = single and Path(out).name.endswith((".nii", ".nii.gz"))
     outputs = [Path(out)] if whole else [Path(out) / name for name in output_names(sources)]
     done, failed = [], []
@@ -64,10 +82,7 @@ def reconstruct(
             continue
         told(found)
         done.append(found)
-    if failed:
-        reasons = "; ".join(f"{source}: {error}" for source, error in failed)
-        raise StudyError(f"{len(failed)} of {len(sources)} inputs could not be reconstructed", detail=reasons)
-    return tuple(done)
+    return done, failed
 
 
 def output_names(sources: Sequence[Path]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from wardround.deidentify import describe_error
 from wardround.errors import Rejected, StudyError, WardroundError, WireError
 from wardround.federation.exchange import DONE, Party
-from wardround.federation.facts import DELIVER, FACTS, PLAN, SPENT, Patients, SiteFacts, SiteSpending, meta_of
+from wardround.federation.facts import DELIVER, FACTS, PLAN, SPENT, SiteFacts, SiteSpending, meta_of
 from wardround.federation.plans import plan_of
 from wardround.federation.refusals import refusal
 from wardround.federation.release import (
@@ -28,7 +28,7 @@ from wardround.federation.release import (
 from wardround.learning.device import CPU, Compute, Placed, compute_of
 from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.learning.private_training import PrivateTraining
-from wardround.learning.training import Learner, patients_in
+from wardround.learning.training import Learner
 from wardround.plan.arm_specs import ArmSpec, ArmSpecs
 from wardround.plan.arms import FEDERATED, POOLED, Arm
 from wardround.plan.versions import fingerprint
@@ -42,6 +42,7 @@ from wardround.site.evaluators import evaluators_of, own_model
 from wardround.site.measured import MeasuredSets
 from wardround.site.patients import PatientRows
 from wardround.site.protocol import SiteProtocol
+from wardround.site.quarantine import counted, keep_list
 from wardround.site.rules import rules_of
 from wardround.site.secure import SecureUpload
 from wardround.site.site import Site
@@ -159,7 +160,7 @@ class Agent:
     def facts(self) -> SiteFacts:
         """What the site says of itself, as far as its rules let out."""
         egress = self._egress
-        patients = found = None
+        patients = found = set_aside = None
         headers = HeaderFacts()
         try:
             dataset = self._datasets.of(self.name)
@@ -169,15 +170,18 @@ class Agent:
             # Of other data than the first answer was of, only that they are others: two answers, before and after one
             # patient, would be that patient's.
             same = self._store.write_once("facts", 0, own) == own
-            patients = Patients(**egress.counts(patients_in(dataset))) if same else None
-            headers = self.header_facts() if same else HeaderFacts()
+            if same:
+                patients, set_aside = counted(dataset, egress)
+                headers = self.header_facts()
         except Exception as error:
             # The run may survive it; whoever asks sees that nothing came.
             log.warning("the data of site %s cannot be counted: %s", self.name, describe_error(error))
+        keep_list(self.name, self._datasets.aside(self.name), None if self._cipher is not None else self._folder)
         return SiteFacts(
             public_key=self.identity.public.hex(),
             fingerprint=found,
             patients=patients,
+            set_aside=set_aside,
             headers=headers,
             machine={**fingerprint(), **self.compute.facts()},
         )
@@ -352,7 +356,7 @@ class Agent:
             lambda: self.learner(arm_spec),
             store,
             protocol=self._protocol(arm_spec, models),
-            evaluators=evaluators_of(models, pictures),
+            evaluators=evaluators_of(models, pictures, self._egress.least),
             folder=models,
             rows=None if name == POOLED else self._rows,
             sets=None if name == POOLED else MeasuredSets(self._history),

@@ -6,15 +6,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wardround.errors import StudyError, WardroundError
+from wardround.errors import DataError, StudyError, WardroundError
 from wardround.imaging.datasets.split import Parts, Role, by_seed
+from wardround.imaging.readers.aside import Aside
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import POOLED
 from wardround.site.egress import EgressRules, strictest
+from wardround.site.quarantine import check_share
 from wardround.site.splits import KnownParts
 from wardround.study.sites import Egress, SitesFile
 from wardround.study.tasks import Split
-from wardround.tasks.task import Dataset, Dealing, Prepared, Visited
+from wardround.tasks.task import Dataset, Dealing, Prepared, SettingAside, Visited
+from wardround.wire.files import reason
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ class Datasets:
         self._folder = folder
         self._opened: dict[str, Dataset] = {}
         self._parts: dict[str, KnownParts] = {}
+        self._aside: dict[str, tuple[Aside, ...]] = {}
 
     def of(self, site: str) -> Dataset:
         """A site's data set.
@@ -43,6 +47,10 @@ class Datasets:
             task, members = self._arm_specs.task, self._scanned_by(site)
             if isinstance(task, Dealing):
                 task.deal_by(self._deal)
+            elif site in self._sites.sites and self._sites.of(site).patients is not None:
+                raise StudyError(f"sites.{site}.patients: the study's task parts its patients by itself; remove it")
+            if isinstance(task, SettingAside):
+                task.set_aside_by(self._set_aside)
             if not members:
                 self._opened[site] = task.dataset(site, self._sites.of(site).data)
             elif isinstance(task, Visited):
@@ -57,10 +65,32 @@ class Datasets:
             self._parts[site].settle()
 
     def _deal(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
+        entry = self._sites.sites.get(site)
+        if entry is None or entry.patients is None:
+            return self._deal_all(site, names, split, seed, role)
+        listed = patients_of(entry.patients, site)
+        if strangers := listed - set(names):
+            raise DataError(
+                f"sites.{site}.patients: {len(strangers)} of {len(listed)} names are of no patient in the data folder",
+                detail=", ".join(sorted(strangers)[:20]),
+            )
+        own = [number for number, name in enumerate(names) if name in listed]
+        parts = self._deal_all(site, [names[number] for number in own], split, seed, role)
+        return {part: tuple(own[number] for number in numbers) for part, numbers in parts.items()}
+
+    def _deal_all(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
         history = history_of(self._sites, self._folder, site)
         if history is None:
             return by_seed(site, names, split, seed, role)
         return self._parts.setdefault(site, KnownParts(history)).deal(site, names, split, seed, role)
+
+    def aside(self, site: str) -> tuple[Aside, ...]:
+        """The patients of a site who cannot be used, also where they were too many for its data set to be opened."""
+        return self._aside.get(site, ())
+
+    def _set_aside(self, site: str, total: int, aside: Sequence[Aside]) -> None:
+        self._aside[site] = tuple(aside)
+        check_share(site, total, aside, self._sites.of(site).quarantine)
 
     def owners(self, site: str) -> tuple[str, ...]:
         """Whose data a site has: its own, those of the sites whose patients it scans, or where data are pooled all."""
@@ -97,6 +127,18 @@ def history_of(sites: SitesFile, folder: Path | None, site: str) -> Path | None:
     entry = sites.sites.get(site)
     given = None if entry is None else entry.history
     return given or (None if folder is None else folder / "work" / "sites" / site / "history")
+
+
+def patients_of(path: Path, site: str) -> frozenset[str]:
+    """The names in a site's list of patients, one a line. Raises DataError where it cannot be read or is empty."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        said = reason(error) if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise DataError(f"sites.{site}.patients: cannot be read ({said})", detail=str(path)) from error
+    if not (names := frozenset(line.strip() for line in lines if line.strip())):
+        raise DataError(f"sites.{site}.patients: names no patient", detail=str(path))
+    return names
 
 
 def _rules_of(egress: Egress) -> EgressRules:

@@ -52,6 +52,15 @@ class EgressRules:
         """Numbers of patients as they may be told: nothing in place of a handful, while none at all names nobody."""
         return {what: None if 0 < count < self.least else count for what, count in patients.items()}
 
+    def counts_without(self, patients: Mapping[str, int], aside: Mapping[str, int]) -> dict[str, int | None]:
+        """Numbers of patients as `counts`, and nothing where a handful of them was set `aside`.
+
+        Which files fit a study the study's words decide: two studies of which one sets a patient aside for a value of
+        the mask would count the patients with that value by the difference.
+        """
+        counts = self.counts(patients)
+        return {what: None if 0 < aside.get(what, 0) < self.least else count for what, count in counts.items()}
+
 
 OPEN = EgressRules()
 # What is computed from fewer patients gives them away, whatever a site's own file says.

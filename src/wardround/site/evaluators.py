@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
@@ -18,25 +17,23 @@ from torch import Tensor
 from wardround.errors import DataError, WireError
 from wardround.federation.measuring import BASELINE, OWN, RELEASED
 from wardround.learning.training import Learner
+from wardround.site.pictures import write_illustrations, write_images
 from wardround.site.protocol import Evaluator
-from wardround.storage.blobs import disk_error
 from wardround.tasks.states import value_of
-from wardround.tasks.task import Imaging, Oriented, Split
-from wardround.wire.archives import read_npz
-from wardround.wire.files import written
-from wardround.wire.host import on_host
+from wardround.tasks.task import Calibrated, Illustrated, Imaging, Split
+from wardround.tasks.temperature import keep_temperature
 from wardround.wire.tensors import TensorFile
 
 Array = npt.NDArray[Any]
-# In a picture file: window/NAME/UNIT is (low, high, units a value).
-WINDOW = "window"
-# And turn/NUMBER says how an example is shown, as `Turn`.
-TURN = "turn"
 
 
-def evaluators_of(models: Path, pictures: Path) -> dict[str, Evaluator]:
-    """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file."""
-    return {RELEASED: Released(models, pictures), BASELINE: Baseline(pictures), OWN: Own(models, pictures)}
+def evaluators_of(models: Path, pictures: Path, least: int = 1) -> dict[str, Evaluator]:
+    """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file.
+
+    What leaves depends on no fewer than `least` validation patients' labels.
+    """
+    released = Released(models, pictures, least)
+    return {RELEASED: released, BASELINE: Baseline(pictures), OWN: Own(models, released)}
 
 
 def own_model(models: Path) -> Path:
@@ -47,8 +44,8 @@ def own_model(models: Path) -> Path:
 class Own:
     """The model that the site trained by itself and that nobody else has; its request carries none."""
 
-    def __init__(self, models: Path, pictures: Path) -> None:
-        self._models, self._released = models, Released(models, pictures)
+    def __init__(self, models: Path, released: Released) -> None:
+        self._models, self._released = models, released
 
     def __call__(
         self, learner: Learner, tensors: TensorFile | None, meta: Mapping[str, Any], split: Split
@@ -68,8 +65,8 @@ class Own:
 class Released:
     """The released model that the request carries, completed by the site's private part of it."""
 
-    def __init__(self, models: Path, pictures: Path) -> None:
-        self._models, self._pictures = models, pictures
+    def __init__(self, models: Path, pictures: Path, least: int) -> None:
+        self._models, self._pictures, self._least = models, pictures, least
 
     def __call__(
         self, learner: Learner, tensors: Mapping[str, Array] | None, meta: Mapping[str, Any], split: Split
@@ -83,10 +80,17 @@ class Released:
         learner.load_tensors({**tensors, **private})
         task = learner.task
         with learner.serving_unseen() if unseen else nullcontext():
-            values = learner.evaluate(split)
-            if meta.get("picture") and isinstance(task, Imaging):
+            # An unseen hospital labels no patient for the model.
+            fits = split == "test" and not unseen and learner.dataset.patients("validation") >= self._least
+            temperature = learner.temperature() if fits else None
+            values = learner.evaluate(split, temperature)
+            if isinstance(task, Calibrated) and split == "test":
+                keep_temperature(self._models, temperature)
+            if meta.get("picture") and isinstance(task, Illustrated):
+                write_illustrations(self._pictures, str(meta["picture"]), learner, values)
+            elif meta.get("picture") and isinstance(task, Imaging):
                 model = learner.model
-                _write_pictures(self._pictures, str(meta["picture"]), learner, lambda b: task.reconstruct(model, b))
+                write_images(self._pictures, str(meta["picture"]), learner, lambda b: task.reconstruct(model, b))
         return values
 
 
@@ -113,7 +117,7 @@ class Baseline:
         reconstruct = partial(task.baseline, name, weight)
         values = learner.per_patient(split, _image_score(task, reconstruct))
         if meta.get("picture"):
-            _write_pictures(self._pictures, str(meta["picture"]), learner, reconstruct)
+            write_images(self._pictures, str(meta["picture"]), learner, reconstruct)
         return values
 
     @staticmethod
@@ -138,26 +142,3 @@ def _image_score(task: Imaging, reconstruct: Callable[[Any], Tensor]) -> Callabl
             return task.score_images(reconstruct(batch), batch)
 
     return score
-
-
-def _write_pictures(path: Path, label: str, learner: Learner, reconstruct: Callable[[Any], Tensor]) -> None:
-    """Add a method's example images to the site's own picture file; they go nowhere else."""
-    task = learner.task
-    assert isinstance(task, Imaging)
-    known: dict[str, Array] = {}
-    if path.exists():
-        known = read_npz(path)
-    known |= {f"{WINDOW}/{w.name}/{w.unit}": np.array([w.low, w.high, w.scale]) for w in task.windows}
-    with torch.no_grad(), learner.compute.autocast():
-        for number, example in enumerate(task.examples(learner.dataset)):
-            batch = learner.compute.moved(example)
-            known[f"reference/{number}"] = on_host(task.reference(batch)[0])
-            known[f"{label}/{number}"] = on_host(reconstruct(batch)[0])
-    if isinstance(task, Oriented):
-        turns = enumerate(task.turns(learner.dataset))
-        known |= {f"{TURN}/{number}": np.array(turn, np.uint8) for number, turn in turns if turn is not None}
-    try:
-        with written(path) as file:
-            np.savez_compressed(file, **known)  # type: ignore[arg-type]
-    except OSError as error:
-        raise disk_error(error) from error

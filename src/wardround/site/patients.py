@@ -30,7 +30,7 @@ from wardround.storage.cipher import StoreCipher
 from wardround.tasks.estimates import LEAST_PATIENTS, WITHHELD, Mean, mean_of, two_digits
 from wardround.tasks.resampling import resampled_error
 from wardround.tasks.states import Kind, PatientMean, value_of
-from wardround.tasks.task import Dataset, MetricSpec, Named, Split
+from wardround.tasks.task import Charted, Dataset, MetricSpec, Named, Split
 from wardround.wire.canonical import digest
 from wardround.wire.files import write_text
 from wardround.wire.message import Header
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 # Writes a record of an event into the site's log.
 Note = Callable[[str, Mapping[str, Any]], None]
+# Beside the table: by row, the `Charts` of a task that has some.
+CHARTS = "charts.json"
 COLUMNS = ("patient", "folder", "row", "metric", "value")
 
 
@@ -59,12 +61,17 @@ class PatientRows:
         self._kinds: dict[str, Kind] = {}
 
     def keep(
-        self, row: str, values: Mapping[str, Array], names: Sequence[str], specs: Sequence[MetricSpec] = ()
+        self,
+        row: str,
+        values: Mapping[str, Array],
+        names: Sequence[str],
+        specs: Sequence[MetricSpec] = (),
+        charted: Charted | None = None,
     ) -> None:
         """Keep a row's values, metric -> (n, *shape), and write the table anew; `names` go there alone.
 
-        The table holds the values that a patient has by himself, as `specs` say. What was kept of the row before is
-        replaced: measured again, it is the same.
+        The table holds the values that a patient has by himself, as `specs` say, and beside it stand the charts of what
+        is `charted`. What was kept of the row before is replaced: measured again, it is the same.
         """
         self._rows[row] = dict(values)
         self._kinds |= {spec.name: spec.kind for spec in specs}
@@ -74,6 +81,9 @@ class PatientRows:
             write_text(self._path(row), plain if self._cipher is None else self._cipher.seal(plain, row), durable=True)
         if self._table is not None:
             self._write_table(self._table, names)
+            if charted is not None:
+                drawn = {name: charted.charts(found).model_dump() for name, found in self._all().items()}
+                write_text(self._table.with_name(CHARTS), json.dumps(drawn))
 
     def of(self, row: str) -> dict[str, Array] | None:
         """A row's values, if the site measured it in this run."""
@@ -160,7 +170,8 @@ class OwnResults:
             raise JournalError(f"site {self._site} has no row {REFERENCE} to compare with; measure that one first")
         specs = learner.task.metrics
         stays = self.kept_back("test", header.round, values, learner, hidden=True)
-        self._rows.keep(row, values, dataset.names("test") if isinstance(dataset, Named) else (), specs)
+        names = dataset.names("test") if isinstance(dataset, Named) else ()
+        self._rows.keep(row, values, names, specs, learner.task if isinstance(learner.task, Charted) else None)
         results = results_of(self._site, specs, values, reference, least=self._egress.least, root=root)
         return evaluation_entries(specs, results | dict.fromkeys(stays, Result(WITHHELD)))
 

@@ -40,7 +40,7 @@ from wardround.storage.hash_log import LOG, HashLog, begun_by
 from wardround.storage.store import Memory, SiteStore
 from wardround.wire.canonical import digest
 from wardround.wire.files import written
-from wardround.wire.message import FileBody, Header, HeldBody, Message, held, write_chunks
+from wardround.wire.message import SMALL, FileBody, Header, HeldBody, Message, held, write_chunks
 from wardround.wire.random import public_generator
 from wardround.wire.scales import ScaleRules, remembered, scales_in
 from wardround.wire.tensors import TensorFile, tensors_sha256
@@ -207,10 +207,12 @@ class Site:
     def reply_with(self, request: Message, kind: str, chunks: Iterator[bytes | memoryview], layout: Layout) -> Message:
         """A reply whose body is streamed to the store first."""
         with self.store.blobs.draft(durable=False) as draft:
-            nbytes, draft.name = write_chunks(draft.file, chunks)
+            small = HeldBody.of(chunks) if layout.nbytes <= SMALL else None
+            nbytes, draft.name = write_chunks(draft.file, chunks) if small is None else small.write(draft.file)
         reply = request.reply(kind, meta={"layout": layout.sha256})
         header = replace(reply.header, body_nbytes=nbytes, body_sha256=draft.name)
-        return Message(header, FileBody(self.store.blobs.path(draft.name), nbytes))
+        body = FileBody(self.store.blobs.path(draft.name), nbytes)
+        return Message(header, body if small is None else body.with_bytes(small))
 
     # ---------------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from wardround.storage.blobs import disk_error
 from wardround.wire.files import refuse_links, sync_folder
 
 _PATIENCE = 30.0  # seconds that a process waits for another one's lock
+_LOG_PAGES = 64  # of the write-ahead log, before they are carried into the database
 _CREATING = threading.Lock()
 
 
@@ -34,6 +35,8 @@ class Database:
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE, check_same_thread=False)
             _use_write_ahead_log(self._connection)
             self._connection.execute("PRAGMA synchronous=NORMAL")
+            # A short log is soon written over; a sync of what lies on the disk already takes half the time.
+            self._connection.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
             self._connection.executescript(schema)
         except sqlite3.Error as error:
             raise database_error(error, path) from error

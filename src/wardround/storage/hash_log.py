@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,27 @@ class Entry:
     hash: str
 
     @staticmethod
-    def make(seq: int, actor: str, event: str, payload: Mapping[str, Any], prev: str) -> Entry:
+    def make(seq: int, actor: str, event: str, payload: Mapping[str, Any], payload_sha256: str, prev: str) -> Entry:
         """A new record after the one of hash `prev`."""
         now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
-        plain = Entry(seq, now, actor, event, payload, digest(dict(payload)), prev, "")
-        return replace(plain, hash=plain.expected)
+        plain = Entry(seq, now, actor, event, payload, payload_sha256, prev, "")
+        made = replace(plain, hash=plain.expected)
+        # The same but for the hash, which is in neither part.
+        made.__dict__["_around_hash"] = plain._around_hash
+        return made
 
     @property
     def expected(self) -> str:
         """The hash that these contents must have."""
-        values = {**self.__dict__, "payload": dict(self.payload)}
-        del values["hash"]
-        return hashlib.sha256(self.prev.encode() + canonical_json(values)).hexdigest()
+        return hashlib.sha256(b"".join((self.prev.encode(), *self._around_hash))).hexdigest()
+
+    @cached_property
+    def _around_hash(self) -> tuple[bytes, bytes]:
+        """The record as canonical JSON without its hash, in two parts: keys are sorted, and `hash` lies between."""
+        values = {**{name: self.__dict__[name] for name in _KEYS}, "payload": dict(self.payload)}
+        first = {name: value for name, value in values.items() if name < "hash"}
+        last = {name: value for name, value in values.items() if name > "hash"}
+        return canonical_json(first)[:-1] + b",", canonical_json(last)[1:]
 
     @property
     def round(self) -> int:
@@ -95,7 +105,8 @@ class Entry:
 
     def line(self) -> bytes:
         """The record as a line."""
-        return canonical_json({**self.__dict__, "payload": dict(self.payload)}) + b"\n"
+        before, after = self._around_hash
+        return b"".join((before, b'"hash":"', self.hash.encode(), b'",', after, b"\n"))
 
     @staticmethod
     def of_line(line: bytes) -> Entry:
@@ -177,13 +188,14 @@ class HashLog:
     def note(self, event: str, payload: Mapping[str, Any], *, sync: bool = False) -> str:
         """Write a fact unless the log holds it, with `sync` so that it survives a power cut; the hash of its record."""
         with self._open() as file:
-            known = self._facts.get(_key(event, digest(dict(payload))))
+            payload_sha256 = digest(dict(payload))
+            known = self._facts.get(_key(event, payload_sha256))
             if known is None:
                 if not self._next:
-                    self._append(file, "begun", self._begun)
+                    self._append(file, "begun", self._begun, digest(dict(self._begun)))
                 if self._due():
                     self._checkpoint(file)
-                known = self._append(file, event, payload)
+                known = self._append(file, event, payload, payload_sha256)
                 if self._due():
                     self._checkpoint(file)
             if sync and self._unsynced:
@@ -308,8 +320,8 @@ class HashLog:
         self._rounds[entry.hash] = entry.round
         self._last[entry.event] = entry
 
-    def _append(self, file: int, event: str, payload: Mapping[str, Any]) -> str:
-        entry = Entry.make(self._next, self._actor, event, payload, self.head)
+    def _append(self, file: int, event: str, payload: Mapping[str, Any], payload_sha256: str) -> str:
+        entry = Entry.make(self._next, self._actor, event, payload, payload_sha256, self.head)
         line = entry.line()
         try:
             _write(file, line)
@@ -329,7 +341,8 @@ class HashLog:
         if identity is None or identity.public.hex() != self._key:
             raise self._broken("was begun with another key than the one at hand")
         signature = identity.sign(PURPOSE, self._actor, self._next, self.head).hex()
-        self._append(file, CHECKPOINT, {"signature": signature, KEY: self._key})
+        payload = {"signature": signature, KEY: self._key}
+        self._append(file, CHECKPOINT, payload, digest(payload))
 
     def _broken(self, what: str) -> JournalError:
         return JournalError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ class Journal:
     def reports(self) -> list[RoundReport]:
         """The reports of all committed rounds."""
         rows = self._database.rows("SELECT report FROM rounds ORDER BY round")
-        return [RoundReport.from_json(json.loads(str(row[0]))) for row in rows]
+        return [_report(str(row[0])) for row in rows]
 
     def receipts(self, number: int) -> dict[str, str]:
         """The sites whose updates a committed round holds, with the hash of what each sent."""
@@ -252,3 +253,9 @@ class Journal:
         """Close the database."""
         self.blobs.close()
         self._database.close()
+
+
+@lru_cache(maxsize=1 << 12)
+def _report(text: str) -> RoundReport:
+    """A report of its JSON: a run reads all of its reports in every round."""
+    return RoundReport.from_json(json.loads(text))

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.base import Config
 
 
@@ -31,8 +32,20 @@ class Mask(Config):
         return self
 
 
-class MRIAcquisition(Config):
+class MRIAcquisition(AcquisitionSettings):
     """Simulated multi-coil Cartesian acquisition of a magnitude image."""
+
+    modality = "mri"
+    baselines = ("zero_filled", "cg_sense", "tv")
+    reconstruction = "wardround.tasks.mri:MRIReconstruction"
+    applied = "wardround.runs.apply:reconstruct_mri"
+    inside = "head"
+    purpose = "Research on reconstruction from undersampled raw data of the protocols below."
+    caveat = (
+        "Each site's magnitude images were turned into raw data by a model of a scanner with that site's protocol "
+        "(coils, sampling, noise, phase). Raw data measured by a scanner hold effects that this leaves out, and images "
+        "stored as magnitudes, above all with 8 bits, flatter the scores."
+    )
 
     kind: Literal["mri"] = "mri"
     coils: int = Field(8, ge=1, le=128)
@@ -47,3 +60,11 @@ class MRIAcquisition(Config):
     phase: float = Field(1.0, ge=0.0, description="strength of the smooth image phase in radians; 0 is real")
     coil_radius: float = Field(1.5, gt=1.0, description="distance of the coils from the centre, in half fields of view")
     maps: Literal["estimated", "true"] = Field("estimated", description="`estimated` from the calibration lines")
+
+    def describe(self) -> str:
+        """Mask, coils and noise."""
+        return f"{self.mask.acceleration:g}× {self.mask.family}, {self.coils} coils, noise {self.noise}"
+
+    def facts(self) -> dict[str, float | str]:
+        """Mask and coils."""
+        return {"mask": self.mask.family, "acceleration": self.mask.acceleration, "coils": float(self.coils)}

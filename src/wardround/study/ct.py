@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from wardround.errors import StudyError
+from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.base import Config
 from wardround.study.scanners import resolved
+from wardround.study.tasks import ReconstructionTask
 
 # Attenuation of water in 1/mm at about 70 keV, the effective energy of a diagnostic tube.
 MU_WATER = 0.0192
+# Feature of a scanner, smallest and largest value: wide enough for every preset, and for most scanners ever built.
+PROTOCOL_BOUNDS = MappingProxyType(
+    {
+        "log2_views": (5.0, 12.0),
+        "log2_bins": (5.0, 11.0),
+        "pixel_mm": (0.2, 6.0),
+        "bin_mm": (0.2, 6.0),
+        "source_distance_mm": (300.0, 900.0),
+        "detector_distance_mm": (200.0, 800.0),
+        "log10_photons": (3.0, 7.0),
+    }
+)
 
 
 class CTGeometry(Config):
@@ -53,13 +70,28 @@ class CTGeometry(Config):
         return self.sweep or (180.0 if self.kind == "parallel" else 360.0)
 
 
-class CTAcquisition(Config):
+class CTAcquisition(AcquisitionSettings):
     """Simulated acquisition of a slice in Hounsfield units.
 
     `kvp`, `slice_thickness` and `kernel` describe the scan; only beam hardening computes with `kvp`.
     `preset: NAME` stands for the numbers of a known scanner (docs/ct.md lists them), and what is given beside it
     changes them; the study then holds the numbers and not the name.
     """
+
+    modality = "ct"
+    baselines = ("fbp", "tv", "weighted_tv")
+    reconstruction = "wardround.tasks.ct:CTReconstruction"
+    applied = "wardround.runs.apply_ct:reconstruct_ct"
+    costs = "wardround.runs.explain_ct:explain_matrices"
+    headers = True
+    augments = True
+    inside = "body"
+    purpose = "Research on reconstruction from projections of the protocols below."
+    caveat = (
+        "Each site's images in Hounsfield units were turned into projections by a model of its scanner (geometry, "
+        "photons, read-out noise). Projections measured by a scanner hold effects that this leaves out."
+    )
+    peak = "The range of PSNR is 4096 HU (from −1024 to 3072); another range would shift all its values."
 
     kind: Literal["ct"] = "ct"
     geometry: CTGeometry = CTGeometry(source_distance=595.0, detector_distance=490.6)
@@ -75,3 +107,58 @@ class CTAcquisition(Config):
     @classmethod
     def _preset(cls, value: Any) -> Any:
         return resolved(value) if isinstance(value, Mapping) and "preset" in value else value
+
+    def describe(self) -> str:
+        """Geometry, views and photons."""
+        return f"{self.geometry.kind}, {self.geometry.views} views, {self.photons:g} photons"
+
+    def facts(self) -> dict[str, float | str]:
+        """The geometry and the dose."""
+        geometry = self.geometry
+        distances: dict[str, float | str] = {}
+        if geometry.source_distance is not None and geometry.detector_distance is not None:
+            distances = {
+                "source to isocentre": geometry.source_distance,
+                "isocentre to detector": geometry.detector_distance,
+            }
+        return {
+            "geometry": geometry.kind,
+            "views": float(geometry.views),
+            "bins": float(geometry.bins),
+            "pixel": geometry.pixel,
+            "bin": geometry.bin,
+            **distances,
+            "photons": self.photons,
+            "tube voltage": self.kvp,
+        }
+
+    def features(self) -> tuple[float, ...]:
+        """Seven numbers, in the order of `PROTOCOL_BOUNDS` and scaled by them to [0, 1].
+
+        After HyperFed, with bounds that hold its own sites. Parallel beams have their source infinitely far away: 1.
+        Values beyond the bounds are cut off, so that a network never sees more than it was made for.
+        """
+        geometry = self.geometry
+        values = (
+            math.log2(geometry.views),
+            math.log2(geometry.bins),
+            geometry.pixel,
+            geometry.bin,
+            math.inf if geometry.source_distance is None else geometry.source_distance,
+            math.inf if geometry.detector_distance is None else geometry.detector_distance,
+            math.log10(self.photons),
+        )
+        bounds = zip(values, PROTOCOL_BOUNDS.values(), strict=True)
+        return tuple(min(max((value - low) / (high - low), 0.0), 1.0) for value, (low, high) in bounds)
+
+    def subject(self, contrasts: Sequence[str]) -> str:
+        """A site's files are not told apart by contrast."""
+        return "CT"
+
+    def check(self, task: ReconstructionTask, site: str) -> None:
+        """The image's size stands in the geometry and in the task."""
+        if self.geometry.size != task.size:
+            raise StudyError(
+                f"the geometry of site {site} has size {list(self.geometry.size)} and the task {list(task.size)}; give "
+                "`geometry.size` and `task.size` the same rows and columns"
+            )

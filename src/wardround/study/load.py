@@ -17,8 +17,8 @@ from wardround.errors import StudyError
 from wardround.study.hashes import plan_sha256 as plan_sha256
 from wardround.study.hashes import study_sha256 as study_sha256
 from wardround.study.hashes import written as written
-from wardround.study.registry import BUILTIN, STRICT, Reading, Section, default_kind, settings_of
-from wardround.study.schema import Study
+from wardround.study.registry import BUILTIN, STRICT, Reading, Section, implied_kind, settings_of
+from wardround.study.schema import Site, Study
 from wardround.study.yaml_text import parse_yaml
 from wardround.study.yaml_text import read_yaml as read_yaml
 from wardround.wire.canonical import MAX_DEPTH
@@ -160,16 +160,18 @@ def _known_keys(
 ) -> list[str]:
     """Names of the keys allowed at a location of `model`."""
     candidates: list[Any] = [model]
+    given: Any = data
     for part in location:
         below: list[Any] = []
+        given = given[part] if isinstance(given, Mapping) and part in given else given
         for candidate in candidates:
             if get_origin(candidate) is dict:
                 below += _alternatives(get_args(candidate)[1])
             elif get_origin(candidate) is tuple:
                 below += _alternatives(get_args(candidate)[0])
-            elif candidate is Study and part in BUILTIN:
-                section, given = cast(Section, part), data[str(part)]
-                settings = settings_of(section, given.get("kind", default_kind(section)), reading)
+            elif candidate in (Study, Site) and part in BUILTIN:
+                section = cast(Section, part)
+                settings = settings_of(section, given.get("kind", implied_kind(section, None, given)), reading)
                 below += [] if settings is None else [settings]
             elif isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 if part in candidate.model_fields:

@@ -18,13 +18,13 @@ Preset = Literal["tiny", "small", "paper"]
 class ModelSettings(Settings):
     """The base of every model's section: `build` makes the network."""
 
-    #: What scans it works on.
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"mri", "ct"})
+    #: What scans it works on; `None`: on any, by their operator.
+    modalities: ClassVar[frozenset[Modality] | None] = None
 
     def build(self, modality: Modality) -> Any:
         """The network (`torch.nn.Module`), freshly initialised from torch's global generator.
 
-        Its signature is `forward(operator, data) -> images (B, H, W)`, complex for MRI and real for CT.
+        Its signature is `forward(operator, data) -> images (B, H, W)`, complex for MRI and real for all others.
         """
         raise NotImplementedError
 

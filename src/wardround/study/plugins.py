@@ -8,17 +8,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 from wardround.errors import StudyError
 from wardround.study.base import Settings, at
+from wardround.study.baselines import Baseline
 from wardround.study.load import validate, written
 from wardround.study.methods import CustomMethod
-from wardround.study.registry import BASES, BUILTIN, GROUPS, READERS, Reading
-from wardround.study.registry import Section as Part
+from wardround.study.registry import (
+    BASELINES,
+    BASES,
+    BUILTIN,
+    GROUPS,
+    READERS,
+    Reading,
+    Section,
+    baseline,
+    check_baseline,
+)
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
-from wardround.study.tasks import CustomTask
+from wardround.study.tasks import CustomTask, Modality
+
+Part = Section | Literal["baseline"]
+COMPARED = "task.evaluation.baselines"
 
 
 @dataclass(frozen=True)
@@ -35,35 +48,42 @@ class Plugins:
         allowed = {name: frozenset(() if entry is None else entry.plugins) for name, entry in entries.items()}
         return Plugins(allowed, sites.allows_code)
 
-    def refusal(self, part: Part, factory: str, key: str = "factory") -> str | None:
-        """Why a factory is not called, and what to do; `None` for one that may be. Imports nothing."""
+    def refusal(self, part: Part, factory: str, key: str | None = None) -> str | None:
+        """Why a factory is not called, and what to do; `None` for one that may be. Imports nothing.
+
+        `key` is where in the study it is named, PART.factory without one.
+        """
+        key = key or f"{part}.factory"
         if self.code:
             return None
         if ":" in factory:
             return (
-                f"{part}.factory: {factory!r} is code by its place, and a study from others could name any. If you "
-                "wrote the study or have read that code, and the machine is yours, give --allow-code (Python: "
+                f"{key}: {factory!r} is code by its place, and a study from others could name any. If you wrote the "
+                "study or have read that code, and the machine is yours, give --allow-code (Python: "
                 f"allow_code=True). A study for others names an installed entry point of the group {GROUPS[part]}"
             )
         lacking = [site for site, names in self.allowed.items() if factory not in names]
         if lacking or not self.allowed:
             whose = f"site {lacking[0]} does not" if lacking else "no sites file was given to"
             return (
-                f"{part}.{key}: {whose} allow the plug-in {factory!r}. If the site trusts that package, add its name "
+                f"{key}: {whose} allow the plug-in {factory!r}. If the site trusts that package, add its name "
                 f"to sites.{lacking[0] if lacking else 'NAME'}.plugins in the sites file"
             )
         return None
 
     def refused(self, study: Study) -> Iterator[str]:
         """Why what a study names is not called: a reason for each factory."""
-        for part in BUILTIN:
-            section: Settings = getattr(study, part)
+        for key, part, section in study.sections():
             why = None
             if isinstance(section, CustomTask | CustomMethod):
                 why = self.refusal(part, section.factory)
             elif section.closed:
-                why = self.refusal(part, section.kind, "kind")
+                why = self.refusal(part, section.kind, f"{key}.kind")
             if why is not None:
+                yield why
+        # A task without an `evaluation` has baselines of its own.
+        for name in study.baselines if study.evaluation is not None else ():
+            if name not in BASELINES and (why := self.refusal("baseline", name, COMPARED)) is not None:
                 yield why
 
     def opened(self, study: Study, *, partly: bool = False) -> Study:
@@ -72,34 +92,49 @@ class Plugins:
         As it is where it names none, or one that may not be called; `partly`: those that may be called are read.
         Raises `StudyError` where one cannot be imported, or refuses its section.
         """
-        closed: dict[Part, str] = {part: getattr(study, part).kind for part in BUILTIN if getattr(study, part).closed}
-        if partly:
-            closed = {part: kind for part, kind in closed.items() if self.refusal(part, kind) is None}
-        elif any(self.refused(study)):
+        if not partly and any(self.refused(study)):
             return study
-        if not closed:
-            return study
-        found = {(part, kind): self._settings(part, kind) for part, kind in closed.items()}
-        return validate(Study, written(study), "study", context=Reading(opened=found, foreign=partly))
+        found = self.settings(study)
+        return validate(Study, written(study), "study", context=Reading(found, foreign=partly)) if found else study
 
-    def _settings(self, part: Part, kind: str) -> type[Settings]:
+    def settings(self, study: Study) -> dict[tuple[Section, str], type[Settings]]:
+        """The settings of a study's plug-ins that may be called; imports them."""
+        closed = {(part, section.kind): f"{key}.kind" for key, part, section in study.sections() if section.closed}
+        return {
+            (part, kind): self._settings(part, kind, key)
+            for (part, kind), key in closed.items()
+            if self.refusal(part, kind, key) is None
+        }
+
+    def _settings(self, part: Section, kind: str, key: str) -> type[Settings]:
         """The settings class that an entry point is."""
-        settings, base = self.load(part, kind, "kind"), BASES[part]
+        settings, base = self.load(part, kind, key), BASES[part]
         if not (isinstance(settings, type) and issubclass(settings, base)):
+            custom = f"; if it is a factory, write `{part}: {{kind: custom, factory: {kind}}}`"
             raise StudyError(
-                f"{part}.kind: the plug-in {kind!r} is not a {base.__name__}; if it is a factory, write "
-                f"`{part}: {{kind: custom, factory: {kind}}}`"
+                f"{key}: the plug-in {kind!r} is not a {base.__name__}{custom if 'custom' in BUILTIN[part] else ''}"
             )
+        if part == "acquisition" and not getattr(settings, "modality", ""):
+            raise StudyError(f"{key}: the plug-in {kind!r} says no `modality`; its class must name one")
         return settings
 
-    def load(self, part: Part, factory: str, key: str = "factory") -> Any:
-        """The callable that a study names. Raises `StudyError` where it is not allowed, or cannot be imported."""
+    def baseline(self, name: str, modality: Modality) -> Baseline:
+        """A baseline by its name. Raises `StudyError` where it is not allowed, no baseline, or not for a modality."""
+        found = baseline(name) if name in BASELINES else self.load("baseline", name, COMPARED)
+        if not isinstance(found, Baseline):
+            raise StudyError(f"{COMPARED}: the plug-in {name!r} is not a wardround.study.baselines.Baseline")
+        check_baseline(name, found, modality)
+        return found
+
+    def load(self, part: Part, factory: str, key: str | None = None) -> Any:
+        """What a study names. Raises `StudyError` where it is not allowed, or cannot be imported."""
+        key = key or f"{part}.factory"
         if (why := self.refusal(part, factory, key)) is not None:
             raise StudyError(why)
         points = {point.value: point for point in entry_points(group=GROUPS[part], name=factory)}
         if len(points) > 1:
             raise StudyError(
-                f"{part}.{key}: several installed packages have an entry point {factory!r} of the group "
+                f"{key}: several installed packages have an entry point {factory!r} of the group "
                 f"{GROUPS[part]}; uninstall all but one",
                 detail=", ".join(sorted(points)),
             )
@@ -112,7 +147,7 @@ class Plugins:
         except (ImportError, AttributeError, ValueError) as error:
             installed = ", ".join(sorted(entry_points(group=GROUPS[part]).names)) or "none"
             raise StudyError(
-                f"{part}.{key}: {factory!r} cannot be imported; check the spelling, and that its package is "
+                f"{key}: {factory!r} cannot be imported; check the spelling, and that its package is "
                 f"installed in this environment (entry points of the group {GROUPS[part]}: {installed})",
                 detail=str(error),
             ) from error

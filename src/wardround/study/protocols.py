@@ -6,9 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from wardround.study.acquisition import MRIAcquisition
+from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.base import Config
-from wardround.study.ct import CTAcquisition
 from wardround.study.schema import Acquisition, SiteName
 
 
@@ -46,6 +45,6 @@ class ModelProtocols(Config):
     headers: dict[SiteName, HeaderFacts] = Field({}, description="of the sites that let them out and have any")
 
     @property
-    def acquisitions(self) -> tuple[MRIAcquisition | CTAcquisition, ...]:
+    def acquisitions(self) -> tuple[AcquisitionSettings, ...]:
         """The simulated protocols, in the order of the sites."""
         return tuple(self.scanners.values())

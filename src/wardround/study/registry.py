@@ -1,9 +1,9 @@
-"""The kinds of task, model and method that a study can name. Imports the file of a kind only when a study names it.
+"""The kinds of task, model, method and acquisition that a study can name, and baselines: each imported when named.
 
-A kind is a settings class: it reads its section of the study, says in a line what it is, and builds what it describes.
-The package's own are listed here by their places; a package outside has an entry point for each of its own, in the
-groups below, under the name that a study gives as `kind`. Of those only the names are read here; what may be
-imported, `wardround.study.plugins` says.
+A kind is a settings class: it reads its section of the study, says in a line what it is, and builds what it describes;
+a baseline is a `wardround.study.baselines.Baseline`. The package's own are listed here by their places; a package
+outside has an entry point for each of its own, in the groups below, under the name that a study gives. Of those only
+the names are read here; what may be imported, `wardround.study.plugins` says.
 """
 
 from __future__ import annotations
@@ -12,18 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from wardround.errors import StudyError
+from wardround.study.acquisitions import AcquisitionSettings, ClosedAcquisition
 from wardround.study.base import Settings, at
 from wardround.study.methods import ClosedMethod, MethodSettings
 from wardround.study.models import ClosedModel, ModelSettings
 from wardround.study.tasks import ClosedTask, Modality, TaskSettings
 
-Section = Literal["task", "model", "method"]
+if TYPE_CHECKING:
+    from wardround.study.baselines import Baseline
+
+Section = Literal["task", "model", "method", "acquisition"]
+# Those that every study has, whether its file says them or not.
+EVERY: tuple[Section, ...] = ("task", "model", "method")
 # The first of each is the one of a study that says nothing.
 BUILTIN: Mapping[Section, Mapping[str, str]] = {
     "task": {
@@ -48,6 +55,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "densenet": "wardround.models.classifiers:DenseNetSettings",
         "resnet": "wardround.models.classifiers:ResNetSettings",
         "efficientnet": "wardround.models.classifiers:EfficientNetSettings",
+        "efficientnet_lite": "wardround.models.efficientnet_lite:EfficientNetLiteSettings",
         "swin_unetr": "wardround.models.segmenters:SwinUNETRSettings",
     },
     "method": {
@@ -63,6 +71,10 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "feddyn": "wardround.learning.methods.feddyn:FedDynSettings",
         "custom": "wardround.study.methods:CustomMethod",
     },
+    "acquisition": {
+        "mri": "wardround.study.acquisition:MRIAcquisition",
+        "ct": "wardround.study.ct:CTAcquisition",
+    },
 }
 # The model of a study that names none, by its task; every other task builds its network itself.
 MODELS: Mapping[str, str] = {
@@ -71,11 +83,36 @@ MODELS: Mapping[str, str] = {
     "classification": "densenet",
     "chain": "modl",
 }
-GROUPS: Mapping[Section, str] = {"task": "wardround.tasks", "model": "wardround.models", "method": "wardround.methods"}
+# Classical methods to compare with, in the order of reports.
+BASELINES: Mapping[str, str] = {
+    "zero_filled": "wardround.imaging.baselines.zero_filled:ZERO_FILLED",
+    "fbp": "wardround.imaging.baselines.fbp:FBP",
+    "cg_sense": "wardround.imaging.baselines.cg_sense:CG_SENSE",
+    "tv": "wardround.imaging.baselines.tv:TV",
+    "tv_real": "wardround.imaging.baselines.tv_real:TV_REAL",
+    "weighted_tv": "wardround.imaging.baselines.weighted_tv:WEIGHTED_TV",
+}
+GROUPS: Mapping[str, str] = {
+    "task": "wardround.tasks",
+    "model": "wardround.models",
+    "method": "wardround.methods",
+    "acquisition": "wardround.acquisitions",
+    "baseline": "wardround.baselines",
+}
 # Readers of image files; the name of an entry point is the ending that it reads, without the dot.
 READERS = "wardround.readers"
-BASES: Mapping[Section, type[Settings]] = {"task": TaskSettings, "model": ModelSettings, "method": MethodSettings}
-CLOSED: Mapping[Section, type[Settings]] = {"task": ClosedTask, "model": ClosedModel, "method": ClosedMethod}
+BASES: Mapping[Section, type[Settings]] = {
+    "task": TaskSettings,
+    "model": ModelSettings,
+    "method": MethodSettings,
+    "acquisition": AcquisitionSettings,
+}
+CLOSED: Mapping[Section, type[Settings]] = {
+    "task": ClosedTask,
+    "model": ClosedModel,
+    "method": ClosedMethod,
+    "acquisition": ClosedAcquisition,
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +129,7 @@ class Reading:
 
 
 STRICT = Reading()
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @cache
@@ -116,16 +154,34 @@ def default_kind(section: Section) -> str:
     return next(iter(BUILTIN[section]))
 
 
-def implied_kind(section: Section, task: Any) -> str:
-    """The kind of a section without one in a study of a `task`: which model, the task says."""
+def implied_kind(section: Section, task: Any, given: Mapping[str, Any] = NOTHING) -> str:
+    """The kind of a section without one in a study of a `task`: which model, the task says. Presets are of CT."""
     if section == "model" and isinstance(task, TaskSettings):
         return MODELS.get(task.kind, "own_network")
-    return default_kind(section)
+    return "ct" if section == "acquisition" and "preset" in given else default_kind(section)
 
 
 def installed(section: Section) -> frozenset[str]:
     """The kinds that installed packages add; imports none of them."""
     return frozenset(entry_points(group=GROUPS[section]).names) - BUILTIN[section].keys()
+
+
+def installed_baselines() -> frozenset[str]:
+    """The baselines that installed packages add; imports none of them."""
+    return frozenset(entry_points(group=GROUPS["baseline"]).names) - BASELINES.keys()
+
+
+def baseline(name: str) -> Baseline:
+    """One of the package's own baselines."""
+    found: Baseline = at(BASELINES[name])
+    return found
+
+
+def check_baseline(name: str, found: Baseline, modality: Modality) -> None:
+    """Raise `StudyError` where a baseline does not work on what a modality measures."""
+    if not found.serves(modality):
+        known = ", ".join(other for other in BASELINES if baseline(other).serves(modality))
+        raise StudyError(f"task.evaluation.baselines: {name!r} is none of {modality.upper()}; choose from {known}")
 
 
 def settings_of(section: Section, kind: str, reading: Reading = STRICT) -> type[Settings] | None:
@@ -146,13 +202,14 @@ def read(section: Section, value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, Mapping):
         raise PydanticCustomError("section", "must be a mapping with a `kind`")
     reading = info.context if isinstance(info.context, Reading) else STRICT
-    given = {"kind": implied_kind(section, info.data.get("task")), **value}
+    task = info.data.get("task") if section == "model" else None
+    given = {"kind": implied_kind(section, task, value), **value}
     kind = given["kind"]
     settings = settings_of(section, kind, reading) if isinstance(kind, str) else None
     if settings is None:
         known = sorted({*BUILTIN[section], *installed(section)})
         raise PydanticCustomError("unknown_kind", "unknown kind", {"tag": str(kind)[:64], "known": known})
-    found = settings.model_validate(given)
+    found = settings.model_validate(given, context=info.context)
     if "kind" not in value:
         # Filled in here, and not written: see `wardround.study.hashes`.
         found.model_fields_set.discard("kind")
@@ -168,8 +225,9 @@ def check_model(model: ModelSettings, task: TaskSettings) -> None:
 
 def check_modality(model: ModelSettings, modality: Modality) -> None:
     """Raise `StudyError` where a network cannot work on the images of a modality."""
-    if modality not in model.modalities:
-        kinds = ", ".join(kind for m in _models() if modality in m.modalities for kind in m.kinds())
+    if model.modalities is not None and modality not in model.modalities:
+        serving = (m for m in _models() if m.modalities is None or modality in m.modalities)
+        kinds = ", ".join(kind for m in serving for kind in m.kinds())
         mine = " and ".join(sorted(m.upper() for m in model.modalities)) or "images and no raw data"
         raise StudyError(
             f"model.kind: {model.kind} is for {mine}, and these scans are {modality.upper()}; take {kinds}"

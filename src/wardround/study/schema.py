@@ -6,16 +6,14 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
-    Discriminator,
     Field,
     SerializeAsAny,
-    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -23,15 +21,29 @@ from pydantic import (
 
 from wardround.errors import StudyError
 from wardround.study.acquisition import MRIAcquisition
-from wardround.study.base import Config
-from wardround.study.ct import CTAcquisition
+from wardround.study.acquisitions import AcquisitionSettings
+from wardround.study.base import Config, Settings
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
 from wardround.study.protection import Protection
-from wardround.study.registry import BUILTIN, Reading, builtins, check_modality, check_model, default, read
+from wardround.study.registry import (
+    BASELINES,
+    EVERY,
+    STRICT,
+    Reading,
+    Section,
+    baseline,
+    builtins,
+    check_baseline,
+    check_modality,
+    check_model,
+    default,
+    installed_baselines,
+    read,
+)
 from wardround.study.start import Fresh, FromRelease, FromWeights, Parts, Start
-from wardround.study.tasks import BASELINES, Evaluation, Modality, ReconstructionTask, TaskSettings
+from wardround.study.tasks import Evaluation, Modality, ReconstructionTask, TaskSettings
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
 SiteName = Annotated[
@@ -43,15 +55,9 @@ SiteName = Annotated[
 RESERVED_NAMES = frozenset({"mean", "unseen", "pooled", "local", "federated", "baseline", "coordinator"})
 
 
-def _modality(value: Any) -> str:
-    """What an acquisition is of; a study from before there were two says nothing and means MRI. Presets are CT."""
-    if isinstance(value, dict):
-        return str(value.get("kind", "ct" if "preset" in value else "mri"))
-    return str(value.kind)
-
-
+# A section without a kind means MRI: a study from before there were two says nothing.
 Acquisition = Annotated[
-    Annotated[MRIAcquisition, Tag("mri")] | Annotated[CTAcquisition, Tag("ct")], Discriminator(_modality)
+    SerializeAsAny[AcquisitionSettings], BeforeValidator(lambda value, info: read("acquisition", value, info))
 ]
 
 
@@ -153,7 +159,7 @@ class Study(Config):
     @classmethod
     def _sections_are_read(cls, value: Any) -> Any:
         """Sections that the file leaves out are read as the rest is: some readers import no model (`Reading`)."""
-        return {**{section: {} for section in BUILTIN}, **value} if isinstance(value, Mapping) else value
+        return {**{section: {} for section in EVERY}, **value} if isinstance(value, Mapping) else value
 
     @field_validator("sites")
     @classmethod
@@ -179,7 +185,7 @@ class Study(Config):
         return self
 
     @model_validator(mode="after")
-    def _sites_fit(self) -> Study:
+    def _sites_fit(self, info: ValidationInfo) -> Study:
         training = self.training_sites
         if not training:
             raise ValueError("no site has `role: train`")
@@ -191,13 +197,18 @@ class Study(Config):
             raise ValueError(
                 f"{len(training)} training sites but protection.max_sites={self.protection.max_sites}; raise it"
             )
-        if self.scans and len({self.acquisition_of(site).kind for site in self.sites}) > 1:
-            raise ValueError("some sites are MRI and some are CT; a study has one modality: give all the same `kind`")
-        if isinstance(self.task, ReconstructionTask):
-            self._task_fits(self.task)
+        kinds = list(dict.fromkeys(self.acquisition_of(site).kind for site in self.sites)) if self.scans else []
+        if len(kinds) > 1:
+            raise ValueError(
+                f"some sites are {kinds[0].upper()} and some are {kinds[1].upper()}; a study has one modality: give "
+                "all the same `kind`"
+            )
+        reading = info.context if isinstance(info.context, Reading) else STRICT
         try:
+            if isinstance(self.task, ReconstructionTask):
+                self._task_fits(self.task, reading)
             check_model(self.model, self.task)
-            if self.task.scanner == "needed":
+            if self.task.scanner == "needed" and not self.scanner.closed:
                 check_modality(self.model, self.modality)
         except StudyError as error:
             raise ValueError(str(error)) from None
@@ -272,23 +283,24 @@ class Study(Config):
                 "sites together; set it to false"
             )
 
-    def _task_fits(self, task: ReconstructionTask) -> None:
-        known = BASELINES[self.modality]
+    def _task_fits(self, task: ReconstructionTask, reading: Reading) -> None:
+        """Raises StudyError. What a plug-in says is looked at once its settings are known; without, nothing runs."""
+        scanner = self.scanner
         for name in task.evaluation.baselines or ():
-            if name not in known:
-                raise ValueError(
-                    f"task.evaluation.baselines: {name!r} is none of {self.modality.upper()}; choose from "
-                    f"{', '.join(known)}"
+            if name in RESERVED_NAMES:
+                raise StudyError(f"task.evaluation.baselines: {name!r} is a reserved name")
+            if name in BASELINES and not scanner.closed:
+                check_baseline(name, baseline(name), self.modality)
+            if name not in BASELINES and not reading.foreign and name not in (outside := installed_baselines()):
+                known = ", ".join((*BASELINES, *sorted(outside)))
+                raise StudyError(
+                    f"task.evaluation.baselines: there is no baseline {name!r}; choose from {known}, or install the "
+                    "package that has it and add its name to sites.NAME.plugins in the sites file"
                 )
-        if task.augment and self.modality != "ct":
-            raise ValueError("task.augment: only for CT; remove it")
+        if task.augment and not (scanner.augments or scanner.closed):
+            raise StudyError("task.augment: only for CT; remove it")
         for site in self.sites:
-            acquisition = self.acquisition_of(site)
-            if isinstance(acquisition, CTAcquisition) and acquisition.geometry.size != task.size:
-                raise ValueError(
-                    f"the geometry of site {site} has size {list(acquisition.geometry.size)} and the task "
-                    f"{list(task.size)}; give `geometry.size` and `task.size` the same rows and columns"
-                )
+            self.acquisition_of(site).check(task, site)
 
     def start_places(self, near: Path, *given: Path | None) -> tuple[Path, ...]:
         """Where the file that the study starts from may lie: the places given, else what `start.file` says.
@@ -306,9 +318,14 @@ class Study(Config):
         return self.acquisition is not None
 
     @property
+    def scanner(self) -> AcquisitionSettings:
+        """The first site's acquisition: all sites' are of its kind. Raises `StudyError` where there are none."""
+        return self.acquisition_of(next(iter(self.sites)))
+
+    @property
     def modality(self) -> Modality:
         """What the study's acquisitions are of. Raises `StudyError` where there are none."""
-        return self.acquisition_of(next(iter(self.sites))).kind
+        return self.scanner.modality
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -320,7 +337,8 @@ class Study(Config):
         """The classical methods that the study compares with."""
         if self.evaluation is None:
             return self.task.compares_with
-        return self.evaluation.baselines_for(self.modality)
+        named = self.evaluation.baselines
+        return self.scanner.baselines if named is None else named
 
     @property
     def training_sites(self) -> tuple[str, ...]:
@@ -332,7 +350,16 @@ class Study(Config):
         """Names of the sites that are evaluated only."""
         return tuple(name for name, site in self.sites.items() if site.role == "unseen")
 
-    def acquisition_of(self, site: str) -> MRIAcquisition | CTAcquisition:
+    def sections(self) -> Iterator[tuple[str, Section, Settings]]:
+        """The sections whose kinds a package outside can add: where they stand, what they are, their settings."""
+        yield from ((section, section, getattr(self, section)) for section in EVERY)
+        if self.acquisition is not None:
+            yield "acquisition", "acquisition", self.acquisition
+        for name, site in self.sites.items():
+            if site.acquisition is not None:
+                yield f"sites.{name}.acquisition", "acquisition", site.acquisition
+
+    def acquisition_of(self, site: str) -> AcquisitionSettings:
         """The protocol of a site: its own, or the study's. Raises `StudyError` where a study simulates no scan."""
         found = self.sites[site].acquisition or self.acquisition
         if found is None:

@@ -45,6 +45,11 @@ class SiteData(Config):
     """
 
     data: tuple[Path, ...] = Field(min_length=1, description="a folder, or a list of them")
+    patients: Path | None = Field(
+        None,
+        description="a text file with the names of this site's patients, one a line, for a folder that several sites "
+        "share (`wardround partition` writes them); default: all patients in `data`",
+    )
     egress: Egress = Egress()
     embeddings: Path | None = Field(
         None,
@@ -83,13 +88,21 @@ class SiteData(Config):
     plugins: tuple[str, ...] = Field(
         (),
         description="names of the installed entry points (groups `wardround.tasks`, `wardround.models`, "
-        "`wardround.methods`) whose code a study may have called here; a study that names another is refused. Also the "
-        "endings (without the dot) of image files that an installed reader (group `wardround.readers`) may read",
+        "`wardround.methods`, `wardround.acquisitions`, `wardround.baselines`) whose code a study may have called "
+        "here; a study that names another is refused. Also the endings (without the dot) of image files that an "
+        "installed reader (group `wardround.readers`) may read",
     )
     encryption_key: str | None = Field(
         None,
         description="`${VARIABLE}` or a file with 32 bytes in hex: encrypts what the site keeps of a run; make one "
         "with `openssl rand -hex 32`",
+    )
+    quarantine: float = Field(
+        0.05,
+        ge=0.0,
+        le=1.0,
+        description="the share of patients that the site goes on without where their files cannot be read or do not "
+        "fit together; with more it stops. Tasks that begin with images; every other stops at the first",
     )
     ledger: Path | None = Field(
         None,
@@ -167,11 +180,12 @@ def load_sites(path: str | Path) -> SitesFile:
 
 def _resolved(entry: SiteData, site: str, base: Path) -> SiteData:
     key, embeddings, ledger = f"sites.{site}", entry.embeddings, entry.ledger
-    history, start = entry.history, entry.start
+    history, start, patients = entry.history, entry.start, entry.patients
     return entry.model_copy(
         update={
             "encryption_key": _key_place(entry.encryption_key, site, base),
             "data": tuple(_existing(path, f"{key}.data", base, folder=True) for path in entry.data),
+            "patients": patients and _existing(patients, f"{key}.patients", base, folder=False),
             "embeddings": embeddings and _existing(embeddings, f"{key}.embeddings", base, folder=False),
             "start": start and _absolute(start, f"{key}.start", base),
             "ledger": ledger and _absolute(ledger, f"{key}.ledger", base),

@@ -8,17 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from wardround.study.base import Config, Factory, Settings
+from wardround.study.base import Config, Factory, KindName, Settings
 
-Modality = Literal["mri", "ct"]
-BASELINES: dict[Modality, tuple[str, ...]] = {
-    "mri": ("zero_filled", "cg_sense", "tv", "tv_real"),
-    "ct": ("fbp", "tv", "weighted_tv"),
-}
-_TV_WEIGHTS: dict[Modality, tuple[float, ...]] = {
-    "mri": (0.0005, 0.001, 0.002, 0.004, 0.008),
-    "ct": (0.0002, 0.0003, 0.0004, 0.0005, 0.0006, 0.0008, 0.0012),
-}
+# What images and raw data are: `mri`, `ct`, or as an acquisition outside names it.
+Modality = str
 
 
 class Slices(Config):
@@ -52,10 +45,10 @@ class Loss(Config):
 class Evaluation(Config):
     """What is measured on test patients."""
 
-    baselines: tuple[Literal["zero_filled", "cg_sense", "fbp", "tv", "tv_real", "weighted_tv"], ...] | None = Field(
+    baselines: tuple[KindName, ...] | None = Field(
         None,
         description="default zero_filled, cg_sense and tv for MRI, fbp, tv and weighted_tv for CT; tv_real is TV of a "
-        "real image, what a network with `image: real` assumes, too",
+        "real image, what a network with `image: real` assumes, too; also [a plug-in's](data.md#plug-ins)",
     )
     tv_weights: tuple[float, ...] | None = Field(
         None, description="default 0.0005 to 0.008 for MRI, 0.0002 to 0.0012 for CT"
@@ -77,14 +70,6 @@ class Evaluation(Config):
                 "take the key out"
             )
         return value
-
-    def baselines_for(self, modality: Modality) -> tuple[str, ...]:
-        """What a study compares with: as configured, or all of its modality but the one for real images."""
-        return tuple(n for n in BASELINES[modality] if n != "tv_real") if self.baselines is None else self.baselines
-
-    def tv_weights_for(self, modality: Modality) -> tuple[float, ...]:
-        """The weights among which validation patients choose one for total variation."""
-        return _TV_WEIGHTS[modality] if self.tv_weights is None else self.tv_weights
 
 
 class TaskSettings(Settings):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wardround.errors import StudyError
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
+from wardround.study.base import at
 from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.tasks.task import ReadsFiles, Task
+
+if TYPE_CHECKING:
+    from wardround.tasks.reconstruction import ReconstructionTask
 
 _PARTS = ("metrics", "build_model", "dataset", "pooled", "loss", "score")
 
@@ -25,14 +29,8 @@ def build_task(
     """
     # Late: a process imports the readers, operators and networks of its own task alone.
     match study.task:
-        case tasks_config.ReconstructionTask() if study.modality == "ct":
-            from wardround.tasks.ct import CTReconstruction
-
-            return CTReconstruction(study, embeddings or {})
         case tasks_config.ReconstructionTask():
-            from wardround.tasks.mri import MRIReconstruction
-
-            return MRIReconstruction(study)
+            return _reconstruction(study, embeddings or {}, plugins)
         case tasks_config.CustomTask() as custom:
             return _whole(_custom(custom, plugins), f"factory: {custom.factory!r}")
         case other:
@@ -40,6 +38,18 @@ def build_task(
             if isinstance(made, ReadsFiles):
                 made.read_by(plugins.readers)
             return made
+
+
+def _reconstruction(study: schema.Study, embeddings: Mapping[str, Path], plugins: Plugins) -> Task:
+    """The task that the study's acquisition names."""
+    if study.scanner.closed:
+        kind = study.scanner.kind
+        raise StudyError(
+            plugins.refusal("acquisition", kind, "acquisition.kind") or f"the plug-in {kind!r} is not opened"
+        )
+    made: ReconstructionTask[Any] = at(study.scanner.reconstruction)(study, embeddings)
+    made.compare_with({name: plugins.baseline(name, study.modality) for name in study.baselines})
+    return made
 
 
 def _custom(config: tasks_config.CustomTask, plugins: Plugins) -> Any:

@@ -22,9 +22,10 @@ from wardround.study.acquisition import MRIAcquisition
 from wardround.study.base import Config
 from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.study.models import ModelSettings
-from wardround.study.registry import MODELS, builtin, builtins, read
+from wardround.study.registry import MODELS, Reading, builtin, builtins, read
 from wardround.study.tasks import Loss
 from wardround.tasks.augmentation import SPATIAL, standard
+from wardround.tasks.chained import ChainBatch, ChainDataset
 from wardround.tasks.images import CONTENT, ImageTask, resampled
 from wardround.tasks.labelled import LabelledDataset, Sampling
 from wardround.tasks.losses import build_loss
@@ -32,7 +33,6 @@ from wardround.tasks.metrics import RECONSTRUCTION_METRICS, SSIM_WINDOW, reconst
 from wardround.tasks.mri import MRIBatch, require_estimated_maps
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
 from wardround.tasks.reconstruction import PooledDataset, evaluating
-from wardround.tasks.scanned import ChainBatch, ChainDataset
 from wardround.tasks.segmentation import as_one, overlap_loss
 from wardround.tasks.stages import weighted_sum
 from wardround.tasks.task import Dataset, MetricSpec, Source, Window
@@ -65,7 +65,8 @@ def _segmenter(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, Mapping) and "kind" not in value:
         value = {"kind": MODELS["segmentation"], **value}
     found: Any = read("model", value, info)
-    if found.closed or not hasattr(found, "build_network"):
+    unread = isinstance(info.context, Reading) and "model" in info.context.unread
+    if not unread and (found.closed or not hasattr(found, "build_network")):
         kinds = [
             kind for settings in builtins("model") if hasattr(settings, "build_network") for kind in settings.kinds()
         ]
@@ -216,12 +217,9 @@ class Chain(ImageTask[ChainTask]):
         """The images and masks of a site, with its simulated scanner."""
         config, acquisition = self.config, self.study.acquisition_of(site)
         assert isinstance(acquisition, MRIAcquisition)
-        cases, split = self._cases(site, source, config.images, config.mask, config.table)
-        sampling = Sampling(2, config.size, config.size, None, 1, config.empty_every, 0.0)
+        sampling = Sampling(config.channels, 2, config.size, config.size, None, 1, config.empty_every, 0.0)
         drawn = LabelledDataset(
-            site,
-            cases,
-            split,
+            self._patients(site, source, config.images, config.mask, config.table),
             config.values,
             config.drawn_at(site),
             sampling,

@@ -6,7 +6,9 @@ A patient is measured once, by the mean of the probabilities of all their images
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,14 +20,20 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from wardround.errors import DataError, StudyError
-from wardround.imaging.readers.cases import Case
+from wardround.imaging.readers.cases import Case, Patterns
+from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import ImageSettings, LabelTable
 from wardround.tasks.augmentation import Augmentation
+from wardround.tasks.charts import Charts, confusion, reliability
 from wardround.tasks.histograms import auroc, average_precision, calibration_error
-from wardround.tasks.images import Cases, ImageTask, PatientImages, resampled
+from wardround.tasks.images import ImageTask, PatientImages, SitePatients, resampled, scaled, scales_of
+from wardround.tasks.overlays import coloured
+from wardround.tasks.predictions import Probabilities
 from wardround.tasks.reconstruction import PooledDataset, evaluating
 from wardround.tasks.states import Histogram
-from wardround.tasks.task import Dataset, MetricSpec, Source, Split
+from wardround.tasks.task import Dataset, Illustration, MetricSpec, Source, Split
+from wardround.tasks.temperature import fitted
+from wardround.wire.host import on_host
 
 if TYPE_CHECKING:
     from wardround.study.schema import Study
@@ -96,22 +104,20 @@ class DiagnosedBatch:
 class DiagnosedDataset(PatientImages):
     """One site's images with their classes; see `wardround.tasks.task.Dataset`. Raises DataError."""
 
-    def __init__(
-        self,
-        site: str,
-        cases: Cases,
-        split: Mapping[Split, Sequence[int]],
-        config: ClassificationTask,
-        augmentation: Augmentation,
-    ) -> None:
-        super().__init__(site, cases, split)
+    def __init__(self, patients: SitePatients, config: ClassificationTask, augmentation: Augmentation) -> None:
         self._config, self._augmentation = config, augmentation
-        self._labels = [[_labels(case, config, site) for case in of_patient] for of_patient in self._cases]
-        self._train = [(p, n) for p in split["train"] for n in range(len(self._cases[p]))]
-        self._digests = [self._digest(patient) for patient in range(len(self._cases))]
-        shown = np.array([self._labels[p][n] for p, n in self._train]).reshape(len(self._train), len(config.classes))
+        self._labels: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
+        super().__init__(patients)
+        self._train = [(p, n) for p in self._split["train"] for n in range(len(self._cases[p]))]
+        used = [patient for part in self._split.values() for patient in part]
+        self._digests = {patient: self._digest(patient) for patient in used}
+        shown = np.array([self._labels[example] for example in self._train]).reshape(-1, len(config.classes))
         self._prior = torch.from_numpy((shown.mean(axis=0) if len(shown) else np.zeros(shown.shape[1])).astype("f4"))
         self._of_class = [np.flatnonzero(shown[:, k]) for k in range(shown.shape[1])]
+
+    def _examined(self, patient: int, number: int, image: LabelledImage, case: Case) -> None:
+        check_shape(image, self._config, str(case.images[0]))
+        self._labels[patient, number] = _labels(case, self._config)
 
     def fingerprint(self) -> str:
         """Sha256 (hex) over images, classes and who trains, never over names or paths."""
@@ -136,15 +142,21 @@ class DiagnosedDataset(PatientImages):
 
     def evaluation(self, split: Split) -> Iterator[tuple[int, DiagnosedBatch]]:
         """(patient number, all images of the patient)."""
-        for patient in self._split[split]:
-            numbers = range(len(self._cases[patient]))
-            yield patient, DiagnosedBatch.joined([self._example(patient, n, None) for n in numbers])
+        yield from ((patient, self._whole(patient)) for patient in self._split[split])
+
+    def tested(self, place: int) -> DiagnosedBatch:
+        """All images of the test patient at a place in the order of `evaluation`."""
+        return self._whole(self._split["test"][place])
+
+    def _whole(self, patient: int) -> DiagnosedBatch:
+        numbers = range(len(self._cases[patient]))
+        return DiagnosedBatch.joined([self._example(patient, n, None) for n in numbers])
 
     def _example(self, patient: int, number: int, random: np.random.Generator | None) -> DiagnosedBatch:
         pixels = resampled(self._normalised(patient, number), self._config.size)
         if random is not None:
             pixels, _ = self._augmentation(pixels, pixels[:1], random)
-        labels = torch.from_numpy(self._labels[patient][number].astype(np.float32))
+        labels = torch.from_numpy(self._labels[patient, number].astype(np.float32))
         return DiagnosedBatch(pixels[None], labels[None], self._prior[None])
 
     def _digest(self, patient: int) -> str:
@@ -153,16 +165,27 @@ class DiagnosedDataset(PatientImages):
             for path in case.images:
                 with path.open("rb") as file:
                     found.update(hashlib.file_digest(file, "sha256").digest())
-            found.update(self._labels[patient][number].tobytes())
+            found.update(self._labels[patient, number].tobytes())
         return found.hexdigest()
 
 
-def _labels(case: Case, config: ClassificationTask, site: str) -> npt.NDArray[np.bool_]:
+def check_shape(image: LabelledImage, config: ClassificationTask, place: str) -> None:
+    """Raises DataError, with `place` as its detail, for an image that the task's network cannot see."""
+    channels, *shape = image.channels.shape
+    if channels != config.channels:
+        raise DataError(
+            f"an image has {channels} channels, and the study's have {config.channels} (task.channels)", detail=place
+        )
+    if len(shape) != config.dimensions:
+        raise DataError(f"task.dimensions is {config.dimensions}, and an image has {len(shape)}", detail=place)
+
+
+def _labels(case: Case, config: ClassificationTask) -> npt.NDArray[np.bool_]:
     names = [name.strip() for name in case.label.split(";") if name.strip()] if config.multi_label else [case.label]
     unknown = [name for name in names if name not in config.classes]
     if unknown:
         raise DataError(
-            f"site {site}: {config.table.file} names a class that task.classes does not list; the study has "
+            f"{config.table.file} names a class that task.classes does not list; the study has "
             f"{', '.join(config.classes)}",
             detail=f"{case.images[0]}: {unknown[0]!r}",
         )
@@ -170,7 +193,9 @@ def _labels(case: Case, config: ClassificationTask, site: str) -> npt.NDArray[np
 
 
 class Classification(ImageTask[ClassificationTask]):
-    """The task of a study; see `wardround.tasks.task.Task`."""
+    """The task of a study; see `wardround.tasks.task.Task`. `temperature` is a site's own, None in training."""
+
+    temperature: float | None = None
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -183,8 +208,8 @@ class Classification(ImageTask[ClassificationTask]):
 
     def dataset(self, site: str, source: Source) -> DiagnosedDataset:
         """The images and classes of a site."""
-        cases, split = self._cases(site, source, self.config.images, None, self.config.table)
-        return DiagnosedDataset(site, cases, split, self.config, self._augmentation)
+        patients = self._patients(site, source, self.config.images, None, self.config.table)
+        return DiagnosedDataset(patients, self.config, self._augmentation)
 
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
         """The union of several sites' data sets."""
@@ -195,24 +220,119 @@ class Classification(ImageTask[ClassificationTask]):
         logits = model(batch.images).float()
         return diagnosis_loss(logits, batch.labels, batch.prior, self.config.imbalance, self.config.multi_label)
 
-    def probabilities(self, model: nn.Module, batch: DiagnosedBatch) -> Tensor:
+    def logits(self, model: nn.Module, batch: DiagnosedBatch) -> Tensor:
         """(B, K), in evaluation mode."""
         with evaluating(model), torch.no_grad():
-            logits = model(batch.images).float()
-        return torch.sigmoid(logits) if self.config.multi_label else torch.softmax(logits, dim=1)
+            found: Tensor = model(batch.images).float()
+        return found
+
+    def probabilities(self, logits: Tensor, temperature: float | None = None) -> Tensor:
+        """(B, K), of logits over a site's temperature where it has one; see `wardround.tasks.temperature`."""
+        scaled = logits if temperature is None else logits / temperature
+        return torch.sigmoid(scaled) if self.config.multi_label else torch.softmax(scaled, dim=1)
 
     def score(self, model: nn.Module, batch: DiagnosedBatch) -> dict[str, Tensor]:
-        """What one patient adds to the histograms, from all of the patient's images: (1, classes, 2) each."""
-        scores = self.probabilities(model, batch).mean(dim=0, keepdim=True)
-        labels = batch.labels.amax(dim=0, keepdim=True)
+        """What one patient adds to the histograms, from all of the patient's images: (1, classes, 2) each.
+
+        Where the site has no temperature, no label of a scaled probability is known.
+        """
+        logits, labels = self.logits(model, batch), batch.labels.amax(dim=0, keepdim=True)
+        scores = self.probabilities(logits).mean(dim=0, keepdim=True)
         if self.config.multi_label:
-            hits, sure, right = (scores > 0.5).float(), scores, labels
+            hits = (scores > 0.5).float()
         else:
-            best = scores.argmax(dim=1, keepdim=True)
-            hits = torch.zeros_like(scores).scatter_(1, best, 1.0)
-            sure, right = scores.gather(1, best), labels.gather(1, best)
-        pairs = {"probability": (scores, labels), "hit": (hits, labels), "confidence": (sure, right)}
+            hits = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
+        scaled, right = self._confidence(self.probabilities(logits, self.temperature).mean(dim=0, keepdim=True), labels)
+        pairs = {
+            "probability": (scores, labels),
+            "hit": (hits, labels),
+            "confidence": self._confidence(scores, labels),
+            "scaled": (scaled, torch.full_like(right, math.nan) if self.temperature is None else right),
+        }
         return {name: torch.stack(pair, dim=-1) for name, pair in pairs.items()}
+
+    def _confidence(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (1, K) that are to come true, and whether they do: of the likeliest class, or of every one."""
+        if self.config.multi_label:
+            return scores, labels
+        best = scores.argmax(dim=1, keepdim=True)
+        return scores.gather(1, best), labels.gather(1, best)
+
+    # A temperature at each site ---------------------------------------------------------------------------------------
+
+    def calibration(self, model: nn.Module, batches: Iterable[tuple[int, DiagnosedBatch]]) -> float | None:
+        """See `wardround.tasks.task.Calibrated`."""
+        logits, labels = [], []
+        for _, batch in batches:
+            logits.append(on_host(self.logits(model, batch)).astype(np.float64))
+            labels.append(on_host(batch.labels.amax(dim=0)).astype(np.float64))
+        return fitted(logits, np.array(labels), multi_label=self.config.multi_label)
+
+    def calibrated(self, temperature: float) -> Classification:
+        """See `wardround.tasks.task.Calibrated`."""
+        task = copy(self)
+        task.temperature = temperature
+        return task
+
+    # What a report shows ----------------------------------------------------------------------------------------------
+
+    def charts(self, rows: Mapping[str, Floats]) -> Charts:
+        """See `wardround.tasks.task.Charted`; without a matrix of classes where a patient can have several."""
+        called = rows["balanced_accuracy"]
+        known = ~np.isnan(called).any(axis=(1, 2, 3))
+        return Charts(
+            confusion=None if self.config.multi_label else confusion(called[known], self.config.classes),
+            before=reliability(np.nansum(rows["ece"], axis=0)),
+            after=reliability(np.nansum(rows["ece_scaled"], axis=0)),
+        )
+
+    @property
+    def legend(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+        """None: nothing is drawn into the images."""
+        return ()
+
+    def merit(self, rows: Mapping[str, Floats]) -> Floats:
+        """The mean over classes of the probability of what is true, the class or its absence."""
+        counts = rows["auroc"]
+        centres = (np.arange(counts.shape[-1]) + 0.5) / counts.shape[-1]
+        right = (counts[:, :, 1] @ centres + counts[:, :, 0] @ (1.0 - centres)).mean(axis=1)
+        return np.asarray(right)
+
+    def pictured(self, dataset: Dataset, places: Sequence[int]) -> Iterator[DiagnosedBatch]:
+        """See `wardround.tasks.task.Illustrated`."""
+        assert isinstance(dataset, DiagnosedDataset)
+        yield from (dataset.tested(place) for place in places)
+
+    def illustrate(self, model: nn.Module | None, batch: DiagnosedBatch) -> Illustration:
+        """The patient's first image; below it the classes, those that a network finds with their probabilities."""
+        labels = on_host(batch.labels.amax(dim=0))
+        if model is None:
+            found = [name for name, has in zip(self.config.classes, labels, strict=True) if has]
+        else:
+            scores = on_host(self.probabilities(self.logits(model, batch)).mean(dim=0))
+            named = [k for k in range(len(scores)) if scores[k] > 0.5] if self.config.multi_label else [scores.argmax()]
+            found = [f"{self.config.classes[k]} {scores[k]:.2f}" for k in named]
+        image = on_host(batch.images[0])
+        return Illustration(coloured(image[..., image.shape[-1] // 2] if image.ndim == 4 else image), ", ".join(found))
+
+    # A clinic's images -----------------------------------------------------------------------------------------------
+
+    def patterns(self) -> Patterns:
+        """See `wardround.tasks.task.Predicts`."""
+        return self._patterns(self.config.images, self.config.table)
+
+    def input_shape(self) -> tuple[int, ...]:
+        """See `wardround.tasks.task.Predicts`."""
+        return (self.config.channels, *self.config.size)
+
+    def predict(self, model: nn.Module, image: LabelledImage) -> Probabilities:
+        """How likely each class is of an image. Raises DataError for one that the network cannot see."""
+        check_shape(image, self.config, "")
+        pixels = resampled(scaled(image.channels, scales_of(image.channels)), self.config.size)[None]
+        nothing = pixels.new_zeros(1, len(self.config.classes))
+        found = self.probabilities(self.logits(model, DiagnosedBatch(pixels, nothing, nothing)), self.temperature)
+        values = on_host(found)[0].astype(np.float64)
+        return Probabilities(self.config.classes, values, not self.config.multi_label)
 
 
 def sensitivity(counts: Floats) -> Floats:
@@ -232,13 +352,15 @@ def classification_metrics(classes: Sequence[str], multi_label: bool = False) ->
         return MetricSpec(name, 0.0, 1.0, 1e-4, larger, label, "", 0.005, definition, True, kind, source)
 
     area = "share of pairs of a patient with and one without the class in which the former has the higher probability"
+    apart = "expected difference of the likeliest class's probability and the share in whom it is right, in 10 bins"
     called = "share of the class's patients in whom it is the likeliest class"
     macro = (
         spec("auroc", "AUROC", f"{area}; mean of the classes", scores(auroc), "probability"),
         spec("balanced_accuracy", "Balanced accuracy", f"{called}; mean of the classes", hits(sensitivity), "hit"),
         spec("auprc", "AUPRC", "average precision, mean of the classes", scores(average_precision), "probability"),
-        spec("ece", "Calibration error", "expected difference of the likeliest class's probability and the share in "
-             "whom it is right, in 10 bins", sure(calibration_error), "confidence", larger=False),
+        spec("ece", "Calibration error", apart, sure(calibration_error), "confidence", larger=False),
+        spec("ece_scaled", "Calibration error after scaling", f"{apart}; of logits over the temperature that each site "
+             "fits to its own validation patients", sure(calibration_error), "scaled", larger=False),
     )  # fmt: skip
     by_class = [
         part

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -20,9 +19,6 @@ from wardround.imaging.acquisition.ct.geometry import check_geometry
 from wardround.imaging.acquisition.ct.operator import matrix_limit
 from wardround.imaging.acquisition.ct.simulate import REFINEMENT, CTSimulator
 from wardround.imaging.acquisition.ct.system import CTSystem
-from wardround.imaging.acquisition.operator import LinearOperator
-from wardround.imaging.acquisition.solvers import tv, weighted_tv
-from wardround.imaging.acquisition.wrapped import Prompted
 from wardround.imaging.datasets.ct import CTFolder, CTIndex, Grid
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
 from wardround.imaging.datasets.mri import SPLITS, Example
@@ -33,82 +29,13 @@ from wardround.study import tasks as tasks_config
 from wardround.study.ct import CTAcquisition
 from wardround.study.protocols import HeaderFacts
 from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows
-from wardround.tasks.reconstruction import ReconstructionDataset, ReconstructionTask, weight_of
+from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionDataset, ReconstructionTask
+from wardround.tasks.scans import Scans as CTScans
+from wardround.tasks.scans import ScansBatch as CTBatch
 from wardround.tasks.task import MetricSpec, Source, Split, Window
 from wardround.wire.random import public_generator
 
-NO_EMBEDDINGS: Mapping[str, Path] = MappingProxyType({})
-TV_PENALTY = 0.4  # see `wardround.imaging.acquisition.solvers.tv`
 _PICTURES = 2
-
-
-@dataclass(frozen=True, eq=False)
-class CTScans:
-    """Slices of one scanner: data (B, views, bins) of `operator`; target (attenuation relative to water) and body
-    (1 inside), each float32 (B, H, W); prompt (B, tokens, dimension) where the network takes one and the site has it.
-    """
-
-    operator: CTSystem
-    data: Tensor
-    target: Tensor
-    body: Tensor
-    prompt: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.target.shape[0]
-
-    def alone(self, i: int) -> CTScans:
-        """The i-th slice by itself."""
-        here = slice(i, i + 1)
-        prompt = None if self.prompt is None else self.prompt[here]
-        return CTScans(self.operator, self.data[here], self.target[here], self.body[here], prompt)
-
-    @property
-    def prompted(self) -> LinearOperator:
-        """The operator as a network sees it: with the prompt."""
-        return self.operator if self.prompt is None else Prompted(self.operator, self.prompt)
-
-    def joins(self, other: CTScans) -> bool:
-        """Whether both are of one scanner and, if prompted, have as many tokens: one part can hold them."""
-        shapes = [None if scans.prompt is None else scans.prompt.shape[1:] for scans in (self, other)]
-        return self.operator is other.operator and shapes[0] == shapes[1]
-
-
-@dataclass(frozen=True, eq=False)
-class CTBatch:
-    """Slices of one scanner or several, whose sinograms differ in shape: one part for each run of one scanner."""
-
-    parts: tuple[CTScans, ...]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    @cached_property
-    def target(self) -> Tensor:
-        """What was scanned, attenuation relative to water: float32 (B, H, W)."""
-        return torch.cat([part.target for part in self.parts])
-
-    @cached_property
-    def body(self) -> Tensor:
-        """1 inside the body: float32 (B, H, W)."""
-        return torch.cat([part.body for part in self.parts])
-
-    @classmethod
-    def joined(cls, batches: Sequence[CTBatch]) -> CTBatch:
-        """One batch of all slices, in order; neighbours of one scanner become one part."""
-        runs: list[list[CTScans]] = []
-        for part in (part for batch in batches for part in batch.parts):
-            if runs and runs[-1][0].joins(part):
-                runs[-1].append(part)
-            else:
-                runs.append([part])
-        return cls(tuple(run[0] if len(run) == 1 else _one_part(run) for run in runs))
-
-
-def _one_part(parts: Sequence[CTScans]) -> CTScans:
-    data, target, body = (torch.cat([getattr(p, name) for p in parts]) for name in ("data", "target", "body"))
-    prompts = [part.prompt for part in parts if part.prompt is not None]
-    return CTScans(parts[0].operator, data, target, body, torch.cat(prompts) if prompts else None)
 
 
 class Scanner:
@@ -266,8 +193,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
     """
 
     def __init__(self, study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> None:
-        super().__init__(study)
-        self._embeddings = dict(embeddings)
+        super().__init__(study, embeddings)
         self._scanners: dict[str, Scanner] = {}
         for site in study.sites:
             self.scanner(site)
@@ -339,8 +265,7 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
 
     def images(self, model: nn.Module, batch: CTBatch) -> Tensor:
         """The model's reconstruction (B, H, W), scanner by scanner."""
-        images: list[Tensor] = [model(part.prompted, part.data) for part in batch.parts]
-        return torch.cat(images)
+        return batch.images(model)
 
     def reconstruct(self, model: nn.Module, batch: CTBatch) -> Tensor:
         """Attenuation (B, H, W), at least 0, in evaluation mode and without gradients."""
@@ -354,35 +279,10 @@ class CTReconstruction(ReconstructionTask[CTBatch]):
         """All metrics of images in attenuation relative to water (B, H, W): name -> (B,)."""
         return ct_scores(images, batch.target, batch.body)
 
-    def baseline(self, name: str, parameter: float | None, batch: CTBatch) -> Tensor:
-        """Attenuation (B, H, W), at least 0, by a method that learns nothing; `parameter` is its weight, if any."""
-        with torch.no_grad():
-            return torch.cat([_baseline(name, parameter, part) for part in batch.parts]).clamp_min(0.0)
-
-    def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
-        """The weights among which validation patients choose; (None,) where there is nothing to choose."""
-        match name:
-            case "fbp":
-                return (None,)
-            case "tv" | "weighted_tv":
-                return self.config.evaluation.tv_weights_for("ct")
-        raise _unknown_baseline(name)
+    def classical(self, method: Method, batch: CTBatch) -> Tensor:
+        """Attenuation (B, H, W), at least 0."""
+        return batch.images(method).clamp_min(0.0)
 
     @property
     def _shown(self) -> int:
         return _PICTURES
-
-
-def _baseline(name: str, parameter: float | None, part: CTScans) -> Tensor:
-    match name:
-        case "fbp":
-            return part.operator.initial(part.data)
-        case "tv":
-            return tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=TV_PENALTY)
-        case "weighted_tv":
-            return weighted_tv(part.operator, part.data, weight_of(name, parameter), penalty_factor=TV_PENALTY)
-    raise _unknown_baseline(name)
-
-
-def _unknown_baseline(name: str) -> StudyError:
-    return StudyError(f"there is no baseline {name!r} for CT; choose fbp, tv or weighted_tv")

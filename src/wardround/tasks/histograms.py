@@ -51,7 +51,7 @@ def reliability(counts: Floats, groups: int = 10) -> Reliability:
 
     A score counts as the centre of its bin. Raises ValueError where the bins do not divide into the groups.
     """
-    expected, true, count = _grouped(counts, groups)
+    expected, true, count = grouped(counts, groups)
     return Reliability(_divided(expected, count), _divided(true, count), count)
 
 
@@ -61,21 +61,26 @@ def calibration_error(counts: Floats, groups: int = 10) -> Floats:
     sum n_g / N |frequency_g - confidence_g| (Naeini et al., AAAI 2015), within 1 / (2 bins) of the error of the scores
     themselves. NaN without examples. Raises ValueError as `reliability` does.
     """
-    expected, true, count = _grouped(counts, groups)
+    expected, true, count = grouped(counts, groups)
     return _divided(np.abs(true - expected).sum(axis=-1), count.sum(axis=-1))
 
 
-def _grouped(counts: Floats, groups: int) -> tuple[Floats, Floats, Floats]:
+def grouped(counts: Floats, groups: int) -> tuple[Floats, Floats, Floats]:
+    """Of a reliability diagram the sums that add over sites, each (..., classes, groups): of scores (a score counts as
+    the centre of its bin), of examples with the class, and of all examples.
+
+    Raises ValueError where the bins do not divide into the groups.
+    """
     bins = counts.shape[-1]
     if groups < 1 or bins % groups:
         raise ValueError(f"{bins} bins do not divide into {groups} groups of equal width")
     centres = (np.arange(bins) + 0.5) / bins
     every = counts.sum(axis=-2)
 
-    def grouped(values: Floats) -> Floats:
+    def summed(values: Floats) -> Floats:
         return np.asarray(values.reshape(*values.shape[:-1], groups, bins // groups).sum(axis=-1))
 
-    return grouped(every * centres), grouped(counts[..., 1, :]), grouped(every)
+    return summed(every * centres), summed(counts[..., 1, :]), summed(every)
 
 
 def _divided(above: Floats, below: Floats) -> Floats:

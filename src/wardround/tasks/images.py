@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from wardround.errors import DataError
 from wardround.imaging.datasets.memory import ScanCache
 from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.orientation import Turn, turn_for
-from wardround.imaging.readers.cases import Case, Patterns, Reader, find_cases
-from wardround.imaging.readers.labelled import LabelledImage, read_case
+from wardround.imaging.readers.aside import Aside, refuse
+from wardround.imaging.readers.cases import Case, Patterns, Reader, sort_cases
+from wardround.imaging.readers.labelled import LabelledImage, read_image
 from wardround.study.images import CaseTable, ImageSettings
 from wardround.study.plugins import NO_PLUGINS
 from wardround.tasks.augmentation import Augmentation, standard
@@ -33,19 +36,77 @@ _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 CONTENT = 0.05
 
 
-class PatientImages:
-    """The images of a site's patients, read when asked for and kept as far as memory goes."""
+# Stops a site that must set too many patients aside: called once with the site, how many it has, and who is.
+Quarantine = Callable[[str, int, Sequence[Aside]], None]
 
-    def __init__(
-        self, site: str, cases: Cases, split: Mapping[Split, Sequence[int]], scales: Scales | None = None
-    ) -> None:
-        self.site = site
-        self._names = tuple(cases)
-        self._cases = tuple(tuple(of_patient) for of_patient in cases.values())
-        self._split = split
+
+@dataclass(frozen=True)
+class SitePatients:
+    """A site's patients: all names in order, the images of those that can be used, who is in which part, who is aside.
+
+    Who cannot be used is dealt out as the others are, so that no other changes places when their files are mended.
+    """
+
+    site: str
+    names: tuple[str, ...]
+    cases: Cases
+    split: Mapping[Split, Sequence[int]]
+    aside: tuple[Aside, ...]
+    quarantine: Quarantine
+
+
+class PatientImages:
+    """The images of a site's patients, all read when the set is made, and kept as far as memory goes.
+
+    A patient whose images cannot be read or used, as `_examined` finds, is set aside. Raises DataError where those are
+    too many for the site, and where none is left to train of those that should.
+    """
+
+    def __init__(self, patients: SitePatients, scales: Scales | None = None) -> None:
+        self.site = patients.site
+        self._names = patients.names
+        self._cases = tuple(tuple(patients.cases.get(name, ())) for name in patients.names)
         self._cache = ScanCache[LabelledImage](_CACHE_BYTES)
         self._scales_of = scales_of if scales is None else scales
         self._scales: dict[tuple[int, int], tuple[Scale | None, ...]] = {}
+        self._split = patients.split
+        # Whom no part has is of another site that shares the folder.
+        dealt = {self._names[patient] for part in patients.split.values() for patient in part}
+        incomplete = (one for one in patients.aside if not one.patient or one.patient in dealt)
+        aside = (*incomplete, *self._examine(dealt))
+        total = len(dealt) + sum(not one.patient for one in aside)
+        patients.quarantine(self.site, total, aside)
+        out = {one.patient for one in aside}
+        self._split = {
+            part: tuple(patient for patient in patients.split[part] if self._names[patient] not in out)
+            for part in _SPLITS
+        }
+        self._aside = {part: len(patients.split[part]) - len(self._split[part]) for part in _SPLITS}
+        self._unknown = sum(not one.patient for one in aside)
+        if patients.split["train"] and not self._split["train"]:
+            raise DataError(f"site {self.site}: no patient is left to train, after those that cannot be used")
+
+    def _examine(self, dealt: Set[str]) -> list[Aside]:
+        found = []
+        for patient, of_patient in enumerate(self._cases):
+            for number, case in enumerate(of_patient if self._names[patient] in dealt else ()):
+                try:
+                    self._examined(patient, number, self._read(patient, number), case)
+                except DataError as error:
+                    found.append(Aside(self._names[patient], str(error), error.detail))
+                    break
+        return found
+
+    def _examined(self, patient: int, number: int, image: LabelledImage, case: Case) -> None:
+        """Look at an image once; raises DataError, whose message names no patient, for one that cannot be used."""
+
+    def set_aside(self) -> dict[Split, int]:
+        """How many patients of each part are set aside; see `wardround.tasks.task.SetsAside`."""
+        return dict(self._aside)
+
+    def set_aside_unknown(self) -> int:
+        """How many images or rows are set aside of which it is not known whose they are."""
+        return self._unknown
 
     def patients(self, split: Split) -> int:
         """Number of patients in a split."""
@@ -56,7 +117,7 @@ class PatientImages:
         return tuple(self._names[patient] for patient in self._split[split])
 
     def _read(self, patient: int, number: int) -> LabelledImage:
-        return self._cache.get((patient, number), lambda: read_case(self._cases[patient][number], self.site))
+        return self._cache.get((patient, number), lambda: read_image(self._cases[patient][number]))
 
     def _normalised(self, patient: int, number: int, part: int | None = None) -> Tensor:
         """The channels of an image, or of its slice `part`, each on the scale of the whole image."""
@@ -70,18 +131,19 @@ class PatientImages:
         affine = self._read(patient, number).space.affine
         return None if affine is None or np.array_equal(affine, np.eye(4)) else turn_for(np.eye(4))
 
-    def _hashed(self, digests: Sequence[str], **rules: Any) -> str:
+    def _hashed(self, digests: Mapping[int, str], **rules: Any) -> str:
         """Sha256 (hex) over every patient's digest by split, and over the rules that make examples of them."""
         seen = {name: sorted(digests[patient] for patient in self._split[name]) for name in _SPLITS}
         return hashlib.sha256(canonical_json({"patients": seen, **rules})).hexdigest()
 
 
 class ImageTask(Generic[SettingsT]):
-    """A study's task of images; see `wardround.tasks.task.Task`."""
+    """A study's task of images; see `wardround.tasks.task.Task`. By itself it refuses patients who cannot be used."""
 
     def __init__(self, study: Study, config: SettingsT) -> None:
         self.study, self.config = study, config
         self._deal: Deal = by_seed
+        self._quarantine: Quarantine = refuse
         self._readers: Callable[[str], Mapping[str, Reader]] = NO_PLUGINS.readers
         chain = self._standard() if config.augment == "standard" else config.augment
         self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
@@ -98,13 +160,26 @@ class ImageTask(Generic[SettingsT]):
         """See `wardround.tasks.task.ReadsFiles`."""
         self._readers = readers
 
-    def _cases(
+    def set_aside_by(self, quarantine: Quarantine) -> None:
+        """See `wardround.tasks.task.SettingAside`."""
+        self._quarantine = quarantine
+
+    def _patients(
         self, site: str, source: Source, images: tuple[str, ...], mask: str | None, table: CaseTable | None
-    ) -> tuple[Cases, Mapping[Split, Sequence[int]]]:
+    ) -> SitePatients:
         """A site's images by patient, and who is in which part."""
-        cases = find_cases(source, site, Patterns(images, mask, table, self._readers(site)))
-        role = self.study.sites[site].role
-        return cases, self._deal(site, list(cases), self.config.split, self.study.seed, role)
+        found = sort_cases(source, site, Patterns(images, mask, table, self._readers(site)))
+        names = tuple(sorted({*found.cases, *(one.patient for one in found.aside if one.patient)}))
+        if not found.cases:
+            self._quarantine(site, len(found.aside), found.aside)
+            raise DataError(f"site {site} has no patient who can be used")
+        split = self._deal(site, names, self.config.split, self.study.seed, self.study.sites[site].role)
+        return SitePatients(site, names, found.cases, split, found.aside, self._quarantine)
+
+    def _patterns(self, images: tuple[str, ...], table: CaseTable | None) -> Patterns:
+        """How the files of images without masks or labels are named."""
+        whose = None if table is None else CaseTable(file=table.file, id=table.id, patient=table.patient)
+        return Patterns(images, None, whose, self._readers(""))
 
     def _network(self, channels: int, outputs: int) -> nn.Module:
         """The study's model; one that does not serve the task was refused with the study."""

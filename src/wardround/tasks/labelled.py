@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from wardround.errors import DataError
 from wardround.imaging.readers.cases import Case
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.tasks.augmentation import Augmentation
-from wardround.tasks.images import CONTENT, Cases, PatientImages, peaks_of, resampled
+from wardround.tasks.images import CONTENT, PatientImages, SitePatients, peaks_of, resampled
 from wardround.tasks.task import Split
 
 Structures = Mapping[str, tuple[int, ...] | None]
@@ -63,6 +63,7 @@ class LabelledBatch:
 class Sampling:
     """How examples are made of images: see `wardround.tasks.segmentation.SegmentationTask`."""
 
+    channels: int
     dimensions: int
     patch: tuple[int, ...]
     resize: tuple[int, ...] | None
@@ -75,16 +76,13 @@ class Sampling:
 class LabelledDataset(PatientImages):
     """One site's images and masks; see `wardround.tasks.task.Dataset`.
 
-    Every image is read when the set is made, so that one that cannot be used does not stop a run at its end. With
-    `magnitudes`, channels are on the scale of their maximum, and negative values are refused; else they are normalised.
-    Raises DataError.
+    With `magnitudes`, channels are on the scale of their maximum, and negative values are refused; else they are
+    normalised. See `wardround.tasks.images.PatientImages` for patients who cannot be used. Raises DataError.
     """
 
     def __init__(
         self,
-        site: str,
-        cases: Cases,
-        split: Mapping[Split, Sequence[int]],
+        patients: SitePatients,
         structures: Structures,
         known: Sequence[bool],
         sampling: Sampling,
@@ -93,29 +91,20 @@ class LabelledDataset(PatientImages):
         physical: bool,
         magnitudes: bool = False,
     ) -> None:
-        super().__init__(site, cases, split, peaks_of if magnitudes else None)
         self._structures = structures
         self._known = torch.tensor(known, dtype=torch.float32)
         self._sampling = sampling
         self._augmentation = augmentation
         self._physical = physical
         self._magnitudes = magnitudes
-        digests: list[str] = []
-        training = frozenset(split["train"])
-        examples: list[Example] = []
-        for patient, of_patient in enumerate(self._cases):
-            digest = hashlib.sha256()
-            for number in range(len(of_patient)):
-                image = self._read(patient, number)
-                self._check(image, of_patient[number])
-                digest.update(_digest(image))
-                if patient in training:
-                    examples += self._parts(image, patient, number)
-            digests.append(digest.hexdigest())
-        self._digests = tuple(digests)
-        self._train = tuple(examples)
-        if training and not examples:
-            raise DataError(f"site {site}: no training image has anything to see; see `task.images`")
+        self._training = frozenset(patients.split["train"])
+        self._content: dict[int, Any] = {}
+        self._found: dict[int, list[Example]] = {}
+        super().__init__(patients, peaks_of if magnitudes else None)
+        self._digests = {patient: found.hexdigest() for patient, found in self._content.items()}
+        self._train = tuple(example for patient in self._split["train"] for example in self._found[patient])
+        if self._split["train"] and not self._train:
+            raise DataError(f"site {self.site}: no training image has anything to see; see `task.images`")
 
     # What a federation sees ------------------------------------------------------------------------------------------
 
@@ -141,28 +130,35 @@ class LabelledDataset(PatientImages):
             for number in range(len(self._cases[patient])):
                 yield patient, self._whole(patient, number)
 
+    def tested(self, place: int) -> LabelledBatch:
+        """The first image of the test patient at a place in the order of `evaluation`."""
+        return self._whole(self._split["test"][place], 0)
+
     # Images ----------------------------------------------------------------------------------------------------------
 
+    def _examined(self, patient: int, number: int, image: LabelledImage, case: Case) -> None:
+        self._check(image, case)
+        self._content.setdefault(patient, hashlib.sha256()).update(_digest(image))
+        if patient in self._training:
+            self._found.setdefault(patient, []).extend(self._parts(image, patient, number))
+
     def _check(self, image: LabelledImage, case: Case) -> None:
-        where, shape, place = f"site {self.site}", image.channels.shape[1:], str(case.images[0])
-        if self._sampling.dimensions == 3 and len(shape) != 3:
-            raise DataError(f"{where}: task.dimensions is 3, and an image is a picture of 2", detail=place)
+        place = str(case.images[0])
+        check_image(image, self._sampling, place)
         if self._physical and image.space.spacing is None:
             raise DataError(
-                f"{where}: a picture says nothing of the size of its pixels; set task.distances: pixels", detail=place
+                "a picture says nothing of the size of its pixels; set task.distances: pixels", detail=place
             )
-        if self._sampling.spacing is not None and image.space.spacing is None:
-            raise DataError(f"{where}: task.spacing needs images that say how large their voxels are", detail=place)
         if image.labels is None:
-            raise DataError(f"{where}: an image has no mask; see task.mask", detail=place)
+            raise DataError("an image has no mask; see task.mask", detail=place)
         if self._magnitudes:
-            _check_magnitudes(image, where, place)
+            _check_magnitudes(image, place)
         if any(values is None for values in self._structures.values()):
             return
         declared = {0} | {value for values in self._structures.values() for value in values or ()}
         if foreign := sorted({int(value) for value in np.unique(image.labels)} - declared):
             raise DataError(
-                f"{where}: a mask holds the value {foreign[0]}, which task.structures does not list; add it, or 0 it",
+                f"a mask holds the value {foreign[0]}, which task.structures does not list; add it, or 0 it",
                 detail=str(case.mask),
             )
 
@@ -183,21 +179,9 @@ class LabelledDataset(PatientImages):
         assert labels is not None
         return np.stack([labels != 0 if v is None else np.isin(labels, v) for v in self._structures.values()])
 
-    def _grid(self, image: LabelledImage) -> tuple[int, ...]:
-        """The shape of what the network sees of an image."""
-        shape, sampling = image.channels.shape[1:], self._sampling
-        if sampling.resize is not None:
-            return (*sampling.resize, *shape[2:])
-        if sampling.spacing is not None:
-            assert image.space.spacing is not None
-            pairs = zip(shape, image.space.spacing, sampling.spacing, strict=False)
-            scaled = tuple(max(1, round(n * mine / wanted)) for n, mine, wanted in pairs)
-            return (*scaled, *shape[len(scaled) :])
-        return shape
-
     def _example(self, example: Example, random: np.random.Generator) -> LabelledBatch:
         image = self._read(example.patient, example.case)
-        labels, grid, part = image.labels, self._grid(image), None
+        labels, grid, part = image.labels, grid_of(image, self._sampling), None
         assert labels is not None
         if self._sampling.dimensions == 2 and labels.ndim == 3:
             labels, grid, part = labels[..., example.part], grid[:2], example.part
@@ -235,23 +219,57 @@ class LabelledDataset(PatientImages):
         image, channels = self._read(patient, number), self._normalised(patient, number)
         masks = torch.from_numpy(self._masks(image.labels).astype(np.float32))
         spacing = image.space.spacing if self._physical and image.space.spacing else (1.0,) * (masks.ndim - 1)
-        grid = self._grid(image)
+        channels = whole_image(image, channels, self._sampling)
         if self._sampling.dimensions == 2 and masks.ndim == 4:
             # Slices become the examples of a batch.
-            channels = resampled(channels.permute(3, 0, 1, 2), grid[:2])
             masks, spacing = masks.permute(3, 0, 1, 2), (spacing[2], *spacing[:2])
         else:
-            channels, masks = resampled(channels, grid)[None], masks[None]
+            masks = masks[None]
         known = self._known.expand(len(channels), -1)
-        return LabelledBatch(channels.contiguous(), masks.contiguous(), known, spacing)
+        return LabelledBatch(channels, masks.contiguous(), known, spacing)
 
 
-def _check_magnitudes(image: LabelledImage, where: str, place: str) -> None:
+def check_image(image: LabelledImage, sampling: Sampling, place: str) -> None:
+    """Raises DataError, with `place` as its detail, for an image that the task's network cannot see."""
+    shape = image.channels.shape[1:]
+    if len(image.channels) != sampling.channels:
+        raise DataError(
+            f"an image has {len(image.channels)} channels, and the study's have {sampling.channels} (task.channels)",
+            detail=place,
+        )
+    if sampling.dimensions == 3 and len(shape) != 3:
+        raise DataError("task.dimensions is 3, and an image is a picture of 2", detail=place)
+    if sampling.spacing is not None and image.space.spacing is None:
+        raise DataError("task.spacing needs images that say how large their voxels are", detail=place)
+
+
+def grid_of(image: LabelledImage, sampling: Sampling) -> tuple[int, ...]:
+    """The shape of what the network sees of an image."""
+    shape = image.channels.shape[1:]
+    if sampling.resize is not None:
+        return (*sampling.resize, *shape[2:])
+    if sampling.spacing is not None:
+        assert image.space.spacing is not None
+        pairs = zip(shape, image.space.spacing, sampling.spacing, strict=False)
+        scaled = tuple(max(1, round(n * mine / wanted)) for n, mine, wanted in pairs)
+        return (*scaled, *shape[len(scaled) :])
+    return shape
+
+
+def whole_image(image: LabelledImage, channels: Tensor, sampling: Sampling) -> Tensor:
+    """Normalised channels (C, *shape) of an image as a batch on the network's grid; in 2-D a slice an example."""
+    grid = grid_of(image, sampling)
+    if sampling.dimensions == 2 and channels.ndim == 4:
+        return resampled(channels.permute(3, 0, 1, 2), grid[:2]).contiguous()
+    return resampled(channels, grid)[None].contiguous()
+
+
+def _check_magnitudes(image: LabelledImage, place: str) -> None:
     for channel in image.channels:
         low, high = float(channel.min()), float(channel.max())
         if high <= 0.0 or low < -_UNDERSHOOT * high:
             raise DataError(
-                f"{where}: a channel has negative values, or none above 0, so it is no magnitude image, of which a "
+                "a channel has negative values, or none above 0, so it is no magnitude image, of which a "
                 "scan could be simulated; store magnitudes, or leave the patient out",
                 detail=f"{place}: {low:g} to {high:g}",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,16 +15,15 @@ from torch import Tensor, nn
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
-from wardround.imaging.acquisition.solvers import cg_sense, tv, zero_filled
-from wardround.imaging.acquisition.wrapped import RealImage
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
 from wardround.imaging.datasets.mri import Example, SliceIndex
 from wardround.imaging.datasets.visits import Index, Visits
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.study import MRIAcquisition, schema
 from wardround.study import tasks as tasks_config
+from wardround.study.baselines import Baseline
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, reconstruction_scores
-from wardround.tasks.reconstruction import ReconstructionDataset, ReconstructionTask, weight_of
+from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionDataset, ReconstructionTask
 from wardround.tasks.task import MetricSpec, Source, Window
 
 
@@ -115,12 +115,17 @@ class MRIReconstruction(ReconstructionTask[MRIBatch]):
     Raises StudyError for tiny images, and for a real model or baseline where the coil maps do not carry the phase.
     """
 
-    def __init__(self, study: schema.Study) -> None:
-        super().__init__(study)
+    def __init__(self, study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> None:
+        super().__init__(study, embeddings)
         if study.model.real_images:
             require_estimated_maps(study, "model.image: real")
-        if "tv_real" in study.baselines:
-            require_estimated_maps(study, "the baseline tv_real")
+
+    def compare_with(self, baselines: Mapping[str, Baseline]) -> None:
+        """Raises StudyError for one of real images where the coil maps do not carry the phase."""
+        super().compare_with(baselines)
+        for name, found in baselines.items():
+            if found.real_images:
+                require_estimated_maps(self.study, f"the baseline {name}")
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -172,30 +177,9 @@ class MRIReconstruction(ReconstructionTask[MRIBatch]):
         """All metrics of magnitude images (B, H, W), from whatever method: name -> (B,)."""
         return reconstruction_scores(images, batch.target, batch.head)
 
-    def baseline(self, name: str, parameter: float | None, batch: MRIBatch) -> Tensor:
-        """Magnitude images (B, H, W) of a method that learns nothing; `parameter` is its weight, if any."""
-        with torch.no_grad():
-            match name:
-                case "zero_filled":
-                    return zero_filled(batch.operator, batch.kspace).abs()
-                case "cg_sense":
-                    return cg_sense(batch.operator, batch.kspace, weight_of(name, parameter)).abs()
-                case "tv":
-                    return tv(batch.operator, batch.kspace, weight_of(name, parameter)).abs()
-                case "tv_real":
-                    return tv(RealImage(batch.operator), batch.kspace, weight_of(name, parameter)).abs()
-        raise _unknown_baseline(name)
-
-    def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
-        """The weights among which validation patients choose; (None,) where there is nothing to choose."""
-        match name:
-            case "zero_filled":
-                return (None,)
-            case "cg_sense":
-                return self.config.evaluation.cg_weights
-            case "tv" | "tv_real":
-                return self.config.evaluation.tv_weights_for("mri")
-        raise _unknown_baseline(name)
+    def classical(self, method: Method, batch: MRIBatch) -> Tensor:
+        """Magnitude images (B, H, W)."""
+        return method(batch.operator, batch.kspace).abs()
 
 
 def require_estimated_maps(study: schema.Study, what: str) -> None:
@@ -208,7 +192,3 @@ def require_estimated_maps(study: schema.Study, what: str) -> None:
                 f"{what} needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
                 f"with acquisition.phase above 0; {remedy}, or set maps: estimated"
             )
-
-
-def _unknown_baseline(name: str) -> StudyError:
-    return StudyError(f"there is no baseline {name!r} for MRI; choose zero_filled, cg_sense, tv or tv_real")

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
+from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.datasets.mri import Example
 from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.datasets.visits import Index
@@ -20,10 +23,13 @@ from wardround.imaging.orientation import Turn
 from wardround.models.build import build_model
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
+from wardround.study.baselines import Baseline
+from wardround.study.registry import BASELINES, baseline, check_baseline
 from wardround.tasks.losses import build_loss
 from wardround.tasks.metrics import SSIM_WINDOW
 from wardround.tasks.task import Dataset, MetricSpec, Source, Split, Window
 
+NO_EMBEDDINGS: Mapping[str, Path] = MappingProxyType({})
 _EVALUATION_BATCH = 8
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -41,6 +47,8 @@ class ScanBatch(Protocol):
 
 BatchT = TypeVar("BatchT", bound=ScanBatch)
 Joined = Callable[[Sequence[BatchT]], BatchT]
+# Images (B, H, W) of an operator's data (B, *data_shape).
+Method = Callable[[LinearOperator, Tensor], Tensor]
 
 
 class ReconstructionDataset(ABC, Generic[BatchT]):
@@ -174,7 +182,7 @@ class PooledDataset(Generic[BatchT]):
 class ReconstructionTask(ABC, Generic[BatchT]):
     """The reconstruction task of a study; see `wardround.tasks.task.Imaging`. Raises StudyError for tiny images."""
 
-    def __init__(self, study: schema.Study) -> None:
+    def __init__(self, study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> None:
         if not isinstance(study.task, tasks_config.ReconstructionTask):
             raise StudyError(f"task.kind is {study.task.kind!r}; a reconstruction needs `kind: reconstruction`")
         if min(study.task.size) < SSIM_WINDOW:
@@ -184,6 +192,8 @@ class ReconstructionTask(ABC, Generic[BatchT]):
             )
         self.config = study.task
         self.study = study
+        self._embeddings = dict(embeddings)
+        self.compare_with({name: baseline(name) for name in study.baselines if name in BASELINES})
         self._loss = build_loss(study.task.loss)
         self._deal: Deal = by_seed
         self._datasets: dict[tuple[str, Source], ReconstructionDataset[BatchT]] = {}
@@ -227,12 +237,36 @@ class ReconstructionTask(ABC, Generic[BatchT]):
         """All metrics of images (B, H, W), from whatever method: name -> (B,)."""
 
     @abstractmethod
-    def baseline(self, name: str, parameter: float | None, batch: BatchT) -> Tensor:
-        """Images (B, H, W) of a method that learns nothing; `parameter` is its weight, if any."""
+    def classical(self, method: Method, batch: BatchT) -> Tensor:
+        """Images (B, H, W) by `method`, as they are shown and scored: as those of `reconstruct`."""
 
-    @abstractmethod
+    def compare_with(self, baselines: Mapping[str, Baseline]) -> None:
+        """Take the study's baselines from these, by name; asked again with those of packages outside."""
+        self._outside = {name: found for name, found in baselines.items() if name not in BASELINES}
+
+    def baseline(self, name: str, parameter: float | None, batch: BatchT) -> Tensor:
+        """Images (B, H, W) of a method that learns nothing; `parameter` is its weight, if any.
+
+        Raises StudyError for a name that is none, ValueError where a weight is missing.
+        """
+        found = self._baseline(name)
+        if parameter is None and self.baseline_parameters(name) != (None,):
+            raise ValueError(f"the baseline {name} needs a weight")
+        with torch.no_grad():
+            return self.classical(lambda operator, data: found.reconstruct(operator, data, parameter), batch)
+
     def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
         """The weights among which validation patients choose; (None,) where there is nothing to choose."""
+        return self._baseline(name).parameters(self.config.evaluation, self.study.modality)
+
+    def _baseline(self, name: str) -> Baseline:
+        if name in self._outside:
+            return self._outside[name]
+        if name not in BASELINES:
+            raise StudyError(f"there is no baseline {name!r}; choose from {', '.join((*BASELINES, *self._outside))}")
+        found = baseline(name)
+        check_baseline(name, found, self.study.modality)
+        return found
 
     def build_model(self) -> nn.Module:
         """The study's network, initialised from torch's global generator."""
@@ -301,13 +335,6 @@ class ReconstructionTask(ABC, Generic[BatchT]):
     def _require(self, site: str) -> None:
         if site not in self.study.sites:
             raise StudyError(f"the study has no site {site!r}; it has {', '.join(self.study.sites)}")
-
-
-def weight_of(name: str, parameter: float | None) -> float:
-    """The weight of a baseline. Raises ValueError where there is none."""
-    if parameter is None:
-        raise ValueError(f"the baseline {name} needs a weight")
-    return parameter
 
 
 @contextmanager

@@ -6,20 +6,26 @@ its loss (partial labels).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from wardround.imaging.readers.cases import Patterns
+from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import DrawnSettings, OverlapLoss
-from wardround.tasks.images import ImageTask, resampled
-from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling
+from wardround.tasks.images import ImageTask, resampled, scaled, scales_of
+from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling, check_image, whole_image
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
+from wardround.tasks.overlays import DRAWN, MARKED, fullest, overlay, upright
+from wardround.tasks.predictions import Masks
 from wardround.tasks.reconstruction import PooledDataset, evaluating
-from wardround.tasks.task import Dataset, MetricSpec, Source
+from wardround.tasks.task import Dataset, Illustration, MetricSpec, Source
 from wardround.wire.host import on_host
 
 if TYPE_CHECKING:
@@ -81,24 +87,27 @@ class Segmentation(ImageTask[SegmentationTask]):
     def dataset(self, site: str, source: Source) -> LabelledDataset:
         """The images and masks of a site."""
         config = self.config
-        cases, split = self._cases(site, source, config.images, config.mask, config.table)
         return LabelledDataset(
-            site,
-            cases,
-            split,
+            self._patients(site, source, config.images, config.mask, config.table),
             config.values,
             config.drawn_at(site),
-            Sampling(
-                config.dimensions,
-                config.patch,
-                config.resize,
-                config.spacing,
-                config.patches_per_image,
-                config.empty_every,
-                config.foreground,
-            ),
+            self._sampling,
             self._augmentation,
             physical=config.distances == "mm",
+        )
+
+    @property
+    def _sampling(self) -> Sampling:
+        config = self.config
+        return Sampling(
+            config.channels,
+            config.dimensions,
+            config.patch,
+            config.resize,
+            config.spacing,
+            config.patches_per_image,
+            config.empty_every,
+            config.foreground,
         )
 
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
@@ -112,15 +121,18 @@ class Segmentation(ImageTask[SegmentationTask]):
 
     def logits(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
         """Logits (B, K, *shape of the masks) by windows of the size of a patch, in evaluation mode."""
+        return self._logits(model, batch.images, batch.masks.shape[2:])
+
+    def _logits(self, model: nn.Module, images: Tensor, shape: Sequence[int]) -> Tensor:
         # Late: MONAI takes seconds to import, and a process that only reads the study needs none of it.
         from monai.inferers import sliding_window_inference
 
-        weights = self._weights.to(batch.images.device)
+        weights = self._weights.to(images.device)
         with evaluating(model), torch.no_grad():
             found: Any = sliding_window_inference(
-                batch.images, self.config.patch, _WINDOWS, model, overlap=_OVERLAP, roi_weight_map=weights
+                images, self.config.patch, _WINDOWS, model, overlap=_OVERLAP, roi_weight_map=weights
             )
-        return resampled(found.float(), batch.masks.shape[2:])
+        return resampled(found.float(), shape)
 
     @cached_property
     def _weights(self) -> Tensor:
@@ -135,6 +147,71 @@ class Segmentation(ImageTask[SegmentationTask]):
         marked, drawn = as_one(self.logits(model, batch) > 0), as_one(batch.masks > 0.5)
         known = [bool(each) for each in on_host(batch.known[0]) > 0.5]
         return overlap_scores(marked, drawn, known, self.structures, batch.spacing)
+
+    # What a report shows ----------------------------------------------------------------------------------------------
+
+    @property
+    def legend(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+        """The colours of outlines."""
+        return ("drawn at the site", DRAWN), ("marked by the network", MARKED)
+
+    def merit(self, rows: Mapping[str, Any]) -> Any:
+        """The Dice of each patient."""
+        return rows[self.metrics[0].name]
+
+    def pictured(self, dataset: Dataset, places: Sequence[int]) -> Iterator[LabelledBatch]:
+        """See `wardround.tasks.task.Illustrated`; of a patient with several images the first."""
+        assert isinstance(dataset, LabelledDataset)
+        yield from (dataset.tested(place) for place in places)
+
+    def illustrate(self, model: nn.Module | None, batch: LabelledBatch) -> Illustration:
+        """Outlines in the first channel; of a volume, in the slice that shows most of what is drawn."""
+        volume, at = len(batch.spacing) == 3, None
+        if volume:
+            drawn = on_host(batch.masks) > 0.5
+            at = fullest(np.moveaxis(drawn, 0, -1) if self.config.dimensions == 2 else drawn[0])
+        if at is not None and self.config.dimensions == 2:
+            # The network sees the one slice that is shown.
+            batch = replace(batch, **{n: getattr(batch, n)[at : at + 1] for n in ("images", "masks", "known")})
+            at = None
+
+        def shown(part: Tensor) -> Any:
+            whole = on_host(part[0])
+            flat = whole if at is None else whole[..., at]
+            return upright(flat) if volume else flat
+
+        rows, columns = batch.spacing[-2:] if self.config.dimensions == 2 else batch.spacing[:2]
+        return Illustration(
+            overlay(
+                shown(resampled(batch.images[:, :1], batch.masks.shape[2:]))[0],
+                shown(batch.masks > 0.5),
+                None if model is None else shown(self.logits(model, batch) > 0),
+                (columns, rows) if volume else (rows, columns),
+            )
+        )
+
+    # A clinic's images -----------------------------------------------------------------------------------------------
+
+    def patterns(self) -> Patterns:
+        """See `wardround.tasks.task.Predicts`."""
+        return self._patterns(self.config.images, self.config.table)
+
+    def input_shape(self) -> tuple[int, ...]:
+        """See `wardround.tasks.task.Predicts`: a window's."""
+        return (self.config.channels, *self.config.patch)
+
+    def predict(self, model: nn.Module, image: LabelledImage) -> Masks:
+        """What the network outlines in an image, on the image's grid, where it is likelier than not.
+
+        Raises DataError for an image that the network cannot see.
+        """
+        check_image(image, self._sampling, "")
+        shape = image.channels.shape[1:]
+        channels = whole_image(image, scaled(image.channels, scales_of(image.channels)), self._sampling)
+        logits = self._logits(model, channels, shape[: self.config.dimensions])
+        slices = self.config.dimensions == 2 and len(shape) == 3
+        marked = (logits > 0).permute(1, 2, 3, 0) if slices else (logits > 0)[0]
+        return Masks(self.structures, on_host(marked.contiguous()).astype(bool))
 
 
 def as_one(masks: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Nothing here imports torch at run time, so that a coordinator can read metric sp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -15,11 +15,17 @@ from wardround.tasks.states import MEAN, Kind, PatientMean
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from wardround.imaging.datasets.split import Deal
     from wardround.imaging.orientation import Turn
+    from wardround.imaging.readers.aside import Aside
+    from wardround.imaging.readers.cases import Patterns
+    from wardround.imaging.readers.labelled import LabelledImage
     from wardround.study.protocols import HeaderFacts
+    from wardround.tasks.charts import Charts
+    from wardround.tasks.predictions import Prediction
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 # A site's data folders.
@@ -112,6 +118,19 @@ class Window:
     high: float
     unit: str = ""
     scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ReportPart:
+    """What a task adds to report and model card: a heading, a paragraph, and a table where it has a `head`.
+
+    All of it is plain text and numbers: markup is shown as it is. A cell that is `None` is a dash.
+    """
+
+    title: str
+    text: str = ""
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str | float | None]] = ()
 
 
 class Dataset(Protocol):
@@ -235,11 +254,64 @@ class Dealing(Protocol):
 
 
 @runtime_checkable
+class Reporting(Protocol):
+    """A task that says more of its results than their tables do."""
+
+    def report_parts(self, numbers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[ReportPart]:
+        """Parts of the report. `numbers`: arm -> site (or `mean`, `unseen`) -> metric -> value, as `result.json` has
+        them; what a site withholds is not there.
+        """
+        ...
+
+
+@runtime_checkable
 class ReadsFiles(Protocol):
     """A task that reads image files, those of readers outside included where a site allows them."""
 
     def read_by(self, readers: Callable[[str], Mapping[str, Any]]) -> None:
         """Take from `readers`, by site, what reads files of an ending (".raw")."""
+        ...
+
+
+@runtime_checkable
+class SettingAside(Protocol):
+    """A task that can go on without patients whose files cannot be used."""
+
+    def set_aside_by(self, quarantine: Callable[[str, int, Sequence[Aside]], None]) -> None:
+        """Let `quarantine` look at whom each data set sets aside: the site, how many patients it has, and who it is.
+
+        It raises `DataError` where those are too many. A task that is given none sets no patient aside.
+        """
+        ...
+
+
+@runtime_checkable
+class SetsAside(Protocol):
+    """A data set that may have gone on without some patients."""
+
+    def set_aside(self) -> Mapping[Split, int]:
+        """How many patients of each part cannot be used."""
+        ...
+
+    def set_aside_unknown(self) -> int:
+        """How many images or rows of a table cannot be used and do not say whose they are."""
+        ...
+
+
+@runtime_checkable
+class Predicts(Task, Protocol):
+    """A task whose released model a clinic applies to images of its own."""
+
+    def patterns(self) -> Patterns:
+        """How the files of an image are named, relative to a folder."""
+        ...
+
+    def input_shape(self) -> tuple[int, ...]:
+        """Channels and grid of one example of a batch, as the network sees it."""
+        ...
+
+    def predict(self, model: nn.Module, image: LabelledImage) -> Prediction:
+        """What the model says of one image; raises `DataError` for one that it cannot see."""
         ...
 
 
@@ -292,4 +364,59 @@ class Oriented(Protocol):
 
     def turns(self, dataset: Dataset) -> Iterator[Turn | None]:
         """How each of `Imaging.examples` is shown to people; None for as it is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """A picture for people, uint8 (H, W, 3), and what stands below it; it stays at the site."""
+
+    picture: NDArray[np.uint8]
+    caption: str = ""
+
+
+@runtime_checkable
+class Illustrated(Task, Protocol):
+    """A task that draws test patients itself, because its results are no images: outlines, classes."""
+
+    @property
+    def legend(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+        """What the colours in its pictures stand for: words and red, green, blue from 0 to 255."""
+        ...
+
+    def merit(self, rows: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """How well each test patient was served, (n,), larger is better, NaN where nothing says so.
+
+        `rows` are what patients add to each metric. The site shows its worst, its median and its best patient.
+        """
+        ...
+
+    def pictured(self, dataset: Dataset, places: Sequence[int]) -> Iterator[Batch]:
+        """What is drawn of the test patients at these places in the order of `evaluation`: a batch for each."""
+        ...
+
+    def illustrate(self, model: nn.Module | None, batch: Batch) -> Illustration:
+        """What the network found in such a batch, beside the truth; without a network the truth alone."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Task, Protocol):
+    """A task of probabilities, which each site scales by a temperature of its own before it tests a model."""
+
+    def calibration(self, model: nn.Module, batches: Iterable[tuple[int, Batch]]) -> float | None:
+        """The temperature that fits the model to validation patients (patient number, batch); None if none does."""
+        ...
+
+    def calibrated(self, temperature: float) -> Task:
+        """The same task, which scores with this temperature too."""
+        ...
+
+
+@runtime_checkable
+class Charted(Protocol):
+    """A task whose test patients make charts in the report of a run on one machine."""
+
+    def charts(self, rows: Mapping[str, NDArray[Any]]) -> Charts:
+        """Sums over the patients, from what each adds to each metric: name -> (n, *shape)."""
         ...

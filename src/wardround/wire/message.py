@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -41,6 +42,12 @@ class FileBody:
     path: Path
     nbytes: int
 
+    def with_bytes(self, small: HeldBody) -> FileBody:
+        """The body with the bytes that were written into its file: `held` reads no file in this process."""
+        body = replace(self)
+        body.__dict__["_held"] = small
+        return body
+
     @cached_property
     def _held(self) -> HeldBody:
         with self.path.open("rb") as file:
@@ -70,10 +77,22 @@ class HeldBody:
 
     data: bytes
 
+    @staticmethod
+    def of(chunks: Iterable[bytes | memoryview]) -> HeldBody:
+        """The body of these chunks."""
+        buffer = io.BytesIO()
+        for chunk in chunks:
+            buffer.write(chunk)
+        return HeldBody(buffer.getvalue())
+
     @property
     def nbytes(self) -> int:
         """Length in bytes."""
         return len(self.data)
+
+    def write(self, file: BinaryIO) -> tuple[int, str]:
+        """Write it to an open file; its length in bytes and its SHA-256."""
+        return file.write(self.data), self.sha256
 
     def chunks(self, offset: int = 0) -> Iterator[memoryview]:
         """The bytes from `offset` on, in one piece."""

@@ -9,17 +9,17 @@ image is. Names and paths stay at the site.
 from __future__ import annotations
 
 import csv
+import glob
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wardround.errors import DataError
+from wardround.imaging.readers.aside import Aside, place, refuse
 from wardround.study.images import CaseTable, LabelTable
-from wardround.wire.files import reason
+from wardround.wire.files import reason as reason_of
 
 ENDINGS = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg")
 # What reads a file of a package outside: channels (C, *shape), mm along each axis of the shape, and the affine from
@@ -41,14 +41,22 @@ class Case:
     readers: Mapping[str, Reader] = field(default_factory=dict, compare=False)
 
 
+class NothingMatches(DataError):
+    """A folder holds no file that the patterns name."""
+
+
 @dataclass(frozen=True)
 class Patterns:
-    """How a site's files are named; `readers` by ending (".raw") read what the package itself does not."""
+    """How a site's files are named; `readers` by ending (".raw") read what the package itself does not.
+
+    `only`: look for this patient and no other.
+    """
 
     images: tuple[str, ...]
     mask: str | None = None
     table: CaseTable | None = None
     readers: Mapping[str, Reader] = field(default_factory=dict, compare=False)
+    only: str | None = None
 
     @property
     def endings(self) -> tuple[str, ...]:
@@ -64,59 +72,100 @@ class Patterns:
 class _Found:
     images: dict[int, Path] = field(default_factory=dict)
     mask: Path | None = None
+    doubled: str = ""
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """A site's images by patient, both in the order of their names, and the patients who cannot be used."""
+
+    cases: dict[str, list[Case]]
+    aside: tuple[Aside, ...]
 
 
 def find_cases(source: Path | Sequence[Path], site: str, patterns: Patterns) -> dict[str, list[Case]]:
     """The images of a site by patient, both in the order of their names.
 
-    Raises DataError for a missing folder, for one where nothing matches, for a patient in two folders, for images that
-    lack a file, and for a table that does not fit its files; the message counts and never names a patient.
+    Raises DataError as `sort_cases` does, and where a patient would be set aside; the message never names one.
+    """
+    found = sort_cases(source, site, patterns)
+    refuse(site, len(found.cases) + len(found.aside), found.aside)
+    return found.cases
+
+
+def sort_cases(source: Path | Sequence[Path], site: str, patterns: Patterns) -> Sorted:
+    """The images of a site by patient, without the patients whose files are not complete or do not fit the table.
+
+    A patient is set aside as a whole. Raises DataError for a missing folder, for one where nothing matches, for a
+    patient in two folders, and for a table that cannot be read; the message counts and never names a patient.
     """
     folders = [source] if isinstance(source, Path) else list(source)
     cases: dict[str, list[Case]] = {}
+    aside: list[Aside] = []
     for folder in folders:
-        found = list(_in(folder, site, patterns))
+        found, without = _in(folder, site, patterns)
         doubled = {case.patient for case in found} & cases.keys()
         if doubled:
             raise DataError(
-                f"site {site}: {len(doubled)} patients are in two of its data folders; give each one folder",
+                f"{place(site)}{len(doubled)} patients are in two of its data folders; give each one folder",
                 detail=f"{folder}: {', '.join(sorted(doubled))}",
             )
         for case in sorted(found, key=lambda case: (case.patient, case.id)):
             cases.setdefault(case.patient, []).append(case)
-    if not cases:
+        aside += without
+    if not cases and not aside:
         shown = ", ".join(patterns.whole(pattern) for pattern in patterns.images)
-        raise DataError(
-            f"site {site}: no file in its data folder matches {shown} ({', '.join(patterns.endings)}); "
+        raise NothingMatches(
+            f"{place(site)}no file in its data folder matches {shown} ({', '.join(patterns.endings)}); "
             "see `task.images`",
             detail=", ".join(map(str, folders)),
         )
-    return dict(sorted(cases.items()))
+    once = {one.patient: one for one in reversed(aside) if one.patient}
+    unknown = [one for one in aside if not one.patient]
+    kept = {patient: cases[patient] for patient in sorted(cases) if patient not in once}
+    return Sorted(kept, (*(once[patient] for patient in sorted(once)), *unknown))
 
 
-def _in(folder: Path, site: str, patterns: Patterns) -> Iterator[Case]:
+def _in(folder: Path, site: str, patterns: Patterns) -> tuple[list[Case], list[Aside]]:
     if not folder.is_dir():
-        raise DataError(f"site {site}: its data folder does not exist; see the sites file", detail=str(folder))
+        raise DataError(f"{place(site)}its data folder does not exist; see the sites file", detail=str(folder))
     rows = None if patterns.table is None else _rows(folder, site, patterns.table)
     found: dict[tuple[str, str], _Found] = {}
     for number, pattern in enumerate(patterns.images):
-        for key, path in _matches(folder, site, patterns.whole(pattern), patterns.endings):
-            found.setdefault(key, _Found()).images[number] = path
+        for key, path in _matches(folder, site, patterns.whole(pattern), patterns):
+            case = found.setdefault(key, _Found())
+            case.doubled = pattern if number in case.images else case.doubled
+            case.images[number] = path
     if patterns.mask is not None:
-        for key, path in _matches(folder, site, patterns.whole(patterns.mask), patterns.endings):
+        for key, path in _matches(folder, site, patterns.whole(patterns.mask), patterns):
             if key in found:
+                found[key].doubled = patterns.mask if found[key].mask is not None else found[key].doubled
                 found[key].mask = path
-    for number, pattern in enumerate(patterns.images):
-        _complete(site, found, partial(_has_image, number), pattern, "task.images")
-    if patterns.mask is not None:
-        _complete(site, found, lambda case: case.mask is not None, patterns.mask, "task.mask")
-    if rows is not None and patterns.table is not None:
-        _fits(site, found, rows, patterns.table)
+    cases: list[Case] = []
+    aside = [] if rows is None or patterns.table is None else _misfits(found, rows, patterns.table)
     for (patient, name), case in found.items():
-        row = None if rows is None else rows[name]
+        row = None if rows is None else rows.images.get(name)
+        if rows is not None and row is None:
+            continue
         whose, label = (patient, "") if row is None else row
+        if lack := _lacking(case, patterns):
+            aside.append(Aside(whose, lack, name))
+            continue
         images = tuple(case.images[n] for n in range(len(patterns.images)))
-        yield Case(whose, name, images, case.mask, label, patterns.readers)
+        cases.append(Case(whose, name, images, case.mask, label, patterns.readers))
+    return cases, aside
+
+
+def _lacking(case: _Found, patterns: Patterns) -> str:
+    """Why an image is not complete; nothing where it is."""
+    absent = [("task.images", p) for n, p in enumerate(patterns.images) if n not in case.images]
+    absent += [("task.mask", patterns.mask)] if patterns.mask is not None and case.mask is None else []
+    if case.doubled:
+        return f"several files of an image match {case.doubled!r}; keep one of them, or make the pattern narrower"
+    if not absent:
+        return ""
+    setting, pattern = absent[0]
+    return f"an image lacks the file {pattern!r}; complete it, move the patient away, or change `{setting}`"
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
@@ -134,15 +183,11 @@ def _expression(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def _has_image(number: int, case: _Found) -> bool:
-    return number in case.images
-
-
-def _matches(folder: Path, site: str, pattern: str, endings: tuple[str, ...]) -> Iterator[tuple[tuple[str, str], Path]]:
+def _matches(folder: Path, site: str, pattern: str, patterns: Patterns) -> Iterator[tuple[tuple[str, str], Path]]:
     """What a pattern finds: (patient, id) and path. Hidden files do not count."""
     expression = _expression(pattern)
-    wild = re.sub(r"\{patient\}|\{id\}", "*", pattern)
-    seen: dict[tuple[str, str], Path] = {}
+    patient = "*" if patterns.only is None else glob.escape(patterns.only)
+    wild, endings = pattern.replace("{patient}", patient).replace("{id}", "*"), patterns.endings
     try:
         for ending in ("",) if pattern.endswith(endings) else endings:
             for path in sorted(folder.glob(wild + ending)):
@@ -151,40 +196,31 @@ def _matches(folder: Path, site: str, pattern: str, endings: tuple[str, ...]) ->
                 if match is None or any(part.startswith(".") for part in name.split("/")) or not path.is_file():
                     continue
                 groups = match.groupdict()
-                key = (groups.get("patient") or "", groups.get("id") or "")
-                if key in seen:
-                    raise DataError(
-                        f"site {site}: several files of an image match {pattern!r}; keep one of them, or make the "
-                        "pattern narrower",
-                        detail=f"{seen[key]}, {path}",
-                    )
-                seen[key] = path
+                if patterns.only is not None and groups.get("patient") != patterns.only:
+                    continue
+                yield (groups.get("patient") or "", groups.get("id") or ""), path
     except OSError as error:
-        raise DataError(f"site {site}: its data folder cannot be read ({reason(error)})", detail=str(folder)) from error
-    yield from seen.items()
-
-
-def _complete(
-    site: str,
-    found: Mapping[tuple[str, str], _Found],
-    has: Callable[[_Found], bool],
-    pattern: str,
-    setting: str,
-) -> None:
-    lacking = [key for key, case in found.items() if not has(case)]
-    if lacking:
         raise DataError(
-            f"site {site}: {len(lacking)} of {len(found)} images lack the file {pattern!r}; complete them, move them "
-            f"away, or change `{setting}`",
-            detail=", ".join("/".join(filter(None, key)) for key in lacking),
-        )
+            f"{place(site)}its data folder cannot be read ({reason_of(error)})", detail=str(folder)
+        ) from error
 
 
-def _rows(folder: Path, site: str, table: CaseTable) -> dict[str, tuple[str, str]]:
-    """Patient and label of each image. Raises DataError."""
-    path, where = folder / table.file, f"site {site}, {table.file}"
+@dataclass(frozen=True)
+class _Rows:
+    """Of a table: patient and label of each image, images without a patient, and who is set aside for it."""
+
+    images: dict[str, tuple[str, str]]
+    unclear: frozenset[str]
+    aside: tuple[Aside, ...]
+
+
+def _rows(folder: Path, site: str, table: CaseTable) -> _Rows:
+    """What a table says. Raises DataError where it cannot be read, lacks a column, or has too many rows."""
+    path, where = folder / table.file, f"{place(site)}{table.file}"
     column_of_label = table.label if isinstance(table, LabelTable) else ""
     rows: dict[str, tuple[str, str]] = {}
+    unclear: set[str] = set()
+    aside: list[Aside] = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -193,27 +229,35 @@ def _rows(folder: Path, site: str, table: CaseTable) -> dict[str, tuple[str, str
                 if column not in names:
                     raise DataError(f"{where}: there is no column {column!r}; it has {', '.join(names)}")
             for number, row in enumerate(reader, 2):
+                if number > _MOST_ROWS:
+                    raise DataError(f"{where}: it has more than {_MOST_ROWS:,} rows", detail=str(path))
                 key, whose = (row[table.id] or "").strip(), (row[table.patient] or "").strip()
-                if not key or not whose or number > _MOST_ROWS:
-                    raise DataError(f"{where}: line {number} names no image, or no patient", detail=str(path))
-                if key in rows:
-                    raise DataError(f"{where}: line {number} names an image a second time", detail=f"{path}: {key}")
-                rows[key] = (whose, (row[column_of_label] or "").strip() if column_of_label else "")
+                if not key or not whose:
+                    reason = f"a row of {table.file} names no image, or no patient; complete it"
+                    aside.append(Aside(whose, reason, f"line {number}"))
+                    unclear |= {key} if key else set()
+                elif key in rows:
+                    # It may be of either.
+                    reason = f"{table.file} names an image a second time; keep one of its rows"
+                    aside += [Aside(each, reason, f"line {number}: {key}") for each in {whose, rows[key][0]}]
+                else:
+                    rows[key] = (whose, (row[column_of_label] or "").strip() if column_of_label else "")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        said = reason(error) if isinstance(error, OSError) else "it is no CSV in UTF-8"
+        said = reason_of(error) if isinstance(error, OSError) else "it is no CSV in UTF-8"
         raise DataError(f"{where}: cannot be read ({said})", detail=str(path)) from error
-    return rows
+    return _Rows(rows, frozenset(unclear - rows.keys()), tuple(aside))
 
 
-def _fits(
-    site: str, found: Mapping[tuple[str, str], _Found], rows: Mapping[str, tuple[str, str]], table: CaseTable
-) -> None:
-    names = Counter(name for _, name in found)
-    without_row = [name for name in names if name not in rows]
-    without_file = [name for name in rows if name not in names]
-    if without_row or without_file:
-        raise DataError(
-            f"site {site}: {len(without_row)} images have no row in {table.file}, and {len(without_file)} rows of it "
-            "have no image; complete one or the other",
-            detail=", ".join((without_row + without_file)[:20]),
-        )
+def _misfits(found: Mapping[tuple[str, str], _Found], rows: _Rows, table: CaseTable) -> list[Aside]:
+    """Patients of whom table and files do not say the same, and images of whom it says nothing."""
+    names = {name for _, name in found}
+    without_row = [name for name in names if name not in rows.images and name not in rows.unclear]
+    without_file = [name for name in rows.images if name not in names]
+    return [
+        *rows.aside,
+        *(Aside("", f"an image has no row in {table.file}; add it", name) for name in sorted(without_row)),
+        *(
+            Aside(rows.images[name][0], f"a row of {table.file} has no image; add it, or remove the row", name)
+            for name in without_file
+        ),
+    ]

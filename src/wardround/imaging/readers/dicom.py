@@ -78,7 +78,7 @@ class CTSeries:
 
 
 @dataclass(frozen=True, eq=False)
-class _Placed:
+class Placed:
     """A slice with its place: corner and axes in DICOM's patient coordinates (LPS), mm."""
 
     header: FileDataset
@@ -128,9 +128,9 @@ def read_series(source: Path | Sequence[Path]) -> CTSeries:
     if not paths:
         raise DataError("a series has no DICOM file", detail=str(source))
     slices = [_read(path) for path in paths]
-    _one_series(slices)
+    one_series(slices)
     slices.sort(key=lambda placed: placed.position)
-    step = _step(slices)
+    step = step_of(slices)
     check_air({"": [placed.air for placed in slices]}, path_of(slices[0].header))
     check_tissue((placed.hu for placed in slices), path_of(slices[0].header))
     first = slices[0]
@@ -138,7 +138,7 @@ def read_series(source: Path | Sequence[Path]) -> CTSeries:
     return CTSeries(
         data=data,
         spacing=(*first.spacing, step),
-        affine=_affine(first, step),
+        affine=affine_of(first, step),
         protocol=protocol_of(first.header),
         headers=tuple(placed.header for placed in slices),
         lossy=any(placed.lossy for placed in slices),
@@ -154,23 +154,29 @@ def series_files(folder: Path) -> list[Path]:
     return [path for path in names if not path.name.startswith(".") and path.name.upper() != "DICOMDIR"]
 
 
-def _read(path: Path) -> _Placed:
+def _read(path: Path) -> Placed:
     dataset = open_dicom(path)
     _check_ct(dataset)
+    return placed(dataset, *to_hounsfield(pixels(dataset), dataset))
+
+
+def placed(dataset: FileDataset, values: FloatArray, air: float = 0.0) -> Placed:
+    """A slice with these values (rows, columns), where its header puts it. Raises DataError for a header that does not.
+
+    The header stays in memory for derived images; its pixels need not, and are deleted.
+    """
+    path = str(path_of(dataset))
     lossy = is_lossy(dataset)
-    hu, air = to_hounsfield(pixels(dataset), dataset)
     directions = np.array(required(dataset, "ImageOrientationPatient", 6)).reshape(2, 3)
     if not np.allclose(directions @ directions.T, np.eye(2), atol=1e-3):
-        raise DataError("a DICOM image's rows and columns are not perpendicular", detail=str(path))
+        raise DataError("a DICOM image's rows and columns are not perpendicular", detail=path)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     between_rows, between_columns = required(dataset, "PixelSpacing", 2)
     if min(between_rows, between_columns) <= 0:
-        raise DataError("a DICOM image's PixelSpacing is not positive", detail=str(path))
+        raise DataError("a DICOM image's PixelSpacing is not positive", detail=path)
     corner = np.array(required(dataset, "ImagePositionPatient", 3))
-    # The header stays in memory for a derived image, its pixels need not.
-    dataset = _without_pixels(dataset)
     spacing = (between_rows, between_columns)
-    return _Placed(dataset, hu, air, lossy, corner, directions[0], directions[1], spacing)
+    return Placed(_without_pixels(dataset), values, air, lossy, corner, directions[0], directions[1], spacing)
 
 
 def _without_pixels(dataset: FileDataset) -> FileDataset:
@@ -210,7 +216,8 @@ def _check_ct(header: Dataset) -> None:
         )
 
 
-def _one_series(slices: Sequence[_Placed]) -> None:
+def one_series(slices: Sequence[Placed]) -> None:
+    """Raises DataError for slices of several series or patients, or of different size, spacing or orientation."""
     count = len({text(placed.header, "SeriesInstanceUID") for placed in slices})
     if count > 1:
         raise DataError(
@@ -238,7 +245,7 @@ def _one_series(slices: Sequence[_Placed]) -> None:
             )
 
 
-def _step(slices: Sequence[_Placed]) -> float:
+def step_of(slices: Sequence[Placed]) -> float:
     """Distance of neighbouring slices in mm. Raises DataError unless they stand at even steps on one normal."""
     folder = str(path_of(slices[0].header).parent)
     if len(slices) == 1:
@@ -257,7 +264,7 @@ def _step(slices: Sequence[_Placed]) -> float:
     return float(steps.mean())
 
 
-def _affine(first: _Placed, step: float) -> NDArray[np.float64]:
+def affine_of(first: Placed, step: float) -> NDArray[np.float64]:
     """From indices (row, column, slice) to RAS, mm (DICOM PS3.3, equation C.7.6.2.1-1, with x and y turned)."""
     affine = np.eye(4)
     # Going down the rows is going along a column.

@@ -74,12 +74,13 @@ def read_case(case: Case, site: str) -> LabelledImage:
     for a mask that holds fractions.
     """
     try:
-        return _read_case(case)
+        return read_image(case)
     except DataError as error:
         raise DataError(f"site {site}: {error}", detail=error.detail) from error
 
 
-def _read_case(case: Case) -> LabelledImage:
+def read_image(case: Case) -> LabelledImage:
+    """Read the files of an image; raises DataError as `read_case` does, whose message names no site."""
     first, *others = (_read(path, case.readers) for path in case.images)
     parts = [first[0]]
     for path, (channels, space) in zip(case.images[1:], others, strict=True):
@@ -94,6 +95,17 @@ def _read_case(case: Case) -> LabelledImage:
             )
     labels = None if case.mask is None else _labels(first, case.mask, case.readers)
     return LabelledImage(channels, labels, first[1])
+
+
+def placed_image(channels: Array, spacing: tuple[float, ...], affine: NDArray[np.float64]) -> LabelledImage:
+    """An image (C, *shape) whose axes lie in space as its affine (4, 4) says; `spacing` is mm along its own axes.
+
+    Raises DataError for an affine that places no volume, and for values that are no numbers.
+    """
+    array, space = _in_place(channels, spacing, affine, "an image")
+    if not np.isfinite(array).all():
+        raise DataError("an image holds NaN or infinite values; replace them at the source")
+    return LabelledImage(array, None, space)
 
 
 def _labels(image: tuple[Array, Space], path: Path, readers: Mapping[str, Reader]) -> Array:
@@ -173,12 +185,18 @@ def _volume(path: Path) -> tuple[Array, Space]:
             f"an image is not 3-D, nor 3-D with channels last, but has shape {array.shape}", detail=str(path)
         )
     channels = np.moveaxis(array, 3, 0) if array.ndim == 4 else array[None]
+    return _in_place(channels, zooms, affine, str(path))
+
+
+def _in_place(
+    channels: Array, zooms: tuple[float, ...], affine: NDArray[np.float64], detail: str
+) -> tuple[Array, Space]:
     orientation = nibabel.orientations.io_orientation(affine)
     if np.isnan(orientation).any():
-        raise DataError("an image's header gives no place to an axis; export it again", detail=str(path))
+        raise DataError("an image's header gives no place to an axis; export it again", detail=detail)
     spacing = tuple(float(zooms[int(np.flatnonzero(orientation[:, 0] == axis)[0])]) for axis in range(3))
     if not all(np.isfinite(spacing)) or min(spacing) <= 0:
-        raise DataError("an image's header gives a voxel no size; export it again", detail=str(path))
+        raise DataError("an image's header gives a voxel no size; export it again", detail=detail)
     turned = np.ascontiguousarray(_turned(channels, orientation))
     return _narrow(turned), Space(spacing, affine, orientation)
 

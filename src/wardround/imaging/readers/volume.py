@@ -85,6 +85,15 @@ def read_volume(path: Path) -> Volume:
     return Volume(data, (zooms[0], zooms[1], zooms[2]), affine, space)
 
 
+def space_of(path: Path) -> Space | None:
+    """What a NIfTI file's header says of its coordinates, without its voxels. Raises DataError as `read_array`."""
+    try:
+        header = nibabel.load(path).header
+    except _UNREADABLE as error:
+        raise DataError("an image file is damaged or not NIfTI", detail=f"{path}: {error}") from error
+    return Space.of(header) if isinstance(header, nibabel.Nifti1Header) else None
+
+
 def read_array(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[np.float64], Space | None]:
     """A NIfTI file's array as it is, its zooms, its affine and its space. Raises DataError, as `read_volume` does."""
     try:

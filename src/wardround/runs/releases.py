@@ -1,0 +1,85 @@
+"""Opens a released model to apply it: its file, the study in it, and the network as it serves a site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from wardround.errors import DataError, StudyError
+from wardround.federation.release import load_model, personal_part, serve, study_of
+from wardround.learning.frozen import freeze
+from wardround.plan.weights import frozen_part
+from wardround.runs.protocols import read_protocols
+from wardround.study.plugins import Plugins
+from wardround.study.protocols import ModelProtocols
+from wardround.study.registry import Reading
+from wardround.study.schema import Study
+
+
+@dataclass(frozen=True, eq=False)
+class ReleasedModel:
+    """A released model as its file has it: see `opened`."""
+
+    path: Path
+    tensors: Mapping[str, npt.NDArray[Any]]
+    metadata: Mapping[str, str]
+    study: Study
+    plugins: Plugins
+    reading: Reading
+
+    @classmethod
+    def opened(cls, path: Path, plugins: Collection[str] = ()) -> ReleasedModel:
+        """The model in a file; `plugins` are names of installed plug-ins that may be imported where it names one.
+
+        Raises `DataError` for a file that holds none, and `StudyError` for one whose network a plug-in makes that may
+        not be imported.
+        """
+        tensors, metadata = load_model(path)
+        allowed = Plugins({"here": frozenset(plugins)})
+        written = study_of(path, metadata)
+        study = allowed.opened(written, partly=True)
+        if study.model.closed:
+            raise closed("network", study.model.kind)
+        reading = Reading(allowed.settings(written), foreign=True)
+        return cls(path, tensors, metadata, study, allowed, reading)
+
+    @property
+    def trained_on(self) -> ModelProtocols:
+        """The scanners that it was trained on."""
+        return read_protocols(self.metadata, self.study, self.reading)
+
+    def network(self, build: Callable[[], nn.Module], site: str | None, weights: Path | None) -> nn.Module:
+        """The network that `build` makes, with the model's values, as it serves a site; in evaluation mode.
+
+        `weights` is the file with its frozen part, where that does not lie where the run put it. Raises `StudyError`
+        for a site that the study does not have, and `DataError` for values that do not fit.
+        """
+        if site is not None and site not in self.study.sites:
+            raise StudyError(f"--site {site}: the model's study has no such site, only {', '.join(self.study.sites)}")
+        own = personal_part(self.path, site)
+        tensors = {**self.tensors, **frozen_part(self.path, self.metadata, weights), **own}
+        made = build()
+        try:
+            made.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+        except RuntimeError as error:
+            raise DataError(
+                "the model file's tensors do not fit the network of its study; get it again from where it was released",
+                detail=f"{self.path}: {' '.join(str(error).split())}",
+            ) from error
+        freeze(made, self.study.parts.frozen)
+        serve(made, self.study, self.metadata, site)
+        return made.eval()
+
+
+def closed(what: str, kind: str) -> StudyError:
+    """The error of a model of which a part is a plug-in's that may not be imported."""
+    return StudyError(
+        f"this model's {what} is a plug-in's, {kind!r}; if you trust the package that it came with, install it and "
+        f"give --plugin {kind} (Python: plugins=({kind!r},))"
+    )

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STUDY, SITES = ROOT / "examples" / "lgg-chain.yaml", ROOT / "examples" / "lgg-sites.yaml"
 ACCELERATIONS = (8, 4)
 # Of the loss of the images, beside 1 of the outlines'.
-WEIGHTS = (1.0, 10.0, 50.0)
+WEIGHTS = (1.0, 10.0)
 # Rounds of the reconstruction alone, and of what follows: of the full benchmark and the quick one.
 ROUNDS, QUICK = (20, 40), (8, 12)
 SEEDS = (2026,)

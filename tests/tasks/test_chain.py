@@ -23,6 +23,7 @@ from wardround.runs.explain import explain
 from wardround.site.evaluators import evaluators_of
 from wardround.storage.store import NOTHING
 from wardround.study.hashes import written
+from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.tasks.chain import RARE, Chain, ChainTask, standardised
 from wardround.tasks.chained import ChainBatch, ChainDataset
@@ -298,6 +299,13 @@ def test_a_step_and_an_evaluation_on_any_device(tmp_path: Path, device: str, mon
 def test_a_section_that_does_not_fit_together(task: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         chain_study(task=task)
+
+
+def test_a_wrong_key_of_the_segmenter_is_an_error_that_knows_the_right_ones() -> None:
+    segmenter = {"kind": "monai_unet", "presett": "tiny"}
+    study = {"name": "s", "sites": {"A": {}}, "task": {"kind": "chain", "segmenter": segmenter}}
+    with pytest.raises(StudyError, match=r"task\.segmenter\.presett: unknown key; did you mean `preset`\?"):
+        load_study(study)
 
 
 def test_scans_of_ct_are_refused() -> None:

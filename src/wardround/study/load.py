@@ -17,7 +17,7 @@ from wardround.errors import StudyError
 from wardround.study.hashes import plan_sha256 as plan_sha256
 from wardround.study.hashes import study_sha256 as study_sha256
 from wardround.study.hashes import written as written
-from wardround.study.registry import BUILTIN, STRICT, Reading, Section, implied_kind, settings_of
+from wardround.study.registry import BASES, BUILTIN, STRICT, Reading, Section, implied_kind, settings_of
 from wardround.study.schema import Site, Study
 from wardround.study.yaml_text import parse_yaml
 from wardround.study.yaml_text import read_yaml as read_yaml
@@ -175,12 +175,21 @@ def _known_keys(
                 below += [] if settings is None else [settings]
             elif isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 if part in candidate.model_fields:
-                    below += _alternatives(typing.get_type_hints(candidate, include_extras=True)[str(part)])
+                    hint = typing.get_type_hints(candidate, include_extras=True)[str(part)]
+                    below += [_of_kind(found, given, reading) for found in _alternatives(hint)]
                 elif part in _kinds(candidate):
                     below.append(candidate)
         candidates = below
     models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
     return sorted({name for candidate in models for name in candidate.model_fields})
+
+
+def _of_kind(settings: Any, given: Any, reading: Reading) -> Any:
+    """The settings of the kind that is given, where those of any kind of a section may stand."""
+    section = next((section for section, base in BASES.items() if settings is base), None)
+    kind = given.get("kind") if isinstance(given, Mapping) else None
+    found = settings_of(section, kind, reading) if section is not None and isinstance(kind, str) else None
+    return settings if found is None else found
 
 
 def _alternatives(annotation: Any) -> list[Any]:

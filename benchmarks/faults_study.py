@@ -26,7 +26,7 @@ from wardround.learning.methods.method import MODEL, Method
 from wardround.learning.training import Trained
 from wardround.plan.sums import round_metrics
 from wardround.protection.identity import Roster
-from wardround.protection.ledger import Entry, Ledger
+from wardround.protection.ledger import Charge, Ledger
 from wardround.protection.privacy import PrivacyBudget, Terms
 from wardround.protection.rounding import study_root
 from wardround.protection.secret import SecretRoot
@@ -214,7 +214,7 @@ class Federation:
         assert state is not None
         return state
 
-    def charged(self, name: str) -> tuple[Entry, ...]:
+    def charged(self, name: str) -> tuple[Charge, ...]:
         """What a site's ledger says; raises `JournalError` for one that is not the newest."""
         return self._budgets[name][0].ledger.entries()
 

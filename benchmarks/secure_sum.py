@@ -33,13 +33,13 @@ PHASES = ("advert", "shares", "upload", "consent", "reveal")
 
 def play(count: int, threshold: int, segments: Any, updates: Any, lost: dict[str, str], spent: Any = None) -> Any:
     """One attempt in memory: the sum, and the survivors. `spent[site]` collects each site's own CPU seconds."""
-    from wardround.protection.secure_sum import Context, CoordinatorSession, Identity, MaskStream, Roster, SiteSession
+    from wardround.protection.secure_sum import Attempt, CoordinatorSession, Identity, MaskStream, Roster, SiteSession
     from wardround.wire.ring import ExactSum
 
     names = [f"S{i:02d}" for i in range(count)]
     identities = {name: Identity.generate() for name in names}
     roster = Roster({name: identity.public for name, identity in identities.items()})
-    context = Context("study", 1, 0, "request", "model", "layout", roster.sha256, threshold)
+    context = Attempt("study", 1, 0, "request", "model", "layout", roster.sha256, threshold)
     coordinator, total = CoordinatorSession(roster, context), ExactSum(segments)
     sessions = {name: SiteSession(name, identities[name], roster, context) for name in names}
     gone: set[str] = set()
@@ -111,14 +111,14 @@ def schedules(number: int, seed: int) -> tuple[int, int]:
 
 def masking(values: int) -> float:
     """CPU seconds of one of 10 sites, in the middle of the list, for an attempt with so many values."""
-    from wardround.protection.secure_sum import Mask, MaskStream
+    from wardround.protection.secure_sum import KeyedMask, MaskStream
     from wardround.wire.ring import Ring
 
     # The attempt with a tiny update, and the stream of a large one beside it: ten large sites would not fit in memory.
     spent: dict[str, float] = {}
     play(SITES, 7, ((12, Ring(32)),), lambda site: [bytes(12)], {}, spent)
     chunk = memoryview(np.random.default_rng(0).integers(0, 1 << 32, 1_000_000, dtype=np.uint32)).cast("B")
-    masks = [Mask(os.urandom(16), negative=bool(n % 2)) for n in range(SITES)]
+    masks = [KeyedMask(os.urandom(16), negative=bool(n % 2)) for n in range(SITES)]
     began = time.process_time()
     for _ in MaskStream(masks, ((4 * values, Ring(32)),)).masked(itertools.repeat(chunk, values // 1_000_000)):
         pass

@@ -13,7 +13,7 @@ from wardround.engines.apart import ApartEngine
 from wardround.protection.rounding import study_root
 from wardround.results.schema import Result
 from wardround.runs.conduct import coordinate
-from wardround.site.process import Agreed, spec_of
+from wardround.site.process import AgreedStudy, spec_of
 from wardround.storage.store import SiteStore
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
@@ -66,7 +66,9 @@ def engine_of(
     studies = [(study, folder, compare), *others]
     for site in dict.fromkeys(name for each, _, _ in studies for name in each.sites):
         agreed = [
-            Agreed(each, folder_of(where, site), tuple(arms)) for each, where, arms in studies if site in each.sites
+            AgreedStudy(each, folder_of(where, site), tuple(arms))
+            for each, where, arms in studies
+            if site in each.sites
         ]
         own = folder_of(folder, site)
         own.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from tests.faults.victims import ForkServer, Victim
 from tests.scanners import PROTOCOLS
 from wardround.federation.exchange import UPDATE
 from wardround.federation.release import shared_sha256
-from wardround.protection.ledger import Entry, Ledger
+from wardround.protection.ledger import Charge, Ledger
 from wardround.protection.secret import SecretRoot
 from wardround.runs.folder import reserve
 from wardround.storage.store import SiteStore
@@ -66,7 +66,7 @@ def site_folder(out: Path, site: str) -> Path:
     return out / "work" / "sites" / site
 
 
-def charged(out: Path, site: str) -> tuple[Entry, ...]:
+def charged(out: Path, site: str) -> tuple[Charge, ...]:
     """What the site's ledger says."""
     store = SiteStore(site_folder(out, site) / "privacy")
     entries = Ledger(site_folder(out, site) / "ledger.jsonl", store).entries()

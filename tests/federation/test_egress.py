@@ -14,7 +14,7 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import StudyError, Withheld
 from wardround.runs.session import Result, run
 from wardround.site.egress import ACROSS_HOSPITALS, OPEN, EgressRules, check_egress, strictest
-from wardround.site.protocol import Answer
+from wardround.site.protocol import SiteReply
 from wardround.storage.verify import verify
 from wardround.study.sites import Egress, SitesFile, load_sites
 from wardround.wire.message import FileBody, Header, Message
@@ -91,7 +91,7 @@ def test_an_answer_that_says_more_is_blocked_at_the_last_door(tmp_path: Path, mo
     site = rig.sites["B"]
     honest = site._answer
 
-    def chatty(request: Message) -> Answer:
+    def chatty(request: Message) -> SiteReply:
         answer = honest(request)
         header = answer.reply.header
         return replace(

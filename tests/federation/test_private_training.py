@@ -21,7 +21,7 @@ from tests.toys import Points, Regression, toy_sites, toy_study
 from wardround.errors import StudyError, WardroundError
 from wardround.learning.gradients import BatchedGradients, Drawn, ExactGradients, autograd
 from wardround.learning.private_training import PrivateTraining, clipped, refuse_shared_statistics
-from wardround.protection.ledger import Entry, Ledger
+from wardround.protection.ledger import Charge, Ledger
 from wardround.protection.privacy import PrivacyBudget, SecretRound, Terms
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.runs import session
@@ -377,7 +377,7 @@ def test_an_epsilon_that_rests_on_shared_noise_of_another_study_says_so(tmp_path
     told = statement(host.study, {"A": spending_of(budget, "study")})
     assert told is not None
     assert SHARED not in told.note
-    entry = Entry("another", "federated", 1, 1, 0.25, 5.0, "c", "i", "then", rho=0.01)
+    entry = Charge("another", "federated", 1, 1, 0.25, 5.0, "c", "i", "then", rho=0.01)
     budget.ledger.spend(entry, lambda entries: None)
     told = statement(host.study, {"A": spending_of(budget, "study")})
     assert told is not None

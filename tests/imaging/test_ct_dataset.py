@@ -15,7 +15,7 @@ from tests.ct_hospitals import make_ct_hospitals, save_dicom, save_nifti, thorax
 
 from wardround.errors import DataError
 from wardround.imaging.datasets import ct as ct_dataset
-from wardround.imaging.datasets.ct import Body, CTFolder, CTIndex, Grid, Slice, on_grid, opened, read_ct_volume
+from wardround.imaging.datasets.ct import BodyOutline, CTFolder, CTIndex, Grid, Slice, on_grid, opened, read_ct_volume
 from wardround.imaging.datasets.mri import SPLITS
 from wardround.imaging.datasets.visits import Visits
 from wardround.imaging.readers.dicom import CTSlice
@@ -98,10 +98,10 @@ def test_a_body_is_found_and_put_in_the_middle_whatever_the_spacing(tmp_path: Pa
 def test_tables_are_air_and_thin_things_no_body() -> None:
     image = thorax(1, size=100).astype(np.float32)
     image[85:87, 2:98] = 200.0  # a table of 9 mm, apart from the patient
-    body = Body.of(Slice(image, (4.5, 4.5)))
+    body = BodyOutline.of(Slice(image, (4.5, 4.5)))
     assert not body.mask[85:87].any()
     assert body.reach == pytest.approx(150, abs=6)
-    empty = Body.of(Slice(np.full((20, 20), -1000, np.float32), (1.0, 1.0)))
+    empty = BodyOutline.of(Slice(np.full((20, 20), -1000, np.float32), (1.0, 1.0)))
     assert (empty.reach, empty.mask.any(), empty.middle) == (0.0, False, (9.5, 9.5))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.real_images import root_folder
 
 from wardround.errors import DataError
-from wardround.imaging.datasets.mri import SPLITS, Example, SliceIndex, fit_to_size, head_mask
+from wardround.imaging.datasets.mri import SPLITS, SliceExample, SliceIndex, fit_to_size, head_mask
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.imaging.readers.volume import Volume, write_nifti
 from wardround.study.tasks import Slices, Split
@@ -32,7 +32,7 @@ def test_examples_are_the_slices_with_a_head_of_the_patients_of_a_split(make_sit
     assert sum(len(part) for part in patients) == 8
     for split, numbers in zip(SPLITS, patients, strict=True):
         expected = [
-            Example(p, contrast, z) for p in sorted(numbers) for contrast in ("flair", "t1ce") for z in range(1, 5)
+            SliceExample(p, contrast, z) for p in sorted(numbers) for contrast in ("flair", "t1ce") for z in range(1, 5)
         ]
         assert list(site.examples(split)) == expected
 
@@ -96,7 +96,7 @@ def test_fit_to_size_keeps_the_centre(h: int, w: int, height: int, width: int) -
 
 def test_images_are_cropped_and_padded_but_never_beyond_a_factor_of_two(make_site: MakeSite) -> None:
     path = make_site(patients=3)
-    assert index(path, size=(24, 48)).image(Example(0, "flair", 2)).shape == (24, 48)
+    assert index(path, size=(24, 48)).image(SliceExample(0, "flair", 2)).shape == (24, 48)
     with pytest.raises(DataError, match=r"site CS, contrast flair: images of 32 x 32 pixels are too far") as caught:
         index(path, size=(32, 128)).examples("train")
     assert "MUELLER" not in str(caught.value)

@@ -8,7 +8,7 @@ import torch
 
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
-from wardround.imaging.acquisition.mri.simulate import Measurement, simulate, smooth_phase
+from wardround.imaging.acquisition.mri.simulate import SimulatedScan, simulate, smooth_phase
 from wardround.study import Mask, MRIAcquisition
 
 
@@ -17,7 +17,7 @@ def _disc(shape: tuple[int, int]) -> np.ndarray:
     return (np.hypot(rows / shape[0] - 0.5, columns / shape[1] - 0.5) < 0.35).astype(np.float32)
 
 
-def _scan(seed: int = 0, shape: tuple[int, int] = (48, 51), **options: object) -> Measurement:
+def _scan(seed: int = 0, shape: tuple[int, int] = (48, 51), **options: object) -> SimulatedScan:
     return simulate(_disc(shape), MRIAcquisition(**options), np.random.default_rng(seed))
 
 

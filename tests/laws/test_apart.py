@@ -29,7 +29,7 @@ from wardround.runs.folder import reserve
 from wardround.runs.machine import Machine
 from wardround.runs.session import run
 from wardround.runs.watching import Silent
-from wardround.site.process import Agreed, agent_finder, spec_of
+from wardround.site.process import AgreedStudy, agent_finder, spec_of
 from wardround.study.load import plan_sha256, study_sha256
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
@@ -295,7 +295,7 @@ def test_a_site_keeps_a_model_of_its_study_and_nothing_else(tmp_path: Path) -> N
 
 def agent_of(study: Study, folder: Path, **how: Any) -> tuple[Any, str]:
     """The agent of site A as a hospital has it, in this process, and what messages to the study name."""
-    agreed = [Agreed(study, folder / "A", ())]
+    agreed = [AgreedStudy(study, folder / "A", ())]
     spec = spec_of("A", toy_sites(folder / "data", SITES), folder / "spool", agreed, **how)
     return agent_finder(spec), study_sha256(study)
 
@@ -376,7 +376,7 @@ def test_a_site_sums_with_the_roster_of_its_own_file_alone(tmp_path: Path) -> No
     def shown(keys: dict[str, str], expected: str | None, kind: str = ROSTER) -> dict[str, Any]:
         sites = toy_sites(tmp_path / "data", SITES)
         entry = SiteData.model_validate({**sites.of("A").model_dump(), "roster_sha256": expected})
-        agreed = [Agreed(study, tmp_path / "A", ())]
+        agreed = [AgreedStudy(study, tmp_path / "A", ())]
         spec = spec_of("A", SitesFile(sites={**sites.sites, "A": entry}).with_code(), tmp_path / "spool", agreed)
         agent = agent_finder(json.loads(json.dumps(spec)))
         key = parsed(SiteFacts, asked(agent, facts_of(study)).header.meta).public_key

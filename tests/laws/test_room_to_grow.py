@@ -21,7 +21,7 @@ from wardround.errors import NotEnoughSites
 from wardround.federation.exchange import TRAIN, UPDATE, Call, Exchange, PlainSum
 from wardround.learning.methods.method import Changes, LocalRound, Method, Writers, state_name
 from wardround.learning.policy import Parameter, Role
-from wardround.site.protocol import Answer
+from wardround.site.protocol import SiteReply
 from wardround.site.site import Site
 from wardround.wire.message import EmptyBody, Message
 from wardround.wire.tensors import TensorInfo
@@ -230,10 +230,10 @@ class MaskedUpload:
     def admit(self, request: Message, site: Site) -> None:
         """Nothing is refused."""
 
-    def answer(self, request: Message, site: Site) -> Answer:
+    def answer(self, request: Message, site: Site) -> SiteReply:
         if request.header.kind == SEEDS:
             self._given = {other: int.from_bytes(os.urandom(8), "big") for other in self._later}
-            return Answer(request.reply(SEEDS, meta={"seeds": self._given}))
+            return SiteReply(request.reply(SEEDS, meta={"seeds": self._given}))
         chunks, memory, keep = site.work(request)
         layout = site.rules.layout
         data, at, masked = b"".join(bytes(c) for c in chunks), 0, []
@@ -246,7 +246,7 @@ class MaskedUpload:
                 elements = elements + sign * random.integers(0, 1 << ring.bits, elements.size)
             masked.append(bytes(ring.pack((elements % (1 << ring.bits)).astype(ring.dtype))))
             at += size
-        return Answer(site.reply_with(request, UPDATE, iter(masked), layout), memory, keep)
+        return SiteReply(site.reply_with(request, UPDATE, iter(masked), layout), memory, keep)
 
 
 @pytest.mark.parametrize("ring_bits", [16, 24, 32])
@@ -274,7 +274,7 @@ def test_a_masked_sum_without_one_of_its_sites_stops(tmp_path: Path) -> None:
     names = tuple(study.sites)
 
     class Leaves(MaskedUpload):
-        def answer(self, request: Message, site: Site) -> Answer:
+        def answer(self, request: Message, site: Site) -> SiteReply:
             if site.name == "B" and request.header.kind == TRAIN:
                 raise RuntimeError("gone")
             return super().answer(request, site)

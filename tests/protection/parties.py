@@ -14,7 +14,7 @@ import numpy.typing as npt
 from wardround.protection.identity import Identity, Roster
 from wardround.protection.secure_coordinator import CoordinatorSession
 from wardround.protection.secure_site import SiteSession
-from wardround.protection.secure_sum import Announcement, Context, MaskStream
+from wardround.protection.secure_sum import Announcement, Attempt, MaskStream
 from wardround.wire.ring import ExactSum, Ring
 
 Segments = tuple[tuple[int, Ring], ...]
@@ -39,9 +39,9 @@ def roster_of(sites: Sequence[str]) -> Roster:
     return Roster({site: identity(site).public for site in sites})
 
 
-def context_of(roster: Roster, threshold: int, **changes: Any) -> Context:
+def context_of(roster: Roster, threshold: int, **changes: Any) -> Attempt:
     values = {"study": "s" * 64, "round": 3, "attempt": 0, "request": "r" * 64, "model": "m" * 64, "layout": "l" * 64}
-    return Context(**{**values, "roster": roster.sha256, "threshold": threshold, **changes})
+    return Attempt(**{**values, "roster": roster.sha256, "threshold": threshold, **changes})
 
 
 def safe_threshold(count: int) -> int:

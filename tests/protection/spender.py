@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wardround.protection.ledger import Entry, Ledger
+from wardround.protection.ledger import Charge, Ledger
 from wardround.storage.store import SiteStore
 
 
-def entry(number: int, study: str = "s") -> Entry:
+def entry(number: int, study: str = "s") -> Charge:
     """What ten steps of a round cost."""
-    return Entry(study, "federated", number, 10, 0.1, 1.0, "cohort", f"{study}/{number}", "2026-01-01T00:00:00+00:00")
+    return Charge(study, "federated", number, 10, 0.1, 1.0, "cohort", f"{study}/{number}", "2026-01-01T00:00:00+00:00")
 
 
 def anything(entries: object) -> None:

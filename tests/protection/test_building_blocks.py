@@ -17,7 +17,7 @@ from tests.protection.parties import Play, bits, identity, roster_of
 from wardround.errors import WireError
 from wardround.protection import masking
 from wardround.protection.identity import Identity, Roster, frame
-from wardround.protection.masking import Mask, MaskStream
+from wardround.protection.masking import KeyedMask, MaskStream
 from wardround.protection.shamir import PRIME, Basis, combine, share_bytes, share_value
 from wardround.protection.statements import Advert, Announcement, Consent, Deal, Quorum, Reveal, Roll, Shares
 from wardround.wire.ring import ExactSum, Ring
@@ -65,7 +65,7 @@ def test_a_mask_is_the_key_stream_modulo_the_ring(ring_bits: int) -> None:
     clear = random.integers(0, 1 << ring_bits, size, dtype=np.uint64)
     keys = [random.bytes(16), random.bytes(16)]
     data = bytes(ring.pack(clear.astype(ring.dtype)))
-    stream = MaskStream([Mask(keys[0]), Mask(keys[1], negative=True)], ((len(data), ring),))
+    stream = MaskStream([KeyedMask(keys[0]), KeyedMask(keys[1], negative=True)], ((len(data), ring),))
     found = ring.unpack(b"".join(bytes(c) for c in stream.masked([data]))).astype(np.uint64)
     noise = [np.frombuffer(_stream(k, size * ring.dtype.itemsize), ring.dtype).astype(np.uint64) for k in keys]
     assert np.array_equal(found, (clear + noise[0] - noise[1]) % (1 << ring_bits))
@@ -74,7 +74,7 @@ def test_a_mask_is_the_key_stream_modulo_the_ring(ring_bits: int) -> None:
 @given(st.lists(st.sampled_from([12, 24, 36, 240]), min_size=1, max_size=30), st.booleans())
 def test_how_an_update_is_cut_changes_no_bit(cuts: list[int], opposite: bool) -> None:
     segments = ((240, Ring(16)), (240, Ring(24)), (0, Ring(32)), (240, Ring(32)))
-    data, masks = np.random.default_rng(2).bytes(720), [Mask(b"k" * 16), Mask(b"l" * 16, negative=True)]
+    data, masks = np.random.default_rng(2).bytes(720), [KeyedMask(b"k" * 16), KeyedMask(b"l" * 16, negative=True)]
     whole = b"".join(bytes(c) for c in MaskStream(masks, segments).masked([data]))
     parts, at = [], 0
     for size in cuts * 60:
@@ -89,16 +89,16 @@ def test_how_an_update_is_cut_changes_no_bit(cuts: list[int], opposite: bool) ->
 
 def test_blocks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     data, segments = bytes(4 * 5000), ((4 * 5000, Ring(32)),)
-    once = b"".join(bytes(c) for c in MaskStream([Mask(b"k" * 16)], segments).masked([data]))
+    once = b"".join(bytes(c) for c in MaskStream([KeyedMask(b"k" * 16)], segments).masked([data]))
     monkeypatch.setattr(masking, "BLOCK", 96)
-    assert b"".join(bytes(c) for c in MaskStream([Mask(b"k" * 16)], segments).masked([data])) == once
+    assert b"".join(bytes(c) for c in MaskStream([KeyedMask(b"k" * 16)], segments).masked([data])) == once
     assert once == _stream(b"k" * 16, len(data))
 
 
 @pytest.mark.parametrize("size", [12, 36])
 def test_an_update_of_another_size_is_refused(size: int) -> None:
     with pytest.raises(WireError, match="than its layout"):
-        list(MaskStream([Mask(b"k" * 16)], ((24, Ring(32)),)).masked([bytes(size)]))
+        list(MaskStream([KeyedMask(b"k" * 16)], ((24, Ring(32)),)).masked([bytes(size)]))
 
 
 def test_a_masked_update_looks_like_coin_flips() -> None:
@@ -128,7 +128,7 @@ def test_keys_come_from_the_operating_system_and_are_never_shown() -> None:
     assert len(made) == 50
     mine = Identity.generate()
     assert mine.private.hex() not in repr(mine)
-    assert "k" * 16 not in repr(Mask(b"k" * 16))
+    assert "k" * 16 not in repr(KeyedMask(b"k" * 16))
     session = Play(3).session["S00"]
     assert "..." in repr(session._secrets)
 

@@ -10,7 +10,7 @@ import yaml
 
 from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError
-from wardround.protection.ledger import Entry, Ledger
+from wardround.protection.ledger import Charge, Ledger
 from wardround.runs.explain import explain
 from wardround.storage.store import SiteStore
 
@@ -37,7 +37,7 @@ def _row(said: str, site: str) -> list[str]:
 
 
 def _spend(path: Path, folder: Path, *, noise: float, steps: int) -> None:
-    entry = Entry("another", "federated", 1, steps, 0.25, noise, "cohort", "inputs", "2026-01-01T00:00:00+00:00")
+    entry = Charge("another", "federated", 1, steps, 0.25, noise, "cohort", "inputs", "2026-01-01T00:00:00+00:00")
     assert Ledger(path, SiteStore(folder / "store")).spend(entry, lambda _: None)
 
 

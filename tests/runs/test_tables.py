@@ -6,16 +6,16 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from wardround.plan.sums import Result
+from wardround.plan.sums import PairedMean
 from wardround.results.schema import Measured
-from wardround.runs.evaluation import Measurement, tables
+from wardround.runs.evaluation import SiteMeasurement, tables
 from wardround.tasks.estimates import Mean
 from wardround.tasks.task import MetricSpec
 
 SPECS = (MetricSpec("mse", 0.0, 10.0, 1e-6, False), MetricSpec("dice", 0.0, 1.0, 1e-6, True))
 
 
-def measured(*measurements: Measurement) -> Measured:
+def measured(*measurements: SiteMeasurement) -> Measured:
     study = SimpleNamespace(sites={"A": {}, "B": {}}, baselines=(), training_sites=("A", "B"))
     host: Any = SimpleNamespace(
         task=SimpleNamespace(metrics=SPECS),
@@ -27,17 +27,17 @@ def measured(*measurements: Measurement) -> Measured:
     return tables(host, measurements)
 
 
-def results(mse: float, dice: float | None) -> dict[str, Result]:
+def results(mse: float, dice: float | None) -> dict[str, PairedMean]:
     found = Mean(math.nan, None, 0) if dice is None else Mean(dice, 0.01, 6)
-    return {"mse": Result(Mean(mse, 0.1, 6), 0.05), "dice": Result(found, None if dice is None else 0.005)}
+    return {"mse": PairedMean(Mean(mse, 0.1, 6), 0.05), "dice": PairedMean(found, None if dice is None else 0.005)}
 
 
 def test_a_metric_that_no_patient_of_a_site_has_is_null_there_and_in_no_mean() -> None:
     found = measured(
-        Measurement("federated", "A", results(1.0, None)),
-        Measurement("federated", "B", results(2.0, 0.75)),
-        Measurement("pooled", "A", results(0.5, None)),
-        Measurement("pooled", "B", results(2.5, 0.5)),
+        SiteMeasurement("federated", "A", results(1.0, None)),
+        SiteMeasurement("federated", "B", results(2.0, 0.75)),
+        SiteMeasurement("pooled", "A", results(0.5, None)),
+        SiteMeasurement("pooled", "B", results(2.5, 0.5)),
     )
     at_a = found.metrics["federated"]["A"]
     assert at_a is not None
@@ -55,10 +55,10 @@ def test_a_metric_that_no_patient_of_a_site_has_is_null_there_and_in_no_mean() -
 
 def test_a_site_without_numbers_is_null_with_its_reason_and_so_is_the_mean() -> None:
     found = measured(
-        Measurement("federated", "A", results(1.0, 0.5)),
-        Measurement("federated", "B", None, "its rules", withheld=True),
-        Measurement("pooled", "A", None, "its disk"),
-        Measurement("pooled", "B", None, "its rules", withheld=True),
+        SiteMeasurement("federated", "A", results(1.0, 0.5)),
+        SiteMeasurement("federated", "B", None, "its rules", withheld=True),
+        SiteMeasurement("pooled", "A", None, "its disk"),
+        SiteMeasurement("pooled", "B", None, "its rules", withheld=True),
     )
     assert found.metrics["federated"]["B"] is None
     assert found.metrics["federated"]["mean"] is None

@@ -21,7 +21,7 @@ from wardround.study.ct import CTAcquisition, CTGeometry
 from wardround.study.hashes import differing, plan_sha256, study_sha256, written
 from wardround.study.load import load_study
 from wardround.study.protection import Privacy, Protection, Rotation
-from wardround.study.schema import Local, Schedule, Site, Study
+from wardround.study.schema import Local, Schedule, Study, StudySite
 from wardround.study.tasks import Evaluation, ReconstructionTask, Split
 
 SITES = {"A": {}, "B": {"acquisition": {"coils": 4, "mask": {"acceleration": 6}}}, "C": {"role": "unseen"}}
@@ -143,9 +143,9 @@ def test_a_study_built_in_python_is_the_one_of_a_file() -> None:
         name="mri",
         seed=7,
         sites={
-            "A": Site(),
-            "B": Site(acquisition=MRIAcquisition.model_validate({"coils": 4, "mask": {"acceleration": 6}})),
-            "C": Site(role="unseen"),
+            "A": StudySite(),
+            "B": StudySite(acquisition=MRIAcquisition.model_validate({"coils": 4, "mask": {"acceleration": 6}})),
+            "C": StudySite(role="unseen"),
         },
         task=ReconstructionTask(size=(64, 64), split=Split(test=0.25), evaluation=Evaluation(baselines=())),
         model=MoDLSettings(preset="tiny"),
@@ -157,7 +157,7 @@ def test_a_study_built_in_python_is_the_one_of_a_file() -> None:
     assert study_sha256(mri) == PINNED["mri"][1]
     private = Study(
         name="private",
-        sites=dict.fromkeys("ABC", Site()),
+        sites=dict.fromkeys("ABC", StudySite()),
         method=FedAvgSettings(weights="equal"),
         schedule=Schedule(release="last"),
         protection=Protection(secure=True, privacy=Privacy()),

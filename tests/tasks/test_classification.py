@@ -17,7 +17,7 @@ import wardround
 from wardround.errors import DataError, StudyError
 from wardround.models.classifiers import DenseNetSettings, EfficientNetSettings, ResNetSettings
 from wardround.tasks.classification import Classification, ClassificationTask, DiagnosedBatch, diagnosis_loss
-from wardround.tasks.states import State, patient_rows, value_of
+from wardround.tasks.states import MetricState, patient_rows, value_of
 from wardround.tasks.temperature import kept_temperature
 
 
@@ -84,7 +84,7 @@ def test_a_patient_is_measured_once_by_the_mean_of_all_images() -> None:
     values = {}
     for name, (spec, of_patients) in by_name.items():
         count = spec.kind.counted(of_patients).sum()
-        state = State(of_patients.sum(axis=0), np.float64(count), np.float64(0))
+        state = MetricState(of_patients.sum(axis=0), np.float64(count), np.float64(0))
         values[name] = float(spec.kind.value(spec, state))
     assert values["sensitivity_plain"] == 1.0
     assert values["sensitivity_striped"] == 0.0

@@ -21,8 +21,8 @@ from wardround.tasks.histograms import auroc, calibration_error
 from wardround.tasks.resampling import RESAMPLES, resampled_error
 from wardround.tasks.states import (
     Histogram,
+    MetricState,
     RatioOfSums,
-    State,
     check_metrics,
     patient_rows,
     state_of,
@@ -198,7 +198,7 @@ def test_any_order_and_grouping_of_patients_gives_the_same_state_and_value(spec:
 def test_weighted_patients_are_the_same_patients_several_times(spec: MetricSpec, data: Any) -> None:
     rows = data.draw(patients_of(spec))
     weights = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(rows), max_size=len(rows))), float)
-    several: State = state_of(spec, np.repeat(rows, weights.astype(int), axis=0))
+    several: MetricState = state_of(spec, np.repeat(rows, weights.astype(int), axis=0))
     found = state_of(spec, rows, weights[None])
     assert np.array_equal(found.total[0], several.total)
     assert (found.count[0], found.broken[0]) == (several.count, several.broken)

@@ -30,8 +30,8 @@ from wardround.protection.secure_coordinator import CoordinatorSession, Unrecove
 from wardround.protection.secure_sum import (
     Advert,
     Announcement,
+    Attempt,
     Consent,
-    Context,
     Deal,
     MaskStream,
     Reveal,
@@ -61,10 +61,10 @@ def secure_sum(roster: Roster, threshold: int, journal: Journal) -> ExchangeFact
     return lambda call: SecureSum(call, roster, threshold, journal)
 
 
-def context_of(header: Header, roster: Roster, threshold: int) -> Context:
+def context_of(header: Header, roster: Roster, threshold: int) -> Attempt:
     """What an attempt is about, from the request for an update: the same for all sites that are asked the same."""
     meta = {name: value for name, value in header.meta.items() if name != DEAL}
-    return Context(
+    return Attempt(
         study=header.study,
         round=header.round,
         attempt=header.attempt,

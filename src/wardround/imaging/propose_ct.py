@@ -12,7 +12,7 @@ import numpy as np
 
 from wardround.errors import DataError
 from wardround.imaging.convert import counted_patients
-from wardround.imaging.datasets.ct import Body, CTFolder
+from wardround.imaging.datasets.ct import BodyOutline, CTFolder
 from wardround.imaging.readers.ct_files import NIFTI, patient_files
 from wardround.imaging.readers.dicom_file import open_dicom, text
 from wardround.imaging.readers.dicom_inspect import find_dicom
@@ -204,7 +204,7 @@ def _survey(folder: CTFolder) -> _Survey:
     distances: Counter[tuple[float, float]] = Counter()
     for patient in range(len(folder)):
         for image in folder.slices(patient):
-            reaches.append(Body.of(image).reach)
+            reaches.append(BodyOutline.of(image).reach)
             pixels.append(max(image.spacing))
             if image.protocol is not None:
                 distances[image.protocol.source_distance or 0.0, image.protocol.detector_distance or 0.0] += 1

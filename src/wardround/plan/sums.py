@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.tasks.estimates import WITHHELD, Mean
-from wardround.tasks.states import MAX_PATIENTS, Part, PatientMean, State, check_metrics, state_of
+from wardround.tasks.states import MAX_PATIENTS, MetricState, Part, PatientMean, check_metrics, state_of
 from wardround.wire.update import Aggregate, Metric
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def validation_values(sums: Aggregate, specs: Sequence[MetricSpec]) -> dict[str,
     return {name: value for name, value in values.items() if not np.isnan(value)}
 
 
-def validation_state(sums: Aggregate, spec: MetricSpec) -> State:
+def validation_state(sums: Aggregate, spec: MetricSpec) -> MetricState:
     """A metric's state over the validation patients of all sites, as far as its value needs it.
 
     Without a `count` of what is no mean; `broken` is the number of sites where a patient's row is not a number.
@@ -88,8 +88,8 @@ def validation_state(sums: Aggregate, spec: MetricSpec) -> State:
     found, none = sums.metrics, np.zeros(())
     total = np.concatenate([found[_entry(part, spec)] for part in spec.kind.parts(spec)]).reshape(spec.kind.shape)
     if not isinstance(spec.kind, PatientMean):
-        return State(total, none, found[_BROKEN + spec.name][0])
-    return State(total, found[_COUNT + spec.name if spec.may_be_absent else _VALIDATED][0], none)
+        return MetricState(total, none, found[_BROKEN + spec.name][0])
+    return MetricState(total, found[_COUNT + spec.name if spec.may_be_absent else _VALIDATED][0], none)
 
 
 def _entry(part: Part, spec: MetricSpec) -> str:
@@ -126,14 +126,14 @@ def evaluation_metrics(specs: Sequence[MetricSpec]) -> tuple[Metric, ...]:
 
 
 @dataclass(frozen=True)
-class Result:
+class PairedMean:
     """A metric at a site, and the standard error of its difference to the reference row, paired by patient."""
 
     mean: Mean
     paired: float | None = None
 
 
-def evaluation_entries(specs: Sequence[MetricSpec], results: Mapping[str, Result]) -> dict[str, Any]:
+def evaluation_entries(specs: Sequence[MetricSpec], results: Mapping[str, PairedMean]) -> dict[str, Any]:
     """A site's entries, from every metric's result.
 
     A metric that is withheld has 0 patients with a value and 0 without.
@@ -154,7 +154,7 @@ def evaluation_entries(specs: Sequence[MetricSpec], results: Mapping[str, Result
     return entries
 
 
-def results_in(aggregate: Aggregate, specs: Sequence[MetricSpec]) -> dict[str, Result]:
+def results_in(aggregate: Aggregate, specs: Sequence[MetricSpec]) -> dict[str, PairedMean]:
     """Every metric's result, from a site's entries."""
 
     def number(name: str) -> float:
@@ -163,13 +163,13 @@ def results_in(aggregate: Aggregate, specs: Sequence[MetricSpec]) -> dict[str, R
     def error(name: str, step: float) -> float | None:
         return None if number(name) < -0.5 * step else max(0.0, number(name))
 
-    found: dict[str, Result] = {}
+    found: dict[str, PairedMean] = {}
     for s in specs:
         count = int(number(_WITH + s.name if s.counts_apart else _PATIENTS))
         absent = int(number(_ABSENT + s.name)) if s.counts_apart else 0
         if count:
             mean = Mean(number(_VALUE + s.name), error(_ERROR + s.name, s.resolution), count, absent)
-            found[s.name] = Result(mean, error(_PAIRED + s.name, s.resolution))
+            found[s.name] = PairedMean(mean, error(_PAIRED + s.name, s.resolution))
         else:
-            found[s.name] = Result(Mean(np.nan, None, 0, absent) if absent else WITHHELD)
+            found[s.name] = PairedMean(Mean(np.nan, None, 0, absent) if absent else WITHHELD)
     return found

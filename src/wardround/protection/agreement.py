@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from wardround.errors import Rejected
 from wardround.protection.identity import frame, frame_sha256
-from wardround.protection.masking import MASK_KEY_BYTES, Mask
+from wardround.protection.masking import MASK_KEY_BYTES, KeyedMask
 from wardround.protection.shamir import PRIME, SHARE_BYTES, share_bytes, share_value
-from wardround.protection.statements import Advert, Announcement, Context
+from wardround.protection.statements import Advert, Announcement, Attempt
 
 COORDINATOR = "coordinator"
 ADVERT = "wardround/sa1/advert"
@@ -52,12 +52,12 @@ def shared_secret(private: bytes, public: bytes, party: str) -> bytes:
         raise Misbehaviour(party, "advertised a key that no honest site can have") from None
 
 
-def commitment(context: Context, site: str, seed: bytes) -> bytes:
+def commitment(context: Attempt, site: str, seed: bytes) -> bytes:
     """What an advert says of the seed of a site's own mask."""
     return frame_sha256("wardround/sa1/seed", context.sha256, site, seed)
 
 
-def roll_sha256(context: Context, adverts: Iterable[Advert]) -> bytes:
+def roll_sha256(context: Attempt, adverts: Iterable[Advert]) -> bytes:
     """What the sites that began agree on: the context and all adverts."""
     fields = [frame(*advert.signed) for advert in sorted(adverts, key=lambda a: a.site)]
     return frame_sha256("wardround/sa1/roll", context.sha256, *fields)
@@ -86,11 +86,11 @@ def partition_fault(announcement: Announcement, dealers: frozenset[str], thresho
     return None
 
 
-def pair_mask(secret: bytes, dealers: bytes, mine: str, theirs: str) -> Mask:
+def pair_mask(secret: bytes, dealers: bytes, mine: str, theirs: str) -> KeyedMask:
     """The mask that `mine` applies for the pair; the other site applies its opposite."""
     first, second = sorted((mine, theirs))
     key = _derive(secret, MASK_KEY_BYTES, "wardround/sa1/mask", dealers, first, second)
-    return Mask(key, negative=mine > theirs)
+    return KeyedMask(key, negative=mine > theirs)
 
 
 def implied_peers(order: Sequence[str], dealer: str, threshold: int) -> tuple[str, ...]:

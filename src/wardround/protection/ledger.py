@@ -37,7 +37,7 @@ class Anchor(Protocol):
 
 
 @dataclass(frozen=True)
-class Entry:
+class Charge:
     """One round's steps. `cohort` is the data's fingerprint; `inputs` stands for all that decides the noisy bytes."""
 
     study: str
@@ -64,14 +64,14 @@ class Ledger:
         self.path = path
         self._anchor = anchor
 
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[Charge, ...]:
         """Everything spent so far; raises `JournalError` when the ledger and the anchor do not agree."""
         with self._open() as file:
             entries, hashes = self._read(file)
             self._agree(hashes)
             return entries
 
-    def spend(self, entry: Entry, allowed: Callable[[Sequence[Entry]], None]) -> bool:
+    def spend(self, entry: Charge, allowed: Callable[[Sequence[Charge]], None]) -> bool:
         """Write an entry, durably, before anything is made of it; whether it was new.
 
         An entry with the same inputs stands for the same bytes and is not written twice. `allowed` sees all entries
@@ -103,7 +103,7 @@ class Ledger:
                 detail=f"{self.path}: {error}",
             ) from error
 
-    def _read(self, file: BinaryIO) -> tuple[tuple[Entry, ...], list[str]]:
+    def _read(self, file: BinaryIO) -> tuple[tuple[Charge, ...], list[str]]:
         return _chain(whole_lines(file), self.path)
 
     def _agree(self, hashes: Sequence[str]) -> None:
@@ -121,7 +121,7 @@ class Ledger:
             )
 
 
-def peek(path: Path) -> tuple[Entry, ...]:
+def peek(path: Path) -> tuple[Charge, ...]:
     """What a ledger holds, read without a lock and without an anchor: to tell, never to decide on a round.
 
     Nothing where there is no file yet. Raises `JournalError` for a broken chain or a file that cannot be read.
@@ -135,8 +135,8 @@ def peek(path: Path) -> tuple[Entry, ...]:
     return _chain(content[: content.rfind(b"\n") + 1], path)[0]
 
 
-def _chain(content: bytes, path: Path) -> tuple[tuple[Entry, ...], list[str]]:
-    entries: list[Entry] = []
+def _chain(content: bytes, path: Path) -> tuple[tuple[Charge, ...], list[str]]:
+    entries: list[Charge] = []
     hashes = [_START]
     for line in content.splitlines():
         entry, head = _parse(line, hashes[-1], path)
@@ -145,12 +145,12 @@ def _chain(content: bytes, path: Path) -> tuple[tuple[Entry, ...], list[str]]:
     return tuple(entries), hashes
 
 
-def _parse(line: bytes, previous: str, path: Path) -> tuple[Entry, str]:
+def _parse(line: bytes, previous: str, path: Path) -> tuple[Charge, str]:
     try:
         values: dict[str, Any] = json.loads(line)
         head = values.pop("hash")
         sound = digest(values) == head and values["previous"] == previous
-        entry = Entry(**{field.name: values[field.name] for field in fields(Entry) if field.name in values})
+        entry = Charge(**{field.name: values[field.name] for field in fields(Charge) if field.name in values})
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:

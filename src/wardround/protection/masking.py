@@ -30,7 +30,7 @@ _ZEROS = bytes(BLOCK * _ITEM)
 
 
 @dataclass(frozen=True)
-class Mask:
+class KeyedMask:
     """A keystream that is added, or taken away when `negative`."""
 
     key: bytes
@@ -40,15 +40,15 @@ class Mask:
         return f"Mask(negative={self.negative})"
 
     @property
-    def opposite(self) -> Mask:
+    def opposite(self) -> KeyedMask:
         """What cancels it."""
-        return Mask(self.key, not self.negative)
+        return KeyedMask(self.key, not self.negative)
 
 
 class MaskStream:
     """Adds masks to the elements of an update, in order, once; `segments` are those of the update's layout."""
 
-    def __init__(self, masks: Sequence[Mask], segments: tuple[tuple[int, Ring], ...]) -> None:
+    def __init__(self, masks: Sequence[KeyedMask], segments: tuple[tuple[int, Ring], ...]) -> None:
         self._streams = [(_keystream(mask.key), np.subtract if mask.negative else np.add) for mask in masks]
         self._segments = segments
         # update_into asks for a block less one byte of room behind what it writes.

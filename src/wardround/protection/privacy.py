@@ -11,7 +11,7 @@ from typing import Any
 from wardround.errors import StudyError, WardroundError
 from wardround.protection.accounting import Accountant, Spending, epsilon_of, noise_for
 from wardround.protection.lattice import Lattice
-from wardround.protection.ledger import Entry, Ledger
+from wardround.protection.ledger import Charge, Ledger
 from wardround.protection.secret import SecretRoot, SecretStream, coin
 from wardround.study.protection import Gradients, Privacy
 from wardround.wire.canonical import canonical_json
@@ -101,7 +101,7 @@ class PrivacyBudget:
         terms = self.terms
         named = [study, arm, number, steps, cohort, canonical_json(asdict(terms)).decode(), *inputs]
         key = self.root.key("round", *named)
-        entry = Entry(
+        entry = Charge(
             study=study,
             arm=arm,
             round=number,
@@ -117,7 +117,7 @@ class PrivacyBudget:
         self.ledger.spend(entry, self._allowed)
         return SecretRound(SecretRoot(key))
 
-    def _allowed(self, entries: Sequence[Entry]) -> None:
+    def _allowed(self, entries: Sequence[Charge]) -> None:
         terms = self.terms
         found = epsilon_of((entry.spending for entry in entries), terms.delta, terms.accountant)
         if found > terms.epsilon:
@@ -149,6 +149,6 @@ class SecretRound:
         return SecretStream(self.root.key(step, "patient", patient))
 
 
-def spent(entries: Sequence[Entry], delta: float, accountant: Accountant, study: str | None = None) -> float:
+def spent(entries: Sequence[Charge], delta: float, accountant: Accountant, study: str | None = None) -> float:
     """The epsilon of a ledger's entries, or of one study's."""
     return epsilon_of((e.spending for e in entries if study in (None, e.study)), delta, accountant)

@@ -55,7 +55,7 @@ class Defence:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RobustPlan:
     """What the Gram matrix decides: `kept` (n,) the sites that pass the gate, `mixing` (m, m) over those m.
 
     `weights` (m,) of the mixed updates for a linear rule; `None` for a rule that looks at every coordinate.
@@ -260,7 +260,7 @@ COORDINATE: dict[Rule, Callable[[Floats, int], tuple[Floats, Floats]]] = {
 # All together --------------------------------------------------------------------------------------------------------
 
 
-def plan_of(g: Floats, defence: Defence, kept: Mask | None = None) -> Plan:
+def plan_of(g: Floats, defence: Defence, kept: Mask | None = None) -> RobustPlan:
     """What a defence does with updates of this Gram matrix; `kept` says who passed the gate if somebody else decided.
 
     After the gate f stays what it was, as far as the rule is defined: an honest site may be among the gated ones.
@@ -278,10 +278,10 @@ def plan_of(g: Floats, defence: Defence, kept: Mask | None = None) -> Plan:
     mixing = nearest_neighbour_mixing(g, f) if mixed else np.eye(left)
     linear = LINEAR.get(defence.rule)
     weights = None if linear is None else linear(mixing @ g @ mixing.T, f)
-    return Plan(defence, f, kept, mixing, weights)
+    return RobustPlan(defence, f, kept, mixing, weights)
 
 
-def combine(plan: Plan, values: Floats) -> tuple[Floats, Floats]:
+def combine(plan: RobustPlan, values: Floats) -> tuple[Floats, Floats]:
     """The aggregate (k,) of a chunk (m, k) of the kept sites' updates, and each kept site's share in it (m,)."""
     if plan.weights is not None:
         shares = plan.weights @ plan.mixing

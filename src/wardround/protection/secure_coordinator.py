@@ -20,14 +20,14 @@ from wardround.protection.agreement import (
     shared_secret,
 )
 from wardround.protection.identity import Roster
-from wardround.protection.masking import MASK_KEY_BYTES, Mask
+from wardround.protection.masking import MASK_KEY_BYTES, KeyedMask
 from wardround.protection.secure_site import verified
 from wardround.protection.shamir import Basis, combine
 from wardround.protection.statements import (
     Advert,
     Announcement,
+    Attempt,
     Consent,
-    Context,
     Deal,
     Quorum,
     Reveal,
@@ -50,7 +50,7 @@ class CoordinatorSession:
     fewer than the threshold are left before the survivor list is announced, `Unrecoverable` after.
     """
 
-    def __init__(self, roster: Roster, context: Context) -> None:
+    def __init__(self, roster: Roster, context: Attempt) -> None:
         self._roster = roster
         self.context = context
         self.adverts: dict[str, Advert] = {}
@@ -143,7 +143,7 @@ class CoordinatorSession:
             raise Misbehaviour(site, "did not reveal exactly one share of every site")
         self.reveals[site] = reveal
 
-    def unmask(self) -> tuple[Mask, ...]:
+    def unmask(self) -> tuple[KeyedMask, ...]:
         """The masks that, added to the sum, cancel those that are in it.
 
         Raises `Unrecoverable` when too few shares came or too many are wrong. Sites caught with a wrong share, where
@@ -151,12 +151,12 @@ class CoordinatorSession:
         """
         announcement = self._announced()
         self._still(len(self.reveals), "revealed their shares")
-        masks: list[Mask] = []
+        masks: list[KeyedMask] = []
         recovery = _Recovery(self._order, self.context.threshold, self.liars)
         for index, site in enumerate(announcement.survivors):
             values = {who: reveal.seeds[index] for who, reveal in self.reveals.items()}
             seed = recovery.find(site, values, MASK_KEY_BYTES, partial(self._is_seed, site))
-            masks.append(Mask(seed).opposite)
+            masks.append(KeyedMask(seed).opposite)
         for index, site in enumerate(announcement.lost):
             values = {who: reveal.keys[index] for who, reveal in self.reveals.items()}
             private = recovery.find(site, values, 32, partial(self._is_mask_key, site))

@@ -27,13 +27,13 @@ from wardround.protection.agreement import (
     unseal,
 )
 from wardround.protection.identity import Entropy, Identity, Roster, frame_sha256
-from wardround.protection.masking import MASK_KEY_BYTES, Mask
+from wardround.protection.masking import MASK_KEY_BYTES, KeyedMask
 from wardround.protection.shamir import Basis, combine
 from wardround.protection.statements import (
     Advert,
     Announcement,
+    Attempt,
     Consent,
-    Context,
     Deal,
     Quorum,
     Reveal,
@@ -77,7 +77,7 @@ class SiteSession:
         site: str,
         identity: Identity,
         roster: Roster,
-        context: Context,
+        context: Attempt,
         entropy: Entropy = secrets.token_bytes,
     ) -> None:
         if roster.keys.get(site) != identity.public:
@@ -141,7 +141,7 @@ class SiteSession:
             self._adverts = adverts
             return Shares(self.site, sealed)
 
-    def mask(self, deal: Deal) -> tuple[Mask, ...]:
+    def mask(self, deal: Deal) -> tuple[KeyedMask, ...]:
         """Phase 3: take the peers' shares; the masks to put onto the update, one's own and one a peer."""
         with self._step(Stage.SHARED) as own:
             members = frozenset(deal.dealers)
@@ -163,7 +163,7 @@ class SiteSession:
                 raise Misbehaviour(COORDINATOR, "relays shares of a site that it does not name as a dealer")
             self._members = members
             self._dealers = dealers_sha256(self._roll, members)
-            masks = [Mask(own.seed)]
+            masks = [KeyedMask(own.seed)]
             for peer in sorted(members - {self.site}):
                 secret = shared_secret(own.mask_key, self._adverts[peer].mask_key, peer)
                 masks.append(pair_mask(secret, self._dealers, self.site, peer))
@@ -249,6 +249,6 @@ class SiteSession:
         return adverts
 
 
-def verified(roster: Roster, context: Context, advert: Advert) -> bool:
+def verified(roster: Roster, context: Attempt, advert: Advert) -> bool:
     """Whether an advert is signed by its site for this context."""
     return roster.verify(advert.site, advert.signature, ADVERT, context.sha256, *advert.signed)

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from wardround.protection.agreement import COORDINATOR, Misbehaviour
 from wardround.protection.identity import Identity, Roster
-from wardround.protection.masking import Mask, MaskStream
+from wardround.protection.masking import KeyedMask, MaskStream
 from wardround.protection.secure_coordinator import CoordinatorSession
 from wardround.protection.secure_site import SiteSession
 from wardround.protection.statements import (
     Advert,
     Announcement,
+    Attempt,
     Consent,
-    Context,
     Deal,
     Quorum,
     Reveal,
@@ -37,12 +37,12 @@ __all__ = [
     "COORDINATOR",
     "Advert",
     "Announcement",
+    "Attempt",
     "Consent",
-    "Context",
     "CoordinatorSession",
     "Deal",
     "Identity",
-    "Mask",
+    "KeyedMask",
     "MaskStream",
     "Misbehaviour",
     "Quorum",

@@ -20,7 +20,7 @@ SEALED_BYTES = 2 * SHARE_BYTES + 16
 
 
 @dataclass(frozen=True)
-class Context:
+class Attempt:
     """What one attempt is about; sites that were told different things sign and derive different things.
 
     `request` is the hash of what is asked, `model` of the global state, `layout` of the update's form; `attempt` is

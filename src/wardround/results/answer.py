@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wardround.results.metrics import MetricInfo
-from wardround.results.run import Arm, Run
+from wardround.results.run import Run, ShownArm
 from wardround.results.schema import Estimate
 from wardround.results.units import in_rounds
 
@@ -73,7 +73,7 @@ def verdict_of(metric: MetricInfo, gain: Gain) -> Verdict:
     return "better" if gain.gain > 0 else "worse"
 
 
-def best_baseline(run: Run, metric: MetricInfo, site: str = "mean") -> tuple[Arm, float] | None:
+def best_baseline(run: Run, metric: MetricInfo, site: str = "mean") -> tuple[ShownArm, float] | None:
     """The best arm that learned nothing, and its value."""
     found = [
         (arm, estimate.value)
@@ -249,14 +249,14 @@ def _recovered(metric: MetricInfo, mean: Gain | None, to_pooled: Gain | None) ->
     return [f"That is {share:.0f}% of what pooling all data would have gained over training alone."]
 
 
-def _best_rival(run: Run, metric: MetricInfo, together: Arm) -> tuple[Arm, Gain] | None:
+def _best_rival(run: Run, metric: MetricInfo, together: ShownArm) -> tuple[ShownArm, Gain] | None:
     """The best arm that learned nothing, and the network's gain over it, at the training sites that show both."""
     rivals = [arm for arm in run.arms if arm.kind == "baseline"]
     found = [(arm, gain) for arm in rivals if (gain := mean_gain(run, metric, together.key, arm.key)) is not None]
     return min(found, key=lambda pair: pair[1].gain, default=None)
 
 
-def _over_baseline(metric: MetricInfo, arm: Arm, gain: Gain) -> str:
+def _over_baseline(metric: MetricInfo, arm: ShownArm, gain: Gain) -> str:
     name = f"the best method without learning, {arm.label} ({metric.amount(gain.reference)})"
     if abs(gain.gain) < metric.negligible:
         return f"It is level with {name}."

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from pydantic import TypeAdapter, ValidationError
 
 from wardround.results.figures import reliability_plot
-from wardround.results.run import Arm, Run
+from wardround.results.run import Run, ShownArm
 from wardround.tasks.charts import Charts, Confusion, Reliability
 
 _FILE = TypeAdapter(dict[str, Charts])
@@ -42,7 +42,7 @@ class Calibration:
 class ArmCharts:
     """What an arm's models said of the test patients of the training sites."""
 
-    arm: Arm
+    arm: ShownArm
     sites: tuple[str, ...]
     classes: tuple[str, ...]
     matrix: tuple[MatrixRow, ...]

@@ -14,7 +14,7 @@ from wardround.results import figures
 from wardround.results.answer import best_baseline
 from wardround.results.metrics import MetricInfo
 from wardround.results.patients import numbered_points_of
-from wardround.results.run import Arm, Run
+from wardround.results.run import Run, ShownArm
 
 HEIGHT = 190  # px, of a chart
 _NUMBERED = 24  # with more patients, only the first and the last column have their number below
@@ -36,8 +36,8 @@ class PairedChart:
     """A site's patients in order of their gain: what the page lays out."""
 
     site: str
-    before: Arm
-    after: Arm
+    before: ShownArm
+    after: ShownArm
     counts: str
     worst: str
     best: str
@@ -67,7 +67,7 @@ def pairs_of(before: Mapping[int, float], after: Mapping[int, float], metric: Me
     return tuple(sorted(found, key=lambda pair: pair.gain))
 
 
-def _chart(site: str, before: Arm, after: Arm, pairs: Sequence[Pair], metric: MetricInfo) -> PairedChart:
+def _chart(site: str, before: ShownArm, after: ShownArm, pairs: Sequence[Pair], metric: MetricInfo) -> PairedChart:
     better = sum(pair.gain >= metric.negligible for pair in pairs)
     worse = sum(pair.gain <= -metric.negligible for pair in pairs)
     alike = len(pairs) - better - worse
@@ -107,7 +107,7 @@ def _at(index: int, count: int) -> float:
     return round(100 * (index + 0.5) / count, 3)
 
 
-def _plot(scale: figures.Scale, before: Arm, after: Arm, pairs: Sequence[Pair], metric: MetricInfo) -> Markup:
+def _plot(scale: figures.Scale, before: ShownArm, after: ShownArm, pairs: Sequence[Pair], metric: MetricInfo) -> Markup:
     size = 2.0 if len(pairs) > _CROWDED else 3.6
     grid = Markup('<line class="grid" x1="0" x2="100%" y1="{0}" y2="{0}"/>')
     column = Markup(

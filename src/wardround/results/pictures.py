@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wardround.results.patients import NumberedPoints, numbered_points_of
-from wardround.results.run import Arm, Run, arm_of
+from wardround.results.run import Run, ShownArm, arm_of
 from wardround.wire.archives import read_npz
 
 ERROR_GAIN = 5
@@ -65,7 +65,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Example:
+class ShownExample:
     """Pictures of one slice in one window, which all share; error maps are amplified in it.
 
     Pictures that the task drew have no window, and a title.
@@ -86,7 +86,7 @@ class Example:
 class Gallery:
     """The pictures of all sites that have some, and whether they were shrunk to keep the page small."""
 
-    sites: dict[str, tuple[Example, ...]]
+    sites: dict[str, tuple[ShownExample, ...]]
     shrunk: bool = False
     legend: tuple[tuple[str, str], ...] = ()
 
@@ -96,21 +96,21 @@ class Gallery:
         return any(example.window.name for example in self._examples if example.window)
 
     @property
-    def images(self) -> dict[str, tuple[Example, ...]]:
+    def images(self) -> dict[str, tuple[ShownExample, ...]]:
         """Of these the images that were reconstructed, with error maps."""
         return self._of(lambda example: example.window is not None)
 
     @property
-    def drawn(self) -> dict[str, tuple[Example, ...]]:
+    def drawn(self) -> dict[str, tuple[ShownExample, ...]]:
         """And those that the task drew."""
         return self._of(lambda example: example.window is None)
 
-    def _of(self, wanted: Callable[[Example], bool]) -> dict[str, tuple[Example, ...]]:
+    def _of(self, wanted: Callable[[ShownExample], bool]) -> dict[str, tuple[ShownExample, ...]]:
         found = {site: tuple(filter(wanted, examples)) for site, examples in self.sites.items()}
         return {site: examples for site, examples in found.items() if examples}
 
     @property
-    def _examples(self) -> Iterator[Example]:
+    def _examples(self) -> Iterator[ShownExample]:
         return (example for examples in self.sites.values() for example in examples)
 
 
@@ -225,7 +225,7 @@ def _palette() -> bytes:
     return bytes(np.asarray(colours)[:, :3].tobytes())
 
 
-def _drawn(run: Run, number: int, shown: Shown, side: int, values: NumberedPoints) -> Example:
+def _drawn(run: Run, number: int, shown: Shown, side: int, values: NumberedPoints) -> ShownExample:
     """An example whose task drew it; what stands below is the task's caption, or the patient's value."""
     arms, (title, place) = shown.examples[number], shown.patients.get(number, ("", -1))
 
@@ -247,10 +247,10 @@ def _drawn(run: Run, number: int, shown: Shown, side: int, values: NumberedPoint
         alike = np.array_equal(arms[arm.key], arms[_REFERENCE])
         found = panel(arm.label, arm.style, arm.key)
         panels.append(replace(found, image="") if alike else found)
-    return Example(number, None, tuple(panels), f"{title}, number {place}" if title else "")
+    return ShownExample(number, None, tuple(panels), f"{title}, number {place}" if title else "")
 
 
-def _in_order(run: Run, arms: Iterable[str]) -> Iterator[Arm]:
+def _in_order(run: Run, arms: Iterable[str]) -> Iterator[ShownArm]:
     """The arms that have a picture in reading order, then those that the run does not know."""
     named = {arm.key: arm for arm in run.arms}
     order = [key for key in named if key in arms] + [key for key in arms if key not in named]
@@ -260,7 +260,7 @@ def _in_order(run: Run, arms: Iterable[str]) -> Iterator[Arm]:
 
 def _example(
     run: Run, number: int, arms: dict[str, Picture], given: Frame | None, side: int, palette: bytes
-) -> Example:
+) -> ShownExample:
     reference = arms[_REFERENCE]
     frame = given or Frame("", 0.0, float(np.quantile(reference, 0.998)) or 1.0)
     panels = [Panel("Reference", _REFERENCE, _png(reference, frame.low, frame.high, side))]
@@ -276,10 +276,10 @@ def _example(
                 psnr(arms[key], reference, given),
             )
         )
-    return Example(number, frame, tuple(panels))
+    return ShownExample(number, frame, tuple(panels))
 
 
-def _weight(sites: dict[str, tuple[Example, ...]]) -> int:
+def _weight(sites: dict[str, tuple[ShownExample, ...]]) -> int:
     return sum(
         len(panel.image) + len(panel.error or "")
         for examples in sites.values()
@@ -302,7 +302,7 @@ def gallery(run: Run) -> Gallery:
     values = {site: numbered_points_of(run, site) for site in open_sites}
     legend = tuple(dict.fromkeys(entry for shown in found.values() for entry in shown.legend))
     palette = _palette()
-    sites: dict[str, tuple[Example, ...]] = {}
+    sites: dict[str, tuple[ShownExample, ...]] = {}
     for attempt, (count, side) in enumerate(_FITS):
         sites = {
             site: tuple(

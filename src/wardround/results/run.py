@@ -29,7 +29,7 @@ def site_title(key: str) -> str:
 
 
 @dataclass(frozen=True)
-class Arm:
+class ShownArm:
     """One way of getting a model, or none: its key in result.json, its name in print, its style."""
 
     key: str
@@ -41,32 +41,32 @@ class Arm:
 
 # In reading order, behind the baselines; unknown arms stand before the last.
 _TRAINED = (
-    Arm("local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"),
-    Arm("federated", "Together", "federated", "federated", "federated: scans stay, sums of updates travel"),
-    Arm("pooled", "Pooled", "pooled", "pooled", "all data in one place: the ideal that privacy forbids"),
+    ShownArm("local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"),
+    ShownArm("federated", "Together", "federated", "federated", "federated: scans stay, sums of updates travel"),
+    ShownArm("pooled", "Pooled", "pooled", "pooled", "all data in one place: the ideal that privacy forbids"),
 )
 _ARM_ORDER: tuple[Kind, ...] = ("baseline", "local", "federated", "other", "pooled")
 
 
 @cache
-def _known_arms() -> tuple[Arm, ...]:
+def _known_arms() -> tuple[ShownArm, ...]:
     own = ((name, baseline(name)) for name in BASELINES)
-    return (*(Arm(name, b.label, "baseline", b.style, b.description) for name, b in own), *_TRAINED)
+    return (*(ShownArm(name, b.label, "baseline", b.style, b.description) for name, b in own), *_TRAINED)
 
 
-def arm_of(key: str, unknown_index: int = 0, outside: Compared | None = None) -> Arm:
+def arm_of(key: str, unknown_index: int = 0, outside: Compared | None = None) -> ShownArm:
     """The arm of a key, the baseline of a package `outside`; others are shown under their key with a spare style."""
     if known := next((arm for arm in _known_arms() if arm.key == key), None):
         return known
     style = f"other-{unknown_index % 4}"
     if outside is not None:
-        return Arm(key, outside.label, "baseline", style, outside.description)
+        return ShownArm(key, outside.label, "baseline", style, outside.description)
     if key == "baseline":
-        return Arm(key, "Baseline", "baseline", style, "nothing learned")
-    return Arm(key, key.replace("_", " "), "other", style)
+        return ShownArm(key, "Baseline", "baseline", style, "nothing learned")
+    return ShownArm(key, key.replace("_", " "), "other", style)
 
 
-def arms_of(measured: Measured) -> tuple[Arm, ...]:
+def arms_of(measured: Measured) -> tuple[ShownArm, ...]:
     """The arms of a result in reading order."""
     known = [arm for arm in _known_arms() if arm.key in measured.arms]
     unknown = [key for key in measured.arms if key not in [arm.key for arm in known]]
@@ -93,11 +93,11 @@ class Run:
     study_text: str
 
     @cached_property
-    def arms(self) -> tuple[Arm, ...]:
+    def arms(self) -> tuple[ShownArm, ...]:
         """Arms in reading order."""
         return arms_of(self.result)
 
-    def arm(self, kind: Kind) -> Arm | None:
+    def arm(self, kind: Kind) -> ShownArm | None:
         """The first arm of a kind (the plain one before its variants)."""
         return next((arm for arm in self.arms if arm.kind == kind), None)
 

@@ -13,7 +13,7 @@ from wardround.results.answer import Gain, left_out_gains, mean_gain, site_gains
 from wardround.results.figures import Curve, Curves
 from wardround.results.metrics import MetricInfo
 from wardround.results.patients import Points, points_of
-from wardround.results.run import FAILED, SMALL_N, WITHHELD, Arm, Run, Unmeasured, site_title
+from wardround.results.run import FAILED, SMALL_N, WITHHELD, Run, ShownArm, Unmeasured, site_title
 from wardround.results.schema import AGGREGATES, Estimate, RoundLine
 from wardround.results.units import in_rounds, protocol, ranges
 from wardround.tasks.estimates import LEAST_PATIENTS
@@ -40,7 +40,7 @@ class SiteView:
     n: str
     small: bool
     aggregate: bool
-    lanes: tuple[tuple[Arm, Markup, str], ...]
+    lanes: tuple[tuple[ShownArm, Markup, str], ...]
     axis: Markup
     cells: tuple[Cell, ...]
     missing: Unmeasured | None
@@ -126,7 +126,7 @@ def _site(run: Run, metric: MetricInfo, key: str, scale: figures.Scale, points: 
     )
 
 
-def _cell(run: Run, metric: MetricInfo, arm: Arm, key: str, found: Estimate | None, best: str | None) -> Cell:
+def _cell(run: Run, metric: MetricInfo, arm: ShownArm, key: str, found: Estimate | None, best: str | None) -> Cell:
     if found is None:
         why = run.unmeasured(arm.key, key)
         return Cell(why.text, reason=why.reason) if why else Cell("–")
@@ -168,7 +168,7 @@ def gains_over_alone(run: Run, metric: MetricInfo) -> GainTable | None:
     if together is None or alone is None:
         return None
 
-    def all_gains(reference: Arm) -> list[Gain]:
+    def all_gains(reference: ShownArm) -> list[Gain]:
         mean = mean_gain(run, metric, together.key, reference.key)
         gains = list(site_gains(run, metric, together.key, reference.key))
         return [*gains, mean] if mean is not None and len(gains) != 1 else gains

@@ -17,7 +17,7 @@ from wardround.imaging.acquisition.ct.noise import insert_noise
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.wrapped import Prompted
-from wardround.imaging.datasets.ct import Body, Grid, Slice, on_grid, read_ct_volume, slices_of
+from wardround.imaging.datasets.ct import BodyOutline, Grid, Slice, on_grid, read_ct_volume, slices_of
 from wardround.imaging.readers.ct_projections import CTProjections, read_projections
 from wardround.imaging.readers.ct_protocol import acquisition_from_header
 from wardround.imaging.readers.dicom import read_series, series_files
@@ -171,7 +171,7 @@ def _middle(slices: list[Slice], grid: Grid) -> tuple[float, float]:
 
     Raises DataError where the body does not fit the field of view.
     """
-    masks = [Body.of(image).mask for image in slices]
+    masks = [BodyOutline.of(image).mask for image in slices]
     y, x = np.nonzero(np.any(masks, axis=0))
     if not len(y):
         return ((slices[0].hu.shape[0] - 1) / 2, (slices[0].hu.shape[1] - 1) / 2)

@@ -18,26 +18,26 @@ from wardround.federation.measuring import BASELINE, OWN, REFERENCE, RELEASED
 from wardround.federation.refusals import is_withheld
 from wardround.federation.release import as_tensor_file, model_of_study, model_path
 from wardround.plan.arms import FEDERATED, POOLED
-from wardround.plan.sums import Result, results_in
+from wardround.plan.sums import PairedMean, results_in
 from wardround.results.metrics import MetricInfo
 from wardround.results.schema import ALIAS, Compared, Estimate, LeftOut, Measured, Row, Table
 from wardround.runs.context import Context
 from wardround.runs.parts import parts_of
 from wardround.runs.watching import TESTING, TUNING, Phase
 from wardround.study.registry import BASELINES, baseline
-from wardround.tasks.estimates import Estimate as Found
 from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
+from wardround.tasks.estimates import PatientEstimate as Found
 from wardround.tasks.task import MetricSpec
 from wardround.wire.message import EMPTY_SHA256, EmptyBody, FileBody, Message
 from wardround.wire.tensors import TensorFile
 
-Results = Mapping[str, Result]
+Results = Mapping[str, PairedMean]
 Means = Mapping[str, Mean]
 MEAN, UNSEEN = "mean", "unseen"
 
 
 @dataclass(frozen=True)
-class Measurement:
+class SiteMeasurement:
     """One arm's model (or a baseline) at one site: what it gave, or why nothing, and whether its rules say so."""
 
     row: str
@@ -59,7 +59,7 @@ class _Job:
         return TUNING if self.call.meta["evaluator"] == BASELINE else TESTING
 
 
-def measure(host: Context, engine: Engine, phase: Phase = lambda *_: None, *, again: str = "") -> list[Measurement]:
+def measure(host: Context, engine: Engine, phase: Phase = lambda *_: None, *, again: str = "") -> list[SiteMeasurement]:
     """Evaluate every released model and baseline at every site where the comparison needs it.
 
     `phase` is called with each phase and its numbers of finished and of all evaluations. Sites answer what they were
@@ -70,7 +70,7 @@ def measure(host: Context, engine: Engine, phase: Phase = lambda *_: None, *, ag
     finished: dict[str, int] = {}
     counting = threading.Lock()
 
-    def run(job: _Job, *, compared: bool) -> Measurement:
+    def run(job: _Job, *, compared: bool) -> SiteMeasurement:
         with counting:
             if job.phase not in finished:
                 finished[job.phase] = 0
@@ -82,16 +82,16 @@ def measure(host: Context, engine: Engine, phase: Phase = lambda *_: None, *, ag
             phase(job.phase, finished[job.phase], totals[job.phase])
         if isinstance(answer, Message):
             reason = str(answer.header.meta.get("reason", "no reason given"))
-            return Measurement(job.row, job.site, None, reason, is_withheld(answer))
-        return Measurement(job.row, job.site, results_in(answer, host.task.metrics))
+            return SiteMeasurement(job.row, job.site, None, reason, is_withheld(answer))
+        return SiteMeasurement(job.row, job.site, results_in(answer, host.task.metrics))
 
     # One evaluation of a site at a time: a site writes its own picture file, and compares with its first row.
     by_site: dict[str, list[_Job]] = {}
     for job in jobs:
         by_site.setdefault(job.site, []).append(job)
 
-    def run_site(of_site: list[_Job]) -> list[Measurement]:
-        found: list[Measurement] = []
+    def run_site(of_site: list[_Job]) -> list[SiteMeasurement]:
+        found: list[SiteMeasurement] = []
         compared = False
         for job in of_site:
             found.append(run(job, compared=compared))
@@ -165,7 +165,7 @@ def _call(host: Context, arm: str, site: str, meta: Mapping[str, Any], body: tup
 # From measurements to the tables of result.json -------------------------------------------------------------------
 
 
-def tables(host: Context, measurements: Sequence[Measurement]) -> Measured:
+def tables(host: Context, measurements: Sequence[SiteMeasurement]) -> Measured:
     """What result.json says of the measurements."""
     specs = host.task.metrics
     training = host.remaining(host.study.training_sites)
@@ -248,7 +248,7 @@ def _gains(
     return gains
 
 
-def _gain(spec: MetricSpec, mine: Result, other: Result) -> Mean:
+def _gain(spec: MetricSpec, mine: PairedMean, other: PairedMean) -> Mean:
     return difference(mine.mean, other.mean, other.paired, larger_is_better=spec.larger_is_better)
 
 

@@ -20,7 +20,7 @@ from wardround.federation.coordinator import Coordinator, Plan, Release
 from wardround.federation.exchange import ALONE, DONE, ERROR, EVALUATE, RELEASE, TRAIN
 from wardround.federation.measuring import OWN
 from wardround.learning.methods.method import Method
-from wardround.site.protocol import Answer
+from wardround.site.protocol import SiteReply
 from wardround.site.site import Site
 from wardround.storage.journal import Journal
 from wardround.wire.message import Message
@@ -39,12 +39,12 @@ class OnlyTests:
         if request.header.kind != EVALUATE:
             raise Rejected(f"site {site.name} does not train in this arm: it only tests the model")
 
-    def answer(self, request: Message, site: Site) -> Answer:
+    def answer(self, request: Message, site: Site) -> SiteReply:
         """Sums over the site's own test patients, where its rules let them out."""
         return own_results(request, site)
 
 
-def own_results(request: Message, site: Site) -> Answer:
+def own_results(request: Message, site: Site) -> SiteReply:
     """What a site measures on its test patients; raises `Rejected` for anything that is meant to be pooled.
 
     Validation sums belong to a round: alone they would be what a masked sum hides.
@@ -100,11 +100,11 @@ class TrainsAlone:
                     "the masked sum"
                 )
 
-    def answer(self, request: Message, site: Site) -> Answer:
+    def answer(self, request: Message, site: Site) -> SiteReply:
         """Train, or test what was trained."""
         if request.header.kind == ALONE:
             self._train(site, request.header.round)
-            return Answer(request.reply(DONE))
+            return SiteReply(request.reply(DONE))
         if not self._arm.model.exists():
             self._train(site, self._arm.plan.rounds, again=True)
         return own_results(request, site)

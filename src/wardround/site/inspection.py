@@ -27,7 +27,7 @@ Array = npt.NDArray[Any]
 _SECRET, _SEEN = "lint/secret", "lint/seen"
 
 
-class Agreed(Protocol):
+class KnownModel(Protocol):
     """What a site knows of the model of a study without asking anybody; a `Learner` does."""
 
     @property
@@ -91,7 +91,7 @@ class Inspector:
         self._approved: dict[str, Array] = {}
         self._largest_scales: dict[str, float] = {}
 
-    def check(self, number: int, public: Mapping[str, Array], agreed: Agreed) -> Seen:
+    def check(self, number: int, public: Mapping[str, Array], agreed: KnownModel) -> Seen:
         """What to remember of the model of round `number`; raises `Rejected` where it looks like one made to leak."""
         if not self._approved:
             self._approved = agreed.approved()
@@ -127,7 +127,7 @@ class Inspector:
         return Seen(number, sketches, known.rounding, known.own)
 
     def _update_bound(
-        self, agreed: Agreed, known: Seen, tensors: Mapping[str, Array]
+        self, agreed: KnownModel, known: Seen, tensors: Mapping[str, Array]
     ) -> UpdateBound | dict[str, UpdateBound]:
         """How far a round goes: as the study's optimisers say, or where they have no limit as the site's own training
         showed.
@@ -174,7 +174,7 @@ class Inspector:
             seen = replace(seen, rounding={n: v for n, v in rounding.items() if n in seen.sketches})
         self._store.set_fact(_SEEN, json.dumps(seen.to_json()), durable=False)
 
-    def _seen(self, agreed: Agreed, sketcher: Sketcher) -> Seen:
+    def _seen(self, agreed: KnownModel, sketcher: Sketcher) -> Seen:
         fact = self._store.fact(_SEEN)
         if fact is not None:
             return Seen.from_json(json.loads(fact))

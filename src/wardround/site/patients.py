@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from wardround.errors import DataError, JournalError, Rejected, Withheld
 from wardround.federation.measuring import BASELINE, REFERENCE
-from wardround.plan.sums import Result, evaluation_entries
+from wardround.plan.sums import PairedMean, evaluation_entries
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.site.cohorts import kept_back
 from wardround.site.egress import EgressRules
@@ -173,7 +173,7 @@ class OwnResults:
         names = dataset.names("test") if isinstance(dataset, Named) else ()
         self._rows.keep(row, values, names, specs, learner.task if isinstance(learner.task, Charted) else None)
         results = results_of(self._site, specs, values, reference, least=self._egress.least, root=root)
-        return evaluation_entries(specs, results | dict.fromkeys(stays, Result(WITHHELD)))
+        return evaluation_entries(specs, results | dict.fromkeys(stays, PairedMean(WITHHELD)))
 
     def withheld(self, split: Split, values: Mapping[str, Array], learner: Learner) -> str | None:
         """Why what is summed over these patients may not leave; where it may, the set is on record from now on."""
@@ -223,7 +223,7 @@ def results_of(
     *,
     least: int,
     root: bytes,
-) -> dict[str, Result]:
+) -> dict[str, PairedMean]:
     """What may leave of a row: n, value and standard errors; the paired ones where there is a `reference`.
 
     Where fewer than `LEAST_PATIENTS` patients make an interval there is no standard error, unless the site's rules let
@@ -231,7 +231,7 @@ def results_of(
     patients drawn anew from the secret `root`, always the same ones of as many. Raises `DataError` for a reference of
     other patients.
     """
-    found: dict[str, Result] = {}
+    found: dict[str, PairedMean] = {}
     for spec in specs:
         rows = values[spec.name]
         if reference is not None and len(reference.get(spec.name, ())) != len(rows):
@@ -240,14 +240,14 @@ def results_of(
         result = _result(spec, rows, None if reference is None else reference[spec.name], stream.generator)
         if least > 1:
             few = result.mean.count < LEAST_PATIENTS
-            result = Result(replace(result.mean, error=None)) if few else _coarse(result)
+            result = PairedMean(replace(result.mean, error=None)) if few else _coarse(result)
         found[spec.name] = result
     return found
 
 
 def _result(
     spec: MetricSpec, rows: Array, reference: Array | None, random: Callable[[], np.random.Generator]
-) -> Result:
+) -> PairedMean:
     counted = spec.kind.counted(rows)
     absent = int((~counted).sum())
     simple = isinstance(spec.kind, PatientMean)
@@ -257,12 +257,12 @@ def _result(
         mean = Mean(value_of(spec, rows), resampled_error(spec, rows, random()), int(counted.sum()), absent)
     if math.isnan(mean.value):
         # Patients have what is counted, but together no value: all of them healthy, say.
-        return Result(Mean(math.nan, None, 0, len(rows)))
+        return PairedMean(Mean(math.nan, None, 0, len(rows)))
     if reference is None:
-        return Result(mean)
+        return PairedMean(mean)
     if simple and np.array_equal(counted, spec.kind.counted(reference)):
-        return Result(mean, mean_of(reference[counted] - rows[counted]).error)
-    return Result(mean, resampled_error(spec, rows, random(), reference))
+        return PairedMean(mean, mean_of(reference[counted] - rows[counted]).error)
+    return PairedMean(mean, resampled_error(spec, rows, random(), reference))
 
 
 def _packed(values: Array) -> Any:
@@ -282,9 +282,9 @@ def _unpacked(packed: Any) -> Array:
     return values.reshape(packed["shape"])
 
 
-def _coarse(result: Result) -> Result:
+def _coarse(result: PairedMean) -> PairedMean:
     error, paired = result.mean.error, result.paired
-    return Result(
+    return PairedMean(
         replace(result.mean, error=None if error is None else two_digits(error)),
         None if paired is None else two_digits(paired),
     )

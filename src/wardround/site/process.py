@@ -21,7 +21,7 @@ from wardround.wire.message import Header
 
 
 @dataclass(frozen=True)
-class Agreed:
+class AgreedStudy:
     """A study that a site takes part in, its comparisons, and the folder where the site keeps what is its own."""
 
     study: Study
@@ -33,7 +33,7 @@ def spec_of(
     name: str,
     sites: SitesFile,
     spool: Path,
-    agreed: Sequence[Agreed],
+    agreed: Sequence[AgreedStudy],
     *,
     rounding_root: bytes | None = None,
     floor: int = ACROSS_HOSPITALS,

@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Answer:
+class SiteReply:
     """A reply, and the private state that is written together with it."""
 
     reply: Message
@@ -47,7 +47,7 @@ class SiteProtocol(Protocol):
         """Raise for a message that must have no answer, not even one from the store."""
         ...
 
-    def answer(self, request: Message, site: Site) -> Answer:
+    def answer(self, request: Message, site: Site) -> SiteReply:
         """Answer one message of those kinds."""
         ...
 
@@ -61,12 +61,12 @@ class ClearUpload:
     def admit(self, request: Message, site: Site) -> None:
         """Whatever the site answers, it may answer again."""
 
-    def answer(self, request: Message, site: Site) -> Answer:
+    def answer(self, request: Message, site: Site) -> SiteReply:
         """Train and send."""
         chunks, memory, keep = site.work(request)
         rules = site.rules
         body = rules.codec.form.pack(rules.layout, chunks)
-        return Answer(site.reply_with(request, UPDATE, body, rules.layout), memory, keep)
+        return SiteReply(site.reply_with(request, UPDATE, body, rules.layout), memory, keep)
 
 
 class Evaluator(Protocol):

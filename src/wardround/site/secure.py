@@ -27,7 +27,7 @@ from wardround.federation.secure import (
 from wardround.protection.secure_site import SiteSession
 from wardround.protection.secure_sum import (
     Announcement,
-    Context,
+    Attempt,
     Deal,
     MaskStream,
     Quorum,
@@ -36,7 +36,7 @@ from wardround.protection.secure_sum import (
 )
 from wardround.site.alone import own_results
 from wardround.site.history import MASKED, Joined, MaskedHistory
-from wardround.site.protocol import Answer
+from wardround.site.protocol import SiteReply
 from wardround.site.site import Site
 from wardround.storage.journal import survivors_of
 from wardround.wire.canonical import digest
@@ -76,19 +76,19 @@ class SecureUpload:
     def admit(self, request: Message, site: Site) -> None:
         """Whatever the site answers, it may answer again."""
 
-    def answer(self, request: Message, site: Site) -> Answer:
+    def answer(self, request: Message, site: Site) -> SiteReply:
         """Answer one phase."""
         header = request.header
         meta = {name: value for name, value in header.meta.items() if name not in (CONTEXT, ABORTED_NUMBERS)}
         match header.kind:
             case "roster":
                 self._agree(request, site)
-                return Answer(request.reply(DONE))
+                return SiteReply(request.reply(DONE))
             case "sum/advertise":
                 return self._advertise(request, site)
             case "sum/share":
                 shares = self._attempt(header).share(Roll.from_json(meta))
-                return Answer(request.reply(SHARES, meta=shares.to_json()))
+                return SiteReply(request.reply(SHARES, meta=shares.to_json()))
             case "sum/sign":
                 session, record = self._attempt(header), survivors_of(self._kind)
                 announcement = Announcement.from_json(meta)
@@ -103,14 +103,14 @@ class SecureUpload:
                 consent = session.sign(announcement, remember)
                 about = {"kind": self._kind, "round": header.round, "attempt": header.attempt}
                 site.minutes.note("signed", {**about, "list": digest(announcement.to_json())})
-                return Answer(request.reply(CONSENT, meta=consent.to_json()))
+                return SiteReply(request.reply(CONSENT, meta=consent.to_json()))
             case "sum/reveal":
                 reveal = self._attempt(header).reveal(Quorum.from_json(meta))
-                return Answer(request.reply(REVEALED, meta=reveal.to_json()))
+                return SiteReply(request.reply(REVEALED, meta=reveal.to_json()))
             case _:
                 return self._upload(request, site)
 
-    def _advertise(self, request: Message, site: Site) -> Answer:
+    def _advertise(self, request: Message, site: Site) -> SiteReply:
         header, roster = request.header, self._pinned(site)
         told = {name: header.meta.get(name) for name in ("kind", "request", "model", "layout")}
         if not all(isinstance(value, str) for value in told.values()):
@@ -123,7 +123,7 @@ class SecureUpload:
                 f"site {site.name} has signed the survivor list of round {header.round} or a later one; the round is "
                 "over, and its sites must train anew under a new number"
             )
-        context = Context(
+        context = Attempt(
             study=header.study,
             round=header.round,
             attempt=header.attempt,
@@ -142,9 +142,9 @@ class SecureUpload:
         if self._session is not None:
             self._session.abort()
         self._session, self._kind = SiteSession(site.name, site.store.enrol(), roster, context), kind
-        return Answer(request.reply(ADVERT, meta=self._session.advertise().to_json()))
+        return SiteReply(request.reply(ADVERT, meta=self._session.advertise().to_json()))
 
-    def _upload(self, request: Message, site: Site) -> Answer:
+    def _upload(self, request: Message, site: Site) -> SiteReply:
         header = request.header
         if header.kind == EVALUATE and header.meta.get("layout") == site.rules.evaluation_layout.sha256:
             # A site's own results are a release of their own, which its egress policy decides on.
@@ -166,7 +166,7 @@ class SecureUpload:
                 (update, memory, keep), layout = site.work(request), site.rules.layout
                 site.aborted.answered(header.round, session.context.model)
             chunks = MaskStream(masks, layout.segments).masked(update)
-            return Answer(site.reply_with(request, UPDATE, chunks, layout), memory, keep)
+            return SiteReply(site.reply_with(request, UPDATE, chunks, layout), memory, keep)
         except BaseException:
             # What was masked in part must never be masked again with the same keys.
             session.abort()
@@ -184,7 +184,7 @@ class SecureUpload:
     def _history(self, site: Site) -> MaskedHistory:
         return MaskedHistory((self._history_folder or site.store.root) / MASKED)
 
-    def _joined(self, context: Context, site: Site, survivors: tuple[str, ...] = ()) -> Joined:
+    def _joined(self, context: Attempt, site: Site, survivors: tuple[str, ...] = ()) -> Joined:
         roster = self._pinned(site).sites
         return Joined(
             start=context.model,
@@ -248,7 +248,7 @@ def _hold_to(roster: Roster, site: Site) -> None:
         )
 
 
-def _belongs(header: Header, context: Context) -> bool:
+def _belongs(header: Header, context: Attempt) -> bool:
     """Whether a request is of that attempt; the one for the update, which names no context, is compared as a whole."""
     about = header.meta.get(CONTEXT, context.sha256.hex())
     return (header.round, header.attempt, about) == (context.round, context.attempt, context.sha256.hex())

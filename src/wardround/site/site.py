@@ -33,7 +33,7 @@ from wardround.site.egress import check_egress
 from wardround.site.inspection import Inspector
 from wardround.site.measured import MeasuredSets
 from wardround.site.patients import OwnResults, PatientRows
-from wardround.site.protocol import Answer, ClearUpload, Evaluator, SiteProtocol
+from wardround.site.protocol import ClearUpload, Evaluator, SiteProtocol, SiteReply
 from wardround.site.rules import Rules
 from wardround.storage.blobs import disk_error
 from wardround.storage.hash_log import LOG, HashLog, begun_by
@@ -251,7 +251,7 @@ class Site:
         if header.round > end:
             raise Rejected(f"site {self.name} is asked for round {header.round}, and the study ends with round {end}")
 
-    def _answer(self, request: Message) -> Answer:
+    def _answer(self, request: Message) -> SiteReply:
         if request.header.kind in self._protocol.kinds:
             return self._protocol.answer(request, self)
         if request.header.kind == EVALUATE:
@@ -260,10 +260,10 @@ class Site:
             return self._release(request)
         raise WireError(f"site {self.name} does not know messages of kind {request.header.kind[:40]!r}")
 
-    def evaluate(self, request: Message) -> Answer:
+    def evaluate(self, request: Message) -> SiteReply:
         """Evaluate the model that the request carries: what leaves is over all patients of a split, never of one."""
         chunks, layout = self.measure(request)
-        return Answer(self.reply_with(request, UPDATE, chunks, layout))
+        return SiteReply(self.reply_with(request, UPDATE, chunks, layout))
 
     def measure(self, request: Message) -> tuple[Iterator[bytes | memoryview], Layout]:
         """The bytes of an evaluation, and their layout: validation sums to pool, or the site's own results."""
@@ -333,7 +333,7 @@ class Site:
                 "start a run in another folder"
             )
 
-    def _release(self, request: Message) -> Answer:
+    def _release(self, request: Message) -> SiteReply:
         """Write the private part of the released model into the site's own folder."""
         # Another round's part would be another model to test, and would take the place of the released one.
         word = digest([request.header.round, sorted(_aborted(request.header))])
@@ -342,7 +342,7 @@ class Site:
         memory = self.store.memory(request.header.round)
         tensors = self.learner.local_tensors(memory)
         if not tensors:
-            return Answer(request.reply(DONE))
+            return SiteReply(request.reply(DONE))
         if self.folder is not None:
             try:
                 with written(self.folder / "local.safetensors") as file:
@@ -354,7 +354,7 @@ class Site:
         if self.rules.rounding_root is None:
             # A bare hash would let a coordinator test guesses of the data that the part was trained on.
             said = SecretRoot(self._rounding_root).key("local", said).hex()
-        return Answer(request.reply(DONE, meta={LOCAL_SHA256: said}))
+        return SiteReply(request.reply(DONE, meta={LOCAL_SHA256: said}))
 
     def _validation_sums(self, number: int, values: Mapping[str, Array]) -> dict[str, Any]:
         """Sums that are pooled over sites; of no patient where the site's rules withhold them."""

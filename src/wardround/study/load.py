@@ -18,7 +18,7 @@ from wardround.study.hashes import plan_sha256 as plan_sha256
 from wardround.study.hashes import study_sha256 as study_sha256
 from wardround.study.hashes import written as written
 from wardround.study.registry import BASES, BUILTIN, STRICT, Reading, Section, implied_kind, settings_of
-from wardround.study.schema import Site, Study
+from wardround.study.schema import Study, StudySite
 from wardround.study.yaml_text import parse_yaml
 from wardround.study.yaml_text import read_yaml as read_yaml
 from wardround.wire.canonical import MAX_DEPTH
@@ -169,7 +169,7 @@ def _known_keys(
                 below += _alternatives(get_args(candidate)[1])
             elif get_origin(candidate) is tuple:
                 below += _alternatives(get_args(candidate)[0])
-            elif candidate in (Study, Site) and part in BUILTIN:
+            elif candidate in (Study, StudySite) and part in BUILTIN:
                 section = cast(Section, part)
                 settings = settings_of(section, given.get("kind", implied_kind(section, None, given)), reading)
                 below += [] if settings is None else [settings]

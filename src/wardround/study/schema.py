@@ -61,7 +61,7 @@ Acquisition = Annotated[
 ]
 
 
-class Site(Config):
+class StudySite(Config):
     """A hospital: its role and its scanner's protocol."""
 
     role: Literal["train", "unseen"] = Field("train", description="`unseen` sites are evaluated only")
@@ -135,7 +135,7 @@ class Study(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     description: str = ""
     seed: int = Field(0, ge=0, lt=2**63)
-    sites: dict[SiteName, Site] = Field(min_length=1)
+    sites: dict[SiteName, StudySite] = Field(min_length=1)
     acquisition: Acquisition | None = Field(
         MRIAcquisition(),
         description="how sites scan that do not say it themselves; none for a task of images",
@@ -163,7 +163,7 @@ class Study(Config):
 
     @field_validator("sites")
     @classmethod
-    def _names_are_free(cls, sites: dict[str, Site]) -> dict[str, Site]:
+    def _names_are_free(cls, sites: dict[str, StudySite]) -> dict[str, StudySite]:
         taken = sorted(RESERVED_NAMES & sites.keys())
         if taken:
             raise ValueError(f"{taken[0]!r} is a reserved name; call the site something else")

@@ -15,7 +15,7 @@ from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.tasks.task import ReadsFiles, Task
 
 if TYPE_CHECKING:
-    from wardround.tasks.reconstruction import ReconstructionTask
+    from wardround.tasks.reconstruction import ReconstructionBase
 
 _PARTS = ("metrics", "build_model", "dataset", "pooled", "loss", "score")
 
@@ -47,7 +47,7 @@ def _reconstruction(study: schema.Study, embeddings: Mapping[str, Path], plugins
         raise StudyError(
             plugins.refusal("acquisition", kind, "acquisition.kind") or f"the plug-in {kind!r} is not opened"
         )
-    made: ReconstructionTask[Any] = at(study.scanner.reconstruction)(study, embeddings)
+    made: ReconstructionBase[Any] = at(study.scanner.reconstruction)(study, embeddings)
     made.compare_with({name: plugins.baseline(name, study.modality) for name in study.baselines})
     return made
 

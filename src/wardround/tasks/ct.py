@@ -21,7 +21,7 @@ from wardround.imaging.acquisition.ct.simulate import REFINEMENT, CTSimulator
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.datasets.ct import CTFolder, CTIndex, Grid
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.mri import SPLITS, Example
+from wardround.imaging.datasets.mri import SPLITS, SliceExample
 from wardround.imaging.datasets.visits import Index, Visits
 from wardround.imaging.readers.embeddings import Embeddings
 from wardround.study import schema
@@ -29,7 +29,7 @@ from wardround.study import tasks as tasks_config
 from wardround.study.ct import CTAcquisition
 from wardround.study.protocols import HeaderFacts
 from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows
-from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionDataset, ReconstructionTask
+from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionBase, ReconstructionDataset
 from wardround.tasks.scans import Scans as CTScans
 from wardround.tasks.scans import ScansBatch as CTBatch
 from wardround.tasks.task import MetricSpec, Source, Split, Window
@@ -118,7 +118,7 @@ class CTDataset(ReconstructionDataset[CTBatch]):
         self._seed = seed
         self._cache = ScanCache[_Scan](cache_bytes)
 
-    def scan(self, example: Example, flip: bool) -> CTBatch:
+    def scan(self, example: SliceExample, flip: bool) -> CTBatch:
         """A batch of one slice, flipped left-right before its scan where `flip` says so."""
 
         def simulated() -> _Scan:
@@ -127,7 +127,7 @@ class CTDataset(ReconstructionDataset[CTBatch]):
 
         return self._batch(self._cache.get((example, flip), simulated), example)
 
-    def augmented(self, example: Example, flip: bool, random: np.random.Generator) -> CTBatch:
+    def augmented(self, example: SliceExample, flip: bool, random: np.random.Generator) -> CTBatch:
         """With `task.augment`, turned by quarters before a scan with noise of its own."""
         if not self.task.augment:
             return self.scan(example, flip)
@@ -147,7 +147,7 @@ class CTDataset(ReconstructionDataset[CTBatch]):
         """What headers of training patients say of the scanners; nothing where other sites' patients are scanned."""
         return self._index.header_facts(minimum) if isinstance(self._index, CTIndex) else HeaderFacts()
 
-    def _image(self, example: Example, flip: bool) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def _image(self, example: SliceExample, flip: bool) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         image, body = self._index.image(example), self._index.mask(example)
         if flip:
             image, body = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(body[:, ::-1])
@@ -159,7 +159,7 @@ class CTDataset(ReconstructionDataset[CTBatch]):
         share = body.reshape(rows, REFINEMENT, columns, REFINEMENT).mean((1, 3))
         return _Scan(data, target, torch.from_numpy(share >= 0.5))
 
-    def _batch(self, scan: _Scan, example: Example) -> CTBatch:
+    def _batch(self, scan: _Scan, example: SliceExample) -> CTBatch:
         prompt = self._index.prompt(example)
         part = CTScans(
             self.scanner.system,
@@ -185,7 +185,7 @@ def _turned(
     return np.ascontiguousarray(np.rot90(image, turns)), np.ascontiguousarray(np.rot90(body, turns))
 
 
-class CTReconstruction(ReconstructionTask[CTBatch]):
+class CTReconstruction(ReconstructionBase[CTBatch]):
     """Images in attenuation relative to water from noisy sinograms of few views.
 
     Raises StudyError for tiny images, for a geometry of another size than the task's, and for a geometry that cannot

@@ -36,7 +36,7 @@ WITHHELD = Mean(math.nan, None, 0, withheld=True)
 
 
 @dataclass(frozen=True)
-class Estimate:
+class PatientEstimate:
     """A metric over `n` patients, with `absent` others; without standard error and interval where it has none."""
 
     value: float
@@ -65,10 +65,10 @@ def two_digits(error: float) -> float:
     return float(f"{error:.1e}")
 
 
-def estimate(mean: Mean, level: float = 0.95) -> Estimate:
+def estimate(mean: Mean, level: float = 0.95) -> PatientEstimate:
     """The interval of a mean by Student's t with n - 1 degrees of freedom; none below `LEAST_PATIENTS`."""
     if mean.error is None or mean.count < LEAST_PATIENTS:
-        return Estimate(mean.value, mean.count, absent=mean.absent)
+        return PatientEstimate(mean.value, mean.count, absent=mean.absent)
     return _interval(mean.value, mean.error, mean.count, mean.count - 1.0, level, mean.absent)
 
 
@@ -85,7 +85,7 @@ def difference(mine: Mean, other: Mean, paired: float | None, *, larger_is_bette
     return Mean(gain if larger_is_better else -gain, paired, min(mine.count, other.count), other.absent)
 
 
-def mean_of_sites(sites: Sequence[Mean], level: float = 0.95) -> Estimate:
+def mean_of_sites(sites: Sequence[Mean], level: float = 0.95) -> PatientEstimate:
     """The unweighted mean of K sites' means, sites without patients left out; none where a site withholds its own.
 
     Its standard error is sqrt(sum SE_i^2) / K: it holds the chance of which patients of these sites were tested, and is
@@ -96,21 +96,21 @@ def mean_of_sites(sites: Sequence[Mean], level: float = 0.95) -> Estimate:
     present, absent = [site for site in sites if site.count], sum(site.absent for site in sites)
     # A mean over some of the sites would look like one over all of them.
     if not present or any(site.withheld for site in sites):
-        return Estimate(math.nan, 0)
+        return PatientEstimate(math.nan, 0)
     value, count = float(np.mean([site.value for site in present])), sum(site.count for site in present)
     squares = [site.error**2 for site in present if site.error is not None and site.count > 1]
     if len(squares) < len(present) or count < LEAST_PATIENTS:
-        return Estimate(value, count, absent=absent)
+        return PatientEstimate(value, count, absent=absent)
     spread = sum(squares)
     below = sum(square**2 / (site.count - 1) for square, site in zip(squares, present, strict=True))
     degrees = spread**2 / below if below else math.inf
     return _interval(value, math.sqrt(spread) / len(present), count, degrees, level, absent)
 
 
-def _interval(value: float, error: float, count: int, degrees: float, level: float, absent: int) -> Estimate:
+def _interval(value: float, error: float, count: int, degrees: float, level: float, absent: int) -> PatientEstimate:
     # Imported late: a site that only trains needs no quantiles.
     from scipy.special import ndtri, stdtrit
 
     share = 0.5 + level / 2.0
     half = error * float(ndtri(share) if math.isinf(degrees) else stdtrit(degrees, share))
-    return Estimate(value, count, error, value - half, value + half, absent)
+    return PatientEstimate(value, count, error, value - half, value + half, absent)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.mri import Example, SliceIndex
+from wardround.imaging.datasets.mri import SliceExample, SliceIndex
 from wardround.imaging.datasets.visits import Index, Visits
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.study import tasks as tasks_config
 from wardround.study.acquisitions import AcquisitionSettings
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, reconstruction_scores
-from wardround.tasks.reconstruction import Method, ReconstructionDataset, ReconstructionTask
+from wardround.tasks.reconstruction import Method, ReconstructionBase, ReconstructionDataset
 from wardround.tasks.scans import Scans, ScansBatch
 from wardround.tasks.task import MetricSpec, Source, Window
 from wardround.wire.random import public_generator
@@ -46,7 +46,7 @@ class GeneralDataset(ReconstructionDataset[ScansBatch]):
         self._operators: dict[tuple[int, ...], LinearOperator] = {}
         self._cache = ScanCache[Tensor](cache_bytes)
 
-    def scan(self, example: Example, flip: bool) -> ScansBatch:
+    def scan(self, example: SliceExample, flip: bool) -> ScansBatch:
         """A batch of one slice, flipped left-right before its scan where `flip` says so."""
         image, inside = self._index.image(example), self._index.mask(example)
         if flip:
@@ -55,7 +55,7 @@ class GeneralDataset(ReconstructionDataset[ScansBatch]):
         data = self._cache.get((example, flip), lambda: self._measured(operator, target, example))
         return ScansBatch((Scans(operator, data, target, torch.from_numpy(inside.astype(np.float32))[None]),))
 
-    def _operator(self, example: Example, image: NDArray[np.float32]) -> LinearOperator:
+    def _operator(self, example: SliceExample, image: NDArray[np.float32]) -> LinearOperator:
         """Kept, so that scans of one operator can be computed together."""
         whose = (example.patient,) if self.acquisition.varies else ()
         if whose not in self._operators:
@@ -69,7 +69,7 @@ class GeneralDataset(ReconstructionDataset[ScansBatch]):
             self._operators[whose] = made
         return self._operators[whose]
 
-    def _measured(self, operator: LinearOperator, target: Tensor, example: Example) -> Tensor:
+    def _measured(self, operator: LinearOperator, target: Tensor, example: SliceExample) -> Tensor:
         random = public_generator(self._seed, self.site, "scan", example.patient, example.contrast, example.slice)
         data = self.acquisition.measure(operator, target, random)
         if not isinstance(data, Tensor) or tuple(data.shape) != (1, *operator.data_shape):
@@ -80,7 +80,7 @@ class GeneralDataset(ReconstructionDataset[ScansBatch]):
         return data
 
 
-class GeneralReconstruction(ReconstructionTask[ScansBatch]):
+class GeneralReconstruction(ReconstructionBase[ScansBatch]):
     """Magnitude images from what an acquisition's operator measures. Raises StudyError for tiny images."""
 
     @property

@@ -24,7 +24,7 @@ Structures = Mapping[str, tuple[int, ...] | None]
 _UNDERSHOOT = 0.05
 
 
-class Example(NamedTuple):
+class LabelledExample(NamedTuple):
     """A training example: a slice of an image, or of a volume in 3-D and of a picture its number."""
 
     patient: int
@@ -99,7 +99,7 @@ class LabelledDataset(PatientImages):
         self._magnitudes = magnitudes
         self._training = frozenset(patients.split["train"])
         self._content: dict[int, Any] = {}
-        self._found: dict[int, list[Example]] = {}
+        self._found: dict[int, list[LabelledExample]] = {}
         super().__init__(patients, peaks_of if magnitudes else None)
         self._digests = {patient: found.hexdigest() for patient, found in self._content.items()}
         self._train = tuple(example for patient in self._split["train"] for example in self._found[patient])
@@ -166,24 +166,24 @@ class LabelledDataset(PatientImages):
                 detail=str(case.mask),
             )
 
-    def _parts(self, image: LabelledImage, patient: int, number: int) -> Iterator[Example]:
+    def _parts(self, image: LabelledImage, patient: int, number: int) -> Iterator[LabelledExample]:
         """The training examples of an image: slices that show a structure and every n-th of the rest, or patches."""
         shape, sampling = image.channels.shape[1:], self._sampling
         if sampling.dimensions == 3 or len(shape) == 2:
-            yield from (Example(patient, number, part) for part in range(sampling.per_image))
+            yield from (LabelledExample(patient, number, part) for part in range(sampling.per_image))
             return
         drawn = self._masks(image.labels).any(axis=(0, 1, 2))
         first = image.channels[0].astype(np.float32)
         content = (first > CONTENT * first.max()).mean(axis=(0, 1)) > CONTENT
         rest = np.flatnonzero(content & ~drawn)[:: sampling.empty_every]
-        yield from (Example(patient, number, int(part)) for part in sorted([*np.flatnonzero(drawn), *rest]))
+        yield from (LabelledExample(patient, number, int(part)) for part in sorted([*np.flatnonzero(drawn), *rest]))
 
     def _masks(self, labels: NDArray[np.generic] | None) -> NDArray[np.bool_]:
         """(K, *shape), a channel a structure."""
         assert labels is not None
         return np.stack([labels != 0 if v is None else np.isin(labels, v) for v in self._structures.values()])
 
-    def _example(self, example: Example, random: np.random.Generator) -> LabelledBatch:
+    def _example(self, example: LabelledExample, random: np.random.Generator) -> LabelledBatch:
         image = self._read(example.patient, example.case)
         labels, grid, part = image.labels, grid_of(image, self._sampling), None
         assert labels is not None

@@ -16,14 +16,14 @@ from wardround.errors import StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.mri import Example, SliceIndex
+from wardround.imaging.datasets.mri import SliceExample, SliceIndex
 from wardround.imaging.datasets.visits import Index, Visits
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.study import MRIAcquisition, schema
 from wardround.study import tasks as tasks_config
 from wardround.study.baselines import Baseline
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, reconstruction_scores
-from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionDataset, ReconstructionTask
+from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionBase, ReconstructionDataset
 from wardround.tasks.task import MetricSpec, Source, Window
 
 
@@ -98,7 +98,7 @@ class MRIDataset(ReconstructionDataset[MRIBatch]):
         self.scanner = MRIScanner(index.site, acquisition, seed)
         self._cache = ScanCache[Scan](cache_bytes)
 
-    def scan(self, example: Example, flip: bool) -> MRIBatch:
+    def scan(self, example: SliceExample, flip: bool) -> MRIBatch:
         """A batch of one slice, flipped left-right before its scan where `flip` says so."""
         image, head = self._index.image(example), self._index.mask(example)
         if flip:
@@ -109,7 +109,7 @@ class MRIDataset(ReconstructionDataset[MRIBatch]):
         return MRIBatch.of(scan, image, head)
 
 
-class MRIReconstruction(ReconstructionTask[MRIBatch]):
+class MRIReconstruction(ReconstructionBase[MRIBatch]):
     """Magnitude images from undersampled k-space.
 
     Raises StudyError for tiny images, and for a real model or baseline where the coil maps do not carry the phase.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
-from wardround.imaging.datasets.mri import Example
+from wardround.imaging.datasets.mri import SliceExample
 from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.datasets.visits import Index
 from wardround.imaging.orientation import Turn
@@ -65,13 +65,13 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
         self._index = index
         self._train = index.examples("train")
         # All images are looked at now: one that cannot be used must not stop a run at its end.
-        self._evaluated: dict[Split, dict[int, list[Example]]] = {s: self._by_patient(s) for s in _SPLITS}
+        self._evaluated: dict[Split, dict[int, list[SliceExample]]] = {s: self._by_patient(s) for s in _SPLITS}
 
     @abstractmethod
-    def scan(self, example: Example, flip: bool) -> BatchT:
+    def scan(self, example: SliceExample, flip: bool) -> BatchT:
         """A batch of one slice, flipped left-right before its scan where `flip` says so."""
 
-    def augmented(self, example: Example, flip: bool, random: np.random.Generator) -> BatchT:
+    def augmented(self, example: SliceExample, flip: bool, random: np.random.Generator) -> BatchT:
         """A batch of one slice for training, changed further with `random` where the study wants it."""
         return self.scan(example, flip)
 
@@ -125,11 +125,11 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
                 of_contrast = [example for example in examples if example.contrast == contrast]
                 yield self._index.turn(of_contrast[len(of_contrast) // 2])
 
-    def _by_patient(self, split: Split) -> dict[int, list[Example]]:
+    def _by_patient(self, split: Split) -> dict[int, list[SliceExample]]:
         rule = self.task.evaluation.slices
         if split == "validation":
             rule = rule.model_copy(update={"per_patient": self.task.evaluation.tuning_slices})
-        patients: dict[int, list[Example]] = {}
+        patients: dict[int, list[SliceExample]] = {}
         for example in self._index.examples(split, rule):
             patients.setdefault(example.patient, []).append(example)
         return patients
@@ -179,7 +179,7 @@ class PooledDataset(Generic[BatchT]):
         return batch
 
 
-class ReconstructionTask(ABC, Generic[BatchT]):
+class ReconstructionBase(ABC, Generic[BatchT]):
     """The reconstruction task of a study; see `wardround.tasks.task.Imaging`. Raises StudyError for tiny images."""
 
     def __init__(self, study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> None:

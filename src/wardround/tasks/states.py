@@ -30,7 +30,7 @@ _MOST_STEPS = 1 << 36
 
 
 @dataclass(frozen=True)
-class State:
+class MetricState:
     """A metric summed over patients; `+` is that of both groups of patients.
 
     `total` (..., *shape) is the sum of rows, `count` (...) the patients with a value, `broken` those of them whose row
@@ -41,8 +41,8 @@ class State:
     count: Floats
     broken: Floats
 
-    def __add__(self, other: State) -> State:
-        return State(self.total + other.total, self.count + other.count, self.broken + other.broken)
+    def __add__(self, other: MetricState) -> MetricState:
+        return MetricState(self.total + other.total, self.count + other.count, self.broken + other.broken)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Kind(Protocol):
         """Which patients have a value: (n, *shape) -> (n,)."""
         ...
 
-    def value(self, spec: MetricSpec, state: State) -> Floats:
+    def value(self, spec: MetricSpec, state: MetricState) -> Floats:
         """The metric over all patients of a state, (...); NaN where none of them has a value."""
         ...
 
@@ -122,7 +122,7 @@ class PatientMean:
         """Patients whose row is a number."""
         return ~np.isnan(rows)
 
-    def value(self, spec: MetricSpec, state: State) -> Floats:
+    def value(self, spec: MetricSpec, state: MetricState) -> Floats:
         """Sum over count."""
         return _divided(state.total, state.count)
 
@@ -180,7 +180,7 @@ class RatioOfSums:
         """Patients who add something, or whose numbers are none."""
         return np.asarray((rows != 0.0).any(axis=1))
 
-    def value(self, spec: MetricSpec, state: State) -> Floats:
+    def value(self, spec: MetricSpec, state: MetricState) -> Floats:
         """Numerator over denominator, in the metric's range."""
         above, below = state.total[..., 0], state.total[..., 1]
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -267,7 +267,7 @@ class Histogram:
         """Patients with a known label of a class that is read, or whose scores are no numbers."""
         return np.asarray((self._read(rows) != 0.0).any(axis=(1, 2, 3)))
 
-    def value(self, spec: MetricSpec, state: State) -> Floats:
+    def value(self, spec: MetricSpec, state: MetricState) -> Floats:
         """The value of the class that is read, or the mean of those that have one, in the metric's range."""
         values = self.read(self._read(state.total))
         has = ~np.isnan(values)
@@ -295,15 +295,15 @@ class Histogram:
         return counts if self.only is None else counts[..., self.only : self.only + 1, :, :]
 
 
-def state_of(spec: MetricSpec, rows: Floats, weights: Floats | None = None) -> State:
+def state_of(spec: MetricSpec, rows: Floats, weights: Floats | None = None) -> MetricState:
     """The state of patients, (n, *shape); with weights (r, n) of r weighted groups of them, as the bootstrap draws."""
     counted = spec.kind.counted(rows)
     broken = counted & np.isnan(rows).any(axis=tuple(range(1, rows.ndim)))
     kept = np.where(_wide(counted & ~broken, rows), rows, 0.0)
     if weights is None:
-        return State(kept.sum(axis=0), np.asarray(float(counted.sum())), np.asarray(float(broken.sum())))
+        return MetricState(kept.sum(axis=0), np.asarray(float(counted.sum())), np.asarray(float(broken.sum())))
     total = (weights @ kept.reshape(len(rows), -1)).reshape(len(weights), *rows.shape[1:])
-    return State(total, weights @ counted, weights @ broken)
+    return MetricState(total, weights @ counted, weights @ broken)
 
 
 def value_of(spec: MetricSpec, rows: Floats) -> float:

@@ -17,7 +17,7 @@ from scipy import ndimage
 from wardround.errors import DataError
 from wardround.imaging.datasets.ct_remarks import remarks_on
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.mri import SPLITS, BoolArray, Example, chosen, fill_holes
+from wardround.imaging.datasets.mri import SPLITS, BoolArray, SliceExample, chosen, fill_holes
 from wardround.imaging.datasets.split import Deal, Role, SplitName, by_seed
 from wardround.imaging.readers.ct_files import KINDS, NIFTI, patient_files
 from wardround.imaging.readers.ct_protocol import CTProtocol, facts_of
@@ -69,7 +69,7 @@ class Slice:
 
 
 @dataclass(frozen=True, eq=False)
-class Body:
+class BodyOutline:
     """The body in a slice: its mask, the middle of its bounding box in pixels, its reach from there in mm."""
 
     mask: BoolArray
@@ -77,7 +77,7 @@ class Body:
     reach: float
 
     @classmethod
-    def of(cls, image: Slice) -> Body:
+    def of(cls, image: Slice) -> BodyOutline:
         """The largest connected piece of tissue with everything inside; without any, the middle of the image."""
         rows, columns = (max(1, round(_BLANKET / step)) for step in image.spacing)
         tissue = opened(image.hu > _BODY, (2 * rows + 1, 2 * columns + 1))
@@ -244,14 +244,14 @@ class CTIndex:
         """Return the numbers of the patients of a split, ascending."""
         return self._served[split]
 
-    def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[Example, ...]:
+    def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[SliceExample, ...]:
         """Return the examples of a split by patient and slice; `slices` replaces the own rule.
 
         `minimum_foreground` is the body's share of the field of view.
         """
         rule = slices or self._slices
         found = tuple(
-            Example(patient, CONTRAST, int(number))
+            SliceExample(patient, CONTRAST, int(number))
             for patient in self._served[split]
             for number in chosen(self._shares[patient][0], rule)
         )
@@ -262,18 +262,18 @@ class CTIndex:
             )
         return found
 
-    def image(self, example: Example) -> FloatArray:
+    def image(self, example: SliceExample) -> FloatArray:
         """Return a slice in HU on the grid, float32 (rows, columns), at least -1024."""
         return self._placed(example).hu
 
-    def mask(self, example: Example) -> BoolArray:
+    def mask(self, example: SliceExample) -> BoolArray:
         """Return where the body is, bool (rows, columns) on the grid."""
         return self._placed(example).body
 
-    def turn(self, example: Example) -> None:
+    def turn(self, example: SliceExample) -> None:
         """Images of CT are turned as they are read: the patient's front on top, his left on the right."""
 
-    def prompt(self, example: Example) -> FloatArray | None:
+    def prompt(self, example: SliceExample) -> FloatArray | None:
         """Return the embedding of an example's patient, float32 (tokens, dimension), where the site provides any."""
         return self._folder.prompt(example.patient)
 
@@ -310,7 +310,7 @@ class CTIndex:
             series.setdefault(image.series, []).extend([image.place] if image.place else [])
         self._series[patient] = list(series.values())
         for number, image in enumerate(images):
-            body = Body.of(image)
+            body = BodyOutline.of(image)
             shares.append(body.mask.sum() * image.spacing[0] * image.spacing[1] / area)
             reaches.append(body.reach)
             self._cache.get((patient, number), partial(self._place, image, body))
@@ -328,14 +328,14 @@ class CTIndex:
                 detail=", ".join(self._folder.place(p) for p, (_, reach) in self._shares.items() if reach.max() > room),
             )
 
-    def _placed(self, example: Example) -> _Placed:
+    def _placed(self, example: SliceExample) -> _Placed:
         def read() -> _Placed:
             image = self._folder.slice(example.patient, example.slice)
-            return self._place(image, Body.of(image))
+            return self._place(image, BodyOutline.of(image))
 
         return self._cache.get((example.patient, example.slice), read)
 
-    def _place(self, image: Slice, body: Body) -> _Placed:
+    def _place(self, image: Slice, body: BodyOutline) -> _Placed:
         hu = np.where(self._inside, on_grid(image.hu, image.spacing, body.middle, self._grid, AIR), AIR)
         mask = on_grid(body.mask, image.spacing, body.middle, self._grid, 0.0) > 0.5
         return _Placed(np.asarray(hu, dtype=np.float32), np.asarray(mask & self._inside, dtype=np.bool_))

@@ -28,7 +28,7 @@ _UNDERSHOOT = 0.05
 
 
 @dataclass(frozen=True, order=True)
-class Example:
+class SliceExample:
     """One slice: patient number (in the order of the site's folder), contrast, slice number."""
 
     patient: int
@@ -88,7 +88,7 @@ class SliceIndex:
         """Return the numbers of the patients of a split, ascending."""
         return self._split[split]
 
-    def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[Example, ...]:
+    def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[SliceExample, ...]:
         """Return the examples of a split by patient, contrast and slice; `slices` replaces the own rule.
 
         Of each volume: every n-th slice, then those with enough foreground, then at most `per_patient` of
@@ -96,7 +96,7 @@ class SliceIndex:
         """
         rule = slices or self._slices
         found = tuple(
-            Example(patient, contrast, int(number))
+            SliceExample(patient, contrast, int(number))
             for patient in self._split[split]
             for contrast in self._contrasts
             for number in chosen(self._survey(patient, contrast).shares, rule)
@@ -108,21 +108,21 @@ class SliceIndex:
             )
         return found
 
-    def image(self, example: Example) -> FloatArray:
+    def image(self, example: SliceExample) -> FloatArray:
         """Return a slice as float32 `(H, W)` in [0, 1], 1 being the maximum of its volume."""
         survey = self._survey(example.patient, example.contrast)
         scaled = self._slice(example) / np.float32(survey.peak)
         return np.asarray(np.clip(scaled, 0, 1), dtype=np.float32)
 
-    def mask(self, example: Example) -> BoolArray:
+    def mask(self, example: SliceExample) -> BoolArray:
         """Return where the head is, bool `(H, W)`: see `head_mask`."""
         return head_mask(self._slice(example), self._survey(example.patient, example.contrast).air)
 
-    def turn(self, example: Example) -> Turn | None:
+    def turn(self, example: SliceExample) -> Turn | None:
         """How a slice is shown to people; None for as it is stored."""
         return self._folder.turn(example.patient, example.contrast)
 
-    def prompt(self, example: Example) -> None:
+    def prompt(self, example: SliceExample) -> None:
         """No network for these images takes a prompt."""
 
     def fingerprint(self) -> str:
@@ -135,7 +135,7 @@ class SliceIndex:
         content = {"patients": seen, "contrasts": sorted(self._contrasts), "size": list(self._size)}
         return hashlib.sha256(canonical_json(content)).hexdigest()
 
-    def _slice(self, example: Example) -> FloatArray:
+    def _slice(self, example: SliceExample) -> FloatArray:
         volume = self._folder.volume(example.patient, example.contrast)
         return fit_to_size(volume[:, :, example.slice], self._size)
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from wardround.imaging.datasets.mri import Example
+from wardround.imaging.datasets.mri import SliceExample
 from wardround.imaging.datasets.split import SplitName
 from wardround.imaging.orientation import Turn
 from wardround.study.tasks import Slices
@@ -31,23 +31,23 @@ class Index(Protocol):
         """The numbers of the patients of a split, ascending."""
         ...
 
-    def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[Example, ...]:
+    def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[SliceExample, ...]:
         """The examples of a split; `slices` replaces the own rule."""
         ...
 
-    def image(self, example: Example) -> NDArray[Any]:
+    def image(self, example: SliceExample) -> NDArray[Any]:
         """A slice as the scanner sees it."""
         ...
 
-    def mask(self, example: Example) -> NDArray[Any]:
+    def mask(self, example: SliceExample) -> NDArray[Any]:
         """Where the head or the body is, on the grid of the image."""
         ...
 
-    def turn(self, example: Example) -> Turn | None:
+    def turn(self, example: SliceExample) -> Turn | None:
         """How a slice is shown to people; None for as it is."""
         ...
 
-    def prompt(self, example: Example) -> NDArray[Any] | None:
+    def prompt(self, example: SliceExample) -> NDArray[Any] | None:
         """What the site provides of an example's patient for a network, (tokens, dimension)."""
         ...
 
@@ -80,7 +80,7 @@ class Visits(Generic[AnIndex]):
         """Return the numbers of the patients of a split: all in `test`."""
         return tuple(range(len(self._homes))) if split == "test" else ()
 
-    def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[Example, ...]:
+    def examples(self, split: SplitName, slices: Slices | None = None) -> tuple[SliceExample, ...]:
         """Return the members' test examples, numbered by visit."""
         if split != "test":
             return ()
@@ -91,22 +91,22 @@ class Visits(Generic[AnIndex]):
             for example in member.examples("test", slices)
         )
 
-    def image(self, example: Example) -> NDArray[Any]:
+    def image(self, example: SliceExample) -> NDArray[Any]:
         """Return the member's image."""
         member, own = self._at_home(example)
         return member.image(own)
 
-    def mask(self, example: Example) -> NDArray[Any]:
+    def mask(self, example: SliceExample) -> NDArray[Any]:
         """Return the member's mask."""
         member, own = self._at_home(example)
         return member.mask(own)
 
-    def turn(self, example: Example) -> Turn | None:
+    def turn(self, example: SliceExample) -> Turn | None:
         """Return how the member's slice is shown."""
         member, own = self._at_home(example)
         return member.turn(own)
 
-    def prompt(self, example: Example) -> NDArray[Any] | None:
+    def prompt(self, example: SliceExample) -> NDArray[Any] | None:
         """Return what the member provides of the patient."""
         member, own = self._at_home(example)
         return member.prompt(own)
@@ -115,6 +115,6 @@ class Visits(Generic[AnIndex]):
         """Return a sha256 (hex) over the members' fingerprints."""
         return hashlib.sha256("+".join(member.fingerprint() for member in self._members).encode()).hexdigest()
 
-    def _at_home(self, example: Example) -> tuple[AnIndex, Example]:
+    def _at_home(self, example: SliceExample) -> tuple[AnIndex, SliceExample]:
         member, patient = self._homes[example.patient]
         return member, replace(example, patient=patient)

@@ -25,7 +25,7 @@ _SAME_PLACE = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
-class Space:
+class VoxelSpace:
     """Where an image's voxels lie.
 
     `spacing`: mm along each axis, `None` where the file does not say. `affine`: (4, 4), indices of the file to mm, and
@@ -55,7 +55,7 @@ class LabelledImage:
 
     channels: Array
     labels: Array | None
-    space: Space
+    space: VoxelSpace
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +108,7 @@ def placed_image(channels: Array, spacing: tuple[float, ...], affine: NDArray[np
     return LabelledImage(array, None, space)
 
 
-def _labels(image: tuple[Array, Space], path: Path, readers: Mapping[str, Reader]) -> Array:
+def _labels(image: tuple[Array, VoxelSpace], path: Path, readers: Mapping[str, Reader]) -> Array:
     mask = _read(path, readers, colour=False)
     _same(image, mask, "an image and its mask", path)
     if mask[0].shape[0] != 1:
@@ -125,7 +125,7 @@ def _labels(image: tuple[Array, Space], path: Path, readers: Mapping[str, Reader
     return narrowed
 
 
-def _same(image: tuple[Array, Space], other: tuple[Array, Space], what: str, path: Path) -> None:
+def _same(image: tuple[Array, VoxelSpace], other: tuple[Array, VoxelSpace], what: str, path: Path) -> None:
     mine, its = image[0].shape[1:], other[0].shape[1:]
     if mine != its:
         raise DataError(
@@ -144,7 +144,7 @@ def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _read(path: Path, readers: Mapping[str, Reader], colour: bool = True) -> tuple[Array, Space]:
+def _read(path: Path, readers: Mapping[str, Reader], colour: bool = True) -> tuple[Array, VoxelSpace]:
     """Channels (C, *shape) and space."""
     if not path.name.endswith(ENDINGS):
         for ending, reader in readers.items():
@@ -153,7 +153,7 @@ def _read(path: Path, readers: Mapping[str, Reader], colour: bool = True) -> tup
     return _volume(path) if path.name.endswith((".nii", ".nii.gz")) else _picture(path, colour)
 
 
-def _foreign(reader: Reader, ending: str, path: Path) -> tuple[Array, Space]:
+def _foreign(reader: Reader, ending: str, path: Path) -> tuple[Array, VoxelSpace]:
     """What a reader of another package gives, in the package's own orientation."""
     try:
         given, zooms, affine = reader(path)
@@ -169,16 +169,16 @@ def _foreign(reader: Reader, ending: str, path: Path) -> tuple[Array, Space]:
     if spacing is not None and (len(spacing) != axes or not all(np.isfinite(spacing)) or min(spacing) <= 0):
         raise DataError(f"the plug-in for {ending} files gave no positive size for each axis", detail=str(path))
     if place is None:
-        return _narrow(np.ascontiguousarray(channels)), Space(spacing)
+        return _narrow(np.ascontiguousarray(channels)), VoxelSpace(spacing)
     if axes != 3 or place.shape != (4, 4) or not np.isfinite(place).all() or np.linalg.det(place) == 0:
         raise DataError(f"the plug-in for {ending} files gave an affine that places no volume", detail=str(path))
     orientation = nibabel.orientations.io_orientation(place)
     if spacing is not None:
         spacing = tuple(spacing[int(np.flatnonzero(orientation[:, 0] == axis)[0])] for axis in range(3))
-    return _narrow(np.ascontiguousarray(_turned(channels, orientation))), Space(spacing, place, orientation)
+    return _narrow(np.ascontiguousarray(_turned(channels, orientation))), VoxelSpace(spacing, place, orientation)
 
 
-def _volume(path: Path) -> tuple[Array, Space]:
+def _volume(path: Path) -> tuple[Array, VoxelSpace]:
     array, zooms, affine, _ = read_array(path)
     if array.ndim not in (3, 4) or 0 in array.shape or array.dtype.kind not in "biuf":
         raise DataError(
@@ -190,7 +190,7 @@ def _volume(path: Path) -> tuple[Array, Space]:
 
 def _in_place(
     channels: Array, zooms: tuple[float, ...], affine: NDArray[np.float64], detail: str
-) -> tuple[Array, Space]:
+) -> tuple[Array, VoxelSpace]:
     orientation = nibabel.orientations.io_orientation(affine)
     if np.isnan(orientation).any():
         raise DataError("an image's header gives no place to an axis; export it again", detail=detail)
@@ -198,7 +198,7 @@ def _in_place(
     if not all(np.isfinite(spacing)) or min(spacing) <= 0:
         raise DataError("an image's header gives a voxel no size; export it again", detail=detail)
     turned = np.ascontiguousarray(_turned(channels, orientation))
-    return _narrow(turned), Space(spacing, affine, orientation)
+    return _narrow(turned), VoxelSpace(spacing, affine, orientation)
 
 
 def _turned(array: Array, orientation: NDArray[np.float64]) -> Array:
@@ -221,7 +221,7 @@ def _narrow(array: Array) -> Array:
     return array.astype(np.float32)
 
 
-def _picture(path: Path, colour: bool) -> tuple[Array, Space]:
+def _picture(path: Path, colour: bool) -> tuple[Array, VoxelSpace]:
     try:
         with PILImage.open(path) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -247,4 +247,4 @@ def _picture(path: Path, colour: bool) -> tuple[Array, Space]:
     if not colour and array.ndim == 3:
         array = array.max(axis=2)
     channels = np.moveaxis(array, 2, 0) if array.ndim == 3 else array[None]
-    return _narrow(np.ascontiguousarray(channels)), Space(None)
+    return _narrow(np.ascontiguousarray(channels)), VoxelSpace(None)

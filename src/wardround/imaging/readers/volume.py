@@ -24,7 +24,7 @@ _UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, V
 
 
 @dataclass(frozen=True, eq=False)
-class Space:
+class NiftiSpace:
     """What a NIfTI header says of its coordinates: `xyzt_units`, and the codes of its two transforms."""
 
     units: int
@@ -32,7 +32,7 @@ class Space:
     qform: int
 
     @classmethod
-    def of(cls, header: nibabel.Nifti1Header) -> Space:
+    def of(cls, header: nibabel.Nifti1Header) -> NiftiSpace:
         """The space of a file. A qform that says another place than the affine is left out: only one can be kept."""
         affine, qform = header.get_best_affine(), header.get_qform()
         same = np.allclose(affine, qform, rtol=1e-3, atol=1e-3)
@@ -57,7 +57,7 @@ class Volume:
     data: FloatArray
     spacing: tuple[float, float, float]
     affine: NDArray[np.float64]
-    space: Space | None = None
+    space: NiftiSpace | None = None
 
 
 def read_volume(path: Path) -> Volume:
@@ -85,16 +85,16 @@ def read_volume(path: Path) -> Volume:
     return Volume(data, (zooms[0], zooms[1], zooms[2]), affine, space)
 
 
-def space_of(path: Path) -> Space | None:
+def space_of(path: Path) -> NiftiSpace | None:
     """What a NIfTI file's header says of its coordinates, without its voxels. Raises DataError as `read_array`."""
     try:
         header = nibabel.load(path).header
     except _UNREADABLE as error:
         raise DataError("an image file is damaged or not NIfTI", detail=f"{path}: {error}") from error
-    return Space.of(header) if isinstance(header, nibabel.Nifti1Header) else None
+    return NiftiSpace.of(header) if isinstance(header, nibabel.Nifti1Header) else None
 
 
-def read_array(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[np.float64], Space | None]:
+def read_array(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDArray[np.float64], NiftiSpace | None]:
     """A NIfTI file's array as it is, its zooms, its affine and its space. Raises DataError, as `read_volume` does."""
     try:
         exists = path.is_file()
@@ -107,7 +107,7 @@ def read_array(path: Path) -> tuple[NDArray[np.generic], tuple[float, ...], NDAr
         image = nibabel.load(path)
         array = np.asanyarray(image.dataobj)
         zooms = tuple(float(zoom) for zoom in image.header.get_zooms())
-        space = Space.of(image.header) if isinstance(image.header, nibabel.Nifti1Header) else None
+        space = NiftiSpace.of(image.header) if isinstance(image.header, nibabel.Nifti1Header) else None
         return array, zooms, np.asarray(image.affine, dtype=np.float64), space
     except PermissionError as error:
         raise DataError(

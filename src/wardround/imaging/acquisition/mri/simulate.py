@@ -21,7 +21,7 @@ _ORDER = 4  # cosines per axis of the phase: at most 1.5 periods over the field 
 
 
 @dataclass(frozen=True)
-class Measurement:
+class SimulatedScan:
     """What a scanner hands to reconstruction: one slice, without a batch axis.
 
     kspace: complex64 (C, H, W), 0 where not measured. mask: float32 (H, W). maps: complex64 (C, H, W),
@@ -38,7 +38,7 @@ def simulate(
     acquisition: MRIAcquisition,
     random: np.random.Generator,
     mask: NDArray[np.float32] | None = None,
-) -> Measurement:
+) -> SimulatedScan:
     """Simulate a scan of a magnitude image (H, W), peak 1.
 
     Coil positions, receiver phases, image phase, mask (unless given) and noise are drawn from `random`. Noise
@@ -68,7 +68,7 @@ def simulate(
     kspace[:, measured] = samples
     weights = measured.float()
     known = true_maps if acquisition.maps == "true" else low_resolution_maps(kspace[None], weights[None])[0]
-    return Measurement(kspace=kspace, mask=weights, maps=known)
+    return SimulatedScan(kspace=kspace, mask=weights, maps=known)
 
 
 def smooth_phase(shape: tuple[int, int], strength: float, random: np.random.Generator) -> NDArray[np.float32]:

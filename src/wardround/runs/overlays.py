@@ -12,13 +12,13 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from wardround.imaging.readers.labelled import LabelledImage
+from wardround.tasks.overlays import fullest, levels, upright
 from wardround.wire.files import written
 
 # Okabe and Ito's colours, which most people tell apart.
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 _SIDE = 512  # pixels of the longer side, at least
 _LINE = 16  # of a name
-_DARK, _BRIGHT = 1.0, 99.5  # percentiles that are black and white
 
 
 def write_overlay(image: LabelledImage, marked: NDArray[np.bool_], names: Sequence[str], path: Path) -> None:
@@ -52,21 +52,12 @@ def _slice(
     if marked.ndim == 3:
         channels = image.channels
         colour = len(channels) == 3 and channels.dtype == np.uint8
-        shown = np.moveaxis(channels, 0, -1) if colour else _grey(channels[0])
+        shown = np.moveaxis(channels, 0, -1) if colour else levels(channels[0].astype(np.float32))
         return np.ascontiguousarray(shown), marked, _size(marked.shape[1:], (1.0, 1.0))
-    counts = marked.any(axis=0).sum(axis=(0, 1))
-    number = int(counts.argmax()) if counts.any() else marked.shape[-1] // 2
-    shown = _grey(image.channels[0][..., number])
-    spacing = image.space.spacing or (1.0, 1.0, 1.0)
-    # Axes run to the right and front: turned so that front is above and right on the left.
-    masks = np.ascontiguousarray(marked[:, ::-1, ::-1, number].swapaxes(1, 2))
-    return np.ascontiguousarray(shown[::-1, ::-1].T), masks, _size(masks.shape[1:], (spacing[1], spacing[0]))
-
-
-def _grey(channel: NDArray[np.generic]) -> NDArray[np.uint8]:
-    values = channel.astype(np.float32)
-    low, high = np.percentile(values, (_DARK, _BRIGHT))
-    return np.asarray(np.clip((values - low) / max(float(high - low), 1e-6), 0, 1) * 255, np.uint8)
+    number, spacing = fullest(marked), image.space.spacing or (1.0, 1.0, 1.0)
+    masks = np.ascontiguousarray(upright(marked[..., number]))
+    shown = levels(upright(image.channels[0][..., number]).astype(np.float32))
+    return np.ascontiguousarray(shown), masks, _size(masks.shape[1:], (spacing[1], spacing[0]))
 
 
 def _size(shape: tuple[int, ...], spacing: tuple[float, float]) -> tuple[int, int]:

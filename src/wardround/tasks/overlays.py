@@ -30,7 +30,7 @@ def overlay(
     """
     shape = _shown(image.shape, size)
     # Half of the greys, so that they and both colours fit into a palette.
-    picture = np.repeat(_resized(_levels(image), shape, Image.Resampling.BICUBIC)[..., None] & 0xFE, 3, axis=2)
+    picture = np.repeat(_resized(levels(image), shape, Image.Resampling.BICUBIC)[..., None] & 0xFE, 3, axis=2)
     for masks, colour, outside in ((marked, MARKED, True), (drawn, DRAWN, False)):
         for mask in () if masks is None else masks:
             large = _resized(mask.astype(np.uint8), shape, Image.Resampling.NEAREST) > 0
@@ -58,10 +58,10 @@ def slice_overlay(
 def coloured(image: NDArray[np.floating]) -> NDArray[np.uint8]:
     """An image (C, H, W) for people: its three channels as colours, else the first in grey: uint8 (H, W, 3)."""
     channels = image if len(image) == 3 else np.repeat(image[:1], 3, axis=0)
-    return np.ascontiguousarray(np.stack([_levels(channel) for channel in channels], axis=-1))
+    return np.ascontiguousarray(np.stack([levels(channel) for channel in channels], axis=-1))
 
 
-def _levels(image: NDArray[np.floating]) -> NDArray[np.uint8]:
+def levels(image: NDArray[np.floating]) -> NDArray[np.uint8]:
     """From black to white over all but the last half per cent at both ends."""
     low, high = np.quantile(image, (0.005, 0.995))
     shown = np.clip((image - low) / max(float(high - low), 1e-6) * 255.0, 0.0, 255.0)

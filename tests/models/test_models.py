@@ -14,13 +14,13 @@ from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.models.blocks import Denoiser
 from wardround.models.build import build_model
-from wardround.models.classifiers import ClassifierSettings
 from wardround.models.cnn import UNetSettings as UNet
 from wardround.models.segmenters import NetworkSettings
 from wardround.models.unrolled import PRESETS, modl_shape
 from wardround.models.unrolled import MoDL as MoDLNetwork
 from wardround.models.unrolled import MoDLSettings as MoDL
 from wardround.study.acquisition import Mask, MRIAcquisition
+from wardround.study.models import ClassifierSettings
 from wardround.study.models import ModelSettings as Model
 from wardround.study.registry import BUILTIN, builtin
 

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from wardround.study.models import Preset, PresetSettings
-from wardround.study.tasks import Modality
-
-
-class ClassifierSettings(PresetSettings):
-    """The base of networks that classify images; they know no scanner."""
-
-    modalities: ClassVar[frozenset[Modality] | None] = frozenset()
-
-    def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
-        """The network, freshly initialised: (B, channels, *size) -> (B, classes)."""
-        raise NotImplementedError
-
+from wardround.study.models import ClassifierSettings, Preset
 
 _DENSE: dict[Preset, tuple[int, int, tuple[int, ...]]] = {
     "tiny": (8, 4, (2, 2)),

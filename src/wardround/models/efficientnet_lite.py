@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
-from wardround.models.classifiers import ClassifierSettings
-from wardround.study.tasks import Modality
+from wardround.study.models import ClassifierSettings
 
 # Of each group of blocks: expansion, channels, blocks, stride of the first, kernel (Tan and Le, ICML 2019, table 1).
 _GROUPS = (
@@ -25,8 +24,6 @@ _STEM, _HEAD = 32, 1280
 
 class EfficientNetLiteSettings(ClassifierSettings):
     """EfficientNet-lite0, 4.7 million weights with 1,000 classes; `tiny` has a block a group and an eighth the head."""
-
-    modalities: ClassVar[frozenset[Modality]] = frozenset()
 
     kind: Literal["efficientnet_lite"]
 

@@ -52,6 +52,16 @@ class PresetSettings(ModelSettings):
         return f"{self.kind}, preset {self.preset}"
 
 
+class ClassifierSettings(PresetSettings):
+    """The base of networks that classify images; they know no scanner."""
+
+    modalities: ClassVar[frozenset[Modality] | None] = frozenset()
+
+    def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
+        """The network, freshly initialised: (B, channels, *size) -> (B, classes)."""
+        raise NotImplementedError
+
+
 class ClosedModel(ModelSettings):
     """The section of a plug-in's model as the file has it."""
 

@@ -69,11 +69,17 @@ def test_running_statistics_never_leave_a_site(tmp_path: Path) -> None:
         assert released[name] == pytest.approx(mean, abs=1e-4)
 
 
-@pytest.mark.parametrize("unseen", ["initial", "mean"])
-def test_an_unseen_hospital_is_measured_so(tmp_path: Path, unseen: str) -> None:
-    study: Any = toy_study(
-        {"A": {}, "B": {}, "U": {"role": "unseen"}}, task=NORM, method={"kind": "fedbn", "unseen": unseen}
-    )
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"kind": "fedbn", "unseen": "initial"},
+        {"kind": "fedbn", "unseen": "mean"},
+        {"kind": "fedavg", "unseen_norm": "own"},
+        {"kind": "fedprox", "unseen_norm": "own"},
+    ],
+)
+def test_an_unseen_hospital_is_measured_so(tmp_path: Path, method: dict[str, str]) -> None:
+    study: Any = toy_study({"A": {}, "B": {}, "U": {"role": "unseen"}}, task=NORM, method=method)
     result = run(study, toy_sites(tmp_path / "data", ("A", "B", "U")), tmp_path / "out", engine="local")
     network = Regression(norm=True).build_model()
     network.load_state_dict(load_file(result.out / "models" / "federated.safetensors"), strict=False)

@@ -32,6 +32,11 @@ class WeightedSettings(MethodSettings):
     weights: Literal["samples", "equal", "validation"] = Field(
         "samples", description="`validation` is exp(-validation loss), clamped"
     )
+    unseen_norm: Literal["shared", "own"] = Field(
+        "shared",
+        description="what batch-norm layers normalise by at a hospital that did not train: the sites' averaged "
+        "statistics, or those of its `own` images, which need no label",
+    )
 
 
 class CustomMethod(MethodSettings):

@@ -58,7 +58,14 @@ class FedAdamSettings(WeightedSettings):
 
     def build(self, protocols: Mapping[str, Any]) -> FedAdam:
         """The method."""
-        return FedAdam(self.weights, server_lr=self.server_lr, beta1=self.beta1, beta2=self.beta2, tau=self.tau)
+        return FedAdam(
+            self.weights,
+            server_lr=self.server_lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            tau=self.tau,
+            own_norm=self.unseen_norm == "own",
+        )
 
     def describe(self) -> str:
         """With the server's rate."""

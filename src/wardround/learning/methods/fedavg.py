@@ -18,4 +18,4 @@ class FedAvgSettings(WeightedSettings):
 
     def build(self, protocols: Mapping[str, Any]) -> Method:
         """The base of all methods."""
-        return Method(self.weights)
+        return Method(self.weights, own_norm=self.unseen_norm == "own")

@@ -46,7 +46,9 @@ class FedAvgMSettings(WeightedSettings):
 
     def build(self, protocols: Mapping[str, Any]) -> FedAvgM:
         """The method."""
-        return FedAvgM(self.weights, momentum=self.momentum, server_lr=self.server_lr)
+        return FedAvgM(
+            self.weights, momentum=self.momentum, server_lr=self.server_lr, own_norm=self.unseen_norm == "own"
+        )
 
     def describe(self) -> str:
         """With the server's momentum and rate."""

@@ -37,7 +37,7 @@ class FedProxSettings(WeightedSettings):
 
     def build(self, protocols: Mapping[str, Any]) -> FedProx:
         """The method."""
-        return FedProx(self.weights, mu=self.mu)
+        return FedProx(self.weights, mu=self.mu, own_norm=self.unseen_norm == "own")
 
     def describe(self) -> str:
         """With how much of the term."""

@@ -98,6 +98,8 @@ class Method:
     """Weighted averaging (McMahan et al., AISTATS 2017), and the base of every other method."""
 
     weights: Weights = "samples"
+    #: Whether batch norm at a hospital that did not train normalises by the hospital's own images.
+    own_norm: bool = field(default=False, kw_only=True)
     #: `sum`: works on the sum of updates. `updates`: needs each site's update, so the secure sum is refused.
     needs: ClassVar[Literal["sum", "updates"]] = "sum"
 
@@ -244,4 +246,9 @@ class Method:
 
     def serving_unseen(self, model: nn.Module) -> AbstractContextManager[Any]:
         """From now until the context is left, the released model serves a hospital that did not train."""
-        return nullcontext()
+        if not self.own_norm:
+            return nullcontext()
+        # Late: a coordinator reads methods without torch.
+        from wardround.learning.methods.own_statistics import own_statistics
+
+        return own_statistics(model)

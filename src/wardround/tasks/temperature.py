@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, softmax
 
 from wardround.wire.files import write_text
@@ -42,6 +41,9 @@ def fitted(logits: Sequence[Floats], labels: Floats, *, multi_label: bool) -> fl
     """
     if len(logits) < LEAST or not all(np.isfinite(each).all() for each in logits):
         return None
+    # Late: every process of a site imports this file, and few fit a temperature.
+    from scipy.optimize import minimize_scalar
+
     every, counts = np.concatenate(logits), np.array([len(each) for each in logits])
     starts = np.cumsum(counts) - counts
 

@@ -32,6 +32,11 @@ class WeightedSettings(MethodSettings):
     weights: Literal["samples", "equal", "validation"] = Field(
         "samples", description="`validation` is exp(-validation loss), clamped"
     )
+
+
+class AveragingSettings(WeightedSettings):
+    """A method that weighs sites and keeps nothing at them: batch norm is averaged as all else is."""
+
     unseen_norm: Literal["shared", "own"] = Field(
         "shared",
         description="what batch-norm layers normalise by at a hospital that did not train: the sites' averaged "

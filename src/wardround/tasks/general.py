@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.mri import SliceExample, SliceIndex
-from wardround.imaging.datasets.visits import Index, Visits
-from wardround.imaging.readers.folder import SiteFolder
+from wardround.imaging.datasets.mri import SliceExample
+from wardround.imaging.datasets.visits import Index
 from wardround.study import tasks as tasks_config
 from wardround.study.acquisitions import AcquisitionSettings
-from wardround.tasks.metrics import RECONSTRUCTION_METRICS, reconstruction_scores
-from wardround.tasks.reconstruction import Method, ReconstructionBase, ReconstructionDataset
+from wardround.tasks.magnitudes import MagnitudeReconstruction
+from wardround.tasks.reconstruction import Method, ReconstructionDataset
 from wardround.tasks.scans import Scans, ScansBatch
-from wardround.tasks.task import MetricSpec, Source, Window
 from wardround.wire.random import public_generator
 
 
@@ -80,35 +78,8 @@ class GeneralDataset(ReconstructionDataset[ScansBatch]):
         return data
 
 
-class GeneralReconstruction(ReconstructionBase[ScansBatch]):
+class GeneralReconstruction(MagnitudeReconstruction[ScansBatch]):
     """Magnitude images from what an acquisition's operator measures. Raises StudyError for tiny images."""
-
-    @property
-    def metrics(self) -> tuple[MetricSpec, ...]:
-        """PSNR first: it selects the released round."""
-        return RECONSTRUCTION_METRICS
-
-    @property
-    def windows(self) -> tuple[Window, ...]:
-        """None: a magnitude image has its own range."""
-        return ()
-
-    def index(self, site: str, source: Source, scanner: str) -> SliceIndex:
-        """The slices of a site's folders; all scanners take them alike."""
-        return SliceIndex(
-            SiteFolder(source, site),
-            contrasts=self.config.contrasts,
-            size=self.config.size,
-            slices=self.config.slices,
-            split=self.config.split,
-            seed=self.study.seed,
-            role=self.study.sites[site].role,
-            deal=self._deal,
-        )
-
-    def visitors(self, site: str, sources: Mapping[str, Source]) -> Visits[SliceIndex]:
-        """The test patients of other sites, as an index of `site`."""
-        return Visits(site, [self.index(member, source, site) for member, source in sources.items()])
 
     def scans(self, index: Index) -> GeneralDataset:
         """The acquisitions of an index's slices by its site's scanner."""
@@ -125,10 +96,6 @@ class GeneralReconstruction(ReconstructionBase[ScansBatch]):
     def inside(self, batch: ScansBatch) -> Tensor:
         """Where something is imaged: (B, H, W)."""
         return batch.body
-
-    def score_images(self, images: Tensor, batch: ScansBatch) -> dict[str, Tensor]:
-        """All metrics of images (B, H, W), from whatever method: name -> (B,)."""
-        return reconstruction_scores(images, batch.target, batch.body)
 
     def classical(self, method: Method, batch: ScansBatch) -> Tensor:
         """Images (B, H, W); of complex ones the magnitude."""

@@ -16,15 +16,13 @@ from wardround.errors import StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.mri import SliceExample, SliceIndex
-from wardround.imaging.datasets.visits import Index, Visits
-from wardround.imaging.readers.folder import SiteFolder
+from wardround.imaging.datasets.mri import SliceExample
+from wardround.imaging.datasets.visits import Index
 from wardround.study import MRIAcquisition, schema
 from wardround.study import tasks as tasks_config
 from wardround.study.baselines import Baseline
-from wardround.tasks.metrics import RECONSTRUCTION_METRICS, reconstruction_scores
-from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionBase, ReconstructionDataset
-from wardround.tasks.task import MetricSpec, Source, Window
+from wardround.tasks.magnitudes import MagnitudeReconstruction
+from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionDataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +107,7 @@ class MRIDataset(ReconstructionDataset[MRIBatch]):
         return MRIBatch.of(scan, image, head)
 
 
-class MRIReconstruction(ReconstructionBase[MRIBatch]):
+class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
     """Magnitude images from undersampled k-space.
 
     Raises StudyError for tiny images, and for a real model or baseline where the coil maps do not carry the phase.
@@ -126,33 +124,6 @@ class MRIReconstruction(ReconstructionBase[MRIBatch]):
         for name, found in baselines.items():
             if found.real_images:
                 require_estimated_maps(self.study, f"the baseline {name}")
-
-    @property
-    def metrics(self) -> tuple[MetricSpec, ...]:
-        """PSNR first: it selects the released round."""
-        return RECONSTRUCTION_METRICS
-
-    @property
-    def windows(self) -> tuple[Window, ...]:
-        """None: a magnitude image has its own range."""
-        return ()
-
-    def index(self, site: str, source: Source, scanner: str) -> SliceIndex:
-        """The slices of a site's folders; all scanners take them alike."""
-        return SliceIndex(
-            SiteFolder(source, site),
-            contrasts=self.config.contrasts,
-            size=self.config.size,
-            slices=self.config.slices,
-            split=self.config.split,
-            seed=self.study.seed,
-            role=self.study.sites[site].role,
-            deal=self._deal,
-        )
-
-    def visitors(self, site: str, sources: Mapping[str, Source]) -> Visits[SliceIndex]:
-        """The test patients of other sites, as an index of `site`."""
-        return Visits(site, [self.index(member, source, site) for member, source in sources.items()])
 
     def scans(self, index: Index) -> MRIDataset:
         """The acquisitions of an index's slices by its site's scanner."""
@@ -172,10 +143,6 @@ class MRIReconstruction(ReconstructionBase[MRIBatch]):
     def inside(self, batch: MRIBatch) -> Tensor:
         """Where the head is: (B, H, W)."""
         return batch.head
-
-    def score_images(self, images: Tensor, batch: MRIBatch) -> dict[str, Tensor]:
-        """All metrics of magnitude images (B, H, W), from whatever method: name -> (B,)."""
-        return reconstruction_scores(images, batch.target, batch.head)
 
     def classical(self, method: Method, batch: MRIBatch) -> Tensor:
         """Magnitude images (B, H, W)."""

@@ -12,7 +12,7 @@ from pydantic import Field
 from wardround.learning.methods.method import Array, Method
 from wardround.learning.methods.server import Floats, Keep, is_trained, slot
 from wardround.protection.drift import UNKNOWN, UpdateBound, adam_ratio
-from wardround.study.methods import WeightedSettings
+from wardround.study.methods import AveragingSettings
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FedAdam(Method):
         return step
 
 
-class FedAdamSettings(WeightedSettings):
+class FedAdamSettings(AveragingSettings):
     """Adam at the server (Reddi et al., 2021)."""
 
     kind: Literal["fedadam"]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from wardround.learning.methods.method import Method
-from wardround.study.methods import WeightedSettings
+from wardround.study.methods import AveragingSettings
 
 
-class FedAvgSettings(WeightedSettings):
+class FedAvgSettings(AveragingSettings):
     """Weighted averaging (McMahan et al., 2017)."""
 
     kind: Literal["fedavg"] = "fedavg"

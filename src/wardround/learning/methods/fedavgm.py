@@ -11,7 +11,7 @@ from pydantic import Field
 from wardround.learning.methods.method import Array, Method
 from wardround.learning.methods.server import Floats, Keep, is_trained, slot
 from wardround.protection.drift import UNKNOWN, UpdateBound
-from wardround.study.methods import WeightedSettings
+from wardround.study.methods import AveragingSettings
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FedAvgM(Method):
         return self.server_lr * velocity
 
 
-class FedAvgMSettings(WeightedSettings):
+class FedAvgMSettings(AveragingSettings):
     """Server momentum (Hsu et al., 2019)."""
 
     kind: Literal["fedavgm"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from wardround.learning.methods.method import LocalRound, Method
-from wardround.study.methods import WeightedSettings
+from wardround.study.methods import AveragingSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class FedProx(Method):
         return loss
 
 
-class FedProxSettings(WeightedSettings):
+class FedProxSettings(AveragingSettings):
     """A proximal term keeps sites near the global model (Li et al., 2020)."""
 
     kind: Literal["fedprox"]

@@ -334,6 +334,14 @@ def test_a_repeated_note_is_said_once_with_a_count(tmp_path: Path) -> None:
     assert text.count("The same.") == 1
     assert "Note of the run: The same. (27 times)" in text
     assert "Note of the run: Another." in text
+    cut = [
+        f"pooled, round 1: buffers/{n}.running_var: {n}.50% of values saturated; its scale grows 8-fold"
+        for n in range(9)
+    ]
+    text = page_of(write_run(tmp_path / "cut", {"notes": [*cut, "Another."]})).text
+    assert "cut off in 9 tensors, in single rounds, at worst 8.5% of a tensor" in text
+    assert "running_var" not in text
+    assert "buffers/2.running_var" in page_of(write_run(tmp_path / "few", {"notes": cut[:3]})).text
     lines = [
         RoundLine(**line | {"missing": {"B": "no data"}, "notes": ["slow"] if line["round"] == 2 else []})
         for line in rounds(3)

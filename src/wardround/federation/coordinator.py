@@ -32,7 +32,7 @@ from wardround.storage.journal import Journal, RoundReport, State
 from wardround.tasks.stages import WHOLE, Curriculum
 from wardround.tasks.task import MetricSpec
 from wardround.wire.message import FileBody, Message
-from wardround.wire.scales import SATURATED, ScaleRules
+from wardround.wire.scales import SATURATED, ScaleRules, cut_off
 from wardround.wire.tensors import TensorFile, TensorWriter
 from wardround.wire.update import Aggregate, Layout
 
@@ -283,8 +283,7 @@ class Coordinator:
                 *(f"round {n} is aborted: not all of it came after its survivors were named" for n in skipped),
                 *exchange.notes,
                 *(
-                    f"{key}: {share:.2%} of values saturated; its scale grows "
-                    f"{following.scales[key] / state.scales[key]:.3g}-fold"
+                    cut_off(key, share, following.scales[key] / state.scales[key])
                     for key, share in saturated.items()
                     if share > SATURATED
                 ),

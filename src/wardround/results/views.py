@@ -17,8 +17,12 @@ from wardround.results.run import FAILED, SMALL_N, WITHHELD, Run, ShownArm, Unme
 from wardround.results.schema import AGGREGATES, Estimate, RoundLine
 from wardround.results.units import in_rounds, protocol, ranges
 from wardround.tasks.estimates import LEAST_PATIENTS
+from wardround.wire.scales import CUT_OFF
 
 SITE_COLOURS = 8
+
+# More notes of values that were cut off stand as one.
+_MOST_CUT = 3
 
 
 @dataclass(frozen=True)
@@ -238,8 +242,16 @@ def absences(run: Run) -> tuple[tuple[str, str, str], ...]:
 
 def warnings(run: Run) -> tuple[str, ...]:
     """What a reader must know before believing the numbers: facts of this run, most important first."""
-    notes = Counter(run.result.notes)
+    cut = [(match.group(1), float(match.group(2))) for note in run.result.notes if (match := CUT_OFF.search(note))]
+    single = len(cut) <= _MOST_CUT
+    notes = Counter(note for note in run.result.notes if single or not CUT_OFF.search(note))
     found = [f"Note of the run: {note}" + (f" ({count} times)" if count > 1 else "") for note, count in notes.items()]
+    if not single:
+        found.append(
+            f"Values of updates were cut off in {len({key for key, _ in cut})} tensors, in single rounds, at worst "
+            f"{max(share for _, share in cut):.4g}% of a tensor: a change larger than its scale came in part, and the "
+            "scale grew at once. `notes` in result.json lists each."
+        )
     small = [f"{site} ({count})" for site in run.sites if (count := run.patients(site)) and count < SMALL_N]
     if small:
         found.append(

@@ -8,6 +8,7 @@ what saturates is said by the sum, and the next scale is larger for it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,13 @@ _FIRST_HEADROOM = 64.0
 _START_HEADROOM = 4.0
 # No change in a round is taken to be larger than so many times the largest value that its tensor has, or starts with.
 _LARGEST_CHANGE = 16.0
+# Of a note that values were cut off: the tensor, and the share in per cent.
+CUT_OFF = re.compile(r"(\S+): ([\d.]+)% of values saturated")
+
+
+def cut_off(key: str, share: float, growth: float) -> str:
+    """The note of a round in which such a share of a tensor's values saturated, as `CUT_OFF` finds it."""
+    return f"{key}: {share:.2%} of values saturated; its scale grows {growth:.3g}-fold"
 
 
 def headroom(size: int, bits: int) -> float:

@@ -78,6 +78,17 @@ def test_arms_that_differ_in_words_alone_share_a_picture(tmp_path: Path) -> None
     assert "melanoma 0.91" in page_of(out)
 
 
+def test_an_arm_that_marks_nothing_has_its_picture_beside_one_that_does(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run", with_pictures=False)
+    image = np.random.default_rng(0).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+    pictures = {"reference/0": image, "local/0": image, "federated/0": 255 - image}
+    np.savez(site_folder(out) / "pictures.npz", **pictures)
+    (example,) = gallery(load_run(out)).sites[SITE]
+    assert not example.one_picture
+    assert all(panel.image for panel in example.panels)
+    assert 'src=""' not in page_of(out)
+
+
 def test_numbers_that_are_no_picture_are_left_out(tmp_path: Path) -> None:
     out = write_run(tmp_path / "run", with_pictures=False)
     volume, colour = np.zeros((4, 4, 4), np.float32), np.zeros((4, 4, 3), np.float32)

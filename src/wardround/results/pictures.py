@@ -241,12 +241,14 @@ def _drawn(run: Run, number: int, shown: Shown, side: int, values: NumberedPoint
         # A palette is a third of the bytes, and alike to the eye.
         return Panel(label, style, _encode(picture.quantize(dither=Image.Dither.NONE)), caption=caption(key))
 
-    panels = [panel("Truth", _REFERENCE, _REFERENCE)]
-    for arm in _in_order(run, arms):
-        # Where arms differ in words alone, there is one picture.
-        alike = np.array_equal(arms[arm.key], arms[_REFERENCE])
-        found = panel(arm.label, arm.style, arm.key)
-        panels.append(replace(found, image="") if alike else found)
+    order = list(_in_order(run, arms))
+    # Where all arms differ in words alone, there is one picture; a single one may be alike because it marks nothing.
+    alike = all(np.array_equal(arms[arm.key], arms[_REFERENCE]) for arm in order)
+    found = [panel(arm.label, arm.style, arm.key) for arm in order]
+    panels = [
+        panel("Truth", _REFERENCE, _REFERENCE),
+        *(replace(each, image="") if alike else each for each in found),
+    ]
     return ShownExample(number, None, tuple(panels), f"{title}, number {place}" if title else "")
 
 

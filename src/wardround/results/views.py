@@ -242,16 +242,10 @@ def absences(run: Run) -> tuple[tuple[str, str, str], ...]:
 
 def warnings(run: Run) -> tuple[str, ...]:
     """What a reader must know before believing the numbers: facts of this run, most important first."""
-    cut = [(match.group(1), float(match.group(2))) for note in run.result.notes if (match := CUT_OFF.search(note))]
+    cut = [match.group(1) for note in run.result.notes if (match := CUT_OFF.search(note))]
     single = len(cut) <= _MOST_CUT
     notes = Counter(note for note in run.result.notes if single or not CUT_OFF.search(note))
     found = [f"Note of the run: {note}" + (f" ({count} times)" if count > 1 else "") for note, count in notes.items()]
-    if not single:
-        found.append(
-            f"Values of updates were cut off in {len({key for key, _ in cut})} tensors, in single rounds, at worst "
-            f"{max(share for _, share in cut):.4g}% of a tensor: a change larger than its scale came in part, and the "
-            "scale grew at once. `notes` in result.json lists each."
-        )
     small = [f"{site} ({count})" for site in run.sites if (count := run.patients(site)) and count < SMALL_N]
     if small:
         found.append(
@@ -280,10 +274,13 @@ def warnings(run: Run) -> tuple[str, ...]:
             found.append(f"{what}: {', '.join(sites)}.")
     if run.saturated:
         worst = max(line.saturated for line in run.saturated)
+        of, listed = "the values", ""
+        if not single:
+            of, listed = f"a tensor, in {len(set(cut))} of them", " `notes` in result.json lists each."
         found.append(
             f"Updates were clipped to the fixed-point range in {in_rounds([line.round for line in run.saturated])} "
-            f"(at worst {worst:.2%} of the values) and are less exact there; "
-            "a larger protection.initial_scale avoids it."
+            f"(at worst {worst:.2%} of {of}) and are less exact there; "
+            f"a larger protection.initial_scale avoids it.{listed}"
         )
     found += _still_learning(run)
     missing = absences(run)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import arguments, conditions, cpu_seconds, finish, table
+from common import arguments, conditions, cpu_seconds, finish, need_images, table
 from wardround.results.files import read_rounds
 from wardround.results.schema import Result
 
@@ -176,8 +176,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, nargs=2, metavar=("FIRST", "SECOND"), help="of both parts of training")
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
     options = parser.parse_args()
-    if "WARDROUND_DATA" not in os.environ:
-        raise SystemExit("set WARDROUND_DATA to the folder that holds lgg/ (docs/data.md says how to get it)")
+    need_images("lgg")
     first, second = options.rounds or (QUICK if options.quick else ROUNDS)
     state = conditions(
         size="128x128", seeds=list(SEEDS), repeats=1, quick=options.quick, rounds=[first, second], weights=list(WEIGHTS)

@@ -22,6 +22,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def need_images(folder: str) -> None:
+    """End with an error where there are no real images."""
+    if "WARDROUND_DATA" not in os.environ:
+        raise SystemExit(f"set WARDROUND_DATA to the folder that holds {folder}/ (docs/data.md says how to get it)")
+
+
 def conditions(**extra: Any) -> dict[str, Any]:
     """The machine and the versions a number belongs to."""
     from wardround.runs.folder import fingerprint

@@ -10,7 +10,6 @@ Real slices, simulated scans; PSNR as in ct_sites.py. Nothing here was chosen on
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import arguments, conditions, cpu_seconds, finish, table
+from common import arguments, conditions, cpu_seconds, finish, need_images, table
 from ct_sites import PLAIN, REST, UNSEEN, train
 
 SEEDS = (2026, 2027, 2028)
@@ -98,8 +97,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["methods", "splits"], help="only this half (default: both)")
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
     options = parser.parse_args()
-    if "WARDROUND_DATA" not in os.environ:
-        raise SystemExit("set WARDROUND_DATA to the folder that holds luad-ct/ (docs/data.md says how to get it)")
+    need_images("luad-ct")
     seeds = SEEDS[:1] if options.quick else SEEDS
     state = conditions(size="128x128", seeds=list(seeds), quick=options.quick)
     folder = options.out or Path(tempfile.mkdtemp(prefix="ct-methods-"))

@@ -9,14 +9,13 @@ unseen scanner sees the test patients of all hospitals: a geometry and dose that
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import arguments, conditions, cpu_seconds, finish, table
+from common import arguments, conditions, cpu_seconds, finish, need_images, table
 from wardround.results.schema import Result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +56,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
     options = parser.parse_args()
-    if "WARDROUND_DATA" not in os.environ:
-        raise SystemExit("set WARDROUND_DATA to the folder that holds luad-ct/ (docs/data.md says how to get it)")
+    need_images("luad-ct")
     state = conditions(size="128x128", repeats=1, quick=options.quick)
 
     folder = options.out or Path(tempfile.mkdtemp(prefix="ct-sites-"))

@@ -6,13 +6,12 @@ images are real; the acquisition is simulated from them. PSNR is of magnitude im
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
-from common import arguments, conditions, finish, table
+from common import arguments, conditions, finish, need_images, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,8 +20,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--out", type=Path, help="keep the run here (default: a temporary folder)")
     options = parser.parse_args()
-    if "WARDROUND_DATA" not in os.environ:
-        raise SystemExit("set WARDROUND_DATA to the folder that holds lgg/ (docs/data.md says how to get it)")
+    need_images("lgg")
     state = conditions(size="128x128", seed=2026, repeats=1, quick=options.quick)
 
     import wardround

@@ -6,13 +6,12 @@ Runs examples/lgg-tumour.yaml with all arms: federated, each site alone, pooled,
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
-from common import arguments, conditions, finish, table
+from common import arguments, conditions, finish, need_images, table
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("dice", "hd95", "sensitivity", "volume_error")
@@ -23,8 +22,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the run here (default: a temporary folder)")
     parser.add_argument("--without-left-out", action="store_true", help="do not train without each site once")
     options = parser.parse_args()
-    if "WARDROUND_DATA" not in os.environ:
-        raise SystemExit("set WARDROUND_DATA to the folder that holds lgg/ (docs/data.md says how to get it)")
+    need_images("lgg")
     state = conditions(size="128x128", seed=2026, repeats=1, quick=options.quick)
 
     import wardround

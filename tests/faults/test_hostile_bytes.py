@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.applied import reconstruct
 from tests.federation.rig import Rig
 from tests.toys import toy_study
 from wardround.engines.frames import SharedBodies
 from wardround.errors import WardroundError, WireError
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
-from wardround.runs.apply import reconstruct
 from wardround.wire.canonical import MAX_DEPTH, MAX_MARKS, canonical_json, parse_json
 from wardround.wire.message import MAX_HEADER, FileBody, Header, Message
 from wardround.wire.tensors import TensorInfo

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
 from safetensors.numpy import save_file
+from tests.applied import reconstruct
 from tests.ct_files import PATIENT_ID, ct_header, setting, write_series
 from tests.ct_hospitals import ct_study
 
@@ -27,7 +28,6 @@ from wardround.imaging.acquisition.ct.fbp import FBP
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.readers.ct_projections import read_projections
 from wardround.models.build import build_model
-from wardround.runs.apply import reconstruct
 from wardround.runs.apply_ct import reconstruct_ct
 from wardround.study.ct import CTGeometry
 from wardround.study.load import load_study

@@ -13,9 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from wardround.errors import DataError
-from wardround.imaging.readers.cases import Case, Patterns, find_cases, sort_cases
+from wardround.imaging.readers.aside import refuse
+from wardround.imaging.readers.cases import Case, Patterns, sort_cases
 from wardround.imaging.readers.labelled import read_case
 from wardround.study.images import CaseTable
+
+
+def find_cases(source: Path | list[Path], site: str, patterns: Patterns) -> dict[str, list[Case]]:
+    """The images of a site by patient, of whom none may be set aside."""
+    found = sort_cases(source, site, patterns)
+    refuse(site, len(found.cases) + len(found.aside), found.aside)
+    return found.cases
+
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 

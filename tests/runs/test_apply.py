@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from tests.applied import reconstruct
 from tests.hospitals import SIZE, head, save
 from wardround.errors import DataError, GeometryError, StudyError, WardroundError
 from wardround.federation.release import FORMAT
 from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.models.build import build_model
-from wardround.runs.apply import reconstruct
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from tests.applied import reconstruct
 from tests.ct_files import write_series, write_slice
 from tests.ct_hospitals import ct_study, save_nifti, thorax
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import FORMAT
 from wardround.imaging.readers.dicom import read_series
 from wardround.models.build import build_model
-from wardround.runs.apply import reconstruct
 from wardround.study.load import load_study
 
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.apart import apart, comparable
+from tests.applied import reconstruct
 from tests.federation.rig import Rig, recorded_sessions
 from tests.hospitals import head, make_hospitals, save, write_study
 from tests.toys import Regression, make_task, toy_sites, toy_study
@@ -30,7 +31,6 @@ from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.weights import file_sha256, frozen_part, load_model, save_frozen
 from wardround.results.files import read_result
 from wardround.results.schema import Started
-from wardround.runs.apply import reconstruct
 from wardround.runs.explain import explain
 from wardround.runs.inspection import inspect_model
 from wardround.runs.machine import Machine

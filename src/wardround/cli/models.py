@@ -10,6 +10,13 @@ import typer
 from wardround.cli.shared import complain, explain, say
 from wardround.errors import StudyError
 
+PluginOption = Annotated[
+    list[str] | None, typer.Option("--plugin", help="A plug-in that the model's file may name; give it again.")
+]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", help="The frozen part of a model that names one, where it lies elsewhere.")
+]
+
 
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A released model (models/ARM.safetensors).")],
@@ -34,13 +41,8 @@ def predict(
         Literal["tv"] | None,
         typer.Option("--fallback", help="Write total variation's image where the network is out of its depth."),
     ] = None,
-    plugins: Annotated[
-        list[str] | None, typer.Option("--plugin", help="A plug-in that the model's file may name; give it again.")
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option("--weights", help="The frozen part of a model that names one, where it lies elsewhere."),
-    ] = None,
+    plugins: PluginOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Apply a released model: reconstruct raw data, outline structures, or name what images show.
 
@@ -82,13 +84,8 @@ def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A released model of images (segmentation, ...).")],
     output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
     site: Annotated[str | None, typer.Option("--site", help="As this site has it (default: for any site).")] = None,
-    plugins: Annotated[
-        list[str] | None, typer.Option("--plugin", help="A plug-in that the model's file may name; give it again.")
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option("--weights", help="The frozen part of a model that names one, where it lies elsewhere."),
-    ] = None,
+    plugins: PluginOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Write a released model's network as ONNX, checked against torch. It takes normalised images or windows."""
     from wardround.runs.export import export as write

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from wardround.imaging.readers.embeddings import Embeddings
 from wardround.imaging.readers.volume import Volume, read_volume
 from wardround.models.build import build_model
 from wardround.runs.apply_ct import Done, save_nifti
-from wardround.runs.depth import Classical, Depth, Scan, Score, look, total_variation
+from wardround.runs.depth import Classical, Depth, Scan, Score, chosen, look, total_variation
 from wardround.runs.protocols import summary, warning
 from wardround.runs.releases import ReleasedModel, closed
 from wardround.study.acquisition import MRIAcquisition
@@ -37,29 +37,6 @@ from wardround.wire.random import public_generator
 Array = npt.NDArray[Any]
 # Interpolation leaves small undershoots; anything lower is no magnitude image.
 _UNDERSHOOT = 0.05
-
-
-def reconstruct(
-    model_file: Path,
-    source: Path,
-    output: Path,
-    *,
-    site: str | None = None,
-    embedding: Path | None = None,
-    dose: float | None = None,
-    fallback: bool = False,
-    plugins: Collection[str] = (),
-    weights: Path | None = None,
-) -> str:
-    """Reconstruct `source` with a released model and write NIfTI to `output`; returns what was done, in sentences.
-
-    See `Reconstructor`, which does it for several inputs. The output appears whole or not at all.
-    Raises `DataError`, `StudyError` and `GeometryError`.
-    """
-    reconstructor = Reconstructor(
-        model_file, site=site, embedding=embedding, dose=dose, fallback=fallback, plugins=plugins, weights=weights
-    )
-    return reconstructor(source, output).said
 
 
 @dataclass(frozen=True)
@@ -91,23 +68,21 @@ class Reconstructor:
     data that it reads. `embedding` is a file with the patient's, for a model with anatomy; without it that model's map
     is neutral. `dose` is a share of the dose of measured projections to be simulated. With `fallback`, where the
     network is out of its depth (`wardround.runs.depth`) total variation's image is written instead of the network's.
-    `plugins` are names of installed plug-ins that may be imported, where the model's file names one; `weights` is the
-    file with its frozen part, where that does not lie where the run put it. Raises `DataError` and `StudyError`.
+    `weights` is the file with its frozen part, where that does not lie where the run put it. Raises `DataError` and
+    `StudyError`.
     """
 
     def __init__(
         self,
-        model_file: Path,
+        released: ReleasedModel,
         *,
         site: str | None = None,
         embedding: Path | None = None,
         dose: float | None = None,
         fallback: bool = False,
-        plugins: Collection[str] = (),
         weights: Path | None = None,
     ) -> None:
         self._site, self._dose, self._fallback = site, dose, fallback
-        released = ReleasedModel.opened(model_file, plugins)
         study = self.study = released.study
         if study.task.kind != "reconstruction":
             raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
@@ -191,7 +166,7 @@ def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None
         return _scanned(model, magnitude / max(float(magnitude.max()), 1e-9), number)
 
     depth = look(model.network, scans, model.classical, again, score)
-    method = model.classical if fallback and depth is not None and depth.fires else model.network
+    method = chosen(model.network, model.classical, depth, fallback)
     with torch.no_grad():
         images = [method(*each())[0].abs().numpy() * np.float32(scale) for each in scans]
     save_nifti(Volume(np.stack(images, axis=-1), spacing, affine, space), output)

@@ -26,7 +26,7 @@ from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.hounsfield import AIR
 from wardround.imaging.readers.volume import FloatArray, Volume, write_nifti
 from wardround.imaging.writers.dicom import write_derived
-from wardround.runs.depth import Depth, Scan, look, total_variation
+from wardround.runs.depth import Depth, Scan, chosen, look, total_variation
 from wardround.runs.protocols import Facts, stated
 from wardround.study.ct import CTAcquisition, CTGeometry
 from wardround.study.schema import Study
@@ -158,7 +158,7 @@ def _rescanned(
     classical = total_variation(study)
     small = min(scanner.acquisition.geometry.size) < SSIM_WINDOW
     depth = look(network, scans, classical, again, None if small else score)
-    method = classical if fallback and depth is not None and depth.fires else network
+    method = chosen(network, classical, depth, fallback)
     pixel = scanner.acquisition.geometry.pixel
     images = [
         _back(_hounsfield(method(*each())), pixel, like, middle) for each, like in zip(scans, slices, strict=True)
@@ -224,7 +224,7 @@ def _from_projections(
         raise GeometryError("no detector row of the projections lies near enough to the plane of the source")
     classical = total_variation(study)
     depth = look(network, scans, classical, _as_in_training(study, system, prompt), most=_ROWS)
-    method = classical if fallback and depth is not None and depth.fires else network
+    method = chosen(network, classical, depth, fallback)
     images = [_hounsfield(method(*scan())) for scan in scans]
     lowered = "" if dose is None else f"simulated at {dose:.3g} of the measured dose"
     save_nifti(_placed(images, heights, projections), output, lowered)

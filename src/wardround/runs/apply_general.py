@@ -16,7 +16,7 @@ from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.readers.volume import Volume, read_volume
 from wardround.runs.apply import peak_of, read_array, score_of, slices_said
 from wardround.runs.apply_ct import Done, save_nifti
-from wardround.runs.depth import Scan, Score, look, total_variation
+from wardround.runs.depth import Scan, Score, chosen, look, total_variation
 from wardround.runs.protocols import Facts
 from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.schema import Study
@@ -72,7 +72,7 @@ def reconstruct_general(
 
     classical = total_variation(study)
     depth = look(network, given.scans, classical, again, given.score)
-    method = classical if fallback and depth is not None and depth.fires else network
+    method = chosen(network, classical, depth, fallback)
     with torch.no_grad():
         images = [method(*each())[0].abs().numpy() * np.float32(given.scale) for each in given.scans]
     like = given.like

@@ -92,6 +92,11 @@ class Depth:
         return said
 
 
+def chosen(network: Classical, classical: Classical, depth: Depth | None, fallback: bool) -> Classical:
+    """What writes the images: the network, or with `fallback`, where that is out of its depth, the classical method."""
+    return classical if fallback and depth is not None and depth.fires else network
+
+
 def look(
     network: nn.Module,
     scans: Sequence[Scan],

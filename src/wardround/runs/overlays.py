@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from wardround.imaging.readers.labelled import LabelledImage
-from wardround.tasks.overlays import fullest, levels, upright
+from wardround.tasks.overlays import fullest, levels, square_pixels, upright
 from wardround.wire.files import written
 
 # Okabe and Ito's colours, which most people tell apart.
@@ -62,9 +62,8 @@ def _slice(
 
 def _size(shape: tuple[int, ...], spacing: tuple[float, float]) -> tuple[int, int]:
     """Width and height in which a pixel is as wide as high."""
-    height, width = (n * s for n, s in zip(shape, spacing, strict=True))
-    scale = max(_SIDE, *shape) / max(height, width)
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    rows, columns = square_pixels(shape, spacing, max(_SIDE, *shape))
+    return columns, rows
 
 
 def _plain(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from wardround.errors import DataError, StudyError
 from wardround.federation.release import own_folder
 from wardround.runs.apply import Reconstruction, Reconstructor
 from wardround.runs.predict_images import Diagnosis, Failure, ImagePredictor, Outline
-from wardround.runs.reconstruct import Fallback, PathLike, reconstruct_all
+from wardround.runs.reconstruct import Fallback, PathLike, paths_of, reconstruct_all
 from wardround.runs.releases import ReleasedModel
 from wardround.tasks.build import build_task
 from wardround.tasks.task import Calibrated, Predicts
@@ -64,8 +63,8 @@ def predict(
     of the study, the later one where they overlap (NIfTI on the input's grid and place; PNG for a picture; for DICOM a
     SEG, in which they stay apart), a picture in `overlays`, and `volumes.csv`. A classification writes
     `probabilities.csv`, a row an image, and `patients.csv` where a patient has several. `site` serves the model as one
-    of its training sites has it; `plugins` and `weights` are as for `wardround.runs.apply.Reconstructor`. `told` is
-    called after each patient.
+    of its training sites has it; `plugins` and `weights` are as for `wardround.reconstruct`. `told` is called after
+    each patient.
 
     Inputs that cannot be used are in `failed` and the others go on. Raises `StudyError` and `DataError` for a model or
     an option that does not fit, and the error of a single input; `MissingExtra` for DICOM SEG without its library.
@@ -78,12 +77,11 @@ def predict(
     place = None if weights is None else Path(weights)
     if released.study.task.kind == "reconstruction":
         reconstructor = Reconstructor(
-            Path(model),
+            released,
             site=site,
             embedding=None if embedding is None else Path(embedding),
             dose=dose,
             fallback=fallback == "tv",
-            plugins=plugins,
             weights=place,
         )
         images, failed = reconstruct_all(reconstructor, inputs, out, told)
@@ -99,9 +97,8 @@ def predict(
     if temperature is not None and isinstance(task, Calibrated):
         scaled = task.calibrated(temperature)
         task = scaled if isinstance(scaled, Predicts) else task
-    sources = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(each) for each in inputs]
     predictor = ImagePredictor(task, network, released.study.name, Path(out), told)
-    table = predictor(sources)
+    table = predictor(paths_of(inputs))
     if not predictor.done and len(predictor.failed) == 1:
         alone = predictor.failed[0]
         raise DataError(alone.reason, detail=": ".join(part for part in (alone.patient, alone.detail) if part))

@@ -10,6 +10,7 @@ from typing import Literal
 
 from wardround.errors import StudyError, WardroundError
 from wardround.runs.apply import Reconstruction, Reconstructor
+from wardround.runs.releases import ReleasedModel
 
 _ENDINGS = (".nii.gz", ".nii", ".npy")
 Fallback = Literal["tv"]
@@ -32,21 +33,21 @@ def reconstruct(
     """Reconstruct `inputs` with a released model, each into a file of its own in the folder `out`.
 
     A single input (no sequence) is written to `out` itself where that ends in .nii or .nii.gz. For what an input can
-    be, and for `site`, `embedding`, `dose`, `fallback`, `plugins` and `weights`, see
-    `wardround.runs.apply.Reconstructor`. `told` is called after each.
-    Raises `StudyError`, `DataError` and `GeometryError`; of several inputs those that can be are reconstructed first.
+    be, and for `site`, `embedding`, `dose`, `fallback` and `weights`, see `wardround.runs.apply.Reconstructor`;
+    `plugins` are names of installed plug-ins that may be imported, where the model's file names one. `told` is called
+    after each. Raises `StudyError`, `DataError` and `GeometryError`; of several inputs those that can be are
+    reconstructed first.
 
     >>> (image,) = reconstruct("out/models/federated.safetensors", "scan.nii.gz", "image.nii.gz")
     >>> image.output.name, image.output.exists()
     ('image.nii.gz', True)
     """
     reconstructor = Reconstructor(
-        Path(model),
+        ReleasedModel.opened(Path(model), plugins),
         site=site,
         embedding=None if embedding is None else Path(embedding),
         dose=dose,
         fallback=fallback == "tv",
-        plugins=plugins,
         weights=None if weights is None else Path(weights),
     )
     done, failed = reconstruct_all(reconstructor, inputs, out, told)
@@ -68,7 +69,7 @@ def reconstruct_all(
     Raises the error of a single input.
     """
     single = isinstance(inputs, str | os.PathLike)
-    sources = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(each) for each in inputs]
+    sources = paths_of(inputs)
     whole = single and Path(out).name.endswith((".nii", ".nii.gz"))
     outputs = [Path(out)] if whole else [Path(out) / name for name in output_names(sources)]
     done, failed = [], []
@@ -83,6 +84,11 @@ def reconstruct_all(
         told(found)
         done.append(found)
     return done, failed
+
+
+def paths_of(inputs: PathLike | Sequence[PathLike]) -> list[Path]:
+    """One input or several as a list of paths."""
+    return [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(each) for each in inputs]
 
 
 def output_names(sources: Sequence[Path]) -> list[str]:

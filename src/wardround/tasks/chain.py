@@ -166,7 +166,7 @@ class ChainNetwork(nn.Module):
         if self._full:
             return scans.target
         if self.reconstruction is None:
-            return zero_filled(scans.operator, scans.kspace).abs()
+            return _zero_filled(scans)
         image: Tensor = self.reconstruction(scans.operator, scans.kspace)
         return image.abs()
 
@@ -295,7 +295,7 @@ class Chain(ImageTask[ChainTask]):
         if name != "zero_filled":
             raise StudyError(f"there is no baseline {name!r} for a chain; choose zero_filled")
         with torch.no_grad():
-            return zero_filled(batch.scans.operator, batch.scans.kspace).abs()
+            return _zero_filled(batch.scans)
 
     def examples(self, dataset: Dataset) -> Iterator[ChainBatch]:
         """The slice of the first test patient with most of the structures, once for each channel."""
@@ -343,6 +343,10 @@ def _check_size(network: nn.Module, channels: int, size: tuple[int, int]) -> Non
             f"{size[1]} pixels; multiples of 32 fit all of them",
             detail=str(error),
         ) from error
+
+
+def _zero_filled(scans: MRIBatch) -> Tensor:
+    return zero_filled(scans.operator, scans.kspace).abs()
 
 
 def standardised(images: Tensor) -> Tensor:

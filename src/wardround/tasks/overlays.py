@@ -28,7 +28,7 @@ def overlay(
     `size` is that of a pixel along rows and columns: the picture has square ones, 320 of them along its longer side. A
     line is 3 wide. What is drawn has it inside its edge, what is marked outside, so that equal ones show both.
     """
-    shape = _shown(image.shape, size)
+    shape = square_pixels(image.shape, size, _SIDE)
     # Half of the greys, so that they and both colours fit into a palette.
     picture = np.repeat(_resized(levels(image), shape, Image.Resampling.BICUBIC)[..., None] & 0xFE, 3, axis=2)
     for masks, colour, outside in ((marked, MARKED, True), (drawn, DRAWN, False)):
@@ -79,9 +79,10 @@ def upright(array: NDArray[ArrayT]) -> NDArray[ArrayT]:
     return np.swapaxes(array, -1, -2)[..., ::-1, ::-1]
 
 
-def _shown(shape: tuple[int, ...], size: Sequence[float]) -> tuple[int, int]:
+def square_pixels(shape: tuple[int, ...], size: Sequence[float], side: int) -> tuple[int, int]:
+    """Rows and columns, the more of them `side`, of a picture with square pixels; `size` is that of a pixel now."""
     rows, columns = (count * each for count, each in zip(shape, size, strict=True))
-    scale = _SIDE / max(rows, columns)
+    scale = side / max(rows, columns)
     return max(1, round(rows * scale)), max(1, round(columns * scale))
 
 

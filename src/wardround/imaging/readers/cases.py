@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import DataError
-from wardround.imaging.readers.aside import Aside, place, refuse
+from wardround.imaging.readers.aside import Aside, place
 from wardround.study.images import CaseTable, LabelTable
 from wardround.wire.files import reason as reason_of
 
@@ -81,16 +81,6 @@ class Sorted:
 
     cases: dict[str, list[Case]]
     aside: tuple[Aside, ...]
-
-
-def find_cases(source: Path | Sequence[Path], site: str, patterns: Patterns) -> dict[str, list[Case]]:
-    """The images of a site by patient, both in the order of their names.
-
-    Raises DataError as `sort_cases` does, and where a patient would be set aside; the message never names one.
-    """
-    found = sort_cases(source, site, patterns)
-    refuse(site, len(found.cases) + len(found.aside), found.aside)
-    return found.cases
 
 
 def sort_cases(source: Path | Sequence[Path], site: str, patterns: Patterns) -> Sorted:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pydantic import Field
 
 from wardround.errors import StudyError
 from wardround.learning.methods.personal import Personal, PersonalSettings
 from wardround.learning.policy import Parameter, Policy
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -26,6 +22,7 @@ class FedBN(Personal):
     the sites' (`unseen="mean"`), which is what the paper proposes for a new hospital. Running statistics never leave.
     """
 
+    own_norm: bool = field(default=True, kw_only=True)
     tells_buffers = False
 
     def is_private(self, parameter: Parameter) -> bool:
@@ -39,12 +36,6 @@ class FedBN(Personal):
                 "method.kind=fedbn needs batch-norm layers, and this model has none; set model.norm: batch"
             )
         return super().policy(parameters)
-
-    def serving_unseen(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Statistics of the hospital's own images."""
-        from wardround.learning.methods.own_statistics import own_statistics
-
-        return own_statistics(model)
 
 
 class FedBNSettings(PersonalSettings):

@@ -1,8 +1,9 @@
-"""What every test shares: quiet threads, hypothesis profiles, real images where there are any, runs to be killed."""
+"""What every test shares: quiet threads, files in memory, laws' profiles, real images, runs to be killed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")
+# What tests write lies in memory where there is room: on a disk they wait a quarter of their time for `fsync`. Set TMPDIR
+# to keep what a failed test wrote.
+_MEMORY, _ROOM = Path("/dev/shm"), 1 << 30
+if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM:
+    _FILES = tempfile.TemporaryDirectory(prefix="wardround-tests-", dir=_MEMORY)
+    os.environ["TMPDIR"] = tempfile.tempdir = _FILES.name
 # No test writes into the cache of the person who runs it; the folder goes when the tests end.
 _CACHE = tempfile.TemporaryDirectory(prefix="wardround-cache-")
 os.environ["WARDROUND_CACHE"] = _CACHE.name

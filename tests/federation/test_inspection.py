@@ -349,11 +349,11 @@ also = partial(pytest.param, marks=pytest.mark.slow)
         {},
         {"local": {**ADAM, "optimizer_state": "keep", "lr": 0.1}},
         also({"local": {**ADAM, "optimizer": "adamw", "weight_decay": 0.1}}),
-        {"local": {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.5, "momentum": 0.9, "clip_norm": 0.5}},
+        also({"local": {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.5, "momentum": 0.9, "clip_norm": 0.5}}),
         also({"local": {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": 0.1}}),
         also({"method": {"kind": "fedavgm"}}),
         {"method": {"kind": "fedadam", "server_lr": 0.1}},
-        {"protection": {"ring_bits": 16, "max_sites": 4}},
+        also({"protection": {"ring_bits": 16, "max_sites": 4}}),
         also({"protection": {"compression": {"kind": "rotation"}}}),
         {"protection": {"compression": {"kind": "top_k", "ratio": 0.05}}},
         also(

@@ -109,7 +109,7 @@ def test_patients_are_drawn_independently_at_the_stated_rate(tmp_path: Path) -> 
 
 
 def test_an_empty_draw_is_a_step_of_noise(tmp_path: Path) -> None:
-    training = _training(tmp_path, rate=0.001)
+    training = _training(tmp_path, rate=1e-9)
     secret = training._budget.pay("s", "a", 1, 1, "c", [])
     assert training.draw(secret, 0) == ()
     model = _model()
@@ -333,7 +333,7 @@ def test_a_ledger_of_the_site_stops_the_next_study(tmp_path: Path) -> None:
 
 def test_a_lost_ledger_stops_the_site(tmp_path: Path) -> None:
     sites, out = toy_sites(tmp_path), tmp_path / "out"
-    study = _study()
+    study = _study(noise_multiplier=1.0, epsilon=1000.0)  # the search for the noise takes seconds
     reserve(out)
     host = session.open_host(study, sites, out, (), (), None)
     budget = host.agent("A").budgets.of("A", host.dataset("A"))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.chain import STAGES, Chain, ChainTask, chain_study, moved, stage_of
 from tests.devices import arm_specs_of, learner_of
+from tests.examples import quickly
 from tests.federation.rig import Rig
 from tests.federation.test_private_training import _drawn
 from tests.protection.test_secure_rounds import SecureRig
@@ -66,7 +67,7 @@ AT_WORK: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", AT_WORK)
+@pytest.mark.parametrize("name", quickly(AT_WORK, 0, 3, 5, 7))
 def test_only_what_a_phase_trains_moves(name: str, tmp_path: Path) -> None:
     """Bit for bit: weights, running statistics, and what stays at the sites."""
     rig = Rig(chain_study(**AT_WORK[name]), tmp_path)

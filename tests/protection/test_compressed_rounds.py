@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.examples import quickly
 from tests.federation.rig import Rig
 from tests.protection.test_secure_rounds import SecureRig, losing
 from tests.toys import toy_sites, toy_study
@@ -93,8 +95,7 @@ def test_places_cannot_be_summed_under_masks() -> None:
         load_study(study)
 
 
-@pytest.mark.parametrize("kind", ["rotation", "subspace"])
-@pytest.mark.parametrize("ring_bits", [16, 32])
+@pytest.mark.parametrize(("kind", "ring_bits"), quickly(product(("rotation", "subspace"), (16, 32)), 0, 3))
 def test_masks_change_no_bit_of_a_compressed_sum(kind: str, ring_bits: int, tmp_path: Path) -> None:
     study = study_of(kind, "ABCD", ring_bits=ring_bits, max_sites=4)
     plain = Rig(study, tmp_path / "plain").train()

@@ -283,7 +283,7 @@ def test_a_run_outlines_blobs_and_counts_patients_without_one_apart(tmp_path: Pa
     (tmp_path / "data" / "A" / "DOE-00" / "image.nii.gz").write_bytes(b"damaged")
     sites = SitesFile(sites={**made.sites, "A": made.of("A").model_copy(update={"quarantine": 0.2})})
     study = outline_study({"A": {}, "B": {}}, task={"split": {"validation": 0.1, "test": 0.5}, "augment": "none"})
-    result = wardround.run(study, sites, tmp_path / "out")
+    result = wardround.run(study, sites, tmp_path / "out", engine="local")
     mean = result.metrics["federated"]["mean"]
     dice, alarms = mean["dice"], mean["false_alarm"]
     assert dice is not None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from wardround.results import figures, views
@@ -44,17 +45,9 @@ def write_report(out: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page of a run."""
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     metrics = run.result.measured
     metric = metrics[0] if metrics else None
-    template = environment.from_string(_resource("template.html"))
-    return template.render(
+    return _template().render(
         css=Markup(_resource("style.css")),  # ours, not a result's
         run=run,
         description=run.study.description,
@@ -87,6 +80,18 @@ def render(run: Run) -> str:
         small_n=SMALL_N,
         least_n=LEAST_PATIENTS,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(_resource("template.html"))
 
 
 def _resource(name: str) -> str:

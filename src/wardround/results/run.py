@@ -132,7 +132,14 @@ class Run:
 
     def patients(self, site: str) -> int | None:
         """Test patients behind a site's numbers: the most of any arm and metric."""
-        return max((found.n for _, where, _, found in self.result.estimates() if where == site), default=None)
+        return self._most.get(site)
+
+    @cached_property
+    def _most(self) -> dict[str, int]:
+        most: dict[str, int] = {}
+        for _, site, _, found in self.result.estimates():
+            most[site] = max(found.n, most.get(site, 0))
+        return most
 
     @cached_property
     def hidden(self) -> frozenset[str]:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")
-# What tests write lies in memory where there is room: on a disk they wait a quarter of their time for `fsync`. Set TMPDIR
-# to keep what a failed test wrote.
+# What tests write lies in memory where there is room: on a disk they wait a quarter of their time for `fsync`.
+# Set TMPDIR to keep what a failed test wrote.
 _MEMORY, _ROOM = Path("/dev/shm"), 1 << 30
 if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM:
     _FILES = tempfile.TemporaryDirectory(prefix="wardround-tests-", dir=_MEMORY)

@@ -48,6 +48,43 @@ def test_every_patient_of_an_unseen_site_tests() -> None:
     assert split_patients(1, Split(), 0, "EZ", "unseen") == {"train": (), "validation": (), "test": (0,)}
 
 
+@given(st.integers(2, 60), SHARES, st.integers(0, 2**62))
+def test_an_evaluate_site_validates_and_tests_by_the_two_shares(
+    count: int, shares: tuple[float, float], seed: int
+) -> None:
+    split = Split(validation=shares[0], test=shares[1])
+    if not shares[0]:
+        with pytest.raises(DataError, match=r"evaluates and split\.validation is 0"):
+            split_patients(count, split, seed, "EZ", "evaluate")
+        return
+    parts = split_patients(count, split, seed, "EZ", "evaluate")
+    assert parts["train"] == ()
+    assert sorted(parts["validation"] + parts["test"]) == list(range(count))
+    assert parts["validation"]
+    assert bool(parts["test"]) == (shares[1] > 0)
+    # Within one patient of the proportion, where neither part is empty for it.
+    wanted = min(max(count * shares[1] / sum(shares), bool(shares[1])), count - 1)
+    assert abs(len(parts["test"]) - wanted) <= 1
+
+
+def test_patients_of_an_evaluate_site_stay_where_they_were_when_others_are_added() -> None:
+    names = [f"p{number}" for number in range(12)]
+    split, known = Split(validation=0.15, test=0.15), dict[str, SplitName]()
+    for count in (4, 7, 12):
+        parts = deal_in("EZ", names[:count], split, 3, "evaluate", known)
+        now: dict[str, SplitName] = {names[i]: part for part, numbers in parts.items() for i in numbers}
+        assert now.items() >= known.items()
+        assert parts["train"] == ()
+        assert abs(len(parts["validation"]) - len(parts["test"])) <= 1
+        known = now
+
+
+def test_one_patient_cannot_validate_and_test() -> None:
+    with pytest.raises(DataError, match="site EZ evaluates and has 1 patient"):
+        split_patients(1, Split(), 0, "EZ", "evaluate")
+    assert split_patients(1, Split(validation=0.2, test=0), 0, "EZ", "evaluate")["validation"] == (0,)
+
+
 def test_two_patients_train_and_test() -> None:
     parts = split_patients(2, Split(), 0, "EZ")
     assert [len(parts[name]) for name in ("train", "validation", "test")] == [1, 0, 1]

@@ -90,6 +90,14 @@ SLOW = {
             "schedule": LAST,
         }
     ),
+    "evaluate": Case({**ROUNDS, "sites": {"A": {}, "B": {}, "C": {"role": "evaluate"}}}, ("local",)),
+    "evaluate, with the mean of private parts": Case(
+        {
+            **ROUNDS,
+            **SCANS,
+            "sites": {**SCANS["sites"], "Gamma": {**SCANS["sites"]["Gamma"], "role": "evaluate"}},
+        }
+    ),
     "adam": Case({**ROUNDS, "method": {"kind": "fedadam"}}),
     "robust": Case({"schedule": LAST, "protection": {"robust": {"rule": "median"}}}),
     "stages": Case(

@@ -25,8 +25,9 @@ from wardround.federation.exchange import (
 from wardround.federation.logs import CoordinatorLog
 from wardround.federation.phases import held, holding, next_scales
 from wardround.federation.selection import Scored, best_round, candidates
+from wardround.federation.validation import as_unseen, served_body, went_without
 from wardround.learning.methods.method import MODEL, Method, Writers
-from wardround.plan.sums import LOSS, SECONDS, validation_values
+from wardround.plan.sums import LOSS, SECONDS, Sums, merged, validation_values
 from wardround.protection.compression import PLAIN, Codec
 from wardround.storage.journal import Journal, RoundReport, State
 from wardround.tasks.stages import WHOLE, Curriculum
@@ -44,7 +45,10 @@ MAX_ABORTED = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """What a coordinator must know of a study and an arm; `layout` is the method's, before `codec`."""
+    """What a coordinator must know of a study and an arm; `layout` is the method's, before `codec`.
+
+    `sites` train; `evaluators` do not, and validate the same rounds.
+    """
 
     arm: str
     identity: str
@@ -68,6 +72,7 @@ class Plan:
     initial: Mapping[str, Array] = field(default_factory=dict)
     #: Which tensors stand still in which round, and the first round that a validation may select.
     curriculum: Curriculum = WHOLE
+    evaluators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,8 @@ class Coordinator:
                 # It may not be repeated: the last round goes without its validation.
                 self._log.aborted(state.round, str(aborted), EVALUATE)
                 return
-            yield self._amend(state.round, exchange.aggregate(), exchange.receipts)
+            report, _ = self._validated(state, exchange.aggregate(), exchange.receipts)
+            yield report
 
     def release(self) -> Release:
         """The released round: the best by validation (`selection.best_round`), or the last."""
@@ -186,8 +192,10 @@ class Coordinator:
             form=self._plan.codec.form,
         )
 
-    def _run(self, call: Call) -> tuple[Exchange, dict[str, str], tuple[int, int]]:
-        exchange = self._protocol(call)
+    def _run(
+        self, call: Call, protocol: ExchangeFactory | None = None, *, required: bool = True
+    ) -> tuple[Exchange, dict[str, str], tuple[int, int]]:
+        exchange = (protocol or self._protocol)(call)
         missing: dict[str, str] = {}
         up = down = 0
         messages = exchange.open()
@@ -211,7 +219,8 @@ class Coordinator:
                 else:
                     missing.pop(site, None)
                     self._log.accepted(call, exchange.attempt, reply)
-            self._require(exchange, missing)
+            if required:
+                self._require(exchange, missing)
             try:
                 messages = exchange.close()
             except RoundAborted as aborted:
@@ -250,7 +259,8 @@ class Coordinator:
         exchange, missing, (up, down) = self._run(self._call(TRAIN, state, number, meta, self._sent))
         aggregate = exchange.aggregate()
         if validate:
-            self._amend(state.round, aggregate, exchange.receipts)
+            _, (more_up, more_down) = self._validated(state, aggregate, exchange.receipts)
+            up, down = up + more_up, down + more_down
         scales, saturated = next_scales(plan.codec, aggregate, plan.curriculum, number, before=state.round)
         restored = plan.codec.restore(number, plan.layout, aggregate)
         still = held(plan.layout, plan.curriculum.still(number))
@@ -316,12 +326,36 @@ class Coordinator:
             scales,
         )
 
-    def _amend(self, number: int, sums: Aggregate, sites: Collection[str]) -> RoundReport:
+    def _validated(self, state: State, trained: Aggregate, by: Collection[str]) -> tuple[RoundReport, tuple[int, int]]:
+        """The report of a state's round with its validation: the sums of the sites that train, and the evaluators'.
+
+        With the bytes that these took, up and down. An evaluator that is away is left out of the round's validation.
+        """
+        plan, parts, sites = self._plan, [trained], set(by)
+        missing: dict[str, str] = {}
+        traffic = 0, 0
+        if plan.evaluators:
+            body = served_body(self._method, state, self._journal.root)
+            call = replace(
+                as_unseen(self._call(EVALUATE, state, state.round, {}, plan.metrics_layout), *body),
+                sites=plan.evaluators,
+            )
+            elsewhere, missing, traffic = self._run(call, PlainSum, required=False)
+            if elsewhere.receipts:
+                parts, sites = [*parts, elsewhere.aggregate()], sites.union(elsewhere.receipts)
+        sums = parts[0] if len(parts) == 1 else merged(plan.metrics, parts)
+        return self._amend(state.round, sums, sites, missing), traffic
+
+    def _amend(self, number: int, sums: Sums, sites: Collection[str], missing: Mapping[str, str]) -> RoundReport:
         reports = {r.round: r for r in self._journal.reports()}
         if number not in reports:
             raise JournalError(f"round {number} was validated but never committed")
         report = replace(
-            reports[number], validation=validation_values(sums, self._plan.metrics), validated=tuple(sorted(sites))
+            reports[number],
+            validation=validation_values(sums, self._plan.metrics),
+            validated=tuple(sorted(sites)),
+            # A validation that is repeated after a crash says anew who was away.
+            notes=went_without(reports[number].notes, missing),
         )
         self._journal.amend(report)
         return report

@@ -15,6 +15,7 @@ def plan_of(arm_specs: ArmSpecs, name: str) -> Plan:
         arm=name,
         identity=arm_spec.identity,
         sites=arm_spec.arm.sites,
+        evaluators=arm_spec.arm.evaluators,
         rounds=schedule.rounds,
         min_sites=min(schedule.min_sites, len(arm_spec.arm.sites)),
         layout=arm_spec.layout,

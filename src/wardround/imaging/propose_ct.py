@@ -57,7 +57,8 @@ name: {name}
 seed: 0
 
 # Sites by name. Where their data lie stands in the sites file, never here.
-# `role: unseen` is evaluated only: it shows how the model does at a hospital that never took part.
+# `role: unseen` is tested only: it shows how the model does at a hospital that never took part.
+# `role: evaluate` does not train, and its validation patients count in the choice of the released round.
 """
 
 _STUDY = (

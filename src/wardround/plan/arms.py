@@ -34,6 +34,8 @@ class Arm:
     members: tuple[str, ...]
     method: MethodSettings
     local: Local
+    #: Sites that do not train and whose validation patients count in the arm's validated rounds.
+    evaluators: tuple[str, ...] = ()
 
     def identity(self, study_sha256: str, plan_sha256: str) -> str:
         """The hash that messages and journals of this arm carry."""
@@ -117,17 +119,18 @@ def _check_left_out(study: Study) -> None:
 
 def every_arm(study: Study, compare: Collection[str] = COMPARISONS) -> tuple[Arm, ...]:
     """The arms that a model of the study may come from, also of a run that this version would refuse."""
-    training = study.training_sites
+    # All that are compared choose their round on the same patients; a site alone has its own and no others.
+    training, evaluators = study.training_sites, study.evaluating_sites
     alone: MethodSettings = default("method", weights="equal")
-    arms = [Arm(FEDERATED, training, training, study.method, study.local)]
+    arms = [Arm(FEDERATED, training, training, study.method, study.local, evaluators)]
     if POOLED in compare:
         # One step of every site in the federation is one step on the union of their batches here (law of the centre).
         union = study.local.model_copy(update={"batch": study.local.batch * len(training)})
-        arms.insert(0, Arm(POOLED, (POOLED,), training, alone, union))
+        arms.insert(0, Arm(POOLED, (POOLED,), training, alone, union, evaluators))
     if study.task.leaves_out:
         for site in training:
             rest = tuple(s for s in training if s != site)
-            arms.append(Arm(WITHOUT + site, rest, rest, study.method, study.local))
+            arms.append(Arm(WITHOUT + site, rest, rest, study.method, study.local, evaluators))
     if "local" in compare:
         arms.extend(Arm(LOCAL + site, (site,), (site,), alone, study.local) for site in training)
     return tuple(arms)

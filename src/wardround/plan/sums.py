@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,32 @@ def validation_sums(specs: Sequence[MetricSpec], rows: Mapping[str, Array]) -> d
     return entries
 
 
-def validation_values(sums: Aggregate, specs: Sequence[MetricSpec]) -> dict[str, float] | None:
+class Sums(Protocol):
+    """What metrics are read from: entries by name, summed over sites."""
+
+    @property
+    def metrics(self) -> Mapping[str, Array]:
+        """Entry -> (size,), decoded."""
+        ...
+
+
+@dataclass(frozen=True)
+class MergedSums:
+    """Validation entries of several exchanges, added."""
+
+    metrics: Mapping[str, Array]
+
+
+def merged(specs: Sequence[MetricSpec], parts: Sequence[Sums]) -> MergedSums:
+    """The validation sums of several exchanges as one, as if their sites had answered in a single one.
+
+    Entries are whole numbers of steps, so sums in double precision differ by less than a value's last digit shown.
+    """
+    names = [metric.name for metric in validation_metrics(specs)]
+    return MergedSums({name: np.sum([part.metrics[name] for part in parts], axis=0) for name in names})
+
+
+def validation_values(sums: Sums, specs: Sequence[MetricSpec]) -> dict[str, float] | None:
     """Every metric that has a value, over the validation patients of all sites.
 
     `None` where sites have no validation patient, or keep what they measured to themselves.
@@ -80,7 +105,7 @@ def validation_values(sums: Aggregate, specs: Sequence[MetricSpec]) -> dict[str,
     return {name: value for name, value in values.items() if not np.isnan(value)}
 
 
-def validation_state(sums: Aggregate, spec: MetricSpec) -> MetricState:
+def validation_state(sums: Sums, spec: MetricSpec) -> MetricState:
     """A metric's state over the validation patients of all sites, as far as its value needs it.
 
     Without a `count` of what is no mean; `broken` is the number of sites where a patient's row is not a number.

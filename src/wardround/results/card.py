@@ -88,7 +88,7 @@ def _data(run: Run) -> str:
     rows = []
     for site in run.sites:
         patients = run.patients(site)
-        row = [site, "trains" if site in run.training else "evaluated only"]
+        row = [site, run.role(site)]
         row.append("withheld or unknown" if patients is None else str(patients))
         rows.append([*row, protocol(run.acquisition(site)) or "–"] if simulated else row)
     head = ("site", "role", "test patients", *(("simulated protocol",) if simulated else ()))
@@ -121,6 +121,7 @@ def _part(part: Part) -> str:
 def _training(run: Run) -> list[str]:
     result, study = run.result, run.study.model_dump(mode="json")
     lines = [f"Sites that trained: {', '.join(run.training)}", f"Rounds: {result.rounds}"]
+    validated = f"Sites that did not train, and whose validation patients count: {', '.join(run.evaluating)}"
     # A task of one's own builds its own model: that of the study file is none of it.
     task = run.study.task
     own = () if isinstance(task, ReconstructionTask) else ("task",)
@@ -131,6 +132,8 @@ def _training(run: Run) -> list[str]:
     lines.insert(2, f"Started from: {run.study.start.describe()}")
     if frozen := study["parts"]["frozen"]:
         lines.insert(3, f"Never trained: {', '.join(frozen)}, stored in weights/{run.result.frozen_sha256}.safetensors")
+    if run.evaluating:
+        lines.insert(1, validated)
     up, down = human_bytes(result.traffic.bytes_up), human_bytes(result.traffic.bytes_down)
     lines.append(f"Traffic: {up} from the sites, {down} to the sites")
     lines.append(f"Time: {human_seconds(result.seconds.total)}")

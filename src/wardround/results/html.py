@@ -142,10 +142,7 @@ def _seconds(run: Run) -> tuple[Fact, ...]:
 
 
 def _protocols(run: Run) -> tuple[tuple[str, str, str], ...]:
-    return tuple(
-        (site, "trains" if site in run.training else "evaluated only", protocol(run.acquisition(site)) or "–")
-        for site in run.sites
-    )
+    return tuple((site, run.role(site), protocol(run.acquisition(site)) or "–") for site in run.sites)
 
 
 def _training(run: Run) -> tuple[tuple[str, str, str], ...]:

@@ -107,14 +107,26 @@ class Run:
         return self.study.training_sites
 
     @property
+    def evaluating(self) -> tuple[str, ...]:
+        """Sites that do not train, and on whose validation patients, among others, the round was chosen."""
+        return self.study.evaluating_sites
+
+    def role(self, site: str) -> str:
+        """What a site does, in words."""
+        if site in self.evaluating:
+            chose = self.study.schedule.release == "best"
+            return "does not train; its validation patients count" + (" in the choice of the round" if chose else "")
+        return "trains" if site in self.training else "evaluated only"
+
+    @property
     def unseen(self) -> tuple[str, ...]:
-        """Sites that are evaluated only."""
+        """Sites that are only tested, after training."""
         return self.study.unseen_sites
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """All sites: those that train, then those that are evaluated only."""
-        return self.training + self.unseen
+        """All sites: those that train, then those that only validate and test, then those that are only tested."""
+        return self.training + self.evaluating + self.unseen
 
     def history(self, arm: str) -> tuple[RoundLine, ...]:
         """The rounds of an arm in order."""

@@ -116,7 +116,8 @@ def _site(run: Run, metric: MetricInfo, key: str, scale: figures.Scale, points: 
         facts = ["every site has the same weight" if key == "mean" else "each by a model trained without it"]
     else:
         facts = [f"{patients} test patient{'s' if patients != 1 else ''}" if patients else ""]
-        facts += ["did not train" if key in run.unseen else "", protocol(run.acquisition(key))]
+        facts += [run.role(key)] if key in run.evaluating else ["did not train" if key in run.unseen else ""]
+        facts.append(protocol(run.acquisition(key)))
     return SiteView(
         title=site_title(key),
         note=" · ".join(fact for fact in facts if fact),

@@ -77,7 +77,7 @@ class Context(ArmSpecs):
     def plan(self, name: str) -> Plan:
         """What the coordinator of an arm must know: whom it asks, too."""
         plan = plan_of(self, name)
-        return replace(plan, sites=self.remaining(plan.sites))
+        return replace(plan, sites=self.remaining(plan.sites), evaluators=self.remaining(plan.evaluators))
 
     def exchange(self, arm: Arm, journal: Journal, roster: Roster | None) -> ExchangeFactory:
         """How the updates of an arm become one: summed in the clear or under masks, or by a robust rule.

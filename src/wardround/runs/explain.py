@@ -13,7 +13,7 @@ from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.sums import LOSS
 from wardround.results.units import human_bytes, protocol
 from wardround.runs.columns import WIDTH, entry, table, wrapped
-from wardround.runs.explain_plugins import uncalled
+from wardround.runs.explain_plugins import ROLES, uncalled
 from wardround.runs.machine import NOWHERE, Machine
 from wardround.runs.remarks import remarks_on
 from wardround.runs.session import open_host
@@ -153,7 +153,7 @@ def _results_leave(host: Machine, site: str, patients: int) -> bool:
 def _role(study: Study, site: str) -> str:
     if study.sites[site].scans:
         return "unseen: others' test patients"
-    return "trains" if study.sites[site].role == "train" else "unseen: only tested"
+    return ROLES[study.sites[site].role]
 
 
 def _training(host: Machine, arm_spec: ArmSpec) -> str:
@@ -166,6 +166,8 @@ def _training(host: Machine, arm_spec: ArmSpec) -> str:
     released = "the last"
     if schedule.release == "best" and host.task.metrics and schedule.validate_every:
         released = f"the one with the best validation {host.task.metrics[0].name}"
+        if study.evaluating_sites:
+            released += f", over the patients of {', '.join(study.evaluating_sites)} too"
     return "\n".join(
         (
             entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
@@ -362,10 +364,10 @@ def _cautions(host: Machine) -> Iterator[str]:
         for split in splits:
             if counts[split] == 1 and _told(host, name, split):
                 lonely[split].append(name)
-            if counts[split] == 0 and site.role == "train":
+            if counts[split] == 0 and (site.role == "train" or (site.role == "evaluate" and split == "test")):
                 absent[split].append(name)
         why = _withheld(host, name, counts["validation"])
-        if why is not None and counts["validation"] and site.role == "train":
+        if why is not None and counts["validation"] and site.role != "unseen":
             silent.append(f"{name} ({why})")
         why = host.egress(name).refusal({LOSS: range(counts["validation"])})
         if weighed and why is not None and counts["validation"] and site.role == "train":

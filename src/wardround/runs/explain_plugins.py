@@ -8,6 +8,9 @@ from wardround.runs.machine import Machine
 from wardround.study.load import study_sha256
 from wardround.study.tasks import ReconstructionTask
 
+# What a site of each role does, as `check` says it.
+ROLES = {"train": "trains", "evaluate": "evaluates: validates and tests", "unseen": "unseen: only tested"}
+
 
 def uncalled(host: Machine) -> str | None:
     """What a study's file says by itself, where it names code that is not called; `None` where there is none.
@@ -24,10 +27,7 @@ def uncalled(host: Machine) -> str | None:
     facts += [entry("method", study.method.kind), entry("rounds", str(study.schedule.rounds))]
     header = ("site", "role") if own else ("site", "role", "simulated scanner")
     scanners = {name: study.acquisition_of(name) for name in study.sites if study.scans}
-    rows = [
-        (name, "trains" if site.role == "train" else "unseen", protocol(scanners.get(name)))
-        for name, site in study.sites.items()
-    ]
+    rows = [(name, ROLES[site.role], protocol(scanners.get(name))) for name, site in study.sites.items()]
     mind = "The study names code, and check did not call it: what it learns, the model and what travels is not known."
     lines = [wrapped(mind, "  - "), *(wrapped(f"{why}.", "  - ") for why in reasons)]
     return "\n\n".join(

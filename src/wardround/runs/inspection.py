@@ -66,7 +66,8 @@ def inspect_run(out: Path) -> str:
         state = "at work"
     else:
         state = "stopped; run the same command again to go on"
-    unseen = f"; only tested: {', '.join(study.unseen_sites)}" if study.unseen_sites else ""
+    unseen = f"; only validate and test: {', '.join(study.evaluating_sites)}" if study.evaluating_sites else ""
+    unseen += f"; only tested: {', '.join(study.unseen_sites)}" if study.unseen_sites else ""
     return "\n".join(
         (
             f"a run of study {study.name}",

@@ -46,6 +46,7 @@ from wardround.site.quarantine import counted, keep_list
 from wardround.site.rules import rules_of
 from wardround.site.secure import SecureUpload
 from wardround.site.site import Site
+from wardround.site.validating import Validates
 from wardround.storage.blobs import disk_error
 from wardround.storage.cipher import StoreCipher
 from wardround.storage.hash_log import LOG, HashLog, begun_by
@@ -374,7 +375,7 @@ class Agent:
         """How the site answers in an arm; nothing special where its updates are summed in the clear."""
         arm, arm_specs = arm_spec.arm, self._arm_specs
         if self.name not in arm.sites:
-            return OnlyTests()
+            return Validates() if self.name in arm.evaluators else OnlyTests()
         if arm.inside(arm_specs.study):
             model = own_model(models)
 

@@ -97,6 +97,7 @@ class Journal:
 
     def __init__(self, root: Path, identity: str) -> None:
         refuse_links(root)
+        self.root = root
         self.blobs = Blobs(root / "blobs")
         self._database = Database(root / "journal.sqlite", _SCHEMA)
         found = self.fact("identity")

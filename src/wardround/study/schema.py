@@ -64,7 +64,12 @@ Acquisition = Annotated[
 class StudySite(Config):
     """A hospital: its role and its scanner's protocol."""
 
-    role: Literal["train", "unseen"] = Field("train", description="`unseen` sites are evaluated only")
+    role: Literal["train", "evaluate", "unseen"] = Field(
+        "train",
+        description="`train`: trains, validates and is tested; `evaluate`: does not train, but its validation patients "
+        "count in every validated round, so in the choice of the released one, and it is tested at the end; `unseen`: "
+        "is tested at the end alone",
+    )
     acquisition: Acquisition | None = Field(None, description="overrides the study's acquisition")
     scans: tuple[SiteName, ...] = Field(
         (),
@@ -214,10 +219,11 @@ class Study(Config):
             raise ValueError(str(error)) from None
         for name, site in self.sites.items():
             wrong = [other for other in site.scans if other not in training]
-            if site.scans and (site.role == "train" or wrong):
+            if site.scans and (site.role != "unseen" or wrong):
                 raise ValueError(
                     f"sites.{name}.scans: " + (f"{wrong[0]!r} does not train" if wrong else "only for `role: unseen`")
                 )
+        self._evaluating_sites_fit()
         if self.protection.robust is not None:
             try:
                 self.protection.robust.tolerated(len(training))
@@ -234,6 +240,21 @@ class Study(Config):
             except StudyError as error:
                 raise ValueError(str(error)) from None
         return self
+
+    def _evaluating_sites_fit(self) -> None:
+        """Refuse sites of `role: evaluate` where their validation sums could not be merged, or would never be asked."""
+        for name in self.evaluating_sites:
+            if self.protection.secure:
+                raise ValueError(
+                    f"sites.{name}.role: `evaluate` cannot be combined with protection.secure: the site sends its "
+                    "validation sums by itself, so the coordinator would read what the masks hide of every other site; "
+                    "set it to `unseen` or `train`"
+                )
+            if not self.schedule.validate_every:
+                raise ValueError(
+                    f"sites.{name}.role: `evaluate` needs validated rounds, and schedule.validate_every is 0; raise it, "
+                    "or set the role to `unseen`"
+                )
 
     @model_validator(mode="after")
     def _privacy_holds(self) -> Study:
@@ -346,8 +367,13 @@ class Study(Config):
         return tuple(name for name, site in self.sites.items() if site.role == "train")
 
     @property
+    def evaluating_sites(self) -> tuple[str, ...]:
+        """Names of the sites that do not train and whose validation patients count."""
+        return tuple(name for name, site in self.sites.items() if site.role == "evaluate")
+
+    @property
     def unseen_sites(self) -> tuple[str, ...]:
-        """Names of the sites that are evaluated only."""
+        """Names of the sites that are only tested, after training."""
         return tuple(name for name, site in self.sites.items() if site.role == "unseen")
 
     def sections(self) -> Iterator[tuple[str, Section, Settings]]:

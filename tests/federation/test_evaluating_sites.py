@@ -22,6 +22,7 @@ from wardround.federation.measuring import RELEASED
 from wardround.federation.release import as_tensor_file
 from wardround.plan.arms import every_arm
 from wardround.results.schema import Result
+from wardround.runs.explain import explain
 from wardround.runs.machine import Machine
 from wardround.runs.session import run
 from wardround.site.agent import Agent
@@ -201,6 +202,14 @@ def test_all_arms_but_the_local_ones_choose_on_the_same_patients(tmp_path: Path)
     go(study_of(schedule={"rounds": 2}), tmp_path, compare=("local", "pooled"))
     assert [line["validated"] for line in lines_of(tmp_path, "pooled")] == [["D", "pooled"]] * 2
     assert [line["validated"] for line in lines_of(tmp_path, "local/A")] == [["A"]] * 2
+
+
+def test_check_says_what_it_does(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps(study_of().model_dump(mode="json", exclude_unset=True)))
+    text = " ".join(explain(file, None, (), (), allow_code=True).split())
+    assert "D evaluates: validates and tests" in text
+    assert "released is the one with the best validation r, over the patients of D too" in text
 
 
 @pytest.mark.parametrize(

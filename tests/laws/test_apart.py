@@ -91,7 +91,7 @@ SLOW = {
         }
     ),
     "evaluate": Case({**ROUNDS, "sites": {"A": {}, "B": {}, "C": {"role": "evaluate"}}}, ("local",)),
-    "evaluate, with the mean of private parts": Case(
+    "evaluate with a mean part": Case(
         {
             **ROUNDS,
             **SCANS,

@@ -61,7 +61,7 @@ def test_every_problem_is_listed_with_its_key_and_fix() -> None:
     lines = text.splitlines()
     assert lines[0] == "the study file has 7 problems:"
     assert "  - sites.CS.acquisition.mask.famly: unknown key; did you mean `family`?" in lines
-    assert "  - sites.DU.role: must be 'train' or 'unseen', not 'unsen'; did you mean `unseen`?" in lines
+    assert "  - sites.DU.role: must be 'train', 'evaluate' or 'unseen', not 'unsen'; did you mean `unseen`?" in lines
     assert "  - model.norms: unknown key; did you mean `norm`?" in lines
     assert "  - method.kind: unknown kind 'fedporx'; did you mean `fedprox`?" in lines
     assert "  - task.loss.kind: must be 'l1', 'mse', 'ssim' or 'l1_ssim', not 'l2'" in lines

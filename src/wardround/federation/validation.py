@@ -1,4 +1,4 @@
-"""What sites that do not train are asked for of a round: to validate its model, as a hospital that did not train gets it.
+"""What sites that do not train are asked for: to validate a round's model as a hospital that did not train gets it.
 
 Their answers are merged with the validation sums of the sites that train, so that a round has one validation.
 """

@@ -252,8 +252,8 @@ class Study(Config):
                 )
             if not self.schedule.validate_every:
                 raise ValueError(
-                    f"sites.{name}.role: `evaluate` needs validated rounds, and schedule.validate_every is 0; raise it, "
-                    "or set the role to `unseen`"
+                    f"sites.{name}.role: `evaluate` needs validated rounds, and schedule.validate_every is 0; raise "
+                    "it, or set the role to `unseen`"
                 )
 
     @model_validator(mode="after")

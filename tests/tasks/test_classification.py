@@ -15,10 +15,15 @@ from tests.diagnoses import CLASSES, diagnosis_study, make_diagnoses
 
 import wardround
 from wardround.errors import DataError, StudyError
+from wardround.learning.frozen import freeze
 from wardround.models.classifiers import DenseNetSettings, EfficientNetSettings, ResNetSettings
+from wardround.study.load import load_study
+from wardround.tasks.build import build_task
 from wardround.tasks.classification import Classification, ClassificationTask, DiagnosedBatch, diagnosis_loss
 from wardround.tasks.states import MetricState, patient_rows, value_of
 from wardround.tasks.temperature import Calibration, kept_calibration
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def examples(seed: int = 0, count: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -236,6 +241,14 @@ def test_charts_and_pictures_say_who_was_called_what() -> None:
     assert task.illustrate(None, batches[3]).caption == "bright"
     assert task.illustrate(model, batches[3]).caption == f"striped {np.exp(3) / (np.exp(3) + 2):.2f}"
     assert task.illustrate(model, batches[3]).picture.shape == (2, 2, 3)
+
+
+def test_the_study_of_skin_tumours_trains_the_last_layers_alone() -> None:
+    study = load_study(EXAMPLES / "skin.yaml")
+    model = build_task(study).build_model()
+    freeze(model, study.parts.frozen)
+    trained = {name.rsplit(".", 2)[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"blocks.15.layers.0", "blocks.15.layers.1", "blocks.15.layers.2", "head", "classifier"}
 
 
 def test_a_run_tells_textures_apart(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ Models = Mapping[str, Mapping[str, Seen]]
 def _seen(folder: Path, sites: Any) -> dict[str, dict[str, Seen]]:
     """Of every model, by source, on test lesions; `personalised` among them."""
     from wardround.federation.release import own_folder
+    from wardround.learning.frozen import remember
     from wardround.runs.releases import ReleasedModel
     from wardround.runs.session import open_host
     from wardround.tasks.temperature import kept_calibration
@@ -129,9 +130,19 @@ def _seen(folder: Path, sites: Any) -> dict[str, dict[str, Seen]]:
     host = open_host(folder / "study.yaml", sites, folder, (), (), None)
     task: Any = host.task
 
+    networks: dict[Path, Any] = {}
+
+    def opened(path: Path) -> Any:
+        """A model; all have the same frozen layers, which see a picture once."""
+        if path not in networks:
+            networks[path] = ReleasedModel.opened(path).network(task.build_model, None, None)
+            remember(networks[path])
+            networks[path].lead = next(iter(networks.values())).lead
+        return networks[path]
+
     def asked(path: Path, site: str, lesions: Any) -> Seen:
         batches, owners, labels = lesions
-        network = ReleasedModel.opened(path).network(task.build_model, None, None)
+        network = opened(path)
         logits = np.concatenate([task.logits(network, batch).numpy() for batch in batches])
         own = kept_calibration(own_folder(path, site))
         return Seen(

@@ -33,4 +33,4 @@ def convert(source: Path, target: Path) -> str:
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    print(f"start: {{from: weights, file: {target}, sha256: {convert(source, target)}, partial: true}}")
+    print(f"start: {{kind: weights, file: {target}, sha256: {convert(source, target)}, partial: true}}")

@@ -264,3 +264,22 @@ def test_another_architecture_is_caught(tmp_path: Path) -> None:
     assert found == {("imprint.weight", "is no tensor of the study's network"), ("log_weight", "is missing")}
     wider = {**tensors, "log_weight": np.zeros(3, np.float32)}
     assert [f.check for f in lint_against(wider, _initial(study))] == ["architecture"]
+
+
+def test_filters_of_public_weights_that_are_alike_may_stay_so_while_they_are_trained() -> None:
+    """Filters of one channel, as of a depthwise convolution: many have one shape before anything is trained."""
+    random = np.random.default_rng(0)
+    shapes = random.standard_normal((40, 25))
+    chosen = shapes[random.integers(0, 40, 600)] * random.uniform(0.5, 2.0, (600, 1))
+    apart = random.standard_normal((600, 25))
+    start = {"filters.weight": np.concatenate([chosen, apart]).reshape(-1, 1, 5, 5).astype(np.float32)}
+
+    def alike(extra: int) -> bool:
+        """Whether `extra` more filters that are alike are refused."""
+        rows = start["filters.weight"].copy()
+        rows[600 : 600 + extra] = rows[:extra]
+        return bool(lint_against({"filters.weight": rows}, start))
+
+    # Six deviations of a count of 600 are 146.
+    assert not alike(100)
+    assert alike(200)

@@ -31,7 +31,7 @@ from wardround.runs.releases import ReleasedModel
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
 from wardround.tasks.predictions import Masks
-from wardround.tasks.temperature import keep_temperature
+from wardround.tasks.temperature import Calibration, keep_calibration
 
 STRUCTURES = {"organ": [1, 2], "tumour": [2]}
 
@@ -348,7 +348,7 @@ def test_a_site_s_temperature_calibrates_its_probabilities(tmp_path: Path) -> No
     """Logits over a temperature: the log of a ratio of two probabilities is divided by it."""
     model = release(tmp_path / "model.safetensors", diagnosis_study({"A": {}}))
     picture = next((make_diagnoses(tmp_path / "in", {"A": (1, 1, 1)}).of("A").data[0] / "images").iterdir())
-    keep_temperature(tmp_path / "A" / "model", 4.0)
+    keep_calibration(tmp_path / "A" / "model", Calibration(4.0))
     found = [wardround.predict(model, picture, tmp_path / "out", site=site) for site in (None, "A")]
     assert [each.temperature for each in found] == [None, 4.0]
     plain, calibrated = (each.diagnoses[0].whole.values for each in found)

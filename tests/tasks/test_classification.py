@@ -15,10 +15,15 @@ from tests.diagnoses import CLASSES, diagnosis_study, make_diagnoses
 
 import wardround
 from wardround.errors import DataError, StudyError
+from wardround.learning.frozen import freeze
 from wardround.models.classifiers import DenseNetSettings, EfficientNetSettings, ResNetSettings
+from wardround.study.load import load_study
+from wardround.tasks.build import build_task
 from wardround.tasks.classification import Classification, ClassificationTask, DiagnosedBatch, diagnosis_loss
 from wardround.tasks.states import MetricState, patient_rows, value_of
-from wardround.tasks.temperature import kept_temperature
+from wardround.tasks.temperature import Calibration, kept_calibration
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def examples(seed: int = 0, count: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -174,21 +179,46 @@ def test_a_temperature_scales_what_a_site_measures_and_nothing_else() -> None:
         (n, DiagnosedBatch(torch.full((1, 1, 1, 1), float(n)), one_hot(classes[n : n + 1]), torch.ones(1, 3)))
         for n in range(len(classes))
     ]
-    temperature = task.calibration(model, batches)
-    assert temperature is not None
+    own = task.calibration(model, batches)
+    assert own is not None
     assert task.calibration(model, batches[:3]) is None
 
     def measured(scored: Classification) -> dict[str, float]:
         rows = patient_rows(scored.metrics, iter(batches), lambda batch: scored.score(model, batch))
         return {spec.name: value_of(spec, rows[spec.name]) for spec in scored.metrics}
 
-    before, after = measured(task), measured(task.calibrated(temperature))
+    before, after = measured(task), measured(task.calibrated(own))
     assert np.isnan(before.pop("ece_scaled"))
     # Scaled, it says 3/4: within a bin of 1/200.
     assert after.pop("ece_scaled") <= 1 / 200
     assert before == after
     assert before["ece"] == pytest.approx(0.25, abs=1 / 200)
-    assert task.temperature is None
+    assert task.own is None
+
+
+@pytest.mark.parametrize("imbalance", ["weighted", "balanced", "logit_adjusted"])
+def test_what_training_took_out_of_the_logits_comes_back_where_the_site_calibrates(imbalance: str) -> None:
+    """A network that cannot tell classes apart: a likeliest class at all comes of the site's shares alone."""
+    task = task_of(imbalance=imbalance)
+    classes = torch.tensor([0, 0, 1, 2] * 4)
+    model = Fixed(torch.zeros(len(classes), 3))
+    shares = torch.tensor([[0.5, 0.25, 0.25]])
+    batches = [
+        (n, DiagnosedBatch(torch.full((1, 1, 1, 1), float(n)), one_hot(classes[n : n + 1]), shares))
+        for n in range(len(classes))
+    ]
+    own = task.calibration(model, batches)
+    assert own is not None
+    assert own.offsets == pytest.approx(np.log([0.5, 0.25, 0.25]))
+    assert task.calibrated(own).probabilities(torch.zeros(1, 3), own)[0].tolist() == pytest.approx([0.5, 0.25, 0.25])
+    scored = task.calibrated(own)
+    rows = patient_rows(scored.metrics, iter(batches), lambda batch: scored.score(model, batch))
+    found = {spec.name: value_of(spec, rows[spec.name]) for spec in scored.metrics}
+    # Half of the patients have the likeliest class: 1/3 is said of them without the shares, 1/2 with.
+    assert found["ece"] == pytest.approx(1 / 2 - 1 / 3, abs=1 / 200)
+    assert found["ece_scaled"] <= 1 / 200
+    with pytest.raises(DataError, match="of another model"):
+        task.calibrated(Calibration(1.0, (0.0, 0.0)))
 
 
 def test_charts_and_pictures_say_who_was_called_what() -> None:
@@ -213,6 +243,14 @@ def test_charts_and_pictures_say_who_was_called_what() -> None:
     assert task.illustrate(model, batches[3]).picture.shape == (2, 2, 3)
 
 
+def test_the_study_of_skin_tumours_trains_the_last_layers_alone() -> None:
+    study = load_study(EXAMPLES / "skin.yaml")
+    model = build_task(study).build_model()
+    freeze(model, study.parts.frozen)
+    trained = {name.rsplit(".", 2)[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"blocks.15.layers.0", "blocks.15.layers.1", "blocks.15.layers.2", "head", "classifier"}
+
+
 def test_a_run_tells_textures_apart(tmp_path: Path) -> None:
     sites = make_diagnoses(tmp_path / "data", {"A": (12, 12, 12), "B": (16, 10, 10), "C": (2, 2, 2)})
     split = {"validation": 0.3, "test": 0.3}
@@ -225,9 +263,9 @@ def test_a_run_tells_textures_apart(tmp_path: Path) -> None:
     # A temperature is a training site's own, and stays there; an unseen hospital labels no patient for the model.
     for site in ("A", "B"):
         assert result.metrics["federated"][site]["ece_scaled"] is not None
-        temperature = kept_temperature(tmp_path / "out" / "models" / site / "federated")
-        assert temperature is not None
-        assert f"{temperature:.6f}" not in (tmp_path / "out" / "result.json").read_text()
+        own = kept_calibration(tmp_path / "out" / "models" / site / "federated")
+        assert own is not None
+        assert f"{own.temperature:.6f}" not in (tmp_path / "out" / "result.json").read_text()
     assert result.metrics["federated"]["C"]["ece_scaled"] is None
     page = result.report.read_text()
     assert "Class by class" in page

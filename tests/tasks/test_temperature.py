@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wardround.tasks.temperature import LEAST, fitted, keep_temperature, kept_temperature, probabilities
+from wardround.tasks.temperature import (
+    LEAST,
+    Calibration,
+    fitted,
+    keep_calibration,
+    kept_calibration,
+    probabilities,
+)
 
 
 def logits_of(patients: int, seed: int = 0) -> list[np.ndarray]:
@@ -16,13 +23,19 @@ def logits_of(patients: int, seed: int = 0) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("offsets", [(), (-3.0, 0.5, 0.0, -1.0)])
 @pytest.mark.parametrize("true", [0.6, 2.5])
-def test_the_temperature_under_which_probabilities_come_true_is_found(true: float, multi_label: bool) -> None:
+def test_the_temperature_under_which_probabilities_come_true_is_found(
+    true: float, offsets: tuple[float, ...], multi_label: bool
+) -> None:
     """Labels that are what calibrated probabilities say: by Gibbs' inequality no other temperature is likelier."""
     logits = logits_of(40)
-    labels = np.array([probabilities(each, true, multi_label=multi_label).mean(axis=0) for each in logits])
+    labels = np.array([probabilities(each, true, offsets, multi_label=multi_label).mean(axis=0) for each in logits])
     # The search ends within 1e-5 of the logarithm.
-    assert fitted(logits, labels, multi_label=multi_label) == pytest.approx(true, rel=1e-3)
+    found = fitted(logits, labels, offsets, multi_label=multi_label)
+    assert found is not None
+    assert found.temperature == pytest.approx(true, rel=1e-3)
+    assert found.offsets == offsets
 
 
 def test_few_patients_or_a_diverged_network_have_none() -> None:
@@ -36,10 +49,15 @@ def test_few_patients_or_a_diverged_network_have_none() -> None:
 
 def test_it_lies_beside_the_site_s_part_of_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "models" / "A" / "federated"
-    assert kept_temperature(folder) is None
-    keep_temperature(folder, 1.7)
-    assert kept_temperature(folder) == 1.7
-    keep_temperature(folder, None)
-    assert kept_temperature(folder) is None
+    assert kept_calibration(folder) is None
+    keep_calibration(folder, Calibration(1.7, (-2.0, 0.5)))
+    assert kept_calibration(folder) == Calibration(1.7, (-2.0, 0.5))
+    keep_calibration(folder, None)
+    assert kept_calibration(folder) is None
     (folder / "temperature.json").write_text('{"temperature": 0}')
-    assert kept_temperature(folder) is None
+    assert kept_calibration(folder) is None
+
+
+def test_a_temperature_of_an_earlier_version_is_still_one(tmp_path: Path) -> None:
+    (tmp_path / "temperature.json").write_text('{"temperature": 1.7}\n')
+    assert kept_calibration(tmp_path) == Calibration(1.7)

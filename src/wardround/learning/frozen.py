@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from torch import nn
 
 from wardround.learning.policy import matching
+from wardround.models.lead import Layered, Lead
 
 _HELD = "_wardround_frozen"
 
@@ -38,3 +40,9 @@ def train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if is_frozen(module):
             module.eval()
+
+
+def remember(model: nn.Module) -> None:
+    """Compute what a network's frozen leading layers give of an image once; for tasks whose images come again."""
+    if isinstance(model, Layered) and (leading := tuple(takewhile(is_frozen, model.layers()))):
+        model.lead = Lead(leading)

@@ -18,7 +18,7 @@ from wardround.errors import WardroundError
 from wardround.learning.device import CPU, Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
 from wardround.learning.examples import Examples
-from wardround.learning.frozen import freeze, train_mode
+from wardround.learning.frozen import freeze, remember, train_mode
 from wardround.learning.methods.method import Facts, LocalRound, Method
 from wardround.learning.momentum import averaged
 from wardround.learning.policy import Parameter, Policy
@@ -28,7 +28,8 @@ from wardround.storage.store import Memory
 from wardround.study.schema import Local
 from wardround.tasks.stages import WHOLE, Curriculum
 from wardround.tasks.states import patient_rows
-from wardround.tasks.task import Batch, Calibrated, Dataset, Split, Task
+from wardround.tasks.task import Batch, Calibrated, Dataset, Repeating, Split, Task
+from wardround.tasks.temperature import Calibration
 from wardround.wire.host import on_host
 from wardround.wire.random import public_generator, public_seed
 from wardround.wire.tensors import TensorInfo
@@ -84,6 +85,8 @@ class ModelContext:
         self.model = task.build_model()
         begin(self.model)
         self.frozen = freeze(self.model, frozen)
+        if isinstance(task, Repeating) and task.repeats:
+            remember(self.model)
         self.parameters = parameters_of(self.model)
         state = self.model.state_dict()
         self.initial = {name: t if name in self.frozen else t.detach().clone() for name, t in state.items()}
@@ -346,21 +349,21 @@ class Learner:
         return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self, split: Split, temperature: float | None = None) -> dict[str, Array]:
+    def evaluate(self, split: Split, calibration: Calibration | None = None) -> dict[str, Array]:
         """What every patient of a split adds to each metric, in patient order: (n, *shape). It stays at the site.
 
-        `temperature` is that of `temperature`, for a task that has one.
+        `calibration` is what the method of that name found, for a task that has one.
         """
         model, placed = self._model_context.model, self._placed
-        if temperature is not None and isinstance(self.task, Calibrated):
-            placed = Placed(self.task.calibrated(temperature), self.compute)
+        if calibration is not None and isinstance(self.task, Calibrated):
+            placed = Placed(self.task.calibrated(calibration), self.compute)
         torch.set_num_threads(self.compute.threads)
         model.eval()
         with watched(model) as diverged:
             return self.per_patient(split, lambda batch: placed.score(model, batch), diverged)
 
     @torch.no_grad()
-    def temperature(self) -> float | None:
+    def calibration(self) -> Calibration | None:
         """What fits the loaded model's probabilities to the site's validation patients; None for other tasks."""
         if not isinstance(self.task, Calibrated):
             return None

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
+from wardround.models.lead import Lead
 from wardround.study.models import ClassifierSettings
 
 # Of each group of blocks: expansion, channels, blocks, stride of the first, kernel (Tan and Le, ICML 2019, table 1).
@@ -52,10 +53,19 @@ class EfficientNetLite(nn.Module):
         features = _HEAD // 8 if tiny else _HEAD
         self.head = _convolution(before, features, 1, 1)
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, classes))
+        self.lead: Lead | None = None
+
+    def layers(self) -> tuple[nn.Module, ...]:
+        """All but the classifier; see `wardround.models.lead.Layered`."""
+        return (self.stem, *self.blocks, self.head)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K)."""
-        found: Tensor = self.classifier(self.head(self.blocks(self.stem(images))).mean(dim=(2, 3)))
+        layers = self.layers()
+        x = images if self.lead is None else self.lead(images)
+        for layer in layers[0 if self.lead is None else len(self.lead) :]:
+            x = layer(x)
+        found: Tensor = self.classifier(x.mean(dim=(2, 3)))
         return found
 
 

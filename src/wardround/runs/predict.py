@@ -14,7 +14,7 @@ from wardround.runs.reconstruct import Fallback, PathLike, paths_of, reconstruct
 from wardround.runs.releases import ReleasedModel
 from wardround.tasks.build import build_task
 from wardround.tasks.task import Calibrated, Predicts
-from wardround.tasks.temperature import kept_temperature
+from wardround.tasks.temperature import kept_calibration
 
 Predicted = Reconstruction | Outline | Diagnosis
 
@@ -93,13 +93,14 @@ def predict(
     if not isinstance(task, Predicts):
         raise StudyError(f"this model does not predict from images: its study's task is `{released.study.task.kind}`")
     network = released.network(task.build_model, site, place)
-    temperature = None if site is None else kept_temperature(own_folder(released.path, site))
-    if temperature is not None and isinstance(task, Calibrated):
-        scaled = task.calibrated(temperature)
+    calibration = None if site is None else kept_calibration(own_folder(released.path, site))
+    if calibration is not None and isinstance(task, Calibrated):
+        scaled = task.calibrated(calibration)
         task = scaled if isinstance(scaled, Predicts) else task
     predictor = ImagePredictor(task, network, released.study.name, Path(out), told)
     table = predictor(paths_of(inputs))
     if not predictor.done and len(predictor.failed) == 1:
         alone = predictor.failed[0]
         raise DataError(alone.reason, detail=": ".join(part for part in (alone.patient, alone.detail) if part))
+    temperature = None if calibration is None else calibration.temperature
     return Predictions(tuple(predictor.done), tuple(predictor.failed), table, temperature)

@@ -21,7 +21,7 @@ from wardround.site.pictures import write_illustrations, write_images
 from wardround.site.protocol import Evaluator
 from wardround.tasks.states import value_of
 from wardround.tasks.task import Calibrated, Illustrated, Imaging, Split
-from wardround.tasks.temperature import keep_temperature
+from wardround.tasks.temperature import keep_calibration
 from wardround.wire.tensors import TensorFile
 
 Array = npt.NDArray[Any]
@@ -82,10 +82,10 @@ class Released:
         with learner.serving_unseen() if unseen else nullcontext():
             # An unseen hospital labels no patient for the model.
             fits = split == "test" and not unseen and learner.dataset.patients("validation") >= self._least
-            temperature = learner.temperature() if fits else None
-            values = learner.evaluate(split, temperature)
+            calibration = learner.calibration() if fits else None
+            values = learner.evaluate(split, calibration)
             if isinstance(task, Calibrated) and split == "test":
-                keep_temperature(self._models, temperature)
+                keep_calibration(self._models, calibration)
             if meta.get("picture") and isinstance(task, Illustrated):
                 write_illustrations(self._pictures, str(meta["picture"]), learner, values)
             if meta.get("picture") and isinstance(task, Imaging):

@@ -32,13 +32,14 @@ from wardround.tasks.predictions import Probabilities
 from wardround.tasks.reconstruction import PooledDataset, evaluating
 from wardround.tasks.states import Histogram
 from wardround.tasks.task import Dataset, Illustration, MetricSpec, Source, Split
-from wardround.tasks.temperature import fitted
+from wardround.tasks.temperature import Calibration, fitted
 from wardround.wire.host import on_host
 
 if TYPE_CHECKING:
     from wardround.study.schema import Study
 
 _BINS = 200
+_LEAST_SHARE = 0.5 / 1000
 Floats = npt.NDArray[np.float64]
 
 
@@ -193,14 +194,19 @@ def _labels(case: Case, config: ClassificationTask) -> npt.NDArray[np.bool_]:
 
 
 class Classification(ImageTask[ClassificationTask]):
-    """The task of a study; see `wardround.tasks.task.Task`. `temperature` is a site's own, None in training."""
+    """The task of a study; see `wardround.tasks.task.Task`. `own` is what a site makes probabilities come true with."""
 
-    temperature: float | None = None
+    own: Calibration | None = None
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
         """Macro AUROC first: it selects the released round."""
         return classification_metrics(self.config.classes, self.config.multi_label)
+
+    @property
+    def repeats(self) -> bool:
+        """See `wardround.tasks.task.Repeating`."""
+        return self.config.augment in ("none", ())
 
     def build_model(self) -> nn.Module:
         """The network: images (B, C, *size) -> logits (B, K)."""
@@ -226,15 +232,17 @@ class Classification(ImageTask[ClassificationTask]):
             found: Tensor = model(batch.images).float()
         return found
 
-    def probabilities(self, logits: Tensor, temperature: float | None = None) -> Tensor:
-        """(B, K), of logits over a site's temperature where it has one; see `wardround.tasks.temperature`."""
-        scaled = logits if temperature is None else logits / temperature
+    def probabilities(self, logits: Tensor, own: Calibration | None = None) -> Tensor:
+        """(B, K), of logits as a site calibrates them where it does; see `wardround.tasks.temperature`."""
+        scaled = logits if own is None else logits / own.temperature
+        if own is not None and own.offsets:
+            scaled = scaled + scaled.new_tensor(own.offsets)
         return torch.sigmoid(scaled) if self.config.multi_label else torch.softmax(scaled, dim=1)
 
     def score(self, model: nn.Module, batch: DiagnosedBatch) -> dict[str, Tensor]:
         """What one patient adds to the histograms, from all of the patient's images: (1, classes, 2) each.
 
-        Where the site has no temperature, no label of a scaled probability is known.
+        Where the site has no calibration, no label of a scaled probability is known.
         """
         logits, labels = self.logits(model, batch), batch.labels.amax(dim=0, keepdim=True)
         scores = self.probabilities(logits).mean(dim=0, keepdim=True)
@@ -242,12 +250,12 @@ class Classification(ImageTask[ClassificationTask]):
             hits = (scores > 0.5).float()
         else:
             hits = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
-        scaled, right = self._confidence(self.probabilities(logits, self.temperature).mean(dim=0, keepdim=True), labels)
+        scaled, right = self._confidence(self.probabilities(logits, self.own).mean(dim=0, keepdim=True), labels)
         pairs = {
             "probability": (scores, labels),
             "hit": (hits, labels),
             "confidence": self._confidence(scores, labels),
-            "scaled": (scaled, torch.full_like(right, math.nan) if self.temperature is None else right),
+            "scaled": (scaled, torch.full_like(right, math.nan) if self.own is None else right),
         }
         return {name: torch.stack(pair, dim=-1) for name, pair in pairs.items()}
 
@@ -258,20 +266,31 @@ class Classification(ImageTask[ClassificationTask]):
         best = scores.argmax(dim=1, keepdim=True)
         return scores.gather(1, best), labels.gather(1, best)
 
-    # A temperature at each site ---------------------------------------------------------------------------------------
+    # A calibration at each site ---------------------------------------------------------------------------------------
 
-    def calibration(self, model: nn.Module, batches: Iterable[tuple[int, DiagnosedBatch]]) -> float | None:
+    def calibration(self, model: nn.Module, batches: Iterable[tuple[int, DiagnosedBatch]]) -> Calibration | None:
         """See `wardround.tasks.task.Calibrated`."""
         logits, labels = [], []
+        offsets: tuple[float, ...] = ()
         for _, batch in batches:
+            offsets = self._offsets(batch)
             logits.append(on_host(self.logits(model, batch)).astype(np.float64))
             labels.append(on_host(batch.labels.amax(dim=0)).astype(np.float64))
-        return fitted(logits, np.array(labels), multi_label=self.config.multi_label)
+        return fitted(logits, np.array(labels), offsets, multi_label=self.config.multi_label)
 
-    def calibrated(self, temperature: float) -> Classification:
+    def _offsets(self, batch: DiagnosedBatch) -> tuple[float, ...]:
+        """What training took out of the logits: the log of each class's share at the site, or of its odds."""
+        if self.config.imbalance == "none":
+            return ()
+        share = on_host(floored(batch.prior[0])).astype(np.float64)
+        return tuple(map(float, np.log(share / (1.0 - share) if self.config.multi_label else share)))
+
+    def calibrated(self, calibration: Calibration) -> Classification:
         """See `wardround.tasks.task.Calibrated`."""
+        if len(calibration.offsets) not in (0, len(self.config.classes)):
+            raise DataError("the calibration beside the model is of another model; evaluate the run again")
         task = copy(self)
-        task.temperature = temperature
+        task.own = calibration
         return task
 
     # What a report shows ----------------------------------------------------------------------------------------------
@@ -330,7 +349,7 @@ class Classification(ImageTask[ClassificationTask]):
         check_shape(image, self.config, "")
         pixels = resampled(scaled(image.channels, scales_of(image.channels)), self.config.size)[None]
         nothing = pixels.new_zeros(1, len(self.config.classes))
-        found = self.probabilities(self.logits(model, DiagnosedBatch(pixels, nothing, nothing)), self.temperature)
+        found = self.probabilities(self.logits(model, DiagnosedBatch(pixels, nothing, nothing)), self.own)
         values = on_host(found)[0].astype(np.float64)
         return Probabilities(self.config.classes, values, not self.config.multi_label)
 
@@ -359,8 +378,8 @@ def classification_metrics(classes: Sequence[str], multi_label: bool = False) ->
         spec("balanced_accuracy", "Balanced accuracy", f"{called}; mean of the classes", hits(sensitivity), "hit"),
         spec("auprc", "AUPRC", "average precision, mean of the classes", scores(average_precision), "probability"),
         spec("ece", "Calibration error", apart, sure(calibration_error), "confidence", larger=False),
-        spec("ece_scaled", "Calibration error after scaling", f"{apart}; of logits over the temperature that each site "
-             "fits to its own validation patients", sure(calibration_error), "scaled", larger=False),
+        spec("ece_scaled", "Calibration error after scaling", f"{apart}; of probabilities as each site calibrates them "
+             "on its own patients", sure(calibration_error), "scaled", larger=False),
     )  # fmt: skip
     by_class = [
         part
@@ -373,6 +392,11 @@ def classification_metrics(classes: Sequence[str], multi_label: bool = False) ->
     return (*macro, *by_class)
 
 
+def floored(prior: Tensor) -> Tensor:
+    """Shares of classes; one without an example counts as half an example in 1,000."""
+    return prior.clamp(_LEAST_SHARE, 1.0 - _LEAST_SHARE)
+
+
 def diagnosis_loss(logits: Tensor, labels: Tensor, prior: Tensor, imbalance: str, multi_label: bool) -> Tensor:
     """logits, labels and prior (B, K) -> scalar.
 
@@ -380,8 +404,7 @@ def diagnosis_loss(logits: Tensor, labels: Tensor, prior: Tensor, imbalance: str
     log prior to the logits (Menon et al., ICLR 2021). A class without a training example at the site has no weight, and
     the least prior of half an example.
     """
-    floor = 0.5 / 1000
-    share = prior.clamp_min(floor)
+    share = floored(prior)
     if multi_label:
         weight = (1.0 - share) / share if imbalance == "weighted" else torch.ones_like(share)
         each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from wardround.study.protocols import HeaderFacts
     from wardround.tasks.charts import Charts
     from wardround.tasks.predictions import Prediction
+    from wardround.tasks.temperature import Calibration
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 # A site's data folders.
@@ -402,14 +403,24 @@ class Illustrated(Task, Protocol):
 
 @runtime_checkable
 class Calibrated(Task, Protocol):
-    """A task of probabilities, which each site scales by a temperature of its own before it tests a model."""
+    """A task of probabilities, which each site makes come true by a calibration of its own before it tests a model."""
 
-    def calibration(self, model: nn.Module, batches: Iterable[tuple[int, Batch]]) -> float | None:
-        """The temperature that fits the model to validation patients (patient number, batch); None if none does."""
+    def calibration(self, model: nn.Module, batches: Iterable[tuple[int, Batch]]) -> Calibration | None:
+        """What fits the model to validation patients (patient number, batch); None if none does."""
         ...
 
-    def calibrated(self, temperature: float) -> Task:
-        """The same task, which scores with this temperature too."""
+    def calibrated(self, calibration: Calibration) -> Task:
+        """The same task, which scores with this calibration too."""
+        ...
+
+
+@runtime_checkable
+class Repeating(Task, Protocol):
+    """A task whose network may see the same input again and again, so that what never changes of it can be kept."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a training example is the same each time it is taken."""
         ...
 
 

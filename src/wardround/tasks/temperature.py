@@ -1,7 +1,9 @@
-"""Temperature scaling: one number by which a site divides a model's logits, so that its probabilities come true.
+"""What a site makes a model's logits come true with: a temperature, and the classes' shares that training took out.
 
-Guo et al., On calibration of modern neural networks (ICML 2017). The site fits it to its own validation patients, and
-keeps it beside its part of the model; no message holds it.
+One number by which logits are divided (Guo et al., On calibration of modern neural networks, ICML 2017), fitted to the
+site's own validation patients. Where `task.imbalance` lets a model learn as if all classes were equally frequent, the
+log of each one's share at the site is added back (Menon et al., Long-tail learning via logit adjustment, ICLR 2021).
+The site keeps both beside its part of the model; no message holds them.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +30,24 @@ _FILE = "temperature.json"
 _LEAST_PROBABILITY = 1e-12
 
 
-def probabilities(logits: Floats, temperature: float, *, multi_label: bool) -> Floats:
+@dataclass(frozen=True)
+class Calibration:
+    """A site's own: probabilities are those of logits / temperature + offsets, one a class (empty: none)."""
+
+    temperature: float
+    offsets: tuple[float, ...] = ()
+
+
+def probabilities(logits: Floats, temperature: float, offsets: Sequence[float] = (), *, multi_label: bool) -> Floats:
     """Of each image: logits (n, K) -> (n, K)."""
-    scaled = logits / temperature
+    scaled = logits / temperature + (np.asarray(offsets) if len(offsets) else 0.0)
     return np.asarray(expit(scaled) if multi_label else softmax(scaled, axis=1))
 
 
-def fitted(logits: Sequence[Floats], labels: Floats, *, multi_label: bool) -> float | None:
-    """The temperature under which the patients' classes are likeliest.
+def fitted(
+    logits: Sequence[Floats], labels: Floats, offsets: Sequence[float] = (), *, multi_label: bool
+) -> Calibration | None:
+    """The temperature under which, with the offsets, the patients' classes are likeliest.
 
     logits: of each patient (images, K); a patient has the mean probabilities of all images. labels: (patients, K), 1
     or 0. None for fewer than `LEAST` patients, and where a logit is not a number.
@@ -48,7 +61,7 @@ def fitted(logits: Sequence[Floats], labels: Floats, *, multi_label: bool) -> fl
     starts = np.cumsum(counts) - counts
 
     def unlikely(exponent: float) -> float:
-        found = probabilities(every, math.exp(exponent), multi_label=multi_label)
+        found = probabilities(every, math.exp(exponent), offsets, multi_label=multi_label)
         means = np.clip(np.add.reduceat(found, starts) / counts[:, None], _LEAST_PROBABILITY, 1.0)
         likely = labels * np.log(means)
         if multi_label:
@@ -56,22 +69,25 @@ def fitted(logits: Sequence[Floats], labels: Floats, *, multi_label: bool) -> fl
         return float(-likely.sum())
 
     found = minimize_scalar(unlikely, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded")
-    return float(math.exp(found.x))
+    return Calibration(float(math.exp(found.x)), tuple(map(float, offsets)))
 
 
-def keep_temperature(folder: Path, temperature: float | None) -> None:
-    """Write the site's temperature of a model beside the site's part of it, or take away that of another model."""
+def keep_calibration(folder: Path, calibration: Calibration | None) -> None:
+    """Write the site's calibration of a model beside the site's part of it, or take away that of another model."""
     path = folder / _FILE
-    if temperature is None:
+    if calibration is None:
         path.unlink(missing_ok=True)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"temperature": temperature}) + "\n")
+        kept = {"temperature": calibration.temperature, "offsets": calibration.offsets}
+        write_text(path, json.dumps(kept) + "\n")
 
 
-def kept_temperature(folder: Path) -> float | None:
-    """The temperature that a site keeps beside its part of a model; None where there is no readable one."""
+def kept_calibration(folder: Path) -> Calibration | None:
+    """The calibration that a site keeps beside its part of a model; None where there is no readable one."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = float(json.loads((folder / _FILE).read_text(encoding="utf-8"))["temperature"])
-        return found if LOWEST <= found <= HIGHEST else None
+        kept = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        found = Calibration(float(kept["temperature"]), tuple(map(float, kept.get("offsets", ()))))
+        known = LOWEST <= found.temperature <= HIGHEST and all(map(math.isfinite, found.offsets))
+        return found if known else None
     return None

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import arguments, conditions, finish, need_images, table
+from common import arguments, conditions, finish, need_images
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("dice", "hd95", "sensitivity", "volume_error")
@@ -26,6 +26,7 @@ def main() -> None:
     state = conditions(size="128x128", seed=2026, repeats=1, quick=options.quick)
 
     import wardround
+    from outlines import left_out_dice, mean_dice, print_arms
 
     folder = options.out or Path(tempfile.mkdtemp(prefix="tumour-sites-"))
     began = time.perf_counter()
@@ -40,34 +41,17 @@ def main() -> None:
         ],
     )
     seconds = time.perf_counter() - began
-    metrics, training = result.metrics, result.participants
-    columns = [*training, "EZ", "mean"]
-    print("patients:", {site: result.patients[site] for site in columns if site != "mean"})
-    for metric in METRICS:
-        rows = []
-        for arm in ("local", "federated", "pooled"):
-            cells = [metrics[arm].get(site) for site in columns]
-            rows.append([arm, *(cell[metric].value if cell and cell[metric] else "-" for cell in cells)])
-        print(f"\n{metric} on test patients")
-        table(["", *columns], rows)
-
-    def dice(arm: str, site: str = "mean") -> float:
-        return float(metrics[arm][site]["dice"].value)
-
-    left_out = result.left_out
-    unseen = {site: entry.federated["dice"].value for site, entry in left_out.items()}
-    best = {site: entry.best_local["dice"].value for site, entry in left_out.items()}
-    if unseen:
-        print("\nleft out: Dice of the model trained without it, and of the best other site's own model")
-        table(["", *unseen], [["trained without it", *unseen.values()], ["best local", *best.values()]])
-    gains = {site: dice("federated", site) - dice("local", site) for site in training}
+    training = result.participants
+    print_arms(result, [*training, "EZ", "mean"], METRICS, "patients")
+    unseen, best = left_out_dice(result)
+    gains = {site: mean_dice(result, "federated", site) - mean_dice(result, "local", site) for site in training}
     finish(
         {
-            "local_dice": dice("local"),
-            "federated_dice": dice("federated"),
-            "pooled_dice": dice("pooled"),
-            "gain_over_local_dice": dice("federated") - dice("local"),
-            "gap_to_pooled_dice": dice("pooled") - dice("federated"),
+            "local_dice": mean_dice(result, "local"),
+            "federated_dice": mean_dice(result, "federated"),
+            "pooled_dice": mean_dice(result, "pooled"),
+            "gain_over_local_dice": mean_dice(result, "federated") - mean_dice(result, "local"),
+            "gap_to_pooled_dice": mean_dice(result, "pooled") - mean_dice(result, "federated"),
             "worst_site_gain_dice": min(gains.values()),
             "unseen_dice": sum(unseen.values()) / len(unseen) if unseen else None,
             "unseen_best_local_dice": sum(best.values()) / len(best) if best else None,

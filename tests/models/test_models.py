@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.models.blocks import Denoiser
 from wardround.models.build import build_model
 from wardround.models.cnn import UNetSettings as UNet
+from wardround.models.outliner import RARE, build_outliner
 from wardround.models.segmenters import NetworkSettings
 from wardround.models.unrolled import PRESETS, modl_shape
 from wardround.models.unrolled import MoDL as MoDLNetwork
@@ -207,3 +209,23 @@ def test_gradients_are_exact() -> None:
         nn.init.normal_(parameter, std=0.2)
     data = torch.randn(1, 2, 6, 6, dtype=torch.complex128, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda y: model(operator, y), (data,))
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("kind", ["monai_unet", "segresnet", "dynunet", "swin_unetr"])
+def test_a_network_begins_by_marking_nothing(kind: str, dimensions: int) -> None:
+    """Built from the same draw, it is the plain network less a constant of each structure, its last bias."""
+    if kind == "swin_unetr":
+        pytest.importorskip("einops", reason="the extra `swin` is not installed")
+    settings = builtin("model", kind).model_validate({"kind": kind, "preset": "tiny"})
+    assert isinstance(settings, NetworkSettings)
+    images = torch.randn(1, 1, *[32] * dimensions, generator=torch.Generator().manual_seed(1))
+    logits = []
+    for build in (settings.build_network, partial(build_outliner, settings)):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            logits.append(build(dimensions, 1, 2).eval()(images))
+    lower = (logits[1] - logits[0]).flatten(2)
+    assert torch.allclose(lower, lower[..., :1].expand_as(lower), atol=1e-5)
+    # torch draws a bias within 1 of 0.
+    assert ((lower > RARE - 1) & (lower < RARE + 1)).all()

@@ -25,7 +25,7 @@ from wardround.storage.store import NOTHING
 from wardround.study.hashes import written
 from wardround.study.load import load_study
 from wardround.study.schema import Study
-from wardround.tasks.chain import RARE, Chain, ChainTask, standardised
+from wardround.tasks.chain import Chain, ChainTask, standardised
 from wardround.tasks.chained import ChainBatch, ChainDataset
 from wardround.tasks.losses import l1
 from wardround.tasks.reconstruction import evaluating
@@ -105,7 +105,7 @@ def test_the_joint_loss_is_its_equation(one: tuple[Chain, ChainDataset]) -> None
     batch, model = batch_of(data), task.build_model().eval()
     scans = batch.scans
     image = model.get_submodule("reconstruction")(scans.operator, scans.kspace).abs()
-    logits = model.get_submodule("diagnosis")(standardised(image[:, None])) - RARE
+    logits = model.get_submodule("diagnosis")(standardised(image[:, None]))
     apart = l1(image, scans.target), overlap_loss(logits, batch.masks, batch.known, 1.0, 1.0)
     joint = Weighed(task, {"reconstruction": 20.0, "diagnosis": 0.5}).loss(model, batch)
     assert torch.isclose(joint, 20.0 * apart[0] + 0.5 * apart[1], rtol=1e-5)

@@ -18,6 +18,7 @@ from wardround.imaging.acquisition.mri.scanner import MRIScanner
 from wardround.imaging.acquisition.solvers import zero_filled
 from wardround.imaging.orientation import Turn
 from wardround.models.build import build_model
+from wardround.models.outliner import build_outliner
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.base import Config
 from wardround.study.images import DrawnSettings, OverlapLoss
@@ -49,9 +50,6 @@ _TOGETHER = 8
 _LEAST_HEAD = 0.05
 # A deviation below it is that of a slice of noise, which must not be blown up to look like anatomy.
 _LEAST_DEVIATION = 0.02
-# Taken from every logit: what is outlined is small, and an untrained network that marks half of an image spends its
-# first hundreds of steps on learning that.
-RARE = 3.0
 
 
 class ChainLosses(Config):
@@ -159,7 +157,7 @@ class ChainNetwork(nn.Module):
         """`scans` are of B * C images, the channels of a slice one after the other."""
         images = self.images(scans).reshape(-1, channels, *scans.target.shape[1:])
         logits: Tensor = self.diagnosis(standardised(images))
-        return images, logits - RARE
+        return images, logits
 
     def images(self, scans: MRIBatch) -> Tensor:
         """The first stage alone: magnitudes (B * C, H, W)."""
@@ -209,8 +207,7 @@ class Chain(ImageTask[ChainTask]):
         """Both networks, initialised from torch's global generator."""
         config = self.config
         first = build_model(self.study.model, "mri") if config.seen == "reconstruction" else None
-        build: Any = getattr(config.segmenter, "build_network")  # noqa: B009 - which settings have it, the study checked
-        second: nn.Module = build(2, config.channels, len(self.structures))
+        second = build_outliner(config.segmenter, 2, config.channels, len(self.structures))
         _check_size(second, config.channels, config.size)
         return ChainNetwork(first, second, full=config.seen == "full")
 

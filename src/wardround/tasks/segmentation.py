@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
+from wardround.models.outliner import build_outliner
 from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.tasks.images import ImageTask, resampled, scaled, scales_of
 from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling, check_image, whole_image
@@ -82,7 +83,7 @@ class Segmentation(ImageTask[SegmentationTask]):
 
     def build_model(self) -> nn.Module:
         """The network: images (B, C, *shape) -> logits (B, K, *shape)."""
-        return self._network(self.config.channels, len(self.structures))
+        return build_outliner(self.study.model, self.config.dimensions, self.config.channels, len(self.structures))
 
     def dataset(self, site: str, source: Source) -> LabelledDataset:
         """The images and masks of a site."""

@@ -140,8 +140,8 @@ def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None
     if source.is_dir():
         raise StudyError("this is a model for MRI: it takes one file, a NIfTI image or k-space", detail=str(source))
     if source.suffix == ".npy":
-        kspace = _read_kspace(source, model.coils)
-        scans, scale = _measured(kspace)
+        kspace = read_kspace(source, model.coils)
+        scans, scale = measured_scans(kspace)
         score = None
         affine, spacing, space = np.eye(4), (1.0, 1.0, 1.0), None
         said = (
@@ -187,10 +187,11 @@ class _Model:
 def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
     acquisition = study.acquisition if site is None else study.acquisition_of(site)
     assert isinstance(acquisition, MRIAcquisition)
-    return _Model(network, acquisition, _trained_coils(study, site), study.seed, total_variation(study))
+    return _Model(network, acquisition, trained_coils(study, site), study.seed, total_variation(study))
 
 
-def _trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
+def trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
+    """The numbers of coils that a model of MRI, or the model of `site`, was trained with."""
     sites = study.training_sites if site is None else (site,)
     found = (study.acquisition_of(name) for name in sites)
     return tuple(sorted({a.coils for a in found if isinstance(a, MRIAcquisition)}))
@@ -212,7 +213,8 @@ def read_array(source: Path, what: str) -> Array:
     return found
 
 
-def _read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
+def read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
+    """Complex64 (slices, coils, H, W) of a .npy file; raises DataError for what is no k-space of so many coils."""
     kspace = read_array(source, "k-space")
     if kspace.ndim not in (3, 4) or not np.iscomplexobj(kspace) or 0 in kspace.shape:
         raise DataError(
@@ -237,7 +239,7 @@ def _acceleration(kspace: Array) -> float:
 
 
 @torch.no_grad()
-def _measured(kspace: Array) -> tuple[list[Scan], float]:
+def measured_scans(kspace: Array) -> tuple[list[Scan], float]:
     """The scans of a volume of k-space on one scale, and the scale: networks learn volumes whose maximum is 1."""
 
     def scan(number: int, scale: float) -> tuple[CartesianMRI, Tensor]:

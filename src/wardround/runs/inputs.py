@@ -14,14 +14,20 @@ from wardround.imaging.readers.dicom import series_files
 from wardround.imaging.readers.dicom_image import ImageSeries, read_image_series
 from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.labelled import LabelledImage, placed_image, read_image
+from wardround.tasks.mri import MRIBatch
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """An image in memory; `series` where it came as DICOM."""
+    """An image in memory; `series` where it came as DICOM.
+
+    Of raw data it is the zero-filled one; `scans` are those of its slices, over `scale`.
+    """
 
     image: LabelledImage
     series: ImageSeries | None = None
+    scans: MRIBatch | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

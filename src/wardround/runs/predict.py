@@ -8,12 +8,12 @@ from pathlib import Path
 
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import own_folder
-from wardround.runs.apply import Reconstruction, Reconstructor
+from wardround.runs.apply import Reconstruction, Reconstructor, trained_coils
 from wardround.runs.predict_images import Diagnosis, Failure, ImagePredictor, Outline
 from wardround.runs.reconstruct import Fallback, PathLike, paths_of, reconstruct_all
 from wardround.runs.releases import ReleasedModel
 from wardround.tasks.build import build_task
-from wardround.tasks.task import Calibrated, Predicts
+from wardround.tasks.task import Calibrated, Predicts, PredictsScans
 from wardround.tasks.temperature import kept_calibration
 
 Predicted = Reconstruction | Outline | Diagnosis
@@ -62,7 +62,9 @@ def predict(
     writes into the folder `out`. A segmentation writes for each image the structures as numbers 1, 2, ... in the order
     of the study, the later one where they overlap (NIfTI on the input's grid and place; PNG for a picture; for DICOM a
     SEG, in which they stay apart), a picture in `overlays`, and `volumes.csv`. A classification writes
-    `probabilities.csv`, a row an image, and `patients.csv` where a patient has several. `site` serves the model as one
+    `probabilities.csv`, a row an image, and `patients.csv` where a patient has several. A chain takes
+    k-space (`.npy`), or images, which the simulated scanner of the study or of `site` scans first, and writes what a
+    segmentation does and the image that it reconstructed. `site` serves the model as one
     of its training sites has it; `plugins` and `weights` are as for `wardround.reconstruct`. `told` is called after
     each patient.
 
@@ -97,7 +99,10 @@ def predict(
     if calibration is not None and isinstance(task, Calibrated):
         scaled = task.calibrated(calibration)
         task = scaled if isinstance(scaled, Predicts) else task
-    predictor = ImagePredictor(task, network, released.study.name, Path(out), told)
+    coils: tuple[int, ...] = ()
+    if isinstance(task, PredictsScans):
+        task, coils = task.scanned_by(site), trained_coils(released.study, site)
+    predictor = ImagePredictor(task, network, released.study.name, Path(out), told, coils)
     table = predictor(paths_of(inputs))
     if not predictor.done and len(predictor.failed) == 1:
         alone = predictor.failed[0]

@@ -7,21 +7,25 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
 from wardround.errors import DataError, StudyError, WardroundError
+from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.imaging.readers.volume import Volume, space_of, write_nifti
 from wardround.imaging.writers.dicom_seg import highdicom, write_seg
-from wardround.runs.inputs import Input, Opened, find_inputs
+from wardround.runs.inputs import Input, Inputs, Opened, find_inputs
 from wardround.runs.overlays import write_overlay
-from wardround.tasks.predictions import Masks, Probabilities
-from wardround.tasks.task import Predicts
+from wardround.runs.raw_scans import raw_input
+from wardround.tasks.predictions import Masks, Prediction, Probabilities
+from wardround.tasks.task import Predicts, PredictsScans
 from wardround.wire.files import reason, write_text, written
 
 VOLUMES, PROBABILITIES, PATIENTS, OVERLAYS = "volumes.csv", "probabilities.csv", "patients.csv", "overlays"
@@ -97,13 +101,17 @@ class Failure:
 
 @dataclass
 class ImagePredictor:
-    """A released model of images, opened once, for any number of inputs; its results lie in the folder `out`."""
+    """A released model of images, opened once, for any number of inputs; its results lie in the folder `out`.
+
+    One of a chain takes raw data, too, of as many coils as one of `coils` says.
+    """
 
     task: Predicts
     network: nn.Module
     study: str
     out: Path
     tell: Callable[[Outline | Diagnosis], None] = lambda _: None
+    coils: tuple[int, ...] = ()
     done: list[Outline | Diagnosis] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
 
@@ -117,7 +125,7 @@ class ImagePredictor:
         patterns = self.task.patterns()
         for source in sources:
             try:
-                inputs = find_inputs(source, patterns)
+                inputs = self._inputs(source, patterns)
             except DataError as error:
                 self.failed.append(Failure(source, "", str(error), error.detail))
                 continue
@@ -134,6 +142,22 @@ class ImagePredictor:
             for result in results:
                 self.tell(result)
         return self._table()
+
+    def _inputs(self, source: Path, patterns: Patterns) -> Inputs:
+        if isinstance(self.task, PredictsScans) and source.suffix == ".npy":
+            return Inputs({source.stem: [raw_input(source, self.coils)]})
+        return find_inputs(source, patterns)
+
+    def _said(self, opened: Opened) -> tuple[Opened, Prediction]:
+        """What the model says, and with it the image that is shown: of a chain the one that it reconstructed."""
+        if opened.scans is not None and isinstance(self.task, PredictsScans):
+            said: Prediction = self.task.predict_scans(self.network, opened.scans)
+        else:
+            said = self.task.predict(self.network, opened.image)
+        if isinstance(said, Masks) and said.images is not None:
+            shown = np.ascontiguousarray(said.images * np.float32(opened.scale))
+            return replace(opened, image=replace(opened.image, channels=shown)), said
+        return opened, said
 
     def _check(self, images: Sequence[Input]) -> None:
         if any(image.dicom for image in images):
@@ -158,8 +182,7 @@ class ImagePredictor:
         """All images are predicted before anything of the patient is written."""
         found = []
         for image in images:
-            opened = image.read()
-            found.append((image, opened, self.task.predict(self.network, opened.image)))
+            found.append((image, *self._said(image.read())))
         outlines = [(image, opened, said) for image, opened, said in found if isinstance(said, Masks)]
         if outlines:
             return [self._outline(source, image, opened, masks) for image, opened, masks in outlines]
@@ -177,10 +200,30 @@ class ImagePredictor:
                 write_seg(opened.series.headers, frames, masks.names, output, f"Study {self.study}")
             else:
                 output = _write_labels(masks, opened.image, image.source, self.out / name)
+            if masks.images is not None:
+                minds = (*minds, self._reconstructed(opened, image, name))
             write_overlay(opened.image, masks.marked, masks.names, overlay)
         except OSError as error:
             raise DataError(f"the output cannot be written ({reason(error)})", detail=str(self.out)) from error
         return Outline(source, image.patient, image.id, output, overlay, _measured(masks, opened.image), minds)
+
+    def _reconstructed(self, opened: Opened, image: Input, name: str) -> str:
+        """Write what a chain reconstructed, a file a channel; returns what is said of it."""
+        files = []
+        for number, channel in enumerate(opened.image.channels, 1):
+            part = f"-{number}" if len(opened.image.channels) > 1 else ""
+            files.append(self.out / f"{name}-image{part}.nii.gz")
+            volume = channel if channel.ndim == 3 else channel[..., None]
+            _write_volume(volume, opened.image, image.source, files[-1], np.float32)
+        where = ", ".join(file.name for file in files)
+        if opened.scans is not None:
+            return f"Reconstructed from k-space: {where}."
+        assert isinstance(self.task, PredictsScans)
+        scanning = self.task.scanning()
+        return (
+            f"The image was scanned by the study's simulated scanner first (R = {scanning.mask.acceleration:g}, "
+            f"{scanning.coils} coils) and reconstructed: {where}."
+        )
 
     def _table(self) -> Path | None:
         outlines = [one for one in self.done if isinstance(one, Outline)]
@@ -205,7 +248,7 @@ def _diagnosis(source: Path, patient: str, images: Mapping[str, Probabilities]) 
 
 def _write_labels(masks: Masks, image: LabelledImage, source: Path, base: Path) -> Path:
     """The structures as one number a voxel, on the grid and place of the input: NIfTI, of a picture PNG."""
-    labels, space = masks.labels(), image.space
+    labels = masks.labels()
     if labels.ndim == 2:
         output = base.with_name(f"{base.name}.png")
         buffer = io.BytesIO()
@@ -213,15 +256,20 @@ def _write_labels(masks: Masks, image: LabelledImage, source: Path, base: Path) 
         with written(output) as file:
             file.write(buffer.getbuffer())
         return output
-    affine = np.diag([*(space.spacing or (1.0, 1.0, 1.0)), 1.0]) if space.affine is None else space.affine
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    header = space_of(source) if source.name.endswith((".nii", ".nii.gz")) else None
     output = base.with_name(f"{base.name}.nii.gz")
-    volume = Volume(
-        np.ascontiguousarray(space.restored(labels), np.float32), (spacing[0], spacing[1], spacing[2]), affine, header
-    )
-    write_nifti(volume, output, np.uint8 if len(masks.names) < 256 else np.uint16)
+    _write_volume(labels, image, source, output, np.uint8 if len(masks.names) < 256 else np.uint16)
     return output
+
+
+def _write_volume(values: NDArray[Any], image: LabelledImage, source: Path, output: Path, dtype: type[Any]) -> None:
+    """NIfTI of values (*shape) on the grid and place of the input."""
+    space = image.space
+    spacing = (*(space.spacing or ()), 1.0, 1.0, 1.0)[:3]
+    affine = np.diag([*spacing, 1.0]) if space.affine is None else space.affine
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    header = space_of(source) if source.name.endswith((".nii", ".nii.gz")) else None
+    restored = np.ascontiguousarray(space.restored(values), np.float32)
+    write_nifti(Volume(restored, (sides[0], sides[1], sides[2]), affine, header), output, dtype)
 
 
 def _measured(masks: Masks, image: LabelledImage) -> tuple[Structure, ...]:

@@ -7,16 +7,21 @@ scanned with its patient's sampling mask and reconstructed by the same network; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 from torch import Tensor, nn
 
-from wardround.errors import StudyError
+from wardround.errors import DataError, StudyError
 from wardround.imaging.acquisition.mri.scanner import MRIScanner
 from wardround.imaging.acquisition.solvers import zero_filled
 from wardround.imaging.orientation import Turn
+from wardround.imaging.readers.cases import Patterns
+from wardround.imaging.readers.labelled import LabelledImage
 from wardround.models.build import build_model
 from wardround.models.outliner import build_outliner
 from wardround.study.acquisition import MRIAcquisition
@@ -26,14 +31,15 @@ from wardround.study.models import ModelSettings
 from wardround.study.registry import MODELS, Reading, builtin, builtins, read
 from wardround.study.tasks import Loss
 from wardround.tasks.augmentation import SPATIAL, standard
-from wardround.tasks.chained import ChainBatch, ChainDataset
-from wardround.tasks.images import CONTENT, ImageTask, resampled
-from wardround.tasks.labelled import LabelledDataset, Sampling
+from wardround.tasks.chained import ChainBatch, ChainDataset, magnitude, scanned
+from wardround.tasks.images import CONTENT, ImageTask, peaks_of, resampled, scaled
+from wardround.tasks.labelled import LabelledDataset, Sampling, check_image, check_magnitudes, whole_image
 from wardround.tasks.losses import build_loss
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, SSIM_WINDOW, reconstruction_scores
 from wardround.tasks.mri import MRIBatch, require_estimated_maps
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
 from wardround.tasks.overlays import OUTLINES, slice_overlay
+from wardround.tasks.predictions import Masks
 from wardround.tasks.reconstruction import PooledDataset, evaluating
 from wardround.tasks.segmentation import as_one, overlap_loss
 from wardround.tasks.stages import weighted_sum
@@ -156,8 +162,7 @@ class ChainNetwork(nn.Module):
     def forward(self, scans: MRIBatch, channels: int) -> tuple[Tensor, Tensor]:
         """`scans` are of B * C images, the channels of a slice one after the other."""
         images = self.images(scans).reshape(-1, channels, *scans.target.shape[1:])
-        logits: Tensor = self.diagnosis(standardised(images))
-        return images, logits
+        return images, self.outlines(images)
 
     def images(self, scans: MRIBatch) -> Tensor:
         """The first stage alone: magnitudes (B * C, H, W)."""
@@ -167,6 +172,11 @@ class ChainNetwork(nn.Module):
             return _zero_filled(scans)
         image: Tensor = self.reconstruction(scans.operator, scans.kspace)
         return image.abs()
+
+    def outlines(self, images: Tensor) -> Tensor:
+        """The second stage alone: logits (B, K, H, W) of magnitudes (B, C, H, W)."""
+        logits: Tensor = self.diagnosis(standardised(images))
+        return logits
 
 
 class Chain(ImageTask[ChainTask]):
@@ -181,6 +191,7 @@ class Chain(ImageTask[ChainTask]):
         if study.model.real_images and config.seen == "reconstruction":
             require_estimated_maps(study, "model.image: real")
         self._image_loss = build_loss(config.losses.reconstruction)
+        self._scanner: str | None = None
 
     def _standard(self) -> Sequence[Mapping[str, Any]]:
         square = self.config.size[0] == self.config.size[1]
@@ -215,17 +226,21 @@ class Chain(ImageTask[ChainTask]):
         """The images and masks of a site, with its simulated scanner."""
         config, acquisition = self.config, self.study.acquisition_of(site)
         assert isinstance(acquisition, MRIAcquisition)
-        sampling = Sampling(config.channels, 2, config.size, config.size, None, 1, config.empty_every, 0.0)
         drawn = LabelledDataset(
             self._patients(site, source, config.images, config.mask, config.table),
             config.values,
             config.drawn_at(site),
-            sampling,
+            self._sampling,
             self._augmentation,
             physical=config.distances == "mm",
             magnitudes=True,
         )
         return ChainDataset(drawn, MRIScanner(site, acquisition, self.study.seed))
+
+    @property
+    def _sampling(self) -> Sampling:
+        config = self.config
+        return Sampling(config.channels, 2, config.size, config.size, None, 1, config.empty_every, 0.0)
 
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
         """The union of several sites' data sets."""
@@ -260,6 +275,75 @@ class Chain(ImageTask[ChainTask]):
     def _overlap(self, marked: Tensor, batch: ChainBatch) -> dict[str, Tensor]:
         known = [bool(each) for each in on_host(batch.known[0]) > 0.5]
         return overlap_scores(marked, as_one(batch.masks > 0.5), known, self.structures, batch.spacing)
+
+    # A clinic's images and raw data ----------------------------------------------------------------------------------
+
+    def patterns(self) -> Patterns:
+        """See `wardround.tasks.task.Predicts`."""
+        return self._patterns(self.config.images, self.config.table)
+
+    def input_shape(self) -> tuple[int, ...]:
+        """See `wardround.tasks.task.Predicts`: what the second network sees."""
+        return (self.config.channels, *self.config.size)
+
+    def scanned_by(self, site: str | None) -> Chain:
+        """See `wardround.tasks.task.PredictsScans`."""
+        made = copy(self)
+        made._scanner = site
+        return made
+
+    def scanning(self) -> MRIAcquisition:
+        """See `wardround.tasks.task.PredictsScans`."""
+        found = self.study.acquisition if self._scanner is None else self.study.acquisition_of(self._scanner)
+        assert isinstance(found, MRIAcquisition)
+        return found
+
+    def predict(self, model: nn.Module, image: LabelledImage) -> Masks:
+        """What the chain outlines in simulated scans of an image, each channel scanned as in evaluation.
+
+        Raises DataError for an image that is not of the study's channels, or of which no scan can be simulated.
+        """
+        check_image(image, self._sampling, "")
+        check_magnitudes(image, "")
+        peaks = image.channels.reshape(len(image.channels), -1).max(axis=1).astype(np.float32)
+        channels = whole_image(image, scaled(image.channels, peaks_of(image.channels)), self._sampling)
+        scanner = MRIScanner("", self.scanning(), self.study.seed)
+        scans = [
+            scanned(scanner, magnitude(channel), 0, scanner.random(0, part, number))
+            for part, of_slice in enumerate(channels)
+            for number, channel in enumerate(of_slice)
+        ]
+        shape = image.channels.shape[1:]
+        found = self._outlined(model, MRIBatch.joined(scans), len(peaks), shape[:2], volume=len(shape) == 3)
+        assert found.images is not None
+        return replace(found, images=found.images * peaks.reshape(-1, *[1] * len(shape)))
+
+    def predict_scans(self, model: nn.Module, scans: MRIBatch) -> Masks:
+        """See `wardround.tasks.task.PredictsScans`. Raises DataError for a chain that does not see one scan a slice."""
+        if self.config.channels != 1 or self.config.seen == "full":
+            raise DataError(
+                f"this model outlines {self.config.channels} images of a slice"
+                + (" that were not undersampled" if self.config.seen == "full" else "")
+                + ", and raw data are of one; give it images"
+            )
+        return self._outlined(model, scans, 1, scans.kspace.shape[-2:], volume=True)
+
+    def _outlined(
+        self, model: nn.Module, scans: MRIBatch, channels: int, grid: Sequence[int], *, volume: bool
+    ) -> Masks:
+        """Outlines and images of all slices on a grid, by a second network that sees images of the study's size."""
+        assert isinstance(model, ChainNetwork)
+        images, marked = [], []
+        for start in range(0, len(scans), _TOGETHER * channels):
+            part = scans.part(start, start + _TOGETHER * channels)
+            with evaluating(model), torch.no_grad():
+                found = model.images(part).reshape(-1, channels, *part.kspace.shape[-2:])
+                logits = model.outlines(resampled(found, self.config.size))
+            images.append(on_host(resampled(found, grid)))
+            marked.append(on_host(resampled(logits.float(), grid) > 0))
+        whole, drawn = (np.concatenate(each) for each in (images, marked))
+        whole, drawn = (np.moveaxis(each, 0, -1) if volume else each[0] for each in (whole, drawn))
+        return Masks(self.structures, np.ascontiguousarray(drawn).astype(bool), np.ascontiguousarray(whole, np.float32))
 
     # Pictures and what learns nothing --------------------------------------------------------------------------------
 

@@ -126,19 +126,16 @@ class ChainDataset:
 
     def _training(self, index: int, random: np.random.Generator) -> ChainBatch:
         drawn, patient = self._drawn.batch([index], random), self._owners[index]
-        scans = [
-            MRIBatch.of(self._scanner.scan(image, patient, random), image, head_of_slice(image))
-            for image in map(_magnitude, drawn.images[0])
-        ]
+        scans = [scanned(self._scanner, magnitude(image), patient, random) for image in drawn.images[0]]
         return ChainBatch(MRIBatch.joined(scans), drawn.masks, drawn.known)
 
     def _scanned(self, image: LabelledBatch, patient: int, number: int, slices: Sequence[int]) -> ChainBatch:
         scans = []
         for part in slices:
             for channel, values in enumerate(image.images[part]):
-                magnitude = _magnitude(values)
-                scan = self._kept(patient, (number, part, channel), magnitude)
-                scans.append(MRIBatch.of(scan, magnitude, head_of_slice(magnitude)))
+                seen = magnitude(values)
+                scan = self._kept(patient, (number, part, channel), seen)
+                scans.append(MRIBatch.of(scan, seen, head_of_slice(seen)))
         chosen = list(slices)
         return ChainBatch(MRIBatch.joined(scans), image.masks[chosen], image.known[chosen], image.spacing)
 
@@ -147,6 +144,11 @@ class ChainDataset:
         return self._cache.get((patient, *which), lambda: scanner.scan(image, patient, scanner.random(patient, *which)))
 
 
-def _magnitude(image: Tensor) -> NDArray[np.float32]:
+def scanned(scanner: MRIScanner, image: NDArray[np.float32], patient: int, random: np.random.Generator) -> MRIBatch:
+    """A batch of one scan of a slice (H, W) of a patient, with its target."""
+    return MRIBatch.of(scanner.scan(image, patient, random), image, head_of_slice(image))
+
+
+def magnitude(image: Tensor) -> NDArray[np.float32]:
     """An image (H, W) between 0 and 1: interpolation may leave undershoots."""
     return np.asarray(image.clamp(0.0, 1.0).numpy(), dtype=np.float32)

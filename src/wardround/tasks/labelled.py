@@ -156,7 +156,7 @@ class LabelledDataset(PatientImages):
         if image.labels is None:
             raise DataError("an image has no mask; see task.mask", detail=place)
         if self._magnitudes:
-            _check_magnitudes(image, place)
+            check_magnitudes(image, place)
         if any(values is None for values in self._structures.values()):
             return
         declared = {0} | {value for values in self._structures.values() for value in values or ()}
@@ -268,7 +268,8 @@ def whole_image(image: LabelledImage, channels: Tensor, sampling: Sampling) -> T
     return resampled(channels, grid)[None].contiguous()
 
 
-def _check_magnitudes(image: LabelledImage, place: str) -> None:
+def check_magnitudes(image: LabelledImage, place: str) -> None:
+    """Raises DataError, with `place` in its detail, for an image of which no scan can be simulated."""
     for channel in image.channels:
         low, high = float(channel.min()), float(channel.max())
         if high <= 0.0 or low < -_UNDERSHOOT * high:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 class Masks:
     """Outlined structures: `marked` is bool (K, *shape), a mask of the image's grid for each of `names`; they overlap.
 
+    `images` (C, *shape) is what a network that reconstructs made of the scans and outlined, None where it saw images.
+
     >>> import numpy as np
     >>> masks = Masks(("organ", "tumour"), np.array([[[True, True, False]], [[False, True, False]]]))
     >>> masks.labels().tolist()
@@ -20,6 +22,7 @@ class Masks:
 
     names: tuple[str, ...]
     marked: NDArray[np.bool_]
+    images: NDArray[np.float32] | None = None
 
     def labels(self) -> NDArray[np.uint16]:
         """One number a voxel (*shape): 0, or 1 to K in the order of names; of several, that of the last."""

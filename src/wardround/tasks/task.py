@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from wardround.imaging.readers.aside import Aside
     from wardround.imaging.readers.cases import Patterns
     from wardround.imaging.readers.labelled import LabelledImage
+    from wardround.study.acquisition import MRIAcquisition
     from wardround.study.protocols import HeaderFacts
     from wardround.tasks.charts import Charts
-    from wardround.tasks.predictions import Prediction
+    from wardround.tasks.mri import MRIBatch
+    from wardround.tasks.predictions import Masks, Prediction
     from wardround.tasks.temperature import Calibration
 
 Split: TypeAlias = Literal["train", "validation", "test"]
@@ -313,6 +315,23 @@ class Predicts(Task, Protocol):
 
     def predict(self, model: nn.Module, image: LabelledImage) -> Prediction:
         """What the model says of one image; raises `DataError` for one that it cannot see."""
+        ...
+
+
+@runtime_checkable
+class PredictsScans(Predicts, Protocol):
+    """A task whose released model a clinic applies to raw data of MRI, or to images that are scanned first."""
+
+    def scanned_by(self, site: str | None) -> PredictsScans:
+        """The same task with the simulated scanner of a site, or of the study."""
+        ...
+
+    def scanning(self) -> MRIAcquisition:
+        """What that scanner measures."""
+        ...
+
+    def predict_scans(self, model: nn.Module, scans: MRIBatch) -> Masks:
+        """What the model says of a scan of each slice of a volume, whose targets are not known."""
         ...
 
 

@@ -214,7 +214,7 @@ def read_array(source: Path, what: str) -> Array:
 
 
 def read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
-    """Complex64 (slices, coils, H, W) of a .npy file; raises DataError for what is no k-space of so many coils."""
+    """Complex64 (slices, coils, H, W) of a .npy file; raises DataError for other arrays and numbers of coils."""
     kspace = read_array(source, "k-space")
     if kspace.ndim not in (3, 4) or not np.iscomplexobj(kspace) or 0 in kspace.shape:
         raise DataError(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
+from wardround.imaging.acquisition.solvers import zero_filled
 from wardround.imaging.readers.labelled import LabelledImage, VoxelSpace
 from wardround.runs.apply import measured_scans, read_kspace
 from wardround.runs.inputs import Input, Opened
@@ -28,12 +29,8 @@ def _opened(source: Path, coils: tuple[int, ...]) -> Opened:
         unknown = torch.zeros(1, *data.shape[-2:])
         batches.append(MRIBatch(data, operator.maps, operator.mask, unknown, unknown))
     scans = MRIBatch.joined(batches)
-    seen = np.moveaxis(_zero_filled(scans).numpy(), 0, -1)
+    with torch.no_grad():
+        seen = np.moveaxis(zero_filled(scans.operator, scans.kspace).abs().numpy(), 0, -1)
     # Raw data in .npy say neither where the patient lies nor how large a voxel is.
     image = LabelledImage(np.float32(scale) * seen[None], None, VoxelSpace(None))
     return Opened(image, scans=scans, scale=scale)
-
-
-@torch.no_grad()
-def _zero_filled(scans: MRIBatch) -> torch.Tensor:
-    return scans.operator.A_adjoint(scans.kspace).abs()

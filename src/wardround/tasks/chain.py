@@ -31,7 +31,7 @@ from wardround.study.models import ModelSettings
 from wardround.study.registry import MODELS, Reading, builtin, builtins, read
 from wardround.study.tasks import Loss
 from wardround.tasks.augmentation import SPATIAL, standard
-from wardround.tasks.chained import ChainBatch, ChainDataset, magnitude, scanned
+from wardround.tasks.chained import ChainBatch, ChainDataset, magnitude, parts_of, scanned
 from wardround.tasks.images import CONTENT, ImageTask, peaks_of, resampled, scaled
 from wardround.tasks.labelled import LabelledDataset, Sampling, check_image, check_magnitudes, whole_image
 from wardround.tasks.losses import build_loss
@@ -267,7 +267,7 @@ class Chain(ImageTask[ChainTask]):
     def score(self, model: nn.Module, batch: ChainBatch) -> dict[str, Tensor]:
         """All metrics of one whole image: name -> (1,)."""
         with evaluating(model), torch.no_grad():
-            parts = [model(scans, batch.channels) for scans in batch.parts(_TOGETHER)]
+            parts = [model(scans, batch.channels) for scans in parts_of(batch.scans, batch.channels, _TOGETHER)]
         images, logits = (torch.cat(each) for each in zip(*parts, strict=True))
         marked = as_one(resampled(logits.float(), batch.masks.shape[2:]) > 0)
         return self._overlap(marked, batch) | _image_scores(images.flatten(0, 1), batch.scans)
@@ -334,8 +334,7 @@ class Chain(ImageTask[ChainTask]):
         """Outlines and images of all slices on a grid, by a second network that sees images of the study's size."""
         assert isinstance(model, ChainNetwork)
         images, marked = [], []
-        for start in range(0, len(scans), _TOGETHER * channels):
-            part = scans.part(start, start + _TOGETHER * channels)
+        for part in parts_of(scans, channels, _TOGETHER):
             with evaluating(model), torch.no_grad():
                 found = model.images(part).reshape(-1, channels, *part.kspace.shape[-2:])
                 logits = model.outlines(resampled(found, self.config.size))

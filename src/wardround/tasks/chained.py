@@ -43,12 +43,6 @@ class ChainBatch:
         """Scans of a slice."""
         return len(self.scans) // len(self.masks)
 
-    def parts(self, slices: int) -> Iterator[MRIBatch]:
-        """The scans of up to `slices` slices at a time, in order: those of a whole volume would fill a memory."""
-        step = slices * self.channels
-        for start in range(0, len(self.scans), step):
-            yield self.scans.part(start, start + step)
-
     @classmethod
     def joined(cls, batches: Sequence[ChainBatch]) -> ChainBatch:
         """One batch of all slices, in order."""
@@ -57,6 +51,13 @@ class ChainBatch:
             torch.cat([batch.masks for batch in batches]),
             torch.cat([batch.known for batch in batches]),
         )
+
+
+def parts_of(scans: MRIBatch, channels: int, slices: int) -> Iterator[MRIBatch]:
+    """Scans of up to `slices` slices of `channels` channels at a time, in order: a whole volume would fill a memory."""
+    step = slices * channels
+    for start in range(0, len(scans), step):
+        yield scans.part(start, start + step)
 
 
 class ChainDataset:

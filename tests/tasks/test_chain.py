@@ -243,6 +243,33 @@ def test_what_the_segmenter_sees_in_a_comparison(tmp_path: Path) -> None:
             plans.arm_spec("federated")
 
 
+def test_the_weight_of_a_classical_image_is_chosen_by_the_metrics_it_has(tmp_path: Path) -> None:
+    """There is no outline of it, so no Dice, which comes first: PSNR decides, and no weight wins by its place."""
+    study = chain_study(task={"evaluation": {"baselines": ["tv"], "tv_weights": [0.3, 0.004, 0.4]}})
+    learner = learner_of(arm_specs_of(study), make_outlines(tmp_path, {"A": 5}, slices=2).of("A").data[0], CPU)
+    baseline, task = evaluators_of(tmp_path, tmp_path / "p.npz")["baseline"], learner.task
+    found = baseline(learner, None, {"baseline": "tv"}, "test")
+    assert isinstance(task, Chain)
+    with torch.no_grad():
+        best = learner.per_patient("test", lambda b: task.score_images(task.baseline("tv", 0.004, b), b))
+    assert np.array_equal(found["psnr"], best["psnr"])
+    assert np.isnan(found["dice"]).all()
+
+
+def test_a_chain_compares_with_the_classical_methods_that_its_study_names() -> None:
+    named = {"evaluation": {"baselines": ["zero_filled", "tv_real"]}}
+    assert chain_study().baselines == ("zero_filled",)
+    assert chain_study(task=named).baselines == ("zero_filled", "tv_real")
+    assert chain_study(task=named | {"seen": "full"}).baselines == ()
+    with pytest.raises(ValidationError, match="'fbp' is none of MRI; choose from"):
+        chain_study(task={"evaluation": {"baselines": ["fbp"]}})
+    with pytest.raises(ValidationError, match="there is no baseline 'magic'; choose from"):
+        chain_study(task={"evaluation": {"baselines": ["magic"]}})
+    phased = chain_study(task=named, acquisition={"maps": "true", "phase": 1.0})
+    with pytest.raises(StudyError, match="the baseline tv_real needs coil maps that carry the phase"):
+        Chain(phased, phased.task)  # type: ignore[arg-type]
+
+
 def test_image_metrics_are_of_slices_that_show_a_head(one: tuple[Chain, ChainDataset]) -> None:
     task, data = one
     (_, batch), *_ = data.evaluation("test")

@@ -140,8 +140,8 @@ def look(
 
 def total_variation(study: Study) -> Classical:
     """Total variation with the middle weight of the study, which no patient chose."""
-    assert study.evaluation is not None
-    weights = baseline("tv").parameters(study.evaluation, study.modality)
+    assert study.task.classical is not None
+    weights = baseline("tv").parameters(study.task.classical, study.modality)
     weight = weights[len(weights) // 2]
     return lambda operator, data: cast(Tensor, baseline("tv").reconstruct(operator, data, weight))
 

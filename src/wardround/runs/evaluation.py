@@ -211,7 +211,7 @@ def tables(host: Context, measurements: Sequence[SiteMeasurement]) -> Measured:
 
 def _compared(host: Context, name: str) -> Compared:
     """What a baseline is; of a task that has its own, at least its name."""
-    if name not in BASELINES and host.study.evaluation is None:
+    if name not in BASELINES and host.study.task.classical is None:
         return Compared(label=name.replace("_", " "), description="nothing learned")
     found = baseline(name) if name in BASELINES else host.plugins.baseline(name, host.study.modality)
     return Compared(label=found.label, description=found.description)

@@ -95,7 +95,7 @@ class Released:
 
 
 class Baseline:
-    """A classical reconstruction, its weight tuned on the site's validation patients by the first metric.
+    """A classical reconstruction, its weight tuned on the site's validation patients by the metrics it has, in order.
 
     A site without validation patients uses the middle of the study's list.
     """
@@ -125,15 +125,13 @@ class Baseline:
         grid = task.baseline_parameters(name)
         if len(grid) == 1 or not learner.dataset.patients("validation"):
             return grid[len(grid) // 2]
-        spec = learner.task.metrics[0]
-        best: tuple[float, float | None] | None = None
-        for weight in grid:
-            score = _image_score(task, partial(task.baseline, name, weight))
-            value = spec.rank(value_of(spec, learner.per_patient("validation", score)[spec.name]))
-            if best is None or value > best[0]:
-                best = (value, weight)
-        assert best is not None
-        return best[1]
+
+        def ranks(weight: float | None) -> tuple[float, ...]:
+            rows = learner.per_patient("validation", _image_score(task, partial(task.baseline, name, weight)))
+            # In the task's order: a classical image of a chain has no outline, and its first metrics no value.
+            return tuple(spec.rank(value_of(spec, rows[spec.name])) for spec in learner.task.metrics)
+
+        return max(grid, key=ranks)
 
 
 def _image_score(task: Imaging, reconstruct: Callable[[Any], Tensor]) -> Callable[[Any], dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from wardround.study.tasks import Evaluation, Modality
+from wardround.study.tasks import ClassicalSettings, Modality
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Baseline:
     style: str = ""
 
     def __post_init__(self) -> None:
-        if self.key and self.key not in Evaluation.model_fields:
+        if self.key and self.key not in ClassicalSettings.model_fields:
             raise ValueError(f"the baseline {self.label!r} takes weights from task.evaluation.{self.key}: no such key")
 
     def serves(self, modality: Modality) -> bool:
         """Whether it works on what a modality measures."""
         return self.modalities is None or modality in self.modalities
 
-    def parameters(self, evaluation: Evaluation, modality: Modality) -> tuple[float | None, ...]:
+    def parameters(self, settings: ClassicalSettings, modality: Modality) -> tuple[float | None, ...]:
         """The weights among which validation patients choose; `(None,)` where there is nothing to choose."""
-        given: tuple[float, ...] | None = getattr(evaluation, self.key) if self.key else None
+        given: tuple[float, ...] | None = getattr(settings, self.key) if self.key else None
         return (self.by_modality.get(modality, self.weights) if given is None else given) or (None,)

@@ -81,8 +81,8 @@ class Plugins:
                 why = self.refusal(part, section.kind, f"{key}.kind")
             if why is not None:
                 yield why
-        # A task without an `evaluation` has baselines of its own.
-        for name in study.baselines if study.evaluation is not None else ():
+        # A task that says nothing of classical methods has baselines of its own.
+        for name in study.baselines if study.task.classical is not None else ():
             if name not in BASELINES and (why := self.refusal("baseline", name, COMPARED)) is not None:
                 yield why
 

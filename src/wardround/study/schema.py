@@ -43,7 +43,7 @@ from wardround.study.registry import (
     read,
 )
 from wardround.study.start import Fresh, FromRelease, FromWeights, Parts, Start
-from wardround.study.tasks import Evaluation, Modality, ReconstructionTask, TaskSettings
+from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
 SiteName = Annotated[
@@ -211,7 +211,9 @@ class Study(Config):
         reading = info.context if isinstance(info.context, Reading) else STRICT
         try:
             if isinstance(self.task, ReconstructionTask):
-                self._task_fits(self.task, reading)
+                self._task_fits(self.task)
+            if self.task.classical is not None:
+                self._baselines_fit(self.task.classical.baselines or (), reading)
             check_model(self.model, self.task)
             if self.task.scanner == "needed" and not self.scanner.closed:
                 check_modality(self.model, self.modality)
@@ -304,10 +306,18 @@ class Study(Config):
                 "sites together; set it to false"
             )
 
-    def _task_fits(self, task: ReconstructionTask, reading: Reading) -> None:
+    def _task_fits(self, task: ReconstructionTask) -> None:
         """Raises StudyError. What a plug-in says is looked at once its settings are known; without, nothing runs."""
         scanner = self.scanner
-        for name in task.evaluation.baselines or ():
+        if task.augment and not (scanner.augments or scanner.closed):
+            raise StudyError("task.augment: only for CT; remove it")
+        for site in self.sites:
+            self.acquisition_of(site).check(task, site)
+
+    def _baselines_fit(self, named: tuple[str, ...], reading: Reading) -> None:
+        """Raises StudyError for a classical method that is none, or not for what the sites' scanners measure."""
+        scanner = self.scanner
+        for name in named:
             if name in RESERVED_NAMES:
                 raise StudyError(f"task.evaluation.baselines: {name!r} is a reserved name")
             if name in BASELINES and not scanner.closed:
@@ -318,10 +328,6 @@ class Study(Config):
                     f"task.evaluation.baselines: there is no baseline {name!r}; choose from {known}, or install the "
                     "package that has it and add its name to sites.NAME.plugins in the sites file"
                 )
-        if task.augment and not (scanner.augments or scanner.closed):
-            raise StudyError("task.augment: only for CT; remove it")
-        for site in self.sites:
-            self.acquisition_of(site).check(task, site)
 
     def start_places(self, near: Path, *given: Path | None) -> tuple[Path, ...]:
         """Where the file that the study starts from may lie: the places given, else what `start.file` says.
@@ -349,16 +355,9 @@ class Study(Config):
         return self.scanner.modality
 
     @property
-    def evaluation(self) -> Evaluation | None:
-        """What is measured on test patients; nothing for a task of your own, which says so itself."""
-        return self.task.evaluation if isinstance(self.task, ReconstructionTask) else None
-
-    @property
     def baselines(self) -> tuple[str, ...]:
         """The classical methods that the study compares with."""
-        if self.evaluation is None:
-            return self.task.compares_with
-        named = self.evaluation.baselines
+        named = self.task.compares_with
         return self.scanner.baselines if named is None else named
 
     @property

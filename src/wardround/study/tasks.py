@@ -42,8 +42,8 @@ class Loss(Config):
     masked: bool = Field(False, description="inside the mask of the head (MRI) or body (CT) only")
 
 
-class Evaluation(Config):
-    """What is measured on test patients."""
+class ClassicalSettings(Config):
+    """The classical methods that images are compared with, and the weights that validation patients choose from."""
 
     baselines: tuple[KindName, ...] | None = Field(
         None,
@@ -54,6 +54,11 @@ class Evaluation(Config):
         None, description="default 0.0005 to 0.008 for MRI, 0.0002 to 0.0012 for CT"
     )
     cg_weights: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+class Evaluation(ClassicalSettings):
+    """What is measured on test patients."""
+
     slices: Slices = Slices(per_patient=8)
     tuning_slices: int = Field(2, ge=1, description="slices per validation patient used to tune a baseline")
     leave_one_out: bool = Field(
@@ -88,9 +93,14 @@ class TaskSettings(Settings):
         return bool(getattr(self, "leave_one_out", False))
 
     @property
-    def compares_with(self) -> tuple[str, ...]:
-        """The classical methods that results are shown beside, of a task without an `evaluation` that says it."""
+    def compares_with(self) -> tuple[str, ...] | None:
+        """The classical methods that results are shown beside; `None` for those that its acquisition comes with."""
         return ()
+
+    @property
+    def classical(self) -> ClassicalSettings | None:
+        """What the study says of classical methods at `task.evaluation`; `None` where it says nothing there."""
+        return None
 
     def build(self, study: Any, embeddings: Mapping[str, Path]) -> Any:
         """The `wardround.tasks.task.Task` of a `study` with this section.
@@ -121,6 +131,16 @@ class ReconstructionTask(TaskSettings):
     def leaves_out(self) -> bool:
         """What its evaluation says."""
         return self.evaluation.leave_one_out
+
+    @property
+    def compares_with(self) -> tuple[str, ...] | None:
+        """What its evaluation says."""
+        return self.evaluation.baselines
+
+    @property
+    def classical(self) -> ClassicalSettings:
+        """Its evaluation."""
+        return self.evaluation
 
 
 class CustomTask(TaskSettings):

@@ -12,9 +12,10 @@ from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.base import at
 from wardround.study.plugins import NO_PLUGINS, Plugins
-from wardround.tasks.task import ReadsFiles, Task
+from wardround.tasks.task import Compared, ReadsFiles, Task
 
 if TYPE_CHECKING:
+    from wardround.study.baselines import Baseline
     from wardround.tasks.reconstruction import ReconstructionBase
 
 _PARTS = ("metrics", "build_model", "dataset", "pooled", "loss", "score")
@@ -37,6 +38,8 @@ def build_task(
             made = _whole(other.build(study, embeddings or {}), f"kind: {other.kind!r}")
             if isinstance(made, ReadsFiles):
                 made.read_by(plugins.readers)
+            if isinstance(made, Compared):
+                made.compare_with(_compared(study, plugins))
             return made
 
 
@@ -48,8 +51,13 @@ def _reconstruction(study: schema.Study, embeddings: Mapping[str, Path], plugins
             plugins.refusal("acquisition", kind, "acquisition.kind") or f"the plug-in {kind!r} is not opened"
         )
     made: ReconstructionBase[Any] = at(study.scanner.reconstruction)(study, embeddings)
-    made.compare_with({name: plugins.baseline(name, study.modality) for name in study.baselines})
+    made.compare_with(_compared(study, plugins))
     return made
+
+
+def _compared(study: schema.Study, plugins: Plugins) -> dict[str, Baseline]:
+    """The classical methods of a study, by name."""
+    return {name: plugins.baseline(name, study.modality) for name in study.baselines}
 
 
 def _custom(config: tasks_config.CustomTask, plugins: Plugins) -> Any:

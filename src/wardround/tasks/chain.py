@@ -26,17 +26,19 @@ from wardround.models.build import build_model
 from wardround.models.outliner import build_outliner
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.base import Config
+from wardround.study.baselines import Baseline
 from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.study.models import ModelSettings
-from wardround.study.registry import MODELS, Reading, builtin, builtins, read
-from wardround.study.tasks import Loss
+from wardround.study.registry import BASELINES, MODELS, Reading, baseline, builtin, builtins, read
+from wardround.study.tasks import ClassicalSettings, Loss
 from wardround.tasks.augmentation import SPATIAL, standard
 from wardround.tasks.chained import ChainBatch, ChainDataset, magnitude, parts_of, scanned
+from wardround.tasks.classical import ClassicalMethods
 from wardround.tasks.images import CONTENT, ImageTask, peaks_of, resampled, scaled
 from wardround.tasks.labelled import LabelledDataset, Sampling, check_image, check_magnitudes, whole_image
 from wardround.tasks.losses import build_loss
 from wardround.tasks.metrics import RECONSTRUCTION_METRICS, SSIM_WINDOW, reconstruction_scores
-from wardround.tasks.mri import MRIBatch, require_estimated_maps
+from wardround.tasks.mri import MRIBatch, require_estimated_maps, require_phase_for
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
 from wardround.tasks.overlays import OUTLINES, slice_overlay
 from wardround.tasks.predictions import Masks
@@ -115,6 +117,11 @@ class ChainTask(DrawnSettings):
         "then `diagnosis` is the only stage",
     )
     losses: ChainLosses = ChainLosses()
+    evaluation: ClassicalSettings = Field(
+        ClassicalSettings(),
+        description="the classical methods that the images are compared with, by default `zero_filled` alone; of their "
+        "images there are no outlines",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChainTask:
@@ -130,8 +137,15 @@ class ChainTask(DrawnSettings):
 
     @property
     def compares_with(self) -> tuple[str, ...]:
-        """Zero-filled images, of which there is no outline."""
-        return ("zero_filled",) if self.seen == "reconstruction" else ()
+        """Nothing without a first stage."""
+        if self.seen != "reconstruction":
+            return ()
+        return ("zero_filled",) if self.evaluation.baselines is None else self.evaluation.baselines
+
+    @property
+    def classical(self) -> ClassicalSettings:
+        """Its evaluation."""
+        return self.evaluation
 
     def describe(self) -> str:
         """From what to what."""
@@ -191,6 +205,8 @@ class Chain(ImageTask[ChainTask]):
         if study.model.real_images and config.seen == "reconstruction":
             require_estimated_maps(study, "model.image: real")
         self._image_loss = build_loss(config.losses.reconstruction)
+        self._classical = ClassicalMethods(config.evaluation, study.modality)
+        self.compare_with({name: baseline(name) for name in study.baselines if name in BASELINES})
         self._scanner: str | None = None
 
     def _standard(self) -> Sequence[Mapping[str, Any]]:
@@ -366,16 +382,19 @@ class Chain(ImageTask[ChainTask]):
         absent = torch.full((1,), torch.nan, dtype=torch.float64)
         return {spec.name: absent for spec in self.metrics} | _image_scores(images, batch.scans)
 
+    def compare_with(self, baselines: Mapping[str, Baseline]) -> None:
+        """See `wardround.tasks.task.Compared`; raises `StudyError` where coil maps do not carry a phase it needs."""
+        self._classical.add(baselines)
+        require_phase_for(self.study, baselines)
+
     def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
-        """Nothing to choose."""
-        return (None,)
+        """The weights among which validation patients choose; (None,) where there is nothing to choose."""
+        return self._classical.parameters(name)
 
     def baseline(self, name: str, parameter: float | None, batch: ChainBatch) -> Tensor:
-        """Zero-filled magnitudes (B * C, H, W)."""
-        if name != "zero_filled":
-            raise StudyError(f"there is no baseline {name!r} for a chain; choose zero_filled")
-        with torch.no_grad():
-            return _zero_filled(batch.scans)
+        """Magnitudes (B * C, H, W) of a method that learns nothing; `parameter` is its weight, if any."""
+        method = self._classical.method(name, parameter)
+        return torch.cat([method(s.operator, s.kspace).abs() for s in parts_of(batch.scans, batch.channels, _TOGETHER)])
 
     def examples(self, dataset: Dataset) -> Iterator[ChainBatch]:
         """The slice of the first test patient with most of the structures, once for each channel."""

@@ -28,8 +28,9 @@ from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.ct import CTAcquisition
 from wardround.study.protocols import HeaderFacts
+from wardround.tasks.classical import Method
 from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows
-from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionBase, ReconstructionDataset
+from wardround.tasks.reconstruction import NO_EMBEDDINGS, ReconstructionBase, ReconstructionDataset
 from wardround.tasks.scans import Scans as CTScans
 from wardround.tasks.scans import ScansBatch as CTBatch
 from wardround.tasks.task import MetricSpec, Source, Split, Window

@@ -16,8 +16,9 @@ from wardround.imaging.datasets.mri import SliceExample
 from wardround.imaging.datasets.visits import Index
 from wardround.study import tasks as tasks_config
 from wardround.study.acquisitions import AcquisitionSettings
+from wardround.tasks.classical import Method
 from wardround.tasks.magnitudes import MagnitudeReconstruction
-from wardround.tasks.reconstruction import Method, ReconstructionDataset
+from wardround.tasks.reconstruction import ReconstructionDataset
 from wardround.tasks.scans import Scans, ScansBatch
 from wardround.wire.random import public_generator
 

@@ -21,8 +21,9 @@ from wardround.imaging.datasets.visits import Index
 from wardround.study import MRIAcquisition, schema
 from wardround.study import tasks as tasks_config
 from wardround.study.baselines import Baseline
+from wardround.tasks.classical import Method
 from wardround.tasks.magnitudes import MagnitudeReconstruction
-from wardround.tasks.reconstruction import NO_EMBEDDINGS, Method, ReconstructionDataset
+from wardround.tasks.reconstruction import NO_EMBEDDINGS, ReconstructionDataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +122,7 @@ class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
     def compare_with(self, baselines: Mapping[str, Baseline]) -> None:
         """Raises StudyError for one of real images where the coil maps do not carry the phase."""
         super().compare_with(baselines)
-        for name, found in baselines.items():
-            if found.real_images:
-                require_estimated_maps(self.study, f"the baseline {name}")
+        require_phase_for(self.study, baselines)
 
     def scans(self, index: Index) -> MRIDataset:
         """The acquisitions of an index's slices by its site's scanner."""
@@ -147,6 +146,13 @@ class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
     def classical(self, method: Method, batch: MRIBatch) -> Tensor:
         """Magnitude images (B, H, W)."""
         return method(batch.operator, batch.kspace).abs()
+
+
+def require_phase_for(study: schema.Study, baselines: Mapping[str, Baseline]) -> None:
+    """Raise `StudyError` where a method takes images for real and a site's coil maps do not carry the phase."""
+    for name, found in baselines.items():
+        if found.real_images:
+            require_estimated_maps(study, f"the baseline {name}")
 
 
 def require_estimated_maps(study: schema.Study, what: str) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
-from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.datasets.mri import SliceExample
 from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.datasets.visits import Index
@@ -24,7 +23,8 @@ from wardround.models.build import build_model
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.baselines import Baseline
-from wardround.study.registry import BASELINES, baseline, check_baseline
+from wardround.study.registry import BASELINES, baseline
+from wardround.tasks.classical import ClassicalMethods, Method
 from wardround.tasks.losses import build_loss
 from wardround.tasks.metrics import SSIM_WINDOW
 from wardround.tasks.task import Dataset, MetricSpec, Source, Split, Window
@@ -48,7 +48,6 @@ class ScanBatch(Protocol):
 BatchT = TypeVar("BatchT", bound=ScanBatch)
 Joined = Callable[[Sequence[BatchT]], BatchT]
 # Images (B, H, W) of an operator's data (B, *data_shape).
-Method = Callable[[LinearOperator, Tensor], Tensor]
 
 
 class ReconstructionDataset(ABC, Generic[BatchT]):
@@ -193,6 +192,7 @@ class ReconstructionBase(ABC, Generic[BatchT]):
         self.config = study.task
         self.study = study
         self._embeddings = dict(embeddings)
+        self._classical = ClassicalMethods(study.task.evaluation, study.modality)
         self.compare_with({name: baseline(name) for name in study.baselines if name in BASELINES})
         self._loss = build_loss(study.task.loss)
         self._deal: Deal = by_seed
@@ -242,31 +242,18 @@ class ReconstructionBase(ABC, Generic[BatchT]):
 
     def compare_with(self, baselines: Mapping[str, Baseline]) -> None:
         """Take the study's baselines from these, by name; asked again with those of packages outside."""
-        self._outside = {name: found for name, found in baselines.items() if name not in BASELINES}
+        self._classical.add(baselines)
 
     def baseline(self, name: str, parameter: float | None, batch: BatchT) -> Tensor:
         """Images (B, H, W) of a method that learns nothing; `parameter` is its weight, if any.
 
         Raises StudyError for a name that is none, ValueError where a weight is missing.
         """
-        found = self._baseline(name)
-        if parameter is None and self.baseline_parameters(name) != (None,):
-            raise ValueError(f"the baseline {name} needs a weight")
-        with torch.no_grad():
-            return self.classical(lambda operator, data: found.reconstruct(operator, data, parameter), batch)
+        return self.classical(self._classical.method(name, parameter), batch)
 
     def baseline_parameters(self, name: str) -> tuple[float | None, ...]:
         """The weights among which validation patients choose; (None,) where there is nothing to choose."""
-        return self._baseline(name).parameters(self.config.evaluation, self.study.modality)
-
-    def _baseline(self, name: str) -> Baseline:
-        if name in self._outside:
-            return self._outside[name]
-        if name not in BASELINES:
-            raise StudyError(f"there is no baseline {name!r}; choose from {', '.join((*BASELINES, *self._outside))}")
-        found = baseline(name)
-        check_baseline(name, found, self.study.modality)
-        return found
+        return self._classical.parameters(name)
 
     def build_model(self) -> nn.Module:
         """The study's network, initialised from torch's global generator."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.wrapped import Prompted
-from wardround.tasks.reconstruction import Method
+from wardround.tasks.classical import Method
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from wardround.imaging.readers.cases import Patterns
     from wardround.imaging.readers.labelled import LabelledImage
     from wardround.study.acquisition import MRIAcquisition
+    from wardround.study.baselines import Baseline
     from wardround.study.protocols import HeaderFacts
     from wardround.tasks.charts import Charts
     from wardround.tasks.mri import MRIBatch
@@ -341,6 +342,15 @@ class Visited(Protocol):
 
     def visits(self, site: str, sources: Mapping[str, Source]) -> Dataset:
         """The test patients of the sites in `sources`, by the splits of those sites, as the data of `site`."""
+        ...
+
+
+@runtime_checkable
+class Compared(Protocol):
+    """A task whose images are compared with the classical methods that its study names at `task.evaluation`."""
+
+    def compare_with(self, baselines: Mapping[str, Baseline]) -> None:
+        """Take them from these, by name, those of packages outside too."""
         ...
 
 

@@ -75,6 +75,14 @@ def test_the_guess_of_the_first_round_falls_at_once_but_not_to_nothing() -> None
         assert following["model/w"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_steps_of_few_values_that_cancel_in_the_first_round_cut_nothing_off_in_the_next() -> None:
+    """By 64 times their peak the scale would fall to 6.4e-5, and steps of 0.01 would saturate for two rounds."""
+    following, _ = after([{"s": np.asarray(1e-6, np.float32)}], 0.05, first=True)
+    assert following["model/s"] == pytest.approx(0.025)
+    _, saturated = after([{"s": np.asarray(0.01, np.float32)}], following["model/s"])
+    assert saturated == {}
+
+
 # What a site accepts -------------------------------------------------------------------------------------------------
 
 STATES = {"model/w": np.full(100, 3.0, np.float32), "buffers/var": np.full(8, 5.0, np.float32)}

@@ -29,7 +29,8 @@ _JUMPS = ((1e-1, GROWTH), (1e-2, 8.0), (1e-3, 4.0), (SATURATED, 2.0))
 # Times the peak of the last sum; a tensor of few values has no other peaks to go by, and may be still in one round.
 _HEADROOM = 4.0
 _FEW, _MOST_HEADROOM, _DIGITS = 64, 64, 10
-# The scale of the first round is the study's guess: it may fall to so many times the peak at once.
+# The scale of the first round is the study's guess: it may fall to so many times the peak at once. Not that of a tensor
+# of few values: their steps may have cancelled, and a peak by chance near 0 would cut off the next round.
 _FIRST_HEADROOM = 64.0
 # Buffers are statistics of the data: they start with room for what they hold.
 _START_HEADROOM = 4.0
@@ -70,8 +71,8 @@ def next_scales(
 
     A scale follows `headroom` times the peak of the summed change, and never falls by more than half in a round. A
     share of saturated values above 1e-4 lets it jump. It never grows by more than a factor of 16. The scale of the
-    `first` round is the study's guess, far too large where weights are small: it may fall to 64 times the peak at
-    once. `count` says how many values a site sends of a group's tensor of a size.
+    `first` round is the study's guess, far too large where weights are small: that of a tensor of 64 values or more may
+    fall to 64 times the peak at once. `count` says how many values a site sends of a group's tensor of a size.
     """
     scales = aggregate.scales
     following: dict[str, float] = {}
@@ -88,7 +89,7 @@ def next_scales(
             wanted = headroom(info.size, bits) * peak
             if share > SATURATED:
                 wanted = max(jump(share) * scale, wanted)
-            elif first:
+            elif first and info.size >= _FEW:
                 wanted = max(wanted, min(scale, _FIRST_HEADROOM * peak)) or scale
             else:
                 wanted = max(wanted, 0.5 * scale, 1e-12)

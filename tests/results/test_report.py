@@ -116,6 +116,26 @@ def test_headline_states_gain_worst_site_distance_to_pooling_and_unseen(whole: t
     assert "3.80 dB better than the best method without learning, TV (29.32 dB)" in text
 
 
+def test_baselines_without_the_first_metric_are_shown_with_the_one_they_have(tmp_path: Path) -> None:
+    """There is no Dice of a classical image: its table has no column for it, and the answer compares the images."""
+    drawn = result()
+    drawn["metric_specs"].insert(0, spec("dice", label="Dice"))
+    dice = {"local": 0.5, "federated": 0.625, "pooled": 0.75}
+    for arm, value in dice.items():
+        for site, cell in drawn["metrics"][arm].items():
+            cell["dice"] = estimate(value, PATIENTS.get(site, 30), 0.1)
+    out = write_run(tmp_path, drawn)
+    text = page_of(out).text
+    assert "Training together gained +0.125 Dice over training alone on average" in text
+    gains = "+1.20 dB against training alone, +3.80 dB against the best method without learning, TV."
+    assert f"PSNR: 33.12 dB together, {gains}" in text
+    run = load_run(out)
+    heads = {metric.name: [arm.label for arm in run.arms_in(metric)] for metric in run.result.measured[:2]}
+    assert heads["dice"] == ["Alone", "Together", "Pooled"]
+    assert heads["psnr"] == [arm.label for arm in run.arms]
+    assert "| site | n | Alone | Together | Pooled |" in write_card(out).read_text(encoding="utf-8")
+
+
 def test_nothing_is_fetched(whole: tuple[Path, Page]) -> None:
     markup = (whole[0] / "report.html").read_text(encoding="utf-8")
     outside = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", markup)

@@ -58,3 +58,19 @@ def test_what_fits_is_one_table_with_labels_on_one_line(monkeypatch: pytest.Monk
     assert "Left-out institutions" in printed
     assert _printed(_result(["Northfield"], EIGHT), monkeypatch).count("Northfield") == 2
     assert _printed(_result(["Northfield"], EIGHT), monkeypatch, 120).count("Northfield") == 1
+
+
+def test_where_no_baseline_has_the_first_metric_the_first_that_they_have_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no Dice of a classical image: no column of dashes, and a table of the images."""
+    result = _result(["North"], ("tv", "local", "federated"))
+    result["metric_specs"] = [spec("dice"), *result["metric_specs"]]
+    for arm in ("local", "federated"):
+        for cell in result["metrics"][arm].values():
+            cell["dice"] = {"value": 0.5, "n": 3}
+    first, second = _printed(result, monkeypatch).split("psnr")
+    assert "dice" in first
+    assert "Together" in first
+    assert "TV" not in first
+    assert all(label in second for label in ("TV", "Alone", "Together"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wardround.results.metrics import MetricInfo
-from wardround.results.run import Run, ShownArm
+from wardround.results.run import Run, ShownArm, leading
 from wardround.results.schema import Estimate
 from wardround.results.units import in_rounds
 
@@ -207,14 +207,29 @@ def answer(run: Run) -> Answer:
     unseen = unseen_result(run, metric, together.key)
     if unseen is not None:
         text += "; " + _at_unseen(metric, unseen)
-    baseline = _best_rival(run, metric, together)
-    if baseline is not None and baseline[1].gain <= -metric.negligible:
+    compared = leading(run.result)[-1]
+    baseline = _best_rival(run, compared, together)
+    if compared != metric and baseline is not None:
+        details.append(_of_images(run, compared, together, alone, *baseline))
+    elif baseline is not None and baseline[1].gain <= -metric.negligible:
         arm, gain = baseline
         text += f"; but {arm.label}, which learns nothing, is {metric.amount(-gain.gain)} ahead of the network"
     elif baseline is not None:
         details.append(_over_baseline(metric, *baseline))
     details += _recovered(metric, mean, to_pooled)
     return Answer(verdict, f"{text}.{_saturated(run)}", tuple(details))
+
+
+def _of_images(
+    run: Run, metric: MetricInfo, together: ShownArm, alone: ShownArm | None, rival: ShownArm, over_rival: Gain
+) -> str:
+    """What the first metric that baselines have says of the arms, where it is not the first."""
+    own = run.result.estimate(together.key, "mean", metric.name)
+    text = f"{metric.label}" + (f": {metric.amount(own.value)} together" if own else "")
+    over_alone = mean_gain(run, metric, together.key, alone.key) if alone else None
+    pairs = [("training alone", over_alone), (f"the best method without learning, {rival.label}", over_rival)]
+    said = [f"{metric.signed(metric.printed(gain.gain))} against {whom}" for whom, gain in pairs if gain is not None]
+    return f"{text}, {', '.join(said)}."
 
 
 def arm_words(run: Run, key: str) -> str:

@@ -108,7 +108,7 @@ def _metric(run: Run, metric: MetricInfo) -> str:
         [row.title, row.n, *(cell.text + (f" ({cell.interval})" if cell.interval else "") for cell in row.cells)]
         for row in comparison(run, metric)
     ]
-    head = ["site", "n", *(escape(arm.label) for arm in run.arms)]
+    head = ["site", "n", *(escape(arm.label) for arm in run.arms_in(metric))]
     return f"### {escape(metric.heading)}, {metric.direction}\n\n{_table(head, rows)}"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from wardround.results.files import read_result, read_rounds
+from wardround.results.metrics import MetricInfo
 from wardround.results.schema import Compared, Measured, Result, RoundLine
 from wardround.results.units import flat
 from wardround.study.acquisitions import AcquisitionSettings
@@ -74,6 +75,26 @@ def arms_of(measured: Measured) -> tuple[ShownArm, ...]:
     return tuple(sorted(arms, key=lambda arm: _ARM_ORDER.index(arm.kind)))
 
 
+def arms_in(measured: Measured, metric: MetricInfo) -> tuple[ShownArm, ...]:
+    """The arms without those that have values of other metrics alone: there is no outline of a classical image."""
+    of_others = {arm for arm, _, _, _ in measured.estimates()} - _with(measured, metric)
+    return tuple(arm for arm in arms_of(measured) if arm.key not in of_others)
+
+
+def leading(measured: Measured) -> tuple[MetricInfo, ...]:
+    """The first metric and, where no baseline has a value of it, the first that one of them has."""
+    first = measured.measured[:1]
+    baselines = {arm.key for arm in arms_of(measured) if arm.kind == "baseline"}
+    if not baselines or any(baselines & _with(measured, metric) for metric in first):
+        return first
+    return first + tuple(m for m in measured.measured if baselines & _with(measured, m))[:1]
+
+
+def _with(measured: Measured, metric: MetricInfo) -> set[str]:
+    """The arms that have a value of a metric anywhere."""
+    return {arm for arm, _, name, _ in measured.estimates() if name == metric.name}
+
+
 @dataclass(frozen=True)
 class Unmeasured:
     """What to say in place of numbers, and the reason."""
@@ -96,6 +117,10 @@ class Run:
     def arms(self) -> tuple[ShownArm, ...]:
         """Arms in reading order."""
         return arms_of(self.result)
+
+    def arms_in(self, metric: MetricInfo) -> tuple[ShownArm, ...]:
+        """The arms to show a metric of."""
+        return arms_in(self.result, metric)
 
     def arm(self, kind: Kind) -> ShownArm | None:
         """The first arm of a kind (the plain one before its variants)."""

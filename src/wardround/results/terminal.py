@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.table import Table
 
-from wardround.results.run import FAILED, WITHHELD, arms_of, site_title
+from wardround.results.metrics import MetricInfo
+from wardround.results.run import FAILED, WITHHELD, arms_in, leading, site_title
 from wardround.results.schema import AGGREGATES, Measured
 
 # A label is broken over lines where it is longer; a site's name has this much room, and more where there is more.
@@ -20,17 +21,19 @@ _BETWEEN, _ENDS = 3, 1
 def tables_of(measured: Measured, width: int) -> list[Table]:
     """The first metric of every arm, a row for each site (there may be many sites, but few arms); none without any.
 
-    No table is wider than `width` columns: long names and labels take several lines, and arms that do not fit beside
-    the others get a table of their own. No number is cut.
+    Where no baseline has a value of it, the first metric that one has follows. No table is wider than `width` columns:
+    long names and labels take several lines, and arms that do not fit beside the others get a table of their own. No
+    number is cut.
     """
-    if not measured.measured:
-        return []
-    metric = measured.measured[0]
+    return [table for metric in leading(measured) for table in _tables(measured, metric, width)]
+
+
+def _tables(measured: Measured, metric: MetricInfo, width: int) -> list[Table]:
     found = dict.fromkeys(site for arm in measured.arms for site in measured.metrics[arm])
     # In the study's order, then the aggregates.
     sites = sorted(found, key=lambda site: site in AGGREGATES)
     columns = []
-    for arm in arms_of(measured):
+    for arm in arms_in(measured, metric):
         cells = (measured.estimate(arm.key, site, metric.name) for site in sites)
         columns.append(_Column(arm.label, tuple(metric.show(cell.value) if cell else "-" for cell in cells)))
     unit = f" in {metric.unit}" if metric.unit else ""

@@ -98,7 +98,7 @@ def _missing(run: Run, key: str) -> Unmeasured | None:
 
 
 def _site(run: Run, metric: MetricInfo, key: str, scale: figures.Scale, points: Points) -> SiteView:
-    found = {arm: run.result.estimate(arm.key, key, metric.name) for arm in run.arms}
+    found = {arm: run.result.estimate(arm.key, key, metric.name) for arm in run.arms_in(metric)}
     alone = next((estimate.value for arm, estimate in found.items() if arm.kind == "local" and estimate), None)
     lanes = [
         (

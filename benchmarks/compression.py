@@ -1,9 +1,10 @@
 """How many bits does an update need? Bytes, error of the mean and image quality of each kind of compression.
 
 Trains a reconstruction network on real MRI of four institutions (the LGG study, where WARDROUND_DATA is set; else the
-demo's phantoms), once for each kind. The error of the mean is measured apart, on the very same changes for all kinds:
-sites train by hand, their changes go through every codec and ring and back, with the scales that a coordinator would
-use. With error feedback a round's error is large by design; what counts there is the error of all rounds together.
+phantoms of `wardround demo --contrasts`), once for each kind. The error of the mean is measured apart, on the very same
+changes for all kinds: sites train by hand, their changes go through every codec and ring and back, with the scales that
+a coordinator would use. With error feedback a round's error is large by design; what counts there is the error of all
+rounds together.
 """
 
 from __future__ import annotations
@@ -102,12 +103,12 @@ def main() -> None:
 
 def _study(folder: Path, overrides: list[str]) -> tuple[Any, Any]:
     """The study and where its data lie."""
-    from wardround.runs.demo import demo_study
+    from wardround.runs.demo import CONTRASTS, demo_study
     from wardround.study.load import load_study
     from wardround.study.sites import load_sites
 
     if "WARDROUND_DATA" not in os.environ:
-        return demo_study(folder / "data", overrides)
+        return demo_study(folder / "data", overrides, demo=CONTRASTS)
     # Long rounds: what a round loses counts more in them.
     long = ["method.weights=samples", "local.steps=38", "schedule.rounds=40", *overrides]
     return load_study(ROOT / "examples" / "lgg-mri.yaml", long), load_sites(ROOT / "examples" / "lgg-sites.yaml")

@@ -76,8 +76,12 @@ def test_one_hospital_is_unseen_and_no_two_scan_alike(sites: tuple[PhantomSite, 
 @pytest.mark.parametrize("site", DEMO_SITES, ids=lambda site: site.name)
 def test_the_demo_makes_the_same_kind_of_scan_everywhere(site: PhantomSite) -> None:
     tissues = TISSUES[site.protocol.field]
-    csf, grey, white, fat = (abs(signal(site.protocol, tissues[name])) for name in ("csf", "grey", "white", "fat"))
-    assert csf < grey < white < fat
+    order = ("csf", "white", "grey", "tumour")
+    signals = [abs(signal(site.protocol, tissues[name])) for name in order]
+    assert signals == sorted(signals)
+    # What fluid-attenuated means, and why tumours are outlined on it.
+    assert signals[0] < 0.15 * signals[1]
+    assert signals[3] > 1.2 * signals[2]
 
 
 @pytest.mark.parametrize("length", [9.0, 28.0])

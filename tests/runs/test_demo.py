@@ -21,14 +21,15 @@ from wardround.runs import demo as demos
 from wardround.runs import session
 from wardround.runs.demo import CONTRASTS, DEMO, Demo, demo_study
 from wardround.study.sites import load_sites
-from wardround.study.tasks import ReconstructionTask
+from wardround.tasks.chain import ChainTask
 
 SMALL = ["task.size=[32,32]"]
 QUICK = [
     *SMALL,
     "model={kind: modl, preset: tiny}",
     "local.steps=1",
-    "schedule={rounds: 1}",
+    "schedule.rounds=1",
+    "schedule.validate_every=1",
     "task.evaluation.baselines=[zero_filled]",
 ]
 
@@ -112,16 +113,22 @@ def test_a_folder_that_the_demo_did_not_make_stays(tmp_path: Path) -> None:
     assert scan.read_bytes() == b"a scan"
 
 
+def test_a_demo_of_another_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"the demo contrasts is a reconstruction: leave task\.kind as it is"):
+        demo_study(tmp_path, ["task={kind: chain, images: [image], structures: {a: any}}"], demo=tiny(CONTRASTS))
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("seed", [2026, 7, 11])
-def test_of_10_patients_1_trains_1_validates_and_8_test(tmp_path: Path, seed: int) -> None:
+def test_of_10_patients_1_trains_2_validate_and_7_test(tmp_path: Path, seed: int) -> None:
     study, _ = demo_study(tmp_path, [*SMALL, f"seed={seed}"], demo=tiny(DEMO))
-    assert isinstance(study.task, ReconstructionTask)
+    assert isinstance(study.task, ChainTask)
     assert Counter(site.role for site in study.sites.values()) == {"train": 4, "unseen": 1}
     for site in DEMO.sites:
         assert study.sites[site.name].role == site.role
         parts = split_patients(DEMO.patients(site), study.task.split, seed, site.name, site.role)
         sizes = {name: len(patients) for name, patients in parts.items()}
-        wanted = (1, 1, 8) if site.role == "train" else (0, 0, 8)
+        wanted = (1, 2, 7) if site.role == "train" else (0, 0, 7)
         assert sizes == dict(zip(("train", "validation", "test"), wanted, strict=True))
 
 

@@ -91,17 +91,17 @@ class PhantomSite:
     role: Literal["train", "unseen"] = "train"
 
 
-def _t1w(tr: float, te: float, field: float) -> Protocol:
-    return Protocol("spin_echo", tr=tr, te=te, field=field)
+def _flair(tr: float, te: float, ti: float, field: float) -> Protocol:
+    return Protocol("inversion_recovery", tr=tr, te=te, ti=ti, field=field)
 
 
-# The same kind of scan on unlike scanners.
+# The same kind of scan on unlike scanners: fluid dark, tumour and oedema bright.
 DEMO_SITES: tuple[PhantomSite, ...] = (
-    PhantomSite("Northfield", "T1w spin echo 550/12, 1.5 T", _t1w(550, 12, 1.5), 230, 0.12),
-    PhantomSite("Harbour", "T1w spin echo 650/15, 3 T", _t1w(650, 15, 3.0), 220, 0.25),
-    PhantomSite("Valley", "T1w spin echo 450/10, 1.5 T", _t1w(450, 10, 1.5), 250, 0.1),
-    PhantomSite("Seaside", "T1w spin echo 600/12, 1.5 T", _t1w(600, 12, 1.5), 235, 0.15),
-    PhantomSite("Island", "T1w spin echo 600/14, 3 T", _t1w(600, 14, 3.0), 240, 0.25, role="unseen"),
+    PhantomSite("Northfield", "FLAIR 9000/110/2500, 1.5 T", _flair(9000, 110, 2500, 1.5), 230, 0.12),
+    PhantomSite("Harbour", "FLAIR 9000/100/2500, 3 T", _flair(9000, 100, 2500, 3.0), 220, 0.25),
+    PhantomSite("Valley", "FLAIR 8000/120/2350, 1.5 T", _flair(8000, 120, 2350, 1.5), 250, 0.1),
+    PhantomSite("Seaside", "FLAIR 10000/125/2650, 1.5 T", _flair(10000, 125, 2650, 1.5), 235, 0.15),
+    PhantomSite("Island", "FLAIR 9000/90/2500, 3 T", _flair(9000, 90, 2500, 3.0), 240, 0.25, role="unseen"),
 )
 # Another kind of scan at every hospital.
 CONTRAST_SITES: tuple[PhantomSite, ...] = (

@@ -1,0 +1,238 @@
+"""A DICOM segmentation (SEG) as a mask: its frames put on an image's grid where they say that they lie.
+
+A voxel's value is its segment's number. Several segments of a voxel are a value of their own, so that none is lost.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileDataset
+
+from wardround.errors import DataError
+from wardround.imaging.readers.dicom import series_files
+from wardround.imaging.readers.dicom_file import frames, guarded, number, open_dicom, path_of, required, text
+from wardround.imaging.readers.places import UNEVEN
+
+_SEG = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})  # the second: of label maps
+_LARGEST = (1 << 16) - 1  # of a segment's number (VR US)
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# Of a voxel: more than any rounding of positions, less than a grid that is shifted by half of one.
+_OFF = 0.1
+_AGAIN = "export it for this image, or resample one to the other"
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where an image's voxels lie: its file's shape, and the affine (4, 4) from indices to mm in RAS.
+
+    `frame` is the identifier of its frame of reference, `None` for a file that knows of none (NIfTI).
+    """
+
+    shape: tuple[int, ...]
+    affine: NDArray[np.float64]
+    frame: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """What is drawn: `labels` int32 on an image's grid; `combined`: the segments of each value that means several."""
+
+    labels: NDArray[np.int32]
+    combined: Mapping[int, tuple[int, ...]]
+
+
+def read_seg(path: Path, grid: Grid) -> Segments:
+    """Read a SEG file, or the one in a folder, onto the grid of an image.
+
+    Binary segments and label maps; frames may be of some slices only, and in any order. Raises DataError, whose message
+    never names a patient, for a file of another kind or with fractions, for one of another frame of reference, and for
+    frames that do not lie on the grid.
+    """
+    dataset = open_dicom(_one_file(path))
+    mapped = _check_kind(dataset)
+    if grid.frame is not None and (text(dataset, "FrameOfReferenceUID") or "") != grid.frame:
+        raise DataError(
+            "a DICOM SEG is of another frame of reference than its image, so it is not known where it lies on it; give "
+            "the SEG that was drawn on this series",
+            detail=str(path),
+        )
+    with guarded("an image's header gives no place to an axis; export it again", path):
+        to_index: NDArray[np.float64] = np.asarray(np.linalg.inv(grid.affine) @ _LPS, np.float64)
+    planes = [_Plane.of(dataset, item, to_index) for item in _items(dataset)]
+    _check_steps(dataset, planes, grid)
+    marks = _Marks(np.zeros(grid.shape, np.int32))
+    for plane, stored in zip(planes, frames(dataset, len(planes)), strict=True):
+        for segment in np.unique(stored) if mapped else (plane.segment,):
+            if segment:
+                marks.add(plane.voxels(stored == segment if mapped else stored != 0, grid.shape), int(segment))
+    return marks.done()
+
+
+def segment_names(path: Path) -> dict[int, str]:
+    """Number and label of each segment of a SEG file, for people. Raises DataError."""
+    dataset = open_dicom(path, pixels=False)
+    _check_kind(dataset)
+    with guarded("a DICOM SEG does not say what its segments are; export it again", path):
+        items = dataset.get("SegmentSequence") or []
+        return {int(item.SegmentNumber): text(item, "SegmentLabel") or "" for item in items}
+
+
+def _one_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = series_files(path)
+    if len(found) != 1:
+        raise DataError(
+            f"the folder of a mask holds {len(found)} files, and a mask is one DICOM SEG; keep that alone in it",
+            detail=str(path),
+        )
+    return found[0]
+
+
+def _check_kind(dataset: FileDataset) -> bool:
+    """Whether it is a label map. Raises DataError for what is no SEG, or has fractions."""
+    path = str(path_of(dataset))
+    if text(dataset, "SOPClassUID") not in _SEG:
+        modality = text(dataset, "Modality")
+        shown = modality if modality and re.fullmatch("[A-Z]{2,8}", modality) else "missing or unknown"
+        raise DataError(
+            f"a mask in DICOM is no SEG (its modality is {shown}); export the outlines as DICOM SEG or NIfTI",
+            detail=path,
+        )
+    kind = text(dataset, "SegmentationType")
+    if kind not in ("BINARY", "LABELMAP"):
+        what = "fractions" if kind == "FRACTIONAL" else "segments of an unknown type"
+        raise DataError(f"a DICOM SEG holds {what}; export its segments as binary", detail=path)
+    return kind == "LABELMAP"
+
+
+def _items(dataset: FileDataset) -> list[Dataset]:
+    found = dataset.get("PerFrameFunctionalGroupsSequence")
+    if not found:
+        raise DataError("a DICOM SEG does not say where its frames lie; export it again", detail=str(path_of(dataset)))
+    return list(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plane:
+    """A frame's place in voxels of the image: its first pixel, and the steps down its rows and along its columns."""
+
+    segment: int
+    start: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    path: Path
+
+    @classmethod
+    def of(cls, dataset: FileDataset, item: Dataset, to_index: NDArray[np.float64]) -> _Plane:
+        """`to_index` (4, 4): from mm in LPS to the image's voxels. Raises DataError for a frame between these."""
+        path = path_of(dataset)
+        corner = required(_group(dataset, item, "PlanePositionSequence"), "ImagePositionPatient", 3)
+        axes = required(_group(dataset, item, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)
+        spacing = required(_group(dataset, item, "PixelMeasuresSequence"), "PixelSpacing", 2)
+        start = to_index[:3, :3] @ np.array(corner) + to_index[:3, 3]
+        # Going down the rows is going along a column.
+        directions = np.array(axes).reshape(2, 3)[::-1] * np.array(spacing)[:, None]
+        steps = directions @ to_index[:3, :3].T
+        nearest, whole = np.rint(start), np.rint(steps)
+        if not np.array_equal(np.abs(whole) @ np.abs(whole).T, np.eye(2)):
+            raise DataError(
+                f"a DICOM SEG has another grid than its image: its pixels are of another size or direction; {_AGAIN}",
+                detail=str(path),
+            )
+        last = np.array([number(dataset, "Rows") or 0, number(dataset, "Columns") or 0]) - 1
+        ends = np.array([[0, 0], [last[0], 0], [0, last[1]], last])
+        if np.abs(start - nearest + ends @ (steps - whole)).max() > _OFF:
+            raise DataError(
+                f"a DICOM SEG has another grid than its image: its frames lie between the image's voxels; {_AGAIN}",
+                detail=str(path),
+            )
+        return cls(_segment(dataset, item), nearest.astype(np.int64), whole.astype(np.int64), path)
+
+    def voxels(self, marked: NDArray[np.bool_], shape: tuple[int, ...]) -> tuple[NDArray[np.int64], ...]:
+        """The indices of marked pixels (rows, columns). Raises DataError for one beyond the image."""
+        found = self.start + np.argwhere(marked) @ self.steps
+        if ((found < 0) | (found >= shape)).any():
+            raise DataError(f"a DICOM SEG marks voxels that its image does not have; {_AGAIN}", detail=str(self.path))
+        return tuple(found.T)
+
+    @property
+    def normal(self) -> int:
+        """The image's axis across the plane."""
+        return int(np.flatnonzero(np.abs(self.steps).sum(0) == 0)[0])
+
+
+def _group(dataset: FileDataset, item: Dataset, name: str) -> Dataset:
+    """What holds for a frame: said of itself, or of all."""
+    with guarded(f"a DICOM SEG lacks the {name} of a frame; export it again", path_of(dataset)):
+        own = item.get(name) or dataset.SharedFunctionalGroupsSequence[0].get(name)
+        group: Dataset = own[0]
+    return group
+
+
+def _segment(dataset: FileDataset, item: Dataset) -> int:
+    """A frame's segment; 0 in a label map, whose pixels say it."""
+    if text(dataset, "SegmentationType") == "LABELMAP":
+        return 0
+    found = number(_group(dataset, item, "SegmentIdentificationSequence"), "ReferencedSegmentNumber")
+    if found is None or not 1 <= found <= _LARGEST:
+        raise DataError("a frame of a DICOM SEG names no segment; export it again", detail=str(path_of(dataset)))
+    return int(found)
+
+
+def _check_steps(dataset: FileDataset, planes: Iterable[_Plane], grid: Grid) -> None:
+    """Raises DataError for a SEG of thicker slices: its planes may be some of the image's, and the rest seem empty."""
+    at: dict[int, set[int]] = {}
+    said: set[float] = set()
+    for plane, item in zip(planes, _items(dataset), strict=True):
+        if grid.shape[plane.normal] == 1:
+            continue
+        at.setdefault(plane.normal, set()).add(int(plane.start[plane.normal]))
+        step = number(_group(dataset, item, "PixelMeasuresSequence"), "SpacingBetweenSlices")
+        ours = float(np.linalg.norm(grid.affine[:3, plane.normal]))
+        said |= {abs(step) / ours} if step else set()
+    apart = said or {float(np.diff(sorted(where)).min()) for where in at.values() if len(where) > 1}
+    if any(abs(each - 1) > UNEVEN for each in apart):
+        raise DataError(
+            f"a DICOM SEG has another grid than its image: its slices stand {max(apart, key=lambda n: abs(n - 1)):.3g} "
+            f"times as far apart; {_AGAIN}",
+            detail=str(path_of(dataset)),
+        )
+
+
+@dataclass
+class _Marks:
+    """Labels while frames are added; what several segments mark has a value above any segment's number."""
+
+    labels: NDArray[np.int32]
+    sets: dict[int, frozenset[int]] = field(default_factory=lambda: {0: frozenset()})
+    values: dict[frozenset[int], int] = field(default_factory=dict)
+
+    def add(self, where: tuple[NDArray[np.int64], ...], segment: int) -> None:
+        here = self.labels[where]
+        for old in np.unique(here).tolist():
+            here[here == old] = self._value(self.sets[old] | {segment})
+        self.labels[where] = here
+
+    def _value(self, segments: frozenset[int]) -> int:
+        if segments not in self.values:
+            (one, *others) = segments
+            value = one if not others else _LARGEST + 1 + len(self.values)
+            self.values[segments], self.sets[value] = value, segments
+        return self.values[segments]
+
+    def done(self) -> Segments:
+        """The values of several segments follow the last number, in an order that is not that of the frames."""
+        used: list[Any] = np.unique(self.labels).tolist()
+        several = sorted(tuple(sorted(self.sets[value])) for value in used if len(self.sets[value]) > 1)
+        first = 1 + max((max(self.sets[value]) for value in used if value), default=0)
+        combined = {first + place: segments for place, segments in enumerate(several)}
+        for value, segments in combined.items():
+            self.labels[self.labels == self.values[frozenset(segments)]] = value
+        return Segments(self.labels, combined)

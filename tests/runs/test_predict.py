@@ -235,6 +235,26 @@ def test_a_dicom_series_gives_a_seg_that_lies_on_it(tmp_path: Path) -> None:
     assert one.structures[0].volume_ml == pytest.approx(in_file[0].sum() * 1.5 * 1.25 * 3 / 1000)
 
 
+def test_folders_of_dicom_as_a_hospital_trained_on_them(tmp_path: Path) -> None:
+    """What is outlined lies on the first channel's series, and is read back as a mask of training."""
+    pytest.importorskip("highdicom")
+    study, model = segmenter(tmp_path, images=["flair", "t1"], channels=2)
+    for number in range(2):
+        folder, (image, _) = tmp_path / "in" / f"P{number}", blob(number, 3)
+        headers = mr_series(folder / "flair", image)
+        mr_series(folder / "t1", image[::-1], frame=headers[0].FrameOfReferenceUID)
+    found = wardround.predict(model, tmp_path / "in", tmp_path / "out")
+    assert [one.output.name for one in found.outlines] == ["P0.dcm", "P1.dcm"]
+    for one in found.outlines:
+        case = Case("", "", (one.source / one.patient / "flair", one.source / one.patient / "t1"), one.output)
+        read = read_image(case)
+        marked = expected(study, model, read)
+        assert 0 < marked.mean() < 1
+        for number, mask in enumerate(marked, 1):
+            values = [number, *(value for value, numbers in read.combined.items() if number in numbers)]
+            np.testing.assert_array_equal(np.isin(read.labels, values), mask)  # type: ignore[arg-type]
+
+
 def test_a_series_that_lacks_a_slice_is_one_clear_error(tmp_path: Path) -> None:
     pytest.importorskip("highdicom")
     _, model = segmenter(tmp_path)

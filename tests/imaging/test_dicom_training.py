@@ -16,6 +16,8 @@ from tests.ct_files import write_series
 from tests.dicom_series import UPRIGHT, mr_series, seg_of
 
 from wardround.errors import DataError
+from wardround.imaging.convert import inspect_path
+from wardround.imaging.propose import propose_study
 from wardround.imaging.readers.cases import Case, Patterns, sort_cases
 from wardround.imaging.readers.dicom import read_series
 from wardround.imaging.readers.dicom_seg import segment_names
@@ -156,9 +158,29 @@ def test_segments_that_overlap_are_all_kept(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.isin(in_file, means), mask)
 
 
-def test_inspection_lists_what_segments_are_called(tmp_path: Path) -> None:
-    path = seg_of(mr_series(tmp_path / "s", volume()), np.stack([drawn(), drawn(2)]), tmp_path / "m.dcm", ["a", "b"])
-    assert segment_names(path) == {1: "a", 2: "b"}
+def test_inspection_and_init_know_series_of_mr_and_what_segments_are_called(tmp_path: Path) -> None:
+    for patient in ("MUELLER", "DOE"):
+        headers = mr_series(tmp_path / "A" / patient / "flair", volume())
+        path = seg_of(headers, np.stack([drawn(), drawn(2)]), tmp_path / "A" / patient / "seg.dcm", ["whole", "core"])
+    assert segment_names(path) == {1: "whole", 2: "core"}
+    mr_series(tmp_path / "A" / "ROE" / "flair", volume(), leave_out=2)
+    found = inspect_path(tmp_path / "A")
+    assert found.kind == "MR images in DICOM and outlines in DICOM SEG"
+    assert found.facts == (
+        "14 files in 3 folders; 2 series of 1 patients can be read",
+        "13 x 10 x 5 voxels of 1.5 x 1.25 x 3 mm (2 series)",
+        "scanners SIEMENS (2)",
+        "segment 1: whole (2 SEG)",
+        "segment 2: core (2 SEG)",
+    )
+    (problem,) = found.problems
+    assert problem.startswith("1 of 5 slices of a series are missing")
+    assert inspect_path(path).kind == "outlines in DICOM SEG"
+    assert "13 x 10 x 1 voxels" in str(inspect_path(tmp_path / "A" / "ROE" / "flair" / "00.dcm"))
+    with pytest.raises(DataError, match=r"this is MR images in DICOM.*written by hand") as caught:
+        propose_study(tmp_path)
+    for secret in ("MUELLER", "DOE", "PAT-7731"):
+        assert secret not in f"{found}{caught.value}"
 
 
 # Which files belong together ------------------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ A voxel's value is its segment's number. Several segments of a voxel are a value
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from wardround.imaging.readers.dicom_file import frames, guarded, number, open_d
 from wardround.imaging.readers.places import UNEVEN
 
 _SEG = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})  # the second: of label maps
+_GROUPS = ("PlanePosition", "PlaneOrientation", "PixelMeasures")
 _LARGEST = (1 << 16) - 1  # of a segment's number (VR US)
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Of a voxel: more than any rounding of positions, less than a grid that is shifted by half of one.
@@ -65,13 +65,14 @@ def read_seg(path: Path, grid: Grid) -> Segments:
         )
     with guarded("an image's header gives no place to an axis; export it again", path):
         to_index: NDArray[np.float64] = np.asarray(np.linalg.inv(grid.affine) @ _LPS, np.float64)
-    planes = [_Plane.of(dataset, item, to_index) for item in _items(dataset)]
-    _check_steps(dataset, planes, grid)
+    planes = list(_planes(dataset, to_index))
+    _check_steps(planes, grid, path)
     marks = _Marks(np.zeros(grid.shape, np.int32))
     for plane, stored in zip(planes, frames(dataset, len(planes)), strict=True):
         for segment in np.unique(stored) if mapped else (plane.segment,):
             if segment:
-                marks.add(plane.voxels(stored == segment if mapped else stored != 0, grid.shape), int(segment))
+                marked = stored == segment if mapped else stored != 0
+                marks.add(plane.voxels(marked, grid.shape, path), int(segment))
     return marks.done()
 
 
@@ -113,59 +114,81 @@ def _check_kind(dataset: FileDataset) -> bool:
     return kind == "LABELMAP"
 
 
-def _items(dataset: FileDataset) -> list[Dataset]:
-    found = dataset.get("PerFrameFunctionalGroupsSequence")
-    if not found:
-        raise DataError("a DICOM SEG does not say where its frames lie; export it again", detail=str(path_of(dataset)))
-    return list(found)
+@dataclass(frozen=True, eq=False)
+class _Frames:
+    """How a frame's pixels lie on the image's voxels: the steps down its rows and along its columns, each one voxel.
+
+    `off` (4, 3): by how much the corners of a frame miss voxels if its first pixel does not. `apart`: the distance of
+    slices, over that of the image's, where it is said.
+    """
+
+    steps: NDArray[np.int64]
+    off: NDArray[np.float64]
+    apart: float | None
+
+    @classmethod
+    def of(cls, dataset: FileDataset, axes: Dataset, measures: Dataset, to_index: NDArray[np.float64]) -> _Frames:
+        """Raises DataError for pixels of another size or direction than the image's."""
+        directions = np.array(required(axes, "ImageOrientationPatient", 6)).reshape(2, 3)
+        spacing = np.array(required(measures, "PixelSpacing", 2))
+        # Going down the rows is going along a column.
+        steps = directions[::-1] * spacing[:, None] @ to_index[:3, :3].T
+        whole = np.rint(steps)
+        if not np.array_equal(np.abs(whole) @ np.abs(whole).T, np.eye(2)):
+            raise DataError(
+                f"a DICOM SEG has another grid than its image: its pixels are of another size or direction; {_AGAIN}",
+                detail=str(path_of(dataset)),
+            )
+        rows, columns = (number(dataset, keyword) or 1.0 for keyword in ("Rows", "Columns"))
+        ends = np.array([[0, 0], [rows - 1, 0], [0, columns - 1], [rows - 1, columns - 1]])
+        step, across = number(measures, "SpacingBetweenSlices"), np.cross(*directions)
+        apart = abs(step) * float(np.linalg.norm(to_index[:3, :3] @ across)) if step else None
+        return cls(whole.astype(np.int64), ends @ (steps - whole), apart)
+
+    @property
+    def normal(self) -> int:
+        """The image's axis across the planes."""
+        return int(np.flatnonzero(np.abs(self.steps).sum(0) == 0)[0])
 
 
 @dataclass(frozen=True, eq=False)
 class _Plane:
-    """A frame's place in voxels of the image: its first pixel, and the steps down its rows and along its columns."""
+    """A frame's place: the voxel of its first pixel, and how the others follow. `segment` is 0 in a label map."""
 
     segment: int
     start: NDArray[np.int64]
-    steps: NDArray[np.int64]
-    path: Path
+    frames: _Frames
 
-    @classmethod
-    def of(cls, dataset: FileDataset, item: Dataset, to_index: NDArray[np.float64]) -> _Plane:
-        """`to_index` (4, 4): from mm in LPS to the image's voxels. Raises DataError for a frame between these."""
-        path = path_of(dataset)
-        corner = required(_group(dataset, item, "PlanePositionSequence"), "ImagePositionPatient", 3)
-        axes = required(_group(dataset, item, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)
-        spacing = required(_group(dataset, item, "PixelMeasuresSequence"), "PixelSpacing", 2)
-        start = to_index[:3, :3] @ np.array(corner) + to_index[:3, 3]
-        # Going down the rows is going along a column.
-        directions = np.array(axes).reshape(2, 3)[::-1] * np.array(spacing)[:, None]
-        steps = directions @ to_index[:3, :3].T
-        nearest, whole = np.rint(start), np.rint(steps)
-        if not np.array_equal(np.abs(whole) @ np.abs(whole).T, np.eye(2)):
-            raise DataError(
-                f"a DICOM SEG has another grid than its image: its pixels are of another size or direction; {_AGAIN}",
-                detail=str(path),
-            )
-        last = np.array([number(dataset, "Rows") or 0, number(dataset, "Columns") or 0]) - 1
-        ends = np.array([[0, 0], [last[0], 0], [0, last[1]], last])
-        if np.abs(start - nearest + ends @ (steps - whole)).max() > _OFF:
-            raise DataError(
-                f"a DICOM SEG has another grid than its image: its frames lie between the image's voxels; {_AGAIN}",
-                detail=str(path),
-            )
-        return cls(_segment(dataset, item), nearest.astype(np.int64), whole.astype(np.int64), path)
-
-    def voxels(self, marked: NDArray[np.bool_], shape: tuple[int, ...]) -> tuple[NDArray[np.int64], ...]:
+    def voxels(self, marked: NDArray[np.bool_], shape: tuple[int, ...], path: Path) -> tuple[NDArray[np.int64], ...]:
         """The indices of marked pixels (rows, columns). Raises DataError for one beyond the image."""
-        found = self.start + np.argwhere(marked) @ self.steps
+        found = self.start + np.argwhere(marked) @ self.frames.steps
         if ((found < 0) | (found >= shape)).any():
-            raise DataError(f"a DICOM SEG marks voxels that its image does not have; {_AGAIN}", detail=str(self.path))
+            raise DataError(f"a DICOM SEG marks voxels that its image does not have; {_AGAIN}", detail=str(path))
         return tuple(found.T)
 
-    @property
-    def normal(self) -> int:
-        """The image's axis across the plane."""
-        return int(np.flatnonzero(np.abs(self.steps).sum(0) == 0)[0])
+
+def _planes(dataset: FileDataset, to_index: NDArray[np.float64]) -> Iterator[_Plane]:
+    """Where each frame lies; `to_index` (4, 4) from mm in LPS to the image's voxels. Raises DataError."""
+    items = dataset.get("PerFrameFunctionalGroupsSequence")
+    path = str(path_of(dataset))
+    if not items:
+        raise DataError("a DICOM SEG does not say where its frames lie; export it again", detail=path)
+    mapped, known = text(dataset, "SegmentationType") == "LABELMAP", dict[tuple[int, int], _Frames]()
+    for item in items:
+        place, axes, measures = (_group(dataset, item, f"{name}Sequence") for name in _GROUPS)
+        # Most often the same of all frames.
+        key = (id(axes), id(measures))
+        frames_of = known.setdefault(key, known.get(key) or _Frames.of(dataset, axes, measures, to_index))
+        corner = np.array(required(place, "ImagePositionPatient", 3))
+        start = to_index[:3, :3] @ corner + to_index[:3, 3]
+        nearest = np.rint(start)
+        if np.abs(start - nearest + frames_of.off).max() > _OFF:
+            raise DataError(
+                f"a DICOM SEG has another grid than its image: its frames lie between the image's voxels; {_AGAIN}",
+                detail=path,
+            )
+        segment = 0 if mapped else _segment(dataset, item)
+        yield _Plane(segment, nearest.astype(np.int64), frames_of)
 
 
 def _group(dataset: FileDataset, item: Dataset, name: str) -> Dataset:
@@ -177,32 +200,28 @@ def _group(dataset: FileDataset, item: Dataset, name: str) -> Dataset:
 
 
 def _segment(dataset: FileDataset, item: Dataset) -> int:
-    """A frame's segment; 0 in a label map, whose pixels say it."""
-    if text(dataset, "SegmentationType") == "LABELMAP":
-        return 0
     found = number(_group(dataset, item, "SegmentIdentificationSequence"), "ReferencedSegmentNumber")
     if found is None or not 1 <= found <= _LARGEST:
         raise DataError("a frame of a DICOM SEG names no segment; export it again", detail=str(path_of(dataset)))
     return int(found)
 
 
-def _check_steps(dataset: FileDataset, planes: Iterable[_Plane], grid: Grid) -> None:
+def _check_steps(planes: Sequence[_Plane], grid: Grid, path: Path) -> None:
     """Raises DataError for a SEG of thicker slices: its planes may be some of the image's, and the rest seem empty."""
     at: dict[int, set[int]] = {}
-    said: set[float] = set()
-    for plane, item in zip(planes, _items(dataset), strict=True):
-        if grid.shape[plane.normal] == 1:
-            continue
-        at.setdefault(plane.normal, set()).add(int(plane.start[plane.normal]))
-        step = number(_group(dataset, item, "PixelMeasuresSequence"), "SpacingBetweenSlices")
-        ours = float(np.linalg.norm(grid.affine[:3, plane.normal]))
-        said |= {abs(step) / ours} if step else set()
-    apart = said or {float(np.diff(sorted(where)).min()) for where in at.values() if len(where) > 1}
+    apart: set[float] = set()
+    for plane in planes:
+        axis = plane.frames.normal
+        if grid.shape[axis] > 1:
+            at.setdefault(axis, set()).add(int(plane.start[axis]))
+            apart |= set() if plane.frames.apart is None else {plane.frames.apart}
+    # Where it is not said: no gap is the least one.
+    apart = apart or {float(np.diff(sorted(where)).min()) for where in at.values() if len(where) > 1}
     if any(abs(each - 1) > UNEVEN for each in apart):
+        most = max(apart, key=lambda each: abs(each - 1))
         raise DataError(
-            f"a DICOM SEG has another grid than its image: its slices stand {max(apart, key=lambda n: abs(n - 1)):.3g} "
-            f"times as far apart; {_AGAIN}",
-            detail=str(path_of(dataset)),
+            f"a DICOM SEG has another grid than its image: its slices stand {most:.3g} times as far apart; {_AGAIN}",
+            detail=str(path),
         )
 
 
@@ -229,10 +248,14 @@ class _Marks:
 
     def done(self) -> Segments:
         """The values of several segments follow the last number, in an order that is not that of the frames."""
-        used: list[Any] = np.unique(self.labels).tolist()
-        several = sorted(tuple(sorted(self.sets[value])) for value in used if len(self.sets[value]) > 1)
-        first = 1 + max((max(self.sets[value]) for value in used if value), default=0)
+        final = np.zeros(1 + max(self.sets), np.int32)
+        used = np.zeros(len(final), np.bool_)
+        used[self.labels] = True
+        held = {value: segments for value, segments in self.sets.items() if used[value]}
+        several = sorted(tuple(sorted(segments)) for segments in held.values() if len(segments) > 1)
+        first = 1 + max((max(segments) for segments in held.values() if segments), default=0)
         combined = {first + place: segments for place, segments in enumerate(several)}
-        for value, segments in combined.items():
-            self.labels[self.labels == self.values[frozenset(segments)]] = value
-        return Segments(self.labels, combined)
+        values = {frozenset(segments): value for value, segments in combined.items()}
+        for value, segments in held.items():
+            final[value] = values.get(segments, value)
+        return Segments(final[self.labels], combined)

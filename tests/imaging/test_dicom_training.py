@@ -20,7 +20,7 @@ from wardround.imaging.convert import inspect_path
 from wardround.imaging.propose import propose_study
 from wardround.imaging.readers.cases import Case, Patterns, sort_cases
 from wardround.imaging.readers.dicom import read_series
-from wardround.imaging.readers.dicom_seg import segment_names
+from wardround.imaging.readers.dicom_seg import Grid, read_seg, segment_names
 from wardround.imaging.readers.dicom_signs import holds_dicom
 from wardround.imaging.readers.labelled import LabelledImage, read_case
 
@@ -378,3 +378,39 @@ def test_channels_of_two_frames_of_reference_and_pictures_with_a_seg(tmp_path: P
         read(tmp_path / "flair", mask.parent)
     with pytest.raises(DataError, match=r"no SEG \(its modality is MR\)"):
         read(tmp_path / "flair", next((tmp_path / "t1").iterdir()))
+
+
+def test_a_spoiled_seg_is_read_or_one_clear_error(tmp_path: Path) -> None:
+    path = seg_of(mr_series(tmp_path / "flair", volume()), drawn()[None], tmp_path / "seg.dcm")
+    space = read(tmp_path / "flair", None).space
+    assert space.affine is not None
+    grid, random, whole = Grid(SHAPE, space.affine, space.frame), np.random.default_rng(1), path.read_bytes()
+    said = []
+    for number in range(18):
+        spoiled = bytearray(whole if number % 3 else whole[: random.integers(len(whole))])
+        for place in random.integers(128, len(whole), 3):
+            spoiled[place % len(spoiled)] = random.integers(256)
+        path.write_bytes(bytes(spoiled))
+        try:
+            read_seg(path, grid)
+        except DataError as error:
+            said.append(str(error))
+    # Every file that is cut short is refused.
+    assert 6 <= len(said) < 18
+    assert not any("seg.dcm" in each or "/" in each for each in said)
+
+
+def test_a_folder_that_may_not_be_read_is_a_patient_s_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "DOE" / "flair"
+    mr_series(folder, volume())
+    listed = Path.iterdir
+
+    def refuse(path: Path) -> Any:
+        if path == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    (found,) = sort_cases(tmp_path, "A", Patterns(("flair",))).cases["DOE"]
+    with pytest.raises(DataError, match=r"a series' folder cannot be read \(Permission denied\)"):
+        read_case(found, "A")

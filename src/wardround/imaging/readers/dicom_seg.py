@@ -108,6 +108,8 @@ def _check_kind(dataset: FileDataset) -> bool:
             detail=path,
         )
     kind = text(dataset, "SegmentationType")
+    if kind is None:
+        raise DataError("a DICOM SEG does not say what its values mean; copy or export it again", detail=path)
     if kind not in ("BINARY", "LABELMAP"):
         what = "fractions" if kind == "FRACTIONAL" else "segments of an unknown type"
         raise DataError(f"a DICOM SEG holds {what}; export its segments as binary", detail=path)
@@ -169,10 +171,11 @@ class _Plane:
 
 def _planes(dataset: FileDataset, to_index: NDArray[np.float64]) -> Iterator[_Plane]:
     """Where each frame lies; `to_index` (4, 4) from mm in LPS to the image's voxels. Raises DataError."""
-    items = dataset.get("PerFrameFunctionalGroupsSequence")
-    path = str(path_of(dataset))
+    path, unsaid = str(path_of(dataset)), "a DICOM SEG does not say where its frames lie; copy or export it again"
+    with guarded(unsaid, path_of(dataset)):
+        items = list(dataset.get("PerFrameFunctionalGroupsSequence") or [])
     if not items:
-        raise DataError("a DICOM SEG does not say where its frames lie; export it again", detail=path)
+        raise DataError(unsaid, detail=path)
     mapped, known = text(dataset, "SegmentationType") == "LABELMAP", dict[tuple[int, int], _Frames]()
     for item in items:
         place, axes, measures = (_group(dataset, item, f"{name}Sequence") for name in _GROUPS)
@@ -193,7 +196,7 @@ def _planes(dataset: FileDataset, to_index: NDArray[np.float64]) -> Iterator[_Pl
 
 def _group(dataset: FileDataset, item: Dataset, name: str) -> Dataset:
     """What holds for a frame: said of itself, or of all."""
-    with guarded(f"a DICOM SEG lacks the {name} of a frame; export it again", path_of(dataset)):
+    with guarded(f"a DICOM SEG lacks the {name} of a frame; copy or export it again", path_of(dataset)):
         own = item.get(name) or dataset.SharedFunctionalGroupsSequence[0].get(name)
         group: Dataset = own[0]
     return group
@@ -202,7 +205,9 @@ def _group(dataset: FileDataset, item: Dataset, name: str) -> Dataset:
 def _segment(dataset: FileDataset, item: Dataset) -> int:
     found = number(_group(dataset, item, "SegmentIdentificationSequence"), "ReferencedSegmentNumber")
     if found is None or not 1 <= found <= _LARGEST:
-        raise DataError("a frame of a DICOM SEG names no segment; export it again", detail=str(path_of(dataset)))
+        raise DataError(
+            "a frame of a DICOM SEG names no segment; copy or export it again", detail=str(path_of(dataset))
+        )
     return int(found)
 
 

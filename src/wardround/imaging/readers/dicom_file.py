@@ -231,7 +231,8 @@ def _check_pixels(dataset: FileDataset, count: int) -> str:
     said = f"a DICOM header says {rows} x {columns} pixels"
     if rows * columns > MOST_PIXELS:
         raise DataError(f"{said}, and at most {MOST_PIXELS:,} are read; is the file damaged?", detail=str(path))
-    held = len(dataset.PixelData or b"")
+    with guarded(_DAMAGED, path):
+        held = len(dataset.PixelData or b"")
     ratio = RLE_RATIO if syntax == RLELossless else None if compressed else 1
     if ratio is not None and rows * columns * bits * count > 8 * ratio * held:
         raise DataError(

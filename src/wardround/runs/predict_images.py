@@ -18,12 +18,15 @@ from torch import nn
 
 from wardround.errors import DataError, StudyError, WardroundError
 from wardround.imaging.readers.cases import Patterns
+from wardround.imaging.readers.dicom import series_files
+from wardround.imaging.readers.dicom_file import is_projection, open_dicom
+from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.imaging.readers.volume import Volume, space_of, write_nifti
 from wardround.imaging.writers.dicom_seg import highdicom, write_seg
 from wardround.runs.inputs import Input, Inputs, Opened, find_inputs
 from wardround.runs.overlays import write_overlay
-from wardround.runs.raw_scans import raw_input
+from wardround.study.base import at
 from wardround.tasks.predictions import Masks, Prediction, Probabilities
 from wardround.tasks.task import Predicts, PredictsScans
 from wardround.wire.files import reason, write_text, written
@@ -144,8 +147,15 @@ class ImagePredictor:
         return self._table()
 
     def _inputs(self, source: Path, patterns: Patterns) -> Inputs:
-        if isinstance(self.task, PredictsScans) and source.suffix == ".npy":
-            return Inputs({source.stem: [raw_input(source, self.coils)]})
+        if isinstance(self.task, PredictsScans) and _raw(source):
+            scanning = self.task.scanning()
+            if source.is_dir() or not scanning.raw:
+                raise DataError(
+                    f"a chain of {scanning.kind.upper()} reads no raw data of this kind; give it images, which are "
+                    "scanned first",
+                    detail=str(source),
+                )
+            return Inputs({source.stem: [at(scanning.raw)(source, self.coils)]})
         return find_inputs(source, patterns)
 
     def _said(self, opened: Opened) -> tuple[Opened, Prediction]:
@@ -221,8 +231,8 @@ class ImagePredictor:
         assert isinstance(self.task, PredictsScans)
         scanning = self.task.scanning()
         return (
-            f"The image was scanned by the study's simulated scanner first (R = {scanning.mask.acceleration:g}, "
-            f"{scanning.coils} coils) and reconstructed: {where}."
+            f"The image was scanned by the study's simulated scanner first ({scanning.describe()}) and reconstructed: "
+            f"{where}."
         )
 
     def _table(self) -> Path | None:
@@ -307,6 +317,14 @@ def _csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> P
     except OSError as error:
         raise DataError(f"the table cannot be written ({reason(error)})", detail=str(path)) from error
     return path
+
+
+def _raw(source: Path) -> bool:
+    """Whether an input holds raw data: an array, or projections of CT in DICOM."""
+    if not source.is_dir():
+        return source.suffix == ".npy"
+    first = next((path for path in series_files(source) if find_dicom(path)), None)
+    return first is not None and is_projection(open_dicom(first, pixels=False))
 
 
 def _safe(name: str) -> str:

@@ -74,6 +74,7 @@ class Diagnosis:
     patient: str
     whole: Probabilities
     images: Mapping[str, Probabilities]
+    minds: tuple[str, ...] = ()
 
     @property
     def probabilities(self) -> dict[str, float]:
@@ -89,7 +90,8 @@ class Diagnosis:
     def said(self) -> str:
         """For people."""
         each = ", ".join(f"{name} {value:.3f}" for name, value in self.probabilities.items())
-        return f"{', '.join(self.called) or 'none of the classes'} ({each}). Research use only."
+        called = f"{', '.join(self.called) or 'none of the classes'} ({each}). Research use only."
+        return "\n".join((called, *self.minds))
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ class ImagePredictor:
         if outlines:
             return [self._outline(source, image, opened, masks) for image, opened, masks in outlines]
         named = {image.id: said for image, _, said in found if isinstance(said, Probabilities)}
-        return [_diagnosis(source, patient, named)]
+        simulated = isinstance(self.task, PredictsScans) and any(opened.scans is None for _, opened, _ in found)
+        return [_diagnosis(source, patient, named, (f"{self._scanned}.",) if simulated else ())]
 
     def _outline(self, source: Path, image: Input, opened: Opened, masks: Masks) -> Outline:
         name, overlay = _safe(image.name), self.out / OVERLAYS / f"{_safe(image.name)}.png"
@@ -228,12 +231,12 @@ class ImagePredictor:
         where = ", ".join(file.name for file in files)
         if opened.scans is not None:
             return f"Reconstructed from k-space: {where}."
+        return f"{self._scanned} and reconstructed: {where}."
+
+    @property
+    def _scanned(self) -> str:
         assert isinstance(self.task, PredictsScans)
-        scanning = self.task.scanning()
-        return (
-            f"The image was scanned by the study's simulated scanner first ({scanning.describe()}) and reconstructed: "
-            f"{where}."
-        )
+        return f"The image was scanned by the study's simulated scanner first ({self.task.scanning().describe()})"
 
     def _table(self) -> Path | None:
         outlines = [one for one in self.done if isinstance(one, Outline)]
@@ -250,10 +253,10 @@ class ImagePredictor:
         return _csv(self.out / PROBABILITIES, ("patient", "image", "called", *classes), each)
 
 
-def _diagnosis(source: Path, patient: str, images: Mapping[str, Probabilities]) -> Diagnosis:
+def _diagnosis(source: Path, patient: str, images: Mapping[str, Probabilities], minds: tuple[str, ...]) -> Diagnosis:
     first = next(iter(images.values()))
     mean = np.mean([one.values for one in images.values()], axis=0)
-    return Diagnosis(source, patient, Probabilities(first.names, mean, first.exclusive), images)
+    return Diagnosis(source, patient, Probabilities(first.names, mean, first.exclusive), images, minds)
 
 
 def _write_labels(masks: Masks, image: LabelledImage, source: Path, base: Path) -> Path:

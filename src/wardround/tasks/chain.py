@@ -20,9 +20,8 @@ from wardround.imaging.readers.labelled import LabelledImage
 from wardround.models.outliner import build_outliner
 from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.study.models import ModelSettings
-from wardround.study.registry import MODELS, Reading, builtin, builtins, read
 from wardround.tasks.chain_base import ChainBase
-from wardround.tasks.chain_settings import ChainSettings, ImageLosses
+from wardround.tasks.chain_settings import ChainSettings, ImageLosses, default_second, second_network
 from wardround.tasks.chained import ChainBatch, ChainDataset
 from wardround.tasks.images import resampled
 from wardround.tasks.labelled import LabelledDataset, Sampling
@@ -46,24 +45,7 @@ class ChainLosses(ImageLosses):
 
 
 def _segmenter(value: Any, info: ValidationInfo) -> Any:
-    """The section of the second network; one of the package's own, as `model` is not its place."""
-    if isinstance(value, Mapping) and "kind" not in value:
-        value = {"kind": MODELS["segmentation"], **value}
-    found: Any = read("model", value, info)
-    unread = isinstance(info.context, Reading) and "model" in info.context.unread
-    if not unread and (found.closed or not hasattr(found, "build_network")):
-        kinds = [
-            kind for settings in builtins("model") if hasattr(settings, "build_network") for kind in settings.kinds()
-        ]
-        raise ValueError(f"{found.kind} outlines nothing; take {', '.join(kinds)}")
-    return found
-
-
-def _default_segmenter() -> ModelSettings:
-    kind = MODELS["segmentation"]
-    found: Any = builtin("model", kind).model_validate({"kind": kind})
-    settings: ModelSettings = found
-    return settings
+    return second_network(value, info, "segmentation", "build_network", "outlines nothing")
 
 
 class ChainTask(ChainSettings, DrawnSettings):
@@ -74,7 +56,7 @@ class ChainTask(ChainSettings, DrawnSettings):
 
     kind: Literal["chain"]
     segmenter: Annotated[SerializeAsAny[ModelSettings], BeforeValidator(_segmenter)] = Field(
-        default_factory=_default_segmenter,
+        default_factory=lambda: default_second("segmentation"),
         description="the network that outlines structures in reconstructed images, one of those for segmentation",
     )
     losses: ChainLosses = ChainLosses()
@@ -164,9 +146,8 @@ class Chain(ChainBase[ChainTask]):
 
     def predict(self, model: nn.Module, image: LabelledImage) -> Masks:
         """What the chain outlines in simulated scans of an image, and the image that it saw; see `from_image`."""
-        images, logits, restored = self.from_image(model, image)
-        frame = self.scans.scanner(self._scanner).frame
-        return Masks(self.structures, restored(logits) > 0, frame.in_units(restored(images), image))
+        found = self.from_image(model, image)
+        return Masks(self.structures, found.restored(found.logits) > 0, found.reconstructed())
 
     def predict_scans(self, model: nn.Module, scans: ScanBatch) -> Masks:
         """See `wardround.tasks.task.PredictsScans` and `from_raw`."""

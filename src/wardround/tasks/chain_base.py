@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
@@ -29,7 +29,7 @@ from wardround.tasks.images import ImageTask, resampled, scaled
 from wardround.tasks.labelled import Sampling, check_image, whole_image
 from wardround.tasks.losses import build_loss
 from wardround.tasks.reconstruction import evaluating
-from wardround.tasks.scanning import ScanBatch, Scanning
+from wardround.tasks.scanning import ScanBatch, ScanFrame, Scanning
 from wardround.tasks.stages import weighted_sum
 from wardround.tasks.task import Window
 
@@ -37,11 +37,32 @@ if TYPE_CHECKING:
     from wardround.study.schema import Study
 
 SettingsT = TypeVar("SettingsT", bound=ChainSettings)
-Restored = Callable[[Tensor], NDArray[np.float32]]
 # Slices that go through both networks at once in evaluation.
 TOGETHER = 8
 # Metrics of images are of slices with at least this share of head or body: an empty slice is easy.
 _LEAST_BODY = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """What a chain makes of an image: reconstructed slices (B, C, H, W) and logits (B, K, ...).
+
+    `placed` is the image as `frame` took it to be scanned.
+    """
+
+    images: Tensor
+    logits: Tensor
+    frame: ScanFrame
+    image: LabelledImage
+    placed: LabelledImage
+
+    def restored(self, values: Tensor) -> NDArray[np.float32]:
+        """Values (B, K, H, W) on the image's own grid: (K, *shape)."""
+        return self.frame.restored(values, self.image, self.placed)
+
+    def reconstructed(self) -> NDArray[np.float32]:
+        """The image as it was reconstructed, on its own grid and in its own units: (C, *shape)."""
+        return self.frame.in_units(self.restored(self.images), self.image)
 
 
 class ChainBase(ImageTask[SettingsT], ABC):
@@ -131,11 +152,10 @@ class ChainBase(ImageTask[SettingsT], ABC):
         """See `wardround.tasks.task.PredictsScans`."""
         return self.scans.acquisition(self._scanner)
 
-    def from_image(self, model: nn.Module, image: LabelledImage) -> tuple[Tensor, Tensor, Restored]:
-        """Images (slices, C, H, W) and logits of simulated scans of an image, each channel scanned as in evaluation.
+    def from_image(self, model: nn.Module, image: LabelledImage) -> Looked:
+        """What both networks make of simulated scans of an image, each channel scanned as in evaluation.
 
-        The third brings values of such slices to the image's own grid. Raises DataError for an image that is not of the
-        study's channels, or of which no scan can be simulated.
+        Raises DataError for an image that is not of the study's channels, or of which no scan can be simulated.
         """
         scanner = self.scans.scanner(self._scanner)
         frame = scanner.frame
@@ -148,7 +168,7 @@ class ChainBase(ImageTask[SettingsT], ABC):
             for number, channel in enumerate(of_slice)
         ]
         images, logits = self.from_scans(model, joined(scans), len(placed.channels))
-        return images, logits, partial(frame.restored, image=image, placed=placed)
+        return Looked(images, logits, frame, image, placed)
 
     def from_scans(self, model: nn.Module, scans: ScanBatch, channels: int) -> tuple[Tensor, Tensor]:
         """Images (slices, C, h, w) on the grid of the scans, and logits by a network that sees the study's size."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from wardround.study.base import Config
 from wardround.study.images import ImageSettings
+from wardround.study.models import ModelSettings
+from wardround.study.registry import MODELS, Reading, builtin, builtins, read
 from wardround.study.tasks import ClassicalSettings, Loss
 from wardround.tasks.augmentation import SPATIAL
 from wardround.tasks.metrics import SSIM_WINDOW
@@ -17,6 +20,28 @@ class ImageLosses(Config):
     """The losses of the stages; `schedule.phases` says with which weights they count in which rounds."""
 
     reconstruction: Loss = Loss()
+
+
+def second_network(value: Any, info: ValidationInfo, task: str, build: str, cannot: str) -> Any:
+    """The section of a second network, of those that `build` for `task`; one of the package's own, for `model` is not
+    its place. Raises ValueError for one that `cannot`.
+    """
+    if isinstance(value, Mapping) and "kind" not in value:
+        value = {"kind": MODELS[task], **value}
+    found: Any = read("model", value, info)
+    unread = isinstance(info.context, Reading) and "model" in info.context.unread
+    if not unread and (found.closed or not hasattr(found, build)):
+        kinds = [kind for settings in builtins("model") if hasattr(settings, build) for kind in settings.kinds()]
+        raise ValueError(f"{found.kind} {cannot}; take {', '.join(kinds)}")
+    return found
+
+
+def default_second(task: str) -> ModelSettings:
+    """The second network of a study that names none: that of a `task` of images."""
+    kind = MODELS[task]
+    found: Any = builtin("model", kind).model_validate({"kind": kind})
+    settings: ModelSettings = found
+    return settings
 
 
 class ChainSettings(ImageSettings):

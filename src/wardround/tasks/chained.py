@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -62,15 +63,38 @@ def parts_of(scans: ScanBatch, channels: int, slices: int) -> Iterator[ScanBatch
         yield scans.part(start, start + step)
 
 
-class ChainDataset:
-    """One site's images and masks with simulated scans; see `wardround.tasks.task.Dataset`.
+class Drawn(Protocol):
+    """A site's images with what is known of them, on the scale of a scanner's frame."""
+
+    site: str
+
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def owners(self) -> tuple[int, ...]: ...
+
+    def patients(self, split: Split) -> int: ...
+
+    def names(self, split: Split) -> tuple[str, ...]: ...
+
+    def set_aside(self) -> dict[Split, int]: ...
+
+    def set_aside_unknown(self) -> int: ...
+
+
+DrawnT = TypeVar("DrawnT", bound=Drawn)
+
+
+class ScannedDataset(Generic[DrawnT]):
+    """One site's images with simulated scans: what is the same whatever is known of the images.
 
     A training example is changed and then scanned anew each time: noise, and what else is of one scan, comes from the
     random numbers of the step. How a scan in evaluation looks is public randomness, so every arm of a study sees the
     same raw data. Where a scanner has something slow to make, this is `wardround.tasks.task.Prepared`.
     """
 
-    def __init__(self, drawn: LabelledDataset, scanner: SiteScanner) -> None:
+    def __init__(self, drawn: DrawnT, scanner: SiteScanner) -> None:
         self.site = drawn.site
         self._drawn = drawn
         self._scanner = scanner
@@ -79,15 +103,11 @@ class ChainDataset:
             self.prepare = scanner.prepare
 
     def fingerprint(self) -> str:
-        """Sha256 (hex) over the content of images and masks and who trains, never over names or paths."""
+        """Sha256 (hex) over the content of images, what is known of them and who trains, never over names or paths."""
         return self._drawn.fingerprint()
 
     def __len__(self) -> int:
         return len(self._owners)
-
-    def batch(self, indices: Sequence[int], random: np.random.Generator) -> ChainBatch:
-        """Training slices, changed and then scanned with `random` alone."""
-        return ChainBatch.joined([self._training(index, random) for index in indices])
 
     def owners(self) -> tuple[int, ...]:
         """Whose each training slice is."""
@@ -100,6 +120,22 @@ class ChainDataset:
     def names(self, split: Split) -> tuple[str, ...]:
         """The names of the patients of a split, in the order of `evaluation`: they stay at the site."""
         return self._drawn.names(split)
+
+    def set_aside(self) -> dict[Split, int]:
+        """How many patients of each part are set aside; see `wardround.tasks.task.SetsAside`."""
+        return self._drawn.set_aside()
+
+    def set_aside_unknown(self) -> int:
+        """How many images are set aside of which it is not known whose they are."""
+        return self._drawn.set_aside_unknown()
+
+
+class ChainDataset(ScannedDataset[LabelledDataset]):
+    """One site's images and masks with simulated scans; see `wardround.tasks.task.Dataset`."""
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator) -> ChainBatch:
+        """Training slices, changed and then scanned with `random` alone."""
+        return ChainBatch.joined([self._training(index, random) for index in indices])
 
     def evaluation(self, split: Split) -> Iterator[tuple[int, ChainBatch]]:
         """(patient number, a whole image), patient by patient: all slices of a volume, or a picture."""

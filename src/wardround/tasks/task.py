@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wardround.study.baselines import Baseline
     from wardround.study.protocols import HeaderFacts
     from wardround.tasks.charts import Charts
-    from wardround.tasks.predictions import Masks, Prediction
+    from wardround.tasks.predictions import Prediction
     from wardround.tasks.scanning import ScanBatch
     from wardround.tasks.temperature import Calibration
 
@@ -331,7 +331,7 @@ class PredictsScans(Predicts, Protocol):
         """What that scanner measures."""
         ...
 
-    def predict_scans(self, model: nn.Module, scans: ScanBatch) -> Masks:
+    def predict_scans(self, model: nn.Module, scans: ScanBatch) -> Prediction:
         """What the model says of a scan of each slice of a volume, whose targets are not known."""
         ...
 

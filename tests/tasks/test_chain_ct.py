@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save_file
 from scipy import ndimage
 from tests.ct_files import setting, write_series
-from tests.ct_hospitals import GEOMETRY, SIZE
+from tests.ct_hospitals import GEOMETRY, SIZE, make_ct_hospitals
 from tests.devices import DEVICES, device_named
 from tests.imaging.test_ct_projections import SHORT, scan, write_projections
 from tests.laws.test_devices import _steps_and_evaluation
@@ -28,11 +29,14 @@ from wardround.imaging.datasets.ct import Grid
 from wardround.imaging.readers.cases import Case
 from wardround.imaging.readers.labelled import read_image
 from wardround.runs.explain import explain
+from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
 from wardround.tasks.chain import Chain
 from wardround.tasks.chain_ct import Hounsfield, windowed
 from wardround.tasks.chained import ChainBatch, ChainDataset
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def chain_of(root: Path, patients: int = 5, **changes: Any) -> tuple[Chain, ChainDataset]:
@@ -377,3 +381,33 @@ def test_mri_of_another_kind_is_refused(tmp_path: Path) -> None:
         (folder / "mask.nii.gz").rename(folder / "lung.nii.gz")
     with pytest.raises(DataError, match="not in HU"):
         build_task(ct_chain()).dataset("A", sites.of("A").data)
+
+
+def test_patients_whose_values_are_no_hu_are_counted_where_a_site_goes_on_without_them(tmp_path: Path) -> None:
+    sites = make_lungs(tmp_path, {"A": 6})
+    image, mask = lungs(1)
+    save(tmp_path / "A" / "DOE-01", image + 1024, mask)
+    task = build_task(ct_chain())
+    assert isinstance(task, Chain)
+    task.set_aside_by(lambda site, total, aside: None)
+    data = task.dataset("A", sites.of("A").data)
+    assert sum(data.set_aside().values()) == 1
+    assert sum(map(data.patients, ("train", "validation", "test"))) == 5
+
+
+def test_the_example_s_script_makes_masks_that_its_study_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("luad_lungs")
+    source = make_ct_hospitals(tmp_path / "in")["A"]
+    assert script.convert(source, tmp_path / "out") == 7
+    patient = tmp_path / "out" / "A" / "Doe-Jane-0"
+    hu, lung = (np.asarray(nibabel.load(patient / f"{name}_0.nii.gz").dataobj)[..., 0] for name in ("ct", "lung"))
+    inside = ndimage.binary_erosion(hu > -500, np.ones((3, 3)))
+    assert 0.1 < lung.mean() < 0.3
+    assert not (lung.astype(bool) & inside).any()
+    task = build_task(load_study(EXAMPLES / "luad-chain.yaml"))
+    assert isinstance(task, Chain)
+    data = task.dataset("Pittsburgh", (tmp_path / "out" / "A",))
+    (_, batch), *_ = data.evaluation("test")
+    assert batch.masks.shape[2:] == (256, 256)
+    assert 0.02 < float(batch.masks.mean()) < 0.3

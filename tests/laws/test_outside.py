@@ -403,7 +403,7 @@ def test_a_kind_is_known_to_its_own_file_and_the_registry_alone(section: Section
 BACK_PROJECTION = {SOURCE / "models" / "learn.py", *(SOURCE / "imaging" / "acquisition" / "ct").glob("*.py")}
 
 # What a chain's second network may see in place of a reconstruction, and so what the chain is compared with.
-SEES_IT = {SOURCE / "tasks" / "chain.py"}
+SEES_IT = {SOURCE / "tasks" / f"chain_{part}.py" for part in ("mri", "ct", "settings")}
 
 
 # `tv` is what `reconstruct` looks at a network with, and what any acquisition is compared with.

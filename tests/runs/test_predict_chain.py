@@ -84,7 +84,7 @@ def test_raw_data_become_an_image_and_outlines_in_their_own_units(tmp_path: Path
     network = network_of(study, model)
     scale = max(float(part.max()) for part in zero_filled)
     with torch.no_grad():
-        logits = network.outlines(torch.from_numpy(np.moveaxis(image / scale, -1, 0))[:, None].float())
+        logits = network.diagnosed(torch.from_numpy(np.moveaxis(image / scale, -1, 0))[:, None].float())
     expected = np.moveaxis((logits[:, 0] > 0).numpy(), 0, -1)
     assert 0 < expected.mean() < 1
     # The image was rounded to float32 on its way through the file: voxels at the threshold may differ.
@@ -115,8 +115,8 @@ def test_an_image_is_scanned_first_by_the_study_or_by_a_site(tmp_path: Path) -> 
     nibabel.save(nibabel.Nifti1Image(image[:, :24], AFFINE), source)
     one = predicted(model, source, tmp_path / "out")
     other = predicted(model, source, tmp_path / "other", site="B")
-    assert "simulated scanner first (R = 3, 2 coils) and reconstructed: scan-image.nii.gz." in one.said
-    assert "R = 6" in other.said
+    assert "simulated scanner first (3× random, 2 coils, noise 0.005) and reconstructed: scan-image.nii.gz." in one.said
+    assert "(6× random" in other.said
     made, seen = nibabel.load(tmp_path / "out" / "scan-image.nii.gz"), written(tmp_path / "other" / "scan-image.nii.gz")
     np.testing.assert_allclose(made.affine, AFFINE)
     assert made.shape == nibabel.load(one.output).shape == (SIZE, 24, 2)
@@ -130,7 +130,7 @@ def test_an_image_is_scanned_first_by_the_study_or_by_a_site(tmp_path: Path) -> 
 def test_a_chain_of_two_channels_takes_images_alone(tmp_path: Path) -> None:
     _, model = released(tmp_path, task={"images": ["one", "two"], "channels": 2})
     np.save(tmp_path / "scan.npy", kspace_of(1, 2)[0])
-    with pytest.raises(DataError, match="outlines 2 images of a slice, and raw data are of one; give it images"):
+    with pytest.raises(DataError, match="sees 2 images of a slice, and raw data are of one; give it images"):
         wardround.predict(model, tmp_path / "scan.npy", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -23,10 +23,12 @@ from wardround.learning.device import CPU
 from wardround.runs.explain import explain
 from wardround.site.evaluators import evaluators_of
 from wardround.storage.store import NOTHING
+from wardround.study.acquisition import MRIAcquisition
 from wardround.study.hashes import written
 from wardround.study.load import load_study
 from wardround.study.schema import Study
-from wardround.tasks.chain import Chain, ChainTask, standardised
+from wardround.tasks.chain import Chain, ChainTask
+from wardround.tasks.chain_mri import standardised
 from wardround.tasks.chained import ChainBatch, ChainDataset
 from wardround.tasks.losses import l1
 from wardround.tasks.reconstruction import evaluating
@@ -347,10 +349,10 @@ def test_a_wrong_key_of_the_segmenter_is_an_error_that_knows_the_right_ones() ->
         load_study(study)
 
 
-def test_scans_of_ct_are_refused() -> None:
-    study = chain_study(acquisition={"kind": "ct"}, model={"kind": "modl", "preset": "tiny", "image": "real"})
-    with pytest.raises(StudyError, match="chain scans MRI"):
-        arm_specs_of(study).task  # noqa: B018
+def test_scans_that_no_chain_begins_with_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MRIAcquisition, "chain", "")
+    with pytest.raises(StudyError, match=r"task\.kind: no chain begins with scans of acquisition\.kind mri"):
+        arm_specs_of(chain_study()).task  # noqa: B018
     with pytest.raises(ValidationError, match="redcnn is for CT"):
         chain_study(model={"kind": "redcnn"})
     with pytest.raises(ValidationError, match="needs one"):
@@ -388,7 +390,7 @@ def test_check_says_what_is_scanned_what_learns_and_when(tmp_path: Path) -> None
     study = chain_study(schedule={"rounds": 2, "phases": phases})
     text = " ".join(explain(write_study(tmp_path / "study.yaml", study), None, (), ()).split())
     for said in (
-        "chain: simulated k-space of image -> image of 32 x 32 pixels -> outlines of structure by monai_unet",
+        "chain: simulated scans of image -> image of 32 x 32 pixels -> outlines of structure by monai_unet",
         "simulated scanner",
         "2 coils",
         "from round 1: reconstruction; loss 1 reconstruction; idle: diagnosis",

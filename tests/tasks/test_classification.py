@@ -22,7 +22,9 @@ from wardround.learning.frozen import freeze
 from wardround.models.classifiers import DenseNetSettings, EfficientNetSettings, ResNetSettings
 from wardround.study.load import load_study
 from wardround.tasks.build import build_task
-from wardround.tasks.classification import Classification, ClassificationTask, DiagnosedBatch, diagnosis_loss
+from wardround.tasks.classes import diagnosis_loss
+from wardround.tasks.classification import Classification, ClassificationTask
+from wardround.tasks.diagnosed import DiagnosedBatch
 from wardround.tasks.states import MetricState, patient_rows, value_of
 from wardround.tasks.temperature import Calibration, kept_calibration
 
@@ -196,7 +198,7 @@ def test_a_temperature_scales_what_a_site_measures_and_nothing_else() -> None:
     assert after.pop("ece_scaled") <= 1 / 200
     assert before == after
     assert before["ece"] == pytest.approx(0.25, abs=1 / 200)
-    assert task.own is None
+    assert task.classes.own is None
 
 
 @pytest.mark.parametrize("imbalance", ["weighted", "balanced", "logit_adjusted"])
@@ -213,8 +215,8 @@ def test_what_training_took_out_of_the_logits_comes_back_where_the_site_calibrat
     own = task.calibration(model, batches)
     assert own is not None
     assert own.offsets == pytest.approx(np.log([0.5, 0.25, 0.25]))
-    assert task.calibrated(own).probabilities(torch.zeros(1, 3), own)[0].tolist() == pytest.approx([0.5, 0.25, 0.25])
     scored = task.calibrated(own)
+    assert scored.classes.probabilities(torch.zeros(1, 3), own)[0].tolist() == pytest.approx([0.5, 0.25, 0.25])
     rows = patient_rows(scored.metrics, iter(batches), lambda batch: scored.score(model, batch))
     found = {spec.name: value_of(spec, rows[spec.name]) for spec in scored.metrics}
     # Half of the patients have the likeliest class: 1/3 is said of them without the shares, 1/2 with.

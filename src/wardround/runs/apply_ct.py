@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 
 from wardround.errors import DataError, GeometryError, StudyError
@@ -17,13 +16,13 @@ from wardround.imaging.acquisition.ct.noise import insert_noise
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.wrapped import Prompted
-from wardround.imaging.datasets.ct import BodyOutline, Grid, Slice, on_grid, read_ct_volume, slices_of
+from wardround.imaging.datasets.ct import Grid, Slice, read_ct_volume, slices_of
+from wardround.imaging.datasets.ct_volume import body_of, brought_back, scannable
 from wardround.imaging.readers.ct_projections import CTProjections, read_projections
 from wardround.imaging.readers.ct_protocol import acquisition_from_header
 from wardround.imaging.readers.dicom import read_series, series_files
 from wardround.imaging.readers.dicom_file import is_projection, open_dicom
 from wardround.imaging.readers.dicom_inspect import find_dicom
-from wardround.imaging.readers.hounsfield import AIR
 from wardround.imaging.readers.volume import FloatArray, Volume, write_nifti
 from wardround.imaging.writers.dicom import write_derived
 from wardround.runs.depth import Depth, Scan, chosen, look, total_variation
@@ -134,13 +133,12 @@ def _rescanned(
     scanner = Scanner(_acquisition(study, site))
     grid, slices = scanner.grid, slices_of(volume)
     middle = _middle(slices, grid)
-    inside = grid.inside()
     operator = _prompted(scanner.system, prompt)
 
     def scan(number: int) -> tuple[Tensor, Tensor]:
-        image = slices[number]
-        hu = np.where(inside, on_grid(image.hu, image.spacing, middle, grid, AIR), np.float32(AIR))
-        return scanner.scan(hu, public_generator(study.seed, "reconstruct", number))
+        return scanner.scan(
+            scannable(slices[number], middle, grid), public_generator(study.seed, "reconstruct", number)
+        )
 
     def score(number: int, image: Tensor) -> dict[str, float]:
         target = scan(number)[1][None]
@@ -161,7 +159,8 @@ def _rescanned(
     method = chosen(network, classical, depth, fallback)
     pixel = scanner.acquisition.geometry.pixel
     images = [
-        _back(_hounsfield(method(*each())), pixel, like, middle) for each, like in zip(scans, slices, strict=True)
+        brought_back(_hounsfield(method(*each())), pixel, like, middle)
+        for each, like in zip(scans, slices, strict=True)
     ]
     return np.stack(images, axis=-1), depth
 
@@ -171,26 +170,13 @@ def _middle(slices: list[Slice], grid: Grid) -> tuple[float, float]:
 
     Raises DataError where the body does not fit the field of view.
     """
-    masks = [BodyOutline.of(image).mask for image in slices]
-    y, x = np.nonzero(np.any(masks, axis=0))
-    if not len(y):
-        return ((slices[0].hu.shape[0] - 1) / 2, (slices[0].hu.shape[1] - 1) / 2)
-    middle = (float(y.min() + y.max()) / 2, float(x.min() + x.max()) / 2)
-    spacing = slices[0].spacing
-    reach = np.hypot((y - middle[0]) * spacing[0], (x - middle[1]) * spacing[1]).max()
+    middle, reach = body_of(slices)
     if reach > grid.radius + grid.pixel:
         raise DataError(
             f"the body reaches {reach:.0f} mm from its middle, but the study's scanner sees {grid.radius:.0f} mm; "
             "choose another --site, or a model of a study with a larger field of view"
         )
     return middle
-
-
-def _back(image: FloatArray, pixel: float, like: Slice, middle: tuple[float, float]) -> FloatArray:
-    """A reconstruction (H, W) around the isocentre interpolated to the grid of the slice that was scanned."""
-    scale = np.array(like.spacing) / pixel
-    offset = (np.array(image.shape) - 1) / 2 - scale * np.array(middle)
-    return np.asarray(ndimage.affine_transform(image, scale, offset, like.hu.shape, order=1, cval=AIR), np.float32)
 
 
 @torch.no_grad()
@@ -259,7 +245,7 @@ def _as_in_training(
     def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor] | None:
         hu, grid = _hounsfield(image), scanner.grid
         middle = ((hu.shape[0] - 1) / 2, (hu.shape[1] - 1) / 2)
-        placed = np.where(grid.inside(), on_grid(hu, (pixel, pixel), middle, grid, AIR), np.float32(AIR))
+        placed = scannable(Slice(hu, (pixel, pixel)), middle, grid)
         data, _ = scanner.scan(placed, public_generator(study.seed, "again", number))
         return _prompted(scanner.system, prompt), data[None]
 

@@ -288,8 +288,10 @@ def _beside(host: Machine) -> str:
 def _in_the_model(host: Machine) -> Iterator[str]:
     """What a site says of its scanners at the start, and a released model's file holds."""
     telling = [site for site in host.study.training_sites if host.egress(site).scanner_facts]
-    headed = host.study.scans and host.study.scanner.headers
-    if headed and host.study.protection.privacy is None and telling:
+    study = host.study
+    # A chain reads volumes, whose headers say nothing of a scanner.
+    headed = isinstance(study.task, ReconstructionTask) and study.scanner.headers
+    if headed and study.protection.privacy is None and telling:
         yield entry(
             "and in the model",
             "scanners, tube voltages, slice thicknesses and kernels that the headers of DICOM images name, as sets "

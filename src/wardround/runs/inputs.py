@@ -14,7 +14,7 @@ from wardround.imaging.readers.dicom_image import ImageSeries, read_image_series
 from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.dicom_signs import holds_dicom
 from wardround.imaging.readers.labelled import LabelledImage, placed_image, read_image
-from wardround.tasks.mri import MRIBatch
+from wardround.tasks.scanning import ScanBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Opened:
 
     image: LabelledImage
     series: ImageSeries | None = None
-    scans: MRIBatch | None = None
+    scans: ScanBatch | None = None
     scale: float = 1.0
 
 

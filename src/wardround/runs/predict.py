@@ -64,9 +64,9 @@ def predict(
     SEG, in which they stay apart), a picture in `overlays`, and `volumes.csv`. A classification writes
     `probabilities.csv`, a row an image, and `patients.csv` where a patient has several. A chain takes
     k-space (`.npy`), or images, which the simulated scanner of the study or of `site` scans first, and writes what a
-    segmentation does and the image that it reconstructed. `site` serves the model as one
-    of its training sites has it; `plugins` and `weights` are as for `wardround.reconstruct`. `told` is called after
-    each patient.
+    segmentation does and the image that it reconstructed; one that ends in a class writes what a classification does.
+    `site` serves the model as one of its training sites has it; `plugins` and `weights` are as for
+    `wardround.reconstruct`. `told` is called after each patient.
 
     Inputs that cannot be used are in `failed` and the others go on. Raises `StudyError` and `DataError` for a model or
     an option that does not fit, and the error of a single input; `MissingExtra` for DICOM SEG without its library.

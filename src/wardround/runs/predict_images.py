@@ -18,12 +18,15 @@ from torch import nn
 
 from wardround.errors import DataError, StudyError, WardroundError
 from wardround.imaging.readers.cases import Patterns
+from wardround.imaging.readers.dicom import series_files
+from wardround.imaging.readers.dicom_file import is_projection, open_dicom
+from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.imaging.readers.volume import Volume, space_of, write_nifti
 from wardround.imaging.writers.dicom_seg import highdicom, write_seg
 from wardround.runs.inputs import Input, Inputs, Opened, find_inputs
 from wardround.runs.overlays import write_overlay
-from wardround.runs.raw_scans import raw_input
+from wardround.study.base import at
 from wardround.tasks.predictions import Masks, Prediction, Probabilities
 from wardround.tasks.task import Predicts, PredictsScans
 from wardround.wire.files import reason, write_text, written
@@ -71,6 +74,7 @@ class Diagnosis:
     patient: str
     whole: Probabilities
     images: Mapping[str, Probabilities]
+    minds: tuple[str, ...] = ()
 
     @property
     def probabilities(self) -> dict[str, float]:
@@ -86,7 +90,8 @@ class Diagnosis:
     def said(self) -> str:
         """For people."""
         each = ", ".join(f"{name} {value:.3f}" for name, value in self.probabilities.items())
-        return f"{', '.join(self.called) or 'none of the classes'} ({each}). Research use only."
+        called = f"{', '.join(self.called) or 'none of the classes'} ({each}). Research use only."
+        return "\n".join((called, *self.minds))
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,15 @@ class ImagePredictor:
         return self._table()
 
     def _inputs(self, source: Path, patterns: Patterns) -> Inputs:
-        if isinstance(self.task, PredictsScans) and source.suffix == ".npy":
-            return Inputs({source.stem: [raw_input(source, self.coils)]})
+        if isinstance(self.task, PredictsScans) and _raw(source):
+            scanning = self.task.scanning()
+            if source.is_dir() or not scanning.raw:
+                raise DataError(
+                    f"a chain of {scanning.kind.upper()} reads no raw data of this kind; give it images, which are "
+                    "scanned first",
+                    detail=str(source),
+                )
+            return Inputs({source.stem: [at(scanning.raw)(source, self.coils)]})
         return find_inputs(source, patterns)
 
     def _said(self, opened: Opened) -> tuple[Opened, Prediction]:
@@ -187,7 +199,8 @@ class ImagePredictor:
         if outlines:
             return [self._outline(source, image, opened, masks) for image, opened, masks in outlines]
         named = {image.id: said for image, _, said in found if isinstance(said, Probabilities)}
-        return [_diagnosis(source, patient, named)]
+        simulated = isinstance(self.task, PredictsScans) and any(opened.scans is None for _, opened, _ in found)
+        return [_diagnosis(source, patient, named, (f"{self._scanned}.",) if simulated else ())]
 
     def _outline(self, source: Path, image: Input, opened: Opened, masks: Masks) -> Outline:
         name, overlay = _safe(image.name), self.out / OVERLAYS / f"{_safe(image.name)}.png"
@@ -218,12 +231,12 @@ class ImagePredictor:
         where = ", ".join(file.name for file in files)
         if opened.scans is not None:
             return f"Reconstructed from k-space: {where}."
+        return f"{self._scanned} and reconstructed: {where}."
+
+    @property
+    def _scanned(self) -> str:
         assert isinstance(self.task, PredictsScans)
-        scanning = self.task.scanning()
-        return (
-            f"The image was scanned by the study's simulated scanner first (R = {scanning.mask.acceleration:g}, "
-            f"{scanning.coils} coils) and reconstructed: {where}."
-        )
+        return f"The image was scanned by the study's simulated scanner first ({self.task.scanning().describe()})"
 
     def _table(self) -> Path | None:
         outlines = [one for one in self.done if isinstance(one, Outline)]
@@ -240,10 +253,10 @@ class ImagePredictor:
         return _csv(self.out / PROBABILITIES, ("patient", "image", "called", *classes), each)
 
 
-def _diagnosis(source: Path, patient: str, images: Mapping[str, Probabilities]) -> Diagnosis:
+def _diagnosis(source: Path, patient: str, images: Mapping[str, Probabilities], minds: tuple[str, ...]) -> Diagnosis:
     first = next(iter(images.values()))
     mean = np.mean([one.values for one in images.values()], axis=0)
-    return Diagnosis(source, patient, Probabilities(first.names, mean, first.exclusive), images)
+    return Diagnosis(source, patient, Probabilities(first.names, mean, first.exclusive), images, minds)
 
 
 def _write_labels(masks: Masks, image: LabelledImage, source: Path, base: Path) -> Path:
@@ -307,6 +320,14 @@ def _csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> P
     except OSError as error:
         raise DataError(f"the table cannot be written ({reason(error)})", detail=str(path)) from error
     return path
+
+
+def _raw(source: Path) -> bool:
+    """Whether an input holds raw data: an array, or projections of CT in DICOM."""
+    if not source.is_dir():
+        return source.suffix == ".npy"
+    first = next((path for path in series_files(source) if find_dicom(path)), None)
+    return first is not None and is_projection(open_dicom(first, pixels=False))
 
 
 def _safe(name: str) -> str:

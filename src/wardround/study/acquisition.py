@@ -39,6 +39,8 @@ class MRIAcquisition(AcquisitionSettings):
     baselines = ("zero_filled", "cg_sense", "tv")
     reconstruction = "wardround.tasks.mri:MRIReconstruction"
     applied = "wardround.runs.apply:reconstruct_mri"
+    chain = "wardround.tasks.chain_mri:KSpaceScanning"
+    raw = "wardround.runs.raw_scans:raw_input"
     inside = "head"
     purpose = "Research on reconstruction from undersampled raw data of the protocols below."
     caveat = (

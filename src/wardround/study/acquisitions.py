@@ -31,6 +31,11 @@ class AcquisitionSettings(Settings):
     reconstruction: ClassVar[str] = "wardround.tasks.general:GeneralReconstruction"
     #: What applies a released model, as `wardround.runs.apply_general.reconstruct_general`.
     applied: ClassVar[str] = "wardround.runs.apply_general:reconstruct_general"
+    #: The class of `wardround.tasks.scanning.Scanning` by which chains begin, made of the study and its task's section;
+    #: empty where none do.
+    chain: ClassVar[str] = ""
+    #: What reads raw data for a released chain, as `wardround.runs.raw_scans.raw_input`; empty for nothing.
+    raw: ClassVar[str] = ""
     #: What `check` prints of all scanners of a study together (a function of the study); empty for nothing.
     costs: ClassVar[str] = ""
     #: Whether headers of a site's files say by which scanner its images were made, see `tasks.task.Headed`.

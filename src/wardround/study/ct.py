@@ -82,6 +82,7 @@ class CTAcquisition(AcquisitionSettings):
     baselines = ("fbp", "tv", "weighted_tv")
     reconstruction = "wardround.tasks.ct:CTReconstruction"
     applied = "wardround.runs.apply_ct:reconstruct_ct"
+    chain = "wardround.tasks.chain_ct:SinogramScanning"
     costs = "wardround.runs.explain_ct:explain_matrices"
     headers = True
     augments = True
@@ -157,8 +158,12 @@ class CTAcquisition(AcquisitionSettings):
 
     def check(self, task: ReconstructionTask, site: str) -> None:
         """The image's size stands in the geometry and in the task."""
-        if self.geometry.size != task.size:
+        self.check_size(task.size, site)
+
+    def check_size(self, size: tuple[int, int], site: str) -> None:
+        """Raise `StudyError` where images of a task have another size than the geometry."""
+        if self.geometry.size != size:
             raise StudyError(
-                f"the geometry of site {site} has size {list(self.geometry.size)} and the task {list(task.size)}; give "
+                f"the geometry of site {site} has size {list(self.geometry.size)} and the task {list(size)}; give "
                 "`geometry.size` and `task.size` the same rows and columns"
             )

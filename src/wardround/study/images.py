@@ -84,3 +84,23 @@ class OverlapLoss(Config):
 
     dice: float = Field(1.0, ge=0.0)
     cross_entropy: float = Field(1.0, ge=0.0)
+
+
+class ClassSettings(ImageSettings):
+    """The base of tasks that learn which of several classes a patient's images show."""
+
+    images: tuple[str, ...] = Field(("images/{id}",), min_length=1, description="as in a segmentation")
+    table: LabelTable = LabelTable()
+    classes: tuple[str, ...] = Field(min_length=2, description="as the table names them")
+    multi_label: bool = Field(False, description="whether a patient can have several classes, or none")
+    channels: int = Field(3, ge=1)
+    size: tuple[int, ...] = (128, 128)
+    imbalance: str = "none"
+
+    @model_validator(mode="after")
+    def _names_each_class_once(self) -> Self:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("task.classes names a class twice")
+        if self.multi_label and self.imbalance in ("balanced", "logit_adjusted"):
+            raise ValueError(f"task.imbalance: {self.imbalance} is for one class a patient; take weighted")
+        return self

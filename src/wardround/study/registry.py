@@ -38,6 +38,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "segmentation": "wardround.tasks.segmentation:SegmentationTask",
         "chain": "wardround.tasks.chain:ChainTask",
         "classification": "wardround.tasks.classification:ClassificationTask",
+        "chain_to_class": "wardround.tasks.chain_class:ChainToClassTask",
         "custom": "wardround.study.tasks:CustomTask",
     },
     "model": {
@@ -82,6 +83,7 @@ MODELS: Mapping[str, str] = {
     "segmentation": "monai_unet",
     "classification": "densenet",
     "chain": "modl",
+    "chain_to_class": "modl",
 }
 # Classical methods to compare with, in the order of reports.
 BASELINES: Mapping[str, str] = {

@@ -358,7 +358,7 @@ class Study(Config):
     def baselines(self) -> tuple[str, ...]:
         """The classical methods that the study compares with."""
         named = self.task.compares_with
-        return self.scanner.baselines if named is None else named
+        return self.scanner.baselines[: self.task.compared] if named is None else named
 
     @property
     def training_sites(self) -> tuple[str, ...]:

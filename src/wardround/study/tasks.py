@@ -84,6 +84,8 @@ class TaskSettings(Settings):
     scanner: ClassVar[Literal["needed", "optional", "none"]] = "optional"
     #: The method that settings of a model must have to serve it; empty where any, or none, does.
     network: ClassVar[str] = ""
+    #: How many of the classical methods that an acquisition comes with are compared, the first ones; `None` for all.
+    compared: ClassVar[int | None] = None
     #: Where in a study its arms without one site are asked for.
     leave_one_out_key: ClassVar[str] = "task.leave_one_out"
 

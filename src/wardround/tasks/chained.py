@@ -1,24 +1,22 @@
-"""Images with masks of one site, and a simulated MRI scan of every channel: the examples of a chain."""
+"""Images with masks of one site, and a simulated scan of every channel: the examples of a chain."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
-from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.mri import head_of_slice
 from wardround.imaging.orientation import Turn
+from wardround.tasks.images import resampled
 from wardround.tasks.labelled import LabelledBatch, LabelledDataset
-from wardround.tasks.mri import MRIBatch
 from wardround.tasks.overlays import fullest
-from wardround.tasks.task import Split
+from wardround.tasks.scanning import ScanBatch, SiteScanner
+from wardround.tasks.task import Prepared, Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +24,11 @@ class ChainBatch:
     """Slices with a scan of each of their channels, and what was drawn on them.
 
     scans: of B slices with C channels each, B * C images: the channels of a slice follow each other. masks: float32
-    (B, K, *shape), in evaluation on the image's own grid. known: float32 (B, K), 1 where the site draws the structure.
+    (B, K, *shape), in evaluation on the grid of what was scanned. known: float32 (B, K), 1 where the site draws it.
     spacing: the size of a voxel of the masks along their axes, slices first where B counts them.
     """
 
-    scans: MRIBatch
+    scans: ScanBatch
     masks: Tensor
     known: Tensor
     spacing: tuple[float, ...] = ()
@@ -47,44 +45,69 @@ class ChainBatch:
     def joined(cls, batches: Sequence[ChainBatch]) -> ChainBatch:
         """One batch of all slices, in order."""
         return cls(
-            MRIBatch.joined([batch.scans for batch in batches]),
+            joined([batch.scans for batch in batches]),
             torch.cat([batch.masks for batch in batches]),
             torch.cat([batch.known for batch in batches]),
         )
 
 
-def parts_of(scans: MRIBatch, channels: int, slices: int) -> Iterator[MRIBatch]:
+def joined(scans: Sequence[ScanBatch]) -> ScanBatch:
+    """One batch of all scans, in order, of one modality."""
+    return type(scans[0]).joined(scans)
+
+
+def parts_of(scans: ScanBatch, channels: int, slices: int) -> Iterator[ScanBatch]:
     """Scans of up to `slices` slices of `channels` channels at a time, in order: a whole volume would fill a memory."""
     step = slices * channels
     for start in range(0, len(scans), step):
         yield scans.part(start, start + step)
 
 
-class ChainDataset:
-    """One site's images and masks with simulated scans; see `wardround.tasks.task.Dataset`.
+class Drawn(Protocol):
+    """A site's images with what is known of them, on the scale of a scanner's frame."""
 
-    A patient's sampling mask is drawn once, and serves all channels. A training example is changed and then
-    scanned anew each time: coils, phase and noise come from the random numbers of the step. How a scan in evaluation
-    looks is public randomness, so every arm of a study sees the same raw data.
+    site: str
+
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def owners(self) -> tuple[int, ...]: ...
+
+    def patients(self, split: Split) -> int: ...
+
+    def names(self, split: Split) -> tuple[str, ...]: ...
+
+    def set_aside(self) -> dict[Split, int]: ...
+
+    def set_aside_unknown(self) -> int: ...
+
+
+DrawnT = TypeVar("DrawnT", bound=Drawn)
+
+
+class ScannedDataset(Generic[DrawnT]):
+    """One site's images with simulated scans: what is the same whatever is known of the images.
+
+    A training example is changed and then scanned anew each time: noise, and what else is of one scan, comes from the
+    random numbers of the step. How a scan in evaluation looks is public randomness, so every arm of a study sees the
+    same raw data. Where a scanner has something slow to make, this is `wardround.tasks.task.Prepared`.
     """
 
-    def __init__(self, drawn: LabelledDataset, scanner: MRIScanner, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, drawn: DrawnT, scanner: SiteScanner) -> None:
         self.site = drawn.site
         self._drawn = drawn
         self._scanner = scanner
         self._owners = drawn.owners()
-        self._cache = ScanCache[Scan](cache_bytes)
+        if isinstance(scanner, Prepared):
+            self.prepare = scanner.prepare
 
     def fingerprint(self) -> str:
-        """Sha256 (hex) over the content of images and masks and who trains, never over names or paths."""
+        """Sha256 (hex) over the content of images, what is known of them and who trains, never over names or paths."""
         return self._drawn.fingerprint()
 
     def __len__(self) -> int:
         return len(self._owners)
-
-    def batch(self, indices: Sequence[int], random: np.random.Generator) -> ChainBatch:
-        """Training slices, changed and then scanned with `random` alone."""
-        return ChainBatch.joined([self._training(index, random) for index in indices])
 
     def owners(self) -> tuple[int, ...]:
         """Whose each training slice is."""
@@ -97,6 +120,22 @@ class ChainDataset:
     def names(self, split: Split) -> tuple[str, ...]:
         """The names of the patients of a split, in the order of `evaluation`: they stay at the site."""
         return self._drawn.names(split)
+
+    def set_aside(self) -> dict[Split, int]:
+        """How many patients of each part are set aside; see `wardround.tasks.task.SetsAside`."""
+        return self._drawn.set_aside()
+
+    def set_aside_unknown(self) -> int:
+        """How many images are set aside of which it is not known whose they are."""
+        return self._drawn.set_aside_unknown()
+
+
+class ChainDataset(ScannedDataset[LabelledDataset]):
+    """One site's images and masks with simulated scans; see `wardround.tasks.task.Dataset`."""
+
+    def batch(self, indices: Sequence[int], random: np.random.Generator) -> ChainBatch:
+        """Training slices, changed and then scanned with `random` alone."""
+        return ChainBatch.joined([self._training(index, random) for index in indices])
 
     def evaluation(self, split: Split) -> Iterator[tuple[int, ChainBatch]]:
         """(patient number, a whole image), patient by patient: all slices of a volume, or a picture."""
@@ -127,29 +166,20 @@ class ChainDataset:
 
     def _training(self, index: int, random: np.random.Generator) -> ChainBatch:
         drawn, patient = self._drawn.batch([index], random), self._owners[index]
-        scans = [scanned(self._scanner, magnitude(image), patient, random) for image in drawn.images[0]]
-        return ChainBatch(MRIBatch.joined(scans), drawn.masks, drawn.known)
+        scans = joined([self._scanner.scan(image, patient, random) for image in drawn.images[0]])
+        return ChainBatch(scans, _on_grid(drawn.masks, scans), drawn.known)
 
     def _scanned(self, image: LabelledBatch, patient: int, number: int, slices: Sequence[int]) -> ChainBatch:
-        scans = []
-        for part in slices:
-            for channel, values in enumerate(image.images[part]):
-                seen = magnitude(values)
-                scan = self._kept(patient, (number, part, channel), seen)
-                scans.append(MRIBatch.of(scan, seen, head_of_slice(seen)))
         chosen = list(slices)
-        return ChainBatch(MRIBatch.joined(scans), image.masks[chosen], image.known[chosen], image.spacing)
-
-    def _kept(self, patient: int, which: tuple[int, ...], image: NDArray[np.float32]) -> Scan:
-        scanner = self._scanner
-        return self._cache.get((patient, *which), lambda: scanner.scan(image, patient, scanner.random(patient, *which)))
-
-
-def scanned(scanner: MRIScanner, image: NDArray[np.float32], patient: int, random: np.random.Generator) -> MRIBatch:
-    """A batch of one scan of a slice (H, W) of a patient, with its target."""
-    return MRIBatch.of(scanner.scan(image, patient, random), image, head_of_slice(image))
+        scans = [
+            self._scanner.kept(values, patient, number, part, channel)
+            for part in chosen
+            for channel, values in enumerate(image.images[part])
+        ]
+        return ChainBatch(joined(scans), image.masks[chosen], image.known[chosen], image.spacing)
 
 
-def magnitude(image: Tensor) -> NDArray[np.float32]:
-    """An image (H, W) between 0 and 1: interpolation may leave undershoots."""
-    return np.asarray(image.clamp(0.0, 1.0).numpy(), dtype=np.float32)
+def _on_grid(masks: Tensor, scans: ScanBatch) -> Tensor:
+    """Masks of what was scanned on the grid of its image, which may be coarser: what fills half a pixel."""
+    grid = tuple(scans.target.shape[1:])
+    return masks if masks.shape[2:] == grid else (resampled(masks, grid) >= 0.5).to(masks.dtype)

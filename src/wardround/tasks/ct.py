@@ -86,15 +86,36 @@ class Scanner:
         measured = self._simulator(hu, random)
         return self.system.scaled(measured.sinogram), measured.reference / self.acquisition.mu_water
 
+    def measured(self, hu: NDArray[np.float32], body: NDArray[np.bool_], random: np.random.Generator) -> CTScan:
+        """A scan of a slice in HU with its body, both on `grid`."""
+        data, target = self.scan(hu, random)
+        rows, columns = target.shape
+        share = body.reshape(rows, REFINEMENT, columns, REFINEMENT).mean((1, 3))
+        return CTScan(data, target, torch.from_numpy(share >= 0.5))
+
+    def batch(self, scan: CTScan, prompt: NDArray[np.float32] | None = None) -> CTBatch:
+        """A batch of one scan, with the embedding of its patient if there is any."""
+        part = CTScans(
+            self.system,
+            scan.data[None],
+            scan.target[None],
+            scan.body[None].float(),
+            None if prompt is None else torch.from_numpy(prompt)[None],
+        )
+        return CTBatch((part,))
+
 
 @dataclass(frozen=True, eq=False)
-class _Scan:
+class CTScan:
+    """One scan: data (views, bins), the true image and the body, bool, (H, W) each."""
+
     data: Tensor
     target: Tensor
-    body: Tensor  # bool
+    body: Tensor
 
     @property
     def nbytes(self) -> int:
+        """Its size in memory."""
         return self.data.nbytes + self.target.nbytes + self.body.nbytes
 
 
@@ -117,14 +138,14 @@ class CTDataset(ReconstructionDataset[CTBatch]):
         super().__init__(index, task, CTBatch.joined)
         self.scanner = scanner
         self._seed = seed
-        self._cache = ScanCache[_Scan](cache_bytes)
+        self._cache = ScanCache[CTScan](cache_bytes)
 
     def scan(self, example: SliceExample, flip: bool) -> CTBatch:
         """A batch of one slice, flipped left-right before its scan where `flip` says so."""
 
-        def simulated() -> _Scan:
+        def simulated() -> CTScan:
             random = public_generator(self._seed, self.site, "scan", example.patient, example.contrast, example.slice)
-            return self._simulate(*self._image(example, flip), random)
+            return self.scanner.measured(*self._image(example, flip), random)
 
         return self._batch(self._cache.get((example, flip), simulated), example)
 
@@ -134,7 +155,7 @@ class CTDataset(ReconstructionDataset[CTBatch]):
             return self.scan(example, flip)
         image, body = self._image(example, flip)
         turned = _turned(image, body, random)
-        return self._batch(self._simulate(*turned, random), example)
+        return self._batch(self.scanner.measured(*turned, random), example)
 
     def prepare(self, *, keep: bool) -> None:
         """Build the scanner's matrices."""
@@ -154,22 +175,8 @@ class CTDataset(ReconstructionDataset[CTBatch]):
             image, body = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(body[:, ::-1])
         return image, body
 
-    def _simulate(self, image: NDArray[np.float32], body: NDArray[np.bool_], random: np.random.Generator) -> _Scan:
-        data, target = self.scanner.scan(image, random)
-        rows, columns = target.shape
-        share = body.reshape(rows, REFINEMENT, columns, REFINEMENT).mean((1, 3))
-        return _Scan(data, target, torch.from_numpy(share >= 0.5))
-
-    def _batch(self, scan: _Scan, example: SliceExample) -> CTBatch:
-        prompt = self._index.prompt(example)
-        part = CTScans(
-            self.scanner.system,
-            scan.data[None],
-            scan.target[None],
-            scan.body[None].float(),
-            None if prompt is None else torch.from_numpy(prompt)[None],
-        )
-        return CTBatch((part,))
+    def _batch(self, scan: CTScan, example: SliceExample) -> CTBatch:
+        return self.scanner.batch(scan, self._index.prompt(example))
 
 
 def _turned(

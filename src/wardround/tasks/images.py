@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -62,12 +62,12 @@ class PatientImages:
     too many for the site, and where none is left to train of those that should.
     """
 
-    def __init__(self, patients: SitePatients, scales: Scales | None = None) -> None:
+    def __init__(self, patients: SitePatients, frame: Frame | None = None) -> None:
         self.site = patients.site
+        self._frame = NORMALISED if frame is None else frame
         self._names = patients.names
         self._cases = tuple(tuple(patients.cases.get(name, ())) for name in patients.names)
         self._cache = ScanCache[LabelledImage](_CACHE_BYTES)
-        self._scales_of = scales_of if scales is None else scales
         self._scales: dict[tuple[int, int], tuple[Scale | None, ...]] = {}
         self._split = patients.split
         # Whom no part has is of another site that shares the folder.
@@ -117,13 +117,17 @@ class PatientImages:
         return tuple(self._names[patient] for patient in self._split[split])
 
     def _read(self, patient: int, number: int) -> LabelledImage:
-        return self._cache.get((patient, number), lambda: read_image(self._cases[patient][number]))
+        def read() -> LabelledImage:
+            case = self._cases[patient][number]
+            return self._frame.placed(read_image(case), str(case.images[0]))
+
+        return self._cache.get((patient, number), read)
 
     def _normalised(self, patient: int, number: int, part: int | None = None) -> Tensor:
         """The channels of an image, or of its slice `part`, each on the scale of the whole image."""
         key, channels = (patient, number), self._read(patient, number).channels
         if key not in self._scales:
-            self._scales[key] = self._scales_of(channels)
+            self._scales[key] = self._frame.scales(channels)
         return scaled(channels if part is None else channels[..., part], self._scales[key])
 
     def turn(self, patient: int, number: int) -> Turn | None:
@@ -189,7 +193,41 @@ class ImageTask(Generic[SettingsT]):
 
 
 Scale = tuple[Tensor, Tensor]
-Scales = Callable[[NDArray[np.generic]], tuple[Scale | None, ...]]
+
+
+class Frame(Protocol):
+    """What the numbers of a site's images mean, and on which grid they are taken."""
+
+    def placed(self, image: LabelledImage, place: str) -> LabelledImage:
+        """The image as it is taken; raises DataError, with `place` as its detail, for one that cannot be."""
+        ...
+
+    def scales(self, channels: NDArray[np.generic]) -> tuple[Scale | None, ...]:
+        """What becomes 0 and by what it is divided, for each channel (*shape) of an image; see `scaled`."""
+        ...
+
+    def shows(self, image: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Where an image (*shape) shows something."""
+        ...
+
+
+class Normalised:
+    """Images of any numbers as they are stored, each channel minus its mean, over its deviation."""
+
+    def placed(self, image: LabelledImage, place: str) -> LabelledImage:
+        """As it is."""
+        return image
+
+    def scales(self, channels: NDArray[np.generic]) -> tuple[Scale | None, ...]:
+        """See `scales_of`."""
+        return scales_of(channels)
+
+    def shows(self, image: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Above a share of its maximum."""
+        return np.asarray(image > CONTENT * image.max())
+
+
+NORMALISED = Normalised()
 
 
 def scales_of(channels: NDArray[np.generic]) -> tuple[Scale | None, ...]:

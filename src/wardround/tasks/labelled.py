@@ -16,13 +16,11 @@ from wardround.errors import DataError
 from wardround.imaging.readers.cases import Case
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.tasks.augmentation import Augmentation
-from wardround.tasks.images import CONTENT, PatientImages, SitePatients, peaks_of, resampled
+from wardround.tasks.images import CONTENT, NORMALISED, Frame, PatientImages, SitePatients, resampled
 from wardround.tasks.task import Split
 from wardround.wire.canonical import canonical_json
 
 Structures = Mapping[str, tuple[int, ...] | None]
-# Interpolation leaves small undershoots; anything lower is no magnitude image.
-_UNDERSHOOT = 0.05
 
 
 class LabelledExample(NamedTuple):
@@ -77,8 +75,8 @@ class Sampling:
 class LabelledDataset(PatientImages):
     """One site's images and masks; see `wardround.tasks.task.Dataset`.
 
-    With `magnitudes`, channels are on the scale of their maximum, and negative values are refused; else they are
-    normalised. See `wardround.tasks.images.PatientImages` for patients who cannot be used. Raises DataError.
+    `frame` says what the images' numbers are and on which grid they lie; by default they are normalised. See
+    `wardround.tasks.images.PatientImages` for patients who cannot be used. Raises DataError.
     """
 
     def __init__(
@@ -90,18 +88,17 @@ class LabelledDataset(PatientImages):
         augmentation: Augmentation,
         *,
         physical: bool,
-        magnitudes: bool = False,
+        frame: Frame = NORMALISED,
     ) -> None:
         self._structures = structures
         self._known = torch.tensor(known, dtype=torch.float32)
         self._sampling = sampling
         self._augmentation = augmentation
         self._physical = physical
-        self._magnitudes = magnitudes
         self._training = frozenset(patients.split["train"])
         self._content: dict[int, Any] = {}
         self._found: dict[int, list[LabelledExample]] = {}
-        super().__init__(patients, peaks_of if magnitudes else None)
+        super().__init__(patients, frame)
         self._digests = {patient: found.hexdigest() for patient, found in self._content.items()}
         self._train = tuple(example for patient in self._split["train"] for example in self._found[patient])
         if self._split["train"] and not self._train:
@@ -156,8 +153,6 @@ class LabelledDataset(PatientImages):
             )
         if image.labels is None:
             raise DataError("an image has no mask; see task.mask", detail=place)
-        if self._magnitudes:
-            check_magnitudes(image, place)
         if any(values is None for values in self._structures.values()):
             return
         declared = {0} | {value for values in self._structures.values() for value in values or ()}
@@ -174,8 +169,7 @@ class LabelledDataset(PatientImages):
             yield from (LabelledExample(patient, number, part) for part in range(sampling.per_image))
             return
         drawn = self._masks(image).any(axis=(0, 1, 2))
-        first = image.channels[0].astype(np.float32)
-        content = (first > CONTENT * first.max()).mean(axis=(0, 1)) > CONTENT
+        content = self._frame.shows(image.channels[0].astype(np.float32)).mean(axis=(0, 1)) > CONTENT
         rest = np.flatnonzero(content & ~drawn)[:: sampling.empty_every]
         yield from (LabelledExample(patient, number, int(part)) for part in sorted([*np.flatnonzero(drawn), *rest]))
 
@@ -269,18 +263,6 @@ def whole_image(image: LabelledImage, channels: Tensor, sampling: Sampling) -> T
     if sampling.dimensions == 2 and channels.ndim == 4:
         return resampled(channels.permute(3, 0, 1, 2), grid[:2]).contiguous()
     return resampled(channels, grid)[None].contiguous()
-
-
-def check_magnitudes(image: LabelledImage, place: str) -> None:
-    """Raises DataError, with `place` in its detail, for an image of which no scan can be simulated."""
-    for channel in image.channels:
-        low, high = float(channel.min()), float(channel.max())
-        if high <= 0.0 or low < -_UNDERSHOOT * high:
-            raise DataError(
-                "a channel has negative values, or none above 0, so it is no magnitude image, of which a "
-                "scan could be simulated; store magnitudes, or leave the patient out",
-                detail=f"{place}: {low:g} to {high:g}",
-            )
 
 
 def _values(image: LabelledImage) -> set[int]:

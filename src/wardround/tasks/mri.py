@@ -48,6 +48,15 @@ class MRIBatch:
         """The acquisition as the reconstruction knows it."""
         return CartesianMRI(self.maps, self.mask)
 
+    @property
+    def body(self) -> Tensor:
+        """The head, by the name that all scans have for what is imaged."""
+        return self.head
+
+    def images(self, method: Method) -> Tensor:
+        """Magnitudes (B, H, W) of what a method makes of operator and k-space."""
+        return method(self.operator, self.kspace).abs()
+
     def part(self, start: int, stop: int) -> MRIBatch:
         """The slices from `start` to before `stop`."""
         return MRIBatch(*(getattr(self, field.name)[start:stop] for field in fields(self)))

@@ -31,7 +31,11 @@ class Scans:
 
     def alone(self, i: int) -> Scans:
         """The i-th slice by itself."""
-        here = slice(i, i + 1)
+        return self.part(i, i + 1)
+
+    def part(self, start: int, stop: int) -> Scans:
+        """The slices from `start` to before `stop`."""
+        here = slice(start, stop)
         prompt = None if self.prompt is None else self.prompt[here]
         return Scans(self.operator, self.data[here], self.target[here], self.body[here], prompt)
 
@@ -64,6 +68,16 @@ class ScansBatch:
     def body(self) -> Tensor:
         """1 inside what is imaged: float32 (B, H, W)."""
         return torch.cat([part.body for part in self.parts])
+
+    def part(self, start: int, stop: int) -> ScansBatch:
+        """The slices from `start` to before `stop`, which may lie in several parts."""
+        found, first = [], 0
+        for part in self.parts:
+            low, high = max(start - first, 0), min(stop - first, len(part))
+            if low < high:
+                found.append(part.part(low, high))
+            first += len(part)
+        return ScansBatch(tuple(found))
 
     def images(self, method: Method) -> Tensor:
         """What a method makes of each part: (B, H, W)."""

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from wardround.imaging.readers.aside import Aside
     from wardround.imaging.readers.cases import Patterns
     from wardround.imaging.readers.labelled import LabelledImage
-    from wardround.study.acquisition import MRIAcquisition
+    from wardround.study.acquisitions import AcquisitionSettings
     from wardround.study.baselines import Baseline
     from wardround.study.protocols import HeaderFacts
     from wardround.tasks.charts import Charts
-    from wardround.tasks.mri import MRIBatch
-    from wardround.tasks.predictions import Masks, Prediction
+    from wardround.tasks.predictions import Prediction
+    from wardround.tasks.scanning import ScanBatch
     from wardround.tasks.temperature import Calibration
 
 Split: TypeAlias = Literal["train", "validation", "test"]
@@ -321,17 +321,17 @@ class Predicts(Task, Protocol):
 
 @runtime_checkable
 class PredictsScans(Predicts, Protocol):
-    """A task whose released model a clinic applies to raw data of MRI, or to images that are scanned first."""
+    """A task whose released model a clinic applies to raw data, or to images that are scanned first."""
 
     def scanned_by(self, site: str | None) -> PredictsScans:
         """The same task with the simulated scanner of a site, or of the study."""
         ...
 
-    def scanning(self) -> MRIAcquisition:
+    def scanning(self) -> AcquisitionSettings:
         """What that scanner measures."""
         ...
 
-    def predict_scans(self, model: nn.Module, scans: MRIBatch) -> Masks:
+    def predict_scans(self, model: nn.Module, scans: ScanBatch) -> Prediction:
         """What the model says of a scan of each slice of a volume, whose targets are not known."""
         ...
 

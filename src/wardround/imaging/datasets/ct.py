@@ -34,7 +34,7 @@ from wardround.wire.files import reason
 
 CONTRAST = "ct"
 _EXPECTED = " or SITE/PATIENT/".join(KINDS)
-_BODY = -500.0  # halfway between air and tissue
+BODY = -500.0  # halfway between air and tissue
 _BLANKET = 2.0  # mm; thinner things than twice that, as blankets and table tops, are no body
 _SHEAR = 0.01  # of a step aside, as for slices in DICOM; rounding and registration leave less
 
@@ -80,7 +80,7 @@ class BodyOutline:
     def of(cls, image: Slice) -> BodyOutline:
         """The largest connected piece of tissue with everything inside; without any, the middle of the image."""
         rows, columns = (max(1, round(_BLANKET / step)) for step in image.spacing)
-        tissue = opened(image.hu > _BODY, (2 * rows + 1, 2 * columns + 1))
+        tissue = opened(image.hu > BODY, (2 * rows + 1, 2 * columns + 1))
         labels, pieces = ndimage.label(tissue)
         if not pieces:
             middle = ((image.hu.shape[0] - 1) / 2, (image.hu.shape[1] - 1) / 2)
@@ -373,7 +373,7 @@ def read_ct_volume(path: Path) -> Volume:
     the axes are not perpendicular, and where the values are no HU.
     """
     volume = read_volume(path)
-    _check_axes(volume.affine, path)
+    check_axes(volume.affine, str(path))
     turn = nibabel.orientations.ornt_transform(
         nibabel.orientations.io_orientation(volume.affine), nibabel.orientations.axcodes2ornt(("P", "L", "S"))
     )
@@ -385,14 +385,15 @@ def read_ct_volume(path: Path) -> Volume:
     return Volume(np.maximum(data, np.float32(AIR)), (rows, columns, between), affine, volume.space)
 
 
-def _check_axes(affine: NDArray[np.float64], path: Path) -> None:
+def check_axes(affine: NDArray[np.float64], detail: str) -> None:
+    """Raises DataError where the axes of a volume are not perpendicular."""
     products = np.abs(affine[:3, :3].T @ affine[:3, :3])
     lengths = np.sqrt(np.diag(products))
     if (np.triu(products, 1) > _SHEAR * np.outer(lengths, lengths)).any():
         raise DataError(
             "a CT volume's axes are not perpendicular, as after a gantry tilt, which is not supported; resample it to "
             "untilted slices first",
-            detail=str(path),
+            detail=detail,
         )
 
 

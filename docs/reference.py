@@ -65,7 +65,7 @@ result.privacy.epsilon if result.privacy else None
 ```
 
 `wardround.evaluate` returns the part of it that is measured again (the keys `metric_specs`,
-`metrics`, `baselines`, `gains`, `left_out`, `withheld`, `failed`, `parts`).
+`metrics`, `baselines`, `gains`, `left_out`, `withheld`, `failed`, `parts`, `groups`, `groups_missing`).
 
 For a spreadsheet, `wardround inspect OUT --csv numbers.csv` writes a row for every number: arm, site (or `mean`,
 `unseen`), metric, value, se, ci_low, ci_high, n, absent. Numbers that are withheld have no row, and `baseline`, which

@@ -290,6 +290,7 @@ def test_the_table_is_read_as_it_is_and_says_nothing_of_whom_it_contradicts(tmp_
     [
         (b"patient,hiv\nDoe-1,yes\n", "sites.A.groups.file: there is no column 'sex'"),
         (b"patient,sex\n\xff\xfe", "it is no CSV in UTF-8"),
+        (b"patient,sex\nDoe-2,F\n", "its column 'patient' names none of the site's test patients"),
         (None, "cannot be read"),
     ],
 )

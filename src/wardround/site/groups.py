@@ -35,7 +35,7 @@ def labels_of(declared: Groups, names: Sequence[str], site: str) -> dict[str, li
     """The group of each of these patients in every declared column.
 
     A patient of whom the table says nothing, or two things, is in the group `other`. Raises DataError for a table that
-    cannot be read.
+    cannot be read, or that knows none of them.
     """
     columns = {name: column.column or name for name, column in declared.columns.items()}
     wanted = set(names)
@@ -45,6 +45,11 @@ def labels_of(declared: Groups, names: Sequence[str], site: str) -> dict[str, li
         if (whose := row[declared.patient]) in wanted:
             for name, column in columns.items():
                 cells[name].setdefault(whose, set()).add(row[column])
+    if wanted and not any(cells.values()):
+        raise DataError(
+            f"{where}: its column {declared.patient!r} names none of the site's test patients; patients are called as "
+            "their folders are, or as the table of the images calls them"
+        )
     return {name: [_label(declared.columns[name], cells[name].get(who, set())) for who in names] for name in columns}
 
 

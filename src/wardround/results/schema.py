@@ -79,6 +79,11 @@ class GroupTables(Config):
         """The estimate of an arm at a site (or `mean`), or None where there is none."""
         return _cell(self.metrics.get(arm), site, metric)
 
+    def estimates(self) -> Iterator[tuple[str, str, str, Estimate]]:
+        """Arm, site, metric and estimate of every number."""
+        for arm in self.metrics:
+            yield from _of_arm(arm, self.metrics[arm])
+
 
 class Compared(Config):
     """A classical method that the models are compared with."""
@@ -154,14 +159,18 @@ class Measured(Config):
     def estimates(self) -> Iterator[tuple[str, str, str, Estimate]]:
         """Arm, site, metric and estimate of every number, in the order of the tables."""
         for arm in self.arms:
-            for site, row in self.metrics[arm].items():
-                yield from ((arm, site, name, found) for name, found in (row or {}).items() if found is not None)
+            yield from _of_arm(arm, self.metrics[arm])
 
     @property
     def measured(self) -> tuple[MetricInfo, ...]:
         """The metrics that any arm has anywhere, in the task's order."""
         names = {name for _, _, name, _ in self.estimates()}
         return tuple(metric for metric in self.metric_specs if metric.name in names)
+
+
+def _of_arm(arm: str, table: Table) -> Iterator[tuple[str, str, str, Estimate]]:
+    for site, row in table.items():
+        yield from ((arm, site, name, found) for name, found in (row or {}).items() if found is not None)
 
 
 def _cell(table: Table | None, site: str, metric: str) -> Estimate | None:

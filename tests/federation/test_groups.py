@@ -19,13 +19,15 @@ from tests.federation.rig import recorded_sessions
 from tests.federation.test_own_results import ruled, table_of
 from wardround.errors import DataError
 from wardround.federation.grouped import GROUPS, SiteGroups
+from wardround.runs.explain_groups import group_lines
+from wardround.runs.machine import NOWHERE, Machine
 from wardround.runs.session import Result, evaluate, run
 from wardround.site.egress import EgressRules
 from wardround.site.groups import OwnGroups, labels_of, parted
 from wardround.site.measured import SETS, MeasuredSets
 from wardround.site.patients import OwnResults, PatientRows, results_of
 from wardround.study.groups import OTHER, Column, Groups
-from wardround.study.sites import SitesFile
+from wardround.study.sites import Egress, SitesFile
 from wardround.tasks.task import MetricSpec
 
 LEAST = 5
@@ -417,3 +419,23 @@ def test_a_message_by_group_holds_words_of_the_file_and_numbers(
     assert groups[0]["rows"]["federated"]["mse"]["se"] is None
     assert not any(b"Doe-" in one.data for one in sent)
     assert "Doe-" not in (result.out / "report.html").read_text() + (result.out / "model_card.md").read_text()
+
+
+def test_check_counts_the_groups_for_eyes_at_the_site(tmp_path: Path) -> None:
+    declared = declaring(tmp_path, ruled(tmp_path), "A").sites
+    few = {**declared, "B": declared["A"].model_copy(update={"egress": Egress(minimum_cohort=4)})}
+    silent = {**few, "C": few["A"].model_copy(update={"egress": Egress(per_site_results=False)})}
+    lines = list(group_lines(Machine(cohort_study(), SitesFile(sites=silent).with_code(), NOWHERE, ())))
+    assert lines == [
+        "A: sex (female 4, male 3)",
+        "B: sex (stays: its test patients make no two groups of 4 or more)",
+        "C: nothing, as egress.per_site_results is false",
+    ]
+
+
+def test_a_table_that_cannot_be_used_stops_a_run_on_one_machine_before_it_begins(tmp_path: Path) -> None:
+    sites = declaring(tmp_path, ruled(tmp_path), "B")
+    (tmp_path / "B.csv").write_text("patient,gender\nDoe-9,F\n")
+    with pytest.raises(DataError, match=r"sites\.B\.groups\.file: there is no column 'sex'"):
+        run(cohort_study(), sites, tmp_path / "out", engine="local", allow_code=True)
+    assert not (tmp_path / "out").exists()

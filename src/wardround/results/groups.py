@@ -31,10 +31,11 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class GroupTable:
-    """A column by one metric."""
+    """A column by one metric, and the arm whose lanes are drawn."""
 
     metric: MetricInfo
     arms: tuple[ShownArm, ...]
+    drawn: ShownArm
     rows: tuple[GroupRow, ...]
     axis: Markup
 
@@ -68,12 +69,15 @@ def _table(run: Run, groups: list[GroupTables], metric: MetricInfo) -> GroupTabl
     if not arms:
         return None
     together = next((arm for arm in arms if arm.key == "federated"), arms[0])
+    wholes = {key: run.result.estimate(together.key, key, metric.name) for key in keys}
     drawn = [one for group in groups for key in keys if (one := estimate(group, together, key)) is not None]
-    scale = figures.scale_for([end for one in drawn for end in (one.value, *(one.interval or ()))])
+    shown = [key for key in keys if any(estimate(group, together, key) for group in groups)]
+    ends = [end for one in drawn for end in (one.value, *(one.interval or ()))]
+    scale = figures.scale_for([*ends, *(whole.value for key in shown if (whole := wholes[key]) is not None)])
     rows: list[GroupRow] = []
     for key in keys:
         present = [group for group in groups if any(estimate(group, arm, key) for arm in arms)]
-        whole = run.result.estimate(together.key, key, metric.name)
+        whole = wholes[key]
         for group in present:
             found = {arm: estimate(group, arm, key) for arm in arms}
             shared = found[together]
@@ -95,7 +99,7 @@ def _table(run: Run, groups: list[GroupTables], metric: MetricInfo) -> GroupTabl
                     ),
                 )
             )
-    return GroupTable(metric, tuple(arms), tuple(rows), figures.axis(scale))
+    return GroupTable(metric, tuple(arms), together, tuple(rows), figures.axis(scale))
 
 
 def _cells(metric: MetricInfo, found: dict[ShownArm, Estimate | None]) -> tuple[Cell, ...]:

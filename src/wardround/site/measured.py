@@ -119,8 +119,7 @@ class MeasuredSets:
                 fewest = fewest_told([*(one.patients for one in same), *new], least)
             if fewest < least:
                 return (
-                    f"groups of its {split} patients, this one and those it measured before, differ by fewer than "
-                    f"{least} of them"
+                    f"with groups that it gave before, these part its {split} patients into sets of fewer than {least}"
                 )
             _append(file, [_Set(split, True, one, group=True) for one in new])
             return None

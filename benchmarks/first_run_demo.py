@@ -43,11 +43,11 @@ def measure_demo(seeds: Sequence[int] = SEEDS) -> dict[str, float]:
 def values_of(seed: int, metrics: Mapping[str, Table]) -> dict[str, float]:
     """The mean of every arm at every hospital, by `METRIC/SEED/SITE/ARM`, of the metrics in a result.json."""
     return {
-        f"{metric}/{seed}/{site}/{arm}": cell[metric].value
+        f"{metric}/{seed}/{site}/{arm}": estimate.value
         for metric in (_OUTLINE, _IMAGE)
         for arm, row in metrics.items()
         for site, cell in row.items()
-        if arm != "baseline" and site not in ("mean", "unseen") and cell and metric in cell
+        if arm != "baseline" and site not in ("mean", "unseen") and cell and (estimate := cell.get(metric)) is not None
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import logging
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.diagnoses import diagnosis_study, make_diagnoses
+from tests.dicom_series import as_dicom
 from tests.outlines import make_outlines, outline_study
 from wardround.errors import DataError
 from wardround.runs.machine import Machine
@@ -139,3 +141,32 @@ def test_pictures_are_read_at_the_start(tmp_path: Path) -> None:
     assert "neither PNG nor JPEG" in reasons["DOE0000"]
     assert "an image has 1 channels, and the study's have 3" in reasons["DOE0002"]
     assert "names a class that task.classes does not list" in reasons["DOE2000"]
+
+
+def test_a_damaged_series_and_a_seg_of_another_scan_are_set_aside_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As DICOM: a slice missing, one cut short, the SEG of another patient, and none."""
+    pytest.importorskip("highdicom")
+    make_outlines(tmp_path / "nifti", {"A": 8}, slices=4)
+    as_dicom(tmp_path / "nifti", tmp_path / "data")
+    folder = tmp_path / "data" / "A"
+    (folder / "DOE-00" / "image" / "07.dcm").unlink()  # the second of four
+    cut = folder / "DOE-01" / "image" / "07.dcm"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    shutil.copy(folder / "DOE-05" / "mask.dcm", folder / "DOE-02" / "mask.dcm")
+    (folder / "DOE-03" / "mask.dcm").unlink()
+    entry = SiteData.model_validate({"data": folder, "quarantine": 0.6})
+    host = Machine(outline_study({"A": {}}), SitesFile(sites={"A": entry}), tmp_path / "out", ())
+    with caplog.at_level(logging.WARNING):
+        facts = host.agent("A").facts()
+    reasons = {one.patient: one.reason for one in host.datasets.aside("A")}
+    assert reasons.keys() == {f"DOE-0{number}" for number in range(4)}
+    assert "1 of 4 slices of a series are missing" in reasons["DOE-00"]
+    assert "damaged or cut short" in reasons["DOE-01"]
+    assert "SEG is of another frame of reference" in reasons["DOE-02"]
+    assert "lacks the file 'mask'" in reasons["DOE-03"]
+    assert facts.set_aside == 4
+    said = caplog.text + facts.model_dump_json() + "".join(reasons.values())
+    for secret in ("DOE", "MUELLER", "PAT-7731", str(tmp_path), "1.2.826"):
+        assert secret not in said

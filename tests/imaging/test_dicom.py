@@ -243,6 +243,15 @@ def test_a_spoiled_byte_gives_a_slice_or_one_clear_error(tmp_path: Path, place: 
     assert "MUELLER" not in message
 
 
+def test_pixels_of_an_unknown_kind_are_damaged(tmp_path: Path) -> None:
+    path = write_slice(tmp_path / "a.dcm")
+    whole = path.read_bytes()
+    assert whole.count(b"\xe0\x7f\x10\0OW") == 1
+    path.write_bytes(whole.replace(b"\xe0\x7f\x10\0OW", b"\xe0\x7f\x10\0O\0"))
+    with pytest.raises(DataError, match="pixels are damaged or cut short"):
+        read_slice(path)
+
+
 def test_a_series_is_sorted_and_placed_as_nifti_does(tmp_path: Path) -> None:
     series = read_series(write_series(tmp_path / "s", (10.0, 0.0, 5.0)))
     assert series.data.shape == (64, 64, 3)

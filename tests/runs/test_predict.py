@@ -13,13 +13,12 @@ import pydicom
 import pytest
 import torch
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import wardround
 from tests.diagnoses import CLASSES, diagnosis_study, make_diagnoses
+from tests.dicom_series import MR_IMAGE, mr_series
 from tests.outlines import SIZE, blob, make_outlines, outline_study
 from wardround.cli import app
 from wardround.errors import DataError, MissingExtra, StudyError
@@ -199,38 +198,6 @@ def test_what_does_not_fit_is_an_error_before_anything_is_written(tmp_path: Path
 
 # DICOM ----------------------------------------------------------------------------------------------------------------
 
-MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
-
-
-def mr_series(folder: Path, array: np.ndarray, step: float = 3.0, leave_out: int | None = None) -> list[FileDataset]:
-    """Oblique slices (rows, columns, slices) as a scanner writes them, in no order of their names."""
-    folder.mkdir(parents=True)
-    series, study, frame = generate_uid(), generate_uid(), generate_uid()
-    row, column = np.array([0.8, 0.6, 0.0]), np.array([-0.6, 0.8, 0.0])
-    made = []
-    for number in range(array.shape[-1]):
-        meta = FileMetaDataset()
-        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, MR_IMAGE
-        header = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-        header.SOPClassUID = MR_IMAGE
-        header.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = generate_uid()
-        header.Modality, header.PatientName, header.PatientID = "MR", "MUELLER^ANNA", "PAT-7731"
-        header.PatientBirthDate, header.PatientSex, header.StudyDate, header.StudyTime = "19510423", "F", "", ""
-        header.AccessionNumber = header.StudyID = header.ReferringPhysicianName = ""
-        header.StudyInstanceUID, header.SeriesInstanceUID, header.FrameOfReferenceUID = study, series, frame
-        header.SeriesNumber, header.InstanceNumber, header.Manufacturer = 4, number + 1, "SIEMENS"
-        header.PixelSpacing, header.SliceThickness, header.PositionReferenceIndicator = ["1.5", "1.25"], "3", ""
-        header.ImageOrientationPatient = [*row, *column]
-        header.ImagePositionPatient = [float(value) for value in (-30.0, 12.0, -4.0 + step * number)]
-        header.Rows, header.Columns, header.SamplesPerPixel = *array.shape[:2], 1
-        header.PhotometricInterpretation, header.PixelRepresentation = "MONOCHROME2", 0
-        header.BitsAllocated, header.BitsStored, header.HighBit = 16, 12, 11
-        header.PixelData = array[..., number].astype("<u2").tobytes()
-        made.append(header)
-        if number != leave_out:
-            header.save_as(folder / f"{(7 * number) % 11:02d}.dcm", enforce_file_format=True)
-    return made
-
 
 def test_a_dicom_series_gives_a_seg_that_lies_on_it(tmp_path: Path) -> None:
     highdicom = pytest.importorskip("highdicom")
@@ -266,6 +233,26 @@ def test_a_dicom_series_gives_a_seg_that_lies_on_it(tmp_path: Path) -> None:
     labels = np.where(in_file[1], 2, in_file[0])
     np.testing.assert_array_equal(np.asarray(nibabel.load(tmp_path / "nifti" / "same.nii.gz").dataobj), labels)
     assert one.structures[0].volume_ml == pytest.approx(in_file[0].sum() * 1.5 * 1.25 * 3 / 1000)
+
+
+def test_folders_of_dicom_as_a_hospital_trained_on_them(tmp_path: Path) -> None:
+    """What is outlined lies on the first channel's series, and is read back as a mask of training."""
+    pytest.importorskip("highdicom")
+    study, model = segmenter(tmp_path, images=["flair", "t1"], channels=2)
+    for number in range(2):
+        folder, (image, _) = tmp_path / "in" / f"P{number}", blob(number, 3)
+        headers = mr_series(folder / "flair", image)
+        mr_series(folder / "t1", image[::-1], frame=headers[0].FrameOfReferenceUID)
+    found = wardround.predict(model, tmp_path / "in", tmp_path / "out")
+    assert [one.output.name for one in found.outlines] == ["P0.dcm", "P1.dcm"]
+    for one in found.outlines:
+        case = Case("", "", (one.source / one.patient / "flair", one.source / one.patient / "t1"), one.output)
+        read = read_image(case)
+        marked = expected(study, model, read)
+        assert 0 < marked.mean() < 1
+        for number, mask in enumerate(marked, 1):
+            values = [number, *(value for value, numbers in read.combined.items() if number in numbers)]
+            np.testing.assert_array_equal(np.isin(read.labels, values), mask)  # type: ignore[arg-type]
 
 
 def test_a_series_that_lacks_a_slice_is_one_clear_error(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
+from tests.dicom_series import as_dicom
 from tests.laws.test_devices import _steps_and_evaluation
 from tests.laws.test_stages import stage_of
 from tests.outlines import SIZE, image_study, make_outlines
@@ -308,6 +309,17 @@ def test_a_step_and_an_evaluation_on_any_device(tmp_path: Path, device: str, mon
         learner, None, {"baseline": "zero_filled"}, "test"
     )
     assert len(rows["psnr"]) == learner.dataset.patients("test") > 0
+
+
+def test_a_chain_sees_the_same_in_dicom_as_in_nifti(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    task, data = chain_of(tmp_path / "nifti", patients=3)
+    as_dicom(tmp_path / "nifti", tmp_path / "dicom")
+    other = task.dataset("A", tmp_path / "dicom" / "A")
+    assert other.fingerprint() == data.fingerprint()
+    one, same = (each.batch([0, 1], np.random.default_rng(3)) for each in (data, other))
+    assert torch.equal(one.scans.kspace, same.scans.kspace)
+    assert torch.equal(one.masks, same.masks)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

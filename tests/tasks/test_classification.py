@@ -6,15 +6,18 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from tests.devices import DEVICES, device_named, step_and_evaluation
 from tests.diagnoses import CLASSES, diagnosis_study, make_diagnoses
+from tests.dicom_series import mr_series
 
 import wardround
 from wardround.errors import DataError, StudyError
+from wardround.imaging.readers.dicom_image import read_image_series
 from wardround.learning.frozen import freeze
 from wardround.models.classifiers import DenseNetSettings, EfficientNetSettings, ResNetSettings
 from wardround.study.load import load_study
@@ -249,6 +252,32 @@ def test_the_study_of_skin_tumours_trains_the_last_layers_alone() -> None:
     freeze(model, study.parts.frozen)
     trained = {name.rsplit(".", 2)[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"blocks.15.layers.0", "blocks.15.layers.1", "blocks.15.layers.2", "head", "classifier"}
+
+
+def test_series_are_classified_as_nifti_of_the_same_voxels(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    rows = [("image", "patient", "label")]
+    for name in ("a", "b", "c"):
+        mr_series(tmp_path / "dicom" / "images" / name, random.integers(0, 900, (12, 10, 4)))
+        series = read_image_series(tmp_path / "dicom" / "images" / name)
+        (tmp_path / "nifti" / "images").mkdir(parents=True, exist_ok=True)
+        path = tmp_path / "nifti" / "images" / f"{name}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(series.data.astype(np.int16), series.affine), path)
+        rows.append((name, f"P{name}", CLASSES[0]))
+    for kind in ("nifti", "dicom"):
+        with (tmp_path / kind / "labels.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    study = diagnosis_study({"A": {}}, task={"dimensions": 3, "size": [8, 8, 4], "channels": 1})
+    task: Any = build_task(study)
+    nifti, dicom = (task.dataset("A", tmp_path / kind) for kind in ("nifti", "dicom"))
+    (_, one), (_, same) = (next(data.evaluation("test")) for data in (nifti, dicom))
+    assert torch.equal(one.images, same.images)
+    # What files are called is no part of a fingerprint, and what is in them is.
+    before, folder = dicom.fingerprint(), tmp_path / "dicom" / "images" / "b"
+    sorted(folder.iterdir())[0].rename(folder / "zz")
+    assert task.dataset("A", tmp_path / "dicom").fingerprint() == before
+    (folder / "zz").write_bytes((folder / "zz").read_bytes().replace(b"SIEMENS ", b"PHILIPS "))
+    assert task.dataset("A", tmp_path / "dicom").fingerprint() != before
 
 
 def test_a_run_tells_textures_apart(tmp_path: Path) -> None:

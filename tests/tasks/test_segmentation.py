@@ -15,11 +15,12 @@ from monai.losses import DiceLoss
 from monai.metrics import compute_hausdorff_distance
 from pydantic import ValidationError
 from tests.devices import DEVICES, device_named, step_and_evaluation
-from tests.outlines import SIZE, make_outlines, outline_study
+from tests.dicom_series import as_dicom, mr_series, seg_of
+from tests.outlines import SIZE, blob, make_outlines, outline_study
 
 import wardround
 from wardround.errors import DataError, StudyError
-from wardround.study.sites import SitesFile
+from wardround.study.sites import SiteData, SitesFile
 from wardround.tasks.augmentation import INTENSITY, SPATIAL, Augmentation, standard
 from wardround.tasks.overlap import hd95, overlap_metrics, overlap_scores
 from wardround.tasks.overlays import DRAWN, MARKED
@@ -291,6 +292,44 @@ def test_a_run_outlines_blobs_and_counts_patients_without_one_apart(tmp_path: Pa
     assert alarms is not None
     assert result.set_aside == {"A": 1, "B": 0}
     assert "Patients set aside at their site, for their files cannot be used: A (1)." in result.report.read_text()
+
+
+def test_a_run_on_dicom_is_the_run_on_nifti_of_the_same_voxels(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    made = make_outlines(tmp_path / "nifti", {"A": 4, "B": 4}, slices=2)
+    as_dicom(tmp_path / "nifti", tmp_path / "dicom")
+    as_they_are = SitesFile(sites={s: SiteData(data=tmp_path / "dicom" / s) for s in made.sites})  # type: ignore[arg-type]
+    local = {"steps": 2, "batch": 2, "optimizer": "adam", "lr": 0.02}
+    study = outline_study({"A": {}, "B": {}}, local=local, schedule={"rounds": 1})
+    nifti, dicom = (
+        wardround.run(study, sites, tmp_path / name, engine="local")
+        for name, sites in (("one", made), ("two", as_they_are))
+    )
+    assert dicom.set_aside == {"A": 0, "B": 0}
+    assert dicom.model_sha256 == nifti.model_sha256
+    assert dicom.metrics == nifti.metrics
+    page = dicom.report.read_text()
+    assert not any(secret in page for secret in ("MUELLER", "PAT-7731", "DOE-"))
+
+
+def test_segments_that_overlap_are_structures_that_overlap(tmp_path: Path) -> None:
+    """As `wardround predict` writes them: the whole and its core, both of voxels of the core."""
+    pytest.importorskip("highdicom")
+    image, ball = blob(3, 4)
+    core = ball.astype(bool) & (np.indices(ball.shape)[0] % 2 == 0)
+    for patient in range(3):
+        folder = tmp_path / f"DOE-{patient}"
+        seg_of(mr_series(folder / "image", image), np.stack([ball > 0, core]), folder / "mask.dcm", ["whole", "core"])
+    study = outline_study({"A": {}}, task={"structures": {"whole": [1], "core": [2], "any": "any"}})
+    assert isinstance(study.task, SegmentationTask)
+    data = Segmentation(study, study.task).dataset("A", tmp_path)
+    (_, batch), *_ = data.evaluation("test")
+    counts = batch.masks.sum(dim=(0, 2, 3)).tolist()
+    assert counts == [ball.sum(), core.sum(), ball.sum()]
+    less = outline_study({"A": {}}, task={"structures": {"whole": [1]}})
+    assert isinstance(less.task, SegmentationTask)
+    with pytest.raises(DataError, match=r"a mask holds the value 2, which task\.structures does not list"):
+        Segmentation(less, less.task).dataset("A", tmp_path)
 
 
 def test_a_volume_is_trained_on_tested_and_shown(tmp_path: Path) -> None:

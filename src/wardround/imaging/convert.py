@@ -17,9 +17,10 @@ from PIL import Image
 from wardround.deidentify import scrub
 from wardround.errors import DataError
 from wardround.imaging.datasets.ct import CONTRAST as CT
-from wardround.imaging.readers.dicom_inspect import find_dicom, summarise_dicom
+from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.imaging.readers.hounsfield import check_hounsfield
+from wardround.imaging.readers.series_inspect import summarise
 from wardround.imaging.readers.volume import Volume, read_volume, write_nifti
 
 # Files that hold somebody's drawing, not a scan.
@@ -81,7 +82,7 @@ class Inspection:
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Say what `path` is: a NIfTI image, an array of k-space, CT in DICOM, a site's folder or a folder of sites.
+    """Say what `path` is: a NIfTI image, an array of k-space, DICOM, a site's folder or a folder of sites.
 
     Reads every image, names no patient. Raises DataError where the path does not exist.
     """
@@ -106,7 +107,7 @@ def _inspect_dicom(path: Path) -> Inspection | None:
     files = find_dicom(path)
     if not files:
         return None
-    summary = summarise_dicom(files)
+    summary = summarise(files)
     return Inspection(summary.kind, summary.facts, summary.problems)
 
 

@@ -89,10 +89,11 @@ def _title(root: Path) -> str:
 def _propose_mri(folder: Path) -> tuple[str, str]:
     found = inspect_path(folder)
     if not found.sites:
-        what = f" (this is {found.kind})" if "CT" in found.kind else ""
+        what = f" (this is {found.kind})" if "DICOM" in found.kind or "CT" in found.kind else ""
         raise DataError(
             f"no study can be proposed{what}: the folder must hold SITE/PATIENT/CONTRAST.nii.gz, or for CT "
-            "SITE/PATIENT/ct.nii.gz or SITE/PATIENT/*.dcm",
+            "SITE/PATIENT/ct.nii.gz or SITE/PATIENT/*.dcm. A segmentation, classification or chain of MR in DICOM is "
+            "written by hand (docs/data.md)",
             detail=str(folder),
         )
     summaries = list(found.sites.values())

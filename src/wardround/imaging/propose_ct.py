@@ -224,7 +224,15 @@ def _folders(folder: Path) -> list[Path]:
 def _scan_of(patient: Path, *, deep: bool = True) -> Path | None:
     """The first file of a patient that may be CT; without `deep`, not in the folders within the patient's."""
     files = (file for file in patient_files(patient) if deep or file.parent == patient)
-    return next((file for file in files if file.name in NIFTI or find_dicom(file)), None)
+    first = next((file for file in files if file.name in NIFTI or find_dicom(file)), None)
+    return None if first is None or _is_mr(first) else first
+
+
+def _is_mr(file: Path) -> bool:
+    try:
+        return file.name not in NIFTI and text(open_dicom(file, pixels=False), "Modality") == "MR"
+    except DataError:
+        return False  # The survey says what is wrong with it.
 
 
 def _check_patients(site: Path) -> None:

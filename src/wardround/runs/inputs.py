@@ -10,9 +10,9 @@ from pathlib import Path
 from wardround.errors import DataError
 from wardround.imaging.readers.aside import Aside
 from wardround.imaging.readers.cases import Case, NothingMatches, Patterns, sort_cases
-from wardround.imaging.readers.dicom import series_files
 from wardround.imaging.readers.dicom_image import ImageSeries, read_image_series
 from wardround.imaging.readers.dicom_inspect import find_dicom
+from wardround.imaging.readers.dicom_signs import holds_dicom
 from wardround.imaging.readers.labelled import LabelledImage, placed_image, read_image
 from wardround.tasks.mri import MRIBatch
 
@@ -73,7 +73,7 @@ def find_inputs(source: Path, patterns: Patterns) -> Inputs:
     for found in (_by_patterns(source, patterns), _of_one(source, patterns)):
         if found is not None:
             return found
-    if _is_series(source):
+    if holds_dicom(source):
         patient = source.resolve().name
         return Inputs({patient: [Input(patient, "", source, partial(_series, source), dicom=True)]})
     beside = _beside(source, patterns)
@@ -118,11 +118,15 @@ def _sorted(folder: Path, patterns: Patterns) -> Inputs | None:
 
 
 def _of(case: Case) -> Input:
+    if case.images[0].is_dir():
+        return Input(case.patient, case.id, case.images[0], partial(_of_series, case), dicom=True)
     return Input(case.patient, case.id, case.images[0], lambda: Opened(read_image(case)))
 
 
-def _is_series(folder: Path) -> bool:
-    return any(find_dicom(path) for path in series_files(folder))
+def _of_series(case: Case) -> Opened:
+    """An image whose first channel is a series: what is found lies on that."""
+    first = _series(case.images[0])
+    return first if len(case.images) == 1 else replace(first, image=read_image(case))
 
 
 def _series(folder: Path) -> Opened:

@@ -45,9 +45,9 @@ class DrawnSettings(ImageSettings):
         min_length=1,
         description="the files of an image, a channel each (or several, where a file has them), as patterns relative "
         "to a site's folder without ending: `flair` is `{patient}/flair`; others are `imagesTr/{patient}`, "
-        "`{patient}/{patient}_t1ce`, `{patient}/{id}.jpg`",
+        "`{patient}/{patient}_t1ce`, `{patient}/{id}.jpg`; a folder with a DICOM series serves as a file",
     )
-    mask: str = Field("mask", description="the file of its mask, likewise")
+    mask: str = Field("mask", description="the file of its mask, likewise; or a DICOM SEG")
     table: CaseTable | None = None
     channels: int = Field(1, ge=1, description="channels of all files of an image together; 3 for a colour picture")
     structures: dict[str, Literal["any"] | tuple[int, ...]] = Field(

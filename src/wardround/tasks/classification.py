@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -164,10 +165,18 @@ class DiagnosedDataset(PatientImages):
         found = hashlib.sha256()
         for number, case in enumerate(self._cases[patient]):
             for path in case.images:
-                with path.open("rb") as file:
-                    found.update(hashlib.file_digest(file, "sha256").digest())
+                found.update(_content(path))
             found.update(self._labels[patient, number].tobytes())
         return found.hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    """Sha256 of a file, or of all files of a folder (a DICOM series) whatever they are called."""
+    if path.is_dir():
+        files = (each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
+        return hashlib.sha256(b"".join(sorted(map(_content, files)))).digest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def check_shape(image: LabelledImage, config: ClassificationTask, place: str) -> None:

@@ -18,6 +18,7 @@ from wardround.imaging.readers.labelled import LabelledImage
 from wardround.tasks.augmentation import Augmentation
 from wardround.tasks.images import CONTENT, PatientImages, SitePatients, peaks_of, resampled
 from wardround.tasks.task import Split
+from wardround.wire.canonical import canonical_json
 
 Structures = Mapping[str, tuple[int, ...] | None]
 # Interpolation leaves small undershoots; anything lower is no magnitude image.
@@ -160,7 +161,7 @@ class LabelledDataset(PatientImages):
         if any(values is None for values in self._structures.values()):
             return
         declared = {0} | {value for values in self._structures.values() for value in values or ()}
-        if foreign := sorted({int(value) for value in np.unique(image.labels)} - declared):
+        if foreign := sorted(_values(image) - declared):
             raise DataError(
                 f"a mask holds the value {foreign[0]}, which task.structures does not list; add it, or 0 it",
                 detail=str(case.mask),
@@ -172,25 +173,27 @@ class LabelledDataset(PatientImages):
         if sampling.dimensions == 3 or len(shape) == 2:
             yield from (LabelledExample(patient, number, part) for part in range(sampling.per_image))
             return
-        drawn = self._masks(image.labels).any(axis=(0, 1, 2))
+        drawn = self._masks(image).any(axis=(0, 1, 2))
         first = image.channels[0].astype(np.float32)
         content = (first > CONTENT * first.max()).mean(axis=(0, 1)) > CONTENT
         rest = np.flatnonzero(content & ~drawn)[:: sampling.empty_every]
         yield from (LabelledExample(patient, number, int(part)) for part in sorted([*np.flatnonzero(drawn), *rest]))
 
-    def _masks(self, labels: NDArray[np.generic] | None) -> NDArray[np.bool_]:
-        """(K, *shape), a channel a structure."""
+    def _masks(self, image: LabelledImage, part: int | None = None) -> NDArray[np.bool_]:
+        """(K, *shape), a channel a structure; of a volume's slice `part` (K, H, W)."""
+        labels = image.labels if part is None or image.labels is None else image.labels[..., part]
         assert labels is not None
-        return np.stack([labels != 0 if v is None else np.isin(labels, v) for v in self._structures.values()])
+        return np.stack(
+            [labels != 0 if v is None else np.isin(labels, _meaning(v, image)) for v in self._structures.values()]
+        )
 
     def _example(self, example: LabelledExample, random: np.random.Generator) -> LabelledBatch:
         image = self._read(example.patient, example.case)
-        labels, grid, part = image.labels, grid_of(image, self._sampling), None
-        assert labels is not None
-        if self._sampling.dimensions == 2 and labels.ndim == 3:
-            labels, grid, part = labels[..., example.part], grid[:2], example.part
+        grid, part = grid_of(image, self._sampling), None
+        if self._sampling.dimensions == 2 and image.channels.ndim == 4:
+            grid, part = grid[:2], example.part
         channels = self._normalised(example.patient, example.case, part)
-        masks = torch.from_numpy(self._masks(labels).astype(np.float32))
+        masks = torch.from_numpy(self._masks(image, part).astype(np.float32))
         channels, masks = resampled(channels, grid), resampled(masks, grid, nearest=True)
         channels, masks = self._cropped(channels, masks, random)
         channels, masks = self._augmentation(channels, masks, random)
@@ -221,7 +224,7 @@ class LabelledDataset(PatientImages):
     def _whole(self, patient: int, number: int) -> LabelledBatch:
         """An image for evaluation: channels on the network's grid, masks on its own."""
         image, channels = self._read(patient, number), self._normalised(patient, number)
-        masks = torch.from_numpy(self._masks(image.labels).astype(np.float32))
+        masks = torch.from_numpy(self._masks(image).astype(np.float32))
         spacing = image.space.spacing if self._physical and image.space.spacing else (1.0,) * (masks.ndim - 1)
         channels = whole_image(image, channels, self._sampling)
         if self._sampling.dimensions == 2 and masks.ndim == 4:
@@ -280,8 +283,24 @@ def check_magnitudes(image: LabelledImage, place: str) -> None:
             )
 
 
+def _values(image: LabelledImage) -> set[int]:
+    """The numbers that a mask holds, each by itself."""
+    found = {int(value) for value in np.unique(image.labels)} if image.labels is not None else set[int]()
+    return {number for value in found for number in image.combined.get(value, (value,))}
+
+
+def _meaning(values: tuple[int, ...], image: LabelledImage) -> list[int]:
+    """The values of a mask's voxels that are any of these numbers, alone or with others."""
+    own = set(values)
+    combined = {value for value, numbers in image.combined.items() if own.intersection(numbers)}
+    # A value of several numbers may be a number that this mask does not hold.
+    return sorted(own - image.combined.keys() | combined)
+
+
 def _digest(image: LabelledImage) -> bytes:
     found = hashlib.sha256(image.channels.tobytes())
     assert image.labels is not None
     found.update(image.labels.tobytes())
+    for value, numbers in sorted(image.combined.items()):
+        found.update(canonical_json([value, *numbers]))
     return found.digest()

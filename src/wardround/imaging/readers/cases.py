@@ -1,9 +1,10 @@
 """A hospital's images with what was drawn or said of them: which files belong together, and whose they are.
 
 Files are named by patterns relative to a site's folder, without their ending: `{patient}/flair`, `imagesTr/{patient}`,
-`{patient}/{id}.jpg`. `{patient}` is who it is of; `{id}` tells several images of a patient apart. A pattern without a
-folder means `{patient}/PATTERN`. With a table (CSV), `{id}` is what its rows are named by, and a column says whose each
-image is. Names and paths stay at the site.
+`{patient}/{id}.jpg`. An image may be a folder that holds a DICOM series, and a mask a DICOM SEG, in a folder of its own
+or not. `{patient}` is who it is of; `{id}` tells several images of a patient apart. A pattern without a folder means
+`{patient}/PATTERN`. With a table (CSV), `{id}` is what its rows are named by, and a column says whose each image is.
+Names and paths stay at the site.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from wardround.errors import DataError
 from wardround.imaging.readers.aside import Aside, place
+from wardround.imaging.readers.dicom_signs import DICOM, holds_dicom, is_dicom
 from wardround.imaging.readers.table import table_rows
 from wardround.study.images import CaseTable, LabelTable
 from wardround.wire.files import reason as reason_of
@@ -105,8 +107,8 @@ def sort_cases(source: Path | Sequence[Path], site: str, patterns: Patterns) -> 
     if not cases and not aside:
         shown = ", ".join(patterns.whole(pattern) for pattern in patterns.images)
         raise NothingMatches(
-            f"{place(site)}no file in its data folder matches {shown} ({', '.join(patterns.endings)}); "
-            "see `task.images`",
+            f"{place(site)}no file in its data folder matches {shown} ({', '.join(patterns.endings)}, or a folder with "
+            "a DICOM series); see `task.images`",
             detail=", ".join(map(str, folders)),
         )
     once = {one.patient: one for one in reversed(aside) if one.patient}
@@ -126,7 +128,7 @@ def _in(folder: Path, site: str, patterns: Patterns) -> tuple[list[Case], list[A
             case.doubled = pattern if number in case.images else case.doubled
             case.images[number] = path
     if patterns.mask is not None:
-        for key, path in _matches(folder, site, patterns.whole(patterns.mask), patterns):
+        for key, path in _matches(folder, site, patterns.whole(patterns.mask), patterns, mask=True):
             if key in found:
                 found[key].doubled = patterns.mask if found[key].mask is not None else found[key].doubled
                 found[key].mask = path
@@ -172,17 +174,23 @@ def _expression(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def _matches(folder: Path, site: str, pattern: str, patterns: Patterns) -> Iterator[tuple[tuple[str, str], Path]]:
+def _matches(
+    folder: Path, site: str, pattern: str, patterns: Patterns, *, mask: bool = False
+) -> Iterator[tuple[tuple[str, str], Path]]:
     """What a pattern finds: (patient, id) and path. Hidden files do not count."""
     expression = _expression(pattern)
     patient = "*" if patterns.only is None else glob.escape(patterns.only)
     wild, endings = pattern.replace("{patient}", patient).replace("{id}", "*"), patterns.endings
+    named = pattern.endswith((*endings, DICOM))
     try:
-        for ending in ("",) if pattern.endswith(endings) else endings:
+        # Without an ending: folders of DICOM, and a SEG that has none.
+        for ending in ("",) if named else (*endings, *((DICOM,) if mask and DICOM not in endings else ()), ""):
             for path in sorted(folder.glob(wild + ending)):
                 name = path.relative_to(folder).as_posix().removesuffix(ending)
                 match = expression.fullmatch(name)
-                if match is None or any(part.startswith(".") for part in name.split("/")) or not path.is_file():
+                if match is None or any(part.startswith(".") for part in name.split("/")):
+                    continue
+                if not (path.is_file() if named or ending else _is_dicom(path, mask)):
                     continue
                 groups = match.groupdict()
                 if patterns.only is not None and groups.get("patient") != patterns.only:
@@ -192,6 +200,11 @@ def _matches(folder: Path, site: str, pattern: str, patterns: Patterns) -> Itera
         raise DataError(
             f"{place(site)}its data folder cannot be read ({reason_of(error)})", detail=str(folder)
         ) from error
+
+
+def _is_dicom(path: Path, mask: bool) -> bool:
+    """Whether a path without an ending of the package's is DICOM: a folder with files of it, or a mask's one file."""
+    return holds_dicom(path) if path.is_dir() else mask and not path.suffix and path.is_file() and is_dicom(path)
 
 
 @dataclass(frozen=True)

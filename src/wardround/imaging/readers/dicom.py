@@ -27,6 +27,7 @@ from wardround.imaging.readers.dicom_file import (
 from wardround.imaging.readers.hounsfield import AIR, check_air, check_tissue, to_hounsfield
 from wardround.imaging.readers.places import Place, regular_gaps, unevenness
 from wardround.imaging.readers.volume import FloatArray, Volume
+from wardround.wire.files import reason
 
 __all__ = ["AIR", "CTSeries", "CTSlice", "read_series", "read_slice", "series_files"]
 
@@ -150,7 +151,12 @@ def series_files(folder: Path) -> list[Path]:
     """The files of a series' folder, sorted; hidden files and DICOMDIR are left out. Raises DataError."""
     if not folder.is_dir():
         raise DataError("a series' folder does not exist", detail=str(folder))
-    names = (path for path in sorted(folder.iterdir()) if path.is_file())
+    try:
+        names = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    except OSError as error:
+        raise DataError(
+            f"a series' folder cannot be read ({reason(error)}); let this user read it", detail=str(folder)
+        ) from error
     return [path for path in names if not path.name.startswith(".") and path.name.upper() != "DICOMDIR"]
 
 

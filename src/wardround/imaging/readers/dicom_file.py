@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
+from pydicom.pixels.utils import iter_pixels
 from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
@@ -30,6 +31,7 @@ from wardround.imaging.readers.bounds import MOST_PIXELS, RLE_RATIO, inflates_to
 
 # A file whose whole content is deflated: far more than an image of 8192 x 8192 pixels and its header.
 _MOST_INFLATED = 1 << 28
+_DAMAGED = "a DICOM file's pixels are damaged or cut short; copy it again from its source"
 # Image files of compressed collections that are lossless; every other compression is taken for lossy.
 _LOSSLESS = frozenset(
     {
@@ -173,17 +175,49 @@ def pixels(dataset: FileDataset) -> NDArray[np.generic]:
     Uncompressed and RLE files need nothing else, the JPEG family needs python-gdcm. Raises DataError.
     """
     path = path_of(dataset)
-    damaged = "a DICOM file's pixels are damaged or cut short; copy it again from its source"
-    with guarded(damaged, path):
-        frames, samples = int(dataset.get("NumberOfFrames") or 1), int(dataset.get("SamplesPerPixel") or 1)
+    with guarded(_DAMAGED, path):
+        count = int(dataset.get("NumberOfFrames") or 1)
+    if count != 1:
+        raise DataError(
+            f"a DICOM file holds {count} frames; export it as classic CT, one file per slice", detail=str(path)
+        )
+    plugin = _check_pixels(dataset, 1)
+    with guarded(_DAMAGED, path):
+        if plugin:
+            dataset.pixel_array_options(decoding_plugin=plugin)
+        array: NDArray[np.generic] = dataset.pixel_array
+    if array.ndim != 2 or 0 in array.shape:
+        raise DataError(_DAMAGED, detail=f"{path}: shape {array.shape}")
+    return array
+
+
+def frames(dataset: FileDataset, count: int) -> Iterator[NDArray[np.generic]]:
+    """The `count` greyscale frames of a file, (Rows, Columns) each, one at a time in memory. Raises DataError."""
+    path = path_of(dataset)
+    with guarded(_DAMAGED, path):
+        held = int(dataset.get("NumberOfFrames") or 1)
+    if held != count:
+        raise DataError(f"a DICOM file holds {held} frames and describes {count}; export it again", detail=str(path))
+    plugin = _check_pixels(dataset, count)
+    with guarded(_DAMAGED, path):
+        found = iter_pixels(dataset, decoding_plugin=plugin)
+    for _ in range(count):
+        with guarded(_DAMAGED, path):
+            array = next(found)
+        if array.ndim != 2 or 0 in array.shape:
+            raise DataError(_DAMAGED, detail=f"{path}: shape {array.shape}")
+        yield array
+
+
+def _check_pixels(dataset: FileDataset, count: int) -> str:
+    """Raises DataError where pixels cannot be read, before memory is taken for them; the name of a decoder, or none."""
+    path = path_of(dataset)
+    with guarded(_DAMAGED, path):
+        samples = int(dataset.get("SamplesPerPixel") or 1)
         syntax = dataset.file_meta.TransferSyntaxUID
         compressed = bool(syntax.is_encapsulated)
         rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
         bits = int(dataset.get("BitsAllocated") or 0)
-    if frames != 1:
-        raise DataError(
-            f"a DICOM file holds {frames} frames; export it as classic CT, one file per slice", detail=str(path)
-        )
     if samples != 1:
         raise DataError("a DICOM image is in colour; CT has one grey value per pixel", detail=str(path))
     if compressed and syntax != RLELossless and importlib.util.find_spec("gdcm") is None:
@@ -197,21 +231,16 @@ def pixels(dataset: FileDataset) -> NDArray[np.generic]:
     said = f"a DICOM header says {rows} x {columns} pixels"
     if rows * columns > MOST_PIXELS:
         raise DataError(f"{said}, and at most {MOST_PIXELS:,} are read; is the file damaged?", detail=str(path))
-    held = len(dataset.PixelData or b"")
+    with guarded(_DAMAGED, path):
+        held = len(dataset.PixelData or b"")
     ratio = RLE_RATIO if syntax == RLELossless else None if compressed else 1
-    if ratio is not None and rows * columns * bits > 8 * ratio * held:
+    if ratio is not None and rows * columns * bits * count > 8 * ratio * held:
         raise DataError(
             f"{said} of {bits} bits, and the file is damaged or cut short: it holds {held:,} bytes of pixels; copy it "
             "again from its source",
             detail=str(path),
         )
-    with guarded(damaged, path):
-        if compressed and syntax != RLELossless:
-            dataset.pixel_array_options(decoding_plugin="gdcm")
-        array: NDArray[np.generic] = dataset.pixel_array
-    if array.ndim != 2 or 0 in array.shape:
-        raise DataError(damaged, detail=f"{path}: shape {array.shape}")
-    return array
+    return "gdcm" if compressed and syntax != RLELossless else ""
 
 
 def no_pixels(path: Path) -> DataError:

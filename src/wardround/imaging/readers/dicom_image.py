@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
 
 from wardround.errors import DataError
+from wardround.imaging.readers.bounds import MOST_VOXELS
 from wardround.imaging.readers.dicom import (
     Placed,
     affine_of,
@@ -43,17 +44,34 @@ class ImageSeries:
     headers: tuple[FileDataset, ...]
     gaps: str = ""
 
+    @property
+    def frame(self) -> str:
+        """The identifier of its frame of reference, which stays at the site; empty where headers name none.
+
+        Raises DataError where slices are in several.
+        """
+        found = {text(header, "FrameOfReferenceUID") or "" for header in self.headers}
+        if len(found) > 1:
+            raise DataError(
+                f"slices of one series are in {len(found)} frames of reference, so they are not of one scan; export "
+                "the series again",
+                detail=str(path_of(self.headers[0]).parent),
+            )
+        return found.pop()
+
 
 def read_image_series(folder: Path) -> ImageSeries:
-    """Read the one MR or CT series that a folder holds.
+    """Read the one MR or CT series that a folder holds, or one file of it as a series of one slice.
 
     Raises DataError, whose message never names the patient, for files that are damaged or of another kind, mixed series
     or geometries, and slices that are missing, doubled or unevenly spaced.
     """
-    paths = series_files(folder)
+    paths = series_files(folder) if not folder.is_file() else [folder]
     if not paths:
         raise DataError("a series has no DICOM file", detail=str(folder))
-    modality = text(open_dicom(paths[0], pixels=False), "Modality")
+    first = open_dicom(paths[0], pixels=False)
+    _check_size(first, len(paths))
+    modality = text(first, "Modality")
     if modality == "CT":
         ct = read_series(paths)
         return ImageSeries(ct.data, ct.spacing, ct.affine, ct.headers, ct.gaps)
@@ -61,6 +79,16 @@ def read_image_series(folder: Path) -> ImageSeries:
         shown = modality if modality and re.fullmatch("[A-Z]{2,4}", modality) else "missing or unknown"
         raise DataError(f"a DICOM series is neither MR nor CT (its modality is {shown})", detail=str(folder))
     return _volume([_read_mr(path) for path in paths])
+
+
+def _check_size(header: FileDataset, count: int) -> None:
+    rows, columns = (number(header, keyword) or 0.0 for keyword in ("Rows", "Columns"))
+    if rows * columns * count > MOST_VOXELS:
+        raise DataError(
+            f"a series has {count} slices of {rows:g} x {columns:g} pixels, and at most {MOST_VOXELS:,} voxels are "
+            "read; is it one series?",
+            detail=str(path_of(header).parent),
+        )
 
 
 def _volume(slices: Sequence[Placed]) -> ImageSeries:

@@ -13,10 +13,10 @@ from wardround.imaging.readers.ct_projections import read_projections
 from wardround.imaging.readers.ct_protocol import CTProtocol
 from wardround.imaging.readers.dicom import CTSlice, read_slice
 from wardround.imaging.readers.dicom_file import is_projection, open_dicom
+from wardround.imaging.readers.dicom_signs import is_dicom
 from wardround.imaging.readers.hounsfield import without_air, wrong_rescale
 from wardround.imaging.readers.places import Place, regular_gaps, unevenness
 
-_SUFFIXES = frozenset({".dcm", ".ima", ".dicom"})
 # Problems that differ by a number are one.
 _NUMBER = re.compile(r"-?\d[\d.,]*")
 _SHOWN = 6  # of each fact's values
@@ -56,9 +56,9 @@ class _Seen:
 def find_dicom(path: Path) -> list[Path]:
     """DICOM files at or below a path, by their suffix or their first bytes, sorted; hidden files are left out."""
     if path.is_file():
-        return [path] if _is_dicom(path) else []
+        return [path] if is_dicom(path) else []
     below = (file for file in sorted(path.rglob("*")) if not file.name.startswith("."))
-    return [file for file in below if file.is_file() and _is_dicom(file)]
+    return [file for file in below if file.is_file() and is_dicom(file)]
 
 
 def summarise_dicom(files: list[Path]) -> DicomSummary:
@@ -180,16 +180,3 @@ def _projections(folders: set[Path]) -> DicomSummary:
         (f"{len(folders)} scans", *(f"{what} ({n} scans)" for what, n in facts.most_common())),
         tuple(f"{what} ({n} scans)" for what, n in problems.most_common()),
     )
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in _SUFFIXES:
-        return True
-    # Scanners write IM0001 and no suffix, or a UID, whose last number looks like one.
-    if path.suffix and not path.suffix[1:].isdigit():
-        return False
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False

@@ -1,9 +1,9 @@
-"""An image with its mask, from NIfTI, PNG or JPEG: arrays in one orientation, and the size of a voxel where known."""
+"""An image with its mask, from NIfTI, PNG, JPEG or DICOM: arrays in one orientation, and a voxel's size where known."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from PIL import UnidentifiedImageError
 from wardround.errors import DataError
 from wardround.imaging.readers.bounds import MOST_PIXELS
 from wardround.imaging.readers.cases import ENDINGS, Case, Reader
+from wardround.imaging.readers.dicom_image import read_image_series
+from wardround.imaging.readers.dicom_seg import Grid, read_seg
+from wardround.imaging.readers.dicom_signs import DICOM
 from wardround.imaging.readers.volume import read_array
 from wardround.wire.files import reason
 
@@ -29,12 +32,14 @@ class VoxelSpace:
     """Where an image's voxels lie.
 
     `spacing`: mm along each axis, `None` where the file does not say. `affine`: (4, 4), indices of the file to mm, and
-    `orientation` how the file's axes became those of the array (nibabel's), both `None` for a picture.
+    `orientation` how the file's axes became those of the array (nibabel's), both `None` for a picture. `frame`: the
+    identifier of a DICOM series' frame of reference, which stays at the site; `None` for other files.
     """
 
     spacing: tuple[float, ...] | None
     affine: NDArray[np.float64] | None = None
     orientation: NDArray[np.float64] | None = None
+    frame: str | None = None
 
     def restored(self, array: Array) -> Array:
         """An array over the last three axes, (..., *shape), turned back to the axes of the file."""
@@ -49,13 +54,15 @@ class LabelledImage:
     """An image and what was drawn on it.
 
     `channels` (C, *shape), uint8 or float32; `labels` (*shape), the whole numbers of the mask's file, `None` without
-    one. A volume's axes run to the patient's right, front and head (RAS) as far as its header says how the patient
-    lies; a picture's are rows and columns.
+    one. `combined`: values of it that stand for several numbers at once, where segments of a DICOM SEG overlap. A
+    volume's axes run to the patient's right, front and head (RAS) as far as its header says how the patient lies; a
+    picture's are rows and columns.
     """
 
     channels: Array
     labels: Array | None
     space: VoxelSpace
+    combined: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +100,8 @@ def read_image(case: Case) -> LabelledImage:
             raise DataError(
                 "an image holds NaN or infinite values; replace them at the source", detail=str(case.images[0])
             )
+    if case.mask is not None and _is_seg(case.mask, case.readers):
+        return LabelledImage(channels, *_segments(first, case.mask))
     labels = None if case.mask is None else _labels(first, case.mask, case.readers)
     return LabelledImage(channels, labels, first[1])
 
@@ -108,6 +117,23 @@ def placed_image(channels: Array, spacing: tuple[float, ...], affine: NDArray[np
     return LabelledImage(array, None, space)
 
 
+def _is_seg(path: Path, readers: Mapping[str, Reader]) -> bool:
+    own = path.name.endswith(ENDINGS) or any(path.name.endswith(ending) for ending in readers)
+    return path.is_dir() or not own
+
+
+def _segments(image: tuple[Array, VoxelSpace], path: Path) -> tuple[Array, VoxelSpace, Mapping[int, tuple[int, ...]]]:
+    """The labels of a DICOM SEG in the image's orientation, the image's space, and what its combined values mean."""
+    channels, space = image
+    if space.affine is None or space.orientation is None:
+        raise DataError(
+            "a mask is a DICOM SEG, and its image is a picture, which lies nowhere; give masks of pictures as pictures",
+            detail=str(path),
+        )
+    found = read_seg(path, Grid(space.restored(channels[0]).shape, space.affine, space.frame))
+    return _whole(_turned(found.labels, space.orientation)), space, found.combined
+
+
 def _labels(image: tuple[Array, VoxelSpace], path: Path, readers: Mapping[str, Reader]) -> Array:
     mask = _read(path, readers, colour=False)
     _same(image, mask, "an image and its mask", path)
@@ -121,7 +147,12 @@ def _labels(image: tuple[Array, VoxelSpace], path: Path, readers: Mapping[str, R
         or np.abs(whole).max(initial=0) > 2**15
     ):
         raise DataError("a mask holds fractions or huge values; store one whole number a voxel", detail=str(path))
-    narrowed: Array = whole.astype(np.uint8 if whole.min() >= 0 and whole.max() <= 255 else np.int32)
+    return _whole(whole)
+
+
+def _whole(labels: Array) -> Array:
+    """Whole numbers as bytes where they fit."""
+    narrowed: Array = np.ascontiguousarray(labels, np.uint8 if labels.min() >= 0 and labels.max() <= 255 else np.int32)
     return narrowed
 
 
@@ -130,6 +161,12 @@ def _same(image: tuple[Array, VoxelSpace], other: tuple[Array, VoxelSpace], what
     if mine != its:
         raise DataError(
             f"{what} differ in shape ({_times(mine)} and {_times(its)}); resample one to the other", detail=str(path)
+        )
+    if image[1].frame != other[1].frame and None not in (image[1].frame, other[1].frame):
+        raise DataError(
+            f"{what} are of unlike frames of reference (DICOM), so equal positions in them are not one place; register "
+            "one to the other",
+            detail=str(path),
         )
     a, b = image[1].affine, other[1].affine
     if a is not None and b is not None and not np.allclose(a, b, rtol=1e-3, atol=_SAME_PLACE):
@@ -146,10 +183,14 @@ def _times(shape: tuple[int, ...]) -> str:
 
 def _read(path: Path, readers: Mapping[str, Reader], colour: bool = True) -> tuple[Array, VoxelSpace]:
     """Channels (C, *shape) and space."""
+    if path.is_dir():
+        return _series(path)
     if not path.name.endswith(ENDINGS):
         for ending, reader in readers.items():
             if path.name.endswith(ending):
                 return _foreign(reader, ending, path)
+    if path.name.endswith(DICOM):
+        return _series(path)
     return _volume(path) if path.name.endswith((".nii", ".nii.gz")) else _picture(path, colour)
 
 
@@ -186,6 +227,12 @@ def _volume(path: Path) -> tuple[Array, VoxelSpace]:
         )
     channels = np.moveaxis(array, 3, 0) if array.ndim == 4 else array[None]
     return _in_place(channels, zooms, affine, str(path))
+
+
+def _series(path: Path) -> tuple[Array, VoxelSpace]:
+    found = read_image_series(path)
+    channels, space = _in_place(found.data[None], found.spacing, found.affine, str(path))
+    return channels, replace(space, frame=found.frame)
 
 
 def _in_place(

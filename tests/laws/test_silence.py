@@ -19,6 +19,7 @@ from tests.toys import toy_sites, toy_study
 from wardround.engines.local import LocalEngine
 from wardround.federation.exchange import ERROR, EVALUATE, Call
 from wardround.federation.facts import DELIVER, FACTS, SiteFacts
+from wardround.federation.grouped import GROUPS, SiteGroups
 from wardround.runs.session import Result, evaluate, run
 from wardround.storage.store import SiteStore
 from wardround.study.schema import Study
@@ -89,7 +90,7 @@ def test_no_private_tensor_and_no_example_is_in_any_byte(
     study = private_study(optimizer)
     result = run(study, sites, tmp_path / "out", engine="local")
     evaluate(tmp_path / "out", sites, engine="local")
-    assert {s.message.header.kind for s in sent} == {*ROUNDS, "facts", "deliver"}
+    assert {s.message.header.kind for s in sent} == {*ROUNDS, "facts", "groups", "deliver"}
 
     kept = memories(tmp_path / "out")
     assert {name.split("/")[2] for name in kept} == {"local", "optimizer"}
@@ -117,6 +118,9 @@ def test_headers_say_only_what_their_schema_knows(tmp_path: Path, monkeypatch: p
         assert header.keys() == HEADER
         if header["kind"] == FACTS:
             assert header["meta"].keys() == {"plan"} or SiteFacts.model_validate(header["meta"])
+            continue
+        if header["kind"] == GROUPS:
+            assert header["meta"].keys() == {"plan"} or SiteGroups.model_validate(header["meta"])
             continue
         assert header["meta"].keys() <= META
         if header["meta"].get("evaluator") != "released":

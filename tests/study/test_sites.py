@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,52 @@ def test_a_site_the_file_does_not_name(tmp_path: Path) -> None:
     sites = load_sites(write(tmp_path, "sites: {A: {data: .}}"))
     with pytest.raises(StudyError, match=r"no entry for site B; add `sites\.B\.data`"):
         sites.of("B")
+
+
+def test_groups_are_read_with_their_table(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "clinic.csv").write_text("patient,gender\n")
+    sites = load_sites(
+        write(
+            tmp_path,
+            "sites:\n  A:\n    data: x\n    groups:\n      file: clinic.csv\n      columns:\n"
+            "        sex: {column: gender, values: {female: [2, w], male: [1]}}\n"
+            "        arm: {values: [left, right]}\n"
+            "        age: {bands: [40, 60.5]}\n",
+        )
+    )
+    groups = sites.of("A").groups
+    assert groups is not None
+    assert groups.file == tmp_path / "clinic.csv"
+    sex, arm, age = groups.columns.values()
+    assert [sex.label(cell) for cell in ("2", "w", "1", "W", "")] == ["female", "female", "male", "other", "other"]
+    assert arm.labels == ("left", "right")
+    assert age.labels == ("below 40", "40 to below 60.5", "60.5 or more")
+    assert [age.label(cell) for cell in ("39.9", "40", "60.5", "nan", "old")] == [*age.labels, "other", "other"]
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ("{}", "give `values` or `bands`, one of them"),
+        ("{values: [a], bands: [1]}", "give `values` or `bands`, one of them"),
+        ("{values: {a: [x], b: [x]}}", "a cell that means two groups"),
+        ("{values: [a, other]}", "call the group otherwise"),
+        ("{values: ['<b>']}", "sites.A.groups.columns.sex.values"),
+        ("{bands: [60, 40]}", "each number must be larger than the one before"),
+        ("{values: [a, b, c, d, e, f, g, h, i]}", "sites.A.groups.columns.sex.values"),
+    ],
+)
+def test_a_column_that_makes_no_groups_is_an_error_with_its_key(tmp_path: Path, column: str, said: str) -> None:
+    (tmp_path / "x").mkdir()
+    text = f"sites: {{A: {{data: x, groups: {{file: t.csv, columns: {{sex: {column}}}}}}}}}"
+    with pytest.raises(StudyError, match=re.escape(said)):
+        load_sites(write(tmp_path, text))
+
+
+def test_a_table_of_groups_that_is_missing_is_named_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    text = "sites: {A: {data: x, groups: {file: mueller.csv, columns: {sex: {values: [F, M]}}}}}"
+    with pytest.raises(StudyError, match=r"sites\.A\.groups\.file: the file does not exist") as caught:
+        load_sites(write(tmp_path, text))
+    assert "mueller" not in str(caught.value)

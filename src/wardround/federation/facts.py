@@ -67,7 +67,7 @@ class SiteSpending(Config):
     shared: bool = Field(description="whether the noise of some rounds counts only in sums over sites")
 
 
-_Schema = TypeVar("_Schema", SiteFacts, SiteSpending)
+_Schema = TypeVar("_Schema", bound=Config)
 
 
 def parsed(schema: type[_Schema], meta: Mapping[str, Any]) -> _Schema:
@@ -79,6 +79,6 @@ def parsed(schema: type[_Schema], meta: Mapping[str, Any]) -> _Schema:
         raise WireError(f"an answer that is no {schema.__name__} of this version ({where})") from None
 
 
-def meta_of(said: SiteFacts | SiteSpending) -> dict[str, Any]:
+def meta_of(said: Config) -> dict[str, Any]:
     """What a message holds of it."""
     return said.model_dump(mode="json")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from wardround.results.answer import answer
+from wardround.results.groups import grouped_columns
 from wardround.results.metrics import MetricInfo
 from wardround.results.run import SMALL_N, Run, load_run
 from wardround.results.schema import Part
@@ -62,6 +63,7 @@ def card(run: Run) -> str:
         "Means over test patients with 95% intervals (Student's t) from the standard errors that sites computed; "
         f"the mean gives every training site the same weight. Fewer than {LEAST_PATIENTS} patients have no interval. "
         f"Where n is below {SMALL_N}, a single patient can decide the outcome.",
+        *_groups(run),
         *(_part(part) for part in run.result.parts),
         "## Training",
         _bullets(_training(run)),
@@ -112,6 +114,20 @@ def _metric(run: Run, metric: MetricInfo) -> str:
     return f"### {escape(metric.heading)}, {metric.direction}\n\n{_table(head, rows)}"
 
 
+def _groups(run: Run) -> Iterator[str]:
+    """A table of each metric by each column that sites declare."""
+    for column in grouped_columns(run):
+        yield f"### By {escape(column.name)}"
+        for table in column.tables:
+            site, rows = "", []
+            for row in table.rows:
+                site = row.site if row.span else site
+                cells = (cell.text + (f" ({cell.interval})" if cell.interval else "") for cell in row.cells)
+                rows.append([site, row.group, row.n, *cells])
+            head = ["site", escape(column.name), "n", *(escape(arm.label) for arm in table.arms)]
+            yield f"{escape(table.metric.heading)}, {table.metric.direction}:\n\n{_table(head, rows)}"
+
+
 def _part(part: Part) -> str:
     """What the task says of its results."""
     table = _table([escape(name) for name in part.head], part.cells) if part.head else ""
@@ -145,9 +161,12 @@ def _training(run: Run) -> list[str]:
 
 
 def _limits(run: Run) -> list[str]:
+    columns = ", ".join(dict.fromkeys(groups.column for groups in run.result.groups))
+    others = f"anything but {columns}" if columns else "age, sex, field strength or disease"
     return [
         *warnings(run),
+        *(f"Not given by group at {site}: {why}." for site, why in run.result.groups_missing.items()),
         "Intervals hold the chance of which patients were tested, not that of another seed or hospital.",
-        "Patients of the participating sites do not represent all patients; "
-        "results by age, sex, field strength or disease are not measured here.",
+        f"Patients of the participating sites do not represent all patients; results by {others} are not measured "
+        "here.",
     ]

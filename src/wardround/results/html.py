@@ -13,6 +13,7 @@ from markupsafe import Markup
 from wardround.results import figures, views
 from wardround.results.answer import answer, arm_words, unseen_result
 from wardround.results.classes import class_charts
+from wardround.results.groups import grouped_columns
 from wardround.results.paired import paired_charts
 from wardround.results.pictures import ERROR_GAIN, gallery
 from wardround.results.run import SMALL_N, Run, load_run
@@ -59,6 +60,7 @@ def render(run: Run) -> str:
         comparisons=[(each, views.comparison(run, each)) for each in metrics],
         gains=views.gains_over_alone(run, metric) if metric else None,
         left_out=views.gains_at_left_out(run, metric) if metric else None,
+        groups=grouped_columns(run),
         paired=paired_charts(run, metric) if metric else (),
         mark=figures.mark,
         gallery=gallery(run),

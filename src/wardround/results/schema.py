@@ -66,6 +66,25 @@ class LeftOut(Config):
     best_local: Row | None = Field(None, description="the best of the other sites' own models, chosen with hindsight")
 
 
+class GroupTables(Config):
+    """Results on the test patients of one group of a column that sites declare in their own files."""
+
+    column: str
+    group: str = Field(description="`other` holds those whom no other group has, and small groups")
+    metrics: dict[str, Table] = Field(
+        description="by arm, as in `metrics`; `mean` where every training site gave the group"
+    )
+
+    def estimate(self, arm: str, site: str, metric: str) -> Estimate | None:
+        """The estimate of an arm at a site (or `mean`), or None where there is none."""
+        return _cell(self.metrics.get(arm), site, metric)
+
+    def estimates(self) -> Iterator[tuple[str, str, str, Estimate]]:
+        """Arm, site, metric and estimate of every number."""
+        for arm in self.metrics:
+            yield from _of_arm(arm, self.metrics[arm])
+
+
 class Compared(Config):
     """A classical method that the models are compared with."""
 
@@ -113,6 +132,10 @@ class Measured(Config):
     withheld: dict[str, str] = Field(description="by site: the rule of the site that keeps its numbers")
     failed: dict[str, str] = Field(description="by site: why it could not be measured")
     parts: tuple[Part, ...] = Field((), description="what the task itself says of these numbers")
+    groups: tuple[GroupTables, ...] = Field((), description="by column and group, where sites declare columns")
+    groups_missing: dict[str, str] = Field(
+        {}, description="by site: why results by a column that it declares are not in `groups`"
+    )
 
     def estimate(self, arm: str, site: str, metric: str) -> Estimate | None:
         """The estimate of an arm at a site (or `mean`, `unseen`), or None where there is none.
@@ -136,14 +159,18 @@ class Measured(Config):
     def estimates(self) -> Iterator[tuple[str, str, str, Estimate]]:
         """Arm, site, metric and estimate of every number, in the order of the tables."""
         for arm in self.arms:
-            for site, row in self.metrics[arm].items():
-                yield from ((arm, site, name, found) for name, found in (row or {}).items() if found is not None)
+            yield from _of_arm(arm, self.metrics[arm])
 
     @property
     def measured(self) -> tuple[MetricInfo, ...]:
         """The metrics that any arm has anywhere, in the task's order."""
         names = {name for _, _, name, _ in self.estimates()}
         return tuple(metric for metric in self.metric_specs if metric.name in names)
+
+
+def _of_arm(arm: str, table: Table) -> Iterator[tuple[str, str, str, Estimate]]:
+    for site, row in table.items():
+        yield from ((arm, site, name, found) for name, found in (row or {}).items() if found is not None)
 
 
 def _cell(table: Table | None, site: str, metric: str) -> Estimate | None:

@@ -5,25 +5,38 @@ from __future__ import annotations
 import csv
 import io
 
-from wardround.results.schema import Measured
+from wardround.results.schema import Estimate, Measured
 
 _COLUMNS = ("value", "se", "ci_low", "ci_high", "n", "absent")
 
 
 def csv_of(measured: Measured) -> str:
-    """A tidy table as CSV: a row for each arm, site (or `mean`, `unseen`) and metric; what there is not is empty."""
+    """A tidy table as CSV: a row for each arm, site (or `mean`, `unseen`) and metric; what there is not is empty.
+
+    Where there are results by group, rows of their own follow, with `column` and `group` at their end.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("arm", "site", "metric", *_COLUMNS))
-    for arm, site, metric, found in measured.estimates():
-        writer.writerow((arm, site, metric, *(getattr(found, column) for column in _COLUMNS)))
+    grouped = bool(measured.groups)
+    writer.writerow(("arm", "site", "metric", *_COLUMNS, *(("column", "group") if grouped else ())))
+    for *where, found in measured.estimates():
+        writer.writerow((*where, *_numbers(found), *(("", "") if grouped else ())))
+    for tables in measured.groups:
+        for *where, found in tables.estimates():
+            writer.writerow((*where, *_numbers(found), tables.column, tables.group))
     return file.getvalue()
 
 
+def _numbers(found: Estimate) -> list[float | int | None]:
+    return [getattr(found, column) for column in _COLUMNS]
+
+
 def numbers_of(measured: Measured) -> dict[str, float]:
-    """Every number of the metrics by its dotted key: `federated.mean.psnr.value`."""
+    """Every number of the metrics by its dotted key: `federated.mean.psnr.value`, `sex.female.federated.A.dice.n`."""
+    groups = ((f"{t.column}.{t.group}.", t.estimates()) for t in measured.groups)
     return {
-        f"{arm}.{site}.{metric}.{column}": value
-        for arm, site, metric, found in measured.estimates()
+        f"{before}{arm}.{site}.{metric}.{column}": value
+        for before, estimates in (("", measured.estimates()), *groups)
+        for arm, site, metric, found in estimates
         for column, value in found.model_dump(exclude_none=True).items()
     }

@@ -35,8 +35,8 @@ from wardround.results.schema import Measured, Result, RoundLine, Seconds, Start
 from wardround.runs.alone import train_alone
 from wardround.runs.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver
 from wardround.runs.context import Context
-from wardround.runs.evaluation import measure, tables
 from wardround.runs.folder import add_devices, alone, claim, mixed, without_in
+from wardround.runs.grouped import measured
 from wardround.runs.notes import notes_of
 from wardround.runs.protocols import read_protocols
 from wardround.runs.rounds import RoundsFile
@@ -202,11 +202,11 @@ def conduct(
     fingerprints = add_devices(host.out, fingerprints, placed(machines))
     releases = _train(host, engine, parallel, watcher, facts)
     private = _release(host, engine, releases, facts)
-    measured = tables(host, measure(host, engine, watcher.phase))
+    numbers = measured(host, engine, watcher.phase)
     took_part = {site for line in read_rounds(host.out) for site in line.participants}
     spendings = ask_spending(host, engine, facts, took_part)
     seconds = time.perf_counter() - began
-    result = _conclude(host, releases, measured, fingerprints, seconds, facts, private, spendings)
+    result = _conclude(host, releases, numbers, fingerprints, seconds, facts, private, spendings)
     for site, why in deliver(host, engine, model_path(host.out, FEDERATED), host.out / CARD).items():
         log.warning("site %s did not get the released model: %s. The same command sends it again", site, why)
     return result
@@ -215,7 +215,7 @@ def conduct(
 def _conclude(
     host: Context,
     releases: Mapping[str, Release],
-    measured: Measured,
+    numbers: Measured,
     fingerprints: Sequence[Mapping[str, str]],
     seconds: float,
     facts: Mapping[str, SiteFacts],
@@ -231,7 +231,7 @@ def _conclude(
     model = out / "models" / f"{FEDERATED}.safetensors"
     trained_on = read_protocols(load_model(model)[1], host.study)
     result = Result(
-        **dict(measured),
+        **dict(numbers),
         study=host.study.name,
         study_sha256=host.study_sha256,
         plan_sha256=host.plan_sha256,

@@ -190,14 +190,14 @@ def tables(host: Context, measurements: Sequence[SiteMeasurement]) -> Measured:
     for row, key in ((FEDERATED, "federated"), ("local", "best_local")):
         sites = [_means(entry[key]) for entry in left_out.values() if key in entry]
         if sites and row in metrics:
-            metrics[row][UNSEEN] = _over_sites(specs, sites)
+            metrics[row][UNSEEN] = over_sites(specs, sites)
     return Measured(
         metric_specs=tuple(MetricInfo(**spec.to_json()) for spec in specs),
         metrics=metrics,
         baselines=baselines,
         gains={FEDERATED: _gains(specs, compared, training)},
         left_out={
-            site: LeftOut(**{key: _at_site(specs, _means(results)) for key, results in entry.items()})
+            site: LeftOut(**{key: at_site(specs, _means(results)) for key, results in entry.items()})
             for site, entry in left_out.items()
         },
         withheld={m.site: m.reason for m in measurements if m.results is None and m.withheld},
@@ -218,12 +218,10 @@ def _compared(host: Context, name: str) -> Compared:
 
 
 def _row(specs: Sequence[MetricSpec], training: Sequence[str], sites: Mapping[str, Results | None]) -> Table:
-    row: Table = {
-        site: None if results is None else _at_site(specs, _means(results)) for site, results in sites.items()
-    }
+    row: Table = {site: None if results is None else at_site(specs, _means(results)) for site, results in sites.items()}
     # A mean over some of the sites would look like one over all of them.
     present = [_means(results) for site in training if (results := sites.get(site)) is not None]
-    row[MEAN] = _over_sites(specs, present) if len(present) == len(training) else None
+    row[MEAN] = over_sites(specs, present) if len(present) == len(training) else None
     return row
 
 
@@ -241,9 +239,9 @@ def _gains(
             mine, other = ours.get(site), theirs.get(site)
             if mine is not None and other is not None:
                 sites[site] = {s.name: _gain(s, mine[s.name], other[s.name]) for s in specs}
-        table: Table = {site: _at_site(specs, means) for site, means in sites.items()}
+        table: Table = {site: at_site(specs, means) for site, means in sites.items()}
         if len(sites) == len(training):
-            table[MEAN] = _over_sites(specs, list(sites.values()))
+            table[MEAN] = over_sites(specs, list(sites.values()))
         gains[row] = table
     return gains
 
@@ -279,11 +277,13 @@ def _means(results: Results) -> Means:
     return {name: result.mean for name, result in results.items()}
 
 
-def _at_site(specs: Sequence[MetricSpec], means: Means) -> Row | None:
+def at_site(specs: Sequence[MetricSpec], means: Means) -> Row | None:
+    """The row of a site in a table; nothing where no metric has a value."""
     return _row_of({s.name: estimate(means[s.name]) for s in specs})
 
 
-def _over_sites(specs: Sequence[MetricSpec], sites: Sequence[Means]) -> Row | None:
+def over_sites(specs: Sequence[MetricSpec], sites: Sequence[Means]) -> Row | None:
+    """The row of the mean of sites, each of the same weight; nothing where no metric has a value."""
     return _row_of({s.name: mean_of_sites([means[s.name] for means in sites]) for s in specs})
 
 

@@ -13,6 +13,7 @@ from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.sums import LOSS
 from wardround.results.units import human_bytes, protocol
 from wardround.runs.columns import WIDTH, entry, table, wrapped
+from wardround.runs.explain_groups import group_lines
 from wardround.runs.explain_plugins import ROLES, uncalled
 from wardround.runs.machine import NOWHERE, Machine
 from wardround.runs.remarks import remarks_on
@@ -241,6 +242,7 @@ def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:
             *([entry("", discloses)] if discloses else []),
             entry("", f"its {'' if private else 'loss and '}seconds, and sums over validation patients of {names}"),
             entry("at the end", _at_the_end(host, with_data=with_data)),
+            *(entry("by group", line) for line in (group_lines(host) if with_data else ())),
             entry("beside these", _beside(host)),
             *_in_the_model(host),
             entry("never", kept),

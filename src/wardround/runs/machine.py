@@ -20,11 +20,12 @@ from wardround.runs.watching import OPERATORS, READING, Phase
 from wardround.site.agent import Agent, Progress
 from wardround.site.datasets import Datasets
 from wardround.site.egress import EgressRules
+from wardround.site.groups import labels_of
 from wardround.study.hashes import written
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
-from wardround.tasks.task import Dataset
+from wardround.tasks.task import Dataset, Named
 from wardround.wire.message import Header
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,9 @@ class Machine(Context):
             try:
                 _ = self.agent(site).compute
                 dataset, budgets = self.dataset(site), self.agent(site).budgets
+                entry = self.sites.sites.get(site)
+                if entry is not None and entry.groups is not None and isinstance(dataset, Named):
+                    labels_of(entry.groups, dataset.names("test"), site)
                 if budgets.rules is not None and site in self.study.training_sites:
                     budgets.terms(site, dataset)
             except WardroundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +9,13 @@ from pathlib import Path
 from wardround.errors import DataError, StudyError
 from wardround.imaging.datasets.partition import How, Shares, by_value, part
 from wardround.imaging.datasets.split import Parts, Role
+from wardround.imaging.readers.table import table_rows
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.tasks import Split
 from wardround.tasks.build import build_task
 from wardround.tasks.task import Dealing
-from wardround.wire.files import reason, written
+from wardround.wire.files import written
 
 SITES = "sites.yaml"
 
@@ -79,21 +79,10 @@ def _patients(study: Study, folder: Path) -> list[str]:
 def _column(path: Path, patient: str, column: str, patients: Sequence[str]) -> dict[str, str]:
     """What a table says of each patient. Raises DataError for one that says two things of one, or nothing."""
     found: dict[str, str] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            for name in (patient, column):
-                if name not in (reader.fieldnames or ()):
-                    raise DataError(
-                        f"{path.name}: there is no column {name!r}; it has {', '.join(reader.fieldnames or ())}"
-                    )
-            for number, row in enumerate(reader, 2):
-                whose, value = (row[patient] or "").strip(), (row[column] or "").strip()
-                if found.setdefault(whose, value) != value:
-                    raise DataError(f"{path.name}: line {number} gives a patient a second {column}", detail=whose)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        said = reason(error) if isinstance(error, OSError) else "it is no CSV in UTF-8"
-        raise DataError(f"{path.name}: cannot be read ({said})", detail=str(path)) from error
+    for number, row in table_rows(path, (patient, column), path.name):
+        whose, value = row[patient], row[column]
+        if found.setdefault(whose, value) != value:
+            raise DataError(f"{path.name}: line {number} gives a patient a second {column}", detail=whose)
     lacking = [name for name in patients if not found.get(name)]
     if lacking:
         raise DataError(

@@ -17,8 +17,8 @@ from wardround.errors import StudyError
 from wardround.results.files import read_result
 from wardround.results.schema import Measured, Result
 from wardround.runs.conduct import conduct, shielded, stoppable
-from wardround.runs.evaluation import measure, tables
 from wardround.runs.folder import alone, claim, near_in, other_defaults, record_near, without_in
+from wardround.runs.grouped import measured
 from wardround.runs.machine import Machine
 from wardround.runs.remarks import remarks_on
 from wardround.runs.trackers import Trackers
@@ -123,7 +123,7 @@ def evaluate(
     with alone(out), closing(host), _Carrier(host, engine, processes, watching) as carrier:
         # A number of its own: sites answer a request that they know from their store, and here they must measure.
         again = secrets.token_hex(16)
-        return tables(host, measure(host, carrier.engine, watching.phase, again=again))
+        return measured(host, carrier.engine, watching.phase, again=again)
 
 
 def open_host(

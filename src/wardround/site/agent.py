@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from wardround.deidentify import describe_error
-from wardround.errors import Rejected, StudyError, WardroundError, WireError
+from wardround.errors import DataError, Rejected, StudyError, WardroundError, WireError
 from wardround.federation.exchange import DONE, Party
 from wardround.federation.facts import DELIVER, FACTS, PLAN, SPENT, SiteFacts, SiteSpending, meta_of
+from wardround.federation.grouped import GROUPS, SiteGroups
 from wardround.federation.plans import plan_of
 from wardround.federation.refusals import refusal
 from wardround.federation.release import (
@@ -33,12 +34,14 @@ from wardround.plan.arm_specs import ArmSpec, ArmSpecs
 from wardround.plan.arms import FEDERATED, POOLED, Arm
 from wardround.plan.versions import fingerprint
 from wardround.protection.identity import Identity
+from wardround.protection.rounding import kept_root
 from wardround.protection.secret import SecretRoot
 from wardround.site.alone import OnlyTests, OwnArm, TrainsAlone
 from wardround.site.budgets import PrivacyBudgets, spending_of
 from wardround.site.datasets import Datasets, history_of
 from wardround.site.egress import OPEN, EgressRules
 from wardround.site.evaluators import evaluators_of, own_model
+from wardround.site.groups import OwnGroups
 from wardround.site.measured import MeasuredSets
 from wardround.site.patients import PatientRows
 from wardround.site.protocol import SiteProtocol
@@ -122,7 +125,7 @@ class Agent:
         return self._arms[arm]
 
     def handle(self, request: Message) -> Message:
-        """Answer what is asked of the study as a whole: `facts`, `spent`, `deliver`.
+        """Answer what is asked of the study as a whole: `facts`, `groups`, `spent`, `deliver`.
 
         All can be asked again and are answered anew. Exceptions become `error` replies with scrubbed reasons.
         """
@@ -144,7 +147,7 @@ class Agent:
         header = request.header
         if header.site != self.name or header.study != self._arm_specs.study_sha256:
             raise WireError(f"a message for another site or study reached {self.name}")
-        if header.kind in (FACTS, SPENT) and header.meta != {PLAN: self._arm_specs.plan_sha256}:
+        if header.kind in (FACTS, SPENT, GROUPS) and header.meta != {PLAN: self._arm_specs.plan_sha256}:
             raise StudyError(
                 f"site {self.name} and the coordinator fill in different defaults of the study: install the same "
                 "version of Wardround, and of the study's plug-ins, at both"
@@ -153,6 +156,8 @@ class Agent:
             return request.reply(FACTS, meta=meta_of(self.facts()))
         if header.kind == SPENT:
             return request.reply(SPENT, meta=meta_of(self.spent()))
+        if header.kind == GROUPS:
+            return request.reply(GROUPS, meta=meta_of(self.groups()))
         if header.kind == DELIVER:
             self._take(request)
             return request.reply(DONE)
@@ -192,6 +197,29 @@ class Agent:
         if self.budgets.rules is None or self.name not in self._arm_specs.study.training_sites:
             raise StudyError(f"site {self.name} spends no privacy in this study")
         return spending_of(self.budgets.of(self.name, self._datasets.of(self.name)), self._arm_specs.study_sha256)
+
+    def groups(self) -> SiteGroups:
+        """Its results by the columns that its own file declares, of the rows that it has measured in this run.
+
+        Raises `DataError` for a table that cannot be read, and for other data than the run began with.
+        """
+        entry, study = self._sites.sites.get(self.name), self._arm_specs.study
+        if entry is None or entry.groups is None:
+            return SiteGroups()
+        dataset = self._datasets.of(self.name)
+        own = dataset.fingerprint()
+        if self._store.write_once("facts", 0, own) != own:
+            raise DataError(f"the data of site {self.name} changed since the run began; restore them")
+        arms = [name for name in self._arm_specs.arms if "/" not in name or name == f"local/{self.name}"]
+        rows = {row: values for row in (*study.baselines, *arms) if (values := self._rows.of(row)) is not None}
+        root = self._rounding_root or kept_root(self._store)
+        specs, private = self._arm_specs.task.metrics, study.protection.privacy is not None
+        groups = OwnGroups(self.name, specs, self._egress, MeasuredSets(self._history), root, private)
+        found = groups.answer(entry.groups, dataset, rows)
+        for column in found.columns:
+            if column.reason:
+                self._record.note("blocked", {"kind": GROUPS, "column": column.name, "reason": column.reason})
+        return found
 
     def _take(self, request: Message) -> None:
         """Keep a released model and its card.

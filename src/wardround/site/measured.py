@@ -12,8 +12,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -37,21 +37,26 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class _Set:
-    """A line of the record: digests of the patients' names, or where data have none the digest of their fingerprint."""
+    """A line of the record: digests of the patients' names, or where data have none the digest of their fingerprint.
+
+    A `group` is a part of a split's patients, one of several.
+    """
 
     split: str
     named: bool
     patients: Patients
+    group: bool = False
 
     @classmethod
     def of(cls, line: bytes) -> _Set:
         value = json.loads(line)
-        return cls(str(value["split"]), bool(value["named"]), frozenset(map(str, value["patients"])))
+        patients = frozenset(map(str, value["patients"]))
+        return cls(str(value["split"]), bool(value["named"]), patients, bool(value.get("group", False)))
 
     @property
     def line(self) -> bytes:
         told = {"split": self.split, "named": self.named, "patients": sorted(self.patients)}
-        return json.dumps(told).encode() + b"\n"
+        return json.dumps(told | ({"group": True} if self.group else {})).encode() + b"\n"
 
 
 class MeasuredSets:
@@ -69,34 +74,62 @@ class MeasuredSets:
         `names` is `None` for data whose patients have none: then a set can only be the one that was measured before,
         by `fingerprint`. Raises `DataError` where the record cannot be read or written.
         """
+        with self._opened() as (file, secret, known):
+            same = [one for one in known if one.split == split]
+            ours = [one.patients for one in same if one.named]
+            others: Patients = frozenset().union(*(one.patients for one in same if not one.named))
+            if names is None:
+                asked = frozenset({keyed(secret, fingerprint)})
+                if asked <= others:
+                    return None
+                if others or ours:
+                    return "its patients cannot be told from those it measured before (its data name none)"
+            else:
+                asked = frozenset(keyed(secret, name) for name in names)
+                if asked in ours:
+                    return None
+                if others:
+                    return "its patients cannot be told from those it measured before (its data named none then)"
+                if fewest_told([*ours, asked], least) < least:
+                    return (
+                        f"its {split} patients differ from those it measured before by fewer than {least} "
+                        "(patients join and leave a measured set in groups of that size)"
+                    )
+            _append(file, [_Set(split, names is not None, asked)])
+            return None
+
+    def join_groups(self, split: str, groups: Sequence[Sequence[str]], least: int) -> str | None:
+        """Record that groups of a split's patients, none in two, are measured; the reason where they are refused.
+
+        All of them or none, for a group follows from the whole and the others. More is asked of them than of whole
+        sets: the groups of all runs part the patients into cells, and each cell has none of them or `least`. So nothing
+        that follows from groups, be it no sum, is about fewer. Raises `DataError` as `join`.
+        """
+        with self._opened() as (file, secret, known):
+            same = [one for one in known if one.split == split]
+            if any(not one.named for one in same):
+                return "its patients cannot be told from those it measured before (its data named none then)"
+            before = [one.patients for one in same if one.group]
+            asked = [frozenset(keyed(secret, name) for name in names) for names in groups]
+            new = [one for one in asked if one not in before]
+            if not new:
+                return None
+            fewest = int(_groups([*before, *new])[1].min())
+            if fewest >= least:
+                fewest = fewest_told([*(one.patients for one in same), *new], least)
+            if fewest < least:
+                return (
+                    f"with groups that it gave before, these part its {split} patients into sets of fewer than {least}"
+                )
+            _append(file, [_Set(split, True, one, group=True) for one in new])
+            return None
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[BinaryIO, bytes, list[_Set]]]:
+        """The record, this process's alone, its key and its sets."""
         try:
             with locked(self._folder / SETS) as file:
-                secret, known = folder_key(self._folder, KEY, SETS), self._read(file)
-                same = [one for one in known if one.split == split]
-                ours = [one.patients for one in same if one.named]
-                others: Patients = frozenset().union(*(one.patients for one in same if not one.named))
-                if names is None:
-                    asked = frozenset({keyed(secret, fingerprint)})
-                    if asked <= others:
-                        return None
-                    if others or ours:
-                        return "its patients cannot be told from those it measured before (its data name none)"
-                else:
-                    asked = frozenset(keyed(secret, name) for name in names)
-                    if asked in ours:
-                        return None
-                    if others:
-                        return "its patients cannot be told from those it measured before (its data named none then)"
-                    if fewest_told([*ours, asked], least) < least:
-                        return (
-                            f"its {split} patients differ from those it measured before by fewer than {least} "
-                            "(patients join and leave a measured set in groups of that size)"
-                        )
-                file.seek(0, os.SEEK_END)
-                file.write(_Set(split, names is not None, asked).line)
-                file.flush()
-                os.fsync(file.fileno())
-                return None
+                yield file, folder_key(self._folder, KEY, SETS), self._read(file)
         except OSError as error:
             raise DataError("the site's history folder cannot be read or written", detail=str(error)) from error
 
@@ -108,6 +141,14 @@ class MeasuredSets:
             raise DataError(
                 "the site's record of measured patients is damaged; restore it", detail=str(self._folder / SETS)
             ) from error
+
+
+def _append(file: BinaryIO, sets: Sequence[_Set]) -> None:
+    """Put sets on record before anything of them can leave."""
+    file.seek(0, os.SEEK_END)
+    file.write(b"".join(one.line for one in sets))
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def fewest_told(sets: Sequence[Patients], least: int) -> int:

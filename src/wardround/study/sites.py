@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from wardround.errors import StudyError
 from wardround.study.base import Config
+from wardround.study.groups import Groups
 from wardround.study.load import validate
 from wardround.study.schema import SiteName
 from wardround.study.yaml_text import read_yaml
@@ -55,6 +56,11 @@ class SiteData(Config):
         None,
         description="a .npz or .safetensors file with a vector for each patient's folder name, or one named `all`: for "
         "studies with `model.anatomy`; it is read at the site and is in no message",
+    )
+    groups: Groups | None = Field(
+        None,
+        description="columns of a table of the site's patients: its results of test patients are given by group, too; "
+        "default: they are not",
     )
     start: Path | None = Field(
         None,
@@ -180,13 +186,15 @@ def load_sites(path: str | Path) -> SitesFile:
 
 def _resolved(entry: SiteData, site: str, base: Path) -> SiteData:
     key, embeddings, ledger = f"sites.{site}", entry.embeddings, entry.ledger
-    history, start, patients = entry.history, entry.start, entry.patients
+    history, start, patients, groups = entry.history, entry.start, entry.patients, entry.groups
     return entry.model_copy(
         update={
             "encryption_key": _key_place(entry.encryption_key, site, base),
             "data": tuple(_existing(path, f"{key}.data", base, folder=True) for path in entry.data),
             "patients": patients and _existing(patients, f"{key}.patients", base, folder=False),
             "embeddings": embeddings and _existing(embeddings, f"{key}.embeddings", base, folder=False),
+            "groups": groups
+            and groups.model_copy(update={"file": _existing(groups.file, f"{key}.groups.file", base, folder=False)}),
             "start": start and _absolute(start, f"{key}.start", base),
             "ledger": ledger and _absolute(ledger, f"{key}.ledger", base),
             "history": history and _absolute(history, f"{key}.history", base),

@@ -9,7 +9,6 @@ Names and paths stay at the site.
 
 from __future__ import annotations
 
-import csv
 import glob
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from wardround.errors import DataError
 from wardround.imaging.readers.aside import Aside, place
 from wardround.imaging.readers.dicom_signs import DICOM, holds_dicom, is_dicom
+from wardround.imaging.readers.table import table_rows
 from wardround.study.images import CaseTable, LabelTable
 from wardround.wire.files import reason as reason_of
 
@@ -28,7 +28,6 @@ ENDINGS = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg")
 # indices to mm, (4, 4); the last two may be `None`.
 Reader = Callable[[Path], tuple[Any, Sequence[float] | None, Any]]
 _PLACE = re.compile(r"(\{patient\}|\{id\}|\*)")
-_MOST_ROWS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -224,30 +223,18 @@ def _rows(folder: Path, site: str, table: CaseTable) -> _Rows:
     rows: dict[str, tuple[str, str]] = {}
     unclear: set[str] = set()
     aside: list[Aside] = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            names = reader.fieldnames or []
-            for column in filter(None, (table.id, table.patient, column_of_label)):
-                if column not in names:
-                    raise DataError(f"{where}: there is no column {column!r}; it has {', '.join(names)}")
-            for number, row in enumerate(reader, 2):
-                if number > _MOST_ROWS:
-                    raise DataError(f"{where}: it has more than {_MOST_ROWS:,} rows", detail=str(path))
-                key, whose = (row[table.id] or "").strip(), (row[table.patient] or "").strip()
-                if not key or not whose:
-                    reason = f"a row of {table.file} names no image, or no patient; complete it"
-                    aside.append(Aside(whose, reason, f"line {number}"))
-                    unclear |= {key} if key else set()
-                elif key in rows:
-                    # It may be of either.
-                    reason = f"{table.file} names an image a second time; keep one of its rows"
-                    aside += [Aside(each, reason, f"line {number}: {key}") for each in {whose, rows[key][0]}]
-                else:
-                    rows[key] = (whose, (row[column_of_label] or "").strip() if column_of_label else "")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        said = reason_of(error) if isinstance(error, OSError) else "it is no CSV in UTF-8"
-        raise DataError(f"{where}: cannot be read ({said})", detail=str(path)) from error
+    for number, row in table_rows(path, tuple(filter(None, (table.id, table.patient, column_of_label))), where):
+        key, whose = row[table.id], row[table.patient]
+        if not key or not whose:
+            reason = f"a row of {table.file} names no image, or no patient; complete it"
+            aside.append(Aside(whose, reason, f"line {number}"))
+            unclear |= {key} if key else set()
+        elif key in rows:
+            # It may be of either.
+            reason = f"{table.file} names an image a second time; keep one of its rows"
+            aside += [Aside(each, reason, f"line {number}: {key}") for each in {whose, rows[key][0]}]
+        else:
+            rows[key] = (whose, row[column_of_label] if column_of_label else "")
     return _Rows(rows, frozenset(unclear - rows.keys()), tuple(aside))
 
 

@@ -8,14 +8,17 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
 from pydantic import ValidationError
+from pydicom.uid import CTImageStorage
 from safetensors.numpy import save_file
 from scipy import ndimage
 from tests.ct_files import setting, write_series
 from tests.ct_hospitals import GEOMETRY, SIZE, make_ct_hospitals
 from tests.devices import DEVICES, device_named
+from tests.dicom_series import mr_series, seg_of
 from tests.imaging.test_ct_projections import SHORT, scan, write_projections
 from tests.laws.test_devices import _steps_and_evaluation
 from tests.lungs import AS_DICOM, SPACING, ct_chain, lungs, make_lungs, save
@@ -102,6 +105,28 @@ def test_images_are_changed_with_air_around_them(tmp_path: Path) -> None:
     target = batch.scans.target
     assert float(target[:, :2].max()) < 0.05
     assert agreement(thin(batch), batch.masks[:, 0].numpy() > 0) > 0.9
+
+
+def test_series_of_ct_train_as_the_same_voxels_in_nifti_do(tmp_path: Path) -> None:
+    """Stored as whole numbers with a slope and an intercept, and the mask as a DICOM SEG."""
+    for number in range(4):
+        image, mask = lungs(number)
+        whole, place = np.rint(image).clip(-1024, 3071), tmp_path / "dicom" / "A" / f"P{number}"
+        save(tmp_path / "nifti" / "A" / f"P{number}", whole, mask)
+        sides = {"spacing": (f"{SPACING:g}", f"{SPACING:g}"), "step": AS_DICOM[2, 2], "corner": (0.0, 0.0, 0.0)}
+        headers = mr_series(place / "ct", whole + 1024, axes=((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)), **sides)
+        for path in (place / "ct").iterdir():
+            header = pydicom.dcmread(path)
+            header.Modality, header.RescaleSlope, header.RescaleIntercept = "CT", 1, -1024
+            header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID = CTImageStorage
+            header.save_as(path, enforce_file_format=True)
+        seg_of(headers, mask[None] > 0, place / "lung.dcm")
+    task = build_task(ct_chain())
+    one, other = (task.dataset("A", (tmp_path / form / "A",)) for form in ("nifti", "dicom"))
+    assert one.fingerprint() == other.fingerprint()
+    first, second = (data.batch([0, 1], np.random.default_rng(0)) for data in (one, other))
+    assert torch.equal(first.masks, second.masks)
+    assert torch.equal(first.scans.target, second.scans.target)
 
 
 def test_volumes_of_any_axes_lie_as_dicom_shows_them(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class DiagnosedDataset(PatientImages):
     def _example(self, patient: int, number: int, random: np.random.Generator | None) -> DiagnosedBatch:
         pixels = resampled(self._normalised(patient, number), self._config.size)
         if random is not None:
-            pixels, _ = self._augmentation(pixels, pixels[:1], random)
+            pixels = self._augmentation.of_image(pixels, random)
         labels = torch.from_numpy(self._labels[patient, number].astype(np.float32))
         return DiagnosedBatch(pixels[None], labels[None], self._prior[None])
 

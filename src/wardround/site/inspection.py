@@ -7,6 +7,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,21 +102,22 @@ class Inspector:
             raise self._refusal(number, findings[0])
         sketcher = Sketcher(bytes.fromhex(self._store.write_once(_SECRET, 0, secrets.token_hex(32))))
         self._largest_scales = self._honest_scales(tensors, agreed.own_bound)
+        sketch = cache(lambda name: sketcher.sketch(name, tensors[name]))
         known = self._seen(agreed, sketcher)
         update_bound = self._update_bound(agreed, known, tensors)
         believed = min(number, known.round + 1 + self._catch_up)
-        for finding in drift(known, tensors, believed, update_bound, sketcher):
+        for finding in drift(known, tensors, believed, update_bound, sketch):
             limit = f"in {1 + self._catch_up} round{'s' if self._catch_up else ''}"
             raise self._refusal(number, self._unwitnessed(finding, limit, number - known.round))
         if update_bound == UNKNOWN and not known.own and number > believed:
             # It never saw how far a round goes, and is told of several.
-            for finding in drift(known, tensors, known.round, UpdateBound(), sketcher):
+            for finding in drift(known, tensors, known.round, UpdateBound(), sketch):
                 told = f"moved since round {known.round}"
                 limit = "and how far a round of this study goes cannot be said"
                 finding = Finding("drift", finding.tensor, told)
                 raise self._refusal(number, self._unwitnessed(finding, limit, number - known.round))
         # What its operator agreed to all the same is put on record.
-        for finding in drift(known, tensors, min(number, known.round + 1), update_bound, sketcher):
+        for finding in drift(known, tensors, min(number, known.round + 1), update_bound, sketch):
             said = f"{finding.tensor} {finding.text} in 1 round; {number - known.round} are said to lie in between"
             self._note("security", {"kind": TRAIN, "round": number, "reason": said})
             break
@@ -123,7 +125,7 @@ class Inspector:
             # Many requests of one round must not walk a model further than one.
             return known
         names = agreed.trained
-        sketches = {name: sketcher.sketch(name, tensors[name]) for name in tensors if name in names}
+        sketches = {name: sketch(name) for name in tensors if name in names}
         return Seen(number, sketches, known.rounding, known.own)
 
     def _update_bound(

@@ -31,6 +31,7 @@ _SAME_OF_TWO, _TWINS_OF_TWO = 0.999, 8
 # Columns that stand for the inputs of a wide layer, drawn at random once and for all.
 _PROJECTED = 256
 _DRIFT = 6.0  # standard deviations of a count
+_FILTER = 27  # values of a depthwise filter at most: 5 x 5, 3 x 3 x 3
 _EVEN = 0.1  # coefficient of variation of the gaps between sorted biases; about 1 for random ones
 _AMPLIFIED = 10.0  # times the median row
 
@@ -130,9 +131,11 @@ def _twins(name: str, tensor: Array, approved: Array | None) -> Iterable[Finding
     if before is not None:
         rows = rows[before.any(axis=1)]
     twins, known = _alike(rows, same), 0 if before is None else _alike(before, same)
-    # A filter of one channel measures that channel alone. Public weights have many that are alike, of which some cross
-    # the limit either way as they are trained.
-    drift = int(_DRIFT * math.sqrt(known)) if tensor.ndim >= 4 and tensor.shape[1] == 1 else 0
+    # A depthwise filter measures a channel of its own. Public weights have many that are alike, of which some cross the
+    # limit either way as they are trained. Where an image is grey its first filters look the same, and measure one
+    # channel all: those that see a whole patch, as of a transformer, make a trap like any row.
+    small = tensor.ndim >= 4 and tensor.shape[1] == 1 and inputs <= _FILTER
+    drift = int(_DRIFT * math.sqrt(known)) if small else 0
     if len(rows) >= _ROWS and twins > known + drift + _by_chance(len(rows), inputs, same):
         share = f"{twins / len(rows):.0%} of its rows are alike ({twins})"
         yield Finding("imprint", name, f"{share}: each one would measure the same thing")

@@ -7,8 +7,8 @@ evaluation.
 
 The same network from the same weights, loss, optimiser, changes, number of steps and images; each side draws its own
 order and changes. That they do the same is shown by a shorter run without random parts (batches of all images): `apart`
-is the largest relative difference of a round's training loss. Each runner trains 4 rounds in a process of its own;
-counted are rounds 2 to 4. Runners take turns; ratios are medians over the turns.
+is the largest relative difference of a round's training loss. Each runner trains 3 rounds in a process of its own;
+counted are rounds 2 and 3. Runners take turns; ratios are medians over the turns.
 """
 
 from __future__ import annotations

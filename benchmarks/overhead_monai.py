@@ -30,7 +30,7 @@ class Work:
     images: int = 32
     batch: int = 4
     epochs: int = 2
-    rounds: int = 4
+    rounds: int = 3
     augment: bool = True
 
     @property

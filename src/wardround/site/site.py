@@ -311,8 +311,8 @@ class Site:
                 raise Rejected(f"site {self.name} is asked to validate round {header.round}, which was aborted")
             # Served as a released one, a model has another private part, or none.
             which = header.meta.get("evaluator")
-            how = () if which is None else (which, bool(header.meta.get("unseen_site")))
-            self._measure_once("validation", header.round, header.body_sha256, header, how)
+            served = () if which is None else (which, bool(header.meta.get("unseen_site")))
+            self._measure_once("validation", header.round, header.body_sha256, header, served)
         return state
 
     def _weigh(self, header: Header, learner: Learner) -> None:

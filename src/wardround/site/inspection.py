@@ -90,6 +90,7 @@ class Inspector:
         self._note = note
         self._catch_up = catch_up
         self._approved: dict[str, Array] = {}
+        self._alike: dict[str, int] = {}
         self._largest_scales: dict[str, float] = {}
 
     def check(self, number: int, public: Mapping[str, Array], agreed: KnownModel) -> Seen:
@@ -97,7 +98,7 @@ class Inspector:
         if not self._approved:
             self._approved = agreed.approved()
         tensors = agreed.received(public)
-        findings = list(lint_against(tensors, self._approved))
+        findings = list(lint_against(tensors, self._approved, self._alike))
         if findings:
             raise self._refusal(number, findings[0])
         sketcher = Sketcher(bytes.fromhex(self._store.write_once(_SECRET, 0, secrets.token_hex(32))))

@@ -2,7 +2,8 @@
 
 A MONAI UNet (16-32-64-128), 10 sites x 64 images of 128 x 128, batch 8, Adam. Each runner trains 4 rounds in a process
 of its own; counted are rounds 2 to 4, from the end of the first to the end of the last, so imports, start-up and first
-touches are excluded everywhere. Runners take turns; ratios are medians over the turns.
+touches are excluded everywhere. Runners take turns; ratios are medians over the turns. Then the same of images against
+MONAI: see overhead_images.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, conditions, finish, median, table
+from overhead_images import ratios as image_ratios
 
 SITES, STEPS, BATCH, ROUNDS, WARM = 10, 8, 8, 4, 1
 
@@ -129,7 +131,8 @@ def main() -> None:
     ratios = [ours["cpu"] / base["cpu"] for ours, base in zip(runs["local"], runs["plain"], strict=True)]
     speedups = [base["wall"] / ours["wall"] for ours, base in zip(runs["workers"], runs["plain"], strict=True)]
     print("CPU ratios", [round(r, 3) for r in ratios], "speed-ups", [round(s, 2) for s in speedups])
-    finish({"cpu_ratio": median(ratios), "workers_speedup": median(speedups), "conditions": state})
+    found = {"cpu_ratio": median(ratios), "workers_speedup": median(speedups)}
+    finish(found | image_ratios(repeats) | {"conditions": state})
 
 
 if __name__ == "__main__":

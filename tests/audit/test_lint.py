@@ -283,3 +283,15 @@ def test_filters_of_public_weights_that_are_alike_may_stay_so_while_they_are_tra
     # Six deviations of a count of 600 are 146.
     assert not alike(100)
     assert alike(200)
+
+
+@pytest.mark.parametrize("side", [6, 7, 16, 28])
+def test_filters_of_whole_patches_of_a_grey_image_are_a_trap_however_many_were_alike(side: int) -> None:
+    """One pair alike in a study's start weights bought eight rows more: each bin gave its image, to seven digits."""
+    random = np.random.default_rng(0)
+    start = {"patches.weight": random.standard_normal((64, 1, side, side)).astype(np.float32)}
+    start["patches.weight"][1] = 1.3 * start["patches.weight"][0]
+    planted = {"patches.weight": start["patches.weight"].copy()}
+    assert lint_against(planted, start) == ()
+    planted["patches.weight"][-8:] = 1.0 / side**2
+    assert [(f.check, f.tensor) for f in lint_against(planted, start)] == [("imprint", "patches.weight")]

@@ -190,6 +190,31 @@ def test_it_gives_sums_of_one_model_a_round_and_trains_for_nobody(tmp_path: Path
     machine.close()
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_bytes_of_many_models_are_no_one_model(tmp_path: Path, split: str) -> None:
+    """The attack: a body of several models, and tables that name one of them as the network and the others as junk."""
+    study = study_of(schedule={"rounds": 2})
+    machine = Machine(study, toy_sites(tmp_path / "data", tuple("ABD")), tmp_path / "out", ())
+    arm, initial = machine.arm_spec("federated"), machine.model_context.initial_values()
+    models = [{name: tensor + np.float32(by) for name, tensor in initial.items()} for by in (0.0, 0.5, 1.0)]
+    parts = {f"{number}/{name}": t for number, model in enumerate(models) for name, t in model.items()}
+    file, sha = as_tensor_file(parts, tmp_path / "models")
+
+    def ask(chosen: int) -> Message:
+        table = tuple(replace(row, name=row.name.removeprefix(f"{chosen}/")) for row in file.table)
+        asked = {"split": split, "evaluator": RELEASED, "unseen_site": True}
+        layout = arm.metrics_layout if split == "validation" else arm.evaluation_layout
+        call = Call(EVALUATE, arm.identity, 1, ("D",), layout, {}, meta=asked, tensors=table,
+                    body=FileBody(file.path, file.nbytes), body_sha256=sha)  # fmt: skip
+        request = call.message("D")
+        return machine.find(request.header).handle(request)
+
+    answers = [ask(chosen) for chosen in (0, 1, 2, 0)]
+    assert [answer.header.kind for answer in answers] == [UPDATE, ERROR, ERROR, UPDATE]
+    assert "has measured another model" in answers[1].header.meta["reason"]
+    machine.close()
+
+
 def test_all_arms_but_the_local_ones_choose_on_the_same_patients(tmp_path: Path) -> None:
     study = study_of()
     assert {arm.name: arm.evaluators for arm in every_arm(study)} == {

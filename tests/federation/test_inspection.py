@@ -448,13 +448,16 @@ def test_a_sketch_tells_lengths_and_hides_where_it_looks() -> None:
     assert not np.allclose(mine.sketch("t", big), mine.sketch("u", big))
     seen = Seen(3, {"t": mine.sketch("t", big)}, {"t": 0.5})
     assert Seen.from_json(seen.to_json()).sketches["t"] == pytest.approx(seen.sketches["t"], rel=1e-5)
-    still = list(drift(seen, {"t": big}, 3, UNKNOWN, mine))
-    assert not still
-    assert [f.check for f in drift(seen, {"t": big + 0.2}, 3, UNKNOWN, mine)] == ["drift"]
+
+    def found(tensor: np.ndarray, number: int, bound: UpdateBound = UNKNOWN) -> list[str]:
+        return [f.check for f in drift(seen, {"t": tensor}, number, bound, lambda name: mine.sketch(name, tensor))]
+
+    assert found(big, 3) == []
+    assert found(big + 0.2, 3) == ["drift"]
     # Three rounds of 0.1, and rounding, explain a move of 0.2; one round does not.
     seen = replace(seen, rounding={})
-    assert not list(drift(seen, {"t": big + 0.2}, 6, UpdateBound(0.1), mine))
-    assert list(drift(seen, {"t": big + 0.2}, 4, UpdateBound(0.1), mine))
+    assert found(big + 0.2, 6, UpdateBound(0.1)) == []
+    assert found(big + 0.2, 4, UpdateBound(0.1)) == ["drift"]
 
 
 # Honest rows -------------------------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import Interrupted, JournalError, NotEnoughSites
 from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import ALONE, ERROR, EVALUATE, RELEASE, TRAIN, UPDATE, PlainSum
+from wardround.federation.measuring import RELEASED
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import ADVERTISE, SIGN
 from wardround.protection.robust import Defence
 from wardround.runs.session import run
+from wardround.site.evaluators import evaluators_of
 from wardround.storage.journal import State
 from wardround.storage.verify import read_log
 from wardround.wire.message import FileBody, Header, Message
@@ -66,6 +68,27 @@ def test_a_round_has_one_validation_whichever_kind_of_request_asks(tmp_path: Pat
     assert ask_train(rig, nudged(rig, state, 1), 2, validate=True).header.kind == ERROR
     assert ask_train(rig, state, 2, validate=True).header.kind == UPDATE
     assert evaluate(nudged(rig, state, 1)).header.kind == ERROR
+
+
+def test_a_round_has_one_validation_however_its_model_is_served(tmp_path: Path) -> None:
+    """The attack: the same bytes as the round's model, and as a released one, which has another private part."""
+    norm = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}}
+    rig = Rig(toy_study(task=norm, method={"kind": "fedbn"}, schedule={"rounds": 2}), tmp_path)
+    state = next(rig.states())
+    models = tmp_path / "models"
+    models.mkdir()
+    site = rig.sites["A"]
+    site._evaluators = evaluators_of(models, tmp_path / "pictures")
+
+    def ask(**how: object) -> Message:
+        call = rig.coordinator._call(EVALUATE, state, 1, {"split": "validation", **how}, rig.arm_spec.metrics_layout)
+        return site.handle(call.message("A"))
+
+    assert ask().header.kind == UPDATE
+    for how in ({"evaluator": RELEASED}, {"evaluator": RELEASED, "unseen_site": True}):
+        reply = ask(**how)
+        assert reply.header.kind == ERROR
+        assert "gives validation sums of one model of a round" in reply.header.meta["reason"]
 
 
 @pytest.mark.parametrize("kind", [RELEASE, EVALUATE, TRAIN, ALONE, ADVERTISE, SIGN, "unheard of"])

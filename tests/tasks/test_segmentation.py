@@ -138,6 +138,36 @@ def test_augmentation_is_of_its_random_numbers_alone_and_moves_both_alike() -> N
         assert type(once[0]) is torch.Tensor
 
 
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "Rand2DElasticd": {"spacing": (4, 4), "magnitude_range": (0, 1), "rotate_range": 0.2},
+    "Rand3DElasticd": {"sigma_range": (1, 2), "magnitude_range": (0, 1)},
+    "RandCoarseDropoutd": {"holes": 2, "spatial_size": 3},
+    "RandScaleIntensityd": {"factors": 0.3},
+    "RandShiftIntensityd": {"offsets": 0.3},
+    "RandHistogramShiftd": {"num_control_points": (3, 6)},
+    "RandZoomd": {"min_zoom": 0.8, "max_zoom": 1.2},
+    "RandRotated": {"range_x": 0.5},
+    "RandAffined": {"rotate_range": 0.5, "translate_range": 2},
+}
+
+
+@pytest.mark.parametrize("name", [*SPATIAL, *INTENSITY])
+def test_a_chain_draws_what_monai_draws_from_the_same_seed(name: str) -> None:
+    """Seeded in place: whatever was drawn before, the transforms draw as after MONAI's own `set_random_state`."""
+    torch.manual_seed(1)
+    step = {"name": name, "prob": 0.7, **ARGUMENTS.get(name, {})}
+    image = torch.rand(1, *[8] * (3 if "3D" in name else 2))
+    mine, theirs = (Augmentation([step, {"name": "RandFlipd", "prob": 0.5}]) for _ in range(2))
+    for seed in range(4):
+        # Copies: some of MONAI's transforms write into what they are given.
+        once = mine(image.clone(), image.clone(), np.random.default_rng(seed))
+        theirs._chain.set_random_state(seed=int(np.random.default_rng(seed).integers(2**32)))
+        again = theirs._chain({"image": image.clone(), "mask": image.clone()})
+        assert torch.equal(once[0], torch.as_tensor(again["image"]))
+        assert torch.equal(once[1], torch.as_tensor(again["mask"]))
+        assert torch.equal(once[0], mine.of_image(image.clone(), np.random.default_rng(seed)))
+
+
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_the_standard_chain_keeps_shapes_and_masks(dimensions: int) -> None:
     image, mask = torch.randn(2, *[8] * dimensions), (torch.rand(1, *[8] * dimensions) > 0.5).float()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -169,11 +169,12 @@ def drift(
     tensors: Mapping[str, Array],
     number: int,
     update_bound: UpdateBound | Mapping[str, UpdateBound],
-    sketcher: Sketcher,
+    sketch: Callable[[str], Floats],
 ) -> Iterator[Finding]:
     """Which tensors of the model of round `number` moved further than the rounds in between can have moved them.
 
     `update_bound` is how far one of those goes: the study's optimisers, or of each tensor what the site itself knows.
+    `sketch` gives what a `Sketcher` makes of a tensor.
     """
     rounds = max(0, number - seen.round)
     if rounds and update_bound == UNKNOWN:
@@ -181,7 +182,7 @@ def drift(
     for name, before in seen.sketches.items():
         tensor = np.asarray(tensors[name], np.float64)
         length = float(np.linalg.norm(tensor))
-        moved = float(np.linalg.norm(sketcher.sketch(name, tensor) - before))
+        moved = float(np.linalg.norm(sketch(name) - before))
         one = update_bound if isinstance(update_bound, UpdateBound) else update_bound[name]
         each = one.of(tensor.size, length) + seen.rounding.get(name, 0.0) * math.sqrt(tensor.size)
         most = _SLACK * rounds * each if rounds else 0.0

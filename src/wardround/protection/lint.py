@@ -31,6 +31,7 @@ _SAME_OF_TWO, _TWINS_OF_TWO = 0.999, 8
 # Columns that stand for the inputs of a wide layer, drawn at random once and for all.
 _PROJECTED = 256
 _DRIFT = 6.0  # standard deviations of a count
+_FILTER = 27  # values of a depthwise filter at most: 5 x 5, 3 x 3 x 3
 _EVEN = 0.1  # coefficient of variation of the gaps between sorted biases; about 1 for random ones
 _AMPLIFIED = 10.0  # times the median row
 
@@ -49,20 +50,23 @@ def architecture_sha256(tensors: Mapping[str, Array]) -> str:
     return digest([[name, str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())])
 
 
-def lint_against(tensors: Mapping[str, Array], approved: Mapping[str, Array]) -> tuple[Finding, ...]:
+def lint_against(
+    tensors: Mapping[str, Array], approved: Mapping[str, Array], alike: dict[str, int] | None = None
+) -> tuple[Finding, ...]:
     """What is suspicious about tensors, given `approved`, the initial ones of the network that a site agreed to.
 
     Compares the architecture, and looks for values that are not finite, gains above 1e3, layers that imprint (rows
     alike, in one layer or through two, or biases on the even quantiles of a distribution: Fowl et al., "Robbing the
     Fed", ICLR 2022) and output rows that single out a class (Wen et al., "Fishing for user data", ICML 2022). What the
     approved tensors show themselves is no news. Two rows alike are enough where they have none and chance makes none.
-    Rows that start at zero are not compared: whatever they learn first is of low rank, and honest.
+    Rows that start at zero are not compared: whatever they learn first is of low rank, and honest. `alike` keeps how
+    many rows of `approved` are, for a party that looks at many models of one study.
     """
     other = tuple(_architecture(tensors, approved))
     if other:
         return other
     zero = {name for name, tensor in approved.items() if not tensor.any()}
-    found = lint_tensors(tensors, learned_from_zero=zero, approved=approved)
+    found = lint_tensors(tensors, learned_from_zero=zero, approved=approved, alike=alike)
     if not found:
         return ()
     # Of rows, their number has been compared.
@@ -75,8 +79,10 @@ def lint_tensors(
     *,
     learned_from_zero: Set[str] = frozenset(),
     approved: Mapping[str, Array] | None = None,
+    alike: dict[str, int] | None = None,
 ) -> tuple[Finding, ...]:
     """The checks of `lint_against` that need nothing to compare with; rows may be as alike as those of `approved`."""
+    alike = {} if alike is None else alike
     floats = {name: np.asarray(t, np.float64) for name, t in tensors.items() if np.issubdtype(t.dtype, np.floating)}
     found: list[Finding] = []
     whole: dict[str, Array] = {}
@@ -87,11 +93,11 @@ def lint_tensors(
         found += _gain(name, tensor, floats)
         whole[name] = tensor
         if tensor.ndim >= 2:
-            found += _twins(name, tensor, None if approved is None else approved[name])
+            found += _twins(name, tensor, None if approved is None else approved[name], alike)
         else:
             found += _bins(name, tensor)
     named = {finding.tensor for finding in found}
-    through = [finding for finding in _through_two(whole, approved) if finding.tensor not in named]
+    through = [finding for finding in _through_two(whole, approved, alike) if finding.tensor not in named]
     return (*found, *through, *_fishing(whole, learned_from_zero))
 
 
@@ -119,7 +125,7 @@ def _gain(name: str, tensor: Array, tensors: Mapping[str, Array]) -> Iterable[Fi
         yield Finding("gain", name, f"amplifies by {gain:.3g}; {limit}")
 
 
-def _twins(name: str, tensor: Array, approved: Array | None) -> Iterable[Finding]:
+def _twins(name: str, tensor: Array, approved: Array | None, alike: dict[str, int]) -> Iterable[Finding]:
     """Rows of a layer that point the same way, beyond those that the approved tensor and chance have."""
     if tensor.shape[0] < _ROWS or tensor[0].size < 2:
         return
@@ -129,10 +135,14 @@ def _twins(name: str, tensor: Array, approved: Array | None) -> Iterable[Finding
     rows = tensor.reshape(len(tensor), -1)
     if before is not None:
         rows = rows[before.any(axis=1)]
-    twins, known = _alike(rows, same), 0 if before is None else _alike(before, same)
-    # A filter of one channel measures that channel alone. Public weights have many that are alike, of which some cross
-    # the limit either way as they are trained.
-    drift = int(_DRIFT * math.sqrt(known)) if tensor.ndim >= 4 and tensor.shape[1] == 1 else 0
+    if before is not None and name not in alike:
+        alike[name] = _alike(before, same)
+    twins, known = _alike(rows, same), 0 if before is None else alike[name]
+    # A depthwise filter measures a channel of its own. Public weights have many that are alike, of which some cross the
+    # limit either way as they are trained. Where an image is grey its first filters look the same, and measure one
+    # channel all: those that see a whole patch, as of a transformer, make a trap like any row.
+    small = tensor.ndim >= 4 and tensor.shape[1] == 1 and inputs <= _FILTER
+    drift = int(_DRIFT * math.sqrt(known)) if small else 0
     if len(rows) >= _ROWS and twins > known + drift + _by_chance(len(rows), inputs, same):
         share = f"{twins / len(rows):.0%} of its rows are alike ({twins})"
         yield Finding("imprint", name, f"{share}: each one would measure the same thing")
@@ -143,7 +153,9 @@ def _bins(name: str, tensor: Array) -> Iterable[Finding]:
         yield Finding("imprint", name, "its values lie evenly on a distribution: bins that sort inputs one by one")
 
 
-def _through_two(tensors: Mapping[str, Array], approved: Mapping[str, Array] | None) -> Iterable[Finding]:
+def _through_two(
+    tensors: Mapping[str, Array], approved: Mapping[str, Array] | None, alike: dict[str, int]
+) -> Iterable[Finding]:
     """Rows of two linear layers that are alike when taken together, as where each layer hides what the other undoes."""
     layers = [(name, tensor) for name, tensor in tensors.items() if tensor.ndim == 2]
     for (first, one), (second, two) in pairwise(layers):
@@ -153,7 +165,10 @@ def _through_two(tensors: Mapping[str, Array], approved: Mapping[str, Array] | N
         if approved is not None:
             if not (approved[first].any() and approved[second].any()):
                 continue
-            known = _alike(_product(approved[first], approved[second]), _SAME_OF_TWO)
+            both = f"{first} {second}"
+            if both not in alike:
+                alike[both] = _alike(_product(approved[first], approved[second]), _SAME_OF_TWO)
+            known = alike[both]
         twins, rank = _alike(_product(one, two), _SAME_OF_TWO), min(one.shape)
         chance = _by_chance(len(two), rank, _SAME_OF_TWO) if rank > 1 else len(two)
         if twins >= max(_TWINS_OF_TWO, known + chance + 1):

@@ -7,6 +7,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,6 +90,7 @@ class Inspector:
         self._note = note
         self._catch_up = catch_up
         self._approved: dict[str, Array] = {}
+        self._alike: dict[str, int] = {}
         self._largest_scales: dict[str, float] = {}
 
     def check(self, number: int, public: Mapping[str, Array], agreed: KnownModel) -> Seen:
@@ -96,26 +98,27 @@ class Inspector:
         if not self._approved:
             self._approved = agreed.approved()
         tensors = agreed.received(public)
-        findings = list(lint_against(tensors, self._approved))
+        findings = list(lint_against(tensors, self._approved, self._alike))
         if findings:
             raise self._refusal(number, findings[0])
         sketcher = Sketcher(bytes.fromhex(self._store.write_once(_SECRET, 0, secrets.token_hex(32))))
         self._largest_scales = self._honest_scales(tensors, agreed.own_bound)
+        sketch = cache(lambda name: sketcher.sketch(name, tensors[name]))
         known = self._seen(agreed, sketcher)
         update_bound = self._update_bound(agreed, known, tensors)
         believed = min(number, known.round + 1 + self._catch_up)
-        for finding in drift(known, tensors, believed, update_bound, sketcher):
+        for finding in drift(known, tensors, believed, update_bound, sketch):
             limit = f"in {1 + self._catch_up} round{'s' if self._catch_up else ''}"
             raise self._refusal(number, self._unwitnessed(finding, limit, number - known.round))
         if update_bound == UNKNOWN and not known.own and number > believed:
             # It never saw how far a round goes, and is told of several.
-            for finding in drift(known, tensors, known.round, UpdateBound(), sketcher):
+            for finding in drift(known, tensors, known.round, UpdateBound(), sketch):
                 told = f"moved since round {known.round}"
                 limit = "and how far a round of this study goes cannot be said"
                 finding = Finding("drift", finding.tensor, told)
                 raise self._refusal(number, self._unwitnessed(finding, limit, number - known.round))
         # What its operator agreed to all the same is put on record.
-        for finding in drift(known, tensors, min(number, known.round + 1), update_bound, sketcher):
+        for finding in drift(known, tensors, min(number, known.round + 1), update_bound, sketch):
             said = f"{finding.tensor} {finding.text} in 1 round; {number - known.round} are said to lie in between"
             self._note("security", {"kind": TRAIN, "round": number, "reason": said})
             break
@@ -123,7 +126,7 @@ class Inspector:
             # Many requests of one round must not walk a model further than one.
             return known
         names = agreed.trained
-        sketches = {name: sketcher.sketch(name, tensors[name]) for name in tensors if name in names}
+        sketches = {name: sketch(name) for name in tensors if name in names}
         return Seen(number, sketches, known.rounding, known.own)
 
     def _update_bound(

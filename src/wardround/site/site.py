@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
@@ -171,7 +171,7 @@ class Site:
         metrics: dict[str, Any] = {}
         if header.meta.get("validate"):
             # The model is the one of the round before, and has one validation, whichever kind of request asks.
-            self._measure_once("validation", header.round - 1, header.body_sha256)
+            self._measure_once("validation", header.round - 1, header.body_sha256, header)
             metrics |= self._validation_sums(header.round, learner.evaluate("validation"))
         try:
             trained = learner.train(header.round, public, memory)
@@ -305,11 +305,14 @@ class Site:
         if header.meta.get("split") == "test":
             # The private part that completes a model is another one in another round, and none for a stranger.
             how = [header.meta.get("evaluator"), bool(header.meta.get("unseen_site")), header.round]
-            self._measure_once("test", 0, digest([header.body_sha256, *how]))
+            self._measure_once("test", 0, digest([header.body_sha256, *how]), header)
         else:
             if self.aborted.saw(header.round):
                 raise Rejected(f"site {self.name} is asked to validate round {header.round}, which was aborted")
-            self._measure_once("validation", header.round, header.body_sha256)
+            # Served as a released one, a model has another private part, or none.
+            which = header.meta.get("evaluator")
+            served = () if which is None else (which, bool(header.meta.get("unseen_site")))
+            self._measure_once("validation", header.round, header.body_sha256, header, served)
         return state
 
     def _weigh(self, header: Header, learner: Learner) -> None:
@@ -323,10 +326,20 @@ class Site:
                 "validation patients"
             )
         # What is trained follows from the start, the round and, by the aborted rounds, what the site remembers.
-        self._measure_once("weight", header.round, digest([header.body_sha256, sorted(_aborted(header))]))
+        self._measure_once("weight", header.round, digest([header.body_sha256, sorted(_aborted(header))]), header)
 
-    def _measure_once(self, what: Literal["test", "validation", "weight"], number: int, model: str) -> None:
-        if self.store.write_once(f"measured/{what}", number, model) != model:
+    def _measure_once(
+        self,
+        what: Literal["test", "validation", "weight"],
+        number: int,
+        model: str,
+        header: Header,
+        how: Sequence[Any] = (),
+    ) -> None:
+        # The bytes alone are no model: by other tables, many can be read from one body.
+        word = digest([model, *how, [info.to_json() for info in header.tensors]])
+        # Earlier versions gave their word on the bytes.
+        if self.store.write_once(f"measured/{what}", number, word) not in (word, model):
             gives = "one weight by validation loss" if what == "weight" else f"{what} sums of one model"
             raise Rejected(
                 f"site {self.name} has measured another model: it gives {gives} of {_EACH[what]}. To measure others, "

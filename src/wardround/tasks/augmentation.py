@@ -58,24 +58,50 @@ class Augmentation:
         # Late: MONAI takes seconds to import, and a study without augmentation needs none of it.
         from monai.transforms import Compose
 
-        self._chain = Compose([_made(step) for step in chain])
-        self._empty = not chain
+        self._chain = Compose([_made(step) for step in chain]).set_random_state(seed=0)
+        self._generators = [_generators(step) for step in self._chain.transforms]
 
     def __call__(self, image: Tensor, mask: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """image (C, *shape) float32 and mask (K, *shape) changed with `random` alone, of the same shapes."""
-        if self._empty:
-            return image, mask
+        changed = self._changed({IMAGE: image, MASK: mask}, random)
+        return changed[IMAGE], changed[MASK]
+
+    def of_image(self, image: Tensor, random: np.random.Generator) -> Tensor:
+        """The same of an image (C, *shape) without a mask."""
+        return self._changed({IMAGE: image}, random)[IMAGE]
+
+    def _changed(self, parts: dict[str, Tensor], random: np.random.Generator) -> dict[str, Tensor]:
+        if not self._generators:
+            return parts
         from monai.data import set_track_meta
         from monai.data.meta_obj import get_track_meta
 
-        self._chain.set_random_state(seed=int(random.integers(2**32)))
+        self._seed(int(random.integers(2**32)))
         before = get_track_meta()
         set_track_meta(False)
         try:
-            changed = self._chain({IMAGE: image, MASK: mask})
+            changed = self._chain(parts)
         finally:
             set_track_meta(before)
-        return torch.as_tensor(changed[IMAGE]).contiguous(), torch.as_tensor(changed[MASK]).contiguous()
+        return {name: torch.as_tensor(part).contiguous() for name, part in changed.items()}
+
+    def _seed(self, seed: int) -> None:
+        """As MONAI's `set_random_state` seeds a chain, in place: it makes new generators, which takes milliseconds."""
+        from monai.utils import MAX_SEED
+
+        self._chain.R.seed(seed % MAX_SEED)
+        for generators in self._generators:
+            own = int(self._chain.R.randint(MAX_SEED, dtype="uint32"))
+            for generator in generators:
+                generator.seed(own)
+
+
+def _generators(part: Any) -> list[np.random.RandomState]:
+    """The generators of a random transform and of those that it is made of."""
+    from monai.transforms import Randomizable
+
+    inner = [each for each in vars(part).values() if isinstance(each, Randomizable)]
+    return [part.R, *(generator for each in inner for generator in _generators(each))]
 
 
 def _made(step: Mapping[str, Any]) -> Any:
@@ -86,6 +112,7 @@ def _made(step: Mapping[str, Any]) -> Any:
     if name not in SPATIAL and name not in INTENSITY:
         raise StudyError(f"task.augment: {name!r} is none of {', '.join((*SPATIAL, *INTENSITY))}")
     given["keys"] = [IMAGE, MASK] if name in SPATIAL else [IMAGE]
+    given["allow_missing_keys"] = True
     if SPATIAL.get(name):
         given.setdefault("mode", ["bilinear", "nearest"])
     try:

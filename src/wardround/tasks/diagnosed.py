@@ -123,7 +123,7 @@ class DiagnosedDataset(PatientImages):
     ) -> DiagnosedBatch:
         pixels = resampled(self._normalised(patient, number, part), self._size)
         if random is not None:
-            pixels, _ = self._augmentation(pixels, pixels[:1], random)
+            pixels = self._augmentation.of_image(pixels, random)
         labels = torch.from_numpy(self._labels[patient, number].astype(np.float32))
         return DiagnosedBatch(pixels[None], labels[None], self._prior[None])
 

@@ -294,14 +294,19 @@ class Aggregate:
         return mean
 
     def _elements(self, group: str, tensor: str) -> tuple[Array, TensorInfo, Group]:
-        for index, candidate in enumerate(self.layout.groups):
-            if candidate.name == group:
-                offset = 0
-                for info in candidate.tensors:
-                    if info.name == tensor:
-                        return self._total.segment(index)[offset : offset + info.size], info, candidate
-                    offset += info.size
-        raise KeyError(scale_key(group, tensor))
+        index, offset, info, found = self._places[scale_key(group, tensor)]
+        return self._total.segment(index)[offset : offset + info.size], info, found
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int, TensorInfo, Group]]:
+        """Where each tensor's elements lie: segment and offset."""
+        places = {}
+        for index, group in enumerate(self.layout.groups):
+            offset = 0
+            for info in group.tensors:
+                places[scale_key(group.name, info.name)] = (index, offset, info, group)
+                offset += info.size
+        return places
 
 
 def check_range(layout: Layout, body: Body) -> None:

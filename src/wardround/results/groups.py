@@ -10,7 +10,7 @@ from wardround.results import figures
 from wardround.results.metrics import MetricInfo
 from wardround.results.run import Run, ShownArm, site_title
 from wardround.results.schema import Estimate, GroupTables
-from wardround.results.views import Cell
+from wardround.results.views import Cell, best_shown, cell_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _table(run: Run, groups: list[GroupTables], metric: MetricInfo) -> GroupTabl
         whole = wholes[key]
         for group in present:
             found = {arm: estimate(group, arm, key) for arm in arms}
-            shared = found[together]
+            shared, best = found[together], best_shown(metric, found)
             most = max(one.n for one in found.values() if one is not None)
             rows.append(
                 GroupRow(
@@ -89,7 +89,7 @@ def _table(run: Run, groups: list[GroupTables], metric: MetricInfo) -> GroupTabl
                     aggregate=key == "mean",
                     group=group.group,
                     n=str(most),
-                    cells=_cells(metric, found),
+                    cells=tuple(Cell("–") if o is None else cell_of(metric, a, o, best) for a, o in found.items()),
                     lane=figures.lane(
                         scale,
                         together.style,
@@ -100,16 +100,3 @@ def _table(run: Run, groups: list[GroupTables], metric: MetricInfo) -> GroupTabl
                 )
             )
     return GroupTable(metric, tuple(arms), together, tuple(rows), figures.axis(scale))
-
-
-def _cells(metric: MetricInfo, found: dict[ShownArm, Estimate | None]) -> tuple[Cell, ...]:
-    rivals = [metric.printed(one.value) for arm, one in found.items() if one is not None and arm.kind != "pooled"]
-    best = metric.show(metric.printed(max(rivals))) if len(rivals) > 1 else None
-    cells = []
-    for arm, one in found.items():
-        if one is None:
-            cells.append(Cell("–"))
-            continue
-        text, ends = metric.show(one.value), " to ".join(metric.show(end) for end in one.interval or ())
-        cells.append(Cell(text, ends, best=arm.kind != "pooled" and text == best))
-    return tuple(cells)

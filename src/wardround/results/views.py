@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -109,8 +109,7 @@ def _site(run: Run, metric: MetricInfo, key: str, scale: figures.Scale, points: 
         for arm, one in found.items()
         if one is not None
     ]
-    rivals = [metric.printed(one.value) for arm, one in found.items() if one and arm.kind != "pooled"]
-    best = metric.show(metric.printed(max(rivals))) if len(rivals) > 1 else None
+    best = best_shown(metric, found)
     patients, aggregate = run.patients(key), key in AGGREGATES
     if aggregate:
         facts = ["every site has the same weight" if key == "mean" else "each by a model trained without it"]
@@ -135,8 +134,19 @@ def _cell(run: Run, metric: MetricInfo, arm: ShownArm, key: str, found: Estimate
     if found is None:
         why = run.unmeasured(arm.key, key)
         return Cell(why.text, reason=why.reason) if why else Cell("–")
-    interval = " to ".join(metric.show(end) for end in found.interval or ())
+    return cell_of(metric, arm, found, best)
+
+
+def best_shown(metric: MetricInfo, found: Mapping[ShownArm, Estimate | None]) -> str | None:
+    """The best value of several arms but pooled, as it is shown; None where there are not two to compare."""
+    rivals = [metric.printed(one.value) for arm, one in found.items() if one is not None and arm.kind != "pooled"]
+    return metric.show(metric.printed(max(rivals))) if len(rivals) > 1 else None
+
+
+def cell_of(metric: MetricInfo, arm: ShownArm, found: Estimate, best: str | None) -> Cell:
+    """An arm's value with its interval; `best` is that of `best_shown`."""
     text = metric.show(found.value)
+    interval = " to ".join(metric.show(end) for end in found.interval or ())
     return Cell(text, interval, best=arm.kind != "pooled" and text == best)
 
 

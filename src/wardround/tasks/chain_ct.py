@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wardround.errors import DataError, GeometryError, StudyError
+from wardround.errors import DataError, StudyError
 from wardround.imaging.acquisition.ct.simulate import REFINEMENT
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.datasets.ct import BODY, BodyOutline, Grid, Slice, check_axes
@@ -24,7 +24,7 @@ from wardround.imaging.readers.labelled import LabelledImage, VoxelSpace
 from wardround.study.baselines import Baseline
 from wardround.study.ct import CTAcquisition
 from wardround.tasks.classical import Method
-from wardround.tasks.ct import CTScan, Scanner
+from wardround.tasks.ct import CTScan, Scanner, Scanners
 from wardround.tasks.ct_metrics import CT_METRICS, ct_scores, ct_windows, hounsfield
 from wardround.tasks.images import Scale
 from wardround.tasks.scans import ScansBatch
@@ -177,7 +177,7 @@ class SinogramScanning:
     upright = True
 
     def __init__(self, study: Study, config: ChainSettings) -> None:
-        self._study, self._scanners = study, dict[str, Scanner]()
+        self._study, self._scanners = study, Scanners()
         self._window = WINDOW if config.window is None else config.window
         if config.channels != 1:
             raise StudyError(f"task.channels is {config.channels}, and a scan of CT is of one; set it to 1")
@@ -186,10 +186,7 @@ class SinogramScanning:
         for site in study.sites:
             acquisition = self.acquisition(site)
             acquisition.check_size(config.size, site)
-            try:
-                self._of(acquisition)
-            except GeometryError as error:
-                raise StudyError(f"site {site}, acquisition.geometry: {error}") from error
+            self._scanners.of(acquisition, site)
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -211,14 +208,8 @@ class SinogramScanning:
 
     def scanner(self, site: str | None) -> SinogramScanner:
         """Of a site, or of the study; sites of one acquisition share its matrices."""
-        found = self._of(self.acquisition(site))
+        found = self._scanners.of(self.acquisition(site), site)
         return SinogramScanner("" if site is None else site, found, self._study.seed, Hounsfield(found.grid))
-
-    def _of(self, acquisition: CTAcquisition) -> Scanner:
-        key = acquisition.model_dump_json()
-        if key not in self._scanners:
-            self._scanners[key] = Scanner(acquisition)
-        return self._scanners[key]
 
     @property
     def begin(self) -> Method:

@@ -193,6 +193,24 @@ def _turned(
     return np.ascontiguousarray(np.rot90(image, turns)), np.ascontiguousarray(np.rot90(body, turns))
 
 
+class Scanners:
+    """The scanners of a study; sites of one acquisition share one, and its matrices."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Scanner] = {}
+
+    def of(self, acquisition: CTAcquisition, site: str | None) -> Scanner:
+        """That of a site, or of the study. Raises StudyError for an impossible geometry."""
+        key = acquisition.model_dump_json()
+        if key not in self._known:
+            try:
+                self._known[key] = Scanner(acquisition)
+            except GeometryError as error:
+                place = "" if site is None else f"site {site}, "
+                raise StudyError(f"{place}acquisition.geometry: {error}") from error
+        return self._known[key]
+
+
 class CTReconstruction(ReconstructionBase[CTBatch]):
     """Images in attenuation relative to water from noisy sinograms of few views.
 
@@ -202,7 +220,7 @@ class CTReconstruction(ReconstructionBase[CTBatch]):
 
     def __init__(self, study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> None:
         super().__init__(study, embeddings)
-        self._scanners: dict[str, Scanner] = {}
+        self._scanners = Scanners()
         for site in study.sites:
             self.scanner(site)
 
@@ -220,13 +238,7 @@ class CTReconstruction(ReconstructionBase[CTBatch]):
         """The scanner of a site; sites of one acquisition share it. Raises StudyError for an impossible geometry."""
         acquisition = self.study.acquisition_of(site)
         assert isinstance(acquisition, CTAcquisition)
-        key = acquisition.model_dump_json()
-        if key not in self._scanners:
-            try:
-                self._scanners[key] = Scanner(acquisition)
-            except GeometryError as error:
-                raise StudyError(f"site {site}, acquisition.geometry: {error}") from error
-        return self._scanners[key]
+        return self._scanners.of(acquisition, site)
 
     def index(self, site: str, source: Source, scanner: str, served: Sequence[Split] = SPLITS) -> CTIndex:
         """The slices of a site's folders on the grid of the scanner of the site `scanner`; of `served` splits alone."""

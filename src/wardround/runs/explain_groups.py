@@ -1,4 +1,4 @@
-"""What `check` says of the columns by which sites have their results told apart. For eyes at the sites."""
+"""What `check` says of the columns by which sites give their results in groups. For eyes at the sites."""
 
 from __future__ import annotations
 

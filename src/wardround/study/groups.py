@@ -81,7 +81,7 @@ class Column(Config):
 
 
 class Groups(Config):
-    """The table of a site's patients, and the columns by which its results may be told apart."""
+    """The table of a site's patients, and the columns by which its results are given in groups."""
 
     file: Path = Field(description="a CSV, relative to the sites file; several rows of a patient must agree")
     patient: str = Field("patient", description="the column that names the patient, as the patient's folder is called")

@@ -1,4 +1,4 @@
-"""A folder of CT in DICOM, told in counts: no patient, no date, no identifier."""
+"""A folder of CT in DICOM, in counts: no patient, no date, no identifier."""
 
 from __future__ import annotations
 

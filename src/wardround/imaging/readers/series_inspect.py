@@ -1,4 +1,4 @@
-"""Folders of MR in DICOM, and outlines in DICOM SEG, told in counts: no patient, no date, no identifier."""
+"""Folders of MR in DICOM, and outlines in DICOM SEG, in counts: no patient, no date, no identifier."""
 
 from __future__ import annotations
 

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
+from pydantic import ValidationError
 
 from tests.examples import examples
 from wardround.errors import Rejected, StudyError
 from wardround.protection import robust
 from wardround.protection.robust import Defence, Floats, aggregate, combine, gram, plan_of
+from wardround.study.protection import Robust
 
 RULES: tuple[robust.Rule, ...] = (*robust.LINEAR, *robust.COORDINATE)
 ROBUST = tuple(rule for rule in RULES if rule != "mean")
@@ -139,9 +141,21 @@ def test_a_minority_cannot_drag_the_mean_away(
 ) -> None:
     honest = updates(seed, n=11 - f)
     bad = far * (1.0 + np.abs(updates(seed + 1, n=f)))
-    outcome = aggregate(np.vstack([bad, honest]), Defence(rule, f, mixing, gate))
+    outcome = aggregate(np.vstack([bad, honest]), Defence(rule, f, mixing, gate or rule == "dnc"))
     spread = np.linalg.norm(honest - honest.mean(axis=0), axis=1).max()
     assert np.linalg.norm(outcome.value - honest.mean(axis=0)) <= 3.0 * spread
+
+
+def test_without_the_gate_dnc_keeps_a_lie_that_a_larger_one_hides() -> None:
+    honest = updates(12, n=8)
+    # The mean of all lies where the first one is, so that every honest update is farther from it.
+    bad = np.vstack([np.full((1, 7), 1e6), np.full((1, 7), 9e6)])
+    everything = np.vstack([bad, honest])
+    without, gated = (aggregate(everything, Defence("dnc", 2, "none", gate)).value for gate in (False, True))
+    assert np.abs(without).max() > 1e4
+    assert np.abs(gated).max() < 10.0
+    with pytest.raises(ValidationError, match="needs gate: true"):
+        Robust(rule="dnc", gate=False)
 
 
 def test_the_plain_mean_is_dragged_away() -> None:

@@ -410,13 +410,15 @@ def learning_rate(local: Local, step: int, total: int) -> float:
 def build_optimizer(model: nn.Module, local: Local) -> torch.optim.Optimizer:
     """The site's optimiser over everything that gradients reach."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # The same digits, in half the time: torch would go through the tensors one by one in Python on a CPU.
+    common: Any = {"lr": local.lr, "weight_decay": local.weight_decay, "foreach": True}
     match local.optimizer:
         case "sgd":
-            return torch.optim.SGD(parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay)
+            return torch.optim.SGD(parameters, momentum=local.momentum, **common)
         case "adam":
-            return torch.optim.Adam(parameters, lr=local.lr, weight_decay=local.weight_decay)
+            return torch.optim.Adam(parameters, **common)
         case "adamw":
-            return torch.optim.AdamW(parameters, lr=local.lr, weight_decay=local.weight_decay)
+            return torch.optim.AdamW(parameters, **common)
 
 
 def saved_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Array]:

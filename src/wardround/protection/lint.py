@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betainc
+from scipy.special import betainc, ndtr
 
 from wardround.wire.canonical import digest
 
@@ -215,7 +215,7 @@ def _evenly_spaced(biases: Array) -> bool:
     laplace = ordered * math.sqrt(2.0)
     scales = (
         ordered,
-        np.array([0.5 * math.erfc(-x / math.sqrt(2.0)) for x in ordered]),
+        ndtr(ordered),
         np.where(laplace < 0, 0.5 * np.exp(np.minimum(laplace, 0)), 1 - 0.5 * np.exp(-np.maximum(laplace, 0))),
     )
     return any(_variation(np.diff(scale)) < _EVEN for scale in scales)

@@ -117,11 +117,12 @@ class Inspector:
                 limit = "and how far a round of this study goes cannot be said"
                 finding = Finding("drift", finding.tensor, told)
                 raise self._refusal(number, self._unwitnessed(finding, limit, number - known.round))
-        # What its operator agreed to all the same is put on record.
-        for finding in drift(known, tensors, min(number, known.round + 1), update_bound, sketch):
-            said = f"{finding.tensor} {finding.text} in 1 round; {number - known.round} are said to lie in between"
-            self._note("security", {"kind": TRAIN, "round": number, "reason": said})
-            break
+        if self._catch_up:
+            # What its operator agreed to all the same is put on record.
+            for finding in drift(known, tensors, min(number, known.round + 1), update_bound, sketch):
+                said = f"{finding.tensor} {finding.text} in 1 round; {number - known.round} are said to lie in between"
+                self._note("security", {"kind": TRAIN, "round": number, "reason": said})
+                break
         if number <= known.round and self._store.fact(_SEEN) is not None:
             # Many requests of one round must not walk a model further than one.
             return known

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -112,6 +112,14 @@ class Robust(Config):
     momentum: float = Field(
         0.9, ge=0.0, lt=1.0, description="a site sends its changes averaged over rounds; 0 sends each as it is"
     )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.rule == "dnc" and not self.gate:
+            raise ValueError(
+                "rule dnc needs gate: true; one update far away hides another at the mean, which dnc then keeps"
+            )
+        return self
 
     def tolerated(self, sites: int) -> int:
         """How many of so many sites may be malicious; raises `StudyError` when the rule is not defined for them."""

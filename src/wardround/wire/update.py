@@ -150,23 +150,24 @@ class Layout:
 
     def to_digits(self, integers: list[int]) -> Array:
         """The tail's elements from its integers."""
-        base = self.digit_bits
-        mask = (1 << base) - 1
+        mask = (1 << self.digit_bits) - 1
         digits: list[int] = []
-        for value, bits, largest in zip(integers, self.entries, self.largest, strict=True):
+        for value, shifts, largest in zip(integers, self._shifts, self.largest, strict=True):
             if not 0 <= value <= largest:
                 raise WireError("an integer of an update's tail is out of its declared range")
-            digits.extend((value >> (base * i)) & mask for i in range(math.ceil(bits / base)))
+            digits.extend([(value >> shift) & mask for shift in shifts])
         return np.array(digits, dtype=TAIL.dtype)
 
     def from_digits(self, elements: Array) -> list[int]:
         """The tail's (summed) integers from its elements."""
-        integers, at = [], 0
-        for bits in self.entries:
-            count = math.ceil(bits / self.digit_bits)
-            integers.append(sum(int(d) << (self.digit_bits * i) for i, d in enumerate(elements[at : at + count])))
-            at += count
-        return integers
+        digits = iter(elements.tolist())
+        return [sum([next(digits) << shift for shift in shifts]) for shifts in self._shifts]
+
+    @cached_property
+    def _shifts(self) -> tuple[tuple[int, ...], ...]:
+        """By how many bits the digits of every integer of the tail are shifted, in order."""
+        base = self.digit_bits
+        return tuple(tuple(base * i for i in range(math.ceil(bits / base))) for bits in self.entries)
 
 
 def _padded(nbytes: int) -> int:

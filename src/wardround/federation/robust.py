@@ -1,58 +1,27 @@
 """A round whose aggregate is a robust mean: every site's update is kept until all are there, then a rule decides.
 
-It needs each update in the clear, so it excludes the secure sum. Updates are spooled to files and read in chunks, site
-by site in the order of the study, so neither their number nor their order of arrival changes memory or result.
+It needs each update in the clear, so it excludes the secure sum.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import NotEnoughSites, Rejected
-from wardround.federation.exchange import Call, ClearExchange, ExchangeFactory, PlainSum
-from wardround.protection.gates import Received, check_update
+from wardround.federation.exchange import Call, ExchangeFactory, PlainSum
+from wardround.federation.spooled import Spooled, Spooling, changes
 from wardround.protection.robust import Defence, combine, gram, norm_gate, plan_of
 from wardround.storage.blobs import disk_error
-from wardround.wire.message import FileBody, Message
-from wardround.wire.ring import ExactSum, Ring, dequantise
+from wardround.wire.message import Message
+from wardround.wire.ring import ExactSum
 from wardround.wire.tensors import TensorInfo
-from wardround.wire.update import TAIL, WEIGHT_BITS, Aggregate, Group, Layout, Scales, scale_key
+from wardround.wire.update import Aggregate, Group, Layout, Scales, scale_key
 
 Floats = npt.NDArray[np.float64]
-# Elements of every site's update that are looked at together.
-COLUMNS = 1 << 16
-
-
-@dataclass(frozen=True)
-class Spooled:
-    """A verified update in a file: `shares` are the site's weights by group, `saturated` its counts by tensor."""
-
-    path: Path
-    tail: bytes
-    shares: Mapping[str, float]
-    saturated: Mapping[str, int]
-
-
-def spooled(layout: Layout, path: Path) -> Spooled:
-    """What the tail of a verified update says; raises `Rejected` for one without weight."""
-    size, _ = layout.segments[-1]
-    tail = b"".join(bytes(c) for c in FileBody(path, layout.nbytes).chunks(layout.nbytes - size))
-    integers = iter(layout.from_digits(TAIL.unpack(tail)))
-    next(integers)
-    shares, saturated = {}, {}
-    for group in layout.groups:
-        shares[group.name] = next(integers) / (1 << WEIGHT_BITS)
-        if shares[group.name] == 0.0:
-            raise Rejected(f"an update without weight in group {group.name!r}: there is nothing to average")
-        for info in group.tensors:
-            saturated[scale_key(group.name, info.name)] = next(integers)
-    return Spooled(path, tail, shares, saturated)
 
 
 class RobustAggregate(Aggregate):
@@ -100,7 +69,7 @@ def _locate(layout: Layout, group: str, tensor: str) -> tuple[int, TensorInfo]:
     raise KeyError(scale_key(group, tensor))
 
 
-class RobustMean(ClearExchange):
+class RobustMean(Spooling):
     """Once all updates are there, gate, mixing and rule make one mean of them.
 
     The gate looks at a site as a whole, the rule at each group of tensors by itself, so that the large numbers of one
@@ -108,34 +77,11 @@ class RobustMean(ClearExchange):
     """
 
     def __init__(self, call: Call, defence: Defence, folder: Path) -> None:
-        super().__init__(call)
+        super().__init__(call, folder)
         self._defence = defence
-        self._folder = folder
-        self._updates: dict[str, Spooled] = {}
         self._notes: tuple[str, ...] = ()
         #: Each site's share in the mean, by group; after `close`.
         self.weights: dict[str, dict[str, float]] = {}
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-
-    def _take(self, reply: Message) -> None:
-        # Copied, and the copy verified: what was verified is what will be averaged.
-        site = reply.header.site
-        layout, path = self._call.layout, self._folder / f"{site}.update"
-        if reply.body.nbytes != layout.nbytes:
-            raise Rejected(f"an update of {reply.body.nbytes} bytes where the study says {layout.nbytes}")
-        try:
-            with path.open("wb") as file:
-                for chunk in Received(reply.body).chunks():
-                    file.write(chunk)
-        except OSError as error:
-            raise disk_error(error) from error
-        try:
-            check_update(layout, replace(reply, body=FileBody(path, layout.nbytes)))
-            self._updates[site] = spooled(layout, path)
-        except Rejected:
-            path.unlink()
-            raise
 
     def close(self) -> list[Message]:
         """Gate and average; raises `NotEnoughSites` when fewer sites are left than the rule needs."""
@@ -176,27 +122,12 @@ class RobustMean(ClearExchange):
         """The robust mean, and the sums over the kept sites."""
         return RobustAggregate(self._call.layout, self._call.scales, self._updates, self._defence.f, self._means)
 
+    def _chunks(self, group: Group, updates: Sequence[Spooled]) -> Iterator[Floats]:
+        return changes(self._call.layout, self._call.scales, group, updates)
+
     @property
     def _means(self) -> Path:
         return self._folder / "means"
-
-    def _chunks(self, group: Group, updates: list[Spooled]) -> Iterator[Floats]:
-        """The unweighted changes (n, k) of a group, never across two tensors."""
-        layout, ring = self._call.layout, Ring(group.ring_bits)
-        at = sum(size for size, _ in layout.segments[: layout.groups.index(group)])
-        for info in group.tensors:
-            scale = self._call.scales[scale_key(group.name, info.name)]
-            for start in range(0, info.size, COLUMNS):
-                count = min(COLUMNS, info.size - start)
-                values = np.empty((len(updates), count))
-                for row, update in zip(values, updates, strict=True):
-                    octets = np.fromfile(
-                        update.path, np.uint8, count * ring.itemsize, offset=at + start * ring.itemsize
-                    )
-                    elements = ring.unpack(octets.data)
-                    row[:] = dequantise(elements, scale / update.shares[group.name], layout.bits_of(group), ring)
-                yield values
-            at += info.size * ring.itemsize
 
 
 def _gated(site: str, grams: list[Floats], index: int) -> str:

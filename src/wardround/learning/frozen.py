@@ -13,12 +13,12 @@ from wardround.models.lead import Layered, Lead
 _HELD = "_wardround_frozen"
 
 
-def freeze(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
-    """Freeze the parameters and buffers that the study's `parts.frozen` names; their names.
+def freeze(model: nn.Module, patterns: Sequence[str], also: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Freeze the parameters and buffers that the study's `parts.frozen` names, and others; the names of all.
 
     Raises `StudyError` for a pattern that matches nothing.
     """
-    names = matching(patterns, tuple(model.state_dict()), "parts.frozen")
+    names = matching(patterns, tuple(model.state_dict()), "parts.frozen") | also
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in names:
             parameter.requires_grad_(False)

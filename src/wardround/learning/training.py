@@ -23,8 +23,11 @@ from wardround.learning.methods.method import Facts, LocalRound, Method
 from wardround.learning.momentum import averaged
 from wardround.learning.policy import Parameter, Policy
 from wardround.learning.private_training import PrivateTraining
+from wardround.models.adapters import attach, with_folded
+from wardround.models.low_rank import is_folded
 from wardround.protection.drift import UpdateBound, local_bound
 from wardround.storage.store import Memory
+from wardround.study.adapters import Adapters, NoAdapters
 from wardround.study.schema import Local
 from wardround.tasks.stages import WHOLE, Curriculum
 from wardround.tasks.states import patient_rows
@@ -63,12 +66,15 @@ def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
     )
 
 
+_NO_ADAPTERS = NoAdapters()
+
+
 class ModelContext:
     """The one model of a process, and how it was initialised: public randomness on the CPU, so the same everywhere.
 
-    Then `begin` may put other values into it, those that the study starts from. What `frozen` matches is in `initial`
-    once, as the model's own tensors, and never written again. Sites that compute on another device share another, which
-    `on` makes of it.
+    It gets the study's `adapters`. Then `begin` may put other values into it, those that the study starts from. What
+    `frozen` matches, and what adapters leave as it is, is in `initial` once, as the model's own tensors, and never
+    written again. Sites that compute on another device share another, which `on` makes of it.
     """
 
     def __init__(
@@ -77,14 +83,21 @@ class ModelContext:
         seed: int,
         begin: Callable[[nn.Module], None] = lambda _: None,
         frozen: Sequence[str] = (),
+        adapters: Adapters = _NO_ADAPTERS,
+        folds: bool = False,
     ) -> None:
         self.task = task
         self.compute = CPU
         self._all = {CPU: self}
         torch.manual_seed(public_seed(seed, "initialisation") % 2**63)
         self.model = task.build_model()
+        # The same adapters whatever network was built before them.
+        torch.manual_seed(public_seed(seed, "adapters") % 2**63)
+        attached = attach(self.model, adapters, folds=folds)
         begin(self.model)
-        self.frozen = freeze(self.model, frozen)
+        self.frozen = freeze(self.model, frozen, attached.frozen)
+        #: What adapters keep at each site.
+        self.local = attached.local
         if isinstance(task, Repeating) and task.repeats:
             remember(self.model)
         self.parameters = parameters_of(self.model)
@@ -183,9 +196,16 @@ class Learner:
         )
 
     def received(self, public: Mapping[str, Array]) -> dict[str, Array]:
-        """The shared tensors of a global state, by model name, as far as it holds them."""
+        """The shared tensors of a global state, by model name, as far as it holds them.
+
+        Of what is folded into a layer's weight it is that weight: a trap may hide in the sum of both.
+        """
         released = self._method.release_for(self.site, public, {})
-        return {name: released[name] for name in self._policy.names("shared") if name in released}
+        return {
+            name: with_folded(self.model, name, released[name]) if is_folded(name) else released[name]
+            for name in self._policy.names("shared")
+            if name in released
+        }
 
     def approved(self) -> dict[str, Array]:
         """The shared tensors before round 1, by model name: what the site makes of the study it agreed to."""

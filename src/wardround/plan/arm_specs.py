@@ -91,7 +91,8 @@ class ArmSpecs:
     def model_context(self) -> ModelContext:
         """The model of this process, with what the study starts from in it."""
         study = self.study
-        return ModelContext(self.task, study.seed, partial(begin, study.start, self.start_places), study.parts.frozen)
+        begins = partial(begin, study.start, self.start_places)
+        return ModelContext(self.task, study.seed, begins, study.parts.frozen, study.adapters, folds=study.method.folds)
 
     @cached_property
     def frozen_sha256(self) -> str | None:
@@ -182,6 +183,8 @@ class ArmSpecs:
         parameters, frozen, parts = self.model_context.parameters, self.model_context.frozen, arm.parts(self.study)
         names = tuple(p.name for p in parameters)
         local = matching(parts.local, names, "parts.local")
+        # A party that trains alone shares with itself what adapters keep at a site.
+        local |= frozenset() if arm.alone else self.model_context.local
         if both := sorted(frozen & local):
             raise StudyError(f"parts: {listed(both)} would be both frozen and local; let one pattern match it")
         left = (p for p in parameters if p.trainable and p.name not in local and method.role(p) == "shared")

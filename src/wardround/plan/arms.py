@@ -46,8 +46,12 @@ class Arm:
 
         The one place where arms could differ in their models: today they differ in roles alone.
         """
-        alone = self.name == POOLED or self.name.startswith(LOCAL)
-        return study.parts.model_copy(update={"local": ()}) if alone else study.parts
+        return study.parts.model_copy(update={"local": ()}) if self.alone else study.parts
+
+    @property
+    def alone(self) -> bool:
+        """Whether one party trains it, with its own patients or with everybody's."""
+        return self.name == POOLED or self.name.startswith(LOCAL)
 
     def threshold(self, study: Study) -> int | None:
         """The threshold of the arm's secure sum; `None` where it sums in the clear.

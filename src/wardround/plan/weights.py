@@ -205,6 +205,8 @@ def _fill(
     """Copy `value(name)` for every name of `shapes` into a model; names outside `within` may be left out."""
     import torch
 
+    from wardround.models.adapters import added_values
+
     state = model.state_dict()
     if unknown := [name for name in shapes if name not in state]:
         raise StudyError(
@@ -217,8 +219,9 @@ def _fill(
                 f"start.file: {start.file} has {name} of shape {list(shape)}, and the model one of "
                 f"{list(state[name].shape)}; choose the model that it is of"
             )
-    # Counters say nothing of what was learned, and a release does not share them.
-    floats = [name for name in state if name.startswith(within) and state[name].is_floating_point()]
+    # Counters say nothing of what was learned, and a release does not share them. Adapters begin with the study.
+    fresh = added_values(model)
+    floats = [n for n in state if n.startswith(within) and n not in fresh and state[n].is_floating_point()]
     lacking = [name for name in floats if name not in shapes]
     if lacking and not start.partial:
         raise StudyError(

@@ -148,6 +148,8 @@ def _training(run: Run) -> list[str]:
     lines.insert(2, f"Started from: {run.study.start.describe()}")
     if frozen := study["parts"]["frozen"]:
         lines.insert(3, f"Never trained: {', '.join(frozen)}, stored in weights/{run.result.frozen_sha256}.safetensors")
+    if adapters := run.study.adapters.describe():
+        lines.insert(3, f"Trained beside frozen layers: {adapters}")
     if run.evaluating:
         lines.insert(1, validated)
     up, down = human_bytes(result.traffic.bytes_up), human_bytes(result.traffic.bytes_down)

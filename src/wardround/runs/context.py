@@ -15,6 +15,7 @@ from wardround.federation.exchange import ExchangeFactory, PlainSum
 from wardround.federation.plans import plan_of
 from wardround.federation.robust import robust_mean
 from wardround.federation.secure import secure_sum
+from wardround.federation.spooled import each_update
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import Arm
 from wardround.protection.identity import Roster
@@ -88,7 +89,8 @@ class Context(ArmSpecs):
         if threshold is not None:
             assert roster is not None
             return secure_sum(roster, threshold, journal)
+        updates = self.out / "work" / "arms" / arm.folder / "updates"
         if robust is None:
-            return PlainSum
+            return each_update(updates) if arm.method.needs == "updates" else PlainSum
         defence = Defence(robust.rule, robust.tolerated(len(arm.sites)), robust.mixing, robust.gate)
-        return robust_mean(defence, self.out / "work" / "arms" / arm.folder / "updates")
+        return robust_mean(defence, updates)

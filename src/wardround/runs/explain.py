@@ -92,6 +92,7 @@ def _study(host: Machine, arm_spec: ArmSpec) -> str:
         entry("model", f"{_model(study)}: {sum(sizes.values()):,} values"),
         entry("method", f"{study.method.describe()}: {roles}"),
         entry("start", study.start.describe()),
+        *([entry("adapters", said)] if (said := study.adapters.describe()) else []),
     ]
     if study.description:
         entries.insert(0, entry("about", study.description))

@@ -20,6 +20,10 @@ class MethodSettings(Settings):
     noised: ClassVar[bool] = False
     #: Whether the update of one plain step is a sum of gradients, to which noise of several sites adds up.
     adds_up: ClassVar[bool] = False
+    #: `updates`: it needs each site's update in the clear, not their sum alone.
+    needs: ClassVar[Literal["sum", "updates"]] = "sum"
+    #: Whether it folds low-rank products into weights, for which the layers that have them need room.
+    folds: ClassVar[bool] = False
 
     def build(self, protocols: Mapping[str, Any]) -> Any:
         """The `wardround.learning.methods.Method`. `protocols`: the features (7,) of the training sites' scanners."""

@@ -22,11 +22,12 @@ from pydantic import (
 from wardround.errors import StudyError
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.acquisitions import AcquisitionSettings
+from wardround.study.adapters import Adapters, NoAdapters
 from wardround.study.base import Config, Settings
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
-from wardround.study.protection import Protection
+from wardround.study.protection import NoCompression, Protection
 from wardround.study.registry import (
     BASELINES,
     EVERY,
@@ -156,6 +157,7 @@ class Study(Config):
     ] = Field(default_factory=lambda: default("method"))
     start: Start = Field(Fresh(), description="what the model begins with, in every arm")
     parts: Parts = Parts()
+    adapters: Adapters = Field(NoAdapters(), description="what of a large network is trained beside frozen layers")
     local: Local = Local()
     schedule: Schedule = Schedule()
     protection: Protection = Protection()
@@ -236,12 +238,27 @@ class Study(Config):
                     "with protection.robust set `schedule: {release: last}`: a malicious site's validation would "
                     "choose the best round"
                 )
+        self._sums_suffice()
         if self.protection.secure:
             try:
                 self.protection.threshold_for(len(training))
             except StudyError as error:
                 raise ValueError(str(error)) from None
         return self
+
+    def _sums_suffice(self) -> None:
+        """Refuse what hides or changes single updates where the method needs each."""
+        if self.method.needs == "sum":
+            return
+        protection, said = self.protection, f"method.kind={self.method.kind} needs each site's factors"
+        if protection.secure:
+            raise ValueError(
+                f"{said}, which protection.secure hides in their sum; choose fedavg with adapters.factors: second, "
+                "whose average is exact, or fedsa_lora"
+            )
+        for key in ("robust", "compression"):
+            if getattr(protection, key) not in (None, NoCompression()):
+                raise ValueError(f"{said} as they are; leave out protection.{key}")
 
     def _evaluating_sites_fit(self) -> None:
         """Refuse sites of `role: evaluate` where their validation sums could not be merged, or would never be asked."""

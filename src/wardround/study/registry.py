@@ -70,6 +70,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "fedavgm": "wardround.learning.methods.fedavgm:FedAvgMSettings",
         "fedadam": "wardround.learning.methods.fedadam:FedAdamSettings",
         "feddyn": "wardround.learning.methods.feddyn:FedDynSettings",
+        "fedex_lora": "wardround.learning.methods.fedex_lora:FedExLoRASettings",
         "fedsa_lora": "wardround.learning.methods.fedsa_lora:FedSALoRASettings",
         "custom": "wardround.study.methods:CustomMethod",
     },

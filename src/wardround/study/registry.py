@@ -71,6 +71,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "fedadam": "wardround.learning.methods.fedadam:FedAdamSettings",
         "feddyn": "wardround.learning.methods.feddyn:FedDynSettings",
         "fedex_lora": "wardround.learning.methods.fedex_lora:FedExLoRASettings",
+        "flora": "wardround.learning.methods.flora:FLoRASettings",
         "fedsa_lora": "wardround.learning.methods.fedsa_lora:FedSALoRASettings",
         "custom": "wardround.study.methods:CustomMethod",
     },

@@ -1,0 +1,68 @@
+"""FLoRA: the sites' products are stacked, folded into the weights, and begun anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from wardround.learning.methods.folding import Factors, Floats, Folding, FoldingSettings
+from wardround.learning.methods.method import Array, LocalRound, Writers, state_name
+from wardround.models.low_rank import is_first_factor
+from wardround.wire.random import public_generator
+
+_DRAWN = "drawn"
+
+
+@dataclass(frozen=True)
+class FLoRA(Folding):
+    """All of the mean product is folded; the next round begins with fresh first factors (Wang et al., NeurIPS 2024).
+
+    `ranks` are smaller ranks of some sites: the rows of the first factor beyond a site's rank are zero there, and stay
+    so, which is to train a product of that rank.
+    """
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    def initial(self, groups: Any, values: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+        """With the number of draws so far, by factor."""
+        public, private = super().initial(groups, values)
+        drawn = {state_name(_DRAWN, name): np.zeros(1, np.float32) for name in values if is_first_factor(name)}
+        return public, private | drawn
+
+    def begin(self, local: LocalRound) -> None:
+        """Leave out the rows that the site has no room for."""
+        rank = self.ranks.get(local.site)
+        if rank is None:
+            return
+        for name, tensor in local.shared.items():
+            if is_first_factor(name):
+                tensor.detach()[rank:] = 0.0
+
+    def next_factors(
+        self, name: str, found: Factors, private: Mapping[str, Array], write: Writers
+    ) -> tuple[Floats, Floats]:
+        """A first factor drawn as the study's was, and a second of zeros."""
+        at = state_name(_DRAWN, name)
+        drawn = private[at] + 1
+        write.private(at, drawn)
+        shape = found.a.shape[1:]
+        limit = 1.0 / np.sqrt(np.prod(shape[1:]))
+        random = public_generator(0, "flora", name, int(drawn[0]))
+        return random.uniform(-limit, limit, shape), np.zeros(found.b.shape[1:])
+
+
+class FLoRASettings(FoldingSettings):
+    """The mean of the sites' products is folded into the weights, and factors begin anew (Wang et al., 2024)."""
+
+    kind: Literal["flora"]
+    ranks: dict[str, int] = Field(
+        default_factory=dict, description="site -> a rank smaller than adapters.rank, for a site that has room for less"
+    )
+
+    def build(self, protocols: Mapping[str, Any]) -> FLoRA:
+        """The method."""
+        return FLoRA(self.weights, ranks=dict(self.ranks))

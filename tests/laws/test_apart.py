@@ -64,6 +64,10 @@ PRIVATE = {
 }
 
 
+LORA = {"adapters": {"kind": "lora", "targets": ["0", "2"], "rank": 2, "alpha": 1.0}}
+LAST_OF_TWO = {"schedule": {"rounds": 2, "release": "last"}}
+
+
 @dataclass(frozen=True)
 class Case:
     changes: dict[str, Any]
@@ -105,6 +109,16 @@ SLOW = {
             "task": {"kind": "custom", "factory": "tests.chain:make_chain", "options": {}},
             "method": {"kind": "fedavgm"},
             "schedule": {"rounds": 3, "phases": [{"rounds": 1, "train": ["segment"]}, {"train": ["reconstruct"]}]},
+        }
+    ),
+    "products folded": Case({**LORA, **LAST_OF_TWO, **UNSEEN, "method": {"kind": "fedex_lora"}}, ("local",)),
+    "products stacked": Case({**LORA, **LAST_OF_TWO, "method": {"kind": "flora", "ranks": {"B": 1}}}),
+    "a product of each site's own": Case(
+        {
+            "adapters": {**LORA["adapters"], "local_rank": 1},
+            **UNSEEN,
+            **ROUNDS,
+            "method": {"kind": "fedsa_lora", "unseen": "mean"},
         }
     ),
     "a failing site": Case({**ROUNDS, "task": toy(fail="B")}),

@@ -12,22 +12,18 @@ memory minus that after import, over the size of one update.
 from __future__ import annotations
 
 import hashlib
-import json
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from arrivals import Federation, measured
 from common import arguments, conditions, finish, median, table
 
 SITES, VALUES = 10, 250_000
-BIG_SITES, BIG_VALUES = 32, 50_000_000
+LARGE = Federation(sites=32, values=50_000_000)
 
 
 def empty_round(rounds: int) -> tuple[list[float], list[float]]:
@@ -122,105 +118,16 @@ def _group(name: str, info: Any) -> Any:
     return Group(name, (info,))
 
 
-def make_update(folder: Path) -> None:
-    """Write the 200 MB update that every large site sends, in a process of its own."""
-    from wardround.wire.message import write_body
-    from wardround.wire.random import public_generator
-    from wardround.wire.update import encode
-
-    layout = _big_layout()
-    random = np.random.default_rng(0)
-    tensors = {i.name: random.standard_normal(i.size, dtype=np.float32) * 1e-3 for i in layout.groups[0].tensors}
-    scales = {f"model/{name}": 0.05 for name in tensors}
-    chunks = encode(layout, scales, {"model": 1.0}, {"model": tensors}, {"loss": 1.0}, public_generator(0, "update"))
-    body, digest = write_body(folder / "update", chunks)
-    (folder / "update.json").write_text(json.dumps({"nbytes": body.nbytes, "sha256": digest}), encoding="utf-8")
-
-
-def _big_layout() -> Any:
-    from wardround.plan.sums import round_metrics
-    from wardround.wire.tensors import TensorInfo
-    from wardround.wire.update import Group, Layout
-
-    # Twenty layers of ten megabytes, as a large network has.
-    tensors = tuple(TensorInfo(f"layer{n}", "float32", (BIG_VALUES // 20,)) for n in range(20))
-    return Layout((Group("model", tensors),), round_metrics(()), 64, 1.0)
-
-
-def coordinator_peak(folder: Path) -> dict[str, float]:
-    """One round of the coordinator, alone in this process."""
-    from wardround.federation.coordinator import Coordinator, Plan
-    from wardround.federation.exchange import UPDATE
-    from wardround.federation.logs import HEAD, shown
-    from wardround.learning.methods.method import Method
-    from wardround.storage.hash_log import START
-    from wardround.storage.journal import Journal
-    from wardround.wire.message import FileBody, Message
-
-    layout = _big_layout()
-    known = json.loads((folder / "update.json").read_text(encoding="utf-8"))
-    after_import = _peak_rss()
-
-    class Arrivals:
-        """Every site's update arrives as a file."""
-
-        def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
-            for message in messages:
-                reply = message.reply(UPDATE, meta={"layout": layout.sha256})
-                header = replace(reply.header, body_nbytes=known["nbytes"], body_sha256=known["sha256"])
-                header = replace(header, meta={**header.meta, HEAD: shown(START, header)})
-                yield Message(header, FileBody(folder / "update", known["nbytes"]))
-
-        def close(self) -> None:
-            pass
-
-    sites = tuple(f"S{n}" for n in range(BIG_SITES))
-    plan = Plan("federated", "study", sites, 1, 1, layout, layout, 0.05, validate_every=0, release="last")
-    coordinator = Coordinator(plan, Method("equal"), Arrivals(), Journal(folder / "coordinator", "study"))
-
-    def initial() -> tuple[dict[str, Any], dict[str, Any]]:
-        zeros = np.zeros(BIG_VALUES // 20, np.float32)
-        return {f"model/layer{n}": zeros for n in range(20)}, {}
-
-    state = coordinator.start(initial)
-    began = time.perf_counter()
-    for _ in coordinator.rounds(state):
-        pass
-    seconds = time.perf_counter() - began
-    peak = _peak_rss()
-    if "torch" in sys.modules:
-        raise SystemExit("the coordinator imported torch")
-    return {"ratio": (peak - after_import) / known["nbytes"], "peak_mb": peak / 1e6, "seconds": seconds}
-
-
-def _peak_rss() -> int:
-    # Not getrusage: its peak is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-
-
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--child", nargs=2, metavar=("MODE", "FOLDER"), help="internal")
     options = parser.parse_args()
-    if options.child:
-        mode, folder = options.child[0], Path(options.child[1])
-        if mode == "make":
-            make_update(folder)
-            finish({})
-        else:
-            finish(coordinator_peak(folder))
-        return
     repeats = 20 if options.quick else 60
-    state = conditions(sites=SITES, megabytes=1, large_sites=BIG_SITES, large_megabytes=200, repeats=repeats)
+    state = conditions(sites=SITES, megabytes=1, large_sites=LARGE.sites, large_megabytes=200, repeats=repeats)
     totals, floors = empty_round(repeats)
     over = [t - f for t, f in zip(totals, floors, strict=True)]
     with tempfile.TemporaryDirectory() as name:
-        for mode in ("make", "peak"):
-            done = subprocess.run(
-                [sys.executable, __file__, "--child", mode, name], check=True, capture_output=True, text=True
-            )
-        peak = json.loads(done.stdout.splitlines()[-1])
+        measured("make", Path(name), LARGE)
+        peak = measured("peak", Path(name), LARGE)
     table(
         ["", "median"],
         [

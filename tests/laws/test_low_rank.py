@@ -37,6 +37,11 @@ Floats = npt.NDArray[np.float64]
 FIRST = "layer.lora.a.weight"
 SECOND, FOLDED = second_of(FIRST), folded_of(FIRST)
 EXACT = 1e-6
+NOISED = {
+    "method": {"kind": "fedavg", "weights": "equal"},
+    "local": {"steps": 1, "optimizer": "sgd", "lr": 0.1},
+    "protection": {"secure": True, "privacy": {"patients_per_step": 2, "noise": "distributed", "delta": 1e-3}},
+}
 LORA = {"kind": "lora", "targets": ["0", "2"], "rank": 2, "alpha": 4.0}
 
 
@@ -233,6 +238,7 @@ def test_the_fixed_first_factor_is_the_same_at_all_sites_and_in_no_message(tmp_p
             {"method": {"kind": "fedex_lora"}, "protection": {"secure": True}},
             "which protection.secure hides in their sum",
         ),
+        ({"adapters": {**LORA, "local_rank": 1}, **NOISED}, "adapters.local_rank: with protection.privacy.noise"),
         ({"method": {"kind": "flora"}, "protection": {"robust": {"rule": "median"}}}, "leave out protection.robust"),
         ({"method": {"kind": "flora"}, "protection": {"compression": {"kind": "top_k"}}}, "protection.compression"),
     ],

@@ -6,7 +6,7 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +27,7 @@ from wardround.study.base import Config, Settings
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
-from wardround.study.protection import NoCompression, Protection
+from wardround.study.protection import Protection
 from wardround.study.registry import (
     BASELINES,
     EVERY,
@@ -35,7 +35,6 @@ from wardround.study.registry import (
     Reading,
     Section,
     baseline,
-    builtins,
     check_baseline,
     check_modality,
     check_model,
@@ -43,6 +42,7 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
+from wardround.study.rules import check_evaluating_sites, check_privacy, check_sums
 from wardround.study.start import Fresh, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 
@@ -227,7 +227,7 @@ class Study(Config):
                 raise ValueError(
                     f"sites.{name}.scans: " + (f"{wrong[0]!r} does not train" if wrong else "only for `role: unseen`")
                 )
-        self._evaluating_sites_fit()
+        check_evaluating_sites(self)
         if self.protection.robust is not None:
             try:
                 self.protection.robust.tolerated(len(training))
@@ -238,7 +238,7 @@ class Study(Config):
                     "with protection.robust set `schedule: {release: last}`: a malicious site's validation would "
                     "choose the best round"
                 )
-        self._sums_suffice()
+        check_sums(self)
         if self.protection.secure:
             try:
                 self.protection.threshold_for(len(training))
@@ -246,82 +246,11 @@ class Study(Config):
                 raise ValueError(str(error)) from None
         return self
 
-    def _sums_suffice(self) -> None:
-        """Refuse what hides or changes single updates where the method needs each."""
-        if self.method.needs == "sum":
-            return
-        protection, said = self.protection, f"method.kind={self.method.kind} needs each site's factors"
-        if protection.secure:
-            raise ValueError(
-                f"{said}, which protection.secure hides in their sum; choose fedavg with adapters.factors: second, "
-                "whose average is exact, or fedsa_lora"
-            )
-        for key in ("robust", "compression"):
-            if getattr(protection, key) not in (None, NoCompression()):
-                raise ValueError(f"{said} as they are; leave out protection.{key}")
-
-    def _evaluating_sites_fit(self) -> None:
-        """Refuse sites of `role: evaluate` where their validation sums could not be merged, or would never be asked."""
-        for name in self.evaluating_sites:
-            if self.protection.secure:
-                raise ValueError(
-                    f"sites.{name}.role: `evaluate` cannot be combined with protection.secure: the site sends its "
-                    "validation sums by itself, so the coordinator would read what the masks hide of every other site; "
-                    "set it to `unseen` or `train`"
-                )
-            if not self.schedule.validate_every:
-                raise ValueError(
-                    f"sites.{name}.role: `evaluate` needs validated rounds, and schedule.validate_every is 0; raise "
-                    "it, or set the role to `unseen`"
-                )
-
     @model_validator(mode="after")
     def _privacy_holds(self) -> Study:
         """Refuse whatever would say something of a patient beside the noised gradients."""
-        if self.protection.privacy is None:
-            return self
-        if self.method.closed:
-            return self  # A plug-in's section is looked at once its settings are known; without them, nothing runs.
-        if not self.method.noised:
-            raise ValueError(
-                f"method.kind={self.method.kind} cannot be combined with protection.privacy: what it computes from "
-                f"data is not noised; choose {', '.join(_kinds(m for m in _methods() if m.noised))}"
-            )
-        if getattr(self.method, "weights", "equal") != "equal":
-            raise ValueError(
-                "method.weights: with protection.privacy a site's weight must be a public constant; set it to `equal`"
-            )
-        if self.schedule.release != "last":
-            raise ValueError(
-                "schedule.release: with protection.privacy the released round must not depend on validation patients, "
-                "whose metrics carry no noise; set it to `last`"
-            )
-        if self.local.clip_norm is not None:
-            raise ValueError("local.clip_norm: with protection.privacy, set protection.privacy.clip instead, and "
-                             "remove this one (--set local.clip_norm=null)")  # fmt: skip
-        if self.protection.privacy.noise == "distributed":
-            self._noise_adds_up()
+        check_privacy(self)
         return self
-
-    def _noise_adds_up(self) -> None:
-        """Refuse whatever makes an update more than a sum of patients' gradients."""
-        local, said = self.local, "with protection.privacy.noise=distributed an update must be one sum of gradients"
-        if self.parts.local:
-            raise ValueError(f"parts.local: {said}, and no site follows its own; leave it out, or set `noise: site`")
-        if not self.method.adds_up:
-            fit = " or ".join(f"`{kind}`" for kind in _kinds(m for m in _methods() if m.adds_up))
-            raise ValueError(f"method.kind={self.method.kind}: {said}; set it to {fit}")
-        if local.steps != 1:
-            raise ValueError(f"local.steps={local.steps}: {said}; set it to 1, and raise schedule.rounds")
-        if local.optimizer != "sgd" or local.momentum or local.weight_decay:
-            raise ValueError(f"local: {said}; set `optimizer: sgd`, without momentum and weight decay")
-        if local.schedule != "constant" or local.warmup:
-            raise ValueError(f"local: {said} of one size; set `schedule: constant` and `warmup: 0`")
-        if self.task.leaves_out:
-            raise ValueError(
-                f"{self.task.leave_one_out_key}: the noise of protection.privacy.noise=distributed is sized for all "
-                "sites together; set it to false"
-            )
 
     def _task_fits(self, task: ReconstructionTask) -> None:
         """Raises StudyError. What a plug-in says is looked at once its settings are known; without, nothing runs."""
@@ -407,11 +336,3 @@ class Study(Config):
         if found is None:
             raise StudyError(f"task.kind {self.task.kind} has no scanner")
         return found
-
-
-def _methods() -> tuple[type[MethodSettings], ...]:
-    return tuple(settings for settings in builtins("method") if issubclass(settings, MethodSettings))
-
-
-def _kinds(settings: Iterable[type[MethodSettings]]) -> list[str]:
-    return sorted(kind for each in settings for kind in each.kinds())

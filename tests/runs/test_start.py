@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.apart import apart, comparable
 from tests.applied import reconstruct
-from tests.federation.rig import Rig, recorded_sessions
+from tests.federation.rig import Rig, Sent, recorded_sessions
 from tests.hospitals import head, make_hospitals, save, write_study
 from tests.toys import Regression, make_task, toy_sites, toy_study
 from wardround.audit.auditor import Auditor, Effort
@@ -29,8 +29,8 @@ from wardround.learning.device import Compute
 from wardround.learning.frozen import train_mode
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.weights import file_sha256, frozen_part, load_model, save_frozen
-from wardround.results.files import read_result
-from wardround.results.schema import Started
+from wardround.results.files import read_result, read_rounds
+from wardround.results.schema import Bill, Result, Started
 from wardround.runs.explain import explain
 from wardround.runs.inspection import inspect_model
 from wardround.runs.machine import Machine
@@ -200,6 +200,16 @@ def test_a_personal_release_says_what_its_hash_does_not_cover(tmp_path: Path) ->
 # Parts --------------------------------------------------------------------------------------------------------------
 
 
+def assert_billed(result: Result, sent: list[Sent]) -> None:
+    """Every byte over the seam is on the bill, and none twice; but answers to the delivery come after it."""
+    bills = [bill for arm in result.traffic.arms.values() for _, bill in arm] + [result.traffic.study]
+    asked = [each for each in sent if not each.message.header.reply_to]
+    delivered = {each.message.id for each in asked if each.message.header.kind == DELIVER}
+    answers = [s for s in sent if s.message.header.reply_to and s.message.header.reply_to not in delivered]
+    assert sum(bill.down.total for bill in bills) == sum(len(each.data) for each in asked)
+    assert sum(bill.up.total for bill in bills) == sum(len(each.data) for each in answers)
+
+
 def test_what_is_frozen_moves_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in no message, no journal and no store, and on the disk once; the rest trains as without it."""
     known = values(norm=True)
@@ -208,6 +218,7 @@ def test_what_is_frozen_moves_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
     sent = recorded_sessions(monkeypatch)
     study = toy_study(schedule=QUICK, task=NORM, start=start, parts=FROZEN)
     result = run(study, sites, tmp_path / "out", compare=("local", "pooled"), engine="local", near=tmp_path, quiet=True)
+    assert_billed(result, sent)
     names = {name for name in known if name.startswith(("0.", "1."))}
     secret = known["0.weight"].tobytes()
     assert {s.message.header.kind for s in sent} >= {TRAIN, UPDATE, DELIVER}
@@ -228,6 +239,9 @@ def test_what_is_frozen_moves_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
         near=tmp_path,
         quiet=True,
     )
+    for line in (*read_rounds(result.out), *result.traffic.arms.values(), result.traffic):
+        bills = {name: bill for name, bill in line if isinstance(bill, Bill)}
+        assert all((bill.up.base, bill.down.base) == (0, 0) for bill in bills.values())
     spared = sum(known[name].nbytes for name in names if not name.endswith("tracked"))
     # Each of 2 rounds and 3 sites: the model goes down and up as 32 bits a value; and there are less headers.
     assert free.traffic.bytes_up - result.traffic.bytes_up >= 6 * spared

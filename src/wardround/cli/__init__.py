@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from wardround import __version__
-from wardround.cli import audit, convert, logs, models, study, weights
+from wardround.cli import audit, convert, logs, models, plan, study, weights
 from wardround.cli.shared import Commands, say
 from wardround.logs import log_to_stderr
 
@@ -67,6 +67,7 @@ for command in (
     models.export,
     study.init,
     study.check,
+    plan.plan,
     study.partition,
     models.inspect,
 ):

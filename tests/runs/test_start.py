@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.apart import apart, comparable
 from tests.applied import reconstruct
-from tests.federation.rig import Rig, Sent, recorded_sessions
+from tests.federation.rig import Rig, assert_billed, recorded_sessions
 from tests.hospitals import head, make_hospitals, save, write_study
 from tests.toys import Regression, make_task, toy_sites, toy_study
 from wardround.audit.auditor import Auditor, Effort
@@ -30,7 +30,7 @@ from wardround.learning.frozen import train_mode
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.weights import file_sha256, frozen_part, load_model, save_frozen
 from wardround.results.files import read_result, read_rounds
-from wardround.results.schema import Bill, Result, Started
+from wardround.results.schema import Bill, Started
 from wardround.runs.explain import explain
 from wardround.runs.inspection import inspect_model
 from wardround.runs.machine import Machine
@@ -198,16 +198,6 @@ def test_a_personal_release_says_what_its_hash_does_not_cover(tmp_path: Path) ->
 
 
 # Parts --------------------------------------------------------------------------------------------------------------
-
-
-def assert_billed(result: Result, sent: list[Sent]) -> None:
-    """Every byte over the seam is on the bill, and none twice; but answers to the delivery come after it."""
-    bills = [bill for arm in result.traffic.arms.values() for _, bill in arm] + [result.traffic.study]
-    asked = [each for each in sent if not each.message.header.reply_to]
-    delivered = {each.message.id for each in asked if each.message.header.kind == DELIVER}
-    answers = [s for s in sent if s.message.header.reply_to and s.message.header.reply_to not in delivered]
-    assert sum(bill.down.total for bill in bills) == sum(len(each.data) for each in asked)
-    assert sum(bill.up.total for bill in bills) == sum(len(each.data) for each in answers)
 
 
 def test_what_is_frozen_moves_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

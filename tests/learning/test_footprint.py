@@ -106,6 +106,22 @@ def test_a_task_that_reads_numbers_is_measured_on_the_cpu_with_the_same_result()
     assert abs(found.step - plain.step) <= 64
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_matrices_are_no_part_of_a_step() -> None:
+    """Their memory has no place that torch would name; a projector's is what `check` says."""
+
+    def projected(model: nn.Module, device: torch.device) -> Tensor:
+        matrix = torch.eye(INPUT).to_sparse_csr()
+        found: Tensor = model((matrix @ torch.ones(INPUT, BATCH)).T.to(device)).square().mean()
+        return found
+
+    found, plain = taken(optimizer="adam", step=projected), taken(optimizer="adam")
+    assert found.how == "meta"
+    assert found.step is not None
+    assert plain.step is not None
+    assert found.step >= plain.step
+
+
 def test_the_model_itself_is_left_as_it_is() -> None:
     found = context("0.*")
     before = {name: tensor.clone() for name, tensor in found.model.state_dict().items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -93,8 +93,12 @@ def _taken(context: ModelContext, local: Local, step: Step, device: torch.device
 
 def _counted(context: ModelContext, local: Local, step: Step, device: torch.device) -> int:
     model = stand_in(context, device)
-    with Live() as live, torch.random.fork_rng([]):
-        _steps(model, local, step, device)
+    with torch.random.fork_rng([]):
+        with torch.no_grad():
+            # What is made once and kept, such as the projector of a scanner, is no part of a step.
+            step(model, device)
+        with Live() as live:
+            _steps(model, local, step, device)
     return live.peak
 
 
@@ -134,28 +138,28 @@ def stand_in(context: ModelContext, device: torch.device) -> nn.Module:
     return deepcopy(context.model, memo)
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors made while it is entered, as long as they live: `peak` is the most at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._now = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> Live:
         gc.collect()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation and count the memory of what it gives, unless it is that of what it was given."""
-        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = set(_storages((args, kwargs)))
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := _storage(tensor)) not in given:
+        for storage in _storages(result):
+            if storage not in given:
                 self._add(storage)
         return result
 
@@ -172,6 +176,8 @@ class Live(TorchDispatchMode):
         self._now -= size
 
 
-def _storage(tensor: Tensor) -> Any:
-    """The memory of a tensor: one object for all that share it, as long as any of them lives."""
-    return tensor.untyped_storage()
+def _storages(values: Any) -> Iterator[Any]:
+    """The memory of all tensors that are not sparse: one object for those that share it, as long as any lives."""
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            yield value.untyped_storage()

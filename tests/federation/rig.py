@@ -13,8 +13,10 @@ from tests.toys import toy_sites
 from wardround.engines.local import LocalEngine
 from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import Engine, ExchangeFactory, PlainSum
+from wardround.federation.facts import DELIVER
 from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.training import Learner
+from wardround.results.schema import Result
 from wardround.runs.machine import Machine
 from wardround.site.protocol import SiteProtocol
 from wardround.site.rules import rules_of
@@ -71,6 +73,16 @@ def recorded_sessions(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
 
     monkeypatch.setattr("wardround.engines.local.LocalEngine", Recording)
     return sent
+
+
+def assert_billed(result: Result, sent: list[Sent]) -> None:
+    """Every byte over the seam is on the bill, and none twice; but answers to the delivery come after it."""
+    bills = [bill for arm in result.traffic.arms.values() for _, bill in arm] + [result.traffic.study]
+    asked = [each for each in sent if not each.message.header.reply_to]
+    delivered = {each.message.id for each in asked if each.message.header.kind == DELIVER}
+    answers = [s for s in sent if s.message.header.reply_to and s.message.header.reply_to not in delivered]
+    assert sum(bill.down.total for bill in bills) == sum(len(each.data) for each in asked)
+    assert sum(bill.up.total for bill in bills) == sum(len(each.data) for each in answers)
 
 
 class Rig:

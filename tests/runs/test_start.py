@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.apart import apart, comparable
 from tests.applied import reconstruct
-from tests.federation.rig import Rig, recorded_sessions
+from tests.federation.rig import Rig, assert_billed, recorded_sessions
 from tests.hospitals import head, make_hospitals, save, write_study
 from tests.toys import Regression, make_task, toy_sites, toy_study
 from wardround.audit.auditor import Auditor, Effort
@@ -29,8 +29,8 @@ from wardround.learning.device import Compute
 from wardround.learning.frozen import train_mode
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.weights import file_sha256, frozen_part, load_model, save_frozen
-from wardround.results.files import read_result
-from wardround.results.schema import Started
+from wardround.results.files import read_result, read_rounds
+from wardround.results.schema import Bill, Started
 from wardround.runs.explain import explain
 from wardround.runs.inspection import inspect_model
 from wardround.runs.machine import Machine
@@ -208,6 +208,7 @@ def test_what_is_frozen_moves_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
     sent = recorded_sessions(monkeypatch)
     study = toy_study(schedule=QUICK, task=NORM, start=start, parts=FROZEN)
     result = run(study, sites, tmp_path / "out", compare=("local", "pooled"), engine="local", near=tmp_path, quiet=True)
+    assert_billed(result, sent)
     names = {name for name in known if name.startswith(("0.", "1."))}
     secret = known["0.weight"].tobytes()
     assert {s.message.header.kind for s in sent} >= {TRAIN, UPDATE, DELIVER}
@@ -228,6 +229,9 @@ def test_what_is_frozen_moves_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
         near=tmp_path,
         quiet=True,
     )
+    for line in (*read_rounds(result.out), *result.traffic.arms.values(), result.traffic):
+        bills = {name: bill for name, bill in line if isinstance(bill, Bill)}
+        assert all((bill.up.base, bill.down.base) == (0, 0) for bill in bills.values())
     spared = sum(known[name].nbytes for name in names if not name.endswith("tracked"))
     # Each of 2 rounds and 3 sites: the model goes down and up as 32 bits a value; and there are less headers.
     assert free.traffic.bytes_up - result.traffic.bytes_up >= 6 * spared

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from wardround import __version__
-from wardround.cli import audit, convert, logs, models, study
+from wardround.cli import audit, convert, logs, models, plan, study, weights
 from wardround.cli.shared import Commands, say
 from wardround.logs import log_to_stderr
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 convert_app = typer.Typer(help="Convert public downloads into Wardround's folder layout.", no_args_is_help=True)
+weights_app = typer.Typer(help="Make the weights files that studies start from.", no_args_is_help=True)
 log_app = typer.Typer(help="Look at the logs that every party of a run keeps.", no_args_is_help=True)
 
 
@@ -66,6 +67,7 @@ for command in (
     models.export,
     study.init,
     study.check,
+    plan.plan,
     study.partition,
     models.inspect,
 ):
@@ -77,5 +79,7 @@ app.command("verify-audit")(audit.verify_audit)
 app.command()(version)
 log_app.command("verify")(logs.verify_log)
 convert_app.command("lgg")(convert.convert_lgg)
+weights_app.command("import")(weights.import_weights)
+app.add_typer(weights_app, name="weights")
 app.add_typer(convert_app, name="convert")
 app.add_typer(log_app, name="log")

@@ -135,8 +135,12 @@ def watching(quiet: bool = False) -> Iterator[Watcher]:
 
 
 def summary(result: Result) -> None:
-    """Print a run's results and where its files are."""
+    """Print a run's results, what its messages weighed, and where its files are."""
+    from wardround.results.bill import bill_on_terminal
+
     results(result)
+    if (bill := bill_on_terminal(result)) is not None:
+        console.print(bill)
     say(f"Report: {result.report}")
     say(f"Model:  {result.out / 'models' / 'federated.safetensors'}")
 

@@ -23,6 +23,7 @@ from wardround.federation.exchange import (
     RoundAborted,
 )
 from wardround.federation.logs import CoordinatorLog
+from wardround.federation.metering import Meter
 from wardround.federation.phases import held, holding, next_scales
 from wardround.federation.selection import Scored, best_round, candidates
 from wardround.federation.validation import as_unseen, served_body, went_without
@@ -32,6 +33,7 @@ from wardround.protection.compression import PLAIN, Codec
 from wardround.storage.journal import Journal, RoundReport, State
 from wardround.tasks.stages import WHOLE, Curriculum
 from wardround.tasks.task import MetricSpec
+from wardround.wire.bill import NO_BILL, PLAIN_KINDS, Bill, Kinds
 from wardround.wire.message import FileBody, Message
 from wardround.wire.scales import SATURATED, ScaleRules, cut_off
 from wardround.wire.tensors import TensorFile, TensorWriter
@@ -73,6 +75,8 @@ class Plan:
     #: Which tensors stand still in which round, and the first round that a validation may select.
     curriculum: Curriculum = WHOLE
     evaluators: tuple[str, ...] = ()
+    #: What the bill calls the tensors of messages.
+    kinds: Kinds = PLAIN_KINDS
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ class Coordinator:
         self._protocol = protocol
         self._log = CoordinatorLog(journal)
         self._waited = 0.0
+        # What aborted rounds sent for nothing: the next one that commits has it on its bill.
+        self._lost = NO_BILL
         self._sent = plan.codec.sent(plan.layout)
         self._scales = ScaleRules(self._sent, plan.initial_scale, plan.initial, frozenset({MODEL}))
 
@@ -156,13 +162,12 @@ class Coordinator:
             asked = {"split": "validation", **_numbers(self._journal.aborted(TRAIN))}
             evaluate = self._call(EVALUATE, state, state.round, asked, plan.metrics_layout)
             try:
-                exchange, _, _ = self._run(evaluate)
+                exchange, _, bill = self._run(evaluate)
             except RoundAborted as aborted:
                 # It may not be repeated: the last round goes without its validation.
                 self._log.aborted(state.round, str(aborted), EVALUATE)
                 return
-            report, _ = self._validated(state, exchange.aggregate(), exchange.receipts)
-            yield report
+            yield self._validated(state, exchange.aggregate(), exchange.receipts, bill)[0]
 
     def release(self) -> Release:
         """The released round: the best by validation (`selection.best_round`), or the last."""
@@ -194,17 +199,17 @@ class Coordinator:
 
     def _run(
         self, call: Call, protocol: ExchangeFactory | None = None, *, required: bool = True
-    ) -> tuple[Exchange, dict[str, str], tuple[int, int]]:
+    ) -> tuple[Exchange, dict[str, str], Bill]:
         exchange = (protocol or self._protocol)(call)
         missing: dict[str, str] = {}
-        up = down = 0
+        meter = Meter(self._plan.kinds, call.layout, call.form)
         messages = exchange.open()
         self._log.opened(call, exchange)
         while messages:
             for message in messages:
-                down += message.nbytes
+                meter.sent(message)
             for reply in self._waiting(self._engine.exchange(messages)):
-                up += reply.nbytes
+                meter.came(reply)
                 site = reply.header.site
                 if reply.header.kind == ERROR:
                     missing[site] = str(reply.header.meta.get("reason", "no reason given"))
@@ -224,8 +229,9 @@ class Coordinator:
             try:
                 messages = exchange.close()
             except RoundAborted as aborted:
+                self._lost += meter.bill
                 raise RoundAborted(f"{aborted} ({_reasons(missing)})" if missing else str(aborted)) from aborted
-        return exchange, missing, (up, down)
+        return exchange, missing, meter.bill
 
     def _waiting(self, replies: Iterator[Message]) -> Iterator[Message]:
         """The replies, with the time spent waiting for them kept apart from the coordinator's own."""
@@ -256,11 +262,11 @@ class Coordinator:
         # Two validations of one model by different sites would differ by what one of them measured.
         validate = due and number == state.round + 1
         meta = {"keep": keep, "validate": validate, **self._log.anchor(), **_numbers(aborted)}
-        exchange, missing, (up, down) = self._run(self._call(TRAIN, state, number, meta, self._sent))
+        exchange, missing, bill = self._run(self._call(TRAIN, state, number, meta, self._sent))
         aggregate = exchange.aggregate()
         if validate:
-            _, (more_up, more_down) = self._validated(state, aggregate, exchange.receipts)
-            up, down = up + more_up, down + more_down
+            bill += self._validated(state, aggregate, exchange.receipts)[1]
+        bill += self._lost
         scales, saturated = next_scales(plan.codec, aggregate, plan.curriculum, number, before=state.round)
         restored = plan.codec.restore(number, plan.layout, aggregate)
         still = held(plan.layout, plan.curriculum.still(number))
@@ -281,8 +287,8 @@ class Coordinator:
             missing=missing,
             loss=float(aggregate.metrics[LOSS][0]) / aggregate.contributors if LOSS in aggregate.metrics else None,
             validation=None,
-            bytes_up=up,
-            bytes_down=down,
+            bytes_up=bill.up.total,
+            bytes_down=bill.down.total,
             seconds=time.perf_counter() - began,
             coordinator_seconds=time.perf_counter() - began - self._waited,
             training_seconds=float(aggregate.metrics[SECONDS][0]),
@@ -298,8 +304,10 @@ class Coordinator:
                     if share > SATURATED
                 ),
             ),
+            bill=bill,
         )
         self._journal.commit(following, report, exchange.receipts)
+        self._lost = NO_BILL
         self._log.committed(number)
         self._forget(number)
         return following, report
@@ -326,32 +334,43 @@ class Coordinator:
             scales,
         )
 
-    def _validated(self, state: State, trained: Aggregate, by: Collection[str]) -> tuple[RoundReport, tuple[int, int]]:
+    def _validated(
+        self, state: State, trained: Aggregate, by: Collection[str], of_last: Bill | None = None
+    ) -> tuple[RoundReport, Bill]:
         """The report of a state's round with its validation: the sums of the sites that train, and the evaluators'.
 
-        With the bytes that these took, up and down. An evaluator that is away is left out of the round's validation.
+        With what these took, which the round that follows has on its bill. After the last round none follows: `of_last`
+        is what asking the sites that train took, and both go on the bill of the round itself. An evaluator that is
+        away is left out of the round's validation.
         """
         plan, parts, sites = self._plan, [trained], set(by)
         missing: dict[str, str] = {}
-        traffic = 0, 0
+        bill = NO_BILL
         if plan.evaluators:
             body = served_body(self._method, state, self._journal.root)
             call = replace(
                 as_unseen(self._call(EVALUATE, state, state.round, {}, plan.metrics_layout), *body),
                 sites=plan.evaluators,
             )
-            elsewhere, missing, traffic = self._run(call, PlainSum, required=False)
+            elsewhere, missing, bill = self._run(call, PlainSum, required=False)
             if elsewhere.receipts:
                 parts, sites = [*parts, elsewhere.aggregate()], sites.union(elsewhere.receipts)
         sums = parts[0] if len(parts) == 1 else merged(plan.metrics, parts)
-        return self._amend(state.round, sums, sites, missing), traffic
+        more = NO_BILL if of_last is None else of_last + bill
+        return self._amend(state.round, sums, sites, missing, more), bill
 
-    def _amend(self, number: int, sums: Sums, sites: Collection[str], missing: Mapping[str, str]) -> RoundReport:
+    def _amend(
+        self, number: int, sums: Sums, sites: Collection[str], missing: Mapping[str, str], more: Bill
+    ) -> RoundReport:
         reports = {r.round: r for r in self._journal.reports()}
         if number not in reports:
             raise JournalError(f"round {number} was validated but never committed")
+        bill = reports[number].bill + more
         report = replace(
             reports[number],
+            bill=bill,
+            bytes_up=bill.up.total,
+            bytes_down=bill.down.total,
             validation=validation_values(sums, self._plan.metrics),
             validated=tuple(sorted(sites)),
             # A validation that is repeated after a crash says anew who was away.

@@ -31,4 +31,5 @@ def plan_of(arm_specs: ArmSpecs, name: str) -> Plan:
         extends=arm_specs.extends(arm_spec.arm),
         initial=arm_specs.start(arm_spec),
         curriculum=arm_spec.curriculum,
+        kinds=arm_spec.kinds,
     )

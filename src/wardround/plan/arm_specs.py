@@ -29,6 +29,7 @@ from wardround.study.schema import Study
 from wardround.tasks.build import build_task
 from wardround.tasks.stages import Curriculum, curriculum_of
 from wardround.tasks.task import Task
+from wardround.wire.bill import Kinds
 from wardround.wire.host import on_host
 from wardround.wire.ring import value_bits
 from wardround.wire.tensors import tensors_sha256
@@ -53,6 +54,7 @@ class ArmSpec:
     evaluation_layout: Layout
     codec: Codec
     curriculum: Curriculum
+    kinds: Kinds
 
 
 class ArmSpecs:
@@ -160,10 +162,8 @@ class ArmSpecs:
             protection = self.study.protection
             max_weight = protection.max_weight if method.weights == "samples" else 1.0
             room = protection.max_sites
-            groups = (
-                *method.groups(shared, protection.ring_bits),
-                *method.side_channel(private, protection.ring_bits),
-            )
+            declared = method.side_channel(private, protection.ring_bits)
+            groups = (*method.groups(shared, protection.ring_bits), *declared)
             metrics = round_metrics(specs, private=protection.privacy is not None)
             self._arm_specs[name] = ArmSpec(
                 arm=arm,
@@ -175,6 +175,7 @@ class ArmSpecs:
                 evaluation_layout=Layout((), evaluation_metrics(specs), room),
                 codec=self._codec(arm),
                 curriculum=self.curriculum,
+                kinds=Kinds(frozenset(policy.names("frozen")), frozenset(group.name for group in declared)),
             )
         return self._arm_specs[name]
 

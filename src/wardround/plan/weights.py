@@ -247,5 +247,7 @@ def _reading(file: str, path: Path) -> Iterator[None]:
         raise StudyError(f"start.file: {file} cannot be read ({reason(error)})", detail=str(path)) from error
     except SafetensorError as error:
         raise StudyError(
-            f"start.file: {file} cannot be read: it must be a .safetensors file", detail=f"{path}: {error}"
+            f"start.file: {file} cannot be read: it must be a .safetensors file; `wardround weights import` makes one "
+            "of a .pth",
+            detail=f"{path}: {error}",
         ) from error

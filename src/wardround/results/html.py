@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from wardround.results import figures, views
 from wardround.results.answer import answer, arm_words, unseen_result
+from wardround.results.bill import bill_of
 from wardround.results.classes import class_charts
 from wardround.results.groups import grouped_columns
 from wardround.results.paired import paired_charts
@@ -72,6 +73,7 @@ def render(run: Run) -> str:
         absences=views.absences(run),
         rounds=_rounds_sentence(run),
         traffic=_traffic(run),
+        bill=bill_of(run.result),
         seconds=_seconds(run),
         privacy=run.spent,
         scanner=run.scanner,

@@ -177,11 +177,53 @@ def _cell(table: Table | None, site: str, metric: str) -> Estimate | None:
     return ((table or {}).get(site) or {}).get(metric)
 
 
+class Sizes(Config):
+    """Bytes by what they hold."""
+
+    base: _Count = Field(0, description="values that the study never changes: sites have them, and none is sent")
+    model: _Count = Field(0, description="shared values of the model, and what a method sends beside them")
+    adapters: _Count = Field(0, description="low-rank factors")
+    metrics: _Count = Field(0, description="sums of losses, seconds and metrics, and results of tests")
+    side_channels: _Count = Field(0, description="what a method tells of the part that stays at a site")
+    other: _Count = Field(
+        0, description="headers, scales, weights, counts; keys and shares of a secure sum; the model's card"
+    )
+
+    @property
+    def total(self) -> int:
+        """Bytes of all kinds."""
+        return sum(count for _, count in self)
+
+
+class Bill(Config):
+    """Bytes of messages, header and body as the wire has them."""
+
+    up: Sizes = Field(Sizes(), description="from the sites")
+    down: Sizes = Field(Sizes(), description="to the sites")
+
+
+class ArmBill(Config):
+    """What the messages of an arm weigh, of all sites."""
+
+    rounds: Bill = Field(Bill(), description="all rounds with their validations; the sum of `bill` in `rounds.jsonl`")
+    tests: Bill = Field(
+        Bill(),
+        description="everything outside rounds, mostly tests (those of baselines are the federation's), by the process "
+        "that finished the run",
+    )
+
+
 class Traffic(Config):
-    """Bytes of the federated arm, all rounds and sites."""
+    """Bytes of the federated arm, all rounds and sites; and the bill of every arm by kind."""
 
     bytes_up: _Count = Field(description="from the sites")
     bytes_down: _Count = Field(description="to the sites")
+    arms: dict[str, ArmBill] = Field({}, description="by arm")
+    study: Bill = Field(
+        Bill(),
+        description="of the study as a whole: facts, spending, results by group, and the delivery of the released "
+        "model (not its answers, which come after this file)",
+    )
 
 
 class Started(Config):
@@ -325,3 +367,4 @@ class RoundLine(Config):
     state_sha256: str
     notes: tuple[str, ...] = ()
     validated: tuple[str, ...] = ()
+    bill: Bill = Field(Bill(), description="`bytes_up` and `bytes_down` by kind")

@@ -151,8 +151,8 @@ def ask_spending(
     return found
 
 
-def deliver(context: Context, engine: Engine, model: Path, card: Path) -> dict[str, str]:
-    """Send the released model and its card to every site; why it did not reach one, by site."""
+def deliveries(context: Context, model: Path, card: Path) -> list[Message]:
+    """The messages with the released model and its card, one a site."""
     body = FileBody(model, model.stat().st_size)
     header = Header(
         DELIVER,
@@ -162,9 +162,12 @@ def deliver(context: Context, engine: Engine, model: Path, card: Path) -> dict[s
         body_nbytes=body.nbytes,
         body_sha256=body_sha256(body),
     )
-    sites = context.remaining(context.study.sites)
-    asked = [Message(replace(header, site=site), body) for site in sites]
-    return {r.header.site: _reason(r) for r in engine.exchange(asked) if r.header.kind != DONE}
+    return [Message(replace(header, site=site), body) for site in context.remaining(context.study.sites)]
+
+
+def deliver(engine: Engine, messages: Sequence[Message]) -> dict[str, str]:
+    """Send the released model; why it did not reach a site, by site."""
+    return {r.header.site: _reason(r) for r in engine.exchange(messages) if r.header.kind != DONE}
 
 
 def data_changed(sites: Collection[str]) -> DataError:

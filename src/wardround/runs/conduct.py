@@ -31,9 +31,10 @@ from wardround.plan.versions import placed
 from wardround.results.card import write_card
 from wardround.results.files import read_rounds, write_result
 from wardround.results.html import write_report
-from wardround.results.schema import Measured, Result, RoundLine, Seconds, Started, Traffic
+from wardround.results.schema import Measured, Result, RoundLine, Seconds, Started
 from wardround.runs.alone import train_alone
-from wardround.runs.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver
+from wardround.runs.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver, deliveries
+from wardround.runs.bills import Bills
 from wardround.runs.context import Context
 from wardround.runs.folder import add_devices, alone, claim, mixed, without_in
 from wardround.runs.grouped import measured
@@ -98,9 +99,9 @@ def stoppable() -> Iterator[None]:
 
 
 def _train(
-    host: Context, engine: Engine, parallel: int, watcher: Shielded, facts: Mapping[str, SiteFacts]
+    host: Context, engine: Engine, beside: Engine, parallel: int, watcher: Shielded, facts: Mapping[str, SiteFacts]
 ) -> dict[str, Release]:
-    """Train all arms, several at once where there are several workers."""
+    """Train all arms, several at once where there are several workers; `beside` carries what is in no round."""
     stop = threading.Event()
     watcher.arms(list(host.arms), host.study.schedule.rounds)
     arm_specs = {name: host.arm_spec(name) for name in host.arms}
@@ -112,12 +113,12 @@ def _train(
         arm_spec, plan = arm_specs[name], host.plan(name)
         if arm_spec.arm.inside(host.study):
             for number in range(1, plan.rounds + 1):
-                watcher.round(train_alone(engine, arm_spec, number))
+                watcher.round(train_alone(beside, arm_spec, number))
                 if stop.is_set():
                     raise Interrupted(STOPPED)
             return None
         with closing(Journal(host.out / "work" / "arms" / arm_spec.arm.folder, arm_spec.identity)) as journal:
-            roster = agree_on_roster(host, engine, arm_spec.arm, facts)
+            roster = agree_on_roster(host, beside, arm_spec.arm, facts)
             protocol = host.exchange(arm_spec.arm, journal, roster)
             coordinator = Coordinator(plan, arm_spec.method, engine, journal, protocol)
             state = coordinator.start(lambda: host.initial(arm_spec))
@@ -197,23 +198,32 @@ def conduct(
 
     `parallel` arms train at once. Opens nothing of a site: all that it knows of one came in messages.
     """
-    facts = ask_facts(host, engine)
+    bills = Bills(host)
+    beside = bills.counting(engine)
+    facts = ask_facts(host, beside)
     machines = {site: facts[site].machine for site in host.remaining(host.study.sites) if site in facts}
     fingerprints = add_devices(host.out, fingerprints, placed(machines))
-    releases = _train(host, engine, parallel, watcher, facts)
-    private = _release(host, engine, releases, facts)
-    numbers = measured(host, engine, watcher.phase)
+    releases = _train(host, engine, beside, parallel, watcher, facts)
+    private = _release(host, beside, releases, facts)
+    numbers = measured(host, beside, watcher.phase)
     took_part = {site for line in read_rounds(host.out) for site in line.participants}
-    spendings = ask_spending(host, engine, facts, took_part)
+    spendings = ask_spending(host, beside, facts, took_part)
     seconds = time.perf_counter() - began
-    result = _conclude(host, releases, numbers, fingerprints, seconds, facts, private, spendings)
-    for site, why in deliver(host, engine, model_path(host.out, FEDERATED), host.out / CARD).items():
+    result = _conclude(host, bills, releases, numbers, fingerprints, seconds, facts, private, spendings)
+    write_card(host.out)
+    messages = deliveries(host, model_path(host.out, FEDERATED), host.out / CARD)
+    # Before they are sent: a result does not wait for the slowest site.
+    bills.add(messages)
+    result = write_result(host.out, result.model_copy(update={"traffic": bills.traffic()}))
+    write_report(host.out)
+    for site, why in deliver(engine, messages).items():
         log.warning("site %s did not get the released model: %s. The same command sends it again", site, why)
     return result
 
 
 def _conclude(
     host: Context,
+    bills: Bills,
     releases: Mapping[str, Release],
     numbers: Measured,
     fingerprints: Sequence[Mapping[str, str]],
@@ -245,9 +255,7 @@ def _conclude(
         compare=tuple(sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"})),
         patients={site: _patients(host, site, facts) for site in host.study.sites},
         set_aside={site: facts[site].set_aside for site in host.study.sites if _patients(host, site, facts)},
-        traffic=Traffic(
-            bytes_up=sum(line.bytes_up for line in federated), bytes_down=sum(line.bytes_down for line in federated)
-        ),
+        traffic=bills.traffic(),
         seconds=Seconds(
             total=round(seconds, 3),
             training=round(sum(line.training_seconds for line in lines), 3),
@@ -263,10 +271,7 @@ def _conclude(
         fingerprint=fingerprints[-1],
         notes=(*_gone_without(host, lines), *mixed(fingerprints), *notes_of(lines)),
     )
-    result = write_result(out, result)
-    write_card(out)
-    write_report(out)
-    return result
+    return write_result(out, result)
 
 
 def _patients(host: Context, site: str, facts: Mapping[str, SiteFacts]) -> dict[str, int | None] | None:

@@ -21,6 +21,7 @@ from wardround.site.agent import Agent, Progress
 from wardround.site.datasets import Datasets
 from wardround.site.egress import EgressRules
 from wardround.site.groups import labels_of
+from wardround.site.memory import check_room, footprint_of
 from wardround.study.hashes import written
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
@@ -111,6 +112,8 @@ class Machine(Context):
                 entry = self.sites.sites.get(site)
                 if entry is not None and entry.groups is not None and isinstance(dataset, Named):
                     labels_of(entry.groups, dataset.names("test"), site)
+                if entry is not None and entry.memory is not None and site in self.study.training_sites:
+                    check_room({site: (footprint_of(self, dataset, self.agent(site).compute), entry.memory)})
                 if budgets.rules is not None and site in self.study.training_sites:
                     budgets.terms(site, dataset)
             except WardroundError:

@@ -18,6 +18,7 @@ from wardround.protection.identity import Identity
 from wardround.storage.blobs import Blobs
 from wardround.storage.database import Database
 from wardround.storage.hash_log import LOG, HashLog, begun_by
+from wardround.wire.bill import NO_BILL, Bill
 from wardround.wire.canonical import canonical_json
 from wardround.wire.files import refuse_links
 from wardround.wire.tensors import TensorFile, parse_table
@@ -80,6 +81,8 @@ class RoundReport:
     notes: tuple[str, ...] = field(default=())
     #: The sites in whose sums the validation is.
     validated: tuple[str, ...] = field(default=())
+    #: Of the messages that `bytes_up` and `bytes_down` count.
+    bill: Bill = NO_BILL
 
     def to_json(self) -> dict[str, Any]:
         """The line as JSON values."""
@@ -89,7 +92,7 @@ class RoundReport:
     def from_json(value: dict[str, Any]) -> RoundReport:
         """The report from a line."""
         listed = {name: tuple(value[name]) for name in ("participants", "notes", "validated")}
-        return RoundReport(**{**value, **listed})
+        return RoundReport(**{**value, **listed, "bill": Bill.from_json(value["bill"])})
 
 
 class Journal:

@@ -81,6 +81,12 @@ class SiteData(Config):
     threads: int = Field(
         1, ge=1, description="torch threads of the site on the CPU. Their number changes the speed and the last digits"
     )
+    memory: float | None = Field(
+        None,
+        gt=0.0,
+        description="GB that the site's device has for training: a study whose step takes more is refused before it "
+        "starts (`wardround plan` says how much it takes); default: it is not looked at",
+    )
     lint: bool = Field(
         True, description="whether to refuse, before training, a received model that looks like one built to leak"
     )

@@ -39,6 +39,10 @@ class Encoding:
         """Bytes of a body."""
         return layout.nbytes
 
+    def tensor_nbytes(self, group: Group, info: TensorInfo, ring: Ring) -> int:
+        """Bytes of a tensor of a group in a body."""
+        return info.size * ring.itemsize
+
     def pack(self, layout: Layout, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
         """The body from what `encode` yields."""
         yield from chunks
@@ -68,9 +72,13 @@ class Sparse(Encoding):
         for group, info, ring in _tensors(layout):
             if info.size > 1 << 32:
                 raise StudyError(f"tensor {info.name!r} has more values than top_k can number; use another compression")
-            count = self.count(group.name, info.size)
-            total += count * (ring.itemsize + (INDEX.itemsize if count < info.size else 0))
+            total += self.tensor_nbytes(group, info, ring)
         return total
+
+    def tensor_nbytes(self, group: Group, info: TensorInfo, ring: Ring) -> int:
+        """Bytes of the values that are sent of a tensor, and of their indices."""
+        count = self.count(group.name, info.size)
+        return count * (ring.itemsize + (INDEX.itemsize if count < info.size else 0))
 
     def pack(self, layout: Layout, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
         """The body from what `encode` yields; raises `WireError` when a tensor has more non-zero values than it may."""

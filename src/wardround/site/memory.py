@@ -1,0 +1,49 @@
+"""What training takes at a site, and whether it has room for it. For eyes at the site, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from wardround.errors import StudyError
+from wardround.learning.device import Compute, Placed, moved
+from wardround.learning.footprint import Footprint, footprint
+from wardround.plan.arm_specs import ArmSpecs
+from wardround.plan.arms import FEDERATED
+from wardround.tasks.task import Dataset
+from wardround.wire.random import public_generator
+
+GIGABYTE = 10**9
+
+
+def footprint_of(arm_specs: ArmSpecs, dataset: Dataset, compute: Compute) -> Footprint:
+    """What training takes with a site's first examples, on its device where that is a GPU."""
+    arm_spec = arm_specs.arm_spec(FEDERATED)
+    local = arm_spec.arm.local
+    indices = [number % len(dataset) for number in range(local.batch)]
+    batch = dataset.batch(indices, public_generator(arm_specs.study.seed, "footprint"))
+    gpu = compute.device.type == "cuda"
+
+    def step(model: nn.Module, device: torch.device) -> Tensor:
+        # Precision is the GPU's: torch has no 16 bits without numbers.
+        placed = Placed(arm_specs.task, compute if gpu else Compute(device))
+        return placed.loss(model, moved(batch, device))
+
+    shared = arm_spec.policy.names("shared")
+    return footprint(arm_specs.model_context, shared, local, step, compute.device if gpu else None)
+
+
+def check_room(taken: Mapping[str, tuple[Footprint, float | None]]) -> None:
+    """Raise `StudyError` where training takes more than a site's `memory`: by site, what it takes, and its GB."""
+    lacking = [
+        f"{site} needs {found.total / GIGABYTE:.3g} GB and has {room:g}"
+        for site, (found, room) in taken.items()
+        if room is not None and found.total > room * GIGABYTE
+    ]
+    if lacking:
+        raise StudyError(
+            f"sites.SITE.memory: too little for a training step at {'; '.join(lacking)}. Take a smaller local.batch or "
+            "model, freeze more of it (parts.frozen), or a machine with more memory"
+        )

@@ -279,3 +279,13 @@ def test_a_run_goes_on_from_the_release_of_another(kind: str, tmp_path: Path) ->
     serves = spec.method.release_for("A", again.start(spec), {})
     assert serves.keys() <= released.keys()
     assert all(np.array_equal(serves[name], released[name]) for name in serves)
+
+
+@pytest.mark.parametrize("kind", ["fedavg", "fedex_lora"])
+def test_the_bill_counts_adapters_and_no_base(kind: str, tmp_path: Path) -> None:
+    sites = toy_sites(tmp_path / "data")
+    result = run(study({"kind": kind}), sites, tmp_path / "out", engine="local", quiet=True)
+    bill = result.traffic.arms["federated"].rounds
+    assert bill.up.adapters > 0
+    assert bill.down.adapters > 0
+    assert (bill.up.base, bill.down.base, bill.up.model, bill.down.model) == (0, 0, 0, 0)

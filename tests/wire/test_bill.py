@@ -17,9 +17,9 @@ from wardround.wire.sparse import DENSE, INDEX, Encoding, Sparse
 from wardround.wire.tensors import TensorInfo, TensorWriter
 from wardround.wire.update import Group, Layout, Metric
 
-KINDS = Kinds(frozenset({"encoder.weight"}), frozenset({"unseen"}))
+KINDS = Kinds(frozenset({"encoder.weight"}), frozenset({"unseen"}), frozenset({"q.lora.a.weight", "q.lora.b.weight"}))
 # Of the rings of 16, 24 and 32 bits, and with padding behind the first group.
-MODEL = (TensorInfo("head.weight", "float32", (71,)), TensorInfo("q.lora_b", "float32", (8, 9)))
+MODEL = (TensorInfo("head.weight", "float32", (71,)), TensorInfo("q.lora.b.weight", "float32", (8, 9)))
 LAYOUT = Layout(
     (
         Group("model", MODEL, 16),
@@ -40,12 +40,12 @@ LAYOUT = Layout(
         ("head.weight", "model"),
         ("buffers/head.running_mean", "model"),
         ("control", "model"),
-        ("blocks.0.q_proj.lora_a", "adapters"),
-        ("model/blocks.0.q_proj.lora_b", "adapters"),
-        ("model/q.lora_b.3", "adapters"),
-        ("model/q.lora_bias", "model"),
+        ("q.lora.a.weight", "adapters"),
+        ("model/q.lora.b.weight", "adapters"),
+        ("folded/q.lora.a.weight/left", "adapters"),
+        ("model/k.lora.b.weight", "model"),
         (f"{ADAPTERS}/residual", "adapters"),
-        ("unseen/q.lora_a", "side_channels"),
+        ("unseen/q.lora.a.weight", "side_channels"),
     ],
 )
 def test_a_name_says_the_kind(name: str, kind: str) -> None:
@@ -86,7 +86,7 @@ def test_a_message_is_its_header_and_its_body() -> None:
 
 def test_a_file_is_billed_by_its_own_table(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    tensors = {"head.weight": np.zeros(7, np.float32), "q.lora_a": np.zeros(5, np.float64)}
+    tensors = {"head.weight": np.zeros(7, np.float32), "q.lora.a.weight": np.zeros(5, np.float64)}
     save_file(tensors, path, metadata={"format": "x"})
     found = KINDS.of_file(path)
     assert (found.model, found.adapters, found.base) == (28, 40, 0)

@@ -18,6 +18,7 @@ from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import UNSEEN
 from wardround.learning.policy import Policy, listed, matching
 from wardround.learning.training import ModelContext
+from wardround.models.adapters import added_values
 from wardround.plan.arms import Arm, arms_of
 from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
 from wardround.plan.weights import begin
@@ -175,7 +176,11 @@ class ArmSpecs:
                 evaluation_layout=Layout((), evaluation_metrics(specs), room),
                 codec=self._codec(arm),
                 curriculum=self.curriculum,
-                kinds=Kinds(frozenset(policy.names("frozen")), frozenset(group.name for group in declared)),
+                kinds=Kinds(
+                    frozenset(policy.names("frozen")),
+                    frozenset(group.name for group in declared),
+                    added_values(self.model_context.model),
+                ),
             )
         return self._arm_specs[name]
 

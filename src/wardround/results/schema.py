@@ -182,7 +182,7 @@ class Sizes(Config):
 
     base: _Count = Field(0, description="values that the study never changes: sites have them, and none is sent")
     model: _Count = Field(0, description="shared values of the model, and what a method sends beside them")
-    adapters: _Count = Field(0, description="low-rank factors")
+    adapters: _Count = Field(0, description="what the study's `adapters` add, and what a method folds")
     metrics: _Count = Field(0, description="sums of losses, seconds and metrics, and results of tests")
     side_channels: _Count = Field(0, description="what a method tells of the part that stays at a site")
     other: _Count = Field(

@@ -3,7 +3,7 @@
 kind           what
 base           values that the study never changes; sites have them, so it is 0 unless something is wrong
 model          shared values of the model, and what a method sends beside them
-adapters       low-rank factors: names with a part `lora_a` or `lora_b`, and the group `adapters`
+adapters       what the study's adapters add to a network, what is folded, and the group `adapters`
 metrics        sums of losses, seconds and metrics, and a site's results
 side_channels  groups that a method declares to be one (`Method.side_channel`)
 other          headers, scales, weights, counts, and the keys and shares of a secure sum
@@ -27,7 +27,6 @@ from wardround.wire.update import TAIL, Layout
 Kind: TypeAlias = Literal["base", "model", "adapters", "metrics", "side_channels", "other"]
 #: The group whose tensors are adapters whatever their names.
 ADAPTERS = "adapters"
-_FACTORS = frozenset({"lora_a", "lora_b"})
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,14 @@ NO_BILL = Bill()
 
 @dataclass(frozen=True)
 class Kinds:
-    """What is needed to tell the kind of a tensor: the names of the base, and the groups that are side channels."""
+    """What is needed to tell the kind of a tensor: names of the base and of adapters, groups that are side channels."""
 
     base: frozenset[str] = frozenset()
     side_channels: frozenset[str] = frozenset()
+    adapters: frozenset[str] = frozenset()
 
     def of(self, name: str) -> Kind:
-        """The kind of a tensor by its name in the model, or by `GROUP/NAME` in the state of a round."""
+        """The kind of a tensor by its name in the model, or by `GROUP/NAME` or `GROUP/NAME/PART` in a round's state."""
         group, slash, inner = name.partition("/")
         if not slash:
             group, inner = "", name
@@ -88,7 +88,7 @@ class Kinds:
             return "base"
         if group in self.side_channels:
             return "side_channels"
-        return "adapters" if group == ADAPTERS or not _FACTORS.isdisjoint(inner.split(".")) else "model"
+        return "adapters" if group == ADAPTERS or inner.partition("/")[0] in self.adapters else "model"
 
     def of_table(self, table: Iterable[TensorInfo]) -> Sizes:
         """Bytes of tensors that follow one another."""

@@ -53,7 +53,10 @@ def test_an_encoder_that_is_frozen_sees_an_image_once() -> None:
         freeze(model, ["image_encoder.*"])
     remember(kept)
     assert isinstance(kept.lead, Lead)
-    images, boxes = torch.rand(3, 3, 64, 64), torch.tensor([4.0, 5.0, 40.0, 50.0]).reshape(1, 1, 2, 2).repeat(3, 1, 1, 1)
+    images, boxes = (
+        torch.rand(3, 3, 64, 64),
+        torch.tensor([4.0, 5.0, 40.0, 50.0]).reshape(1, 1, 2, 2).repeat(3, 1, 1, 1),
+    )
     expected = plain(images, boxes, BOX).detach()
     for _ in range(2):
         torch.testing.assert_close(kept(images, boxes, BOX).detach(), expected, rtol=1e-4, atol=1e-4)
@@ -74,7 +77,7 @@ def test_the_names_of_layers_are_those_that_adapters_ask_for() -> None:
 
 @pytest.mark.parametrize("settings", [{"preset": "small"}, {"size": 30}, {"size": 1026}])
 def test_a_size_that_it_does_not_have_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="preset|size"):
+    with pytest.raises(ValueError, match=r"preset|size"):
         LiteMedSAMSettings(kind="lite_medsam", **settings)
 
 

@@ -97,7 +97,9 @@ class Lead:
     def base(self) -> str:
         """Sha256 (hex) of the layers' values."""
         states = (layer.state_dict() for layer in self._layers)
-        return tensors_sha256({f"{n}.{name}": on_host(t) for n, state in enumerate(states) for name, t in state.items()})
+        return tensors_sha256(
+            {f"{n}.{name}": on_host(t) for n, state in enumerate(states) for name, t in state.items()}
+        )
 
     def _through(self, images: Tensor) -> Tensor:
         for layer in self._layers:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from wardround.errors import DataError
+from wardround.errors import DataError, StudyError
 from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import DrawnSettings, OverlapLoss
@@ -240,8 +240,8 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
         return replace(self._patterns(self.config.images, self.config.table), mask=self.config.mask)
 
     def input_shape(self) -> tuple[int, ...]:
-        """See `wardround.tasks.task.Predicts`."""
-        return (self.config.channels, self._prompting.size, self._prompting.size)
+        """Always a StudyError: what is exported has images alone as its input."""
+        raise StudyError("a network that takes a prompt beside an image is not exported; use `wardround predict`")
 
     def predict(self, model: nn.Module, image: LabelledImage) -> Found:
         """What the network outlines where a rough mask marks a structure: by the box around it, or points inside.

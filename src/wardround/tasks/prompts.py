@@ -144,7 +144,7 @@ class PromptedDataset(LabelledDataset):
         return tuple(int(part) for part in found)
 
     def _seen(self, patient: int, number: int, part: int | None) -> tuple[Tensor, Masks]:
-        """A slice (C, S, S) as the network sees it, and its masks (K, h, w) on its own grid, without those too small."""
+        """A slice (C, S, S) as the network sees it, and its masks (K, h, w) on its own grid; none that is too small."""
         image = self._read(patient, number)
         masks = self._masks(image, part)
         masks = masks & (masks.sum(axis=(1, 2), keepdims=True) >= self._prompting.least)
@@ -247,9 +247,7 @@ def prompt_of(mask: Masks, scale: float, prompting: Prompting, random: np.random
     return np.clip(places, 0.0, size - 1.0).astype(np.float32)
 
 
-def box_of(
-    mask: Masks, scale: float, size: int, moved: NDArray[np.float64] | None = None
-) -> NDArray[np.float32]:
+def box_of(mask: Masks, scale: float, size: int, moved: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
     """First and last corner (2, 2) of the box around a mask, each `moved`; column and row; zeros for an empty mask."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):

@@ -26,10 +26,13 @@ from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.weights import file_sha256
 from wardround.study.prompts import BoxPrompt, PointPrompt
 from wardround.study.schema import Study
+from wardround.tasks.images import resampled
+from wardround.tasks.located import Located, LocatedSegmentation
 from wardround.tasks.prompted import PromptedSegmentation
 from wardround.tasks.prompts import PromptedDataset, Prompting, box_of, prompt_of, restored, seen, squared
 
 NETWORK = 64
+UNSEEN = {"A": {"role": "unseen"}, "B": {}}
 
 
 def prompted_study(sites: Any, **changes: Any) -> Study:
@@ -171,7 +174,7 @@ def test_what_is_too_small_has_no_prompt_and_does_not_count(tmp_path: Path) -> N
     folder.mkdir(parents=True)
     nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), folder / "image.nii.gz")
     nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), folder / "mask.nii.gz")
-    study = prompted_study({"A": {"role": "unseen"}}, task={"structures": {"one": [1], "two": [2]}, "slices": None})
+    study = prompted_study(UNSEEN, task={"structures": {"one": [1], "two": [2]}, "slices": None})
     data = task_of(study).dataset("A", (tmp_path / "A",))
     ((_, batch),) = data.evaluation("test")
     assert batch.prompted.tolist() == [[1.0, 0.0]]
@@ -185,7 +188,7 @@ def test_what_is_too_small_has_no_prompt_and_does_not_count(tmp_path: Path) -> N
 
 def test_a_patient_without_a_structure_is_counted_without_a_value(tmp_path: Path) -> None:
     sites = make_outlines(tmp_path, {"A": 3}, without=1)
-    task = task_of(prompted_study({"A": {"role": "unseen"}}))
+    task = task_of(prompted_study(UNSEEN))
     found = [task.score(Everything(), batch) for _, batch in task.dataset("A", sites.of("A").data).evaluation("test")]
     assert [math.isnan(float(scores["dice"])) for scores in found] == [False, False, True]
 
@@ -232,13 +235,13 @@ def test_a_network_learns_to_fill_its_prompt(tmp_path: Path) -> None:
     model = task.build_model()
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     losses = []
-    for step in range(12):
+    for step in range(8):
         loss = task.loss(model, data.batch([0, 1], np.random.default_rng(step)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert min(losses[-3:]) < 0.8 * losses[0]
+    assert min(losses[-3:]) < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -259,7 +262,7 @@ def test_a_run_says_what_the_model_did_before_it_learned(tmp_path: Path) -> None
     study = prompted_study(
         {"A": {}, "B": {}}, start={"kind": "weights", "file": path.name, "sha256": file_sha256(path)}
     )
-    result = wardround.run(study, sites, tmp_path / "out", near=tmp_path)
+    result = wardround.run(study, sites, tmp_path / "out", near=tmp_path, engine="local")
     assert result.baselines.keys() == {"zero_shot", "filled_prompt"}
     assert result.baselines["zero_shot"].description == "the model that the study starts from, before any training"
     specs = ArmSpecs(study, (), start=(path,))
@@ -268,13 +271,66 @@ def test_a_run_says_what_the_model_did_before_it_learned(tmp_path: Path) -> None
     for site in ("A", "B"):
         batches = [batch for _, batch in task.dataset(site, sites.of(site).data).evaluation("test")]
         # Before training, and of networks that mark next to nothing: the error of the volume tells them apart.
-        known = [float(task.score(model, batch)["volume_error"]) for batch in batches]
+        known = [min(10.0, float(task.score(model, batch)["volume_error"])) for batch in batches]
         assert result.metric("zero_shot", site, "volume_error") == pytest.approx(sum(known) / len(known), abs=2e-3)
     kept = list((tmp_path / "out" / "work" / "sites").glob("*/embeddings/*/*"))
     seen_by = sum(task.dataset(site, sites.of(site).data).pictures() for site in ("A", "B"))
     assert len(kept) == seen_by
-    predicted = wardround.predict(result.model, tmp_path / "data" / "A", tmp_path / "masks")
-    assert len(predicted.outlines) == 5
+    predicted = wardround.predict(result.model, tmp_path / "data" / "A" / "DOE-00", tmp_path / "masks")
+    assert len(predicted.outlines) == 1
+
+
+# Boxes that a network finds -------------------------------------------------------------------------------------------
+
+AUTOMATIC = {"prompt": {"kind": "automatic", "preset": "tiny", "size": 32}, "slices": 1}
+FROZEN = {"frozen": ["prompted.image_encoder.*"]}
+
+
+class Bright(torch.nn.Module):
+    """Finds what an image shows as bright."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - 0.75
+
+
+def test_found_boxes_prompt_the_network_and_healthy_slices_are_seen_too(tmp_path: Path) -> None:
+    task, data = opened(tmp_path, task=AUTOMATIC, parts=FROZEN)
+    assert isinstance(task, LocatedSegmentation)
+    assert task.config.compares_with == ()
+    model = Located(Bright(), Inside(), 32)
+    batches = [batch for split in ("train", "test") for _, batch in data.evaluation(split)]
+    assert {tuple(batch.prompted[:, 0].tolist()) for batch in batches} <= {(1.0,), (0.0, 1.0), (1.0, 0.0)}
+    assert any(len(batch) == 2 for batch in batches)
+    for batch in batches:
+        marked = task.marked(model, batch)
+        bright = resampled(batch.images, (32, 32)) > 0.75
+        assert torch.equal(marked.flatten(2).any(2), bright.flatten(2).any(2))
+        drawn = batch.masks > 0.5
+        # Whatever is bright is the ball, and noise now and then; the largest part of it fills the ball's middle.
+        shown = drawn.flatten(2).sum(2) > 20
+        assert (marked & drawn).flatten(2).any(2)[shown].all()
+        scores = task.score(model, batch)
+        assert float(scores["oracle_dice"]) >= float(scores["dice"])
+    read = read_image(Case("a", "", (next((tmp_path / "A").iterdir()) / "image.nii.gz",)))
+    found = task.predict(model, read)
+    assert read.labels is None
+    assert found.marked.shape == (1, *read.channels.shape[1:])
+    assert found.marked.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_both_stages_learn_on_any_device(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = make_outlines(tmp_path, {"A": 5})
+    study = prompted_study({"A": {}}, task=AUTOMATIC, parts=FROZEN)
+    step_and_evaluation(study, sites.of("A").data[0], device_named(device, monkeypatch))
+    task = task_of(study)
+    model, batch = task.build_model(), task.dataset("A", sites.of("A").data).batch([0], np.random.default_rng(0))
+    assert isinstance(task, LocatedSegmentation)
+    for stage, loss in task.losses(model, batch).items():
+        model.zero_grad()
+        loss.backward()
+        moved = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+        assert moved == {stage}
 
 
 # What cannot be used --------------------------------------------------------------------------------------------------

@@ -70,10 +70,9 @@ class _Places(nn.Module):
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, frequencies))
 
     def forward(self, places: Tensor) -> Tensor:
-        # Sines of large numbers: not in half the digits.
-        with torch.autocast(places.device.type, enabled=False):
-            turns = 2.0 * math.pi * ((2.0 * places.float() - 1.0) @ self.positional_encoding_gaussian_matrix)
-            return torch.cat((turns.sin(), turns.cos()), dim=-1)
+        # Sines of large numbers: not by a product of matrices, which may be in half the digits.
+        turns = ((2.0 * places - 1.0)[..., None] * self.positional_encoding_gaussian_matrix).sum(-2) * (2.0 * math.pi)
+        return torch.cat((turns.sin(), turns.cos()), dim=-1)
 
 
 class MaskDecoder(nn.Module):

@@ -1,4 +1,4 @@
-"""What a network that outlines what a prompt marks is given: boxes or points, drawn from the mask."""
+"""What a network that outlines what a prompt marks is given: boxes or points, of the mask or found by a network."""
 
 from __future__ import annotations
 
@@ -37,4 +37,22 @@ class PointPrompt(Config):
         return "a point inside" if self.count == 1 else f"{self.count} points inside"
 
 
-Prompt = Annotated[BoxPrompt | PointPrompt, Field(discriminator="kind")]
+class AutomaticPrompt(Config):
+    """The box around what a second, small network finds, which learns in the same study."""
+
+    kind: Literal["automatic"]
+    jitter: float = Field(
+        8.0,
+        gt=0.0,
+        le=256.0,
+        description="in training, boxes of the masks are given, with sides moved by at most this number of pixels",
+    )
+    preset: Literal["tiny", "small", "paper"] = Field("small", description="of the localiser, a `monai_unet`")
+    size: int = Field(64, ge=32, multiple_of=16, description="pixels of a side of what the localiser sees")
+
+    def describe(self) -> str:
+        """What `check`, report and model card say of it."""
+        return "the box around what a localiser finds"
+
+
+Prompt = Annotated[BoxPrompt | PointPrompt | AutomaticPrompt, Field(discriminator="kind")]

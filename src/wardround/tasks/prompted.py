@@ -6,7 +6,7 @@ the network outlines it. A patient is measured by the slices that are prompted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from wardround.errors import DataError, StudyError
 from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import DrawnSettings, OverlapLoss
-from wardround.study.prompts import BoxPrompt, Prompt
+from wardround.study.prompts import AutomaticPrompt, BoxPrompt, PointPrompt, Prompt
 from wardround.tasks.images import ImageTask
 from wardround.tasks.labelled import Sampling, check_image, masks_of
 from wardround.tasks.overlap import hd95, overlap_metrics, overlap_scores
@@ -73,7 +73,12 @@ class PromptedTask(DrawnSettings):
 
     @property
     def compares_with(self) -> tuple[str, ...]:
-        """The model as the study starts it, and for boxes the box itself as the outline."""
+        """The model as the study starts it, and for boxes the box itself as the outline.
+
+        Nothing where a localiser finds the boxes: before it learned there are none.
+        """
+        if isinstance(self.prompt, AutomaticPrompt):
+            return ()
         return (ZERO_SHOT, FILLED) if isinstance(self.prompt, BoxPrompt) else (ZERO_SHOT,)
 
     def describe(self) -> str:
@@ -82,6 +87,11 @@ class PromptedTask(DrawnSettings):
 
     def build(self, study: Study, embeddings: Any = None) -> PromptedSegmentation:
         """The task."""
+        if isinstance(self.prompt, AutomaticPrompt):
+            # Late: its localiser is MONAI's, which takes seconds to import.
+            from wardround.tasks.located import LocatedSegmentation
+
+            return LocatedSegmentation(study, self)
         return PromptedSegmentation(study, self)
 
 
@@ -146,15 +156,19 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
         weights = self.config.loss
         return overlap_loss(logits, batch.masks, batch.known * batch.prompted, weights.dice, weights.cross_entropy)
 
-    def logits(self, model: nn.Module, batch: PromptedBatch, *, exact: bool = False) -> Tensor:
-        """Logits (B, K, *shape of the masks) in evaluation mode, by the prompts or by the `exact` boxes."""
-        points, means = (batch.exact, CORNERS) if exact else (batch.points, self._prompting.means)
-        return self._logits(model, batch.images, points, means, (batch.masks.shape[2], batch.masks.shape[3]))
+    def marked(self, model: nn.Module, batch: PromptedBatch) -> Tensor:
+        """What the network outlines, bool (B, K, *shape of the masks), by the study's prompts."""
+        return self._prompted(model, batch, batch.points, self._prompting.means)
+
+    def _prompted(self, model: nn.Module, batch: PromptedBatch, points: Tensor, means: Sequence[int]) -> Tensor:
+        found = self.logits(model, batch.images, points, means, shape_of(batch)) > 0
+        return found & (batch.prompted[..., None, None] > 0.5)
 
     @staticmethod
-    def _logits(
+    def logits(
         model: nn.Module, images: Tensor, points: Tensor, means: Sequence[int], shape: tuple[int, int]
     ) -> Tensor:
+        """Logits (B, K, *shape) by prompts (B, K, P, 2), in evaluation mode and without gradients."""
         with evaluating(model), torch.no_grad():
             parts = zip(images.split(_TOGETHER), points.split(_TOGETHER), strict=True)
             found = torch.cat([model(image, point, means).float() for image, point in parts])
@@ -162,17 +176,17 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
 
     def score(self, model: nn.Module, batch: PromptedBatch) -> dict[str, Tensor]:
         """All metrics of the prompted slices of one image: name -> (1,)."""
-        scores = self._scores(self.logits(model, batch) > 0, batch)
-        return scores | {"oracle_dice": self._scores(self.logits(model, batch, exact=True) > 0, batch)["dice"]}
+        oracle = self._scores(self._prompted(model, batch, batch.exact, CORNERS), batch)
+        return self._scores(self.marked(model, batch), batch) | {"oracle_dice": oracle["dice"]}
 
     def _scores(self, marked: Tensor, batch: PromptedBatch) -> dict[str, Tensor]:
-        """Of outlines (B, K, h, w); those without a prompt are none."""
+        """Of outlines (B, K, h, w)."""
         drawn = batch.masks > 0.5
-        found = marked & (batch.prompted[..., None, None] > 0.5)
         known = [bool(each) for each in on_host(batch.known[0]) > 0.5]
-        whole = [part.transpose(0, 1).flatten(1, 2) for part in (found, drawn)]
+        whole = [part.transpose(0, 1).flatten(1, 2) for part in (marked, drawn)]
         scores = overlap_scores(*whole, known, self.structures, batch.spacing)
-        return scores | self._distances(on_host(found).astype(bool), on_host(drawn).astype(bool), known, batch.spacing)
+        distances = self._distances(on_host(marked).astype(bool), on_host(drawn).astype(bool), known, batch.spacing)
+        return scores | distances
 
     def _distances(self, marked: Any, drawn: Any, known: Sequence[bool], spacing: Sequence[float]) -> dict[str, Tensor]:
         """The HD95 of each structure in the plane of its slices, their mean: slices between may be left out."""
@@ -199,8 +213,9 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
         """See `wardround.tasks.task.ComparesUntrained`."""
         if name == ZERO_SHOT:
             return self.score(model, batch)
-        shape = (batch.masks.shape[2], batch.masks.shape[3])
-        inside = (_filled(corners, self._prompting.size, shape) for corners in (batch.points, batch.exact))
+        known = batch.prompted[..., None, None] > 0.5
+        boxes = (batch.points, batch.exact)
+        inside = [_filled(corners, self._prompting.size, shape_of(batch)) & known for corners in boxes]
         scores, oracle = (self._scores(marked, batch) for marked in inside)
         return scores | {"oracle_dice": oracle["dice"]}
 
@@ -226,11 +241,8 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
 
     def illustrate(self, model: nn.Module | None, batch: PromptedBatch) -> Illustration:
         """Outlines in the first channel of one slice, by the study's prompt."""
-        shape = (batch.masks.shape[2], batch.masks.shape[3])
-        marked = None
-        if model is not None:
-            marked = on_host((self.logits(model, batch) > 0)[0] & (batch.prompted[0, :, None, None] > 0.5))
-        shown = on_host(restored(batch.images[:, :1], shape)[0, 0])
+        marked = None if model is None else on_host(self.marked(model, batch)[0])
+        shown = on_host(restored(batch.images[:, :1], shape_of(batch))[0, 0])
         return Illustration(slice_overlay(shown, on_host(batch.masks[0] > 0.5), marked, batch.spacing))
 
     # A clinic's images -----------------------------------------------------------------------------------------------
@@ -248,34 +260,48 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
 
         Raises DataError for an image that the network cannot see, and for one without such a mask.
         """
-        prompting, config = self._prompting, self.config
-        check_image(image, Sampling(config.channels, 2, (1, 1), None, None, 1, 1, 0.0), "")
-        check_size(image, prompting, "")
         if image.labels is None:
             raise DataError(
-                f"this model outlines what a prompt marks (task.prompt.kind: {config.prompt.kind}), and an image by "
-                f"itself has none; give a patient's folder with a rough mask named {config.mask!r} (task.mask)"
+                f"this model outlines what a prompt marks (task.prompt.kind: {self.config.prompt.kind}), and an image "
+                f"alone has none; give a patient's folder with a rough mask named {self.config.mask!r} (task.mask)"
             )
+
+        def prompt(picture: Tensor, part: int | None) -> tuple[Any, Any]:
+            prompting, rough = self._prompting, masks_of(image, self.config.values, part)
+            scale = scale_of(rough, prompting.size)
+            random = public_generator(prompting.seed, "prompt", -1 if part is None else part)
+            by_points = isinstance(prompting.prompt, PointPrompt)
+            points = [
+                prompt_of(mask, scale, prompting, random) if by_points else box_of(mask, scale, prompting.size)
+                for mask in rough
+            ]
+            return np.stack(points), rough.any(axis=(1, 2))
+
+        return self._predicted(model, image, prompt)
+
+    def _predicted(
+        self, model: nn.Module, image: LabelledImage, prompt: Callable[[Tensor, int | None], tuple[Any, Any]]
+    ) -> Found:
+        """What is outlined; `prompt` gives points (K, P, 2) for a slice (C, S, S), and which of the K are there."""
+        prompting = self._prompting
+        check_image(image, Sampling(self.config.channels, 2, (1, 1), None, None, 1, 1, 0.0), "")
+        check_size(image, prompting, "")
         volume = image.channels.ndim == 4
         marked = np.zeros((len(self.structures), *image.channels.shape[1:]), np.bool_)
+        shape = (image.channels.shape[1], image.channels.shape[2])
         for part in range(image.channels.shape[-1]) if volume else (None,):
-            rough = masks_of(image, config.values, part)
-            if rough.any():
-                marked[..., slice(None) if part is None else part] = self._outlined(model, image, part, rough)
+            picture = seen(image.channels if part is None else image.channels[..., part], prompting.size)
+            points, there = prompt(picture, part)
+            if there.any():
+                given = torch.from_numpy(points)[None]
+                found = on_host(self.logits(model, picture[None], given, prompting.means, shape)[0] > 0)
+                marked[..., slice(None) if part is None else part] = found & there[:, None, None]
         return Found(self.structures, marked)
 
-    def _outlined(self, model: nn.Module, image: LabelledImage, part: int | None, rough: Any) -> Any:
-        """Bool (K, h, w) of one slice or picture; nothing of a structure that its rough mask lacks."""
-        prompting, scale = self._prompting, scale_of(rough, self._prompting.size)
-        if isinstance(prompting.prompt, BoxPrompt):
-            points = [box_of(mask, scale, prompting.size) for mask in rough]
-        else:
-            random = public_generator(prompting.seed, "prompt", -1 if part is None else part)
-            points = [prompt_of(mask, scale, prompting, random) for mask in rough]
-        picture = seen(image.channels if part is None else image.channels[..., part], prompting.size)
-        given = torch.from_numpy(np.stack(points))[None]
-        logits = self._logits(model, picture[None], given, prompting.means, (rough.shape[1], rough.shape[2]))
-        return on_host(logits[0] > 0).astype(bool) & rough.any(axis=(1, 2))[:, None, None]
+
+def shape_of(batch: PromptedBatch) -> tuple[int, int]:
+    """The pictures' own grid."""
+    return batch.masks.shape[2], batch.masks.shape[3]
 
 
 def _of_slices(spec: MetricSpec) -> MetricSpec:

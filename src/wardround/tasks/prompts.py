@@ -15,9 +15,9 @@ from wardround.errors import DataError
 from wardround.imaging.readers.cases import Case
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.models.prompts import FIRST_CORNER, INSIDE, LAST_CORNER
-from wardround.study.prompts import BoxPrompt, Prompt
+from wardround.study.prompts import AutomaticPrompt, PointPrompt, Prompt
 from wardround.tasks.augmentation import Augmentation
-from wardround.tasks.images import SitePatients, resampled
+from wardround.tasks.images import CONTENT, SitePatients, resampled
 from wardround.tasks.labelled import LabelledDataset, LabelledExample, Sampling
 from wardround.tasks.task import Split
 from wardround.wire.random import public_generator
@@ -71,7 +71,12 @@ class Prompting:
     @property
     def means(self) -> tuple[int, ...]:
         """What each point of a prompt is."""
-        return CORNERS if isinstance(self.prompt, BoxPrompt) else (INSIDE,) * self.prompt.count
+        return (INSIDE,) * self.prompt.count if isinstance(self.prompt, PointPrompt) else CORNERS
+
+    @property
+    def automatic(self) -> bool:
+        """Whether prompts are found, so that slices without a structure are seen too."""
+        return isinstance(self.prompt, AutomaticPrompt)
 
 
 class PromptedDataset(LabelledDataset):
@@ -104,7 +109,8 @@ class PromptedDataset(LabelledDataset):
 
     def fingerprint(self) -> str:
         """Sha256 (hex) over images, masks, who trains and which slices are prompted, never over names or paths."""
-        chosen = {"slices": self._prompting.slices, "least": self._prompting.least}
+        rules = self._prompting
+        chosen = {"slices": rules.slices, "least": rules.least} | ({"others": True} if rules.automatic else {})
         return self._hashed({p: f"{d} {chosen}" for p, d in self._digests.items()}, known=self._known.tolist())
 
     def pictures(self) -> int:
@@ -133,14 +139,18 @@ class PromptedDataset(LabelledDataset):
             yield LabelledExample(patient, number, 0 if part is None else part)
 
     def _prompted_parts(self, image: LabelledImage) -> tuple[int | None, ...]:
-        """The slices of an image that are prompted, evenly spread; `None` for a picture's one."""
-        masks = self._masks(image)
+        """The slices of an image that show a structure, evenly spread; `None` for a picture's one.
+
+        Where prompts are found, as many that show none are seen too.
+        """
+        masks, automatic = self._masks(image), self._prompting.automatic
         large = (masks.sum(axis=(1, 2)) >= self._prompting.least).any(axis=0)
         if masks.ndim == 3:
-            return (None,) if large else ()
-        found, most = np.flatnonzero(large), self._prompting.slices
-        if most is not None and len(found) > most:
-            found = found[((np.arange(most) + 0.5) * len(found) / most).astype(int)]
+            return (None,) if large or automatic else ()
+        found = spread(np.flatnonzero(large), self._prompting.slices)
+        if automatic:
+            content = self._frame.shows(image.channels[0].astype(np.float32)).mean(axis=(0, 1)) > CONTENT
+            found = np.sort([*found, *spread(np.flatnonzero(content & ~large), max(1, len(found)))])
         return tuple(int(part) for part in found)
 
     def _seen(self, patient: int, number: int, part: int | None) -> tuple[Tensor, Masks]:
@@ -182,6 +192,13 @@ class PromptedDataset(LabelledDataset):
         has = drawn.any(axis=(1, 2)).astype(np.float32)
         parts = (picture, masks, self._known, *map(torch.from_numpy, (has, points, exact)))
         return PromptedBatch(*(part[None] for part in parts))
+
+
+def spread(places: NDArray[np.intp], most: int | None) -> NDArray[np.intp]:
+    """At most so many of the places, evenly spread."""
+    if most is None or len(places) <= most:
+        return places
+    return places[((np.arange(most) + 0.5) * len(places) / most).astype(int)]
 
 
 def check_size(image: LabelledImage, prompting: Prompting, place: str) -> None:
@@ -235,7 +252,7 @@ def prompt_of(mask: Masks, scale: float, prompting: Prompting, random: np.random
     A mask without a voxel takes as many random numbers as any other, so that no prompt depends on another structure.
     """
     prompt, size = prompting.prompt, prompting.size
-    if isinstance(prompt, BoxPrompt):
+    if not isinstance(prompt, PointPrompt):
         return box_of(mask, scale, size, random.uniform(-prompt.jitter, prompt.jitter, (2, 2)))
     shares = random.random(prompt.count)
     rows, columns = np.nonzero(mask)

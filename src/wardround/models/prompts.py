@@ -51,14 +51,16 @@ class PromptEncoder(nn.Module):
             points, means = nn.functional.pad(points, (0, 0, 0, 1)), (*means, PADDING)
         places = self.pe_layer((points + 0.5) / side)
         known = torch.tensor([[float(mean != PADDING)] for mean in means], device=places.device)
-        kinds = [self.not_a_point_embed if mean == PADDING else self.point_embeddings[mean] for mean in means]
-        return places * known + torch.cat([kind.weight for kind in kinds])
+        weights = [kind.get_parameter("weight") for kind in (*self.point_embeddings, self.not_a_point_embed)]
+        found: Tensor = places * known + torch.cat([weights[mean] for mean in means])
+        return found
 
     def grid(self, side: int) -> Tensor:
         """Embeddings (1, width, side, side) of the places of an image's own embeddings."""
         at = (torch.arange(side, device=self.no_mask_embed.weight.device) + 0.5) / side
         rows, columns = torch.meshgrid(at, at, indexing="ij")
-        return self.pe_layer(torch.stack((columns, rows), dim=-1)).permute(2, 0, 1)[None]
+        found: Tensor = self.pe_layer(torch.stack((columns, rows), dim=-1)).permute(2, 0, 1)[None]
+        return found
 
 
 class _Places(nn.Module):

@@ -128,7 +128,7 @@ class LocatedSegmentation(PromptedSegmentation):
             found = on_host(model.find(images).float() > 0).astype(bool)
         scale, size = self._prompting.size / self._prompt.size, self._prompting.size
         boxes = [[box_of(_largest(mask), scale, size) for mask in masks] for masks in found]
-        return np.array(boxes, np.float32), found.any(axis=(2, 3))
+        return np.array(boxes, np.float32), np.asarray(found.any(axis=(2, 3)))
 
     # A clinic's images -----------------------------------------------------------------------------------------------
 

@@ -170,7 +170,8 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
     ) -> Tensor:
         """Logits (B, K, *shape) by prompts (B, K, P, 2), in evaluation mode and without gradients."""
         with evaluating(model), torch.no_grad():
-            parts = zip(images.split(_TOGETHER), points.split(_TOGETHER), strict=True)
+            starts = range(0, len(images), _TOGETHER)
+            parts = ((images[at : at + _TOGETHER], points[at : at + _TOGETHER]) for at in starts)
             found = torch.cat([model(image, point, means).float() for image, point in parts])
         return restored(found, shape)
 
@@ -183,8 +184,9 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
         """Of outlines (B, K, h, w)."""
         drawn = batch.masks > 0.5
         known = [bool(each) for each in on_host(batch.known[0]) > 0.5]
-        whole = [part.transpose(0, 1).flatten(1, 2) for part in (marked, drawn)]
-        scores = overlap_scores(*whole, known, self.structures, batch.spacing)
+        # All slices as one image: what is counted in pixels does not know where they lie.
+        found, true = (part.transpose(0, 1).flatten(1, 2) for part in (marked, drawn))
+        scores = overlap_scores(found, true, known, self.structures, batch.spacing)
         distances = self._distances(on_host(marked).astype(bool), on_host(drawn).astype(bool), known, batch.spacing)
         return scores | distances
 

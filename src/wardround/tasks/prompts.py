@@ -53,7 +53,8 @@ class PromptedBatch:
     def joined(cls, batches: Sequence[PromptedBatch]) -> PromptedBatch:
         """One batch of all examples, in order."""
         names = ("images", "masks", "known", "prompted", "points", "exact")
-        return cls(*(torch.cat([getattr(b, name) for b in batches]) for name in names), batches[0].spacing)
+        parts = {name: torch.cat([getattr(b, name) for b in batches]) for name in names}
+        return cls(**parts, spacing=batches[0].spacing)
 
 
 @dataclass(frozen=True)
@@ -190,15 +191,15 @@ class PromptedDataset(LabelledDataset):
         points = np.stack([prompt_of(mask, scale, self._prompting, random) for mask in drawn])
         exact = np.stack([box_of(mask, scale, self._prompting.size) for mask in drawn])
         has = drawn.any(axis=(1, 2)).astype(np.float32)
-        parts = (picture, masks, self._known, *map(torch.from_numpy, (has, points, exact)))
-        return PromptedBatch(*(part[None] for part in parts))
+        prompted, given, box = (torch.from_numpy(part)[None] for part in (has, points, exact))
+        return PromptedBatch(picture[None], masks[None], self._known[None], prompted, given, box)
 
 
 def spread(places: NDArray[np.intp], most: int | None) -> NDArray[np.intp]:
     """At most so many of the places, evenly spread."""
     if most is None or len(places) <= most:
         return places
-    return places[((np.arange(most) + 0.5) * len(places) / most).astype(int)]
+    return np.asarray(places[((np.arange(most) + 0.5) * len(places) / most).astype(int)])
 
 
 def check_size(image: LabelledImage, prompting: Prompting, place: str) -> None:
@@ -240,7 +241,7 @@ def shape_in(shape: tuple[int, ...], size: int) -> tuple[int, int]:
 
 def scale_of(masks: Masks, size: int) -> float:
     """How many pixels of a network's image one of masks (K, h, w) has on a side."""
-    return size / max(masks.shape[1:])
+    return float(size / max(masks.shape[1:]))
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_the_names_of_layers_are_those_that_adapters_ask_for() -> None:
     assert sum(p.numel() for p in network().parameters()) == 9_791_300
 
 
-@pytest.mark.parametrize("settings", [{"preset": "small"}, {"size": 30}, {"size": 1026}])
+@pytest.mark.parametrize("settings", [{"preset": "large"}, {"size": 30}, {"size": 1026}])
 def test_a_size_that_it_does_not_have_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"preset|size"):
         LiteMedSAMSettings(kind="lite_medsam", **settings)

@@ -12,25 +12,27 @@ from wardround.errors import StudyError
 from wardround.models.lead import Lead
 from wardround.models.prompts import MaskDecoder, PromptEncoder
 from wardround.models.tiny_vit import TinyViT, TinyViTShape
-from wardround.study.models import ModelSettings
+from wardround.study.models import Preset, PresetSettings
 from wardround.study.tasks import Modality
 
 # Of each preset: the encoder; heads and inner width of the decoder; pixels of a side.
-_PRESETS: dict[str, tuple[TinyViTShape, int, int, int]] = {
-    "paper": (TinyViTShape((64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7), 256), 8, 2048, 256),
+_PUBLISHED = (TinyViTShape((64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7), 256), 8, 2048, 256)
+_PRESETS: dict[Preset, tuple[TinyViTShape, int, int, int]] = {
+    "small": _PUBLISHED,
+    "paper": _PUBLISHED,
     "tiny": (TinyViTShape((8, 16, 16, 16), (1, 1, 1, 1), (1, 2, 2, 2), (7, 7, 7, 7), 16), 2, 32, 64),
 }
 
 
-class LiteMedSAMSettings(ModelSettings):
-    """LiteMedSAM (Ma et al., Nature Communications 15, 2024), 9.8 million weights: TinyViT and SAM's mask decoder."""
+class LiteMedSAMSettings(PresetSettings):
+    """LiteMedSAM (Ma et al., Nature Communications 15, 2024), 9.8 million weights: TinyViT and SAM's mask decoder.
+
+    `tiny` has weights of its own, for tests.
+    """
 
     modalities: ClassVar[frozenset[Modality] | None] = frozenset()
 
     kind: Literal["lite_medsam"]
-    preset: Literal["tiny", "paper"] = Field(
-        "paper", description="`paper` is the published network; `tiny` is for tests, with weights of its own"
-    )
     size: int | None = Field(
         None,
         ge=32,

@@ -47,7 +47,7 @@ class AutomaticPrompt(Config):
         le=256.0,
         description="in training, boxes of the masks are given, with sides moved by at most this number of pixels",
     )
-    preset: Literal["tiny", "small", "paper"] = Field("small", description="of the localiser, a `monai_unet`")
+    preset: Literal["tiny", "small", "paper"] = Field("small", description="of the localiser, a U-Net")
     size: int = Field(64, ge=32, multiple_of=16, description="pixels of a side of what the localiser sees")
 
     def describe(self) -> str:

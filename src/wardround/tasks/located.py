@@ -15,8 +15,8 @@ from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.models.lead import Embedding, Lead
 from wardround.models.outliner import build_outliner
-from wardround.models.segmenters import MonaiUNetSettings
 from wardround.study.prompts import AutomaticPrompt
+from wardround.study.registry import MODELS, builtin
 from wardround.tasks.images import resampled
 from wardround.tasks.predictions import Masks
 from wardround.tasks.prompted import PromptedSegmentation, shape_of
@@ -92,7 +92,8 @@ class LocatedSegmentation(PromptedSegmentation):
 
     def build_model(self) -> nn.Module:
         """Both networks, the localiser first."""
-        settings = MonaiUNetSettings(kind="monai_unet", preset=self._prompt.preset)
+        kind = MODELS["segmentation"]
+        settings = builtin("model", kind).model_validate({"kind": kind, "preset": self._prompt.preset})
         localiser = build_outliner(settings, 2, self.config.channels, len(self.structures))
         return Located(localiser, super().build_model(), self._prompt.size)
 

@@ -28,10 +28,10 @@ def plan(
     An error where a site's `memory` in the sites file is too little.
     """
     from wardround.runs.outlook import outlook, room_of
-    from wardround.site.memory import check_room
+    from wardround.site.memory import check_memory
 
     found = outlook(study, sites, bandwidth or [], words(compare), overrides or [], allow_code=allow_code)
     say(found.text)
-    check_room(found.memory)
+    check_memory(found.memory)
     if room := room_of(found):
         say(room)

@@ -24,6 +24,7 @@ from wardround.learning.momentum import averaged
 from wardround.learning.policy import Parameter, Policy
 from wardround.learning.private_training import PrivateTraining
 from wardround.models.adapters import attach, with_folded
+from wardround.models.lead import Keeping, Layered
 from wardround.models.low_rank import is_folded
 from wardround.protection.drift import UpdateBound, local_bound
 from wardround.storage.store import Memory
@@ -153,6 +154,7 @@ class Learner:
         momentum: float = 0.0,
         private: PrivateTraining | None = None,
         curriculum: Curriculum = WHOLE,
+        shelf: Keeping | None = None,
     ) -> None:
         self.site = site
         self.dataset = dataset
@@ -170,6 +172,7 @@ class Learner:
         self._momentum = momentum
         self._private = private
         self._curriculum = curriculum
+        self._shelf = shelf
 
     @property
     def model(self) -> nn.Module:
@@ -247,8 +250,12 @@ class Learner:
 
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
         """Put tensors into the model by name; all others get their initial values, and what is frozen has them."""
+        model = self._model_context.model
+        if isinstance(model, Layered) and model.lead is not None:
+            # The model is the process's, the images that it sees from now on are the site's.
+            model.lead.shelf = self._shelf
         with torch.no_grad():
-            for name, tensor in self._model_context.model.state_dict().items():
+            for name, tensor in model.state_dict().items():
                 if name in self._model_context.frozen:
                     continue
                 tensor.copy_(torch.from_numpy(tensors[name]) if name in tensors else self._model_context.initial[name])

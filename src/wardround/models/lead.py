@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from wardround.wire.host import on_host
+from wardround.wire.tensors import tensors_sha256
 
 # Bytes that a process keeps.
 CAPACITY = 2**28
@@ -26,13 +28,38 @@ class Layered(Protocol):
         ...
 
 
+@runtime_checkable
+class Embedding(Layered, Protocol):
+    """A layered network whose layers are slow and give much of an image, so that a site keeps it on its disk."""
+
+    @property
+    def given_shape(self) -> tuple[int, ...]:
+        """Of what all layers give of one image: float32."""
+        ...
+
+
+class Keeping(Protocol):
+    """Where what leading layers give outlives the process: a place of one site."""
+
+    def get(self, key: bytes) -> Tensor | None:
+        """What was put there, (1, ...)."""
+        ...
+
+    def put(self, key: bytes, value: Tensor) -> None:
+        """Keep it."""
+        ...
+
+
 class Lead:
     """Leading layers that never change and are in evaluation mode, with what they gave of images seen before.
 
     Images (B, ...) -> what the last layer gives, (B, ...), with no gradient. On the CPU each image passes alone, so
     that what it gives depends on it and not on the batch: a run that goes on after a stop gives the same bits. It is
     known by the hash of its values. On another device, and in another precision, the layers see the batch as it is.
+    Beyond `capacity` bytes it is kept on the `shelf` of the site whose images they are, where that has one.
     """
+
+    shelf: Keeping | None = None
 
     def __init__(self, layers: Sequence[nn.Module], capacity: int = CAPACITY) -> None:
         self._layers = tuple(layers)
@@ -55,11 +82,27 @@ class Lead:
         key = hashlib.blake2b(on_host(image).tobytes(), digest_size=32).digest()
         found = self._kept.get(key)
         if found is None:
-            found = self._through(image)
+            found = self._on_shelf(key, image)
             if found.nbytes <= self._room:
                 self._room -= found.nbytes
                 self._kept[key] = found
         return found
+
+    def _on_shelf(self, key: bytes, image: Tensor) -> Tensor:
+        found = None if self.shelf is None else self.shelf.get(key)
+        if found is None:
+            found = self._through(image)
+            if self.shelf is not None:
+                self.shelf.put(key, found)
+        return found
+
+    @cached_property
+    def base(self) -> str:
+        """Sha256 (hex) of the layers' values."""
+        states = (layer.state_dict() for layer in self._layers)
+        return tensors_sha256(
+            {f"{n}.{name}": on_host(t) for n, state in enumerate(states) for name, t in state.items()}
+        )
 
     def _through(self, images: Tensor) -> Tensor:
         for layer in self._layers:

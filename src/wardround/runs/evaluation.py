@@ -27,7 +27,7 @@ from wardround.runs.watching import TESTING, TUNING, Phase
 from wardround.study.registry import BASELINES, baseline
 from wardround.tasks.estimates import Mean, difference, estimate, mean_of_sites
 from wardround.tasks.estimates import PatientEstimate as Found
-from wardround.tasks.task import MetricSpec
+from wardround.tasks.task import ComparesUntrained, MetricSpec
 from wardround.wire.message import EMPTY_SHA256, EmptyBody, FileBody, Message
 from wardround.wire.tensors import TensorFile
 
@@ -211,6 +211,10 @@ def tables(host: Context, measurements: Sequence[SiteMeasurement]) -> Measured:
 
 def _compared(host: Context, name: str) -> Compared:
     """What a baseline is; of a task that has its own, at least its name."""
+    task = host.task
+    if isinstance(task, ComparesUntrained) and name in task.untrained:
+        label, description = task.untrained[name]
+        return Compared(label=label, description=description)
     if name not in BASELINES and host.study.task.classical is None:
         return Compared(label=name.replace("_", " "), description="nothing learned")
     found = baseline(name) if name in BASELINES else host.plugins.baseline(name, host.study.modality)

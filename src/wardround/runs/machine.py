@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from wardround.site.agent import Agent, Progress
 from wardround.site.datasets import Datasets
 from wardround.site.egress import EgressRules
 from wardround.site.groups import labels_of
-from wardround.site.memory import check_room, footprint_of
+from wardround.site.memory import check_memory, footprint_of
+from wardround.site.shelf import Shelf, check_disk
 from wardround.study.hashes import written
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
@@ -113,7 +115,7 @@ class Machine(Context):
                 if entry is not None and entry.groups is not None and isinstance(dataset, Named):
                     labels_of(entry.groups, dataset.names("test"), site)
                 if entry is not None and entry.memory is not None and site in self.study.training_sites:
-                    check_room({site: (footprint_of(self, dataset, self.agent(site).compute), entry.memory)})
+                    check_memory({site: (footprint_of(self, dataset, self.agent(site).compute), entry.memory)})
                 if budgets.rules is not None and site in self.study.training_sites:
                     budgets.terms(site, dataset)
             except WardroundError:
@@ -121,6 +123,17 @@ class Machine(Context):
             except Exception:
                 log.debug("a site's data could not be opened", exc_info=True)
         phase(READING, len(sites), len(sites))
+        pooled = (POOLED,) if POOLED in self.arms else ()
+        with suppress(OSError):
+            check_disk([shelf for site in (*sites, *pooled) if (shelf := self._shelf(site)) is not None])
+
+    def _shelf(self, site: str) -> Shelf | None:
+        """Where a site keeps what a frozen encoder gives; nothing for one whose data could not be opened."""
+        try:
+            return self.agent(site).shelf
+        except Exception:
+            log.debug("a site has no shelf", exc_info=True)
+            return None
 
     def build_operators(self, phase: Phase, *, keep: bool) -> None:
         """Build what scanners of the study are slow to make before the first round, instead of in it.

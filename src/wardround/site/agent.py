@@ -48,6 +48,7 @@ from wardround.site.protocol import SiteProtocol
 from wardround.site.quarantine import counted, keep_list
 from wardround.site.rules import rules_of
 from wardround.site.secure import SecureUpload
+from wardround.site.shelf import Shelf, check_disk, shelf_of
 from wardround.site.site import Site
 from wardround.site.validating import Validates
 from wardround.storage.blobs import disk_error
@@ -432,6 +433,17 @@ class Agent:
             )
         )
 
+    @cached_property
+    def shelf(self) -> Shelf | None:
+        """Where the site keeps what a frozen encoder gives of its images, if the study has one; see `shelf_of`."""
+        owners = self._datasets.owners(self.name)
+        # Where data are pooled, the sites may have it already.
+        folders = [self._folder / "work" / "sites" / name for name in dict.fromkeys((self.name, *owners))]
+        ciphers = [StoreCipher.of(self._sites.key(folder.name)) for folder in folders]
+        datasets = (self._datasets.of(name) for name in (owners if self.name == POOLED else (self.name,)))
+        model = self._arm_specs.model_context.on(self.compute).model
+        return shelf_of(self.name, model, datasets, list(zip(folders, ciphers, strict=True)))
+
     def learner(self, arm_spec: ArmSpec) -> Learner:
         """What trains and evaluates in an arm; all learners of a process on one device share one model."""
         arm, study, name = arm_spec.arm, self._arm_specs.study, self.name
@@ -451,6 +463,8 @@ class Agent:
             budget = self.budgets.of(name, dataset)
             task = Placed(self._arm_specs.task, self.compute)
             private = PrivateTraining(task, dataset, budget, self._arm_specs.study_sha256, arm.name, self.compute)
+        if self.shelf is not None:
+            check_disk([self.shelf])
         return Learner(
             site=name,
             model_context=self._arm_specs.model_context.on(self.compute),
@@ -466,6 +480,7 @@ class Agent:
             momentum=0.0 if robust is None else robust.momentum,
             private=private,
             curriculum=arm_spec.curriculum,
+            shelf=self.shelf,
         )
 
 

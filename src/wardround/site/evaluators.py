@@ -1,4 +1,4 @@
-"""What a site can evaluate besides the model of a round: a released model, and the classical baselines."""
+"""What a site can evaluate besides the model of a round: a released model, and baselines, which learned nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wardround.learning.training import Learner
 from wardround.site.pictures import write_illustrations, write_images
 from wardround.site.protocol import Evaluator
 from wardround.tasks.states import value_of
-from wardround.tasks.task import Calibrated, Illustrated, Imaging, Split
+from wardround.tasks.task import Calibrated, ComparesUntrained, Illustrated, Imaging, Split
 from wardround.tasks.temperature import keep_calibration
 from wardround.wire.tensors import TensorFile
 
@@ -97,7 +97,8 @@ class Released:
 class Baseline:
     """A classical reconstruction, its weight tuned on the site's validation patients by the metrics it has, in order.
 
-    A site without validation patients uses the middle of the study's list.
+    A site without validation patients uses the middle of the study's list. Where a task `ComparesUntrained`, what it
+    compares with.
     """
 
     def __init__(self, pictures: Path) -> None:
@@ -109,6 +110,8 @@ class Baseline:
     ) -> dict[str, Array]:
         """What every patient of the split adds to each metric."""
         task, name = learner.task, str(meta[BASELINE])
+        if isinstance(task, ComparesUntrained):
+            return self._untrained(learner, task, name, split)
         if not isinstance(task, Imaging):
             raise WireError("this task has no classical baselines")
         if name not in self._tuned:
@@ -119,6 +122,14 @@ class Baseline:
         if meta.get("picture"):
             write_images(self._pictures, str(meta["picture"]), learner, reconstruct)
         return values
+
+    @staticmethod
+    def _untrained(learner: Learner, task: ComparesUntrained, name: str, split: Split) -> dict[str, Array]:
+        # Nothing of what was trained: every value is that of the study's start.
+        learner.load_tensors({})
+        model = learner.model.eval()
+        with torch.no_grad(), learner.compute.autocast():
+            return learner.per_patient(split, partial(task.score_untrained, name, model))
 
     @staticmethod
     def _tune(learner: Learner, task: Imaging, name: str) -> float | None:

@@ -35,7 +35,7 @@ def footprint_of(arm_specs: ArmSpecs, dataset: Dataset, compute: Compute) -> Foo
     return footprint(arm_specs.model_context, shared, local, step, compute.device if gpu else None)
 
 
-def check_room(taken: Mapping[str, tuple[Footprint, float | None]]) -> None:
+def check_memory(taken: Mapping[str, tuple[Footprint, float | None]]) -> None:
     """Raise `StudyError` where training takes more than a site's `memory`: by site, what it takes, and its GB."""
     lacking = [
         f"{site} needs {found.total / GIGABYTE:.3g} GB and has {room:g}"

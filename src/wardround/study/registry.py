@@ -38,6 +38,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "segmentation": "wardround.tasks.segmentation:SegmentationTask",
         "chain": "wardround.tasks.chain:ChainTask",
         "classification": "wardround.tasks.classification:ClassificationTask",
+        "prompted_segmentation": "wardround.tasks.prompted:PromptedTask",
         "chain_to_class": "wardround.tasks.chain_class:ChainToClassTask",
         "custom": "wardround.study.tasks:CustomTask",
     },
@@ -58,6 +59,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "efficientnet": "wardround.models.classifiers:EfficientNetSettings",
         "efficientnet_lite": "wardround.models.efficientnet_lite:EfficientNetLiteSettings",
         "swin_unetr": "wardround.models.segmenters:SwinUNETRSettings",
+        "lite_medsam": "wardround.models.lite_medsam:LiteMedSAMSettings",
     },
     "method": {
         "fedavg": "wardround.learning.methods.fedavg:FedAvgSettings",
@@ -85,6 +87,7 @@ MODELS: Mapping[str, str] = {
     "reconstruction": "modl",
     "segmentation": "monai_unet",
     "classification": "densenet",
+    "prompted_segmentation": "lite_medsam",
     "chain": "modl",
     "chain_to_class": "modl",
 }

@@ -174,12 +174,8 @@ class LabelledDataset(PatientImages):
         yield from (LabelledExample(patient, number, int(part)) for part in sorted([*np.flatnonzero(drawn), *rest]))
 
     def _masks(self, image: LabelledImage, part: int | None = None) -> NDArray[np.bool_]:
-        """(K, *shape), a channel a structure; of a volume's slice `part` (K, H, W)."""
-        labels = image.labels if part is None or image.labels is None else image.labels[..., part]
-        assert labels is not None
-        return np.stack(
-            [labels != 0 if v is None else np.isin(labels, _meaning(v, image)) for v in self._structures.values()]
-        )
+        """See `masks_of`."""
+        return masks_of(image, self._structures, part)
 
     def _example(self, example: LabelledExample, random: np.random.Generator) -> LabelledBatch:
         image = self._read(example.patient, example.case)
@@ -242,6 +238,13 @@ def check_image(image: LabelledImage, sampling: Sampling, place: str) -> None:
         raise DataError("task.dimensions is 3, and an image is a picture of 2", detail=place)
     if sampling.spacing is not None and image.space.spacing is None:
         raise DataError("task.spacing needs images that say how large their voxels are", detail=place)
+
+
+def masks_of(image: LabelledImage, structures: Structures, part: int | None = None) -> NDArray[np.bool_]:
+    """(K, *shape), a channel a structure; of a volume's slice `part` (K, H, W)."""
+    labels = image.labels if part is None or image.labels is None else image.labels[..., part]
+    assert labels is not None
+    return np.stack([labels != 0 if v is None else np.isin(labels, _meaning(v, image)) for v in structures.values()])
 
 
 def grid_of(image: LabelledImage, sampling: Sampling) -> tuple[int, ...]:

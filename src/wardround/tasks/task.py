@@ -454,6 +454,29 @@ class Repeating(Task, Protocol):
 
 
 @runtime_checkable
+class ComparesUntrained(Task, Protocol):
+    """A task that compares what learned with what did not: its model as a study starts it, say."""
+
+    @property
+    def untrained(self) -> Mapping[str, tuple[str, str]]:
+        """Name, as the task's settings have it in `compares_with` -> label, and what it is."""
+        ...
+
+    def score_untrained(self, name: str, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """As `Task.score`; `model` is what the study starts from."""
+        ...
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A data set that knows how many different images a network sees of it, in all of its parts."""
+
+    def pictures(self) -> int:
+        """Their number; each is the same whenever it is seen, where the task `Repeating.repeats`."""
+        ...
+
+
+@runtime_checkable
 class Charted(Protocol):
     """A task whose test patients make charts in the report of a run on one machine."""
 

@@ -8,12 +8,14 @@ import wardround
 from common import table
 
 
-def print_arms(result: wardround.Result, columns: Sequence[str], metrics: Sequence[str], what: str) -> None:
-    """A table for each metric: a row an arm, a column a site or their mean."""
+def print_arms(
+    result: wardround.Result, columns: Sequence[str], metrics: Sequence[str], what: str, beside: Sequence[str] = ()
+) -> None:
+    """A table for each metric: a row an arm, first those `beside`; a column a site or their mean."""
     print(f"{what}:", {site: result.patients[site] for site in columns if site != "mean"})
     for metric in metrics:
         rows = []
-        for arm in ("local", "federated", "pooled"):
+        for arm in (*beside, "local", "federated", "pooled"):
             cells = [result.metrics[arm].get(site) for site in columns]
             rows.append([arm, *(cell[metric].value if cell and cell[metric] else "-" for cell in cells)])
         print(f"\n{metric} on test {what}")

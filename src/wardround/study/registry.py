@@ -39,6 +39,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "chain": "wardround.tasks.chain:ChainTask",
         "classification": "wardround.tasks.classification:ClassificationTask",
         "chain_to_class": "wardround.tasks.chain_class:ChainToClassTask",
+        "pretraining": "wardround.tasks.pretraining:PretrainingTask",
         "custom": "wardround.study.tasks:CustomTask",
     },
     "model": {
@@ -58,6 +59,8 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "efficientnet": "wardround.models.classifiers:EfficientNetSettings",
         "efficientnet_lite": "wardround.models.efficientnet_lite:EfficientNetLiteSettings",
         "swin_unetr": "wardround.models.segmenters:SwinUNETRSettings",
+        "vit": "wardround.models.vit:ViTSettings",
+        "mae_vit": "wardround.models.mae_vit:MaskedViTSettings",
     },
     "method": {
         "fedavg": "wardround.learning.methods.fedavg:FedAvgSettings",
@@ -87,6 +90,7 @@ MODELS: Mapping[str, str] = {
     "classification": "densenet",
     "chain": "modl",
     "chain_to_class": "modl",
+    "pretraining": "mae_vit",
 }
 # Classical methods to compare with, in the order of reports.
 BASELINES: Mapping[str, str] = {

@@ -168,7 +168,7 @@ class ChainToClass(ChainBase[ChainToClassTask]):
     def dataset(self, site: str, source: Source) -> ClassedDataset:
         """The images and classes of a site, with its simulated scanner."""
         scanner = self.scans.scanner(site)
-        patients = self._patients(site, source, self.config.images, None, self.config.table)
+        patients = self._patients(site, source, self.config.images, None, self.config.table, self.config.labels)
         frame = scanner.frame
         drawn = DiagnosedDataset(patients, self.config, self._augmentation, frame, size=frame.size, slices=True)
         return ClassedDataset(drawn, scanner)

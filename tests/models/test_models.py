@@ -17,6 +17,7 @@ from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.models.blocks import Denoiser
 from wardround.models.build import build_model
 from wardround.models.cnn import UNetSettings as UNet
+from wardround.models.mae_vit import MaskedViTSettings
 from wardround.models.outliner import RARE, build_outliner
 from wardround.models.segmenters import NetworkSettings
 from wardround.models.unrolled import PRESETS, modl_shape
@@ -184,6 +185,8 @@ def test_the_documentation_counts_parameters_right(kind: str, preset: str) -> No
         network = config.build_network(2, 1, 1)
     elif isinstance(config, ClassifierSettings):
         network = config.build_classifier(2, 3, 2)
+    elif isinstance(config, MaskedViTSettings):
+        network = config.build_pretrainer(2, 3)
     else:
         assert isinstance(config, Model)
         network = build_model(config, "mri" if kind in ("modl", "unet") else "ct")

@@ -11,7 +11,8 @@ from torch import nn
 from wardround.errors import StudyError
 from wardround.models.adapters import attach
 from wardround.models.mae_vit import MaskedViT, MaskedViTSettings
-from wardround.models.vit import ViT, ViTSettings, grid_of, image_of, patches_of, positions
+from wardround.models.transformer import grid_of, image_of, patches_of, positions
+from wardround.models.vit import ViT, ViTSettings
 from wardround.study.adapters import LoRA
 
 PATCH = 4

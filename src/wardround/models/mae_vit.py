@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from wardround.models.vit import PATCH, Block, Encoder, Sizes, begin_layers, grid_of, positions, sizes_of
+from wardround.models.transformer import PATCH, Block, Encoder, Sizes, begin_layers, grid_of, positions, sizes_of
 from wardround.study.models import Preset, PresetSettings
 from wardround.study.tasks import Modality
 

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
-from wardround.models.vit import grid_of, image_of, patches_of
+from wardround.models.transformer import grid_of, image_of, patches_of
 from wardround.study.images import CaseTable, ImageSettings
 from wardround.tasks.images import ImageTask
 from wardround.tasks.masked import MaskedBatch, MaskedDataset, Masks

@@ -182,6 +182,9 @@ def test_few_labels_are_drawn_of_those_who_train_and_nobody_else_moves(tmp_path:
     # A larger share has the patients of a smaller one, and the least share is a patient.
     assert set(few[0]) < set(names(0.6)[0])
     assert len(names(0.001)[0]) == 1
+    said = diagnosis_study({"A": {}}, task={"labels": {"share": 0.05, "draw": 2}}).task.describe()
+    assert said.endswith(", labels of 0.05 of the training patients (draw 2)")
+    assert "labels" not in diagnosis_study({"A": {}}).task.describe()
 
 
 # The encoder goes on ------------------------------------------------------------------------------------------------

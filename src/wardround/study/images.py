@@ -94,6 +94,10 @@ class UsedLabels(Config):
     )
     draw: int = Field(0, ge=0, description="which patients: another number draws others")
 
+    def describe(self) -> str:
+        """What stands behind the words of a task; nothing where all train."""
+        return f", labels of {self.share:.3g} of the training patients (draw {self.draw})" if self.share < 1.0 else ""
+
 
 class ClassSettings(ImageSettings):
     """The base of tasks that learn which of several classes a patient's images show."""

@@ -70,7 +70,7 @@ class ChainToClassTask(ChainSettings, ClassSettings):
         return (
             f"chain: simulated scans of {', '.join(self.images)} -> {self.second_sees} of {self.size[0]} x "
             f"{self.size[1]} pixels -> {len(self.classes)} classes{several} by {self.classifier.describe()}; losses "
-            f"{self.losses.reconstruction.kind} and cross-entropy"
+            f"{self.losses.reconstruction.kind} and cross-entropy{self.labels.describe()}"
         )
 
     def build(self, study: Study, embeddings: Any = None) -> ChainToClass:

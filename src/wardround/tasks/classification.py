@@ -53,7 +53,7 @@ class ClassificationTask(ClassSettings):
     def describe(self) -> str:
         """How many classes."""
         several = ", several a patient" if self.multi_label else ""
-        return f"classification in {len(self.classes)} classes{several}"
+        return f"classification in {len(self.classes)} classes{several}{self.labels.describe()}"
 
     def build(self, study: Study, embeddings: Any = None) -> Classification:
         """The task."""

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from wardround.errors import StudyError
@@ -104,3 +105,14 @@ def test_a_size_of_no_whole_patches_is_one_clear_error() -> None:
     with pytest.raises(StudyError, match=says):
         vit()(torch.zeros(1, 2, 8, 10))
     ViTSettings(kind="vit", preset="tiny", patch=2).check_size((8, 10))
+
+
+def test_a_study_sets_the_numbers_of_an_encoder() -> None:
+    """ViT-L/16 of 1,000 classes has 304,326,632 values with a class token and learned places of 224 x 224 (timm)."""
+    large = ViTSettings(kind="vit", preset="paper", width=1024, layers=24, heads=16)
+    with torch.device("meta"):
+        count = sum(value.numel() for value in large.build_classifier(2, 3, 1000).parameters())
+    assert count == 304_326_632 - 1024 * (1 + 1 + 14 * 14)
+    assert MaskedViTSettings(kind="mae_vit", preset="tiny", layers=3).build_pretrainer(2, 1).encoder.blocks[2]
+    with pytest.raises(ValidationError, match=r"model\.heads: 5 heads do not share a width of 48 evenly"):
+        ViTSettings(kind="vit", preset="tiny", heads=5)

@@ -6,36 +6,30 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from wardround.models.transformer import PATCH, Block, Encoder, Sizes, begin_layers, grid_of, positions, sizes_of
-from wardround.study.models import Preset, PresetSettings
+from wardround.models.transformer import Block, Encoder, EncoderSettings, Sizes, begin_layers, grid_of, positions
+from wardround.study.models import Preset
 from wardround.study.tasks import Modality
 
 # Of each decoder: values of a token, blocks, heads.
 _DECODERS: dict[Preset, tuple[int, int, int]] = {"tiny": (24, 1, 2), "small": (96, 2, 3), "paper": (512, 8, 16)}
 
 
-class MaskedViTSettings(PresetSettings):
-    """Masked autoencoder (He et al., CVPR 2022); its `encoder.*` is that of the `vit` of the same preset and patch."""
+class MaskedViTSettings(EncoderSettings):
+    """Masked autoencoder (He et al., CVPR 2022); its `encoder.*` is that of a `vit` of the same numbers."""
 
     modalities: ClassVar[frozenset[Modality] | None] = frozenset()
 
     kind: Literal["mae_vit"]
-    patch: int | None = Field(None, ge=1, description=PATCH)
 
     def build_pretrainer(self, dimensions: int, channels: int) -> Any:
         """The network; see `MaskedViT`."""
-        return MaskedViT(dimensions, channels, sizes_of(self.preset, self.patch), _DECODERS[self.preset])
+        return MaskedViT(dimensions, channels, self.sizes, _DECODERS[self.preset])
 
     def patch_size(self) -> int:
         """Voxels of a patch along each axis."""
-        return sizes_of(self.preset, self.patch).patch
-
-    def check_size(self, size: Sequence[int]) -> None:
-        """Raises StudyError for images of no whole number of patches."""
-        grid_of(size, self.patch_size())
+        return self.sizes.patch
 
 
 class MaskedViT(nn.Module):

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from wardround.errors import StudyError
-from wardround.study.models import Preset
+from wardround.study.models import Preset, PresetSettings
 
 _SLOWEST = 10_000.0
-PATCH = "voxels of a patch along each axis; default 4 of `tiny`, 8 of `small`, 16 of `paper`"
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,34 @@ _SIZES: dict[Preset, Sizes] = {
 }
 
 
-def sizes_of(preset: Preset, patch: int | None) -> Sizes:
-    """Those of a preset, with patches of another size where a study says so."""
-    found = _SIZES[preset]
-    return found if patch is None else Sizes(patch, found.width, found.layers, found.heads)
+class EncoderSettings(PresetSettings):
+    """The base of networks with such an encoder: its numbers, by preset or one by one."""
+
+    patch: int | None = Field(
+        None, ge=1, description="voxels of a patch along each axis; default 4 of `tiny`, 8 of `small`, 16 of `paper`"
+    )
+    width: int | None = Field(None, ge=1, description="values of a token; default 48, 192, 768")
+    layers: int | None = Field(None, ge=1, description="blocks; default 2, 6, 12")
+    heads: int | None = Field(None, ge=1, description="heads of each block; default 2, 3, 12")
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.sizes.width % self.sizes.heads:
+            raise ValueError(
+                f"model.heads: {self.sizes.heads} heads do not share a width of {self.sizes.width} evenly; take a "
+                "divisor of it"
+            )
+        return self
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of the preset, but for what the study says."""
+        given = {key: value for key in _SIZES[self.preset].__dict__ if (value := getattr(self, key)) is not None}
+        return replace(_SIZES[self.preset], **given)
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raises StudyError for images of no whole number of patches."""
+        grid_of(size, self.sizes.patch)
 
 
 class Encoder(nn.Module):

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
 from torch import Tensor, nn
 
-from wardround.models.transformer import PATCH, Encoder, Sizes, grid_of, sizes_of
+from wardround.models.transformer import Encoder, EncoderSettings, Sizes
 from wardround.study.models import ClassifierSettings
 
 
-class ViTSettings(ClassifierSettings):
+class ViTSettings(ClassifierSettings, EncoderSettings):
     """Vision transformer (Dosovitskiy et al., ICLR 2021) with the mean of its tokens; `paper` is ViT-B."""
 
     kind: Literal["vit"]
-    patch: int | None = Field(None, ge=1, description=PATCH)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network."""
-        return ViT(dimensions, channels, classes, sizes_of(self.preset, self.patch))
-
-    def check_size(self, size: Sequence[int]) -> None:
-        """Raises StudyError for images of no whole number of patches."""
-        grid_of(size, sizes_of(self.preset, self.patch).patch)
+        return ViT(dimensions, channels, classes, self.sizes)
 
 
 class ViT(nn.Module):

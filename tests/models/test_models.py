@@ -18,6 +18,7 @@ from wardround.models.blocks import Denoiser
 from wardround.models.build import build_model
 from wardround.models.cnn import UNetSettings as UNet
 from wardround.models.lite_medsam import LiteMedSAMSettings
+from wardround.models.mae_vit import MaskedViTSettings
 from wardround.models.outliner import RARE, build_outliner
 from wardround.models.segmenters import NetworkSettings
 from wardround.models.unrolled import PRESETS, modl_shape
@@ -184,7 +185,11 @@ def test_the_documentation_counts_parameters_right(kind: str, preset: str) -> No
     if isinstance(config, NetworkSettings):
         network = config.build_network(2, 1, 1)
     elif isinstance(config, ClassifierSettings):
-        network = config.build_classifier(2, 3, 2)
+        with torch.device("meta"):  # the largest has 86 million
+            network = config.build_classifier(2, 3, 2)
+    elif isinstance(config, MaskedViTSettings):
+        with torch.device("meta"):
+            network = config.build_pretrainer(2, 3)
     elif isinstance(config, LiteMedSAMSettings):
         network = config.build_prompted(2, 3)
     else:

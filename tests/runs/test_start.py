@@ -156,6 +156,41 @@ def test_values_that_do_not_fit_are_one_clear_error(tmp_path: Path, change: dict
         _ = plans(toy_study(start=weights(tmp_path / "w.safetensors", tensors)), tmp_path).model_context
 
 
+def test_only_what_the_study_names_is_taken_of_a_file(tmp_path: Path) -> None:
+    """The rest of the file may be of any other network; what is named must be there on both sides."""
+    known = values()
+    fresh = plans(toy_study()).model_context.initial_values()
+    other = {**known, "decoder.weight": np.zeros(3, np.float32), "0.bias": np.zeros(99, np.float32)}
+    start = weights(tmp_path / "w.safetensors", other, only=["2.*", "?.weight"], partial=True)
+    begun = plans(toy_study(start=start), tmp_path).model_context.initial_values()
+    taken = {"0.weight", "2.weight", "2.bias"}
+    assert taken < fresh.keys()
+    assert all(np.array_equal(begun[name], (known if name in taken else fresh)[name]) for name in fresh)
+    inside = {**{name.removeprefix("0."): known[name] for name in ("0.weight", "0.bias")}, "rest": known["2.bias"]}
+    start = weights(tmp_path / "i.safetensors", inside, into="0", only=["weight", "bias"])
+    begun = plans(toy_study(start=start), tmp_path).model_context.initial_values()
+    assert all(np.array_equal(begun[name], (known if name.startswith("0.") else fresh)[name]) for name in fresh)
+
+
+@pytest.mark.parametrize(
+    ("only", "lacks", "reason"),
+    [
+        (["0.*", "9.*"], "", r"start.only: '9.\*' matches no value of w.safetensors, which has 0.bias, 0.weight, 2"),
+        (["0.*"], "0.bias", "start.only: w.safetensors has no values for 0.bias, which the patterns name"),
+        (["0.*", "2.*"], "2.bias", "start.only: w.safetensors has no values for 2.bias, which the patterns name"),
+        (["*"], "", "holds values that the model lacks: decoder.weight"),
+    ],
+)
+def test_what_is_taken_of_a_file_is_there_on_both_sides(
+    tmp_path: Path, only: list[str], lacks: str, reason: str
+) -> None:
+    tensors = {name: value for name, value in values().items() if name != lacks}
+    tensors["decoder.weight"] = np.zeros(3, np.float32)
+    start = weights(tmp_path / "w.safetensors", tensors, only=only, partial=True)
+    with pytest.raises(StudyError, match=reason):
+        _ = plans(toy_study(start=start), tmp_path).model_context
+
+
 @pytest.mark.parametrize("file", ["/etc/passwd", "../others/w.safetensors", "a/../../w.safetensors"])
 def test_a_study_asks_for_nothing_outside_its_folder(file: str) -> None:
     """Whether a file is there, and which, is for a site to say: its own entry of the sites file names any place."""

@@ -99,6 +99,14 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChainToClass, Classed
     return task, task.dataset("A", sites.of("A").data)
 
 
+def test_few_labels_let_fewer_patients_train(tmp_path: Path) -> None:
+    sites = make_pictures(tmp_path, {"A": 6})
+    whole, few = (task_of(task={"labels": {"share": share}}).dataset("A", sites.of("A").data) for share in (1.0, 0.5))
+    assert (whole.patients("train"), few.patients("train")) == (6, 3)
+    assert set(few.names("train")) < set(whole.names("train"))
+    assert few.names("test") == whole.names("test")
+
+
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 

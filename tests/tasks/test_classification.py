@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +304,21 @@ def test_a_run_tells_textures_apart(tmp_path: Path) -> None:
     assert "Class by class" in page
     assert "Worst test patient" in page
     assert "DOE0" not in page
+
+
+def test_the_benchmarks_measure_what_sites_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site sums scores in bins: the same lesions and labels, with scores that are rounded alike."""
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "benchmarks"))
+    skin, few = (importlib.import_module(name) for name in ("skin_sites", "pretrain"))
+    sites = make_diagnoses(tmp_path, {"A": (12, 12, 12)})
+    task = task_of(split={"validation": 0.2, "test": 0.6})
+    data, network = task.dataset("A", sites.of("A").data), task.build_model()
+    seen = skin.said(task, network, skin.lesions(data, "test"), Calibration(2.0, (0.0, 0.1, 0.2)))
+    assert seen.plain.shape == seen.called.shape == (data.patients("test"), 3)
+    assert not np.allclose(seen.plain, seen.called)
+    rows = patient_rows(task.metrics, data.evaluation("test"), lambda batch: task.score(network, batch))
+    spec = task.metrics[0]
+    found = skin.everybody({"A": replace(seen, plain=np.floor(seen.plain * 200))}, skin.macro_auroc)
+    assert found == pytest.approx(value_of(spec, rows[spec.name]), abs=1e-9)
+    # Student's t of two degrees of freedom: 4.3027; the mean 2, the deviation 1.
+    assert few.lower_bound(np.array([1.0, 2.0, 3.0])) == pytest.approx(2.0 - 4.3027 / 3**0.5, abs=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,7 +162,7 @@ def _begin_with_file(start: FromWeights, path: Path, model: nn.Module) -> None:
         with safe_open(str(path), framework="pt") as file:
             prefix = f"{start.into}." if start.into else ""
             keys = file.keys()
-            names = {prefix + name: name for name in keys}
+            names = {prefix + name: name for name in _taken(start, keys)}
             shapes = {ours: tuple(file.get_slice(name).get_shape()) for ours, name in names.items()}
             _fill(model, start, shapes, lambda ours: file.get_tensor(names[ours]), within=prefix)
         after = path.stat()
@@ -181,7 +182,7 @@ def _begin_with_release(start: FromRelease, path: Path, model: nn.Module) -> Non
     if "shared" not in metadata or not tensors.keys() >= set(covered):
         raise StudyError(f"start.file: {start.file} does not hold what it says; get it again", detail=str(path))
     _check_hash(start, model_sha256(tensors, metadata))
-    shapes = {name: tensors[name].shape for name in covered}
+    shapes = {name: tensors[name].shape for name in _taken(start, covered)}
     _fill(model, start, shapes, lambda name: torch.from_numpy(tensors[name]))
 
 
@@ -193,6 +194,18 @@ def _check_hash(start: FromWeights | FromRelease, found: str) -> None:
             f"start.file: {start.file} is another file than the study's, or it changed: its sha256 is {found}, and the "
             f"study says {start.sha256}; restore it, or start a new run with the new hash"
         )
+
+
+def _taken(start: FromWeights | FromRelease, names: Sequence[str]) -> Sequence[str]:
+    """Which of a file's values are taken. Raises `StudyError` where a pattern of `start.only` matches none."""
+    if not start.only:
+        return names
+    for pattern in start.only:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise StudyError(
+                f"start.only: {pattern!r} matches no value of {start.file}, which has {listed(names)}; correct it"
+            )
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in start.only)]
 
 
 def _fill(
@@ -223,6 +236,12 @@ def _fill(
     fresh = added_values(model)
     floats = [n for n in state if n.startswith(within) and n not in fresh and state[n].is_floating_point()]
     lacking = [name for name in floats if name not in shapes]
+    named = [name for name in lacking if any(fnmatch.fnmatchcase(name, within + pattern) for pattern in start.only)]
+    if named:
+        raise StudyError(
+            f"start.only: {start.file} has no values for {listed(named)}, which the patterns name; choose the model "
+            "that the file is of"
+        )
     if lacking and not start.partial:
         raise StudyError(
             f"start.file: {start.file} has no values for {listed(lacking)}; set `start.partial: true` to begin them "

@@ -86,11 +86,25 @@ class OverlapLoss(Config):
     cross_entropy: float = Field(1.0, ge=0.0)
 
 
+class UsedLabels(Config):
+    """How many of a site's training patients train, to find out what few labels are worth."""
+
+    share: float = Field(
+        1.0, gt=0.0, le=1.0, description="of the training patients of each site, at least one; all others do not train"
+    )
+    draw: int = Field(0, ge=0, description="which patients: another number draws others")
+
+    def describe(self) -> str:
+        """What stands behind the words of a task; nothing where all train."""
+        return f", labels of {self.share:.3g} of the training patients (draw {self.draw})" if self.share < 1.0 else ""
+
+
 class ClassSettings(ImageSettings):
     """The base of tasks that learn which of several classes a patient's images show."""
 
     images: tuple[str, ...] = Field(("images/{id}",), min_length=1, description="as in a segmentation")
     table: LabelTable = LabelTable()
+    labels: UsedLabels = UsedLabels()
     classes: tuple[str, ...] = Field(min_length=2, description="as the table names them")
     multi_label: bool = Field(False, description="whether a patient can have several classes, or none")
     channels: int = Field(3, ge=1)

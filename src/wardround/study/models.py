@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
@@ -30,6 +31,9 @@ class ModelSettings(Settings):
 
     def check(self, modality: Modality) -> None:
         """Raise `StudyError` where it cannot work on one of its modalities as it is set."""
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise `StudyError` where a network for images (`task.size`) cannot see such as it is set."""
 
     @property
     def prompt_dimension(self) -> int | None:

@@ -40,6 +40,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "classification": "wardround.tasks.classification:ClassificationTask",
         "prompted_segmentation": "wardround.tasks.prompted:PromptedTask",
         "chain_to_class": "wardround.tasks.chain_class:ChainToClassTask",
+        "pretraining": "wardround.tasks.pretraining:PretrainingTask",
         "custom": "wardround.study.tasks:CustomTask",
     },
     "model": {
@@ -60,6 +61,8 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "efficientnet_lite": "wardround.models.efficientnet_lite:EfficientNetLiteSettings",
         "swin_unetr": "wardround.models.segmenters:SwinUNETRSettings",
         "lite_medsam": "wardround.models.lite_medsam:LiteMedSAMSettings",
+        "vit": "wardround.models.vit:ViTSettings",
+        "mae_vit": "wardround.models.mae_vit:MaskedViTSettings",
     },
     "method": {
         "fedavg": "wardround.learning.methods.fedavg:FedAvgSettings",
@@ -90,6 +93,7 @@ MODELS: Mapping[str, str] = {
     "prompted_segmentation": "lite_medsam",
     "chain": "modl",
     "chain_to_class": "modl",
+    "pretraining": "mae_vit",
 }
 # Classical methods to compare with, in the order of reports.
 BASELINES: Mapping[str, str] = {

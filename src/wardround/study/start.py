@@ -26,7 +26,15 @@ def _below(file: str) -> str:
 
 
 Below = Annotated[str, Field(min_length=1), AfterValidator(_below)]
+_ONLY = (
+    "patterns of the file's values that are taken, `*` stands for any text: `encoder.*` of a pretraining. All others "
+    "are left out. What the model has of these names, the file must have"
+)
 _PARTIAL = "whether values that the file lacks begin fresh; else they are an error"
+
+
+def _of(only: tuple[str, ...]) -> str:
+    return f", only {', '.join(only)}" if only else ""
 
 
 class Fresh(Config):
@@ -50,12 +58,13 @@ class FromWeights(Config):
         pattern=r"^[\w.]*$",
         description="`NAME` in the file is `INTO.NAME` in the model, whose other values begin fresh",
     )
+    only: tuple[str, ...] = Field((), description=_ONLY)
     partial: bool = Field(False, description=_PARTIAL)
 
     def describe(self) -> str:
         """With the hash that the study fixes."""
         into = f", into {self.into}" if self.into else ""
-        return f"weights of sha256 {self.sha256}{into}"
+        return f"weights of sha256 {self.sha256}{_of(self.only)}{into}"
 
 
 class FromRelease(Config):
@@ -64,15 +73,16 @@ class FromRelease(Config):
     kind: Literal["release"]
     file: Below = Field(description=f"the run's folder, or the model's file; {_WHERE}")
     sha256: Hash = Field("", description="`model_sha256` of that run; without it an error says what it is")
+    only: tuple[str, ...] = Field((), description=_ONLY)
     partial: bool = Field(
         False,
-        description="whether values that `model_sha256` does not cover (a personal part of the other run) begin fresh; "
-        "else they are an error",
+        description="whether values that `model_sha256` does not cover (a personal part of the other run), or that "
+        "`only` leaves out, begin fresh; else they are an error",
     )
 
     def describe(self) -> str:
         """With the hash that the study fixes."""
-        return f"the released model {self.sha256}"
+        return f"the released model {self.sha256}{_of(self.only)}"
 
 
 Start = Annotated[Fresh | FromWeights | FromRelease, Field(discriminator="kind")]

@@ -70,7 +70,7 @@ class ChainToClassTask(ChainSettings, ClassSettings):
         return (
             f"chain: simulated scans of {', '.join(self.images)} -> {self.second_sees} of {self.size[0]} x "
             f"{self.size[1]} pixels -> {len(self.classes)} classes{several} by {self.classifier.describe()}; losses "
-            f"{self.losses.reconstruction.kind} and cross-entropy"
+            f"{self.losses.reconstruction.kind} and cross-entropy{self.labels.describe()}"
         )
 
     def build(self, study: Study, embeddings: Any = None) -> ChainToClass:
@@ -168,7 +168,7 @@ class ChainToClass(ChainBase[ChainToClassTask]):
     def dataset(self, site: str, source: Source) -> ClassedDataset:
         """The images and classes of a site, with its simulated scanner."""
         scanner = self.scans.scanner(site)
-        patients = self._patients(site, source, self.config.images, None, self.config.table)
+        patients = self._patients(site, source, self.config.images, None, self.config.table, self.config.labels)
         frame = scanner.frame
         drawn = DiagnosedDataset(patients, self.config, self._augmentation, frame, size=frame.size, slices=True)
         return ClassedDataset(drawn, scanner)

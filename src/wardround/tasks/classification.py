@@ -53,7 +53,7 @@ class ClassificationTask(ClassSettings):
     def describe(self) -> str:
         """How many classes."""
         several = ", several a patient" if self.multi_label else ""
-        return f"classification in {len(self.classes)} classes{several}"
+        return f"classification in {len(self.classes)} classes{several}{self.labels.describe()}"
 
     def build(self, study: Study, embeddings: Any = None) -> Classification:
         """The task."""
@@ -79,11 +79,12 @@ class Classification(ImageTask[ClassificationTask]):
 
     def build_model(self) -> nn.Module:
         """The network: images (B, C, *size) -> logits (B, K)."""
+        self.study.model.check_size(self.config.size)
         return self._network(self.config.channels, len(self.config.classes))
 
     def dataset(self, site: str, source: Source) -> DiagnosedDataset:
         """The images and classes of a site."""
-        patients = self._patients(site, source, self.config.images, None, self.config.table)
+        patients = self._patients(site, source, self.config.images, None, self.config.table, self.config.labels)
         return DiagnosedDataset(patients, self.config, self._augmentation)
 
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -131,21 +132,31 @@ class DiagnosedDataset(PatientImages):
         found = hashlib.sha256()
         for number, case in enumerate(self._cases[patient]):
             for path in case.images:
-                found.update(_content(path))
+                found.update(content_sha256(path))
             found.update(self._labels[patient, number].tobytes())
         return found.hexdigest()
 
 
-def _content(path: Path) -> bytes:
+def content_sha256(path: Path) -> bytes:
     """Sha256 of a file, or of all files of a folder (a DICOM series) whatever they are called."""
     if path.is_dir():
         files = (each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
-        return hashlib.sha256(b"".join(sorted(map(_content, files)))).digest()
+        return hashlib.sha256(b"".join(sorted(map(content_sha256, files)))).digest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def check_shape(image: LabelledImage, config: ClassSettings, place: str, *, slices: bool = False) -> None:
+class Shape(Protocol):
+    """What a study says of its images."""
+
+    @property
+    def dimensions(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
+
+
+def check_shape(image: LabelledImage, config: Shape, place: str, *, slices: bool = False) -> None:
     """Raises DataError, with `place` as its detail, for an image that the task's network cannot see."""
     channels, *shape = image.channels.shape
     if channels != config.channels:

@@ -19,11 +19,11 @@ from wardround.imaging.orientation import Turn, turn_for
 from wardround.imaging.readers.aside import Aside, refuse
 from wardround.imaging.readers.cases import Case, Patterns, Reader, sort_cases
 from wardround.imaging.readers.labelled import LabelledImage, read_image
-from wardround.study.images import CaseTable, ImageSettings
+from wardround.study.images import CaseTable, ImageSettings, UsedLabels
 from wardround.study.plugins import NO_PLUGINS
 from wardround.tasks.augmentation import Augmentation, standard
 from wardround.tasks.task import Source, Split
-from wardround.wire.canonical import canonical_json
+from wardround.wire.canonical import canonical_json, digest
 
 if TYPE_CHECKING:
     from wardround.study.schema import Study
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SettingsT = TypeVar("SettingsT", bound=ImageSettings)
 Cases = Mapping[str, Sequence[Case]]
 _CACHE_BYTES = 2**30
+_ALL = UsedLabels()
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 # What an image shows is above this share of its maximum.
 CONTENT = 0.05
@@ -169,16 +170,23 @@ class ImageTask(Generic[SettingsT]):
         self._quarantine = quarantine
 
     def _patients(
-        self, site: str, source: Source, images: tuple[str, ...], mask: str | None, table: CaseTable | None
+        self,
+        site: str,
+        source: Source,
+        images: tuple[str, ...],
+        mask: str | None,
+        table: CaseTable | None,
+        labels: UsedLabels = _ALL,
     ) -> SitePatients:
-        """A site's images by patient, and who is in which part."""
+        """A site's images by patient, and who is in which part; of those who train, as many as `labels` says."""
         found = sort_cases(source, site, Patterns(images, mask, table, self._readers(site)))
         names = tuple(sorted({*found.cases, *(one.patient for one in found.aside if one.patient)}))
         if not found.cases:
             self._quarantine(site, len(found.aside), found.aside)
             raise DataError(f"site {site} has no patient who can be used")
         split = self._deal(site, names, self.config.split, self.study.seed, self.study.sites[site].role)
-        return SitePatients(site, names, found.cases, split, found.aside, self._quarantine)
+        used = _labelled(split["train"], names, labels, site, self.study.seed)
+        return SitePatients(site, names, found.cases, {**split, "train": used}, found.aside, self._quarantine)
 
     def _patterns(self, images: tuple[str, ...], table: CaseTable | None) -> Patterns:
         """How the files of images without masks or labels are named."""
@@ -190,6 +198,17 @@ class ImageTask(Generic[SettingsT]):
         build: Any = getattr(self.study.model, self.config.network)
         network: nn.Module = build(self.config.dimensions, channels, outputs)
         return network
+
+
+def _labelled(
+    train: tuple[int, ...], names: Sequence[str], labels: UsedLabels, site: str, seed: int
+) -> tuple[int, ...]:
+    """The patients whose labels are used: those with the least hashes, so that one more patient moves one at most."""
+    if labels.share >= 1.0 or not train:
+        return train
+    count = max(1, round(labels.share * len(train)))
+    ranked = sorted(train, key=lambda patient: digest(["labels", seed, site, labels.draw, names[patient]]))
+    return tuple(sorted(ranked[:count]))
 
 
 Scale = tuple[Tensor, Tensor]

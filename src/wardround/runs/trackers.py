@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 _EXPERIMENT = "wardround"
 # What of a round is a number of all its sites; `validation` has one for each metric.
 _NUMBERS = ("loss", "bytes_up", "bytes_down", "seconds", "training_seconds", "saturated_share", "saturated")
+_GROWING = ("bytes_up", "bytes_down")
 
 
 class Sink(Protocol):
@@ -51,21 +52,35 @@ class Tracker(Silent):
         self._sink: Sink | None = None
         self._lock = threading.Lock()
         self._sent: set[tuple[str, str, int]] = set()
+        self._last: dict[str, RoundReport] = {}
 
     def round(self, report: RoundReport) -> None:
-        """Hand on what is new: a round is reported again when its validation becomes known."""
+        """Hand on what is new: a round is reported again when its validation becomes known.
+
+        The bytes of an arm's last round grow by that validation: they wait until another round comes, or the end.
+        """
         with self._lock:
             self._sink = self._sink or self._opened()
-            for name, value in numbers_of(report):
-                key = (name, report.arm, report.round)
-                if key not in self._sent:
-                    self._sink.add(f"{name}/{report.arm}", value, report.round)
-                    self._sent.add(key)
+            before = self._last.get(report.arm, report)
+            if before.round != report.round:
+                self._hand_on(before, waiting=True)
+            self._last[report.arm] = report
+            self._hand_on(report, waiting=False)
+
+    def _hand_on(self, report: RoundReport, *, waiting: bool) -> None:
+        assert self._sink is not None
+        for name, value in numbers_of(report):
+            key = (name, report.arm, report.round)
+            if key not in self._sent and (waiting or name not in _GROWING):
+                self._sink.add(f"{name}/{report.arm}", value, report.round)
+                self._sent.add(key)
 
     def close(self) -> None:
         """Close the sink; an error there is logged and does not change the run."""
         try:
             if self._sink is not None:
+                for report in self._last.values():
+                    self._hand_on(report, waiting=True)
                 self._sink.close()
         except Exception as error:
             log.warning("a tracker of the run did not close (%s)", describe_error(error))

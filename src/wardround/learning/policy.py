@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
-from wardround.errors import StudyError
+from wardround.study.patterns import matched
 from wardround.wire.tensors import TensorInfo
 
 Role = Literal["shared", "local", "frozen"]
@@ -57,13 +56,9 @@ class Policy:
 
 def matching(patterns: Sequence[str], names: Collection[str], key: str) -> frozenset[str]:
     """The names that any of the patterns of a key of the study matches; raises `StudyError` where one matches none."""
-    found: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        if not matched:
-            raise StudyError(f"{key}: {pattern!r} matches no name of the model; it has {listed(names)}")
-        found |= matched
-    return frozenset(found)
+    return frozenset(
+        matched(patterns, names, lambda one: f"{key}: {one!r} matches no name of the model; it has {listed(names)}")
+    )
 
 
 def listed(names: Collection[str]) -> str:

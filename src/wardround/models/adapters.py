@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch.nn import functional
 from wardround.errors import StudyError
 from wardround.models.low_rank import FOLDED, LORA, LORA_LOCAL, is_first_factor
 from wardround.study.adapters import Adapters, Bottleneck, LoRA, NoAdapters, Partial, Prompts
+from wardround.study.patterns import matched
 from wardround.wire.host import on_host
 
 Array = npt.NDArray[Any]
@@ -146,7 +146,8 @@ def attach(model: nn.Module, adapters: Adapters, *, folds: bool = False) -> Atta
     if not isinstance(adapters, Partial):
         for name, layer in _targets(model, adapters.targets):
             _put(name, layer, adapters, folds)
-    added = [name for name in model.state_dict() if name not in set(before)]
+    known = frozenset(before)
+    added = [name for name in model.state_dict() if name not in known]
     held = {name for name in before if name not in trained}
     if isinstance(adapters, LoRA) and adapters.factors == "second":
         held |= {name for name in added if is_first_factor(name)}
@@ -242,26 +243,25 @@ def _targets(model: nn.Module, patterns: Sequence[str]) -> Iterator[tuple[str, n
     }
     chosen: dict[str, nn.Module] = {}
     for pattern in patterns:
-        matched = [name for name in layers if fnmatchcase(name, pattern)]
-        if not matched:
-            raise StudyError(f"adapters.targets: {pattern!r} matches no layer of the network; {_near(pattern, layers)}")
-        if inside := [name for name in matched if name in passed]:
+        named = matched(
+            (pattern,),
+            layers,
+            lambda one: f"adapters.targets: {one!r} matches no layer of the network; {_near(one, layers)}",
+        )
+        if inside := [name for name in named if name in passed]:
             raise StudyError(
                 f"adapters.targets: {inside[0]} belongs to a MultiheadAttention of torch, which does not call it; name "
                 "other layers, or take a network with q, k and v of their own"
             )
-        chosen |= {name: layers[name] for name in matched}
+        chosen |= {name: layers[name] for name in named}
     yield from chosen.items()
 
 
 def _trained(patterns: Sequence[str], names: Collection[str]) -> frozenset[str]:
-    found: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        if not matched:
-            raise StudyError(f"adapters.trained: {pattern!r} matches no value of the network; {_near(pattern, names)}")
-        found |= matched
-    return frozenset(found)
+    def missing(one: str) -> str:
+        return f"adapters.trained: {one!r} matches no value of the network; {_near(one, names)}"
+
+    return frozenset(matched(patterns, names, missing))
 
 
 def _near(pattern: str, names: Collection[str]) -> str:

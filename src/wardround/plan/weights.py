@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save
 from wardround.errors import DataError, StudyError
 from wardround.learning.policy import listed
 from wardround.storage.hash_log import is_hash
+from wardround.study.patterns import matched
 from wardround.study.start import FromRelease, FromWeights, Start
 from wardround.wire.canonical import digest
 from wardround.wire.files import reason, written
@@ -200,12 +201,11 @@ def _taken(start: FromWeights | FromRelease, names: Sequence[str]) -> Sequence[s
     """Which of a file's values are taken. Raises `StudyError` where a pattern of `start.only` matches none."""
     if not start.only:
         return names
-    for pattern in start.only:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise StudyError(
-                f"start.only: {pattern!r} matches no value of {start.file}, which has {listed(names)}; correct it"
-            )
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in start.only)]
+    return matched(
+        start.only,
+        names,
+        lambda one: f"start.only: {one!r} matches no value of {start.file}, which has {listed(names)}; correct it",
+    )
 
 
 def _fill(

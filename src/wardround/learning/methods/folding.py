@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -203,7 +203,3 @@ class FoldingSettings(MethodSettings):
     needs = "updates"
     folds = True
     weights: Literal["samples", "equal"] = "samples"
-
-    def build(self, protocols: Mapping[str, Any]) -> Folding:
-        """The method."""
-        raise NotImplementedError

@@ -113,7 +113,7 @@ def _on_gpu(context: ModelContext, local: Local, step: Step, device: torch.devic
 
 def _steps(model: nn.Module, local: Local, step: Step, device: torch.device) -> None:
     train_mode(model)
-    optimizer = build_optimizer(model, local)
+    optimizer = build_optimizer((model,), local)
     for _ in range(_STEPS):
         optimizer.zero_grad(set_to_none=True)
         step(model, device).backward()  # type: ignore[no-untyped-call]

@@ -302,7 +302,7 @@ class Learner:
             seed=self._seed,
         )
         self._method.begin(context)
-        optimizer = build_optimizer(model, local)
+        optimizer = build_optimizer(self._curriculum.rated_parts(model), local)
         if local.optimizer_state == "keep":
             restore_optimizer(optimizer, memory.tensors)
         scaler = self.compute.scaler()
@@ -316,7 +316,7 @@ class Learner:
             nullcontext() if private is None else private.round(context, self._method, memory.tensors, losses) as paid,
         ):
             for step in range(local.steps):
-                self._set_rate(optimizer, (number - 1) * local.steps + step)
+                self._set_rates(optimizer, number, step)
                 optimizer.zero_grad(set_to_none=True)
                 context.step = step
                 if paid is None:
@@ -417,10 +417,11 @@ class Learner:
         losses = [float(on_host(task.loss(self._model_context.model, batch))) for _, batch in batches]
         return sum(losses) / len(losses)
 
-    def _set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        rate = learning_rate(self._local, step, self._rounds * self._local.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int) -> None:
+        steps = self._local.steps
+        rate = learning_rate(self._local, (number - 1) * steps + step, self._rounds * steps)
+        for group, share in zip(optimizer.param_groups, self._curriculum.rates(number), strict=True):
+            group["lr"] = share * rate
 
 
 def learning_rate(local: Local, step: int, total: int) -> float:
@@ -434,9 +435,9 @@ def learning_rate(local: Local, step: int, total: int) -> float:
     return local.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, local: Local) -> torch.optim.Optimizer:
-    """The site's optimiser over everything that gradients reach."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def build_optimizer(parts: Sequence[nn.Module], local: Local) -> torch.optim.Optimizer:
+    """The site's optimiser over everything that gradients reach, each part of a model with a rate of its own."""
+    parameters = [{"params": [p for p in part.parameters() if p.requires_grad]} for part in parts]
     # The same digits, in half the time: torch would go through the tensors one by one in Python on a CPU.
     common: Any = {"lr": local.lr, "weight_decay": local.weight_decay, "foreach": True}
     match local.optimizer:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,11 +134,13 @@ class Reading:
 
     `opened` are settings of plug-ins that may be used, by section and kind. `foreign`: a plug-in that is not installed
     is no error (a model from elsewhere, say). `unread` sections are kept as they are, and nothing is imported for them.
+    `near` is the folder of the study's file, for sections that name others beside it.
     """
 
     opened: Mapping[tuple[Section, str], type[Settings]] = field(default_factory=dict)
     foreign: bool = False
     unread: frozenset[Section] = frozenset()
+    near: Path | None = None
 
 
 STRICT = Reading()

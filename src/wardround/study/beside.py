@@ -25,22 +25,20 @@ def first_beside(key: str, folder: str, names: tuple[str, ...], info: Validation
             f"{key}: {folder} lies beside a study's file, and this study is none; give what it says instead"
         )
     place = near / folder
-    path = next((place / name for name in names if (place / name).is_file()), None)
-    if path is None:
+    name = next((name for name in names if (place / name).is_file()), None)
+    if name is None:
         raise ValueError(f"{key}: {folder} has no {' or '.join(names)}; put it there, below the study's folder")
-    return path.name, _text(key, folder, path)
+    return name, _text(f"{key}: {folder}/{name}", place / name)
 
 
-def _text(key: str, folder: str, path: Path) -> str:
+def _text(said: str, path: Path) -> str:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise ValueError(
-                f"{key}: {folder}/{path.name} has more than {MAX_BYTES:,} bytes, and no such file needs them"
-            )
+            raise ValueError(f"{said} has more than {MAX_BYTES:,} bytes, and no such file needs them")
         return data.decode()
     except OSError as error:
-        raise ValueError(f"{key}: {folder}/{path.name} cannot be read ({reason(error)})") from None
+        raise ValueError(f"{said} cannot be read ({reason(error)})") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{key}: {folder}/{path.name} is no text; get it again") from None
+        raise ValueError(f"{said} is no text; get it again") from None

@@ -63,6 +63,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "swin_unetr": "wardround.models.segmenters:SwinUNETRSettings",
         "lite_medsam": "wardround.models.lite_medsam:LiteMedSAMSettings",
         "vit": "wardround.models.vit:ViTSettings",
+        "monai_bundle": "wardround.models.monai_bundle:MonaiBundleSettings",
         "transformers": "wardround.models.transformers_classifier:TransformersSettings",
         "mae_vit": "wardround.models.mae_vit:MaskedViTSettings",
     },

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import wardround
 from wardround.cli import app
 from wardround.errors import JournalError, StudyError
+from wardround.learning.frozen import train_mode
 from wardround.learning.gradients import BatchedGradients, ExactGradients
 from wardround.models.adapters import attach
 from wardround.models.transformers_classifier import TransformersClassifier, TransformersSettings
@@ -230,6 +231,17 @@ def test_adapters_reach_the_encoder(kind: str, name: str) -> None:
     assert moved.isdisjoint(attached.frozen)
     assert moved >= {n for n in network.state_dict() if n.endswith(("q_proj.lora.b.weight", "bottleneck.up.weight"))}
     assert moved
+
+
+@pytest.mark.parametrize("trained", [["head.*"], ["*norm*"]])
+def test_what_is_frozen_as_a_whole_drops_nothing_and_what_learns_does(trained: list[str]) -> None:
+    dropping = section("vit", hidden_dropout_prob=0.5)
+    partial = {"kind": "partial", "trained": trained}
+    study = diagnosis_study({"A": {}}, model=dropping, adapters=partial, task={"augment": [{"name": "RandFlipd"}]})
+    network = arm_specs_of(study).model_context.model
+    train_mode(network)
+    again = torch.equal(network(images()), network(images()))
+    assert again == (trained == ["head.*"])
 
 
 @EVERY

@@ -63,6 +63,7 @@ def _refusal(place: Path, **changes: Any) -> str:
         ({"model_type": "clip"}, 'is of "clip"; served are vit, dinov2, dinov2_with_registers, swin'),
         ({"image_size": [16, 32]}, "is no square, and positions are interpolated from one"),
         ({"hidden_act": "evil"}, "must be 'gelu', "),
+        ({"model_type": "dinov2", "use_swiglu_ffn": True}, "use_swiglu_ffn: must be False; take another model"),
         ({"hidden_size": "16; import os"}, "model/config.json: hidden_size: must be a valid integer"),
     ],
 )

@@ -29,6 +29,7 @@ UNET = {
     "_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 1, "channels": [4, 8], "strides": [2],
     "num_res_units": 1, "norm": "instance",
 }  # fmt: skip
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # Of each class the arguments of a small one in 2-D.
 SMALL: dict[str, dict[str, Any]] = {
     "AttentionUnet": {"spatial_dims": 2, "in_channels": 1, "channels": [4, 8], "strides": [2]},
@@ -216,6 +217,15 @@ def test_a_hostile_bundle_runs_nothing(network: Any, says: str, tmp_path: Path) 
     assert not touched.exists()
 
 
+def test_yaml_that_would_make_objects_is_refused(tmp_path: Path) -> None:
+    study, touched = bundle(tmp_path, ending="yaml"), tmp_path / "touched"
+    file = tmp_path / "bundle" / "configs" / "inference.yaml"
+    file.write_text(f"network_def: !!python/object/apply:os.system ['touch {touched}']\n")
+    with pytest.raises(StudyError, match=r"bundle/configs/inference\.yaml cannot be read"):
+        load_study(study)
+    assert not touched.exists()
+
+
 @pytest.mark.parametrize("value", ["$1", "@x", {"_target_": "os.system"}, "x" * 300, {"a": {"_target_": "x"}}])
 def test_a_definition_in_a_study_holds_plain_values_alone(value: Any) -> None:
     study = written(outline_study({"A": {}}))
@@ -233,6 +243,17 @@ def test_the_hashes_of_a_study_cover_the_definition_and_nothing_else_of_a_bundle
     (tmp_path / "3" / "bundle" / "configs" / "inference.json").unlink()
     with pytest.raises(StudyError, match=r"bundle has no configs/inference\.json or configs/inference\.yaml"):
         load_study(tmp_path / "3" / "study.yaml")
+
+
+def test_a_bundle_outlines_in_a_chain_too(tmp_path: Path) -> None:
+    bundle(tmp_path)
+    _, file = theirs(tmp_path)
+    chain = yaml.safe_load((EXAMPLES / "lgg-chain.yaml").read_text())
+    chain["task"]["segmenter"] = section()
+    (tmp_path / "chain.yaml").write_text(json.dumps(chain))
+    model: Any = build_task(load_study(tmp_path / "chain.yaml")).build_model()
+    started(model, file, into="diagnosis", partial=True)
+    assert all(torch.equal(model.diagnosis.network.state_dict()[n], value) for n, value in load_file(file).items())
 
 
 # From a bundle to a released model ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.weights import load_model
 from wardround.protection.lint import lint_against
 from wardround.runs.session import run
+from wardround.study.places import Places
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.wire.tensors import TensorInfo
@@ -274,7 +275,9 @@ def test_a_run_goes_on_from_the_release_of_another(kind: str, tmp_path: Path) ->
     released = load_model(model_path(tmp_path / "first", "federated"))[0]
     assert any(np.abs(tensor).max() > 0 for name, tensor in released.items() if "lora" in name and ".a." not in name)
     start = {"kind": "release", "file": "first", "sha256": first.model_sha256}
-    again = ArmSpecs(study({"kind": kind}, start=start), (), plugins=Plugins(code=True), start=[tmp_path / "first"])
+    again = ArmSpecs(
+        study({"kind": kind}, start=start), (), plugins=Plugins(code=True), start=Places((tmp_path / "first",))
+    )
     spec = again.arm_spec(ARM)
     serves = spec.method.release_for("A", again.start(spec), {})
     assert serves.keys() <= released.keys()

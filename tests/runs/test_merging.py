@@ -22,6 +22,7 @@ from wardround.results.schema import Result
 from wardround.runs.merging import merge, opened
 from wardround.runs.session import run
 from wardround.study.adapters import LoRA
+from wardround.study.places import Places
 from wardround.study.schema import Study
 
 TARGETS = ["encoder.*.q_proj", "encoder.*.v_proj"]
@@ -61,7 +62,7 @@ def starts(study: Study, file: Path) -> torch.Tensor:
     """What a study without adapters gives before round 1 that starts from a file."""
     start = {"kind": "weights", "file": file.name, "sha256": file_sha256(file)}
     plain = Study.model_validate({**study.model_dump(exclude={"adapters", "method"}), "start": start})
-    model = ArmSpecs(plain, (), start=[file]).model_context.model.eval()
+    model = ArmSpecs(plain, (), start=Places((file,))).model_context.model.eval()
     with torch.no_grad():
         found: torch.Tensor = model(images())
     return found

@@ -63,6 +63,26 @@ def merge_weights(
     _say_study(found.file)
 
 
+def write_adapter(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write.")],
+    site: SiteOption = None,
+    weights: WeightsOption = None,
+    plugins: PluginOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Write the LoRA adapters of a model as Hugging Face's peft reads them, with their base named by its hash."""
+    from wardround.plan.peft import CONFIG, MODEL
+    from wardround.runs.adapter_files import write_adapter as write
+
+    found = write(model, out, site=site, weights=weights, plugins=plugins or (), overwrite=force)
+    beside = f", and {', '.join(found.whole)} as a whole" if found.whole else ""
+    say(f"Wrote {MODEL} and {CONFIG} to {found.folder}: factors of rank {found.rank} of {found.layers} layers{beside}")
+    say(f"sha256: {found.sha256}")
+    say("In the `start` of a study on the same base, with the folder below the study's:")
+    say(found.study)
+
+
 def _described(file: Imported) -> str:
     from wardround.results.units import human_bytes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from wardround.plan.weights import begin
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
 from wardround.study.hashes import plan_sha256, study_sha256
+from wardround.study.places import NO_PLACES, Places
 from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
@@ -71,14 +72,14 @@ class ArmSpecs:
         compare: tuple[str, ...],
         embeddings: Mapping[str, Path] | None = None,
         plugins: Plugins = NO_PLUGINS,
-        start: Sequence[Path] = (),
+        start: Places = NO_PLACES,
     ) -> None:
         self.study = plugins.opened(study)
         self.study_sha256 = study_sha256(self.study)
         self.plan_sha256 = plan_sha256(self.study)
         self.arms = {arm.name: arm for arm in arms_of(self.study, compare)}
         self._embeddings = dict(embeddings or {})
-        self.start_places = tuple(start) or self.study.start_places(Path())
+        self.start_places = start if start.start else self.study.start_places(Path())
         self.plugins = plugins
         self._arm_specs: dict[str, ArmSpec] = {}
         self._starts: dict[str, Mapping[str, Array]] = {}
@@ -94,7 +95,7 @@ class ArmSpecs:
     def model_context(self) -> ModelContext:
         """The model of this process, with what the study starts from in it."""
         study = self.study
-        begins = partial(begin, study.start, self.start_places)
+        begins = partial(begin, study.start, self.start_places, study.adapters)
         return ModelContext(self.task, study.seed, begins, study.parts.frozen, study.adapters, folds=study.method.folds)
 
     @cached_property

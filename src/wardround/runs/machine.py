@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from wardround.site.groups import labels_of
 from wardround.site.memory import check_memory, footprint_of
 from wardround.site.shelf import Shelf, check_disk
 from wardround.study.hashes import written
+from wardround.study.places import NO_PLACES, Places
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
@@ -50,7 +51,7 @@ class Machine(Context):
         compare: tuple[str, ...],
         progress: Progress | None = None,
         without: Collection[str] = (),
-        start: Sequence[Path] = (),
+        start: Places = NO_PLACES,
     ) -> None:
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
         super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings, start)
@@ -175,7 +176,7 @@ class Machine(Context):
             "out": str(self.out),
             "compare": list(self._compare),
             "without": sorted(self.without),
-            "start": [str(place) for place in self.start_places],
+            "start": self.start_places.to_json(),
         }
 
     @staticmethod
@@ -189,7 +190,7 @@ class Machine(Context):
             tuple(spec["compare"]),
             progress,
             spec["without"],
-            [Path(place) for place in spec["start"]],
+            Places.from_json(spec["start"]),
         )
 
 

@@ -155,7 +155,9 @@ def open_host(
     for name, site in study.sites.items():
         if not site.scans and name not in gone:
             sites.of(name)
-    start = study.start_places(near, *(e.start for n, e in sites.sites.items() if n in study.sites))
+    entries = [entry for name, entry in sites.sites.items() if name in study.sites]
+    stores = (folder for entry in entries for folder in entry.weights)
+    start = study.start_places(near, *(entry.start for entry in entries), stores=stores)
     return Machine(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone, start)
 
 

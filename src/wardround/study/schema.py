@@ -6,7 +6,7 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,7 @@ from wardround.study.base import Config, Settings
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
+from wardround.study.places import Places
 from wardround.study.protection import Protection
 from wardround.study.registry import (
     BASELINES,
@@ -275,15 +276,19 @@ class Study(Config):
                     "package that has it and add its name to sites.NAME.plugins in the sites file"
                 )
 
-    def start_places(self, near: Path, *given: Path | None) -> tuple[Path, ...]:
-        """Where the file that the study starts from may lie: the places given, else what `start.file` says.
+    def start_places(self, near: Path, *given: Path | None, stores: Iterable[Path] = ()) -> Places:
+        """Where what the study starts from may lie: the places given, else what `start.file` says, and `stores`.
 
         `near` is the folder of the study's file.
         """
         if not isinstance(self.start, FromWeights | FromRelease):
-            return ()
+            return Places()
         places = tuple(dict.fromkeys(place for place in given if place is not None))
-        return places or ((near / self.start.file).absolute(),)
+        return Places(
+            places or ((near / self.start.file).absolute(),),
+            () if self.start.adapter is None else ((near / self.start.adapter.file).absolute(),),
+            tuple(dict.fromkeys(stores)),
+        )
 
     @property
     def scans(self) -> bool:

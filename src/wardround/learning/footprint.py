@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wardround.learning.frozen import train_mode
-from wardround.learning.training import ModelContext, build_optimizer
+from wardround.learning.model_context import ModelContext
+from wardround.learning.optimizer import build_optimizer
 from wardround.study.schema import Local
 
 How = Literal["meta", "cpu", "cuda"]

@@ -16,8 +16,8 @@ from wardround.errors import StudyError
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import UNSEEN
+from wardround.learning.model_context import ModelContext
 from wardround.learning.policy import Policy, listed, matching
-from wardround.learning.training import ModelContext
 from wardround.models.adapters import added_values
 from wardround.plan.arms import Arm, arms_of
 from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics

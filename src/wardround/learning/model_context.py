@@ -10,10 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from wardround.errors import StudyError
 from wardround.learning.device import CPU, Compute
 from wardround.learning.frozen import freeze, remember
 from wardround.learning.policy import Parameter
 from wardround.models.adapters import attach
+from wardround.models.checkpointing import checkpoint_blocks
 from wardround.study.adapters import Adapters, NoAdapters
 from wardround.tasks.task import Repeating, Task
 from wardround.wire.host import on_host
@@ -61,6 +63,7 @@ class ModelContext:
         frozen: Sequence[str] = (),
         adapters: Adapters = _NO_ADAPTERS,
         folds: bool = False,
+        checkpoint: bool = False,
     ) -> None:
         self.task = task
         self.compute = CPU
@@ -70,6 +73,11 @@ class ModelContext:
         # The same adapters whatever network was built before them.
         torch.manual_seed(public_seed(seed, "adapters") % 2**63)
         attached = attach(self.model, adapters, folds=folds)
+        if checkpoint and not checkpoint_blocks(self.model):
+            raise StudyError(
+                "local.checkpoint: this network has no blocks that could forget what they compute; leave it out, and "
+                "set local.accumulate to take batches in pieces"
+            )
         begin(self.model)
         self.frozen = freeze(self.model, frozen, attached.frozen)
         #: What adapters keep at each site.

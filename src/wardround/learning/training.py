@@ -290,12 +290,18 @@ class Learner:
     def _backward(
         self, context: LocalRound, indices: Sequence[int], step: int, scaler: torch.amp.GradScaler, losses: Losses
     ) -> Tensor:
-        """The gradients of one batch, in place; its loss."""
+        """The gradients of one batch, in place; its loss. Pieces of it go through the network one after another."""
         random = public_generator(self._seed, self.site, context.number, step, "augmentation")
-        batch = self.dataset.batch(indices, random)
-        loss = self._method.objective(context, losses.loss(context.model, batch))
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        total, start = torch.zeros((), device=self.compute.device), 0
+        for size in self._local.pieces:
+            batch = self.dataset.batch(indices[start : start + size], random)
+            loss = self._method.objective(context, losses.loss(context.model, batch))
+            if size != len(indices):
+                loss = loss * (size / len(indices))
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            start += size
+        return total
 
     @torch.no_grad()
     def evaluate(self, split: Split, calibration: Calibration | None = None) -> dict[str, Array]:

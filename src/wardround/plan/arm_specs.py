@@ -96,7 +96,15 @@ class ArmSpecs:
         """The model of this process, with what the study starts from in it."""
         study = self.study
         begins = partial(begin, study.start, self.start_places, study.adapters)
-        return ModelContext(self.task, study.seed, begins, study.parts.frozen, study.adapters, folds=study.method.folds)
+        return ModelContext(
+            self.task,
+            study.seed,
+            begins,
+            study.parts.frozen,
+            study.adapters,
+            folds=study.method.folds,
+            checkpoint=study.local.checkpoint,
+        )
 
     @cached_property
     def frozen_sha256(self) -> str | None:

@@ -22,7 +22,7 @@ def footprint_of(arm_specs: ArmSpecs, dataset: Dataset, compute: Compute) -> Foo
     """What training takes with a site's first examples, on its device where that is a GPU."""
     arm_spec = arm_specs.arm_spec(FEDERATED)
     local = arm_spec.arm.local
-    indices = [number % len(dataset) for number in range(local.batch)]
+    indices = [number % len(dataset) for number in range(local.pieces[0])]
     batch = dataset.batch(indices, public_generator(arm_specs.study.seed, "footprint"))
     gpu = compute.device.type == "cuda"
 
@@ -44,6 +44,7 @@ def check_memory(taken: Mapping[str, tuple[Footprint, float | None]]) -> None:
     ]
     if lacking:
         raise StudyError(
-            f"sites.SITE.memory: too little for a training step at {'; '.join(lacking)}. Take a smaller local.batch or "
-            "model, freeze more of it (parts.frozen), or a machine with more memory"
+            f"sites.SITE.memory: too little for a training step at {'; '.join(lacking)}. Let batches pass in pieces "
+            "(local.accumulate), compute blocks twice (local.checkpoint), take a smaller local.batch or model, freeze "
+            "more of it (parts.frozen), or take a machine with more memory"
         )

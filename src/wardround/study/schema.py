@@ -85,6 +85,17 @@ class Local(Config):
 
     steps: int = Field(20, ge=1, description="optimiser steps in a round")
     batch: int = Field(1, ge=1, description="examples in a step")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="pieces of a batch that pass the network one after another, so that memory is that of one: the "
+        "gradient is the sum of theirs, by their numbers of examples. Batch norm sees pieces",
+    )
+    checkpoint: bool = Field(
+        False,
+        description="whether blocks of the network forget what they compute and compute it again for the gradient: "
+        "less memory for more time, and the same gradient (vit, mae_vit, lite_medsam, swin_unetr, modl, learn, lpd)",
+    )
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: float = Field(1e-3, gt=0.0)
     schedule: Literal["constant", "cosine"] = Field("constant", description="over all rounds, by global step")
@@ -93,6 +104,20 @@ class Local(Config):
     momentum: float = Field(0.0, ge=0.0, lt=1.0, description="SGD only")
     clip_norm: float | None = Field(None, gt=0.0, description="clip each step's gradient to this norm")
     optimizer_state: Literal["reset", "keep"] = "reset"
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Numbers of examples that pass the network at once, in a step; the largest first."""
+        size, larger = divmod(self.batch, self.accumulate)
+        return (size + 1,) * larger + (size,) * (self.accumulate - larger)
+
+    @model_validator(mode="after")
+    def _no_empty_piece(self) -> Local:
+        if self.accumulate > self.batch:
+            raise ValueError(
+                f"`accumulate`: a batch of {self.batch} has no {self.accumulate} pieces; set it to {self.batch} or less"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

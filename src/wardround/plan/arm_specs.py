@@ -202,6 +202,11 @@ class ArmSpecs:
         local |= frozenset() if arm.alone else self.model_context.local
         if both := sorted(frozen & local):
             raise StudyError(f"parts: {listed(both)} would be both frozen and local; let one pattern match it")
+        if half := [p for p in parameters if p.is_half and p.name not in frozen and p.name not in local]:
+            raise StudyError(
+                f"{half[0].name} of the network is {half[0].info.dtype}, and what is trained and shared has 32 bits; "
+                "freeze it (adapters, parts.frozen), keep it at the sites (parts.local), or make the network in float32"
+            )
         left = (p for p in parameters if p.trainable and p.name not in local and method.role(p) == "shared")
         if (frozen or local) and not any(left):
             raise StudyError(

@@ -16,6 +16,8 @@ from wardround.tasks.task import Dataset
 from wardround.wire.random import public_generator
 
 GIGABYTE = 10**9
+#: What CUDA and its libraries take of a GPU in each process that uses it; some 0.3 to 0.6 GB, by version and GPU.
+CONTEXT = 600 * 10**6
 
 
 def footprint_of(arm_specs: ArmSpecs, dataset: Dataset, compute: Compute) -> Footprint:
@@ -33,6 +35,14 @@ def footprint_of(arm_specs: ArmSpecs, dataset: Dataset, compute: Compute) -> Foo
 
     shared = arm_spec.policy.names("shared")
     return footprint(arm_specs.model_context, shared, local, step, compute.device if gpu else None)
+
+
+def processes_that_fit(most: int, taken: Mapping[str, tuple[int, int]]) -> int:
+    """How many processes, of `most`, may train at once, and at least one: by device, what a site takes and what is free.
+
+    Any process may train at any site, so that all of them may be on one device, each with what CUDA itself takes.
+    """
+    return max(1, min([most, *(free // (needed + CONTEXT) for needed, free in taken.values())]))
 
 
 def check_memory(taken: Mapping[str, tuple[Footprint, float | None]]) -> None:

@@ -113,6 +113,7 @@ def test_a_site_too_small_learns_it_before_it_starts(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_no_more_workers_than_a_gpu_has_room_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -33,6 +33,7 @@ from wardround.models.low_rank import folded_of, is_first_factor, second_of
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.results.schema import Result
 from wardround.study.load import load_study
+from wardround.study.places import Places
 from wardround.wire.update import Group, Layout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +125,7 @@ def main() -> None:
     began = time.perf_counter()
     result = trained(folder, options.weights, quick, ["local", "pooled"])
     small = trained(folder, options.weights, ["protection.ring_bits=16", *quick], [])
-    specs = ArmSpecs(load_study(STUDY), (), start=[options.weights.resolve()])
+    specs = ArmSpecs(load_study(STUDY), (), start=Places((options.weights.resolve(),)))
     model = 4 * sum(p.info.size for p in specs.model_context.parameters)
     shared = sum(p.info.size for p in specs.model_context.parameters if p.name not in specs.model_context.frozen)
     training = result.participants

@@ -108,17 +108,26 @@ class Hold:
             time.sleep(0.01)
 
 
+class Half(nn.Sequential):
+    """Layers of 16 bits between an input and an output of 32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = super().forward(x.bfloat16())
+        return found.float()
+
+
 @dataclass(frozen=True)
 class Regression:
     """y = tanh(W x) with site-specific shifts.
 
-    `norm` adds a batch-norm layer; `fail` names a site that raises, `nan` one whose targets are no numbers; `pause` are
-    the seconds that every loss takes.
+    `norm` adds a batch-norm layer; `half` makes the layers in bfloat16; `fail` names a site that raises, `nan` one
+    whose targets are no numbers; `pause` are the seconds that every loss takes.
     """
 
     features: int = 6
     patients: int = 8
     norm: bool = False
+    half: bool = False
     fail: str = ""
     nan: str = ""
     pause: float = 0.0
@@ -128,6 +137,8 @@ class Regression:
         return (MetricSpec("r", -100.0, 100.0, 1e-6, True), MetricSpec("mse", 0.0, 100.0, 1e-6, False))
 
     def build_model(self) -> nn.Module:
+        if self.half:
+            return Half(nn.Linear(self.features, 8), nn.Tanh(), nn.Linear(8, 1)).bfloat16()
         layers: list[nn.Module] = [nn.Linear(self.features, 8)]
         if self.norm:
             layers.append(nn.BatchNorm1d(8))

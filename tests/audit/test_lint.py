@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.ct_hospitals import ct_study, make_ct_hospitals
 from tests.hospitals import make_hospitals, write_study
-from wardround.learning.training import ModelContext
+from wardround.learning.model_context import ModelContext
 from wardround.protection.lint import architecture_sha256, lint_against, lint_tensors
 from wardround.study.load import load_study
 from wardround.study.schema import Study

@@ -25,7 +25,7 @@ from wardround.learning.methods.fedavgm import FedAvgM
 from wardround.learning.methods.fedbn import FedBN
 from wardround.learning.methods.hyperfed import HyperFed
 from wardround.learning.methods.method import Method
-from wardround.learning.training import build_optimizer
+from wardround.learning.optimizer import build_optimizer
 from wardround.protection.drift import UNKNOWN, Seen, Sketcher, UpdateBound, adam_ratio, drift, local_bound
 from wardround.protection.lint import lint_against
 from wardround.runs.machine import Machine

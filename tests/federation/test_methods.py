@@ -20,7 +20,8 @@ from wardround.learning.methods.fedbn import FedBN
 from wardround.learning.methods.feddyn import FedDyn
 from wardround.learning.methods.fedprox import FedProx, FedProxSettings
 from wardround.learning.methods.method import Facts, LocalRound, Method
-from wardround.learning.training import Trained, parameters_of
+from wardround.learning.model_context import parameters_of
+from wardround.learning.training import Trained
 from wardround.study.methods import CustomMethod
 from wardround.study.plugins import Plugins
 

@@ -25,7 +25,7 @@ from wardround.learning.methods.hyperfed import HyperFed
 from wardround.learning.methods.method import LocalRound
 from wardround.learning.methods.personal import UNSEEN, Personal
 from wardround.learning.methods.scan_physfed import ScanPhysFed, scanner_code
-from wardround.learning.training import parameters_of
+from wardround.learning.model_context import parameters_of
 from wardround.plan.arm_specs import protocols_of
 from wardround.runs.explain import explain
 from wardround.runs.session import run

@@ -25,9 +25,10 @@ from wardround.learning.methods.flora import FLoRA
 from wardround.learning.methods.method import Method, Writers
 from wardround.models.low_rank import folded_of, is_first_factor, is_folded, second_of
 from wardround.plan.arm_specs import ArmSpecs
-from wardround.plan.weights import load_model
+from wardround.plan.weights import frozen_part, load_model
 from wardround.protection.lint import lint_against
 from wardround.runs.session import run
+from wardround.study.places import Places
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.wire.tensors import TensorInfo
@@ -274,7 +275,9 @@ def test_a_run_goes_on_from_the_release_of_another(kind: str, tmp_path: Path) ->
     released = load_model(model_path(tmp_path / "first", "federated"))[0]
     assert any(np.abs(tensor).max() > 0 for name, tensor in released.items() if "lora" in name and ".a." not in name)
     start = {"kind": "release", "file": "first", "sha256": first.model_sha256}
-    again = ArmSpecs(study({"kind": kind}, start=start), (), plugins=Plugins(code=True), start=[tmp_path / "first"])
+    again = ArmSpecs(
+        study({"kind": kind}, start=start), (), plugins=Plugins(code=True), start=Places((tmp_path / "first",))
+    )
     spec = again.arm_spec(ARM)
     serves = spec.method.release_for("A", again.start(spec), {})
     assert serves.keys() <= released.keys()
@@ -289,3 +292,51 @@ def test_the_bill_counts_adapters_and_no_base(kind: str, tmp_path: Path) -> None
     assert bill.up.adapters > 0
     assert bill.down.adapters > 0
     assert (bill.up.base, bill.down.base, bill.up.model, bill.down.model) == (0, 0, 0, 0)
+
+
+# A base of 16 bits -------------------------------------------------------------------------------------------------
+
+HALF = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"half": True}}
+
+
+def test_a_base_of_16_bits_keeps_its_bits_and_shares_float32(tmp_path: Path) -> None:
+    """No message holds a value of 16 bits, nor one of the base; the release is the base and what was learned."""
+    given = study(task=HALF)
+    rig = rig_of(given, tmp_path)
+    before = {name: t.clone() for name, t in rig.host.model_context.model.state_dict().items()}
+    base = {name for name, t in before.items() if t.dtype is torch.bfloat16}
+    assert base == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert rig.host.model_context.frozen >= base
+    last = rig.train()
+    sent = [info for each in rig.engine.sent for info in each.message.header.tensors]
+    assert sent
+    assert {info.dtype for info in sent if "lora" in info.name} <= {"float32", "int32", "int64", "uint8"}
+    assert not [info.name for info in sent if info.name.split("/")[-1] in base or "16" in info.dtype]
+    learner = rig.learner("A")
+    learner.load(last.public, rig.sites["A"].store.memory(3))
+    now = learner.model.state_dict()
+    assert all(torch.equal(now[name], before[name]) and now[name].dtype == before[name].dtype for name in base)
+    assert all(t.dtype is torch.float32 for name, t in now.items() if name not in base)
+    assert any(not torch.equal(now[name], before[name]) for name in now)
+
+
+def test_a_run_over_a_base_of_16_bits_releases_it(tmp_path: Path) -> None:
+    """Widened to 32 bits on the disk, where numpy has no others: the same values, and a network of 16 bits again."""
+    result = run(study(task=HALF), toy_sites(tmp_path / "data"), tmp_path / "out", engine="local", quiet=True)
+    path = model_path(result.out, "federated")
+    tensors, metadata = load_model(path)
+    tensors |= frozen_part(path, metadata)
+    begun = ArmSpecs(study(task=HALF), (), plugins=Plugins(code=True)).model_context.model
+    known = {name: t.clone() for name, t in begun.state_dict().items()}
+    begun.load_state_dict({name: torch.from_numpy(t) for name, t in tensors.items()})
+    for name, t in begun.state_dict().items():
+        assert t.dtype == known[name].dtype
+        assert torch.equal(t, known[name]) == ("lora.b" not in name and "lora.a" not in name)
+
+
+@pytest.mark.parametrize("parts", [{}, {"frozen": ["0.*"]}])
+def test_what_is_trained_in_16_bits_is_refused_and_not_kept_in_silence(parts: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"weight of the network is bfloat16, and what is trained and shared has 32 b"):
+        rig_of(toy_study(task=HALF, parts=parts), tmp_path)
+    with pytest.raises(StudyError, match=r"2.weight of the network is bfloat16"):
+        rig_of(study(task=HALF, adapters={**LORA, "trained": ["2.weight"]}), tmp_path)

@@ -24,7 +24,8 @@ from wardround.errors import StudyError
 from wardround.learning.device import CPU
 from wardround.learning.gradients import BatchedGradients, ExactGradients
 from wardround.learning.methods.method import LocalRound, Method
-from wardround.learning.training import Learner, Trained, build_optimizer
+from wardround.learning.optimizer import build_optimizer
+from wardround.learning.training import Learner, Trained
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.runs.session import run
 from wardround.storage.store import NOTHING, Memory

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wardround.learning.footprint import Footprint, Live, footprint, stand_in
-from wardround.learning.training import ModelContext
+from wardround.learning.model_context import ModelContext
 from wardround.study.schema import Local
 
 INPUT, HIDDEN, OUTPUT, BATCH = 100, 200, 50, 8

@@ -20,6 +20,8 @@ from wardround.models.lead import Lead
 from wardround.models.lite_medsam import LiteMedSAM, LiteMedSAMSettings
 from wardround.models.prompts import FIRST_CORNER, INSIDE, LAST_CORNER
 from wardround.plan.weights import begin, file_sha256
+from wardround.study.adapters import NoAdapters
+from wardround.study.places import Places
 from wardround.study.start import FromWeights
 
 BOX = (FIRST_CORNER, LAST_CORNER)
@@ -97,10 +99,10 @@ def test_weights_of_another_network_are_one_error(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     given = start(nn.Sequential(nn.Linear(2, 2)), path)
     with pytest.raises(StudyError, match=r"other\.safetensors holds values that the model lacks.*Choose the model"):
-        begin(given, [path], network(preset="tiny"))
+        begin(given, Places((path,)), NoAdapters(), network(preset="tiny"))
     given = start(network(preset="tiny"), path)
     with pytest.raises(StudyError, match=r"and the model one of .*; choose the model that it is of"):
-        begin(given, [path], network())
+        begin(given, Places((path,)), NoAdapters(), network())
 
 
 # Against the published network ---------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
 def test_it_gives_the_published_networks_logits(published: Any, tmp_path: Path) -> None:
     path = tmp_path / "lite_medsam.safetensors"
     given, ours = start(published, path), network()
-    begin(given, [path], ours)
+    begin(given, Places((path,)), NoAdapters(), ours)
     random = torch.Generator().manual_seed(1)
     images = nn.functional.avg_pool2d(torch.rand(1, 3, 256, 256, generator=random), 9, 1, 4)
     images = (images - images.min()) / (images.max() - images.min())

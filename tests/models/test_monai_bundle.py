@@ -21,7 +21,9 @@ from wardround.models.monai_bundle import BundleNetwork, MonaiBundleSettings
 from wardround.plan.checkpoints import import_checkpoint
 from wardround.plan.weights import begin
 from wardround.runs.export import export
+from wardround.study.adapters import NoAdapters
 from wardround.study.load import load_study, study_sha256, written
+from wardround.study.places import Places
 from wardround.study.start import FromWeights
 from wardround.tasks.build import build_task
 
@@ -84,7 +86,7 @@ def theirs(place: Path, **changes: Any) -> tuple[nn.Module, Path]:
 
 def started(network: nn.Module, file: Path, **changes: Any) -> nn.Module:
     sha256 = import_checkpoint(file).sha256
-    begin(FromWeights(kind="weights", file=file.name, sha256=sha256, **changes), (file,), network)
+    begin(FromWeights(kind="weights", file=file.name, sha256=sha256, **changes), Places((file,)), NoAdapters(), network)
     return network.eval()
 
 

@@ -30,8 +30,9 @@ from wardround.models.transformers_classifier import TransformersClassifier, Tra
 from wardround.models.transformers_config import DINOv2Config, DINOv2WithRegistersConfig, SwinConfig, ViTConfig
 from wardround.plan.weights import begin, file_sha256
 from wardround.runs.export import export
-from wardround.study.adapters import Bottleneck, LoRA, Partial, Prompts
+from wardround.study.adapters import Bottleneck, LoRA, NoAdapters, Partial, Prompts
 from wardround.study.load import load_study
+from wardround.study.places import Places
 from wardround.study.schema import Study
 from wardround.study.start import FromWeights
 from wardround.tasks.build import build_task
@@ -92,7 +93,7 @@ def test_a_published_folder_gives_the_library_s_logits(kind: str, tmp_path: Path
     file = tmp_path / "model" / "model.safetensors"
     assert not load_file(file).keys() <= theirs(kind).state_dict().keys()
     network = build_task(study).build_model()
-    begin(start(file), (file,), network)
+    begin(start(file), Places((file,)), NoAdapters(), network)
     with torch.no_grad():
         assert torch.equal(network.eval()(images()), theirs(kind)(images()).logits)
 
@@ -103,8 +104,8 @@ def test_an_encoder_alone_starts_a_study_whose_head_begins_fresh(kind: str, tmp_
     file, network = tmp_path / "model.safetensors", built(kind)
     before = network.head.weight.clone()
     with pytest.raises(StudyError, match=r"no values for head\.bias, head\.weight|no values for head"):
-        begin(start(file), (file,), network)
-    begin(start(file, partial=True), (file,), network)
+        begin(start(file), Places((file,)), NoAdapters(), network)
+    begin(start(file, partial=True), Places((file,)), NoAdapters(), network)
     assert torch.equal(network.head.weight, before)
     with torch.no_grad():
         tokens = theirs(kind, head=False)(images()).last_hidden_state
@@ -169,7 +170,7 @@ def test_no_socket_is_opened(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(socket, "getaddrinfo", _refused)
     file = tmp_path / "model" / "model.safetensors"
     network = build_task(load_study(study)).build_model()
-    begin(start(file), (file,), network)
+    begin(start(file), Places((file,)), NoAdapters(), network)
     assert network(images()).isfinite().all()
 
 

@@ -16,7 +16,7 @@ from wardround.errors import StudyError
 from wardround.federation.plans import plan_of
 from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.learning.methods.method import Method
-from wardround.learning.training import learning_rate
+from wardround.learning.optimizer import learning_rate
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import arms_of
 from wardround.runs.explain import explain

@@ -14,9 +14,11 @@ from tests.toys import toy_sites, toy_study
 from wardround.cli import app
 from wardround.errors import StudyError
 from wardround.federation.expected import expected
-from wardround.runs.machine import Machine
+from wardround.learning.device import CPU
+from wardround.runs.machine import NOWHERE, Machine
 from wardround.runs.outlook import bits_of, outlook
 from wardround.runs.session import run
+from wardround.site.memory import CONTEXT, GIGABYTE, footprint_of, processes_that_fit
 from wardround.study.hashes import written
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
@@ -109,6 +111,39 @@ def test_a_site_too_small_learns_it_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"sites.SITE.memory: too little for a training step at A needs .* has 1e-06"):
         run(study(), SitesFile(sites={**known.sites, "A": small}).with_code(), tmp_path / "out", engine="local")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_no_more_workers_than_a_gpu_has_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stand-in says how much a GPU has; the rest is as on one. What a step takes is counted here."""
+    known = toy_sites(tmp_path / "data", tuple(SITES))
+    host = Machine(study(), known, NOWHERE, ())
+    assert host.processes(8) == 8
+    taken = max(footprint_of(host, host.dataset(site), CPU).total for site in ("A", "B"))
+    free = 3 * (taken + CONTEXT) + 1
+    monkeypatch.setattr("wardround.runs.machine.free_memory", lambda compute: free)
+    assert (host.processes(8), host.processes(2)) == (3, 2)
+    assert "a GPU has room for 3 processes that train at once, of 8: --processes sets another number" in caplog.text
+    # What a site's file leaves of it counts where that is less, and one process is always tried.
+    small = known.sites["A"].model_copy(update={"memory": (2 * (taken + CONTEXT) + 1) / GIGABYTE})
+    assert Machine(study(), SitesFile(sites={**known.sites, "A": small}).with_code(), NOWHERE, ()).processes(8) == 2
+    free = 1
+    assert host.processes(8) == 1
+
+
+@pytest.mark.parametrize(
+    ("most", "taken", "count"),
+    [
+        (4, {}, 4),
+        (4, {"cuda:0": (10**9, 10**10)}, 4),
+        (9, {"cuda:0": (10**9, 10**10)}, 6),
+        (9, {"cuda:0": (10**9, 10**10), "cuda:1": (4 * 10**9, 10**10)}, 2),
+    ],
+)
+def test_the_fullest_gpu_decides(most: int, taken: dict[str, tuple[int, int]], count: int) -> None:
+    assert processes_that_fit(most, taken) == count
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from wardround.runs.machine import Machine
 from wardround.runs.session import evaluate, open_host, run
 from wardround.storage.store import NOTHING
 from wardround.study.load import load_study
+from wardround.study.places import Places
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import load_sites
@@ -534,7 +535,7 @@ def test_a_model_with_a_frozen_part_is_measured_and_applied_after_its_run(tmp_pa
     worker = Machine.from_spec(open_host(study, sites, tmp_path / "out", (), (), None).spec())
     assert np.array_equal(worker.model_context.initial_values()[first], network[first])
     auditor = Auditor(
-        load_study(study), load_sites(sites), "Alpha", Effort.of(quick=True), model=result.out, start=[base]
+        load_study(study), load_sites(sites), "Alpha", Effort.of(quick=True), model=result.out, start=Places((base,))
     )
     assert auditor.lint == ()
     assert np.array_equal(auditor.tensors[first], network[first])

@@ -26,12 +26,13 @@ from wardround.errors import DataError, StudyError
 from wardround.federation.release import model_of_study, personal_part
 from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.frozen import train_mode
-from wardround.learning.training import build_optimizer
+from wardround.learning.optimizer import build_optimizer
 from wardround.plan.arms import FEDERATED
 from wardround.protection.lint import Finding, architecture_sha256, lint_against
 from wardround.runs.machine import NOWHERE, Machine
 from wardround.storage.store import NOTHING
 from wardround.study.load import plan_sha256, study_sha256
+from wardround.study.places import NO_PLACES, Places
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 from wardround.tasks.reconstruction import ReconstructionDataset
@@ -85,7 +86,7 @@ class Auditor:
         model: Path | None = None,
         attacks: Sequence[Attack] = ATTACKS,
         claim: Claim | None = None,
-        start: Sequence[Path] = (),
+        start: Places = NO_PLACES,
     ) -> None:
         if site not in study.training_sites:
             raise StudyError(f"--site {site}: only a site that trains sends updates; choose among "

@@ -23,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 convert_app = typer.Typer(help="Convert public downloads into Wardround's folder layout.", no_args_is_help=True)
-weights_app = typer.Typer(help="Make the weights files that studies start from.", no_args_is_help=True)
+weights_app = typer.Typer(
+    help="Make the weights files that studies and other programs start from.", no_args_is_help=True
+)
 log_app = typer.Typer(help="Look at the logs that every party of a run keeps.", no_args_is_help=True)
 
 
@@ -80,6 +82,8 @@ app.command()(version)
 log_app.command("verify")(logs.verify_log)
 convert_app.command("lgg")(convert.convert_lgg)
 weights_app.command("import")(weights.import_weights)
+weights_app.command("merge")(weights.merge_weights)
+weights_app.command("adapter")(weights.write_adapter)
 app.add_typer(weights_app, name="weights")
 app.add_typer(convert_app, name="convert")
 app.add_typer(log_app, name="log")

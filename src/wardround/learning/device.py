@@ -135,6 +135,14 @@ class Compute:
 CPU = Compute(torch.device("cpu"))
 
 
+def free_memory(compute: Compute) -> int | None:
+    """Bytes that a GPU has left for processes to come; `None` of any other device, whose memory is the machine's."""
+    if compute.device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(compute.device)[0])
+
+
 def compute_of(device: str, precision: Precision, site: str) -> Compute:
     """The device that a site's file names (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`) and its precision.
 

@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wardround.learning.frozen import train_mode
-from wardround.learning.training import ModelContext, build_optimizer
+from wardround.learning.model_context import ModelContext
+from wardround.learning.optimizer import build_optimizer
 from wardround.study.schema import Local
 
 How = Literal["meta", "cpu", "cuda"]
-#: The loss of a training batch, given a stand-in of the model on a device.
+#: The loss of a training batch, or of the largest piece of one, given a stand-in of the model on a device.
 Step = Callable[[nn.Module, torch.device], Tensor]
 # The first makes the optimiser's state, the second has it from the beginning.
 _STEPS = 2
@@ -116,7 +117,9 @@ def _steps(model: nn.Module, local: Local, step: Step, device: torch.device) -> 
     optimizer = build_optimizer((model,), local)
     for _ in range(_STEPS):
         optimizer.zero_grad(set_to_none=True)
-        step(model, device).backward()  # type: ignore[no-untyped-call]
+        # In the second piece the gradients of the first are there; further ones are as it.
+        for _ in local.pieces[:2]:
+            step(model, device).backward()  # type: ignore[no-untyped-call]
         if local.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), local.clip_norm)
         optimizer.step()

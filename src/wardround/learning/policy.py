@@ -29,6 +29,11 @@ class Parameter:
         return self.info.name
 
     @property
+    def is_half(self) -> bool:
+        """Whether it has 16 bits, of which an average of many small changes would be lost."""
+        return self.info.dtype in ("bfloat16", "float16")
+
+    @property
     def is_float(self) -> bool:
         """Whether averaging it means anything."""
         return self.info.dtype.startswith("float")

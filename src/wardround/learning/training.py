@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,113 +14,36 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import WardroundError
-from wardround.learning.device import CPU, Compute, Losses, Placed, as_arrays
+from wardround.learning.device import Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
 from wardround.learning.examples import Examples
-from wardround.learning.frozen import freeze, remember, train_mode
+from wardround.learning.frozen import train_mode
 from wardround.learning.methods.method import Facts, LocalRound, Method
+from wardround.learning.model_context import ModelContext
 from wardround.learning.momentum import averaged
-from wardround.learning.policy import Parameter, Policy
+from wardround.learning.optimizer import build_optimizer, learning_rate, restore_optimizer, saved_optimizer
+from wardround.learning.policy import Policy
 from wardround.learning.private_training import PrivateTraining
-from wardround.models.adapters import attach, with_folded
+from wardround.models.adapters import with_folded
 from wardround.models.lead import Keeping, Layered
 from wardround.models.low_rank import is_folded
 from wardround.protection.drift import UpdateBound, local_bound
 from wardround.storage.store import Memory
-from wardround.study.adapters import Adapters, NoAdapters
 from wardround.study.schema import Local
 from wardround.tasks.stages import WHOLE, Curriculum
 from wardround.tasks.states import patient_rows
-from wardround.tasks.task import Batch, Calibrated, Dataset, Repeating, Split, Task
+from wardround.tasks.task import Batch, Calibrated, Dataset, Split
 from wardround.tasks.temperature import Calibration
 from wardround.wire.host import on_host
 from wardround.wire.random import public_generator, public_seed
-from wardround.wire.tensors import TensorInfo
 
 Array = npt.NDArray[Any]
 LOCAL = "local/"
 METHOD = "method/"
-OPTIMIZER = "optimizer/"
 
 
 class TrainingFailed(WardroundError):
     """A site's training produced something that must not be sent."""
-
-
-def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
-    """Every parameter and persistent buffer of a model, in the order of its state."""
-    owners = {
-        f"{prefix}.{name}" if prefix else name: type(module).__name__
-        for prefix, module in model.named_modules()
-        for name in (*module._parameters, *module._buffers)
-    }
-    trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    return tuple(
-        Parameter(
-            TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)),
-            trainable=trainable.get(name, False),
-            buffer=name not in trainable,
-            layer=owners[name],
-        )
-        for name, tensor in model.state_dict().items()
-    )
-
-
-_NO_ADAPTERS = NoAdapters()
-
-
-class ModelContext:
-    """The one model of a process, and how it was initialised: public randomness on the CPU, so the same everywhere.
-
-    It gets the study's `adapters`. Then `begin` may put other values into it, those that the study starts from. What
-    `frozen` matches, and what adapters leave as it is, is in `initial` once, as the model's own tensors, and never
-    written again. Sites that compute on another device share another, which `on` makes of it.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        seed: int,
-        begin: Callable[[nn.Module], None] = lambda _: None,
-        frozen: Sequence[str] = (),
-        adapters: Adapters = _NO_ADAPTERS,
-        folds: bool = False,
-    ) -> None:
-        self.task = task
-        self.compute = CPU
-        self._all = {CPU: self}
-        torch.manual_seed(public_seed(seed, "initialisation") % 2**63)
-        self.model = task.build_model()
-        # The same adapters whatever network was built before them.
-        torch.manual_seed(public_seed(seed, "adapters") % 2**63)
-        attached = attach(self.model, adapters, folds=folds)
-        begin(self.model)
-        self.frozen = freeze(self.model, frozen, attached.frozen)
-        #: What adapters keep at each site.
-        self.local = attached.local
-        if isinstance(task, Repeating) and task.repeats:
-            remember(self.model)
-        self.parameters = parameters_of(self.model)
-        state = self.model.state_dict()
-        self.initial = {name: t if name in self.frozen else t.detach().clone() for name, t in state.items()}
-
-    def on(self, compute: Compute) -> ModelContext:
-        """The model context of this process for a device and precision: the same initial values, a model of its own."""
-        if compute not in self._all:
-            other = copy(self)
-            other.compute = compute
-            other.model = deepcopy(self.model).to(compute.device)
-            state = other.model.state_dict()
-            other.initial = {
-                name: state[name] if name in self.frozen else tensor.to(compute.device)
-                for name, tensor in self.initial.items()
-            }
-            self._all[compute] = other
-        return self._all[compute]
-
-    def initial_values(self) -> dict[str, Array]:
-        """The initial values of the whole model, shared and private parts alike."""
-        return {name: on_host(tensor) for name, tensor in self.initial.items()}
 
 
 @dataclass(frozen=True)
@@ -368,12 +290,18 @@ class Learner:
     def _backward(
         self, context: LocalRound, indices: Sequence[int], step: int, scaler: torch.amp.GradScaler, losses: Losses
     ) -> Tensor:
-        """The gradients of one batch, in place; its loss."""
+        """The gradients of one batch, in place; its loss. Pieces of it go through the network one after another."""
         random = public_generator(self._seed, self.site, context.number, step, "augmentation")
-        batch = self.dataset.batch(indices, random)
-        loss = self._method.objective(context, losses.loss(context.model, batch))
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        total, start = torch.zeros((), device=self.compute.device), 0
+        for size in self._local.pieces:
+            batch = self.dataset.batch(indices[start : start + size], random)
+            loss = self._method.objective(context, losses.loss(context.model, batch))
+            if size != len(indices):
+                loss = loss * (size / len(indices))
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            start += size
+        return total
 
     @torch.no_grad()
     def evaluate(self, split: Split, calibration: Calibration | None = None) -> dict[str, Array]:
@@ -422,52 +350,6 @@ class Learner:
         rate = learning_rate(self._local, (number - 1) * steps + step, self._rounds * steps)
         for group, share in zip(optimizer.param_groups, self._curriculum.rates(number), strict=True):
             group["lr"] = share * rate
-
-
-def learning_rate(local: Local, step: int, total: int) -> float:
-    """The rate of global step `step` of `total`: linear warm-up, then constant or a half cosine to zero."""
-    if step < local.warmup:
-        return local.lr * (step + 1) / local.warmup
-    if local.schedule == "constant":
-        return local.lr
-    # Rounds that take the place of aborted ones come after the last step of the schedule.
-    progress = min(1.0, (step - local.warmup) / max(1, total - local.warmup))
-    return local.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def build_optimizer(parts: Sequence[nn.Module], local: Local) -> torch.optim.Optimizer:
-    """The site's optimiser over everything that gradients reach, each part of a model with a rate of its own."""
-    parameters = [{"params": [p for p in part.parameters() if p.requires_grad]} for part in parts]
-    # The same digits, in half the time: torch would go through the tensors one by one in Python on a CPU.
-    common: Any = {"lr": local.lr, "weight_decay": local.weight_decay, "foreach": True}
-    match local.optimizer:
-        case "sgd":
-            return torch.optim.SGD(parameters, momentum=local.momentum, **common)
-        case "adam":
-            return torch.optim.Adam(parameters, **common)
-        case "adamw":
-            return torch.optim.AdamW(parameters, **common)
-
-
-def saved_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Array]:
-    """The optimiser's tensors, by parameter number and slot."""
-    return {
-        f"{OPTIMIZER}{index}/{slot}": on_host(value).copy()
-        for index, slots in optimizer.state_dict()["state"].items()
-        for slot, value in slots.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Array]) -> None:
-    """Put back what `saved_optimizer` saved; does nothing in the first round."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name in tensors:
-        if name.startswith(OPTIMIZER):
-            index, slot = name.removeprefix(OPTIMIZER).split("/")
-            state.setdefault(int(index), {})[slot] = torch.from_numpy(tensors[name])
-    if state:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def patients_in(dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")) -> dict[str, int]:

@@ -293,13 +293,21 @@ def merged(model: nn.Module) -> nn.Module:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Narrow | Tokens):
             raise StudyError(f"{name} cannot be merged into a weight; only LoRA can")
-        parts = [p for p in (LORA, LORA_LOCAL, FOLDED) if isinstance(getattr(layer, p, None), LowRank | Folded)]
+        if not (parts := products(layer)):
+            continue
+        weight: Tensor = layer.get_parameter("weight")
+        with torch.no_grad():
+            # One rounding for all of them: a base of 16 bits has few digits to lose.
+            weight.copy_(weight.double() + sum(part.product() for part in parts.values()))
         for part in parts:
-            weight: Tensor = layer.get_parameter("weight")
-            with torch.no_grad():
-                weight.copy_(weight.double() + getattr(layer, part).product())
             delattr(layer, part)
     return model
+
+
+def products(layer: nn.Module) -> dict[str, LowRank | Folded]:
+    """What is added to the weight of a layer, by the names of its parts; empty for a layer without."""
+    found = {name: getattr(layer, name, None) for name in (LORA, LORA_LOCAL, FOLDED)}
+    return {name: part for name, part in found.items() if isinstance(part, LowRank | Folded)}
 
 
 def added_values(model: nn.Module) -> frozenset[str]:

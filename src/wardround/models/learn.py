@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from wardround.imaging.acquisition.operator import LinearOperator, trust
 from wardround.models.blocks import Denoiser, Norm, ResidualUNet
+from wardround.models.checkpointing import Checkpointed
 from wardround.models.conditioning import HIDDEN, ConditionedSettings, ProtocolHyperNet, modulation, prefixed, within
 from wardround.study.tasks import Modality
 
@@ -62,7 +63,7 @@ def learn_shape(config: LearnSettings) -> LearnShape:
     return replace(PRESETS[config.preset], **chosen)
 
 
-class Learn(nn.Module):
+class Learn(Checkpointed):
     """Reconstructs images from measurements through any linear operator with |A| = 1.
 
     Images are expected on a scale of about [0, 1]. `parts` is 1 for real images and 2 for complex ones. Conditioned,
@@ -93,10 +94,16 @@ class Learn(nn.Module):
         films = modulation(self.hypernetwork, operator, data)
         misfit = self._misfit(operator, data)
         image = operator.initial(data)
-        for k, (prox, step) in enumerate(zip(self.proxes, self.steps, strict=True)):
+        steps = self.steps
+
+        def unroll(image: Tensor, k: int) -> Tensor:
             gradient = misfit(image)
             # A prox returns x - D(x).
-            image = prox(image, within(films, str(k)), (gradient,) if self.guided else ()) - step * gradient
+            found: Tensor = self.proxes[k](image, within(films, str(k)), (gradient,) if self.guided else ())
+            return found - steps[k] * gradient
+
+        for k in range(len(self.proxes)):
+            image = self.through(unroll, image, k)
         return image
 
     def _misfit(self, operator: LinearOperator, data: Tensor) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.blocks import convolution
+from wardround.models.checkpointing import Checkpointed
 from wardround.models.conditioning import (
     HIDDEN,
     ConditionedSettings,
@@ -48,7 +49,7 @@ def lpd_shape(config: LPDSettings) -> LPDShape:
     return replace(PRESETS[config.preset], **chosen)
 
 
-class LPD(nn.Module):
+class LPD(Checkpointed):
     """Reconstructs real images from measurements through a linear operator with |A| = 1.
 
     Where the paper starts at zero, f_0 is the initial image `memory` times; the last layers start at zero, so an
@@ -74,11 +75,15 @@ class LPD(nn.Module):
         f = operator.initial(data).unsqueeze(1).repeat(1, self.memory, 1, 1)
         h = torch.zeros_like(measured).repeat(1, self.memory, 1, 1)
         second = min(1, self.memory - 1)
-        for i, (dual, primal) in enumerate(zip(self.dual, self.primal, strict=True)):
+
+        def unroll(f: Tensor, h: Tensor, i: int) -> tuple[Tensor, Tensor]:
             projected = operator.A(f[:, second].contiguous()).unsqueeze(1)
-            h = h + dual(torch.cat([h, projected, measured], 1), within(films, f"dual.{i}"))
+            h = h + self.dual[i](torch.cat([h, projected, measured], 1), within(films, f"dual.{i}"))
             returned = operator.A_adjoint(h[:, 0].contiguous()).unsqueeze(1)
-            f = f + primal(torch.cat([f, returned], 1), within(films, f"primal.{i}"))
+            return f + self.primal[i](torch.cat([f, returned], 1), within(films, f"primal.{i}")), h
+
+        for i in range(len(self.dual)):
+            f, h = self.through(unroll, f, h, i)
         return f[:, 0]
 
 

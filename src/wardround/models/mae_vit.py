@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from wardround.models.checkpointing import Checkpointed
 from wardround.models.transformer import Block, Encoder, EncoderSettings, Sizes, begin_layers, grid_of, positions
 from wardround.study.models import Preset
 from wardround.study.tasks import Modality
@@ -47,7 +48,7 @@ class MaskedViT(nn.Module):
         return found
 
 
-class _Decoder(nn.Module):
+class _Decoder(Checkpointed):
     def __init__(self, before: int, pixels: int, width: int, layers: int, heads: int) -> None:
         super().__init__()
         self.embed = nn.Linear(before, width)
@@ -65,6 +66,6 @@ class _Decoder(nn.Module):
         every = self.hidden.to(known.dtype).expand(len(known), len(places), -1)
         x = every.scatter(1, kept[..., None].expand(-1, -1, known.shape[2]), known) + places
         for block in self.blocks:
-            x = block(x)
+            x = self.through(block, x)
         found: Tensor = self.pixels(self.norm(x))
         return found

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wardround.models.checkpointing import Checkpointed
+
 
 @dataclass(frozen=True)
 class TinyViTShape:
@@ -100,7 +102,7 @@ class _PatchEmbedding(nn.Module):
         return found
 
 
-class _Stage(nn.Module):
+class _Stage(Checkpointed):
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -108,7 +110,7 @@ class _Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = self.through(block, x)
         return x if self.downsample is None else self.downsample(x)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wardround.errors import StudyError
+from wardround.models.checkpointing import Checkpointed
 from wardround.study.models import Preset, PresetSettings
 
 _SLOWEST = 10_000.0
@@ -69,7 +70,7 @@ class EncoderSettings(PresetSettings):
         grid_of(size, self.sizes.patch)
 
 
-class Encoder(nn.Module):
+class Encoder(Checkpointed):
     """Images (B, C, *size) -> tokens (B, patches, width)."""
 
     def __init__(self, dimensions: int, channels: int, sizes: Sizes) -> None:
@@ -90,7 +91,7 @@ class Encoder(nn.Module):
             chosen = kept[..., None].expand(-1, -1, patches.shape[2])
             x = self.patch(patches.gather(1, chosen)) + places[kept]
         for block in self.blocks:
-            x = block(x)
+            x = self.through(block, x)
         found: Tensor = self.norm(x)
         return found
 

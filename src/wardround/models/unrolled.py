@@ -20,6 +20,7 @@ from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.wrapped import RealImage
 from wardround.models.blocks import Denoiser, Norm
+from wardround.models.checkpointing import Checkpointed
 from wardround.study.models import PresetSettings
 from wardround.study.tasks import Modality
 
@@ -51,7 +52,7 @@ def modl_shape(config: MoDLSettings) -> MoDLShape:
     return replace(PRESETS[config.preset], **chosen)
 
 
-class MoDL(nn.Module):
+class MoDL(Checkpointed):
     """Reconstructs images from measurements through any linear operator.
 
     Images are expected on a scale of about [0, 1]. `weight`, the lambda of the equation, is
@@ -82,9 +83,13 @@ class MoDL(nn.Module):
         adjoint = operator.A_adjoint(data)
         weight = self.weight
         image = operator.initial(data)
-        for _ in range(self.unrolls):
+
+        def unroll(image: Tensor) -> Tensor:
             prior = self.denoiser(image)
-            image = operator.solve(adjoint + weight * prior, weight, iterations=self.cg_iterations, start=prior)
+            return operator.solve(adjoint + weight * prior, weight, iterations=self.cg_iterations, start=prior)
+
+        for _ in range(self.unrolls):
+            image = self.through(unroll, image)
         return image
 
 

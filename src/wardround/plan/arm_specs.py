@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,8 +16,8 @@ from wardround.errors import StudyError
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import UNSEEN
+from wardround.learning.model_context import ModelContext
 from wardround.learning.policy import Policy, listed, matching
-from wardround.learning.training import ModelContext
 from wardround.models.adapters import added_values
 from wardround.plan.arms import Arm, arms_of
 from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
@@ -25,6 +25,7 @@ from wardround.plan.weights import begin
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
 from wardround.study.hashes import plan_sha256, study_sha256
+from wardround.study.places import NO_PLACES, Places
 from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
@@ -71,14 +72,14 @@ class ArmSpecs:
         compare: tuple[str, ...],
         embeddings: Mapping[str, Path] | None = None,
         plugins: Plugins = NO_PLUGINS,
-        start: Sequence[Path] = (),
+        start: Places = NO_PLACES,
     ) -> None:
         self.study = plugins.opened(study)
         self.study_sha256 = study_sha256(self.study)
         self.plan_sha256 = plan_sha256(self.study)
         self.arms = {arm.name: arm for arm in arms_of(self.study, compare)}
         self._embeddings = dict(embeddings or {})
-        self.start_places = tuple(start) or self.study.start_places(Path())
+        self.start_places = start if start.start else self.study.start_places(Path())
         self.plugins = plugins
         self._arm_specs: dict[str, ArmSpec] = {}
         self._starts: dict[str, Mapping[str, Array]] = {}
@@ -94,8 +95,16 @@ class ArmSpecs:
     def model_context(self) -> ModelContext:
         """The model of this process, with what the study starts from in it."""
         study = self.study
-        begins = partial(begin, study.start, self.start_places)
-        return ModelContext(self.task, study.seed, begins, study.parts.frozen, study.adapters, folds=study.method.folds)
+        begins = partial(begin, study.start, self.start_places, study.adapters)
+        return ModelContext(
+            self.task,
+            study.seed,
+            begins,
+            study.parts.frozen,
+            study.adapters,
+            folds=study.method.folds,
+            checkpoint=study.local.checkpoint,
+        )
 
     @cached_property
     def frozen_sha256(self) -> str | None:
@@ -193,6 +202,11 @@ class ArmSpecs:
         local |= frozenset() if arm.alone else self.model_context.local
         if both := sorted(frozen & local):
             raise StudyError(f"parts: {listed(both)} would be both frozen and local; let one pattern match it")
+        if half := [p for p in parameters if p.is_half and p.name not in frozen and p.name not in local]:
+            raise StudyError(
+                f"{half[0].name} of the network is {half[0].info.dtype}, and what is trained and shared has 32 bits; "
+                "freeze it (adapters, parts.frozen), keep it at the sites (parts.local), or make the network in float32"
+            )
         left = (p for p in parameters if p.trainable and p.name not in local and method.role(p) == "shared")
         if (frozen or local) and not any(left):
             raise StudyError(

@@ -10,8 +10,8 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,17 +68,33 @@ def import_checkpoint(
             raise DataError(f"{path.name} is a {SUFFIX} file, which needs no conversion; leave --out and --part out")
         return _checked(path)
     out = path.with_suffix(SUFFIX) if out is None else out
+    check_free(out, overwrite=overwrite)
+    held = _read(path)
+    name, tensors = _chosen(path, dict(_parts(held)), part)
+    written = write_weights(out, tensors)
+    beside = held if name else {}
+    left_out = tuple(sorted(str(key) for key in beside if key != name.partition(".")[0]))
+    return replace(written, part=name, left_out=left_out)
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise `DataError` for a file with another ending than .safetensors, and one that exists, unless `overwrite`."""
     if out.suffix != SUFFIX:
         raise DataError(f"--out {out.name}: a study starts from a {SUFFIX} file; give it that ending")
     if out.exists() and not overwrite:
         raise DataError(f"{out.name} exists already; add --force to replace it, or name another with --out")
-    held = _read(path)
-    name, tensors = _chosen(path, dict(_parts(held)), part)
+
+
+def write_weights(
+    out: Path, tensors: Mapping[str, Tensor], check: Callable[[bytes], None] = lambda _: None
+) -> Imported:
+    """Write tensors as a .safetensors file, whole or not at all: not where `check`, given its bytes, raises.
+
+    Raises `DataError` where it does not fit on the disk, and for a tensor that such a file cannot hold.
+    """
     whole, made_whole = _whole(tensors)
-    _write(out, whole)
-    beside = held if name else {}
-    left_out = tuple(sorted(str(key) for key in beside if key != name.partition(".")[0]))
-    return Imported(out, file_sha256(out), *_counts(whole), name, left_out, made_whole)
+    _write(out, whole, check)
+    return Imported(out, file_sha256(out), *_counts(whole), made_whole=made_whole)
 
 
 def _checked(path: Path) -> Imported:
@@ -171,7 +187,7 @@ def _whole(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str,
     return whole, tuple(sorted(shared))
 
 
-def _write(out: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write(out: Path, tensors: Mapping[str, Tensor], check: Callable[[bytes], None]) -> None:
     from safetensors.torch import save
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +201,9 @@ def _write(out: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         with written(out) as file:
             # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
-            file.write(save(dict(tensors), metadata={"format": "pt"}))
+            data = save(dict(tensors), metadata={"format": "pt"})
+            check(data)
+            file.write(data)
     except OSError as error:
         raise DataError(f"{out.name} cannot be written ({reason(error)})", detail=str(out)) from error
     except (SafetensorError, ValueError, TypeError, KeyError) as error:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +16,12 @@ from safetensors.numpy import load_file, save
 from wardround.errors import DataError, StudyError
 from wardround.learning.policy import listed
 from wardround.models.published import Published
+from wardround.plan.found import VARIABLE, by_content, hub_cache, searched
+from wardround.plan.found import file_sha256 as file_sha256
 from wardround.storage.hash_log import is_hash
 from wardround.study.patterns import matched
-from wardround.study.start import FromRelease, FromWeights, Start
+from wardround.study.places import Places
+from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Start
 from wardround.wire.canonical import digest
 from wardround.wire.files import reason, written
 from wardround.wire.tensors import tensors_sha256
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
+
+    from wardround.study.adapters import Adapters
 
 Array = npt.NDArray[Any]
 FORMAT = "wardround-model-1"
@@ -120,21 +124,16 @@ def frozen_part(model: Path, metadata: Mapping[str, str], given: Path | None = N
 # What a study starts from -------------------------------------------------------------------------------------------
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes; raises `OSError`."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def place_of(start: FromWeights | FromRelease, places: Iterable[Path]) -> Path:
-    """The first of the places at which something lies; raises `StudyError` where nothing does."""
-    places = tuple(places)
-    found = next((place for place in places if place.exists()), None)
+def place_of(start: FromWeights | FromRelease, places: Places) -> Path:
+    """The first of the places at which something lies, else a file of the study's hash; raises `StudyError`."""
+    found = next((place for place in places.start if place.exists()), None)
+    if found is None and isinstance(start, FromWeights):
+        found = by_content(start.sha256, PurePosixPath(start.file).name, places.stores)
     if found is None:
         raise StudyError(
-            f"start.file: {start.file} does not exist; put it there, below the study's folder, or say where it lies "
-            "with `start` in a site's entry of the sites file",
-            detail=", ".join(map(str, places)),
+            f"start.file: {start.file} does not exist{_looked(start, places)}; put it there, below the study's folder, "
+            "or say where it lies with `start` in a site's entry of the sites file",
+            detail=_listed(places.start, places),
         )
     path = found / "models" / "federated.safetensors" if isinstance(start, FromRelease) and found.is_dir() else found
     if not path.is_file():
@@ -145,15 +144,53 @@ def place_of(start: FromWeights | FromRelease, places: Iterable[Path]) -> Path:
     return path
 
 
-def begin(start: Start, places: Sequence[Path], model: nn.Module) -> None:
-    """Put the values that a study starts from into a model; does nothing for a fresh start.
+def begin(start: Start, places: Places, adapters: Adapters, model: nn.Module) -> None:
+    """Put the values that a study starts from into a model with its adapters; does nothing for a fresh start.
 
     Raises `StudyError` for a file that is not there or is another than the study's, and for values that do not fit.
     """
+    if isinstance(start, Fresh):
+        return
+    path = place_of(start, places)
     if isinstance(start, FromWeights):
-        _begin_with_file(start, place_of(start, places), model)
-    elif isinstance(start, FromRelease):
-        _begin_with_release(start, place_of(start, places), model)
+        _begin_with_file(start, path, model)
+    else:
+        _begin_with_release(start, path, model)
+    if start.adapter is not None:
+        # Late: studies without one need nothing of it.
+        from wardround.plan.peft import begin_with_adapter
+
+        begin_with_adapter(start.adapter, _folder_of(start.adapter, places), start.sha256, adapters, model)
+
+
+def _folder_of(adapter: FromAdapter, places: Places) -> Path:
+    """Where the folder of an adapter lies: at its place, else around a file of the study's hash."""
+    found = next((place for place in places.adapter if place.is_dir()), None)
+    if found is not None:
+        return found
+    held = by_content(adapter.sha256, "adapter_model.safetensors", places.stores)
+    if held is None:
+        raise StudyError(
+            f"start.adapter.file: {adapter.file} is no folder{_looked(adapter, places)}; put it there, below the "
+            "study's folder, or into a folder that `weights` in a site's entry of the sites file names",
+            detail=_listed(places.adapter, places),
+        )
+    return held.parent
+
+
+def _looked(start: FromWeights | FromRelease | FromAdapter, places: Places) -> str:
+    """What else was searched, in words that may leave a site."""
+    if isinstance(start, FromRelease) or not start.sha256:
+        return ""
+    count = len(searched(places.stores))
+    return (
+        f", and no .safetensors file of sha256 {start.sha256} was found in this machine's folders of weights ({count}: "
+        f"`weights` in the sites file, {VARIABLE}) nor in its Hugging Face cache"
+    )
+
+
+def _listed(at: tuple[Path, ...], places: Places) -> str:
+    return ", ".join(map(str, (*at, *searched(places.stores), hub_cache())))
 
 
 def _begin_with_file(start: FromWeights, path: Path, model: nn.Module) -> None:

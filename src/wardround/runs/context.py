@@ -5,7 +5,7 @@ Nothing here opens a site's data, store, ledger or keys: what the coordinator kn
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from wardround.plan.arms import Arm
 from wardround.protection.identity import Roster
 from wardround.protection.robust import Defence
 from wardround.storage.journal import Journal
+from wardround.study.places import NO_PLACES, Places
 from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 
@@ -39,7 +40,7 @@ class Context(ArmSpecs):
         without: Collection[str] = (),
         plugins: Plugins = NO_PLUGINS,
         embeddings: Mapping[str, Path] | None = None,
-        start: Sequence[Path] = (),
+        start: Places = NO_PLACES,
     ) -> None:
         super().__init__(study, tuple(compare), embeddings, plugins, start)
         self.out = out

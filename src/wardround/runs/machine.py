@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from wardround.errors import StudyError, WardroundError
 from wardround.federation.exchange import Party
+from wardround.learning.device import free_memory
 from wardround.learning.training import Learner
 from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.arms import POOLED
@@ -22,9 +23,10 @@ from wardround.site.agent import Agent, Progress
 from wardround.site.datasets import Datasets
 from wardround.site.egress import EgressRules
 from wardround.site.groups import labels_of
-from wardround.site.memory import check_memory, footprint_of
+from wardround.site.memory import GIGABYTE, check_memory, footprint_of, processes_that_fit
 from wardround.site.shelf import Shelf, check_disk
 from wardround.study.hashes import written
+from wardround.study.places import NO_PLACES, Places
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
@@ -50,7 +52,7 @@ class Machine(Context):
         compare: tuple[str, ...],
         progress: Progress | None = None,
         without: Collection[str] = (),
-        start: Sequence[Path] = (),
+        start: Places = NO_PLACES,
     ) -> None:
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
         super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings, start)
@@ -127,6 +129,38 @@ class Machine(Context):
         with suppress(OSError):
             check_disk([shelf for site in (*sites, *pooled) if (shelf := self._shelf(site)) is not None])
 
+    def processes(self, most: int) -> int:
+        """How many processes train here at once: `most`, or fewer where a GPU has no room for so many.
+
+        A GPU has what is free, or what its sites' `memory` says where that is less.
+        """
+        needed: dict[str, int] = {}
+        free: dict[str, int] = {}
+        for site in self.remaining(self.study.training_sites) if most > 1 else ():
+            compute = self.agent(site).compute
+            left, room = free_memory(compute), self.sites.of(site).memory
+            if left is None:
+                continue
+            device = str(compute.device)
+            try:
+                taken = footprint_of(self, self.dataset(site), compute).total
+            except WardroundError:
+                raise
+            except Exception:
+                # As in `preflight`: what goes wrong at a site is left to the round.
+                log.debug("a site's data could not be opened", exc_info=True)
+                continue
+            needed[device] = max(needed.get(device, 0), taken)
+            free[device] = min(free.get(device, left), left if room is None else int(room * GIGABYTE))
+        count = processes_that_fit(most, {device: (needed[device], free[device]) for device in needed})
+        if count < most:
+            log.warning(
+                "a GPU has room for %d processes that train at once, of %d: --processes sets another number",
+                count,
+                most,
+            )
+        return count
+
     def _shelf(self, site: str) -> Shelf | None:
         """Where a site keeps what a frozen encoder gives; nothing for one whose data could not be opened."""
         try:
@@ -175,7 +209,7 @@ class Machine(Context):
             "out": str(self.out),
             "compare": list(self._compare),
             "without": sorted(self.without),
-            "start": [str(place) for place in self.start_places],
+            "start": self.start_places.to_json(),
         }
 
     @staticmethod
@@ -189,7 +223,7 @@ class Machine(Context):
             tuple(spec["compare"]),
             progress,
             spec["without"],
-            [Path(place) for place in spec["start"]],
+            Places.from_json(spec["start"]),
         )
 
 

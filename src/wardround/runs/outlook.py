@@ -22,6 +22,7 @@ from wardround.runs.machine import NOWHERE, Machine
 from wardround.runs.session import open_host
 from wardround.site.memory import GIGABYTE, footprint_of
 from wardround.study.load import load_study
+from wardround.study.schema import Local
 from wardround.study.sites import SiteData, SitesFile, load_sites
 from wardround.study.start import Fresh, Start
 from wardround.tasks.task import Predicts, PredictsScans
@@ -77,7 +78,7 @@ def outlook(
         f"Study {study.name}: what it takes, before anything runs",
         f"Messages of a round\n{_rounds(host, bill, speeds)}",
         f"All messages\n{_all(host, bill, speeds)}",
-        f"Memory of training\n{_memories(memory)}",
+        f"Memory of training\n{_memories(memory, host.arm_spec(FEDERATED).arm.local)}",
         f"Disk\n{_disk(host, bill, study.start)}",
     )
     rooms = {name: known[name].memory if name in known else None for name in memory}
@@ -147,7 +148,7 @@ def _memory_by_study(host: Machine) -> Footprint:
     local, shared = arm_spec.arm.local, arm_spec.policy.names("shared")
     if not isinstance(task, Predicts) or isinstance(task, PredictsScans):
         return footprint(host.model_context, shared, local, None)
-    shape = (local.batch, *task.input_shape())
+    shape = (local.pieces[0], *task.input_shape())
 
     def step(model: nn.Module, device: torch.device) -> Tensor:
         found: Tensor = model(torch.zeros(shape, device=device))
@@ -156,7 +157,7 @@ def _memory_by_study(host: Machine) -> Footprint:
     return footprint(host.model_context, shared, local, step)
 
 
-def _memories(memory: Mapping[str, Footprint]) -> str:
+def _memories(memory: Mapping[str, Footprint], local: Local) -> str:
     rows = [
         (
             name,
@@ -171,14 +172,18 @@ def _memories(memory: Mapping[str, Footprint]) -> str:
         for name, found in memory.items()
     ]
     head = ("site", "model", "frozen", "copies", "gradients", "optimiser", "step", "in all")
-    return "\n".join([table(head, rows), *(wrapped(line, "  ") for line in _memory_notes(memory))])
+    return "\n".join([table(head, rows), *(wrapped(line, "  ") for line in _memory_notes(memory, local))])
 
 
-def _memory_notes(memory: Mapping[str, Footprint]) -> Iterator[str]:
+def _memory_notes(memory: Mapping[str, Footprint], local: Local) -> Iterator[str]:
     yield (
         "In all: the model with its frozen part (once), copies (initial values and the start of the round) and the "
         "step, in which gradients, the optimiser's state and activations are at their peak."
     )
+    if local.accumulate > 1:
+        yield f"A batch of {local.batch} passes in pieces of {local.pieces[0]} examples (local.accumulate)."
+    if local.checkpoint:
+        yield "Blocks forget what they compute and compute it again for the gradient (local.checkpoint)."
     for how in dict.fromkeys(found.how for found in memory.values()):
         named = ", ".join(name for name, found in memory.items() if found.how == how)
         if how is None:

@@ -14,12 +14,15 @@ from torch import nn
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import load_model, personal_part, serve, study_of
 from wardround.learning.frozen import freeze
+from wardround.models.adapters import attach
+from wardround.models.build import build_model
 from wardround.plan.weights import frozen_part
 from wardround.runs.protocols import read_protocols
 from wardround.study.plugins import Plugins
 from wardround.study.protocols import ModelProtocols
 from wardround.study.registry import Reading
 from wardround.study.schema import Study
+from wardround.tasks.build import build_task
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +63,18 @@ class ReleasedModel:
         `weights` is the file with its frozen part, where that does not lie where the run put it. Raises `StudyError`
         for a site that the study does not have, and `DataError` for values that do not fit.
         """
+        made = self.loaded(build, site, weights)
+        serve(made, self.study, self.metadata, site)
+        return made.eval()
+
+    def loaded(self, build: Callable[[], nn.Module], site: str | None, weights: Path | None) -> nn.Module:
+        """The same with its adapters and its values alone; the part of a site that trained it is that site's own."""
         if site is not None and site not in self.study.sites:
             raise StudyError(f"--site {site}: the model's study has no such site, only {', '.join(self.study.sites)}")
         own = personal_part(self.path, site)
         tensors = {**self.tensors, **frozen_part(self.path, self.metadata, weights), **own}
         made = build()
+        attached = attach(made, self.study.adapters, folds=self.study.method.folds)
         try:
             made.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
         except RuntimeError as error:
@@ -72,9 +82,17 @@ class ReleasedModel:
                 "the model file's tensors do not fit the network of its study; get it again from where it was released",
                 detail=f"{self.path}: {' '.join(str(error).split())}",
             ) from error
-        freeze(made, self.study.parts.frozen)
-        serve(made, self.study, self.metadata, site)
+        freeze(made, self.study.parts.frozen, attached.frozen)
         return made.eval()
+
+    def build(self) -> nn.Module:
+        """The network of the study, without adapters, with values of no matter.
+
+        Raises `StudyError` where a task or network is a plug-in's that may not be imported.
+        """
+        if self.study.task.kind == "reconstruction":
+            return build_model(self.study.model, self.study.modality)
+        return build_task(self.study, plugins=self.plugins).build_model()
 
 
 def closed(what: str, kind: str) -> StudyError:

@@ -155,7 +155,9 @@ def open_host(
     for name, site in study.sites.items():
         if not site.scans and name not in gone:
             sites.of(name)
-    start = study.start_places(near, *(e.start for n, e in sites.sites.items() if n in study.sites))
+    entries = [entry for name, entry in sites.sites.items() if name in study.sites]
+    stores = (folder for entry in entries for folder in entry.weights)
+    start = study.start_places(near, *(entry.start for entry in entries), stores=stores)
     return Machine(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone, start)
 
 
@@ -177,7 +179,8 @@ class _Carrier:
 
     def __init__(self, host: Machine, name: str | None, processes: int | None, watcher: Shielded) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = processes or max(1, cores // max((host.sites.threads(site) for site in host.study.sites), default=1))
+        threads = max((host.sites.threads(site) for site in host.study.sites), default=1)
+        count = processes or (1 if name == "local" else host.processes(max(1, cores // threads)))
         make = engine_of(name or ("workers" if count > 1 else "local"))
         carried = make(Sites(host.find, _FACTORY, lambda: _written_spec(host), count, watcher.step))
         self.engine, self.parallel = carried.engine, carried.parallel

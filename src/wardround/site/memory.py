@@ -16,13 +16,15 @@ from wardround.tasks.task import Dataset
 from wardround.wire.random import public_generator
 
 GIGABYTE = 10**9
+#: What CUDA and its libraries take of a GPU in each process that uses it; some 0.3 to 0.6 GB, by version and GPU.
+CONTEXT = 600 * 10**6
 
 
 def footprint_of(arm_specs: ArmSpecs, dataset: Dataset, compute: Compute) -> Footprint:
     """What training takes with a site's first examples, on its device where that is a GPU."""
     arm_spec = arm_specs.arm_spec(FEDERATED)
     local = arm_spec.arm.local
-    indices = [number % len(dataset) for number in range(local.batch)]
+    indices = [number % len(dataset) for number in range(local.pieces[0])]
     batch = dataset.batch(indices, public_generator(arm_specs.study.seed, "footprint"))
     gpu = compute.device.type == "cuda"
 
@@ -35,6 +37,15 @@ def footprint_of(arm_specs: ArmSpecs, dataset: Dataset, compute: Compute) -> Foo
     return footprint(arm_specs.model_context, shared, local, step, compute.device if gpu else None)
 
 
+def processes_that_fit(most: int, taken: Mapping[str, tuple[int, int]]) -> int:
+    """How many processes, of `most`, may train at once, and at least one.
+
+    `taken` says by device what a site takes and what is free. Any process may train at any site, so that all of them
+    may be on one device, each with what CUDA itself takes.
+    """
+    return max(1, min([most, *(free // (needed + CONTEXT) for needed, free in taken.values())]))
+
+
 def check_memory(taken: Mapping[str, tuple[Footprint, float | None]]) -> None:
     """Raise `StudyError` where training takes more than a site's `memory`: by site, what it takes, and its GB."""
     lacking = [
@@ -44,6 +55,7 @@ def check_memory(taken: Mapping[str, tuple[Footprint, float | None]]) -> None:
     ]
     if lacking:
         raise StudyError(
-            f"sites.SITE.memory: too little for a training step at {'; '.join(lacking)}. Take a smaller local.batch or "
-            "model, freeze more of it (parts.frozen), or a machine with more memory"
+            f"sites.SITE.memory: too little for a training step at {'; '.join(lacking)}. Let batches pass in pieces "
+            "(local.accumulate), compute blocks twice (local.checkpoint), take a smaller local.batch or model, freeze "
+            "more of it (parts.frozen), or take a machine with more memory"
         )

@@ -67,6 +67,16 @@ def check_privacy(study: Study) -> None:
     if study.local.clip_norm is not None:
         raise ValueError("local.clip_norm: with protection.privacy, set protection.privacy.clip instead, and "
                          "remove this one (--set local.clip_norm=null)")  # fmt: skip
+    if study.local.accumulate > 1:
+        raise ValueError(
+            "local.accumulate: with protection.privacy gradients are those of single patients, which pass the network "
+            "one after another already (with `gradients: opacus`, a few at once); leave it out"
+        )
+    if study.local.checkpoint and study.protection.privacy.gradients == "opacus":
+        raise ValueError(
+            "local.checkpoint: Opacus keeps what layers see, which checkpointing forgets; set "
+            "protection.privacy.gradients: exact, or leave local.checkpoint out"
+        )
     if study.protection.privacy.noise == "distributed":
         _check_noise_adds_up(study)
 

@@ -6,7 +6,7 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,7 @@ from wardround.study.base import Config, Settings
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
+from wardround.study.places import Places
 from wardround.study.protection import Protection
 from wardround.study.registry import (
     BASELINES,
@@ -84,6 +85,17 @@ class Local(Config):
 
     steps: int = Field(20, ge=1, description="optimiser steps in a round")
     batch: int = Field(1, ge=1, description="examples in a step")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="pieces of a batch that pass the network one after another, so that memory is that of one: the "
+        "gradient is the sum of theirs, by their numbers of examples. Batch norm sees pieces",
+    )
+    checkpoint: bool = Field(
+        False,
+        description="whether blocks of the network forget what they compute and compute it again for the gradient: "
+        "less memory for more time, and the same gradient (vit, mae_vit, lite_medsam, swin_unetr, modl, learn, lpd)",
+    )
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: float = Field(1e-3, gt=0.0)
     schedule: Literal["constant", "cosine"] = Field("constant", description="over all rounds, by global step")
@@ -92,6 +104,20 @@ class Local(Config):
     momentum: float = Field(0.0, ge=0.0, lt=1.0, description="SGD only")
     clip_norm: float | None = Field(None, gt=0.0, description="clip each step's gradient to this norm")
     optimizer_state: Literal["reset", "keep"] = "reset"
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Numbers of examples that pass the network at once, in a step; the largest first."""
+        size, larger = divmod(self.batch, self.accumulate)
+        return (size + 1,) * larger + (size,) * (self.accumulate - larger)
+
+    @model_validator(mode="after")
+    def _no_empty_piece(self) -> Local:
+        if self.accumulate > self.batch:
+            raise ValueError(
+                f"`accumulate`: a batch of {self.batch} has no {self.accumulate} pieces; set it to {self.batch} or less"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -275,15 +301,19 @@ class Study(Config):
                     "package that has it and add its name to sites.NAME.plugins in the sites file"
                 )
 
-    def start_places(self, near: Path, *given: Path | None) -> tuple[Path, ...]:
-        """Where the file that the study starts from may lie: the places given, else what `start.file` says.
+    def start_places(self, near: Path, *given: Path | None, stores: Iterable[Path] = ()) -> Places:
+        """Where what the study starts from may lie: the places given, else what `start.file` says, and `stores`.
 
         `near` is the folder of the study's file.
         """
         if not isinstance(self.start, FromWeights | FromRelease):
-            return ()
+            return Places()
         places = tuple(dict.fromkeys(place for place in given if place is not None))
-        return places or ((near / self.start.file).absolute(),)
+        return Places(
+            places or ((near / self.start.file).absolute(),),
+            () if self.start.adapter is None else ((near / self.start.adapter.file).absolute(),),
+            tuple(dict.fromkeys(stores)),
+        )
 
     @property
     def scans(self) -> bool:

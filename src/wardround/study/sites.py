@@ -67,6 +67,12 @@ class SiteData(Config):
         description="the site's own copy of the file that the study starts from (`start` in the study, which names its "
         "hash); default: the study's `start.file`",
     )
+    weights: tuple[Path, ...] = Field(
+        (),
+        description="folders with weights, one or several: where the file that a study starts from is not at its "
+        "place, it is searched by its hash here, in the folders of the variable WARDROUND_WEIGHTS and in the Hugging "
+        "Face hub's cache of this machine. Nothing is fetched",
+    )
     device: str = Field(
         "cpu",
         pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$",
@@ -133,7 +139,7 @@ class SiteData(Config):
         "patients it measured; default: one of the run's own. Give every study on the same patients the same folder",
     )
 
-    @field_validator("data", mode="before")
+    @field_validator("data", "weights", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | Path) else value
@@ -202,6 +208,7 @@ def _resolved(entry: SiteData, site: str, base: Path) -> SiteData:
             "groups": groups
             and groups.model_copy(update={"file": _existing(groups.file, f"{key}.groups.file", base, folder=False)}),
             "start": start and _absolute(start, f"{key}.start", base),
+            "weights": tuple(_existing(path, f"{key}.weights", base, folder=True) for path in entry.weights),
             "ledger": ledger and _absolute(ledger, f"{key}.ledger", base),
             "history": history and _absolute(history, f"{key}.history", base),
         }

@@ -37,6 +37,10 @@ def _of(only: tuple[str, ...]) -> str:
     return f", only {', '.join(only)}" if only else ""
 
 
+def _with(adapter: FromAdapter | None) -> str:
+    return f", with the adapter of sha256 {adapter.sha256}" if adapter else ""
+
+
 class Fresh(Config):
     """Values drawn from the study's seed, the same at every site."""
 
@@ -45,6 +49,19 @@ class Fresh(Config):
     def describe(self) -> str:
         """What `check`, the model's card and `inspect` print of it."""
         return "fresh, from the study's seed"
+
+
+class FromAdapter(Config):
+    """A LoRA adapter in a folder as Hugging Face's peft writes it: `adapter_model.safetensors` and its settings.
+
+    Rank, scale and layers must be those of the study's `adapters`.
+    """
+
+    file: Below = Field(description="the folder, below the study's; a site may have it in its `weights` instead")
+    sha256: Hash = Field("", description="of its adapter_model.safetensors; without it an error says what it is")
+
+
+_ADAPTER = "what LoRA begins with, on this base; default: as nothing"
 
 
 class FromWeights(Config):
@@ -60,11 +77,12 @@ class FromWeights(Config):
     )
     only: tuple[str, ...] = Field((), description=_ONLY)
     partial: bool = Field(False, description=_PARTIAL)
+    adapter: FromAdapter | None = Field(None, description=_ADAPTER)
 
     def describe(self) -> str:
         """With the hash that the study fixes."""
         into = f", into {self.into}" if self.into else ""
-        return f"weights of sha256 {self.sha256}{_of(self.only)}{into}"
+        return f"weights of sha256 {self.sha256}{_of(self.only)}{into}{_with(self.adapter)}"
 
 
 class FromRelease(Config):
@@ -79,10 +97,11 @@ class FromRelease(Config):
         description="whether values that `model_sha256` does not cover (a personal part of the other run), or that "
         "`only` leaves out, begin fresh; else they are an error",
     )
+    adapter: FromAdapter | None = Field(None, description=_ADAPTER)
 
     def describe(self) -> str:
         """With the hash that the study fixes."""
-        return f"the released model {self.sha256}{_of(self.only)}"
+        return f"the released model {self.sha256}{_of(self.only)}{_with(self.adapter)}"
 
 
 Start = Annotated[Fresh | FromWeights | FromRelease, Field(discriminator="kind")]

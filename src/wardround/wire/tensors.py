@@ -38,8 +38,8 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes."""
-        return self.size * np.dtype(self.dtype).itemsize
+        """Number of bytes as an array; numpy has no bfloat16, which is widened (`wardround.wire.host.on_host`)."""
+        return self.size * np.dtype("float32" if self.dtype == "bfloat16" else self.dtype).itemsize
 
     def to_json(self) -> dict[str, Any]:
         """A row of a message's tensor table."""

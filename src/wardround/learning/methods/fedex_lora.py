@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wardround.learning.methods.folding import Factors, Floats, Folding, FoldingSettings
-from wardround.learning.methods.method import Array, Writers
+from wardround.learning.methods.folding import Factors, Folding, FoldingSettings
+from wardround.learning.methods.method import Array, Floats, Writers
 
 
 @dataclass(frozen=True)

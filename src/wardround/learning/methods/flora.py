@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from wardround.learning.methods.folding import Factors, Floats, Folding, FoldingSettings
-from wardround.learning.methods.method import Array, LocalRound, Writers, state_name
+from wardround.learning.methods.folding import Factors, Folding, FoldingSettings
+from wardround.learning.methods.method import Array, Floats, LocalRound, Writers, state_name
 from wardround.models.low_rank import is_first_factor
 from wardround.wire.random import public_generator
 

@@ -5,33 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from wardround.errors import StudyError
-from wardround.learning.methods.method import Array, Changes, LocalRound, Method, Writers, state_name
+from wardround.learning.methods.method import Array, Changes, Floats, LocalRound, Method, Updates, Writers, state_name
 from wardround.learning.policy import Parameter, Policy
 from wardround.models.low_rank import folded_of, is_first_factor, is_folded, second_of
 from wardround.study.methods import MethodSettings
 from wardround.wire.update import Aggregate, Group
 
-Floats = npt.NDArray[np.float64]
 _FOLDED = "folded"
-
-
-@runtime_checkable
-class Updates(Protocol):
-    """A sum that also gives each site's change, in one order of the sites."""
-
-    def parts(self, group: str) -> Floats:
-        """Each site's weight over the sum of all: (n,)."""
-        ...
-
-    def each(self, group: str, tensor: str) -> Floats:
-        """The change of a tensor at each site: (n, *shape)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -200,6 +185,5 @@ def _restored(name: str, public: Mapping[str, Array]) -> Product:
 class FoldingSettings(MethodSettings):
     """A method of low-rank products that needs each site's factors."""
 
-    needs = "updates"
     folds = True
     weights: Literal["samples", "equal"] = "samples"

@@ -6,7 +6,7 @@ Importing this needs no torch: hooks of the site get their tensors handed in.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
@@ -154,6 +154,13 @@ class Method:
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """The public and the private state before round 1, from the model's initial values."""
         return {state_name(g.name, info.name): values[info.name] for g in groups for info in g.tensors}, {}
+
+    def lasting(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The tensors of a public state that stay as they are once they are sent, the one of the last round first.
+
+        Sites keep them, so that each is sent once; `names` are those of the state. Others may come and go.
+        """
+        return ()
 
     # At the site ---------------------------------------------------------------------------------------------------
 

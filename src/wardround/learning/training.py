@@ -95,6 +95,7 @@ class Learner:
         self._private = private
         self._curriculum = curriculum
         self._shelf = shelf
+        self._composed: tuple[Mapping[str, Array], dict[str, Array]] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -108,7 +109,9 @@ class Learner:
 
     def load(self, public: Mapping[str, Array], memory: Memory) -> None:
         """Put the shared, local and frozen tensors into the model."""
-        shared = self._method.release_for(self.site, public, {})
+        shared = self._release(public)
+        # They are needed once more at most.
+        self._composed = None
         self.load_tensors(
             {
                 **{name: shared[name] for name in self._policy.names("shared")},
@@ -125,12 +128,18 @@ class Learner:
 
         Of what is folded into a layer's weight it is that weight: a trap may hide in the sum of both.
         """
-        released = self._method.release_for(self.site, public, {})
+        released = self._release(public)
         return {
             name: with_folded(self.model, name, released[name]) if is_folded(name) else released[name]
             for name in self._policy.names("shared")
             if name in released
         }
+
+    def _release(self, public: Mapping[str, Array]) -> dict[str, Array]:
+        """The shared tensors as the site gets them: composed once of a state that is looked at and then loaded."""
+        if self._composed is None or self._composed[0] is not public:
+            self._composed = public, self._method.release_for(self.site, public, {})
+        return self._composed[1]
 
     def approved(self) -> dict[str, Array]:
         """The shared tensors before round 1, by model name: what the site makes of the study it agreed to."""

@@ -92,6 +92,6 @@ class Context(ArmSpecs):
             return secure_sum(roster, threshold, journal)
         updates = self.out / "work" / "arms" / arm.folder / "updates"
         if robust is None:
-            return each_update(updates) if arm.method.needs == "updates" else PlainSum
+            return each_update(updates) if self.arm_spec(arm.name).method.needs == "updates" else PlainSum
         defence = Defence(robust.rule, robust.tolerated(len(arm.sites)), robust.mixing, robust.gate)
         return robust_mean(defence, updates)

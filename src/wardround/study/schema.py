@@ -43,7 +43,7 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
-from wardround.study.rules import check_evaluating_sites, check_privacy, check_sums
+from wardround.study.rules import check_evaluating_sites, check_privacy
 from wardround.study.start import Fresh, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 
@@ -264,7 +264,6 @@ class Study(Config):
                     "with protection.robust set `schedule: {release: last}`: a malicious site's validation would "
                     "choose the best round"
                 )
-        check_sums(self)
         if self.protection.secure:
             try:
                 self.protection.threshold_for(len(training))

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wardround.learning.methods.folding import Factors, Floats, Folding, FoldingSettings
-from wardround.learning.methods.method import Array, Writers
+from wardround.learning.methods.folded import Product
+from wardround.learning.methods.folding import Factors, Folding, FoldingSettings
+from wardround.learning.methods.method import Array, Floats, Writers
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class FedExLoRA(Folding):
     ) -> tuple[Floats, Floats]:
         """The means."""
         return found.means()
+
+    def left_over(self, found: Factors) -> Product:
+        """The mean of products less the product of means."""
+        return found.spread()
 
 
 class FedExLoRASettings(FoldingSettings):

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from wardround.learning.methods.folding import Factors, Floats, Folding, FoldingSettings
-from wardround.learning.methods.method import Array, LocalRound, Writers, state_name
+from wardround.learning.methods.folded import Product
+from wardround.learning.methods.folding import Factors, Folding, FoldingSettings
+from wardround.learning.methods.method import Array, Floats, LocalRound, Writers, state_name
 from wardround.models.low_rank import is_first_factor
 from wardround.wire.random import public_generator
 
@@ -53,6 +54,10 @@ class FLoRA(Folding):
         limit = 1.0 / np.sqrt(np.prod(shape[1:]))
         random = public_generator(0, "flora", name, int(drawn[0]))
         return random.uniform(-limit, limit, shape), np.zeros(found.b.shape[1:])
+
+    def left_over(self, found: Factors) -> Product:
+        """All of the mean product."""
+        return found.mean_product()
 
 
 class FLoRASettings(FoldingSettings):

@@ -50,7 +50,10 @@ def audit(
     effort = Effort.of(quick=quick, trials=trials)
     entry = sites.sites.get(site)
     start = study.start_places(near or Path(), None if entry is None else entry.start)
-    auditor = Auditor(study, sites, site, effort, model=model, attacks=attacks, claim=claim, start=start)
+    teacher = study.teacher_places(near or Path(), None if entry is None else entry.teacher)
+    auditor = Auditor(
+        study, sites, site, effort, model=model, attacks=attacks, claim=claim, start=start, teacher=teacher
+    )
     found = auditor.run(quick=quick, parts=[part for part in PARTS if part in parts])
     run = model if model is not None and model.is_dir() else None
     identity = identity_of(site, out, run, store, StoreCipher.of(sites.key(site)))

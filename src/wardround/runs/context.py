@@ -40,8 +40,9 @@ class Context(ArmSpecs):
         plugins: Plugins = NO_PLUGINS,
         embeddings: Mapping[str, Path] | None = None,
         start: Sequence[Path] = (),
+        teacher: Sequence[Path] = (),
     ) -> None:
-        super().__init__(study, tuple(compare), embeddings, plugins, start)
+        super().__init__(study, tuple(compare), embeddings, plugins, start, teacher)
         self.out = out
         self.without = frozenset(without)
         self.asked = tuple(self.arms)

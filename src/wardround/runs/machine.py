@@ -51,9 +51,10 @@ class Machine(Context):
         progress: Progress | None = None,
         without: Collection[str] = (),
         start: Sequence[Path] = (),
+        teacher: Sequence[Path] = (),
     ) -> None:
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
-        super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings, start)
+        super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings, start, teacher)
         self.sites = sites
         self.datasets = Datasets(self, sites, folder=out)
         self._progress = progress
@@ -105,6 +106,7 @@ class Machine(Context):
         """
         for name in self.arms:
             self.arm_spec(name)
+        self.check_teacher()
         sites = self.remaining(self.study.sites)
         for number, site in enumerate(sites):
             phase(READING, number, len(sites))
@@ -176,6 +178,7 @@ class Machine(Context):
             "compare": list(self._compare),
             "without": sorted(self.without),
             "start": [str(place) for place in self.start_places],
+            "teacher": [str(place) for place in self.teacher_places],
         }
 
     @staticmethod
@@ -190,6 +193,7 @@ class Machine(Context):
             progress,
             spec["without"],
             [Path(place) for place in spec["start"]],
+            [Path(place) for place in spec["teacher"]],
         )
 
 

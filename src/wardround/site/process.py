@@ -64,7 +64,8 @@ def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Call
     for agreed in spec["studies"]:
         study = Study.model_validate(agreed["study"])
         start = study.start_places(Path(), entry.start)
-        arm_specs = ArmSpecs(study, tuple(agreed["compare"]), embeddings, plugins, start)
+        teacher = study.teacher_places(Path(), entry.teacher)
+        arm_specs = ArmSpecs(study, tuple(agreed["compare"]), embeddings, plugins, start, teacher)
         folder = Path(agreed["folder"])
         datasets = Datasets(arm_specs, sites, int(spec["floor"]), folder)
         agent = Agent(name, arm_specs, sites, folder, datasets, progress=progress, rounding_root=root)

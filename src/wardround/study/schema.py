@@ -6,7 +6,7 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -280,10 +280,12 @@ class Study(Config):
 
         `near` is the folder of the study's file.
         """
-        if not isinstance(self.start, FromWeights | FromRelease):
-            return ()
-        places = tuple(dict.fromkeys(place for place in given if place is not None))
-        return places or ((near / self.start.file).absolute(),)
+        return _places(self.start.file, near, given) if isinstance(self.start, FromWeights | FromRelease) else ()
+
+    def teacher_places(self, near: Path, *given: Path | None) -> tuple[Path, ...]:
+        """Where the released model that teaches may lie, likewise."""
+        teacher = self.task.taught_by
+        return () if teacher is None else _places(teacher.file, near, given)
 
     @property
     def scans(self) -> bool:
@@ -336,3 +338,8 @@ class Study(Config):
         if found is None:
             raise StudyError(f"task.kind {self.task.kind} has no scanner")
         return found
+
+
+def _places(file: str, near: Path, given: Sequence[Path | None]) -> tuple[Path, ...]:
+    places = tuple(dict.fromkeys(place for place in given if place is not None))
+    return places or ((near / file).absolute(),)

@@ -67,6 +67,11 @@ class SiteData(Config):
         description="the site's own copy of the file that the study starts from (`start` in the study, which names its "
         "hash); default: the study's `start.file`",
     )
+    teacher: Path | None = Field(
+        None,
+        description="the site's own copy of the released model that teaches (`task.teacher` in the study, which names "
+        "its hash): the run's folder or the model's file; default: the study's `task.teacher.file`",
+    )
     device: str = Field(
         "cpu",
         pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$",
@@ -202,6 +207,7 @@ def _resolved(entry: SiteData, site: str, base: Path) -> SiteData:
             "groups": groups
             and groups.model_copy(update={"file": _existing(groups.file, f"{key}.groups.file", base, folder=False)}),
             "start": start and _absolute(start, f"{key}.start", base),
+            "teacher": entry.teacher and _absolute(entry.teacher, f"{key}.teacher", base),
             "ledger": ledger and _absolute(ledger, f"{key}.ledger", base),
             "history": history and _absolute(history, f"{key}.history", base),
         }

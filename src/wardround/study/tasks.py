@@ -103,8 +103,9 @@ class TaskSettings(Settings):
     @property
     def taught_by(self) -> TaughtBy | None:
         """The released model that teaches, where there is one and anything is learned from it."""
-        teacher: TaughtBy | None = getattr(self, "teacher", None)
-        return teacher if teacher is not None and teacher.teaches else None
+        teacher = getattr(self, "teacher", None)
+        # A plug-in's task may have a key of that name, which means what it says.
+        return teacher if isinstance(teacher, TaughtBy) and teacher.teaches else None
 
     @property
     def classical(self) -> ClassicalSettings | None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tests.apart import apart, comparable
 from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
 from tests.diagnoses import CLASSES, diagnosis_study, make_diagnoses
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from wardround.errors import Interrupted, StudyError
 from wardround.learning.gradients import autograd
 from wardround.plan.arm_specs import ArmSpecs
+from wardround.plan.weights import load_model, model_sha256
 from wardround.results.schema import Result
 from wardround.runs.explain import explain
 from wardround.runs.export import export
@@ -436,6 +437,19 @@ def test_another_teacher_is_refused_before_anything_is_written(first: tuple[Path
         student_study(sha256, task={"imbalance": "balanced"})
 
 
+def test_a_teacher_of_which_a_part_stays_at_its_sites_is_refused(
+    first: tuple[Path, SitesFile, str], tmp_path: Path
+) -> None:
+    """Its hash covers what is shared: another value of the rest would teach under the same name."""
+    tensors, metadata = load_model(first[0] / "first" / "models" / "federated.safetensors")
+    names = metadata["shared"].split()
+    metadata["shared"] = " ".join(names[1:])
+    save_file(tensors, tmp_path / "part.safetensors", metadata)
+    study = student_study(model_sha256(tensors, metadata), teacher={"file": "part.safetensors"})
+    with pytest.raises(StudyError, match=rf"keeps a part at each of its sites \({names[0]}\), which its hash does not"):
+        ArmSpecs(study, (), teacher=study.teacher_places(tmp_path)).check_teacher()
+
+
 def test_a_site_finds_its_own_copy(first: tuple[Path, SitesFile, str], tmp_path: Path) -> None:
     root, _, sha256 = first
     path = tmp_path / "sites.yaml"
@@ -541,7 +555,9 @@ def test_a_large_network_teaches_a_small_one_that_is_exported(prompted: bool, tm
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     sites = make_outlines(tmp_path / "data", {"A": 8, "B": 8})
-    large = prompted_study(SITES) if prompted else outline_study(SITES, model={"kind": "segresnet", "preset": "tiny"})
+    lora = {"kind": "lora", "targets": ["mask_decoder.transformer.*.q_proj"], "rank": 2}
+    adapted = prompted_study(SITES, adapters=lora, parts={"frozen": []})
+    large = adapted if prompted else outline_study(SITES, model={"kind": "segresnet", "preset": "tiny"})
     teacher = run(large, sites, tmp_path / "large", engine="local", quiet=True)
     chosen = {"file": "large", "sha256": teacher.model_sha256, "alpha": 0.3}
     task = {"teacher": chosen, "labels": {"share": 1.0 if prompted else 0.4}}

@@ -266,7 +266,7 @@ def test_a_run_goes_on_from_the_release_of_another(kind: str, tmp_path: Path) ->
     assert any(np.abs(tensor).max() > 0 for name, tensor in released.items() if "lora" in name and ".a." not in name)
     start = {"kind": "release", "file": "first", "sha256": first.model_sha256}
     again = ArmSpecs(
-        study({"kind": kind}, start=start), (), plugins=Plugins(code=True), start=Places((tmp_path / "first",))
+        study({"kind": kind}, start=start), (), plugins=Plugins(code=True), places=Places((tmp_path / "first",))
     )
     spec = again.arm_spec(ARM)
     serves = spec.method.release_for("A", again.start(spec), {})

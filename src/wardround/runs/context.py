@@ -40,9 +40,9 @@ class Context(ArmSpecs):
         without: Collection[str] = (),
         plugins: Plugins = NO_PLUGINS,
         embeddings: Mapping[str, Path] | None = None,
-        start: Places = NO_PLACES,
+        places: Places = NO_PLACES,
     ) -> None:
-        super().__init__(study, tuple(compare), embeddings, plugins, start)
+        super().__init__(study, tuple(compare), embeddings, plugins, places)
         self.out = out
         self.without = frozenset(without)
         self.asked = tuple(self.arms)

@@ -4,7 +4,8 @@ The study is examples/lgg-chain.yaml: real FLAIR images and masks, k-space simul
 acceleration the hospitals train a reconstruction first. What follows starts from it and takes the same steps:
 
 - separate: the segmenter alone, on the output of the reconstruction, which stays as it is
-- joint: both networks by the weighted sum of their losses; validation patients choose one of several weights
+- joint: both networks by the weighted sum of their losses, the first one at a tenth of the rate, as it is trained
+  already; validation patients choose one of several weights
 
 A segmenter on zero-filled images and one on the images that were scanned (full) take those steps, too. The share
 `headroom_recovered` is (joint - zero_filled) / (full - zero_filled), nothing where full is ahead by less than 0.01.
@@ -12,7 +13,8 @@ The interval of the gain is of paired differences of test patients, each trainin
 the chance of which patients were tested, not that of another seed. The weight chosen at the first acceleration serves
 at the second.
 
-    WARDROUND_DATA=/folder python benchmarks/chain.py [--quick | --full] [--rounds FIRST SECOND] [--out FOLDER]
+    WARDROUND_DATA=/folder python benchmarks/chain.py [--quick | --full] [--rounds FIRST SECOND] [--accelerations 8 4]
+        [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ STUDY, SITES = ROOT / "examples" / "lgg-chain.yaml", ROOT / "examples" / "lgg-si
 ACCELERATIONS = (8, 4)
 # Of the loss of the images, beside 1 of the outlines'.
 WEIGHTS = (1.0, 10.0)
+# Of the learning rate, for the first network in the joint phase: at all of it, it forgets what it learned alone.
+RATE = 0.1
 # Rounds of the reconstruction alone, and of what follows: of the full benchmark and the quick one.
 ROUNDS, QUICK = (20, 40), (8, 12)
 SEEDS = (2026,)
@@ -142,7 +146,8 @@ def at(bench: Bench, acceleration: int, weights: Sequence[float]) -> dict[str, A
     separate = bench.follows("separate", acceleration, ONLY, begun)
     tried: dict[float, Result] = {}
     for weight in weights:
-        phase = f"{{train: [reconstruction, diagnosis], weights: {{reconstruction: {weight}, diagnosis: 1}}}}"
+        weighed = f"weights: {{reconstruction: {weight}, diagnosis: 1}}, rates: {{reconstruction: {RATE}}}"
+        phase = f"{{train: [reconstruction, diagnosis], {weighed}}}"
         tried[weight] = bench.follows(f"joint-{weight:g}", acceleration, phase, begun)
     folders = {weight: bench.folder / f"{acceleration}x-joint-{weight:g}" for weight in tried}
     validated = {weight: validation_dice(folders[weight], result) for weight, result in tried.items()}
@@ -174,23 +179,31 @@ def recovered(full: float, found: Mapping[str, Any]) -> float | None:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--rounds", type=int, nargs=2, metavar=("FIRST", "SECOND"), help="of both parts of training")
+    parser.add_argument("--accelerations", type=int, nargs="+", default=ACCELERATIONS, help="the JSON is of the first")
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
     options = parser.parse_args()
     need_images("lgg")
     first, second = options.rounds or (QUICK if options.quick else ROUNDS)
     state = conditions(
-        size="128x128", seeds=list(SEEDS), repeats=1, quick=options.quick, rounds=[first, second], weights=list(WEIGHTS)
+        size="128x128",
+        seeds=list(SEEDS),
+        repeats=1,
+        quick=options.quick,
+        rounds=[first, second],
+        weights=list(WEIGHTS),
+        rate=RATE,
     )
+    accelerations: Sequence[int] = options.accelerations
 
     folder = options.out or Path(tempfile.mkdtemp(prefix="chain-"))
     folder.mkdir(parents=True, exist_ok=True)
     began, cpu = time.perf_counter(), cpu_seconds()
     bench = Bench(folder.resolve(), first, second, SEEDS[0])
-    full = bench.compared("full", ACCELERATIONS[0], "full")
+    full = bench.compared("full", accelerations[0], "full")
     full_dice, found = value(full, "dice"), {}
     weights: Sequence[float] = WEIGHTS
     # Quick leaves out the second acceleration and shortens training, never a size.
-    for acceleration in ACCELERATIONS[:1] if options.quick else ACCELERATIONS:
+    for acceleration in accelerations[:1] if options.quick else accelerations:
         found[acceleration] = at(bench, acceleration, weights)
         weights = (found[acceleration]["weight"],)
     seconds = time.perf_counter() - began
@@ -203,7 +216,7 @@ def main() -> None:
         for name in names
     ]
     table(["", "Dice", "PSNR (dB)"], [["full", full_dice, "-"], *rows])
-    hard = found[ACCELERATIONS[0]]
+    hard = found[accelerations[0]]
     finish(
         {
             "full_dice": full_dice,

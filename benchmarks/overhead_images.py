@@ -7,8 +7,10 @@ evaluation.
 
 The same network from the same weights, loss, optimiser, changes, number of steps and images; each side draws its own
 order and changes. That they do the same is shown by a shorter run without random parts (batches of all images): `apart`
-is the largest relative difference of a round's training loss. Each runner trains 3 rounds in a process of its own;
-counted are rounds 2 and 3. Runners take turns; ratios are medians over the turns.
+is the largest relative difference of a round's training loss, and `apart_by_order` that of the plain loop and itself
+with its images in another order (Adam divides by the size of a gradient, so roundings of small ones grow). Each runner
+trains 3 rounds in a process of its own; counted are rounds 2 and 3. Runners take turns; ratios are medians over the
+turns.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +81,8 @@ def ours(task: str, folder: Path, work: Work) -> list[Round]:
     return ended
 
 
-def _child(mode: str, task: str, folder: Path, work: Work) -> list[Round]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _here()}
+def _child(mode: str, task: str, folder: Path, work: Work, order: int = 0) -> list[Round]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _here(), monai_user.ORDER: str(order)}
     size = "same" if work == SAME else "whole"
     command = [sys.executable, __file__, "--child", mode, "--task", task, "--size", size, "--data", str(folder)]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -96,24 +99,30 @@ def measured(task: str, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as few, tempfile.TemporaryDirectory() as all_:
         make(Path(few), SAME)
         make(Path(all_), Work())
-        pairs = zip(_child("monai", task, Path(few), SAME), _child("ours", task, Path(few), SAME), strict=True)
-        apart = max(abs(mine.loss / its.loss - 1.0) for its, mine in pairs)
+        its = _child("monai", task, Path(few), SAME)
+        apart = _apart(_child("ours", task, Path(few), SAME), its)
+        by_order = _apart(_child("monai", task, Path(few), SAME, order=1), its)
         turns = [{mode: _child(mode, task, Path(all_), Work()) for mode in ("monai", "ours")} for _ in range(repeats)]
     cpu = {mode: [turn[mode][-1].cpu - turn[mode][WARM - 1].cpu for turn in turns] for mode in ("monai", "ours")}
     ratios = [mine / its for mine, its in zip(cpu["ours"], cpu["monai"], strict=True)]
     last = {mode: round(turns[0][mode][-1].loss, 3) for mode in ("monai", "ours")}
     rows = [[mode, median(seconds), last[mode]] for mode, seconds in cpu.items()]
     table([task, "CPU s (its own process)", "last training loss"], rows)
-    print(f"CPU ratios {[round(r, 3) for r in ratios]}; losses without random parts apart by {apart:.1e}")
-    return {"ratio": median(ratios), "apart": apart}
+    print(
+        f"CPU ratios {[round(r, 3) for r in ratios]}; losses without random parts apart by {apart:.1e}, {by_order:.1e}"
+    )
+    return {"ratio": median(ratios), "ratios": ratios, "apart": apart, "apart_by_order": by_order}
+
+
+def _apart(ones: Sequence[Round], others: Sequence[Round]) -> float:
+    return max(abs(one.loss / other.loss - 1.0) for one, other in zip(ones, others, strict=True))
 
 
 def ratios(repeats: int) -> dict[str, Any]:
     """What this benchmark adds to the JSON of overhead.py."""
     found = {task: measured(task, repeats) for task in _TASKS}
-    return {f"{task}_cpu_ratio": values["ratio"] for task, values in found.items()} | {
-        f"{task}_apart": values["apart"] for task, values in found.items()
-    }
+    keys = {"ratio": "cpu_ratio", "ratios": "cpu_ratios", "apart": "apart", "apart_by_order": "apart_by_order"}
+    return {f"{task}_{key}": found[task][name] for name, key in keys.items() for task in _TASKS}
 
 
 def main() -> None:
@@ -129,7 +138,7 @@ def main() -> None:
         ended = plain(options.data, work) if options.child == "monai" else ours(options.task, options.data, work)
         finish({"rounds": [(each.cpu, each.wall, each.loss) for each in ended]})
         return
-    repeats = 3 if options.quick else 5
+    repeats = 5 if options.quick else 9
     work = Work()
     state = conditions(sites=work.sites, images=work.images, batch=work.batch, steps=work.steps, repeats=repeats)
     finish(ratios(repeats) | {"conditions": state})

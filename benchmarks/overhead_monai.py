@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ SIZE = 128
 CLASSES = ("plain", "striped", "bright")
 SLICES = 8
 SEED = 0
+# The variable of the environment with a number: another one shuffles the images otherwise.
+ORDER = "OVERHEAD_ORDER"
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,7 @@ def _trained(model: Any, sites: list[Any], loss_of: Callable[[Any], Any], work: 
 
     torch.set_num_threads(1)
     set_track_meta(False)
+    torch.manual_seed(SEED + int(os.environ.get(ORDER, "0")))
     loaders = [DataLoader(data, batch_size=work.batch, shuffle=True, num_workers=0) for data in sites]
     state = copy.deepcopy(model.state_dict())
     ended = []

@@ -382,7 +382,7 @@ def test_no_gradients_move_further_than_the_reach(gradients: list[float], optimi
     network = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         network.weight.fill_(1.0)
-    steps = build_optimizer(network, local)
+    steps = build_optimizer((network,), local)
     for gradient in gradients:
         network.weight.grad = torch.full((1, 1), gradient)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

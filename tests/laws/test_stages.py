@@ -20,6 +20,7 @@ from tests.federation.rig import Rig
 from tests.federation.test_private_training import _drawn
 from tests.protection.test_secure_rounds import SecureRig
 from tests.toys import toy_sites
+from wardround.errors import StudyError
 from wardround.learning.device import CPU
 from wardround.learning.gradients import BatchedGradients, ExactGradients
 from wardround.learning.methods.method import LocalRound, Method
@@ -135,7 +136,7 @@ def test_a_round_is_a_plain_loop_over_what_learns(number: int, tmp_path: Path) -
     for stage in STAGES:
         model.get_submodule(stage).train(stage in learns)
     parts = nn.ModuleList(model.get_submodule(stage) for stage in STAGES if stage in learns)
-    optimizer, total = build_optimizer(parts, study.local), 0.0
+    optimizer, total = build_optimizer((parts,), study.local), 0.0
     for step in range(3):
         losses = task.losses(model, learner.dataset.batch(indices[4 * step : 4 * step + 4], np.random.default_rng()))
         loss = losses["reconstruct"] if number == 1 else losses["segment"]
@@ -172,6 +173,36 @@ def test_the_second_loss_reaches_the_first_stage(tmp_path: Path) -> None:
     for name, gradient in zip(parameters, gradients, strict=True):
         # A bias before batch norm has a gradient of rounding errors alone.
         assert np.allclose(changes[name], -0.5 * gradient.numpy(), rtol=1e-4, atol=1e-7)
+
+
+def test_a_stage_learns_at_its_share_of_the_rate(tmp_path: Path) -> None:
+    """A step of plain gradient descent goes a quarter as far, and the other stage as far as ever."""
+    changes = []
+    for rates in ({}, {"reconstruct": 0.25}):
+        phase = {"train": list(STAGES), "rates": rates}
+        local = {"steps": 1, "batch": 4, "optimizer": "sgd", "lr": 0.5}
+        study = chain_study(local=local, schedule={"phases": [phase]})
+        changes.append(_round(arm_specs_of(study), tmp_path)[1].changes["model"])
+    whole, slow = changes
+    for name, change in whole.items():
+        share = 0.25 if stage_of(name) == "reconstruct" else 1.0
+        # A change is the difference of two float32 weights of size about 1.
+        assert np.allclose(slow[name], share * change, rtol=0, atol=2**-22), name
+
+
+def test_a_stage_that_stands_still_has_no_rate() -> None:
+    phase = {"train": ["segment"], "rates": {"reconstruct": 0.1}}
+    with pytest.raises(StudyError, match=r"phases\.0\.rates: 'reconstruct' does not learn in this phase"):
+        arm_specs_of(chain_study(schedule={"phases": [phase]})).arm_spec("federated")
+
+
+def test_shares_of_1_change_no_bit_of_rounds_with_a_kept_optimiser(tmp_path: Path) -> None:
+    found = []
+    for name, rates in (("without", {}), ("with", dict.fromkeys(STAGES, 1.0))):
+        phases = [{"rounds": 2, "train": ["segment"]}, {"train": list(STAGES), "rates": rates}]
+        rig = Rig(chain_study(local=KEEPING, schedule={"rounds": 4, "phases": phases}), tmp_path / name)
+        found.append({n: t.tobytes() for n, t in list(rig.states())[-1].public.items()})
+    assert found[0] == found[1]
 
 
 def test_without_phases_everything_learns_by_the_task_s_loss(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -74,3 +75,21 @@ def test_where_no_baseline_has_the_first_metric_the_first_that_they_have_follows
     assert "Together" in first
     assert "TV" not in first
     assert all(label in second for label in ("TV", "Alone", "Together"))
+
+
+def test_groups_of_a_column_follow_with_a_row_for_each_group_of_a_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _result(["North", "South"], ("local", "federated"))
+    number = {"n": 4, "value": 31.25}
+    result["groups"] = [
+        {
+            "column": "sex",
+            "group": "F",
+            "metrics": {"federated": {"North": {"psnr": number}, "mean": {"psnr": number}}},
+        },
+        {"column": "sex", "group": "M", "metrics": {"federated": {"North": {"psnr": number | {"value": 30.5}}}}},
+    ]
+    # A title is as wide as its table, and goes on in the next line.
+    _, by_sex = re.split(r"by\s+sex", _printed(result, monkeypatch))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in by_sex.splitlines() if line.startswith("│")]
+    assert rows == [["North, F", "31.250"], ["North, M", "30.500"], ["Mean of training sites, F", "31.250"]]
+    assert "Alone" not in by_sex

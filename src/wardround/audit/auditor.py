@@ -393,7 +393,7 @@ class Auditor:
             for name, tensor in self._network.state_dict().items():
                 tensor.copy_(model_context.initial[name])
         train_mode(self._network)
-        optimizer = build_optimizer(self._network, self.study.local)
+        optimizer = build_optimizer((self._network,), self.study.local)
         for index in random.choice(known, self.effort.reference_steps):
             optimizer.zero_grad(set_to_none=True)
             task.loss(self._network, batches[int(index)]).backward()  # type: ignore[no-untyped-call]

@@ -114,7 +114,7 @@ def _on_gpu(context: ModelContext, local: Local, step: Step, device: torch.devic
 
 def _steps(model: nn.Module, local: Local, step: Step, device: torch.device) -> None:
     train_mode(model)
-    optimizer = build_optimizer(model, local)
+    optimizer = build_optimizer((model,), local)
     for _ in range(_STEPS):
         optimizer.zero_grad(set_to_none=True)
         # In the second piece the gradients of the first are there; further ones are as it.

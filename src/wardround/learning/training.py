@@ -224,7 +224,7 @@ class Learner:
             seed=self._seed,
         )
         self._method.begin(context)
-        optimizer = build_optimizer(model, local)
+        optimizer = build_optimizer(self._curriculum.rated_parts(model), local)
         if local.optimizer_state == "keep":
             restore_optimizer(optimizer, memory.tensors)
         scaler = self.compute.scaler()
@@ -238,7 +238,7 @@ class Learner:
             nullcontext() if private is None else private.round(context, self._method, memory.tensors, losses) as paid,
         ):
             for step in range(local.steps):
-                self._set_rate(optimizer, (number - 1) * local.steps + step)
+                self._set_rates(optimizer, number, step)
                 optimizer.zero_grad(set_to_none=True)
                 context.step = step
                 if paid is None:
@@ -345,10 +345,11 @@ class Learner:
         losses = [float(on_host(task.loss(self._model_context.model, batch))) for _, batch in batches]
         return sum(losses) / len(losses)
 
-    def _set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        rate = learning_rate(self._local, step, self._rounds * self._local.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int) -> None:
+        steps = self._local.steps
+        rate = learning_rate(self._local, (number - 1) * steps + step, self._rounds * steps)
+        for group, share in zip(optimizer.param_groups, self._curriculum.rates(number), strict=True):
+            group["lr"] = share * rate
 
 
 def patients_in(dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")) -> dict[str, int]:

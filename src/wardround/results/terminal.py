@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from wardround.results.metrics import MetricInfo
 from wardround.results.run import FAILED, WITHHELD, arms_in, leading, site_title
-from wardround.results.schema import AGGREGATES, Measured
+from wardround.results.schema import AGGREGATES, Estimate, Measured
 
 # A label is broken over lines where it is longer; a site's name has this much room, and more where there is more.
 _LABEL, _NAME = 12, 12
@@ -23,24 +23,45 @@ def tables_of(measured: Measured, width: int) -> list[Table]:
 
     Where no baseline has a value of it, the first metric that one has follows. No table is wider than `width` columns:
     long names and labels take several lines, and arms that do not fit beside the others get a table of their own. No
-    number is cut.
+    number is cut. Of each column by whose values sites give results, a table of the first metric comes last.
     """
-    return [table for metric in leading(measured) for table in _tables(measured, metric, width)]
+    metrics = leading(measured)
+    whole = [table for metric in metrics for table in _tables(measured, metric, width)]
+    columns = dict.fromkeys(groups.column for groups in measured.groups)
+    return whole + [t for name in columns for metric in metrics[:1] for t in _grouped(measured, name, metric, width)]
 
 
 def _tables(measured: Measured, metric: MetricInfo, width: int) -> list[Table]:
     found = dict.fromkeys(site for arm in measured.arms for site in measured.metrics[arm])
     # In the study's order, then the aggregates.
     sites = sorted(found, key=lambda site: site in AGGREGATES)
-    columns = []
-    for arm in arms_in(measured, metric):
-        cells = (measured.estimate(arm.key, site, metric.name) for site in sites)
-        columns.append(_Column(arm.label, tuple(metric.show(cell.value) if cell else "-" for cell in cells)))
-    unit = f" in {metric.unit}" if metric.unit else ""
-    title = f"{metric.label}{unit} on test patients, {metric.direction}"
-    titles = [site_title(site) for site in sites]
-    longest = max(map(cell_len, titles))
-    return [_drawn(title, titles, beside, longest, width) for beside in _beside(columns, longest, width)]
+    columns = [
+        _Column.of(arm.label, metric, [measured.estimate(arm.key, site, metric.name) for site in sites])
+        for arm in arms_in(measured, metric)
+    ]
+    return _drawn(_title(metric), [site_title(site) for site in sites], columns, width)
+
+
+def _grouped(measured: Measured, name: str, metric: MetricInfo, width: int) -> list[Table]:
+    """The same by the groups of a column, a row for each group of a site that has a number."""
+    groups = [group for group in measured.groups if group.column == name]
+    sites = [*dict.fromkeys(site for group in groups for _, site, _, _ in group.estimates() if site != "mean"), "mean"]
+    arms = arms_in(measured, metric)
+    rows = [
+        (f"{site_title(site)}, {group.group}", [group.estimate(arm.key, site, metric.name) for arm in arms])
+        for site in sites
+        for group in groups
+    ]
+    rows = [row for row in rows if any(row[1])]
+    if not rows:
+        return []
+    cells = zip(*(found for _, found in rows), strict=True)
+    columns = [_Column.of(arm.label, metric, found) for arm, found in zip(arms, cells, strict=True) if any(found)]
+    return _drawn(f"{_title(metric)}, by {name}", [title for title, _ in rows], columns, width)
+
+
+def _title(metric: MetricInfo) -> str:
+    return f"{metric.label}{f' in {metric.unit}' if metric.unit else ''} on test patients, {metric.direction}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,11 @@ class _Column:
 
     label: str
     values: tuple[str, ...]
+
+    @classmethod
+    def of(cls, label: str, metric: MetricInfo, found: Iterable[Estimate | None]) -> _Column:
+        """Numbers of a metric, a dash where there is none."""
+        return cls(label, tuple(metric.show(one.value) if one else "-" for one in found))
 
     @property
     def wide(self) -> int:
@@ -73,7 +99,12 @@ def _beside(columns: Sequence[_Column], longest: int, width: int) -> list[list[_
     return tables
 
 
-def _drawn(title: str, sites: Sequence[str], columns: Sequence[_Column], longest: int, width: int) -> Table:
+def _drawn(title: str, rows: Sequence[str], columns: Sequence[_Column], width: int) -> list[Table]:
+    longest = max(map(cell_len, rows))
+    return [_table(title, rows, beside, longest, width) for beside in _beside(columns, longest, width)]
+
+
+def _table(title: str, rows: Sequence[str], columns: Sequence[_Column], longest: int, width: int) -> Table:
     widths = [column.wide for column in columns]
     if _total(longest, widths) > width:
         widths = [column.narrow for column in columns]
@@ -81,8 +112,8 @@ def _drawn(title: str, sites: Sequence[str], columns: Sequence[_Column], longest
     table.add_column("", width=min(longest, width - _total(0, widths)), overflow="fold")
     for column, each in zip(columns, widths, strict=True):
         table.add_column(column.label, justify="right", width=each, overflow="fold")
-    for site, *values in zip(sites, *(column.values for column in columns), strict=True):
-        table.add_row(site, *values)
+    for row, *values in zip(rows, *(column.values for column in columns), strict=True):
+        table.add_row(row, *values)
     return table
 
 

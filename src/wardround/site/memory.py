@@ -40,8 +40,8 @@ def footprint_of(arm_specs: ArmSpecs, dataset: Dataset, compute: Compute) -> Foo
 def processes_that_fit(most: int, taken: Mapping[str, tuple[int, int]]) -> int:
     """How many processes, of `most`, may train at once, and at least one.
 
-    `taken` says by device what a site takes and what is free. Any process may train at any site, so that all of them may
-    be on one device, each with what CUDA itself takes.
+    `taken` says by device what a site takes and what is free. Any process may train at any site, so that all of them
+    may be on one device, each with what CUDA itself takes.
     """
     return max(1, min([most, *(free // (needed + CONTEXT) for needed, free in taken.values())]))
 

@@ -20,6 +20,11 @@ class Phase(Config):
     weights: dict[str, Annotated[float, Field(ge=0.0)]] = Field(
         {}, description="weights of the stages' losses; a stage that is not named here has 1 where it learns, else 0"
     )
+    rates: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] = Field(
+        {},
+        description="shares of `local.lr` at which stages learn, 1 for those that are not named: 0.1 lets a network "
+        "that is trained already follow slowly",
+    )
 
 
 def check_phases(phases: Sequence[Phase], rounds: int) -> None:

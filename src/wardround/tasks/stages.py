@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class Stint:
     """A phase of a study, as the task's model has it.
 
     It lasts from round `first` to the next one's. `learns` and `idle` are stages, `still` the names of all parameters
-    and buffers of the idle ones.
+    and buffers of the idle ones. `rates` are shares of the learning rate, of stages that do not have all of it.
     """
 
     first: int
@@ -76,6 +76,7 @@ class Stint:
     idle: tuple[str, ...]
     weights: Mapping[str, float]
     still: frozenset[str]
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     @contextmanager
     def holding(self, model: nn.Module) -> Iterator[None]:
@@ -114,7 +115,8 @@ class Stint:
         """What `check` prints of it."""
         losses = ", ".join(f"{weight:g} {name}" for name, weight in self.weights.items() if weight > 0.0)
         idle = f"; idle: {', '.join(self.idle)}" if self.idle else ""
-        return f"from round {self.first}: {', '.join(self.learns)}; loss {losses}{idle}"
+        rates = "".join(f"; {stage} at {share:g} of the rate" for stage, share in self.rates.items())
+        return f"from round {self.first}: {', '.join(self.learns)}; loss {losses}{rates}{idle}"
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,22 @@ class Curriculum:
         """What gives the loss of round `number`: the task itself, or the sum that a phase asks for."""
         stint = self.at(number)
         return Weighed(task, stint.weights) if stint is not None and isinstance(task, Staged) else task
+
+    def rated_parts(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """The parts of a model that may have learning rates of their own: its stages, or all of it where none has one.
+
+        They are the same in every round: an optimiser that is kept finds its state by their order.
+        """
+        if not any(stint.rates for stint in self.stints):
+            return (model,)
+        return tuple(model.get_submodule(stage) for stage in sorted(self.stints[0].learns + self.stints[0].idle))
+
+    def rates(self, number: int) -> tuple[float, ...]:
+        """The share of the learning rate that each of `rated_parts` has in round `number`."""
+        stint = self.at(number)
+        if stint is None or not any(each.rates for each in self.stints):
+            return (1.0,)
+        return tuple(stint.rates.get(stage, 1.0) for stage in sorted(stint.learns + stint.idle))
 
     def still(self, number: int) -> frozenset[str]:
         """The parameters and buffers that do not move in round `number`."""
@@ -173,6 +191,7 @@ def curriculum_of(phases: Sequence[Phase], task: Task, model: nn.Module) -> Curr
                 idle=tuple(stage for stage in task.stages if stage not in phase.train),
                 weights=weights,
                 still=frozenset(name for name, stage in owners.items() if stage not in phase.train),
+                rates={stage: phase.rates[stage] for stage in task.stages if stage in phase.rates},
             )
         )
         first += phase.rounds or 0
@@ -181,10 +200,12 @@ def curriculum_of(phases: Sequence[Phase], task: Task, model: nn.Module) -> Curr
 
 def _weights(place: str, phase: Phase, stages: tuple[str, ...]) -> dict[str, float]:
     """The weight of every stage's loss in a phase."""
-    for key, names in (("train", phase.train), ("weights", phase.weights)):
+    for key, names in (("train", phase.train), ("weights", phase.weights), ("rates", phase.rates)):
         for name in names:
             if name not in stages:
                 raise StudyError(f"{place}.{key}: {name!r} is no stage of the task; choose from {', '.join(stages)}")
+    if still := sorted(phase.rates.keys() - set(phase.train)):
+        raise StudyError(f"{place}.rates: {still[0]!r} does not learn in this phase; name it in `train`, or remove it")
     weights = {stage: phase.weights.get(stage, float(stage in phase.train)) for stage in stages}
     for number, stage in enumerate(stages):
         # Stages feed those behind them: an earlier one's loss knows nothing of a later one.

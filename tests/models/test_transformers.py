@@ -77,7 +77,8 @@ def published(place: Path, kind: str) -> Path:
 
 def started(network: nn.Module, file: Path, **changes: Any) -> nn.Module:
     """The network with what a study that starts from the file puts into it."""
-    begin(FromWeights(kind="weights", file=file.name, sha256=file_sha256(file), **changes), Places((file,)), NoAdapters(), network)
+    given = FromWeights(kind="weights", file=file.name, sha256=file_sha256(file), **changes)
+    begin(given, Places((file,)), NoAdapters(), network)
     return network.eval()
 
 

@@ -97,7 +97,7 @@ LOSSES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["changed", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("gone", "cut"))])
 def test_what_a_site_has_lost_is_sent_again_and_the_model_is_the_same(loss: str, tmp_path: Path) -> None:
     whole = rig_of(tmp_path / "whole")
     expected = whole.train().public_sha256
@@ -139,6 +139,7 @@ def test_a_site_that_was_away_gets_what_it_missed(tmp_path: Path) -> None:
     assert [absent for _, absent, _ in down(rig, "C")] == [2, 0]
 
 
+@pytest.mark.slow
 def test_a_sealed_store_seals_its_parts(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path / "data")
     study = folding(rounds=4)

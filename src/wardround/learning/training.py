@@ -24,9 +24,9 @@ from wardround.learning.momentum import averaged
 from wardround.learning.optimizer import build_optimizer, learning_rate, restore_optimizer, saved_optimizer
 from wardround.learning.policy import Policy
 from wardround.learning.private_training import PrivateTraining
-from wardround.models.adapters import with_folded
+from wardround.models.adapters import folded_scale, with_folded
 from wardround.models.lead import Keeping, Layered
-from wardround.models.low_rank import is_folded
+from wardround.models.low_rank import is_first_factor, is_folded
 from wardround.protection.drift import UpdateBound, local_bound
 from wardround.storage.store import Memory
 from wardround.study.schema import Local
@@ -162,6 +162,19 @@ class Learner:
     def bound_after(self, own: UpdateBound) -> UpdateBound:
         """How far it can move them where every site's steps go as far as `own`."""
         return self._method.update_bound(own)
+
+    @property
+    def folded(self) -> frozenset[str]:
+        """The shared tensors that are weights with something folded into them."""
+        return frozenset(filter(is_folded, self._policy.names("shared")))
+
+    def other_moves(self, reach: Callable[[str], float]) -> dict[str, float]:
+        """How far, in length, a round moves what is folded and what is drawn anew (`Method.other_moves`)."""
+        ranks = {p.name: p.info.shape[0] for p in self._model_context.parameters if is_first_factor(p.name)}
+        return {
+            name: length * (abs(folded_scale(self.model, name)) if is_folded(name) else 1.0)
+            for name, length in self._method.other_moves(ranks, reach).items()
+        }
 
     @property
     def own_bound(self) -> UpdateBound:

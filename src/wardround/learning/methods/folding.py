@@ -151,6 +151,11 @@ class Folding(Method):
         shape = public[at_second].shape
         return {at_first: next_a.astype(np.float32), at_second: next_b.astype(np.float32).reshape(shape)}
 
+    def folds_as(self, known: type[Folding]) -> bool:
+        """Whether a round folds as in the class `known`: nothing derived from it changes how."""
+        hooks = ("next_factors", "left_over")
+        return self.moves_as(known) and all(getattr(type(self), hook) is getattr(known, hook) for hook in hooks)
+
     def release_for(
         self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
     ) -> dict[str, Array]:

@@ -209,6 +209,13 @@ class Method:
         """
         return local if self.moves_as(Method) else UNKNOWN
 
+    def other_moves(self, ranks: Mapping[str, int], reach: Callable[[str], float]) -> dict[str, float]:
+        """How far, in length, a round moves the tensors that it does not average; none unless a method says so.
+
+        `ranks` are those of the model's first factors, by name; `reach(name)` is how far a site's own steps go.
+        """
+        return {}
+
     def moves_as(self, known: type[Method]) -> bool:
         """Whether a round moves the model as in the class `known`: nothing derived from it changes how.
 

@@ -2,11 +2,11 @@
 
 A linear layer of 256 neurons with 784 inputs (made-up images of smooth spots, 28 x 28), LoRA of rank 8 on it, then a
 ReLU and ten classes. The coordinator chooses the second factor so that each row of the first one's gradient is of one
-neuron, one that few of its own images wake, and puts other weights in the layer's place. `leaked_sgd` and `leaked_adam`
-are the shares of rows whose direction is that of one of the site's 8 images (|cosine| > 0.95 beside the mean image) after
-one step, `moved` how far the weights are from the study's over their length, `look` what `lint_against` finds. `reach_*`
-is the share of the weight's length that the bound allows in a round, for `scale` 1, by steps and rate of Adam. `--quick`
-takes 5 batches for 40.
+neuron, one that few of its own images wake, and puts other weights in the layer's place. `leaked_sgd` and
+`leaked_adam` are the shares of rows whose direction is that of one of the site's 8 images (|cosine| > 0.95 beside the
+mean image) after one step, `moved` how far the weights are from the study's over their length, `look` what
+`lint_against` finds. `reach_*` is the share of the weight's length that the bound allows in a round, for `scale` 1,
+by steps and rate of Adam. `--quick` takes 5 batches for 40.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from tests.protection.test_secure_rounds import SecureRig
 from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError, Rejected
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
+from wardround.federation.expected import expected
 from wardround.federation.parts import LACKS, Filling
 from wardround.federation.spooled import each_update
 from wardround.results.schema import Result
@@ -216,6 +217,16 @@ def test_parts_that_are_lost_between_two_runs_cost_bytes_alone(loss: str, tmp_pa
         for path in kept(first, name).values():
             LOSSES[loss](path)
     assert rig_of(tmp_path / "halves").train().public_sha256 == expected
+
+
+@pytest.mark.parametrize("kind", ["fedex_lora", pytest.param("flora", marks=pytest.mark.slow)])
+def test_what_a_round_takes_is_said_before(kind: str, tmp_path: Path) -> None:
+    rig = rig_of(tmp_path, folding(kind, rounds=3))
+    rig.train()
+    said = expected(rig.host).training.down.adapters
+    sizes = [nbytes for _, _, nbytes in down(rig, "A")]
+    # Before round 1 nothing is folded.
+    assert sizes == [sizes[0], said, said]
 
 
 # Whoever lies ---------------------------------------------------------------------------------------------------------

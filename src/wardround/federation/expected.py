@@ -60,6 +60,7 @@ def expected(arm_specs: ArmSpecs) -> Expected:
     sent = plan.codec.sent(plan.layout)
     scales = ScaleRules(sent, plan.initial_scale, plan.initial, frozenset({MODEL})).start
     rounds, logs = plan.rounds, {ANCHOR: _HASH, HEADS: dict.fromkeys(plan.sites, _HEAD)}
+    table = (*table_of(public), *arm_spec.method.added(public, len(plan.sites)))
     train = Call(
         TRAIN,
         plan.identity,
@@ -68,8 +69,8 @@ def expected(arm_specs: ArmSpecs) -> Expected:
         sent,
         scales,
         meta={"keep": [rounds, rounds], "validate": True, **logs},
-        tensors=table_of(public),
-        body=EmptyBody(sum(array.nbytes for array in public.values())),
+        tensors=table,
+        body=EmptyBody(sum(info.nbytes for info in table)),
         form=plan.codec.form,
     )
     about = {"split": "validation"}

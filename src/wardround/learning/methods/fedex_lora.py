@@ -37,6 +37,10 @@ class FedExLoRA(Folding):
         """
         return {folded_of(first): reach(first) * reach(second_of(first)) for first in ranks}
 
+    def terms(self, sites: int) -> int:
+        """One less than there are sites."""
+        return sites - 1
+
     def left_over(self, found: Factors) -> Product:
         """The mean of products less the product of means."""
         return found.spread()

@@ -72,6 +72,10 @@ class FLoRA(Folding):
             moves |= {first: 2.0 * drawn, folded_of(first): (drawn + reach(first)) * reach(second_of(first))}
         return moves
 
+    def terms(self, sites: int) -> int:
+        """One of each site."""
+        return sites
+
     def left_over(self, found: Factors) -> Product:
         """All of the mean product."""
         return found.mean_product()

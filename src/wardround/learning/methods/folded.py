@@ -19,6 +19,7 @@ from wardround.errors import Rejected
 from wardround.learning.methods.method import MODEL, Array, Floats, state_name
 from wardround.models.low_rank import is_first_factor, second_of
 from wardround.wire.bill import ADAPTERS
+from wardround.wire.tensors import TensorInfo
 
 _PARTS = state_name(ADAPTERS, "folded/")
 _WHOLE = f"{_PARTS}whole"
@@ -94,6 +95,13 @@ class Folded:
     def _factors(self) -> int:
         """Values of all factors."""
         return sum(part.size for name, part in self.parts.items() if name != _WHOLE)
+
+    def part_of(self, terms: int) -> tuple[TensorInfo, ...]:
+        """The tensor of a round that folds so many products of the factors' rank; none where it folds nothing."""
+        size = sum(layer.factors(terms) for layer in self.layers)
+        if size > self.values:
+            return (TensorInfo(_WHOLE, "float32", (self.values,)),)
+        return (TensorInfo(f"{_PARTS}1", "float32", (size,)),) if size else ()
 
     def begun_with(self, weights: Sequence[Floats]) -> Folded:
         """With these weights, one a layer, in place of all that was folded."""

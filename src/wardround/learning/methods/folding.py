@@ -24,6 +24,7 @@ from wardround.learning.methods.method import (
 from wardround.learning.policy import Parameter, Policy
 from wardround.models.low_rank import folded_of, is_first_factor, is_folded, second_of
 from wardround.study.methods import MethodSettings
+from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import Aggregate, Group
 
 
@@ -74,6 +75,14 @@ class Folding(Method):
     @abstractmethod
     def left_over(self, found: Factors) -> Product:
         """What the next factors do not say of the mean product, as one of n r columns for the same n in all layers."""
+
+    @abstractmethod
+    def terms(self, sites: int) -> int:
+        """Of how many products of the factors' rank that is, with so many sites."""
+
+    def added(self, public: Mapping[str, Array], sites: int) -> tuple[TensorInfo, ...]:
+        """What the round folds, as long as factors are smaller than weights."""
+        return Folded.of(public).part_of(self.terms(sites))
 
     def policy(self, parameters: tuple[Parameter, ...]) -> Policy:
         """Raises `StudyError` where not both factors of a product are trained."""

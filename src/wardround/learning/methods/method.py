@@ -17,6 +17,7 @@ import numpy.typing as npt
 from wardround.errors import StudyError
 from wardround.learning.policy import Parameter, Policy, Role
 from wardround.protection.drift import UNKNOWN, UpdateBound
+from wardround.wire.tensors import TensorInfo
 from wardround.wire.update import Aggregate, Group
 
 if TYPE_CHECKING:
@@ -160,6 +161,10 @@ class Method:
 
         Sites keep them, so that each is sent once; `names` are those of the state. Others may come and go.
         """
+        return ()
+
+    def added(self, public: Mapping[str, Array], sites: int) -> tuple[TensorInfo, ...]:
+        """What a round of so many sites adds to the public state, beside what that begins with (`lasting`)."""
         return ()
 
     # At the site ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from wardround.engines.local import LocalEngine
 from wardround.federation.coordinator import Coordinator, Plan
 from wardround.federation.exchange import ExchangeFactory, PlainSum
+from wardround.federation.parts import Lasting
 from wardround.federation.secure import SIGN, secure_sum
 from wardround.learning.methods.method import MODEL, Method
 from wardround.learning.training import Trained
@@ -71,7 +72,8 @@ class Setting:
         # What is trained here has no network to look at.
         layouts = (self.layout, self.layout, self.layout)
         masked = self.threshold is not None
-        return Rules(STUDY, *layouts, 0, SEED, lint=False, initial_scale=1.0, masked=masked, rounding_root=ROOT)
+        lasting = Lasting(Method("equal"), self.layout)
+        return Rules(STUDY, *layouts, SEED, lasting, lint=False, initial_scale=1.0, masked=masked, rounding_root=ROOT)
 
     @cached_property
     def plan(self) -> Plan:

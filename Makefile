@@ -33,8 +33,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
-# Everything, the long matrices and many examples of each law as well.
+# Everything, the long matrices and many examples of each law as well. Where transformers is installed MONAI imports it,
+# two seconds in each process, so `make test` does without.
 test-all: $(STAMP)
+	@$(call quietly,$(PIP) --editable '.[foundation]')
 	$(PYTEST) --hypothesis-profile=full
 
 lint: $(STAMP)

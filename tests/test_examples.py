@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.devices import arm_specs_of
+from wardround.models.efficientnet_lite import EfficientNetLite
+from wardround.study.load import load_study
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = ("own_task", "own_method", "own_operator")
 Load = Callable[[str], Any]
@@ -81,3 +85,22 @@ def test_an_operator_of_ones_own_has_an_exact_adjoint_and_a_network_learns_to_in
     ]
     errors = [float((data - images).square().mean().sqrt()) for _, data, images in blurred]
     assert result.metric("federated", "mean", "rmse") < sum(errors) / len(errors)
+
+
+def test_the_adapted_study_of_skin_tumours_exchanges_adapters_and_the_classifier() -> None:
+    study = load_study(EXAMPLES / "skin-lora.yaml", ["start={kind: fresh}"])
+    plans = arm_specs_of(study)
+    model = plans.model_context.model
+    shared = [name.removeprefix("model/") for name in plans.initial(plans.arm_spec("federated"))[0]]
+    assert isinstance(model, EfficientNetLite)
+    parts = {name.rsplit(".", 2)[0] for name in shared}
+    blocks = {f"blocks.{n}.layers.{layer}.1.lora" for n in range(11, 16) for layer in (0, 2)}
+    assert parts == {*blocks, "head.1.lora", "classifier"}
+    # The classifier has a weight and a bias; of an adapter the second factor alone travels.
+    assert {name for name in shared if not name.endswith(".lora.b.weight")} == {
+        "classifier.1.weight",
+        "classifier.1.bias",
+    }
+    # What the frozen layers before the first adapter give of a picture is computed once: the stem and blocks 0 to 10.
+    assert model.lead is not None
+    assert len(model.lead) == 12

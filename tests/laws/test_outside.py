@@ -386,7 +386,10 @@ def test_an_unknown_kind_is_an_error_that_lists_the_known_and_says_how_a_plug_in
 
 KINDS = [(section, kind) for section in ("model", "method") for kind in BUILTIN[section] if kind != "custom"]
 # The values of other keys that are called like a kind.
-HOMONYMS = {("unet", SOURCE / "models" / "learn.py")}
+HOMONYMS = {
+    ("unet", SOURCE / "models" / "learn.py"),
+    ("vit", SOURCE / "models" / "transformers_config.py"),
+}
 
 
 @pytest.mark.parametrize(("section", "kind"), KINDS)

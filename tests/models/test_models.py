@@ -177,7 +177,7 @@ def test_batch_statistics_exist_where_a_study_wants_them_local() -> None:
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "paper"])
-@pytest.mark.parametrize("kind", [kind for kind in BUILTIN["model"] if kind != "own_network"])
+@pytest.mark.parametrize("kind", [kind for kind in BUILTIN["model"] if "preset" in builtin("model", kind).model_fields])
 def test_the_documentation_counts_parameters_right(kind: str, preset: str) -> None:
     if kind == "swin_unetr":
         pytest.importorskip("einops", reason="the extra `swin` is not installed")

@@ -143,6 +143,11 @@ def attach(model: nn.Module, adapters: Adapters, *, folds: bool = False) -> Atta
         return Attached()
     before = tuple(model.state_dict())
     trained = _trained(adapters.trained, before)
+    if isinstance(adapters, Prompts) and not getattr(model, "takes_prompts", True):
+        raise StudyError(
+            "adapters.kind: prompts, and the network's blocks see windows of fixed sizes, which no token can be added "
+            "to; take lora or bottleneck"
+        )
     if not isinstance(adapters, Partial):
         for name, layer in _targets(model, adapters.targets):
             _put(name, layer, adapters, folds)

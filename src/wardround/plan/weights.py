@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save
 
 from wardround.errors import DataError, StudyError
 from wardround.learning.policy import listed
+from wardround.models.published import Published
 from wardround.plan.found import VARIABLE, by_content, hub_cache, searched
 from wardround.plan.found import file_sha256 as file_sha256
 from wardround.storage.hash_log import is_hash
@@ -199,13 +200,33 @@ def _begin_with_file(start: FromWeights, path: Path, model: nn.Module) -> None:
         # Of a file that another process writes meanwhile, the hash says nothing.
         with safe_open(str(path), framework="pt") as file:
             prefix = f"{start.into}." if start.into else ""
-            keys = file.keys()
-            names = {prefix + name: name for name in _taken(start, keys)}
+            theirs = _named(start, model, file.keys())
+            names = {prefix + name: theirs[name] for name in _taken(start, tuple(theirs))}
             shapes = {ours: tuple(file.get_slice(name).get_shape()) for ours, name in names.items()}
             _fill(model, start, shapes, lambda ours: file.get_tensor(names[ours]), within=prefix)
         after = path.stat()
     if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
         raise StudyError(f"start.file: {start.file} was written while it was read; try again", detail=str(path))
+
+
+def _named(start: FromWeights, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """By its name in the network that the file is of, the file's name of each value that the network has a use for."""
+    try:
+        network = model.get_submodule(start.into)
+    except AttributeError:
+        network = model
+    if not isinstance(network, Published):
+        return {name: name for name in names}
+    found: dict[str, str] = {}
+    for theirs in names:
+        ours = network.name_of(theirs)
+        if ours in found:
+            raise StudyError(
+                f"start.file: {start.file} names one value of the network twice, {found[ours]} and {theirs}; remove one"
+            )
+        if ours is not None:
+            found[ours] = theirs
+    return found
 
 
 def _begin_with_release(start: FromRelease, path: Path, model: nn.Module) -> None:

@@ -144,9 +144,9 @@ def open_host(
     """
     near = near_of(study, near)
     if not isinstance(study, Study):
-        study = load_study(study, overrides)
+        study = load_study(study, overrides, near=near)
     elif overrides:
-        study = load_study(written(study), overrides)
+        study = load_study(written(study), overrides, near=near)
     if not isinstance(sites, SitesFile):
         sites = load_sites(sites)
     if allow_code:

@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
@@ -33,13 +34,18 @@ _SHOWN = 50
 
 
 def load_study(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, reading: Reading = STRICT
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    reading: Reading = STRICT,
+    near: str | Path | None = None,
 ) -> Study:
     """Read, override and validate a study; `reading` says what becomes of the sections of plug-ins.
 
     `source` is the path of a YAML file or its content as a mapping. Every override is `a.b.c=value`, the
     value in YAML; overrides come before validation, hence before hashing. `task`, `model` and `method`
-    without a `kind` are of the default kind. Raises StudyError, which lists every offending key.
+    without a `kind` are of the default kind. Files that a section names are read below `near`, by default the folder of
+    the YAML file. Raises StudyError, which lists every offending key.
 
     >>> study = load_study({"name": "mine", "sites": {"CS": {}, "EZ": {"role": "unseen"}}}, ["schedule.rounds=5"])
     >>> study.schedule.rounds
@@ -53,7 +59,9 @@ def load_study(
     data = _copy(source) if isinstance(source, Mapping) else read_yaml(source, "study")
     for override in overrides:
         _apply_override(data, override)
-    return validate(Study, data, "study", context=reading)
+    if near is None and not isinstance(source, Mapping):
+        near = Path(source).parent
+    return validate(Study, data, "study", context=replace(reading, near=None if near is None else Path(near)))
 
 
 def _copy(value: Any, depth: int = 0) -> Any:

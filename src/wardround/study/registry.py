@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,6 +63,8 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "swin_unetr": "wardround.models.segmenters:SwinUNETRSettings",
         "lite_medsam": "wardround.models.lite_medsam:LiteMedSAMSettings",
         "vit": "wardround.models.vit:ViTSettings",
+        "monai_bundle": "wardround.models.monai_bundle:MonaiBundleSettings",
+        "transformers": "wardround.models.transformers_classifier:TransformersSettings",
         "mae_vit": "wardround.models.mae_vit:MaskedViTSettings",
     },
     "method": {
@@ -133,11 +136,13 @@ class Reading:
 
     `opened` are settings of plug-ins that may be used, by section and kind. `foreign`: a plug-in that is not installed
     is no error (a model from elsewhere, say). `unread` sections are kept as they are, and nothing is imported for them.
+    `near` is the folder of the study's file, for sections that name others beside it.
     """
 
     opened: Mapping[tuple[Section, str], type[Settings]] = field(default_factory=dict)
     foreign: bool = False
     unread: frozenset[Section] = frozenset()
+    near: Path | None = None
 
 
 STRICT = Reading()

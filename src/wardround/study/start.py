@@ -14,7 +14,7 @@ Hash = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 _WHERE = "where it lies below the study's folder; a site's `start` in the sites file is any other place"
 
 
-def _below(file: str) -> str:
+def below(file: str) -> str:
     """Studies come from others: none may ask what lies elsewhere on a machine."""
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or "\\" in file:
@@ -25,7 +25,7 @@ def _below(file: str) -> str:
     return file
 
 
-Below = Annotated[str, Field(min_length=1), AfterValidator(_below)]
+Below = Annotated[str, Field(min_length=1), AfterValidator(below)]
 _ONLY = (
     "patterns of the file's values that are taken, `*` stands for any text: `encoder.*` of a pretraining. All others "
     "are left out. What the model has of these names, the file must have"

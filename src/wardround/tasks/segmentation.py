@@ -83,6 +83,7 @@ class Segmentation(ImageTask[SegmentationTask]):
 
     def build_model(self) -> nn.Module:
         """The network: images (B, C, *shape) -> logits (B, K, *shape)."""
+        self.study.model.check_size(self.config.patch)
         return build_outliner(self.study.model, self.config.dimensions, self.config.channels, len(self.structures))
 
     def dataset(self, site: str, source: Source) -> LabelledDataset:

@@ -125,7 +125,7 @@ def main() -> None:
     began = time.perf_counter()
     result = trained(folder, options.weights, quick, ["local", "pooled"])
     small = trained(folder, options.weights, ["protection.ring_bits=16", *quick], [])
-    specs = ArmSpecs(load_study(STUDY), (), start=Places((options.weights.resolve(),)))
+    specs = ArmSpecs(load_study(STUDY), (), places=Places((options.weights.resolve(),)))
     model = 4 * sum(p.info.size for p in specs.model_context.parameters)
     shared = sum(p.info.size for p in specs.model_context.parameters if p.name not in specs.model_context.frozen)
     training = result.participants

@@ -4,7 +4,8 @@
 
 MoDL: 256 x 256, 12 coils, a quarter of the lines. LEARN: 256 x 256, 64 views of a fan beam. A step is loss, gradients
 and Adam for one slice. CPU seconds of one thread; GPU seconds by the clock, with everything asked of it done, after one
-step that is not counted; medians. Prints a table and ends with one line of JSON, with null where there is no GPU.
+step that is not counted; medians. `vit_l_lora_*`: ViT-L/16 on 16 images of 224 x 224, frozen but for LoRA of rank 8 on
+q and v and its head, on a GPU alone. Prints a table and ends with one line of JSON, with null where there is no GPU.
 """
 
 from __future__ import annotations
@@ -18,18 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import bill_task
 from common import arguments, conditions, finish, median, table
 from wardround.imaging.acquisition.ct.system import CTSystem
 from wardround.imaging.acquisition.mri.coils import birdcage_maps
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.learning.device import CPU, Compute, compute_of
+from wardround.learning.frozen import train_mode
 from wardround.models import learn, unrolled
+from wardround.models.adapters import attach
+from wardround.study.adapters import LoRA
 from wardround.study.ct import CTAcquisition, CTGeometry
+from wardround.study.sites import Precision
 from wardround.wire.host import on_host
 
 SIZE, SEED = 256, 0
 COILS, ACCELERATION, VIEWS, BINS = 12, 4, 64, 512
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,48 @@ def steps(scan: Scan, model: nn.Module, compute: Compute, repeats: int) -> list[
     return seconds[1:]
 
 
+def adapted(model: nn.Module) -> nn.Module:
+    """A transformer of which LoRA on queries and values and the head are trained."""
+    targets = ("blocks.*.q", "blocks.*.v")
+    attach(model, LoRA(kind="lora", targets=targets, rank=8, alpha=16, factors="second", trained=("head.*",)))
+    train_mode(model)
+    return model
+
+
+def lora_seconds(model: nn.Module, compute: Compute, images: int, repeats: int) -> list[float]:
+    """Seconds of each step of an adapted transformer."""
+    model = model.to(compute.device)
+    seen = torch.randn(images, 3, bill_task.SIZE, bill_task.SIZE, device=compute.device)
+    classes = torch.arange(images, device=compute.device) % 2
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, seconds = torch.optim.Adam(trained, lr=1e-4), []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with compute.autocast():
+            loss = nn.functional.cross_entropy(model(seen).float(), classes)
+        loss.backward()
+        optimizer.step()
+        on_host(trained[0])
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]
+
+
+def large(quick: bool) -> dict[str, dict[str, float | None]]:
+    """Steps a second and memory of ViT-L, by precision."""
+    found: dict[str, dict[str, float | None]] = {"vit_l_lora_steps_per_second": {}, "vit_l_lora_peak_gb": {}}
+    for precision in PRECISIONS:
+        rate = peak = None
+        if torch.cuda.is_available():
+            compute = compute_of("cuda", precision, "benchmark")
+            torch.cuda.reset_peak_memory_stats(compute.device)
+            model = adapted(bill_task.Transformer())
+            rate = round(1.0 / median(lora_seconds(model, compute, IMAGES, 5 if quick else 20)), 3)
+            peak = round(torch.cuda.max_memory_allocated(compute.device) / 1e9, 3)
+        found["vit_l_lora_steps_per_second"][precision], found["vit_l_lora_peak_gb"][precision] = rate, peak
+    return found
+
+
 def main() -> None:
     quick = arguments(str(__doc__)).parse_args().quick
     torch.set_num_threads(1)
@@ -111,8 +161,10 @@ def main() -> None:
             found["gpu_seconds"][name] = round(median(steps(scan, build(), gpu, 5 if quick else 20)), 5)
             found["gpu_peak_gb"][name] = round(torch.cuda.max_memory_allocated(gpu.device) / 1e9, 3)
     table(["seconds a step", *CASES], [[key, *values.values()] for key, values in found.items()])
+    vision = large(quick)
+    table(["ViT-L/16 with LoRA", *PRECISIONS], [[key, *values.values()] for key, values in vision.items()])
     place = (CPU if gpu is None else gpu).facts()
-    finish({**found, "conditions": conditions(**place, size=SIZE, seed=SEED, quick=quick, threads=1)})
+    finish({**found, **vision, "conditions": conditions(**place, size=SIZE, seed=SEED, quick=quick, threads=1)})
 
 
 if __name__ == "__main__":

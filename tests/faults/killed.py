@@ -192,6 +192,16 @@ CASES = {
             },
         }
     ),
+    # What earlier rounds folded is kept at the sites and not sent again.
+    "folded": Case(
+        {
+            "method": {"kind": "fedex_lora"},
+            "task": _toy(features=200),
+            "adapters": {"kind": "lora", "targets": ["0", "2"], "rank": 1, "alpha": 1.0},
+            "local": KEEPING_ADAM,
+            "schedule": {**ALL_SITES, "release": "last"},
+        }
+    ),
     "private": Case(
         {
             "task": _toy(patients=12),

@@ -27,6 +27,7 @@ from wardround.errors import WardroundError, WireError
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
 from wardround.wire.canonical import MAX_DEPTH, MAX_MARKS, canonical_json, parse_json
 from wardround.wire.message import MAX_HEADER, FileBody, Header, Message
+from wardround.wire.parts import Part
 from wardround.wire.tensors import TensorInfo
 
 STUDY = toy_study(schedule={"rounds": 1, "min_sites": 2, "validate_every": 0, "release": "last"})
@@ -213,9 +214,11 @@ def test_malformed_frames_are_refused_and_nothing_else(tmp_path: Path) -> None:
     """A message, the end, or `WireError`: the thread that reads frames survives nothing else."""
     stream = io.BytesIO()
     SharedBodies().write(stream, Message(VALID, FileBody(tmp_path / "body", 0)))
-    good, chance, found = stream.getvalue(), random.Random(25), Counter[str]()
-    for _ in range(20_000):
-        frames = io.BytesIO(bitten(good, chance))
+    absent = Message(replace(VALID, body_nbytes=24), FileBody(tmp_path / "body", 24)).without((Part(0, "0" * 64),))
+    SharedBodies().write(parts := io.BytesIO(), absent)
+    goods, chance, found = (stream.getvalue(), parts.getvalue()), random.Random(25), Counter[str]()
+    for turn in range(20_000):
+        frames = io.BytesIO(bitten(goods[turn % 2], chance))
         try:
             while (message := SharedBodies().read(frames)) is not None:
                 assert message.header.id == Header.from_bytes(message.header.to_bytes()).id

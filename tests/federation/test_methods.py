@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,15 +14,19 @@ import pytest
 import torch
 
 from tests.federation.rig import Rig
-from tests.toys import Regression, toy_study
+from tests.toys import Regression, toy_sites, toy_study
 from wardround.errors import StudyError
+from wardround.federation.release import model_path
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.fedbn import FedBN
 from wardround.learning.methods.feddyn import FedDyn
 from wardround.learning.methods.fedprox import FedProx, FedProxSettings
-from wardround.learning.methods.method import Facts, LocalRound, Method
+from wardround.learning.methods.method import Facts, LocalRound, Method, Writers
 from wardround.learning.model_context import parameters_of
 from wardround.learning.training import Trained
+from wardround.plan.arm_specs import ArmSpecs
+from wardround.plan.weights import load_model
+from wardround.runs.session import run
 from wardround.study.methods import CustomMethod
 from wardround.study.plugins import Plugins
 
@@ -257,6 +262,55 @@ def test_floating_buffers_are_averaged_and_counters_stay(tmp_path: Path) -> None
     follow(rig, lambda name, mean: mean)
     steps = rig.study.local.steps * ROUNDS
     assert all(int(s.store.memory(ROUNDS).tensors["local/1.num_batches_tracked"]) == steps for s in rig.sites.values())
+
+
+@dataclass(frozen=True)
+class Medians(Method):
+    """Each value of the model moves by the median of the sites' moves."""
+
+    needs: ClassVar[Literal["sum", "updates"]] = "updates"
+
+    def apply(self, public: Any, private: Any, aggregate: Any, write: Writers) -> None:
+        for group in aggregate.layout.groups:
+            for info in group.tensors:
+                name = f"{group.name}/{info.name}"
+                moved = np.median(aggregate.each(group.name, info.name), axis=0)
+                write.public(name, (public[name] + moved).astype(np.float32))
+
+
+MEDIANS = {"kind": "custom", "factory": "tests.federation.test_methods:Medians"}
+
+
+def test_a_custom_method_gets_each_sites_update(tmp_path: Path) -> None:
+    fine = {"max_sites": 4, "max_weight": 16.0, "initial_scale": 4.0}
+    study = toy_study(method=MEDIANS, schedule={"rounds": 1, "release": "last"}, protection=fine)
+    run(study, toy_sites(tmp_path / "data").with_code(), tmp_path / "out", engine="local", quiet=True)
+    released = load_model(model_path(tmp_path / "out", "federated"))[0]
+    rig = Rig(study, tmp_path)
+    start = rig.start().public
+    said = told(rig, 1, start)
+    for name, tensor in released.items():
+        moved = np.median([s.changes["model"][name] for s in said], axis=0)
+        # Half a step of each site's rounding.
+        assert np.allclose(tensor, start[f"model/{name}"] + moved, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("protection", "error"),
+    [
+        ({"secure": True}, "needs each site's update, which protection.secure hides in their sum"),
+        ({"robust": {"rule": "median"}}, "leave out protection.robust"),
+        ({"compression": {"kind": "top_k"}}, "leave out protection.compression"),
+    ],
+)
+@pytest.mark.parametrize("method", [MEDIANS, {"kind": "flora"}], ids=["custom", "flora"])
+def test_what_hides_each_sites_update_is_refused(
+    method: dict[str, Any], protection: dict[str, Any], error: str
+) -> None:
+    adapters = {"kind": "lora", "targets": ["0"], "rank": 2} if method["kind"] == "flora" else {"kind": "none"}
+    study = toy_study(method=method, protection=protection, schedule={"release": "last"}, adapters=adapters)
+    with pytest.raises(StudyError, match=error):
+        ArmSpecs(study, (), plugins=Plugins(code=True)).arm_spec("federated")
 
 
 def test_a_custom_method_must_be_one() -> None:

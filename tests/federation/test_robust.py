@@ -88,7 +88,7 @@ def poisoned(folder: Path, poison: Poison | None, protocol: ExchangeFactory, wei
     # Honest sites would refuse to go on from where a plain mean is moved to: how far that is, is the question here.
     rig = Rig(study(), folder, protocol=protocol, lint=protocol is not PlainSum)
     if poison is not None:
-        rig.coordinator._engine = Poisoner(rig.engine, rig, poison, folder, weight)
+        rig.coordinator._asking._engine = Poisoner(rig.engine, rig, poison, folder, weight)
     state = rig.train()
     return rig, np.concatenate([state.public[name].ravel() for name in sorted(state.public)])
 

@@ -75,8 +75,11 @@ def published(place: Path, kind: str) -> Path:
     return study
 
 
-def start(file: Path, **changes: Any) -> FromWeights:
-    return FromWeights(kind="weights", file=file.name, sha256=file_sha256(file), **changes)
+def started(network: nn.Module, file: Path, **changes: Any) -> nn.Module:
+    """The network with what a study that starts from the file puts into it."""
+    given = FromWeights(kind="weights", file=file.name, sha256=file_sha256(file), **changes)
+    begin(given, Places((file,)), NoAdapters(), network)
+    return network.eval()
 
 
 def images(channels: int = 3, side: int = SIZE) -> Tensor:
@@ -92,10 +95,9 @@ def test_a_published_folder_gives_the_library_s_logits(kind: str, tmp_path: Path
     study = load_study(published(tmp_path, kind))
     file = tmp_path / "model" / "model.safetensors"
     assert not load_file(file).keys() <= theirs(kind).state_dict().keys()
-    network = build_task(study).build_model()
-    begin(start(file), Places((file,)), NoAdapters(), network)
+    network = started(build_task(study).build_model(), file)
     with torch.no_grad():
-        assert torch.equal(network.eval()(images()), theirs(kind)(images()).logits)
+        assert torch.equal(network(images()), theirs(kind)(images()).logits)
 
 
 @EVERY
@@ -104,8 +106,8 @@ def test_an_encoder_alone_starts_a_study_whose_head_begins_fresh(kind: str, tmp_
     file, network = tmp_path / "model.safetensors", built(kind)
     before = network.head.weight.clone()
     with pytest.raises(StudyError, match=r"no values for head\.bias, head\.weight|no values for head"):
-        begin(start(file), Places((file,)), NoAdapters(), network)
-    begin(start(file, partial=True), Places((file,)), NoAdapters(), network)
+        started(network, file)
+    started(network, file, partial=True)
     assert torch.equal(network.head.weight, before)
     with torch.no_grad():
         tokens = theirs(kind, head=False)(images()).last_hidden_state
@@ -169,8 +171,7 @@ def test_no_socket_is_opened(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(socket, "socket", _refused)
     monkeypatch.setattr(socket, "getaddrinfo", _refused)
     file = tmp_path / "model" / "model.safetensors"
-    network = build_task(load_study(study)).build_model()
-    begin(start(file), Places((file,)), NoAdapters(), network)
+    network = started(build_task(load_study(study)).build_model(), file)
     assert network(images()).isfinite().all()
 
 
@@ -307,20 +308,22 @@ def test_a_study_is_planned_trained_and_applied_and_needs_the_folder_once(tmp_pa
     sites = make_diagnoses(tmp_path / "data", {"A": (8, 8, 8), "B": (8, 8, 8)})
     path, out = published(tmp_path, "dinov2"), tmp_path / "out"
     file = tmp_path / "model" / "model.safetensors"
-    begins = {**start(file, only=("encoder.*",), partial=True).model_dump(), "file": "model/model.safetensors"}
+    begins = {"kind": "weights", "file": "model/model.safetensors", "only": ["encoder.*"], "partial": True}
+    begins["sha256"] = file_sha256(file)
     head = {"kind": "partial", "trained": ["head.*"]}
     study = {**json.loads(path.read_text()), "sites": {"A": {}, "B": {}}, "start": begins, "adapters": head}
+    study["schedule"] = {"rounds": 2}
     path.write_text(json.dumps(study))
     (tmp_path / "sites.yaml").write_text(json.dumps({"sites": {s: {"data": f"data/{s}"} for s in "AB"}}))
     said = CliRunner().invoke(app, ["plan", str(path), "--sites", str(tmp_path / "sites.yaml")])
     assert said.exit_code == 0, said.output
-    wardround.run(path, sites, out)
+    wardround.run(path, sites, out, processes=1)
     released = out / "models" / "federated.safetensors"
     assert load_file(released).keys() == {"head.weight", "head.bias"}
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps({**CONFIGS["dinov2"], "num_attention_heads": 4}))
     with pytest.raises(JournalError, match="holds a run of another study"):
-        wardround.run(path, sites, out)
+        wardround.run(path, sites, out, processes=1)
     config.unlink()
     picture = next((tmp_path / "data" / "A" / "images").iterdir())
     told = wardround.predict(released, picture, tmp_path / "told")

@@ -19,7 +19,7 @@ from wardround.runs.session import open_host, run
 from wardround.study.places import Places
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
-from wardround.study.sites import SitesFile, load_sites
+from wardround.study.sites import SiteData, SitesFile, load_sites
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def study_from(sha256: str, **changes: Any) -> Study:
 
 
 def begun(study: Study, places: Places) -> dict[str, Any]:
-    return ArmSpecs(study, (), plugins=Plugins(code=True), start=places).model_context.initial_values()
+    return ArmSpecs(study, (), plugins=Plugins(code=True), places=places).model_context.initial_values()
 
 
 @pytest.mark.parametrize("where", ["weights", "variable", "HF_HUB_CACHE", "HF_HOME", "default"])
@@ -76,7 +76,7 @@ def test_a_study_starts_from_a_file_of_its_hash(where: str, tmp_path: Path, monk
         assert hub_cache() == hub[where]
         sha256 = in_hub(hub[where])
     study = study_from(sha256)
-    found = begun(study, study.start_places(tmp_path, stores=stores))
+    found = begun(study, study.places(tmp_path, [SiteData(data=(tmp_path,), weights=stores)]))
     assert all(np.array_equal(found[name], value) for name, value in values().items())
 
 
@@ -102,7 +102,7 @@ def test_the_error_says_where_was_looked_and_no_path(tmp_path: Path) -> None:
     sha256 = "cd" * 32
     study = study_from(sha256)
     with pytest.raises(StudyError) as caught:
-        begun(study, study.start_places(tmp_path / "near", stores=[tmp_path / "shelf"]))
+        begun(study, study.places(tmp_path / "near", [SiteData(data=(tmp_path,), weights=(tmp_path / "shelf",))]))
     said = str(caught.value)
     assert f"no .safetensors file of sha256 {sha256} was found in this machine's folders of weights (1: " in said
     assert "nor in its Hugging Face cache; put it there, below the study's folder" in said
@@ -115,7 +115,10 @@ def test_another_file_at_its_place_is_not_passed_by(tmp_path: Path) -> None:
     sha256 = base(tmp_path / "shelf" / "a.safetensors")
     base(tmp_path / "elsewhere" / "model.safetensors", seed=2)
     with pytest.raises(StudyError, match="is another file than the study's, or it changed"):
-        begun(study_from(sha256), study_from(sha256).start_places(tmp_path, stores=[tmp_path / "shelf"]))
+        begun(
+            study_from(sha256),
+            study_from(sha256).places(tmp_path, [SiteData(data=(tmp_path,), weights=(tmp_path / "shelf",))]),
+        )
 
 
 def test_a_file_called_by_the_hash_of_another_is_refused(tmp_path: Path) -> None:
@@ -124,7 +127,7 @@ def test_a_file_called_by_the_hash_of_another_is_refused(tmp_path: Path) -> None
     sha256 = in_hub(hub)
     save_file(values(2), next(hub.glob("*/blobs/*")))
     with pytest.raises(StudyError, match="is another file than the study's, or it changed"):
-        begun(study_from(sha256), study_from(sha256).start_places(tmp_path))
+        begun(study_from(sha256), study_from(sha256).places(tmp_path))
 
 
 def test_a_sites_file_names_folders(tmp_path: Path) -> None:

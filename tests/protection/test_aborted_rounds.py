@@ -81,7 +81,8 @@ def test_rounds_that_the_site_saw_to_be_void_all_count(tmp_path: Path) -> None:
 def evaluated(secure: SecureRig, state: State, number: int) -> None:
     """A masked validation of a model under a number of the coordinator's choice, after two aborted rounds."""
     meta = {"split": "validation", "aborted": [1, 2]}
-    secure.coordinator._run(secure.coordinator._call(EVALUATE, state, number, meta, secure.arm_spec.metrics_layout))
+    call = secure.coordinator._call(EVALUATE, state, number, meta, secure.arm_spec.metrics_layout)
+    secure.coordinator._asking.run(call, secure.coordinator._protocol)
 
 
 def test_rounds_that_are_repeated_buy_no_validations(tmp_path: Path) -> None:

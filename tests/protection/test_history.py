@@ -182,7 +182,7 @@ def test_a_validation_and_a_training_round_from_one_model_have_the_same_survivor
     next(states)
     state = next(states)
     call = secure.coordinator._call(EVALUATE, state, 1, {"split": "validation"}, secure.arm_spec.metrics_layout)
-    secure.coordinator._run(call)
+    secure.coordinator._asking.run(call, secure.coordinator._protocol)
     secure.line.lose = losing("D", TRAIN, 2)
     with pytest.raises(NotEnoughSites, match="the difference would be what D sent"):
         next(states)

@@ -26,6 +26,7 @@ from wardround.runs.adapter_files import write_adapter
 from wardround.runs.merging import opened
 from wardround.study.adapters import LoRA
 from wardround.study.schema import Study
+from wardround.study.sites import SiteData
 
 TARGETS = ["encoder.*.q_proj", "encoder.*.v_proj"]
 LORA: dict[str, Any] = {"kind": "lora", "targets": TARGETS, "rank": 2, "alpha": 3.0, "trained": ["head.bias"]}
@@ -47,7 +48,7 @@ def study_on(folder: Path, adapters: dict[str, Any] = LORA, model: dict[str, Any
 
 
 def specs_of(study: Study, folder: Path) -> ArmSpecs:
-    return ArmSpecs(study, (), start=study.start_places(folder))
+    return ArmSpecs(study, (), places=study.places(folder))
 
 
 def written(folder: Path, adapters: dict[str, Any] = LORA, model: dict[str, Any] = VIT) -> tuple[Path, Path]:
@@ -115,8 +116,8 @@ def test_a_site_has_the_folder_anywhere_among_its_weights(tmp_path: Path) -> Non
     folder.rename(moved)
     with pytest.raises(StudyError, match=r"start.adapter.file: adapter is no folder, and no .safetensors file of sha"):
         _ = specs_of(study, tmp_path).model_context
-    places = study.start_places(tmp_path, stores=[tmp_path / "shelf"])
-    begun = ArmSpecs(study, (), start=places).model_context.model.state_dict()
+    places = study.places(tmp_path, [SiteData(data=(tmp_path,), weights=(tmp_path / "shelf",))])
+    begun = ArmSpecs(study, (), places=places).model_context.model.state_dict()
     known = network_of(released).state_dict()
     assert all(torch.equal(t, known[name]) for name, t in begun.items())
 

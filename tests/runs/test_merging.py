@@ -62,7 +62,7 @@ def starts(study: Study, file: Path) -> torch.Tensor:
     """What a study without adapters gives before round 1 that starts from a file."""
     start = {"kind": "weights", "file": file.name, "sha256": file_sha256(file)}
     plain = Study.model_validate({**study.model_dump(exclude={"adapters", "method"}), "start": start})
-    model = ArmSpecs(plain, (), start=Places((file,))).model_context.model.eval()
+    model = ArmSpecs(plain, (), places=Places((file,))).model_context.model.eval()
     with torch.no_grad():
         found: torch.Tensor = model(images())
     return found

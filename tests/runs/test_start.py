@@ -52,7 +52,7 @@ QUICK = {"rounds": 2}
 
 
 def plans(study: Study, near: Path = Path()) -> ArmSpecs:
-    return ArmSpecs(study, ("local", "pooled"), plugins=CODE, start=study.start_places(near))
+    return ArmSpecs(study, ("local", "pooled"), plugins=CODE, places=study.places(near))
 
 
 def values(seed: int = 1, **options: Any) -> dict[str, Any]:
@@ -535,7 +535,7 @@ def test_a_model_with_a_frozen_part_is_measured_and_applied_after_its_run(tmp_pa
     worker = Machine.from_spec(open_host(study, sites, tmp_path / "out", (), (), None).spec())
     assert np.array_equal(worker.model_context.initial_values()[first], network[first])
     auditor = Auditor(
-        load_study(study), load_sites(sites), "Alpha", Effort.of(quick=True), model=result.out, start=Places((base,))
+        load_study(study), load_sites(sites), "Alpha", Effort.of(quick=True), model=result.out, places=Places((base,))
     )
     assert auditor.lint == ()
     assert np.array_equal(auditor.tensors[first], network[first])

@@ -210,7 +210,7 @@ def test_an_encoder_of_a_pretraining_is_what_a_classification_starts_from(tmp_pa
     def begun(**start: Any) -> dict[str, Any]:
         whole = {"kind": "release", "file": "first", "sha256": result.model_sha256, **start}
         study = diagnosis_study({"A": {}, "B": {}}, model=VIT, start=whole)
-        return ArmSpecs(study, (), start=study.start_places(tmp_path)).model_context.initial_values()
+        return ArmSpecs(study, (), places=study.places(tmp_path)).model_context.initial_values()
 
     fresh = arm_specs_of(diagnosis_study({"A": {}}, model=VIT)).model_context.initial_values()
     found = begun(only=["encoder.*"], partial=True)

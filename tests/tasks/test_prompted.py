@@ -26,6 +26,7 @@ from wardround.learning.frozen import freeze
 from wardround.models.prompts import FIRST_CORNER, INSIDE, LAST_CORNER
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.weights import file_sha256
+from wardround.study.places import Places
 from wardround.study.prompts import BoxPrompt, PointPrompt
 from wardround.study.schema import Study
 from wardround.tasks.images import resampled
@@ -268,7 +269,7 @@ def test_a_run_says_what_the_model_did_before_it_learned(tmp_path: Path) -> None
     result = wardround.run(study, sites, tmp_path / "out", near=tmp_path, engine="local")
     assert result.baselines.keys() == {"zero_shot", "filled_prompt"}
     assert result.baselines["zero_shot"].description == "the model that the study starts from, before any training"
-    specs = ArmSpecs(study, (), start=(path,))
+    specs = ArmSpecs(study, (), places=Places((path,)))
     model = specs.model_context.model.eval()
     task = task_of(study)
     for site in ("A", "B"):

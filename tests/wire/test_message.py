@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import tracemalloc
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wardround.engines.frames import CopiedBodies, SharedBodies
 from wardround.errors import WireError
 from wardround.wire.canonical import MAX_DEPTH, canonical_json, digest, parse_json
 from wardround.wire.message import (
@@ -28,6 +30,7 @@ from wardround.wire.message import (
     held,
     write_body,
 )
+from wardround.wire.parts import Part
 from wardround.wire.random import public_generator, public_seed
 from wardround.wire.tensors import DTYPES, TensorFile, TensorInfo, TensorWriter, parse_table, table_of, tensors_sha256
 
@@ -139,6 +142,69 @@ def test_a_value_of_another_type_is_refused_or_harmless(key: str, value: Any) ->
     assert header.round >= 0
     assert header.body_nbytes >= 0
     assert Header.from_bytes(header.to_bytes()) == header
+
+
+@given(data=st.data())
+def test_what_is_absent_is_named_and_changes_no_id(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sizes = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=6))
+    table = tuple(TensorInfo(str(place), "uint8", (size,)) for place, size in enumerate(sizes))
+    body = bytes(range(sum(sizes)))
+    places = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1)))
+    path = tmp_path_factory.mktemp("parts") / "body"
+    path.write_bytes(body)
+    whole = Message(replace(VALID, tensors=table, body_nbytes=len(body)), FileBody(path, len(body)))
+    sent = whole.without(tuple(Part(place, f"{place:064x}") for place in places))
+    assert sent.id == whole.id
+    again = Header.from_bytes(sent.header.to_bytes())
+    assert again == sent.header
+    assert again.id == whole.id
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    left = [body[at : at + size] for at, size in zip(starts, sizes, strict=True)]
+    expected = b"".join(piece for place, piece in enumerate(left) if place not in places)
+    assert again.sent_nbytes == sent.body.nbytes == len(expected)
+    offset = data.draw(st.integers(0, len(expected)))
+    assert b"".join(bytes(chunk) for chunk in sent.body.chunks(offset)) == expected[offset:]
+    # Asked for again, or all of it.
+    assert sent.without(()) == whole
+    # Through both kinds of frames.
+    for frames in (SharedBodies(), CopiedBodies(path.parent / "spool")):
+        stream = io.BytesIO()
+        frames.write(stream, sent)
+        stream.seek(0)
+        read = frames.read(stream)
+        assert read is not None
+        assert read.header == sent.header
+        assert b"".join(bytes(chunk) for chunk in read.body.chunks()) == expected
+
+
+SHA = "0" * 64
+TWO = {**VALID.to_json(), "tensors": [{"name": n, "dtype": "uint8", "shape": [9]} for n in "ab"], "body_nbytes": 18}
+
+
+@pytest.mark.parametrize(
+    "absent",
+    [
+        [], [[0, SHA], [0, SHA]], [[1, SHA], [0, SHA]], [[2, SHA]], [[-1, SHA]], [[True, SHA]], [[0.0, SHA]], [[0]],
+        [[0, "0" * 63]], [[0, "G" * 64]], [[0, SHA + "\n"]], [[0, SHA, 1]], [[0, 5]], {"0": SHA}, "0", None,
+        [[0, SHA], [1, SHA], [2, SHA]], [[n, SHA] for n in range(100_000)], [[2**70, SHA]],
+    ],
+)  # fmt: skip
+def test_parts_that_a_table_does_not_have_once_and_in_order_are_refused(absent: Any) -> None:
+    with pytest.raises(WireError):
+        Header.from_bytes(canonical_json({**TWO, "absent": absent}))
+
+
+def test_parts_are_no_larger_than_the_body() -> None:
+    assert Header.from_bytes(canonical_json({**TWO, "absent": [[0, SHA], [1, SHA]]})).sent_nbytes == 0
+    for nbytes in (0, 8, 17):
+        with pytest.raises(WireError, match="larger than its body"):
+            Header.from_bytes(canonical_json({**TWO, "body_nbytes": nbytes, "absent": [[0, SHA], [1, SHA]]}))
+    # Of shapes whose bytes no memory holds.
+    huge = [{"name": n, "dtype": "float64", "shape": [2**40 - 1] * 8} for n in "ab"]
+    with pytest.raises(WireError, match="larger than its body"):
+        Header.from_bytes(canonical_json({**TWO, "tensors": huge, "absent": [[1, SHA]]}))
 
 
 @given(data=st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "surrogatepass")))

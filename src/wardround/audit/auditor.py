@@ -86,14 +86,14 @@ class Auditor:
         model: Path | None = None,
         attacks: Sequence[Attack] = ATTACKS,
         claim: Claim | None = None,
-        start: Places = NO_PLACES,
+        places: Places = NO_PLACES,
     ) -> None:
         if site not in study.training_sites:
             raise StudyError(f"--site {site}: only a site that trains sends updates; choose among "
                              f"{', '.join(study.training_sites)}")  # fmt: skip
         self.study, self.site, self.effort = study, site, effort
         self.attacks = tuple(effort.limit(attack) for attack in attacks)
-        self._host = Machine(held_out_alike(study), sites, NOWHERE, (), start=start)
+        self._host = Machine(held_out_alike(study), sites, NOWHERE, (), places=places)
         opened = self._host.plugins.opened(study)
         self._hashes = study_sha256(opened), plan_sha256(opened)
         self._path = model_file(model)

@@ -49,9 +49,8 @@ def audit(
     refuse_foreign(out, ours=holds_audit(out, site))
     effort = Effort.of(quick=quick, trials=trials)
     entry = sites.sites.get(site)
-    own, stores = (None, ()) if entry is None else (entry.start, entry.weights)
-    start = study.start_places(near or Path(), own, stores=stores)
-    auditor = Auditor(study, sites, site, effort, model=model, attacks=attacks, claim=claim, start=start)
+    places = study.places(near or Path(), [] if entry is None else [entry])
+    auditor = Auditor(study, sites, site, effort, model=model, attacks=attacks, claim=claim, places=places)
     found = auditor.run(quick=quick, parts=[part for part in PARTS if part in parts])
     run = model if model is not None and model.is_dir() else None
     identity = identity_of(site, out, run, store, StoreCipher.of(sites.key(site)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wardround.errors import WireError
-from wardround.wire.message import CHUNK, MAX_HEADER, EmptyBody, FileBody, Header, Message
+from wardround.wire.message import CHUNK, MAX_HEADER, EmptyBody, Excerpt, FileBody, Header, Message
 
 PROGRESS = "progress"
 _LENGTH = struct.Struct("<II")
@@ -21,7 +21,8 @@ class SharedBodies:
     def write(self, stream: BinaryIO, message: Message) -> None:
         """Send a message."""
         header = message.header.to_bytes()
-        path = str(message.body.path).encode() if isinstance(message.body, FileBody) else b""
+        file = message.body.file if isinstance(message.body, Excerpt) else message.body
+        path = str(file.path).encode() if isinstance(file, FileBody) else b""
         stream.write(_LENGTH.pack(len(header), len(path)) + header + path)
         stream.flush()
 
@@ -37,7 +38,10 @@ class SharedBodies:
             raise WireError("a frame between processes names no path") from None
         if "\0" in path:
             raise WireError("a frame between processes names no path")
-        return Message(header, FileBody(Path(path), header.body_nbytes) if path else EmptyBody())
+        if not path:
+            return Message(header, EmptyBody())
+        file = FileBody(Path(path), header.body_nbytes)
+        return Message(header, Excerpt.of(file, header) if header.absent else file)
 
     def drop(self, message: Message) -> None:
         """A message was answered, or its reply is no longer needed: its body belongs to the sender."""
@@ -59,7 +63,7 @@ class CopiedBodies:
         """Send a message."""
         header = message.header.to_bytes()
         stream.write(_LENGTH.pack(len(header), 0) + header)
-        if message.header.body_nbytes:
+        if message.header.sent_nbytes:
             for chunk in message.body.chunks():
                 stream.write(chunk)
         stream.flush()
@@ -70,19 +74,20 @@ class CopiedBodies:
         if head is None:
             return None
         header, _ = head
-        if not header.body_nbytes:
+        nbytes = header.sent_nbytes
+        if not nbytes:
             return Message(header)
-        if header.body_nbytes > self._most:
-            raise WireError(f"a body of {header.body_nbytes} bytes is over the limit of {self._most}")
+        if nbytes > self._most:
+            raise WireError(f"a body of {nbytes} bytes is over the limit of {self._most}")
         path = self._folder / f"{next(self._count)}.body"
         with path.open("wb") as file:
-            left = header.body_nbytes
+            left = nbytes
             while left:
                 part = stream.read(min(left, CHUNK))
                 if not part:
                     raise WireError("a frame between processes ends too early")
                 left -= file.write(part)
-        return Message(header, FileBody(path, header.body_nbytes))
+        return Message(header, FileBody(path, nbytes))
 
     def drop(self, message: Message) -> None:
         """A message was answered, or its reply is no longer needed: its body goes."""

@@ -10,20 +10,19 @@ from typing import Any
 
 import numpy.typing as npt
 
-from wardround.errors import JournalError, NotEnoughSites, WireError
+from wardround.errors import JournalError, NotEnoughSites
+from wardround.federation.asking import Asking
 from wardround.federation.exchange import (
-    ERROR,
     EVALUATE,
     TRAIN,
     Call,
     Engine,
-    Exchange,
     ExchangeFactory,
     PlainSum,
     RoundAborted,
 )
 from wardround.federation.logs import CoordinatorLog
-from wardround.federation.metering import Meter
+from wardround.federation.parts import Lasting
 from wardround.federation.phases import held, holding, next_scales
 from wardround.federation.selection import Scored, best_round, candidates
 from wardround.federation.validation import as_unseen, served_body, went_without
@@ -34,7 +33,7 @@ from wardround.storage.journal import Journal, RoundReport, State
 from wardround.tasks.stages import WHOLE, Curriculum
 from wardround.tasks.task import MetricSpec
 from wardround.wire.bill import NO_BILL, PLAIN_KINDS, Bill, Kinds
-from wardround.wire.message import FileBody, Message
+from wardround.wire.message import FileBody
 from wardround.wire.scales import SATURATED, ScaleRules, cut_off
 from wardround.wire.tensors import TensorFile, TensorWriter
 from wardround.wire.update import Aggregate, Layout
@@ -101,13 +100,11 @@ class Coordinator:
     ) -> None:
         self._plan = plan
         self._method = method
-        self._engine = engine
         self._journal = journal
         self._protocol = protocol
         self._log = CoordinatorLog(journal)
-        self._waited = 0.0
-        # What aborted rounds sent for nothing: the next one that commits has it on its bill.
-        self._lost = NO_BILL
+        self._asking = Asking(plan, engine, self._log)
+        self._lasting = Lasting(method, plan.layout, plan.curriculum)
         self._sent = plan.codec.sent(plan.layout)
         self._scales = ScaleRules(self._sent, plan.initial_scale, plan.initial, frozenset({MODEL}))
 
@@ -162,7 +159,7 @@ class Coordinator:
             asked = {"split": "validation", **_numbers(self._journal.aborted(TRAIN))}
             evaluate = self._call(EVALUATE, state, state.round, asked, plan.metrics_layout)
             try:
-                exchange, _, bill = self._run(evaluate)
+                exchange, _, bill = self._asking.run(evaluate, self._protocol)
             except RoundAborted as aborted:
                 # It may not be repeated: the last round goes without its validation.
                 self._log.aborted(state.round, str(aborted), EVALUATE)
@@ -195,66 +192,13 @@ class Coordinator:
             body=FileBody(state.public.path, state.public.nbytes),
             body_sha256=state.public_sha256,
             form=self._plan.codec.form,
+            absent=self._lasting.absent(state),
         )
-
-    def _run(
-        self, call: Call, protocol: ExchangeFactory | None = None, *, required: bool = True
-    ) -> tuple[Exchange, dict[str, str], Bill]:
-        exchange = (protocol or self._protocol)(call)
-        missing: dict[str, str] = {}
-        meter = Meter(self._plan.kinds, call.layout, call.form)
-        messages = exchange.open()
-        self._log.opened(call, exchange)
-        while messages:
-            for message in messages:
-                meter.sent(message)
-            for reply in self._waiting(self._engine.exchange(messages)):
-                meter.came(reply)
-                site = reply.header.site
-                if reply.header.kind == ERROR:
-                    missing[site] = str(reply.header.meta.get("reason", "no reason given"))
-                    self._log.refused(call, exchange.attempt, reply, missing[site])
-                    continue
-                try:
-                    self._log.check(reply)
-                    exchange.accept(reply)
-                except WireError as error:
-                    missing[site] = str(error)
-                    self._log.refused(call, exchange.attempt, reply, missing[site])
-                else:
-                    missing.pop(site, None)
-                    self._log.accepted(call, exchange.attempt, reply)
-            if required:
-                self._require(exchange, missing)
-            try:
-                messages = exchange.close()
-            except RoundAborted as aborted:
-                self._lost += meter.bill
-                raise RoundAborted(f"{aborted} ({_reasons(missing)})" if missing else str(aborted)) from aborted
-        return exchange, missing, meter.bill
-
-    def _waiting(self, replies: Iterator[Message]) -> Iterator[Message]:
-        """The replies, with the time spent waiting for them kept apart from the coordinator's own."""
-        while True:
-            began = time.perf_counter()
-            reply = next(replies, None)
-            self._waited += time.perf_counter() - began
-            if reply is None:
-                return
-            yield reply
-
-    def _require(self, exchange: Exchange, missing: Mapping[str, str]) -> None:
-        present = len(exchange.present)
-        if present < self._plan.min_sites:
-            raise NotEnoughSites(
-                f"{self._plan.arm}: {present} of {len(self._plan.sites)} sites answered and schedule.min_sites is "
-                f"{self._plan.min_sites} ({_reasons(missing)}). Mend the cause and run again with --resume"
-            )
 
     def _round(self, state: State) -> tuple[State, RoundReport]:
         plan, aborted = self._plan, self._journal.aborted(TRAIN)
         number = self._next_number(state)
-        began, self._waited = time.perf_counter(), 0.0
+        began, self._asking.waited = time.perf_counter(), 0.0
         skipped = sorted(n for n in aborted if n > state.round)
         # What was known when the round was first asked for, so that a resumed run asks the very same.
         keep = sorted({*candidates(self._scored(before=state.round)), state.round})
@@ -262,11 +206,11 @@ class Coordinator:
         # Two validations of one model by different sites would differ by what one of them measured.
         validate = due and number == state.round + 1
         meta = {"keep": keep, "validate": validate, **self._log.anchor(), **_numbers(aborted)}
-        exchange, missing, bill = self._run(self._call(TRAIN, state, number, meta, self._sent))
+        exchange, missing, bill = self._asking.run(self._call(TRAIN, state, number, meta, self._sent), self._protocol)
         aggregate = exchange.aggregate()
         if validate:
             bill += self._validated(state, aggregate, exchange.receipts)[1]
-        bill += self._lost
+        bill += self._asking.lost
         scales, saturated = next_scales(plan.codec, aggregate, plan.curriculum, number, before=state.round)
         restored = plan.codec.restore(number, plan.layout, aggregate)
         still = held(plan.layout, plan.curriculum.still(number))
@@ -290,7 +234,7 @@ class Coordinator:
             bytes_up=bill.up.total,
             bytes_down=bill.down.total,
             seconds=time.perf_counter() - began,
-            coordinator_seconds=time.perf_counter() - began - self._waited,
+            coordinator_seconds=time.perf_counter() - began - self._asking.waited,
             training_seconds=float(aggregate.metrics[SECONDS][0]),
             saturated_share=sum(aggregate.saturated.values()) / max(1, elements),
             saturated=max(saturated.values(), default=0.0),
@@ -307,7 +251,7 @@ class Coordinator:
             bill=bill,
         )
         self._journal.commit(following, report, exchange.receipts)
-        self._lost = NO_BILL
+        self._asking.lost = NO_BILL
         self._log.committed(number)
         self._forget(number)
         return following, report
@@ -352,7 +296,7 @@ class Coordinator:
                 as_unseen(self._call(EVALUATE, state, state.round, {}, plan.metrics_layout), *body),
                 sites=plan.evaluators,
             )
-            elsewhere, missing, bill = self._run(call, PlainSum, required=False)
+            elsewhere, missing, bill = self._asking.run(call, PlainSum, required=False)
             if elsewhere.receipts:
                 parts, sites = [*parts, elsewhere.aggregate()], sites.union(elsewhere.receipts)
         sums = parts[0] if len(parts) == 1 else merged(plan.metrics, parts)
@@ -398,10 +342,6 @@ class Coordinator:
     def _forget(self, number: int) -> None:
         keep = set(range(number - self._plan.keep + 1, number + 1))
         self._journal.forget_states(keep | candidates(self._scored()))
-
-
-def _reasons(missing: Mapping[str, str]) -> str:
-    return "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
 
 
 def _numbers(aborted: Collection[int]) -> dict[str, Any]:

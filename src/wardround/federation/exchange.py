@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from wardround.errors import JournalError, Rejected, WardroundError, WireError
 from wardround.protection.gates import check_reply, check_update, held_reply
 from wardround.wire.message import EMPTY, EMPTY_SHA256, Body, Header, Message
+from wardround.wire.parts import Part
 from wardround.wire.ring import ExactSum
 from wardround.wire.sparse import DENSE, Encoding
 from wardround.wire.tensors import TensorInfo
@@ -76,9 +77,10 @@ class Call:
     body: Body = EMPTY
     body_sha256: str = EMPTY_SHA256
     form: Encoding = DENSE
+    absent: tuple[Part, ...] = ()
 
     def message(self, site: str) -> Message:
-        """The request to one site."""
+        """The request to one site: what is `absent` of the body, which is in a file then, is named and not sent."""
         header = Header(
             kind=self.kind,
             study=self.study,
@@ -90,7 +92,8 @@ class Call:
             body_nbytes=self.body.nbytes,
             body_sha256=self.body_sha256,
         )
-        return Message(header, self.body)
+        message = Message(header, self.body)
+        return message.without(self.absent) if self.absent else message
 
 
 class Exchange(ABC):

@@ -46,9 +46,13 @@ class Meter:
         if message.header.kind == DELIVER and isinstance(message.body, FileBody):
             return self.kinds.of_file(message.body.path)
         # All messages of a round share the table.
-        if message.header.tensors is not self._table:
-            self._table, self._of_table = message.header.tensors, self.kinds.of_table(message.header.tensors)
-        return self._of_table
+        header = message.header
+        if header.tensors is not self._table:
+            self._table, self._of_table = header.tensors, self.kinds.of_table(header.tensors)
+        if not header.absent:
+            return self._of_table
+        absent = {part.index for part in header.absent}
+        return self.kinds.of_table(info for place, info in enumerate(header.tensors) if place not in absent)
 
 
 def _whole(message: Message, body: Sizes, header: Sizes) -> Sizes:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from wardround.errors import DataError, StudyError, WireError
+from wardround.errors import DataError, StudyError
 from wardround.federation.coordinator import Release
 from wardround.learning.methods.build import build_method
 from wardround.plan.arm_specs import ArmSpec, ArmSpecs, protocols_of
@@ -20,11 +20,10 @@ from wardround.plan.arms import FEDERATED, Arm, every_arm
 from wardround.plan.weights import FORMAT as FORMAT
 from wardround.plan.weights import FROZEN, FROZEN_SHA256, model_sha256, save_frozen
 from wardround.plan.weights import load_model as load_model
-from wardround.study.load import FOREIGN, load_study
+from wardround.plan.weights import study_of as study_of
 from wardround.study.methods import CustomMethod
 from wardround.study.protocols import HeaderFacts, ModelProtocols
 from wardround.study.schema import Study
-from wardround.wire.canonical import parse_json
 from wardround.wire.files import written
 from wardround.wire.tensors import TensorFile, TensorWriter
 
@@ -92,17 +91,6 @@ def _in_order(data: bytes) -> bytes:
 def model_path(out: Path, folder: str) -> Path:
     """Where an arm's model lies."""
     return out / "models" / f"{folder}.safetensors"
-
-
-def study_of(path: Path, metadata: Mapping[str, str]) -> Study:
-    """The study that a released model carries; raises `DataError` where this version does not read it."""
-    try:
-        return load_study(parse_json(metadata["study"]), reading=FOREIGN)
-    except (KeyError, ValueError, TypeError, StudyError, WireError) as error:
-        raise DataError(
-            "the model file holds no study that this version of Wardround reads; use the version that wrote it",
-            detail=f"{path}: {' '.join(str(error).split())}",
-        ) from error
 
 
 def model_of_study(path: Path, study_sha256: str, plan_sha256: str) -> dict[str, Array]:

@@ -29,6 +29,7 @@ def as_unseen(call: Call, file: TensorFile, sha256: str) -> Call:
         tensors=file.table,
         body=FileBody(file.path, file.nbytes),
         body_sha256=sha256,
+        absent=(),
     )
 
 

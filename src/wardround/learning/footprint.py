@@ -46,11 +46,18 @@ class Footprint:
     optimizer: int
     step: int | None
     how: How | None
+    #: The values of a released model that teaches, which lies beside.
+    teacher: int = 0
 
     @property
     def total(self) -> int:
-        """All of it: model, copies and step; without a step at least gradients and the optimiser's state."""
-        return self.model + self.copies + (self.gradients + self.optimizer if self.step is None else self.step)
+        """All of it: model, copies, teacher and step; without a step at least gradients and the optimiser's state."""
+        return (
+            self.model
+            + self.copies
+            + self.teacher
+            + (self.gradients + self.optimizer if self.step is None else self.step)
+        )
 
 
 def footprint(

@@ -24,9 +24,9 @@ from wardround.learning.momentum import averaged
 from wardround.learning.optimizer import build_optimizer, learning_rate, restore_optimizer, saved_optimizer
 from wardround.learning.policy import Policy
 from wardround.learning.private_training import PrivateTraining
-from wardround.models.adapters import with_folded
+from wardround.models.adapters import folded_scale, with_folded
 from wardround.models.lead import Keeping, Layered
-from wardround.models.low_rank import is_folded
+from wardround.models.low_rank import is_first_factor, is_folded
 from wardround.protection.drift import UpdateBound, local_bound
 from wardround.storage.store import Memory
 from wardround.study.schema import Local
@@ -95,6 +95,7 @@ class Learner:
         self._private = private
         self._curriculum = curriculum
         self._shelf = shelf
+        self._composed: tuple[Mapping[str, Array], dict[str, Array]] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -108,7 +109,9 @@ class Learner:
 
     def load(self, public: Mapping[str, Array], memory: Memory) -> None:
         """Put the shared, local and frozen tensors into the model."""
-        shared = self._method.release_for(self.site, public, {})
+        shared = self._release(public)
+        # They are needed once more at most.
+        self._composed = None
         self.load_tensors(
             {
                 **{name: shared[name] for name in self._policy.names("shared")},
@@ -125,12 +128,18 @@ class Learner:
 
         Of what is folded into a layer's weight it is that weight: a trap may hide in the sum of both.
         """
-        released = self._method.release_for(self.site, public, {})
+        released = self._release(public)
         return {
             name: with_folded(self.model, name, released[name]) if is_folded(name) else released[name]
             for name in self._policy.names("shared")
             if name in released
         }
+
+    def _release(self, public: Mapping[str, Array]) -> dict[str, Array]:
+        """The shared tensors as the site gets them: composed once of a state that is looked at and then loaded."""
+        if self._composed is None or self._composed[0] is not public:
+            self._composed = public, self._method.release_for(self.site, public, {})
+        return self._composed[1]
 
     def approved(self) -> dict[str, Array]:
         """The shared tensors before round 1, by model name: what the site makes of the study it agreed to."""
@@ -153,6 +162,19 @@ class Learner:
     def bound_after(self, own: UpdateBound) -> UpdateBound:
         """How far it can move them where every site's steps go as far as `own`."""
         return self._method.update_bound(own)
+
+    @property
+    def folded(self) -> frozenset[str]:
+        """The shared tensors that are weights with something folded into them."""
+        return frozenset(filter(is_folded, self._policy.names("shared")))
+
+    def other_moves(self, reach: Callable[[str], float]) -> dict[str, float]:
+        """How far, in length, a round moves what is folded and what is drawn anew (`Method.other_moves`)."""
+        ranks = {p.name: p.info.shape[0] for p in self._model_context.parameters if is_first_factor(p.name)}
+        return {
+            name: length * (abs(folded_scale(self.model, name)) if is_folded(name) else 1.0)
+            for name, length in self._method.other_moves(ranks, reach).items()
+        }
 
     @property
     def own_bound(self) -> UpdateBound:

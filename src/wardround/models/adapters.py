@@ -276,10 +276,18 @@ def _near(pattern: str, names: Collection[str]) -> str:
 
 def with_folded(model: nn.Module, name: str, value: Array) -> Array:
     """The weight of a layer with something folded into it; `name` is what is folded, in a network's state."""
-    layer = model.get_submodule(name.removesuffix(f"{FOLDED}.weight").removesuffix("."))
-    folded: Folded = getattr(layer, FOLDED)
-    weight = on_host(layer.get_parameter("weight").detach().float())
-    return np.asarray(weight + np.float32(folded.scale) * value)
+    weight = on_host(_folding(model, name).get_parameter("weight").detach().float())
+    return np.asarray(weight + np.float32(folded_scale(model, name)) * value)
+
+
+def folded_scale(model: nn.Module, name: str) -> float:
+    """What is folded counts as many times in the weight of its layer."""
+    folded: Folded = getattr(_folding(model, name), FOLDED)
+    return folded.scale
+
+
+def _folding(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.removesuffix(f"{FOLDED}.weight").removesuffix("."))
 
 
 # Merging -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from wardround.learning.policy import Policy, listed, matching
 from wardround.models.adapters import added_values
 from wardround.plan.arms import Arm, arms_of
 from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
+from wardround.plan.teachers import teacher_of
 from wardround.plan.weights import begin
 from wardround.protection.compression import Codec, build_codec
 from wardround.protection.lattice import Lattice, LatticeCodec, lattice_of
@@ -29,6 +30,7 @@ from wardround.study.places import NO_PLACES, Places
 from wardround.study.plugins import NO_PLUGINS, Plugins
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
+from wardround.tasks.distillation import Student, Teacher
 from wardround.tasks.stages import Curriculum, curriculum_of
 from wardround.tasks.task import Task
 from wardround.wire.bill import Kinds
@@ -63,7 +65,7 @@ class ArmSpecs:
     """Everything that follows from a study alone, each part made once and only when it is needed.
 
     `embeddings` are the files that sites provide beside their images, by site; `plugins` what of the code that the
-    study names may be called; `start` where the file that the study starts from may lie.
+    study names may be called; `places` where the files that it names may lie.
     """
 
     def __init__(
@@ -72,14 +74,14 @@ class ArmSpecs:
         compare: tuple[str, ...],
         embeddings: Mapping[str, Path] | None = None,
         plugins: Plugins = NO_PLUGINS,
-        start: Places = NO_PLACES,
+        places: Places = NO_PLACES,
     ) -> None:
         self.study = plugins.opened(study)
         self.study_sha256 = study_sha256(self.study)
         self.plan_sha256 = plan_sha256(self.study)
         self.arms = {arm.name: arm for arm in arms_of(self.study, compare)}
         self._embeddings = dict(embeddings or {})
-        self.start_places = start if start.start else self.study.start_places(Path())
+        self.places = self.study.places(Path()) if places == NO_PLACES else places
         self.plugins = plugins
         self._arm_specs: dict[str, ArmSpec] = {}
         self._starts: dict[str, Mapping[str, Array]] = {}
@@ -89,13 +91,29 @@ class ArmSpecs:
         """The task of the study. Raises `StudyError` where the study names code that is not allowed."""
         for why in self.plugins.refused(self.study):
             raise StudyError(why)
-        return build_task(self.study, self._embeddings, self.plugins)
+        task = build_task(self.study, self._embeddings, self.plugins)
+        if isinstance(task, Student):
+            # Found when a loss is asked for: who trains nothing needs none.
+            task.learn_from(lambda: self.teacher)
+        return task
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The released model that teaches: one in a process. Raises `StudyError` where it is not there, or another."""
+        named = self.study.task.taught_by
+        assert named is not None
+        return teacher_of(named, self.places, self.plugins)
+
+    def check_teacher(self) -> None:
+        """Raise `StudyError` where the study's teacher is not there, is another, or does not fit; nothing for none."""
+        if self.study.task.taught_by is not None and isinstance(self.task, Student):
+            self.task.check_teacher()
 
     @cached_property
     def model_context(self) -> ModelContext:
         """The model of this process, with what the study starts from in it."""
         study = self.study
-        begins = partial(begin, study.start, self.start_places, study.adapters)
+        begins = partial(begin, study.start, self.places, study.adapters)
         return ModelContext(
             self.task,
             study.seed,
@@ -166,6 +184,7 @@ class ArmSpecs:
         if name not in self._arm_specs:
             arm, specs = self.arms[name], self.task.metrics
             method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
+            arm.check_needs(method, self.study)
             policy = self._policy(arm, method)
             shared = tuple(p for p in self.model_context.parameters if policy.roles[p.name] == "shared")
             private = tuple(p for p in self.model_context.parameters if policy.roles[p.name] == "local")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from wardround.errors import StudyError
 from wardround.study.methods import MethodSettings
@@ -13,6 +13,9 @@ from wardround.study.registry import default
 from wardround.study.schema import Local, Study
 from wardround.study.start import Parts
 from wardround.wire.canonical import digest
+
+if TYPE_CHECKING:
+    from wardround.learning.methods.method import Method
 
 POOLED = "pooled"
 FEDERATED = "federated"
@@ -78,6 +81,22 @@ class Arm:
     def robust(self, study: Study) -> Robust | None:
         """The robust mean of the arm; `None` where it takes the plain one, as an arm of one site does."""
         return None if len(self.sites) == 1 else study.protection.robust
+
+    def check_needs(self, method: Method, study: Study) -> None:
+        """Raise `StudyError` where `method` needs each site's update, and the study hides or changes single ones."""
+        if method.needs == "sum":
+            return
+        said = f"method.kind={self.method.kind} needs each site's update"
+        if self.masked(study):
+            raise StudyError(
+                f"{said}, which protection.secure hides in their sum; leave out protection.secure, or choose a method "
+                "of sums: of low-rank products fedavg with adapters.factors: second, whose average is exact, or "
+                "fedsa_lora"
+            )
+        if self.robust(study) is not None:
+            raise StudyError(f"{said} as it is; leave out protection.robust")
+        if self.compression(study) != NoCompression():
+            raise StudyError(f"{said} as it is; leave out protection.compression")
 
     @property
     def folder(self) -> str:

@@ -13,16 +13,19 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from wardround.errors import DataError, StudyError
+from wardround.errors import DataError, StudyError, WireError
 from wardround.learning.policy import listed
 from wardround.models.published import Published
 from wardround.plan.found import VARIABLE, by_content, hub_cache, searched
 from wardround.plan.found import file_sha256 as file_sha256
 from wardround.storage.hash_log import is_hash
+from wardround.study.load import FOREIGN, load_study
 from wardround.study.patterns import matched
 from wardround.study.places import Places
+from wardround.study.schema import Study
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Start
-from wardround.wire.canonical import digest
+from wardround.study.teacher import TaughtBy
+from wardround.wire.canonical import digest, parse_json
 from wardround.wire.files import reason, written
 from wardround.wire.tensors import tensors_sha256
 
@@ -64,6 +67,17 @@ def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     if metadata.get("format") != FORMAT:
         raise DataError("the file holds tensors, but it is not a model that `wardround run` wrote", detail=str(path))
     return tensors, metadata
+
+
+def study_of(path: Path, metadata: Mapping[str, str]) -> Study:
+    """The study that a released model carries; raises `DataError` where this version does not read it."""
+    try:
+        return load_study(parse_json(metadata["study"]), reading=FOREIGN)
+    except (KeyError, ValueError, TypeError, StudyError, WireError) as error:
+        raise DataError(
+            "the model file holds no study that this version of Wardround reads; use the version that wrote it",
+            detail=f"{path}: {' '.join(str(error).split())}",
+        ) from error
 
 
 def model_sha256(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
@@ -135,10 +149,27 @@ def place_of(start: FromWeights | FromRelease, places: Places) -> Path:
             "or say where it lies with `start` in a site's entry of the sites file",
             detail=_listed(places.start, places),
         )
-    path = found / "models" / "federated.safetensors" if isinstance(start, FromRelease) and found.is_dir() else found
+    return _file_in(found, start.file, "start", release=isinstance(start, FromRelease))
+
+
+def place_of_teacher(teacher: TaughtBy, places: Places) -> Path:
+    """The first of the places at which the model that teaches lies; raises `StudyError` where it lies at none."""
+    found = next((place for place in places.teacher if place.exists()), None)
+    if found is None:
+        raise StudyError(
+            f"task.teacher.file: {teacher.file} does not exist; put it there, below the study's folder, or say where "
+            "it lies with `teacher` in a site's entry of the sites file",
+            detail=", ".join(map(str, places.teacher)),
+        )
+    return _file_in(found, teacher.file, "task.teacher", release=True)
+
+
+def _file_in(found: Path, file: str, section: str, *, release: bool) -> Path:
+    """What was found, or the model in it where it is the folder of a run; `section` is that of the study."""
+    path = found / "models" / "federated.safetensors" if release and found.is_dir() else found
     if not path.is_file():
         raise StudyError(
-            f"start.file: {start.file} is no file, or the folder of a run that released no model; correct the path",
+            f"{section}.file: {file} is no file, or the folder of a run that released no model; correct the path",
             detail=str(path),
         )
     return path
@@ -232,26 +263,37 @@ def _named(start: FromWeights, model: nn.Module, names: Iterable[str]) -> dict[s
 def _begin_with_release(start: FromRelease, path: Path, model: nn.Module) -> None:
     import torch
 
-    try:
-        tensors, metadata = load_model(path)
-        tensors |= frozen_part(path, metadata)
-    except DataError as error:
-        raise StudyError(f"start.file: {start.file}: {error}", detail=error.detail) from error
-    covered = [*metadata.get("shared", "").split(), *metadata.get(FROZEN, "").split()]
-    if "shared" not in metadata or not tensors.keys() >= set(covered):
-        raise StudyError(f"start.file: {start.file} does not hold what it says; get it again", detail=str(path))
-    _check_hash(start, model_sha256(tensors, metadata))
+    tensors, _, covered = whole_release(start, path, "start")
     shapes = {name: tensors[name].shape for name in _taken(start, covered)}
     _fill(model, start, shapes, lambda name: torch.from_numpy(tensors[name]))
 
 
-def _check_hash(start: FromWeights | FromRelease, found: str) -> None:
-    if not start.sha256:
-        raise StudyError(f"start.sha256: is missing, and the hash fixes what a study is; write `sha256: {found}`")
-    if found != start.sha256:
+def whole_release(
+    named: FromRelease | TaughtBy, path: Path, section: str
+) -> tuple[dict[str, Array], dict[str, str], list[str]]:
+    """The tensors of a released model with its frozen part, its metadata, and the names that its hash covers.
+
+    `named` is what the `section` of a study says of it. Raises `StudyError` for another model than the study's.
+    """
+    try:
+        tensors, metadata = load_model(path)
+        tensors |= frozen_part(path, metadata)
+    except DataError as error:
+        raise StudyError(f"{section}.file: {named.file}: {error}", detail=error.detail) from error
+    covered = [*metadata.get("shared", "").split(), *metadata.get(FROZEN, "").split()]
+    if "shared" not in metadata or not tensors.keys() >= set(covered):
+        raise StudyError(f"{section}.file: {named.file} does not hold what it says; get it again", detail=str(path))
+    _check_hash(named, model_sha256(tensors, metadata), section)
+    return tensors, metadata, covered
+
+
+def _check_hash(named: FromWeights | FromRelease | TaughtBy, found: str, section: str = "start") -> None:
+    if not named.sha256:
+        raise StudyError(f"{section}.sha256: is missing, and the hash fixes what a study is; write `sha256: {found}`")
+    if found != named.sha256:
         raise StudyError(
-            f"start.file: {start.file} is another file than the study's, or it changed: its sha256 is {found}, and the "
-            f"study says {start.sha256}; restore it, or start a new run with the new hash"
+            f"{section}.file: {named.file} is another file than the study's, or it changed: its sha256 is {found}, and "
+            f"the study says {named.sha256}; restore it, or start a new run with the new hash"
         )
 
 

@@ -146,6 +146,8 @@ def _training(run: Run) -> list[str]:
         shown = {key: value for key, value in study[section].items() if section != "model" or value is not None}
         lines.append(f"{section.capitalize()}: {', '.join(f'{key} {value}' for key, value in flat(shown))}")
     lines.insert(2, f"Started from: {run.study.start.describe()}")
+    if (teacher := task.taught_by) is not None:
+        lines.insert(3, f"Taught by: {teacher.describe()}")
     if frozen := study["parts"]["frozen"]:
         lines.insert(3, f"Never trained: {', '.join(frozen)}, stored in weights/{run.result.frozen_sha256}.safetensors")
     if adapters := run.study.adapters.describe():

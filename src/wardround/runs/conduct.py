@@ -78,8 +78,8 @@ def coordinate(
         raise StudyError(f"sites.{scanning}.scans: needs patients of other sites in one place, and these stay apart")
     began, out, watching = time.perf_counter(), Path(out), shielded(watcher, quiet)
     allowed = Plugins({"coordinator": frozenset(plugins)}, allow_code)
-    places = study.start_places(Path(near or ""))
-    context = Context(study, out, compare, without_in(out).union(without), allowed, start=places)
+    places = study.places(Path(near or ""))
+    context = Context(study, out, compare, without_in(out).union(without), allowed, places=places)
     for name in context.arms:
         context.arm_spec(name)
     with stoppable(), alone(out):

@@ -40,9 +40,9 @@ class Context(ArmSpecs):
         without: Collection[str] = (),
         plugins: Plugins = NO_PLUGINS,
         embeddings: Mapping[str, Path] | None = None,
-        start: Places = NO_PLACES,
+        places: Places = NO_PLACES,
     ) -> None:
-        super().__init__(study, tuple(compare), embeddings, plugins, start)
+        super().__init__(study, tuple(compare), embeddings, plugins, places)
         self.out = out
         self.without = frozenset(without)
         self.asked = tuple(self.arms)
@@ -92,6 +92,6 @@ class Context(ArmSpecs):
             return secure_sum(roster, threshold, journal)
         updates = self.out / "work" / "arms" / arm.folder / "updates"
         if robust is None:
-            return each_update(updates) if arm.method.needs == "updates" else PlainSum
+            return each_update(updates) if self.arm_spec(arm.name).method.needs == "updates" else PlainSum
         defence = Defence(robust.rule, robust.tolerated(len(arm.sites)), robust.mixing, robust.gate)
         return robust_mean(defence, updates)

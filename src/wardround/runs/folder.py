@@ -160,7 +160,7 @@ def record_without(out: Path, sites: Collection[str]) -> None:
 
 def record_near(host: Context, near: Path) -> None:
     """Write down, for a later evaluation, the folder to which the paths in the study are relative, where it has any."""
-    if host.start_places.start:
+    if host.places.start or host.places.teacher:
         write_text(host.out / "work" / _NEAR, json.dumps(str(near)) + "\n")
 
 

@@ -33,6 +33,7 @@ def inspect_model(path: Path) -> str:
         f"plan_sha256 {metadata.get('plan_sha256', 'unknown')}",
         f"{subject}, {kind}: {sum(tensor.size for tensor in tensors.values()):,} values; {study.method.kind}",
         f"started from {study.start.describe()}",
+        *([] if (teacher := study.task.taught_by) is None else [f"taught by {teacher.describe()}"]),
         *_frozen(metadata),
     )
     return "\n  ".join((*heading, *lines(read_protocols(metadata, study))))

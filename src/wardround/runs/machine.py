@@ -52,10 +52,10 @@ class Machine(Context):
         compare: tuple[str, ...],
         progress: Progress | None = None,
         without: Collection[str] = (),
-        start: Places = NO_PLACES,
+        places: Places = NO_PLACES,
     ) -> None:
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
-        super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings, start)
+        super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings, places)
         self.sites = sites
         self.datasets = Datasets(self, sites, folder=out)
         self._progress = progress
@@ -107,6 +107,7 @@ class Machine(Context):
         """
         for name in self.arms:
             self.arm_spec(name)
+        self.check_teacher()
         sites = self.remaining(self.study.sites)
         for number, site in enumerate(sites):
             phase(READING, number, len(sites))
@@ -209,7 +210,7 @@ class Machine(Context):
             "out": str(self.out),
             "compare": list(self._compare),
             "without": sorted(self.without),
-            "start": self.start_places.to_json(),
+            "places": self.places.to_json(),
         }
 
     @staticmethod
@@ -223,7 +224,7 @@ class Machine(Context):
             tuple(spec["compare"]),
             progress,
             spec["without"],
-            Places.from_json(spec["start"]),
+            Places.from_json(spec["places"]),
         )
 
 

@@ -190,6 +190,9 @@ def _memory_notes(memory: Mapping[str, Footprint], local: Local) -> Iterator[str
             yield f"The step of {named} depends on its data: add --sites, at the site."
         else:
             yield f"The step of {named} was {_HOW[how]}."
+    taught = {name: found.teacher for name, found in memory.items() if found.teacher}
+    if taught:
+        yield f"In all there is a teacher, too: {human_bytes(max(taught.values()))} at {', '.join(taught)}."
     yield "What libraries, kernels and the reading of images take comes on top, and one process serves several sites."
 
 

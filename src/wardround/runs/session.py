@@ -53,8 +53,9 @@ def run(
     """Train a study, compare it with training alone and on pooled data, and write the result files into `out`.
 
     `allow_code` lets the study name any code (`task.factory: package.module:callable`), not only the plug-ins that the
-    sites file allows: for your own study on your own machine. `start.file` of the study is relative to `near`: to the
-    folder of the study's file, or without one to the working folder.
+    sites file allows: for your own study on your own machine. `start.file` and
+    `task.teacher.file` of the study are relative to `near`: to the folder of the study's file, or without one to the
+    working folder.
 
     A run that was stopped, by whatever, goes on where it was when the same call is made again; `resume` insists that
     there is something to go on with. A run whose data at a site changed since it began is refused; `without` names the
@@ -156,9 +157,8 @@ def open_host(
         if not site.scans and name not in gone:
             sites.of(name)
     entries = [entry for name, entry in sites.sites.items() if name in study.sites]
-    stores = (folder for entry in entries for folder in entry.weights)
-    start = study.start_places(near, *(entry.start for entry in entries), stores=stores)
-    return Machine(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone, start)
+    places = study.places(near, entries)
+    return Machine(study, sites, Path(out), tuple(compare), None if watcher is None else watcher.step, gone, places)
 
 
 def near_of(study: Study | str | Path | Mapping[str, Any], near: str | Path | None) -> Path:

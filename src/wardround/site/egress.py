@@ -10,6 +10,7 @@ from wardround.errors import Withheld
 from wardround.federation.exchange import DONE, UPDATE
 from wardround.federation.facts import LOCAL_SHA256
 from wardround.federation.logs import HEAD
+from wardround.federation.parts import LACKS, lacked
 from wardround.storage.hash_log import is_hash
 from wardround.wire.message import Message
 
@@ -96,6 +97,8 @@ def check_egress(reply: Message, layouts: Mapping[str, int], phases: Set[str]) -
         known = header.meta.keys() <= {"layout", HEAD}
         # Neither more nor less than the numbers that the layout names.
         known = known and layouts.get(str(header.meta.get("layout"))) == header.body_nbytes
+    elif header.kind == LACKS:
+        known = header.body_nbytes == 0 and bool(lacked(reply))
     else:
         known = header.kind == DONE and not header.body_nbytes and header.meta.keys() <= {LOCAL_SHA256}
         known = known and all(is_hash(value) for value in header.meta.values())

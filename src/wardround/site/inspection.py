@@ -46,6 +46,15 @@ class KnownModel(Protocol):
         ...
 
     @property
+    def folded(self) -> frozenset[str]:
+        """The shared tensors that are weights with something folded into them."""
+        ...
+
+    def other_moves(self, reach: Callable[[str], float]) -> dict[str, float]:
+        """How far, in length, a round moves tensors that it does not average, where a site's own steps go so far."""
+        ...
+
+    @property
     def own_bound(self) -> UpdateBound:
         """How far the steps of one site go in a round."""
         ...
@@ -126,7 +135,7 @@ class Inspector:
         if number <= known.round and self._store.fact(_SEEN) is not None:
             # Many requests of one round must not walk a model further than one.
             return known
-        names = agreed.trained
+        names = agreed.trained | agreed.folded
         sketches = {name: sketch(name) for name in tensors if name in names}
         return Seen(number, sketches, known.rounding, known.own)
 
@@ -136,11 +145,25 @@ class Inspector:
         """How far a round goes: as the study's optimisers say, or where they have no limit as the site's own training
         showed.
         """
-        if self._codec.lags or agreed.update_bound != UNKNOWN or not known.own:
-            return UNKNOWN if self._codec.lags else agreed.update_bound
+        if self._codec.lags:
+            return UNKNOWN
         sizes = {name: int(np.asarray(tensors[name]).size) for name in known.sketches}
-        own = {name: length for name, length in known.own.items() if name in sizes}
-        return {name: agreed.bound_after(witnessed(own, sizes, name)) for name in sizes}
+        if (bound := agreed.update_bound) != UNKNOWN:
+            bounds = dict.fromkeys(sizes, bound)
+        elif known.own:
+            own = {name: length for name, length in known.own.items() if name in sizes}
+            bounds = {name: agreed.bound_after(witnessed(own, sizes, name)) for name in sizes}
+        else:
+            return UNKNOWN
+        if UNKNOWN in bounds.values():
+            return bounds
+
+        def reach(name: str) -> float:
+            length = float(np.linalg.norm(np.asarray(tensors[name], np.float64)))
+            return bounds[name].of(sizes[name], length) + known.rounding.get(name, 0.0) * math.sqrt(sizes[name])
+
+        moves = {name: UpdateBound(norm=length) for name, length in agreed.other_moves(reach).items()}
+        return {**bounds, **moves} if moves or bound == UNKNOWN else bound
 
     def _unwitnessed(self, finding: Finding, limit: str, between: int) -> Finding:
         """A finding, with what the site's operator can do where the coordinator says that the site was away."""
@@ -183,7 +206,7 @@ class Inspector:
         if fact is not None:
             return Seen.from_json(json.loads(fact))
         # The model of round 1 is the one that the site makes itself of the study.
-        names = agreed.trained
+        names = agreed.trained | agreed.folded
         sketches = {n: sketcher.sketch(n, t) for n, t in self._approved.items() if n in names}
         # Of the rounds since then it has heard nothing: their sums were no coarser than the first.
         scales = {

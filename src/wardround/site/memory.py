@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ def footprint_of(arm_specs: ArmSpecs, dataset: Dataset, compute: Compute) -> Foo
         return placed.loss(model, moved(batch, device))
 
     shared = arm_spec.policy.names("shared")
-    return footprint(arm_specs.model_context, shared, local, step, compute.device if gpu else None)
+    found = footprint(arm_specs.model_context, shared, local, step, compute.device if gpu else None)
+    return found if arm_specs.study.task.taught_by is None else replace(found, teacher=arm_specs.teacher.nbytes)
 
 
 def processes_that_fit(most: int, taken: Mapping[str, tuple[int, int]]) -> int:

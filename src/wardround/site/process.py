@@ -63,8 +63,7 @@ def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Call
     agents: dict[str, Agent] = {}
     for agreed in spec["studies"]:
         study = Study.model_validate(agreed["study"])
-        start = study.start_places(Path(), entry.start, stores=entry.weights)
-        arm_specs = ArmSpecs(study, tuple(agreed["compare"]), embeddings, plugins, start)
+        arm_specs = ArmSpecs(study, tuple(agreed["compare"]), embeddings, plugins, study.places(Path(), [entry]))
         folder = Path(agreed["folder"])
         datasets = Datasets(arm_specs, sites, int(spec["floor"]), folder)
         agent = Agent(name, arm_specs, sites, folder, datasets, progress=progress, rounding_root=root)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from wardround.federation.parts import Lasting
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.protection.compression import PLAIN, Codec
 from wardround.site.egress import OPEN, EgressRules
@@ -34,6 +35,8 @@ class Rules:
     metrics_layout: Layout
     evaluation_layout: Layout
     seed: int
+    #: What of a broadcast the rounds that follow have as it is.
+    lasting: Lasting
     egress: EgressRules = OPEN
     codec: Codec = PLAIN
     lint: bool = True
@@ -75,6 +78,7 @@ def rules_of(
         metrics_layout=arm_spec.metrics_layout,
         evaluation_layout=arm_spec.evaluation_layout,
         seed=study.seed,
+        lasting=Lasting(arm_spec.method, arm_spec.layout, arm_spec.curriculum),
         egress=egress,
         codec=arm_spec.codec,
         lint=lint,

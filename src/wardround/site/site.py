@@ -17,10 +17,11 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from wardround.deidentify import describe_error
-from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError, Withheld
+from wardround.errors import DataError, Rejected, WardroundError, WireError, Withheld
 from wardround.federation.exchange import DONE, EVALUATE, RELEASE, TRAIN, UPDATE
 from wardround.federation.facts import LOCAL_SHA256
 from wardround.federation.logs import SENT, SiteLog
+from wardround.federation.parts import LACKS
 from wardround.federation.refusals import refusal
 from wardround.learning.methods.method import MODEL
 from wardround.learning.training import Learner
@@ -29,9 +30,11 @@ from wardround.protection.gates import check_body
 from wardround.protection.rounding import kept_root, rounding
 from wardround.protection.secret import SecretRoot
 from wardround.site.aborted import AbortedRounds
+from wardround.site.admission import Admission, aborted_numbers
 from wardround.site.egress import check_egress
 from wardround.site.inspection import Inspector
 from wardround.site.measured import MeasuredSets
+from wardround.site.parts import KeptParts, Lacking
 from wardround.site.patients import OwnResults, PatientRows
 from wardround.site.protocol import ClearUpload, Evaluator, SiteProtocol, SiteReply
 from wardround.site.rules import Rules
@@ -75,6 +78,8 @@ class Site:
         self.folder = folder
         self.minutes = SiteLog(name, _record(name, rules.identity, store))
         self.aborted = AbortedRounds(store)
+        self._admission = Admission(name, rules, store, self.aborted, self.minutes)
+        self._parts = KeptParts(store.root / "parts", store.cipher)
         self._make_learner = learner
         self._learner: Learner | None = None
         self._protocol: SiteProtocol = protocol or ClearUpload()
@@ -94,16 +99,23 @@ class Site:
             done = self.store.reply(request.id)
             if done is not None:
                 return done
-            self._check(request)
-            answer = self._answer(request)
+            self._admission.check(request)
+            with self._parts.whole(request) as whole:
+                answer = self._answer(whole)
+                self._keep(whole)
             check_egress(answer.reply, self.rules.layouts, self._protocol.replies)
             # On record before it can leave; told again after a crash in between, it is the same record.
             reply = self.minutes.sent(request, answer.reply, sync=answer.memory is None)
             tail = self.minutes.record.tail()
             facts = {} if answer.memory is None else _seen_scales(request.header)
             self.store.finish(
-                reply, answer.memory, set(answer.keep), aborted=_aborted(request.header), tail=tail, facts=facts
+                reply, answer.memory, set(answer.keep), aborted=aborted_numbers(request.header), tail=tail, facts=facts
             )
+            return reply
+        except Lacking as lacking:
+            reply = request.reply(LACKS, meta={LACKS: lacking.places})
+            check_egress(reply, {}, frozenset())
+            self.minutes.note(LACKS, {"kind": request.header.kind, "round": request.header.round})
             return reply
         except Exception as error:
             # The cause stays here; what leaves is text that is safe by construction. Logs are read outside, too.
@@ -112,6 +124,14 @@ class Site:
             log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
             self.minutes.declined(request, error, reason)
             return refusal(request, error)
+
+    def _keep(self, request: Message) -> None:
+        """Keep of a round's broadcast what the next rounds have as it is, and nothing once there are none."""
+        header = request.header
+        if header.kind == TRAIN:
+            self._parts.keep(request, self.rules.lasting.kept(header.round, header.tensors))
+        elif header.kind == RELEASE or header.meta.get("split") == "test":
+            self._parts.clear()
 
     def inside(self) -> Site:
         """The same site for itself: it answers in the clear, and whoever asks must be within."""
@@ -155,13 +175,11 @@ class Site:
         header = request.header
         public = self.public_state(request)
         # One more tensor, or another order, would make another start of the same model (`federation.history`).
-        names, known = [info.name for info in header.tensors], self.rules.initial
-        carried = set(names)
-        if known and names != [name for name in known if name in carried]:
+        if not self.rules.lasting.fits(header.tensors, self.rules.initial):
             raise Rejected("the global state holds other tensors than the study's, or in another order")
         layout, scales = self.rules.layout, scales_in(header.meta)
         self._check_scales(header.round, scales, public)
-        memory = self.store.memory(header.round - 1, without=_aborted(header))
+        memory = self.store.memory(header.round - 1, without=aborted_numbers(header))
         learner = self.learner
         inspector = self._inspector
         seen = None if inspector is None else inspector.check(header.round, public, learner)
@@ -215,41 +233,6 @@ class Site:
         return Message(header, body if small is None else body.with_bytes(small))
 
     # ---------------------------------------------------------------------------------------------------------------
-
-    def _check(self, request: Message) -> None:
-        header = request.header
-        if header.study != self.rules.identity:
-            raise StudyError(f"site {self.name} was asked for another study than the one it agreed to")
-        if header.site != self.name:
-            raise WireError(f"a message for another site reached {self.name}")
-        layout = header.meta.get("layout")
-        if layout is not None and layout not in self.rules.layouts:
-            raise Rejected(f"site {self.name} was asked for a layout that the study does not have")
-        last = self.store.last_round
-        if header.kind == TRAIN and header.round < last:
-            raise JournalError(
-                f"site {self.name} has gone on to round {last} and is asked for round {header.round}: the coordinator "
-                "was restored from an older copy, or is not the one it was. Restore its newest copy"
-            )
-        if any(number < 1 for number in _aborted(header)):
-            raise WireError("a message names aborted rounds that no study has")
-        if _aborted(header) and not self.rules.masked:
-            raise Rejected(
-                f"a request to site {self.name} names aborted rounds, and an arm without a secure sum has none; a "
-                "coordinator of this version sends no such request"
-            )
-        self._check_end(header)
-        self.minutes.check(header, last)
-
-    def _check_end(self, header: Header) -> None:
-        """Refuse a round after the study's last, whatever is asked: a number too high would explain any move of the
-        model, buy one more validation, or be the last that the site answers."""
-        rules = self.rules
-        if rules.rounds is None:
-            return
-        end = rules.rounds + (self.aborted.believed(header, _aborted(header)) if rules.extends else 0)
-        if header.round > end:
-            raise Rejected(f"site {self.name} is asked for round {header.round}, and the study ends with round {end}")
 
     def _answer(self, request: Message) -> SiteReply:
         if request.header.kind in self._protocol.kinds:
@@ -326,7 +309,9 @@ class Site:
                 "validation patients"
             )
         # What is trained follows from the start, the round and, by the aborted rounds, what the site remembers.
-        self._measure_once("weight", header.round, digest([header.body_sha256, sorted(_aborted(header))]), header)
+        self._measure_once(
+            "weight", header.round, digest([header.body_sha256, sorted(aborted_numbers(header))]), header
+        )
 
     def _measure_once(
         self,
@@ -349,7 +334,7 @@ class Site:
     def _release(self, request: Message) -> SiteReply:
         """Write the private part of the released model into the site's own folder."""
         # Another round's part would be another model to test, and would take the place of the released one.
-        word = digest([request.header.round, sorted(_aborted(request.header))])
+        word = digest([request.header.round, sorted(aborted_numbers(request.header))])
         if self.store.written_value("released") not in (None, word):
             raise Rejected(f"site {self.name} has written its part of the released model of another round")
         memory = self.store.memory(request.header.round)
@@ -387,11 +372,6 @@ class Site:
 def _record(name: str, identity: str, store: SiteStore) -> HashLog:
     begun = begun_by(store.enrol(), (SENT,), study=identity, site=name)
     return HashLog(store.root / LOG, f"site {name}", begun, lambda: store.identity, store.tail)
-
-
-def _aborted(header: Header) -> frozenset[int]:
-    """The numbers of aborted rounds, as the coordinator says."""
-    return frozenset(int(number) for number in header.meta.get("aborted", ()))
 
 
 def _seen_scales(header: Header) -> dict[str, str]:

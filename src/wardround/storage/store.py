@@ -95,6 +95,11 @@ class SiteStore:
                 )
             self.set_fact(_SEALED, "yes")
 
+    @property
+    def cipher(self) -> StoreCipher | None:
+        """What seals it."""
+        return self._cipher
+
     def _seal(self, name: str, value: str) -> str:
         return value if self._cipher is None else self._cipher.seal(value, name)
 

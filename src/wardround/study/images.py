@@ -90,7 +90,11 @@ class UsedLabels(Config):
     """How many of a site's training patients train, to find out what few labels are worth."""
 
     share: float = Field(
-        1.0, gt=0.0, le=1.0, description="of the training patients of each site, at least one; all others do not train"
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="of the training patients of each site, at least one; the others do not train, or learn from a "
+        "`teacher` alone",
     )
     draw: int = Field(0, ge=0, description="which patients: another number draws others")
 

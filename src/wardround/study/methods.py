@@ -20,8 +20,6 @@ class MethodSettings(Settings):
     noised: ClassVar[bool] = False
     #: Whether the update of one plain step is a sum of gradients, to which noise of several sites adds up.
     adds_up: ClassVar[bool] = False
-    #: `updates`: it needs each site's update in the clear, not their sum alone.
-    needs: ClassVar[Literal["sum", "updates"]] = "sum"
     #: Whether it folds low-rank products into weights, for which the layers that have them need room.
     folds: ClassVar[bool] = False
 

@@ -1,18 +1,45 @@
-"""Where what a study starts from may lie on one machine. It is no part of the study, of no hash and of no message."""
+"""Where the files that a study names may lie on one machine. It is no part of the study, of no hash and no message."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+
+class OwnFiles(Protocol):
+    """What a site says of its own copies of such files; an entry of a sites file does."""
+
+    @property
+    def start(self) -> Path | None:
+        """Of the file that the study starts from."""
+        ...
+
+    @property
+    def teacher(self) -> Path | None:
+        """Of the released model that teaches."""
+        ...
+
+    @property
+    def weights(self) -> Sequence[Path]:
+        """Folders with weights."""
+        ...
+
+
+def given(paths: Iterable[Path | None]) -> tuple[Path, ...]:
+    """The paths that are any, each once."""
+    return tuple(dict.fromkeys(path for path in paths if path is not None))
 
 
 @dataclass(frozen=True)
 class Places:
-    """Places of the file that a study starts from and of its adapter's folder, and folders to search by content."""
+    """Places of the file that a study starts from, of its adapter's folder and of the released model that teaches, and
+    folders to search by content."""
 
     start: tuple[Path, ...] = ()
     adapter: tuple[Path, ...] = ()
+    teacher: tuple[Path, ...] = ()
     stores: tuple[Path, ...] = ()
 
     def to_json(self) -> dict[str, list[str]]:

@@ -6,26 +6,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from wardround.study.methods import MethodSettings
-from wardround.study.protection import NoCompression
 from wardround.study.registry import builtins
 
 if TYPE_CHECKING:
     from wardround.study.schema import Study
-
-
-def check_sums(study: Study) -> None:
-    """Refuse what hides or changes single updates where the method needs each."""
-    if study.method.needs == "sum":
-        return
-    protection, said = study.protection, f"method.kind={study.method.kind} needs each site's factors"
-    if protection.secure:
-        raise ValueError(
-            f"{said}, which protection.secure hides in their sum; choose fedavg with adapters.factors: second, "
-            "whose average is exact, or fedsa_lora"
-        )
-    for key in ("robust", "compression"):
-        if getattr(protection, key) not in (None, NoCompression()):
-            raise ValueError(f"{said} as they are; leave out protection.{key}")
 
 
 def check_evaluating_sites(study: Study) -> None:

@@ -6,7 +6,7 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +27,7 @@ from wardround.study.base import Config, Settings
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
-from wardround.study.places import Places
+from wardround.study.places import OwnFiles, Places, given
 from wardround.study.protection import Protection
 from wardround.study.registry import (
     BASELINES,
@@ -43,9 +43,10 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
-from wardround.study.rules import check_evaluating_sites, check_privacy, check_sums
-from wardround.study.start import Fresh, FromRelease, FromWeights, Parts, Start
+from wardround.study.rules import check_evaluating_sites, check_privacy
+from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
+from wardround.study.teacher import TaughtBy
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
 SiteName = Annotated[
@@ -265,7 +266,6 @@ class Study(Config):
                     "with protection.robust set `schedule: {release: last}`: a malicious site's validation would "
                     "choose the best round"
                 )
-        check_sums(self)
         if self.protection.secure:
             try:
                 self.protection.threshold_for(len(training))
@@ -302,18 +302,23 @@ class Study(Config):
                     "package that has it and add its name to sites.NAME.plugins in the sites file"
                 )
 
-    def start_places(self, near: Path, *given: Path | None, stores: Iterable[Path] = ()) -> Places:
-        """Where what the study starts from may lie: the places given, else what `start.file` says, and `stores`.
+    def places(self, near: Path, entries: Sequence[OwnFiles] = ()) -> Places:
+        """Where the files that the study names may lie, on a machine whose sites say where theirs do.
 
-        `near` is the folder of the study's file.
+        `near` is the folder of the study's file, of which `start.file` and the like are paths.
         """
-        if not isinstance(self.start, FromWeights | FromRelease):
-            return Places()
-        places = tuple(dict.fromkeys(place for place in given if place is not None))
+        start = self.start if isinstance(self.start, FromWeights | FromRelease) else None
+
+        def below(
+            named: FromWeights | FromRelease | FromAdapter | TaughtBy | None, others: tuple[Path, ...] = ()
+        ) -> tuple[Path, ...]:
+            return () if named is None else others or ((near / named.file).absolute(),)
+
         return Places(
-            places or ((near / self.start.file).absolute(),),
-            () if self.start.adapter is None else ((near / self.start.adapter.file).absolute(),),
-            tuple(dict.fromkeys(stores)),
+            start=below(start, given(entry.start for entry in entries)),
+            adapter=below(start and start.adapter),
+            teacher=below(self.task.taught_by, given(entry.teacher for entry in entries)),
+            stores=given(folder for entry in entries for folder in entry.weights),
         )
 
     @property

@@ -73,6 +73,11 @@ class SiteData(Config):
         "place, it is searched by its hash here, in the folders of the variable WARDROUND_WEIGHTS and in the Hugging "
         "Face hub's cache of this machine. Nothing is fetched",
     )
+    teacher: Path | None = Field(
+        None,
+        description="the site's own copy of the released model that teaches (`task.teacher` in the study, which names "
+        "its hash): the run's folder or the model's file; default: the study's `task.teacher.file`",
+    )
     device: str = Field(
         "cpu",
         pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$",
@@ -209,6 +214,7 @@ def _resolved(entry: SiteData, site: str, base: Path) -> SiteData:
             and groups.model_copy(update={"file": _existing(groups.file, f"{key}.groups.file", base, folder=False)}),
             "start": start and _absolute(start, f"{key}.start", base),
             "weights": tuple(_existing(path, f"{key}.weights", base, folder=True) for path in entry.weights),
+            "teacher": entry.teacher and _absolute(entry.teacher, f"{key}.teacher", base),
             "ledger": ledger and _absolute(ledger, f"{key}.ledger", base),
             "history": history and _absolute(history, f"{key}.history", base),
         }

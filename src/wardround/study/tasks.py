@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from wardround.study.base import Config, Factory, KindName, Settings
+from wardround.study.teacher import TaughtBy
 
 # What images and raw data are: `mri`, `ct`, or as an acquisition outside names it.
 Modality = str
@@ -98,6 +99,13 @@ class TaskSettings(Settings):
     def compares_with(self) -> tuple[str, ...] | None:
         """The classical methods that results are shown beside; `None` for those that its acquisition comes with."""
         return ()
+
+    @property
+    def taught_by(self) -> TaughtBy | None:
+        """The released model that teaches, where there is one and anything is learned from it."""
+        teacher = getattr(self, "teacher", None)
+        # A plug-in's task may have a key of that name, which means what it says.
+        return teacher if isinstance(teacher, TaughtBy) and teacher.teaches else None
 
     @property
     def classical(self) -> ClassicalSettings | None:

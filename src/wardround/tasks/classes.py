@@ -33,8 +33,9 @@ Floats = npt.NDArray[np.float64]
 class Classes:
     """The classes of a study. `own` is what a site makes probabilities come true with.
 
-    Logits and labels are (B, K), of the images of one patient where it says so; labels are 1 or 0, and one that an
-    image of a patient has, the patient has. `prior` (B, K) is the share of each class among the training examples.
+    Logits and labels are (B, K), of the images of one patient where it says so; labels are 1 or 0 (in training NaN
+    where they are not known), and one that an image of a patient has, the patient has. `prior` (B, K) is the share of
+    each class among the training examples.
     """
 
     names: tuple[str, ...]
@@ -198,13 +199,14 @@ def diagnosis_loss(logits: Tensor, labels: Tensor, prior: Tensor, imbalance: str
 
     `weighted` weighs a class by 1 / (K prior) (binary: its positives by (1 - prior) / prior); `logit_adjusted` adds
     log prior to the logits (Menon et al., ICLR 2021). A class without a training example at the site has no weight, and
-    the least prior of half an example.
+    the least prior of half an example. Labels that are not known are NaN, and count 0 in the mean.
     """
-    share = floored(prior)
+    share, known = floored(prior), torch.where(labels.isnan(), 0.0, 1.0)
+    labels = torch.where(labels.isnan(), 0.0, labels)
     if multi_label:
         weight = (1.0 - share) / share if imbalance == "weighted" else torch.ones_like(share)
         each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        return (each * (labels * weight + 1.0 - labels)).mean()
+        return (each * (labels * weight + 1.0 - labels) * known).mean()
     if imbalance == "logit_adjusted":
         logits = logits + share.log()
     each = -(torch.log_softmax(logits, dim=1) * labels).sum(dim=1)

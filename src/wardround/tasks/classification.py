@@ -5,8 +5,9 @@ A patient is measured once, by the mean of the probabilities of all their images
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import ClassSettings
+from wardround.study.teacher import TaughtBy
 from wardround.tasks.charts import Charts
 from wardround.tasks.classes import Classes, Floats
 from wardround.tasks.diagnosed import DiagnosedBatch, DiagnosedDataset, check_shape
+from wardround.tasks.distillation import Distillation, Lesson, Said, Teacher, channels_of, order_of, unfit_kind
 from wardround.tasks.images import ImageTask, resampled, scaled, scales_of
 from wardround.tasks.overlays import coloured
 from wardround.tasks.predictions import Probabilities
@@ -43,17 +46,28 @@ class ClassificationTask(ClassSettings):
         description="against classes that are rare at a site: `weighted` weighs the loss by 1 / frequency, `balanced` "
         "draws examples of all its classes alike, `logit_adjusted` adds log frequencies to the logits in training",
     )
+    teacher: TaughtBy | None = Field(
+        None,
+        description="a released model of a classification that teaches the network; where `labels.share` is below 1, "
+        "it teaches all other training patients alone",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> ClassificationTask:
         if len(self.size) != self.dimensions:
             raise ValueError(f"task.size needs {self.dimensions} numbers, as task.dimensions says")
+        if self.taught_by is not None and self.labels.share < 1.0 and self.imbalance == "balanced":
+            raise ValueError(
+                "task.imbalance: balanced draws examples by their labels, and with task.teacher those without one "
+                "train too; take logit_adjusted or weighted"
+            )
         return self
 
     def describe(self) -> str:
         """How many classes."""
         several = ", several a patient" if self.multi_label else ""
-        return f"classification in {len(self.classes)} classes{several}{self.labels.describe()}"
+        taught = "" if self.teacher is None else f", taught by {self.teacher.describe()}"
+        return f"classification in {len(self.classes)} classes{several}{self.labels.describe()}{taught}"
 
     def build(self, study: Study, embeddings: Any = None) -> Classification:
         """The task."""
@@ -66,6 +80,23 @@ class Classification(ImageTask[ClassificationTask]):
     def __init__(self, study: Study, config: ClassificationTask) -> None:
         super().__init__(study, config)
         self.classes = Classes(config.classes, config.multi_label, config.imbalance)
+        self._distillation = Distillation(config)
+
+    def learn_from(self, teacher: Callable[[], Teacher]) -> None:
+        """See `wardround.tasks.distillation.Student`."""
+        self._distillation = Distillation(self.config, teacher, repeats=self.repeats)
+
+    def check_teacher(self) -> None:
+        """See `wardround.tasks.distillation.Student`."""
+        _ = self._distillation.lesson
+
+    def lesson_for(self, student: Any) -> Lesson:
+        """See `wardround.tasks.distillation.Teaches`. Another classification, of classes among its own."""
+        own = self.config
+        if not isinstance(student, ClassificationTask) or student.multi_label != own.multi_label:
+            raise unfit_kind(student, own)
+        order = order_of(student.classes, own.classes, "task.classes")
+        return ClassLesson(channels_of(student, own), own.size, order)
 
     @property
     def metrics(self) -> tuple[MetricSpec, ...]:
@@ -92,8 +123,13 @@ class Classification(ImageTask[ClassificationTask]):
         return PooledDataset(parts, DiagnosedBatch.joined)
 
     def loss(self, model: nn.Module, batch: DiagnosedBatch) -> Tensor:
-        """Cross-entropy, for several classes a patient binary; against imbalance as the study says. Scalar."""
-        return self.classes.loss(model(batch.images).float(), batch.labels, batch.prior)
+        """Cross-entropy, for several classes a patient binary; against imbalance as the study says. Scalar.
+
+        With a teacher see `wardround.tasks.distillation.Distillation.loss`.
+        """
+        logits = model(batch.images).float()
+        own = self.classes.loss(logits, batch.labels, batch.prior)
+        return self._distillation.loss(own, logits, batch.images, exclusive=not self.config.multi_label)
 
     def logits(self, model: nn.Module, batch: DiagnosedBatch) -> Tensor:
         """(B, K), in evaluation mode."""
@@ -157,3 +193,17 @@ class Classification(ImageTask[ClassificationTask]):
         pixels = resampled(scaled(image.channels, scales_of(image.channels)), self.config.size)[None]
         nothing = pixels.new_zeros(1, len(self.config.classes))
         return self.classes.said(self.logits(model, DiagnosedBatch(pixels, nothing, nothing)))
+
+
+@dataclass(frozen=True)
+class ClassLesson:
+    """How a classification teaches another: its channels, on its own grid, and where it has each class."""
+
+    channels: Sequence[int]
+    size: tuple[int, ...]
+    order: Sequence[int]
+
+    def says(self, network: nn.Module, images: Tensor, masks: Tensor | None) -> Said:
+        """See `wardround.tasks.distillation.Lesson`."""
+        logits = network(resampled(images[:, self.channels], self.size)).float()[:, self.order]
+        return Said(logits, torch.ones_like(logits))

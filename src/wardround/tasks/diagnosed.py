@@ -26,8 +26,9 @@ from wardround.tasks.task import Split
 class DiagnosedBatch:
     """Images and what they show.
 
-    images: float32 (B, C, *size), normalised. labels: float32 (B, K), 1 for a class that an image shows. prior: float32
-    (B, K), the share of each class among the training examples of the site.
+    images: float32 (B, C, *size), normalised. labels: float32 (B, K), 1 for a class that an image shows, NaN for a
+    training image without a label. prior: float32 (B, K), the share of each class among the training examples of the
+    site that have labels.
     """
 
     images: Tensor
@@ -62,13 +63,15 @@ class DiagnosedDataset(PatientImages):
     ) -> None:
         self._config, self._augmentation, self._slices = config, augmentation, slices
         self._size = config.size if size is None else size
+        self._unlabelled = patients.unlabelled
         self._labels: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
         self._seen: dict[tuple[int, int], tuple[int | None, ...]] = {}
         super().__init__(patients, frame)
         self._train = [example for patient in self._split["train"] for example in self._examples(patient)]
         used = [patient for part in self._split.values() for patient in part]
         self._digests = {patient: self._digest(patient) for patient in used}
-        shown = np.array([self._labels[patient, number] for patient, number, _ in self._train]).reshape(
+        labelled = [example for example in self._train if example[0] not in self._unlabelled]
+        shown = np.array([self._labels[patient, number] for patient, number, _ in labelled]).reshape(
             -1, len(config.classes)
         )
         self._prior = torch.from_numpy((shown.mean(axis=0) if len(shown) else np.zeros(shown.shape[1])).astype("f4"))
@@ -76,7 +79,8 @@ class DiagnosedDataset(PatientImages):
 
     def _examined(self, patient: int, number: int, image: LabelledImage, case: Case) -> None:
         check_shape(image, self._config, str(case.images[0]), slices=self._slices)
-        self._labels[patient, number] = _labels(case, self._config)
+        if patient not in self._unlabelled:
+            self._labels[patient, number] = _labels(case, self._config)
         self._seen[patient, number] = shown_parts(image, self._frame) if self._slices else (None,)
 
     def _examples(self, patient: int) -> list[tuple[int, int, int | None]]:
@@ -125,7 +129,8 @@ class DiagnosedDataset(PatientImages):
         pixels = resampled(self._normalised(patient, number, part), self._size)
         if random is not None:
             pixels = self._augmentation.of_image(pixels, random)
-        labels = torch.from_numpy(self._labels[patient, number].astype(np.float32))
+        known = self._labels.get((patient, number))
+        labels = torch.full_like(self._prior, torch.nan) if known is None else torch.from_numpy(known.astype("f4"))
         return DiagnosedBatch(pixels[None], labels[None], self._prior[None])
 
     def _digest(self, patient: int) -> str:
@@ -133,7 +138,8 @@ class DiagnosedDataset(PatientImages):
         for number, case in enumerate(self._cases[patient]):
             for path in case.images:
                 found.update(content_sha256(path))
-            found.update(self._labels[patient, number].tobytes())
+            if patient not in self._unlabelled:
+                found.update(self._labels[patient, number].tobytes())
         return found.hexdigest()
 
 

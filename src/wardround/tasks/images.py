@@ -54,6 +54,8 @@ class SitePatients:
     split: Mapping[Split, Sequence[int]]
     aside: tuple[Aside, ...]
     quarantine: Quarantine
+    #: Who trains without a label: their labels are not used.
+    unlabelled: frozenset[int] = frozenset()
 
 
 class PatientImages:
@@ -178,7 +180,10 @@ class ImageTask(Generic[SettingsT]):
         table: CaseTable | None,
         labels: UsedLabels = _ALL,
     ) -> SitePatients:
-        """A site's images by patient, and who is in which part; of those who train, as many as `labels` says."""
+        """A site's images by patient, and who is in which part; of those who train, as many as `labels` says.
+
+        With a teacher the others train, too, without labels.
+        """
         found = sort_cases(source, site, Patterns(images, mask, table, self._readers(site)))
         names = tuple(sorted({*found.cases, *(one.patient for one in found.aside if one.patient)}))
         if not found.cases:
@@ -186,7 +191,10 @@ class ImageTask(Generic[SettingsT]):
             raise DataError(f"site {site} has no patient who can be used")
         split = self._deal(site, names, self.config.split, self.study.seed, self.study.sites[site].role)
         used = _labelled(split["train"], names, labels, site, self.study.seed)
-        return SitePatients(site, names, found.cases, {**split, "train": used}, found.aside, self._quarantine)
+        taught = split["train"] if self.config.taught_by is not None else used
+        unlabelled = frozenset(taught).difference(used)
+        parts = {**split, "train": taught}
+        return SitePatients(site, names, found.cases, parts, found.aside, self._quarantine, unlabelled)
 
     def _patterns(self, images: tuple[str, ...], table: CaseTable | None) -> Patterns:
         """How the files of images without masks or labels are named."""

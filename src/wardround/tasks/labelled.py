@@ -36,7 +36,8 @@ class LabelledBatch:
     """Images and masks.
 
     images: float32 (B, C, *shape), normalised. masks: float32 (B, K, *shape), a channel a structure; in evaluation on
-    the image's own grid, which may be another one. known: float32 (B, K), 1 where the site draws the structure.
+    the image's own grid, which may be another one. known: float32 (B, K), 1 where the site draws the structure and the
+    patient trains with masks.
     spacing: the size of a voxel of the masks along `shape`, slices first where B counts them.
     """
 
@@ -96,6 +97,7 @@ class LabelledDataset(PatientImages):
         self._augmentation = augmentation
         self._physical = physical
         self._training = frozenset(patients.split["train"])
+        self._unlabelled = patients.unlabelled
         self._content: dict[int, Any] = {}
         self._found: dict[int, list[LabelledExample]] = {}
         super().__init__(patients, frame)
@@ -139,14 +141,16 @@ class LabelledDataset(PatientImages):
     # Images ----------------------------------------------------------------------------------------------------------
 
     def _examined(self, patient: int, number: int, image: LabelledImage, case: Case) -> None:
-        self._check(image, case)
-        self._content.setdefault(patient, hashlib.sha256()).update(_digest(image))
+        check_image(image, self._sampling, str(case.images[0]))
+        labelled = patient not in self._unlabelled
+        if labelled:
+            self._check(image, case)
+        self._content.setdefault(patient, hashlib.sha256()).update(_digest(image, labelled=labelled))
         if patient in self._training:
             self._found.setdefault(patient, []).extend(self._parts(image, patient, number))
 
     def _check(self, image: LabelledImage, case: Case) -> None:
         place = str(case.images[0])
-        check_image(image, self._sampling, place)
         if self._physical and image.space.spacing is None:
             raise DataError(
                 "a picture says nothing of the size of its pixels; set task.distances: pixels", detail=place
@@ -163,12 +167,15 @@ class LabelledDataset(PatientImages):
             )
 
     def _parts(self, image: LabelledImage, patient: int, number: int) -> Iterator[LabelledExample]:
-        """The training examples of an image: slices that show a structure and every n-th of the rest, or patches."""
+        """The training examples of an image: slices that show a structure and every n-th of the rest, or patches.
+
+        Without a mask a slice that shows anything is one of the rest.
+        """
         shape, sampling = image.channels.shape[1:], self._sampling
         if sampling.dimensions == 3 or len(shape) == 2:
             yield from (LabelledExample(patient, number, part) for part in range(sampling.per_image))
             return
-        drawn = self._masks(image).any(axis=(0, 1, 2))
+        drawn = self._drawn(image, patient).any(axis=(0, 1, 2))
         content = self._frame.shows(image.channels[0].astype(np.float32)).mean(axis=(0, 1)) > CONTENT
         rest = np.flatnonzero(content & ~drawn)[:: sampling.empty_every]
         yield from (LabelledExample(patient, number, int(part)) for part in sorted([*np.flatnonzero(drawn), *rest]))
@@ -177,17 +184,25 @@ class LabelledDataset(PatientImages):
         """See `masks_of`."""
         return masks_of(image, self._structures, part)
 
+    def _drawn(self, image: LabelledImage, patient: int, part: int | None = None) -> NDArray[np.bool_]:
+        """The same; nothing of a patient who trains without masks."""
+        if patient not in self._unlabelled:
+            return self._masks(image, part)
+        shape = image.channels.shape[1:] if part is None else image.channels.shape[1:-1]
+        return np.zeros((len(self._structures), *shape), np.bool_)
+
     def _example(self, example: LabelledExample, random: np.random.Generator) -> LabelledBatch:
         image = self._read(example.patient, example.case)
         grid, part = grid_of(image, self._sampling), None
         if self._sampling.dimensions == 2 and image.channels.ndim == 4:
             grid, part = grid[:2], example.part
         channels = self._normalised(example.patient, example.case, part)
-        masks = torch.from_numpy(self._masks(image, part).astype(np.float32))
+        masks = torch.from_numpy(self._drawn(image, example.patient, part).astype(np.float32))
         channels, masks = resampled(channels, grid), resampled(masks, grid, nearest=True)
         channels, masks = self._cropped(channels, masks, random)
         channels, masks = self._augmentation(channels, masks, random)
-        return LabelledBatch(channels[None], masks[None], self._known[None])
+        known = torch.zeros_like(self._known) if example.patient in self._unlabelled else self._known
+        return LabelledBatch(channels[None], masks[None], known[None])
 
     def _cropped(self, image: Tensor, mask: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A patch: in a share `foreground` of cases with a voxel of a structure, else anywhere; padded where small."""
@@ -282,8 +297,10 @@ def _meaning(values: tuple[int, ...], image: LabelledImage) -> list[int]:
     return sorted(own - image.combined.keys() | combined)
 
 
-def _digest(image: LabelledImage) -> bytes:
+def _digest(image: LabelledImage, *, labelled: bool = True) -> bytes:
     found = hashlib.sha256(image.channels.tobytes())
+    if not labelled:
+        return found.digest()
     assert image.labels is not None
     found.update(image.labels.tobytes())
     for value, numbers in sorted(image.combined.items()):

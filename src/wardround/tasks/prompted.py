@@ -7,11 +7,12 @@ the network outlines it. A patient is measured by the slices that are prompted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.study.prompts import AutomaticPrompt, BoxPrompt, PointPrompt, Prompt
+from wardround.tasks.distillation import Lesson, Said, channels_of, order_of, unfit_kind
 from wardround.tasks.images import ImageTask
 from wardround.tasks.labelled import Sampling, check_image, masks_of
 from wardround.tasks.overlap import hd95, overlap_metrics, overlap_scores
@@ -36,6 +38,8 @@ from wardround.tasks.prompts import (
     restored,
     scale_of,
     seen,
+    squared,
+    unit,
 )
 from wardround.tasks.reconstruction import PooledDataset, evaluating
 from wardround.tasks.segmentation import overlap_loss
@@ -149,6 +153,19 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
         """The union of several sites' data sets."""
         return PooledDataset(parts, PromptedBatch.joined)
+
+    def lesson_for(self, student: Any) -> Lesson:
+        """See `wardround.tasks.distillation.Teaches`. A segmentation without prompts, of structures among its own."""
+        own = self.config
+        if getattr(student, "kind", "") != "segmentation":
+            raise unfit_kind(student, own)
+        if student.labels.share < 1.0:
+            raise StudyError(
+                "task.labels.share: the study's teacher outlines what a box marks, and a patient without a mask has "
+                "none; set it to 1, or choose a teacher of task.kind segmentation"
+            )
+        order_of(tuple(student.structures), self.structures, "task.structures")
+        return PromptedLesson(self._prompting, channels_of(student, own))
 
     def loss(self, model: nn.Module, batch: PromptedBatch) -> Tensor:
         """Weighted sum of soft Dice and cross-entropy of what is prompted, on the network's grid; scalar."""
@@ -299,6 +316,39 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
                 found = on_host(self.logits(model, picture[None], given, prompting.means, shape)[0] > 0)
                 marked[..., slice(None) if part is None else part] = found & there[:, None, None]
         return Found(self.structures, marked)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptedLesson:
+    """How a prompted segmentation teaches one without prompts: by the box around what is drawn, or points inside it.
+
+    It sees the student's example with its values from 0 to 1, and says nothing of what is not drawn there, which has no
+    box. The box is that of the mask itself: a teacher shall give its best answer, and no result is measured with it.
+    """
+
+    prompting: Prompting
+    channels: Sequence[int]
+
+    def says(self, network: nn.Module, images: Tensor, masks: Tensor | None) -> Said:
+        """See `wardround.tasks.distillation.Lesson`. The network sees no example without a prompt."""
+        assert masks is not None
+        shape, size = (masks.shape[2], masks.shape[3]), self.prompting.size
+        drawn = on_host(masks > 0.5).astype(bool)
+        there: NDArray[np.bool_] = np.asarray(drawn.any(axis=(2, 3)))
+        rows = np.flatnonzero(there.any(axis=1)).tolist()
+        logits = images.new_zeros(masks.shape)
+        if rows:
+            points = np.stack([np.stack([self._prompt(mask, shape) for mask in drawn[row]]) for row in rows])
+            pictures = torch.stack([squared(unit(image), size) for image in images[rows][:, self.channels]])
+            given = torch.from_numpy(points).to(images.device)
+            logits[rows] = PromptedSegmentation.logits(network, pictures, given, self.prompting.means, shape)
+        return Said(logits, torch.from_numpy(there.astype(np.float32)).to(images.device))
+
+    def _prompt(self, mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.float32]:
+        scale = self.prompting.size / max(shape)
+        if not isinstance(self.prompting.prompt, PointPrompt):
+            return box_of(mask, scale, self.prompting.size)
+        return prompt_of(mask, scale, self.prompting, public_generator(self.prompting.seed, "teacher"))
 
 
 def shape_of(batch: PromptedBatch) -> tuple[int, int]:

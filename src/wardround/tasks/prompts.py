@@ -215,9 +215,13 @@ def check_size(image: LabelledImage, prompting: Prompting, place: str) -> None:
 
 def seen(channels: NDArray[Any], size: int) -> Tensor:
     """A picture (C, h, w) of any numbers as a prompted network sees it: (C, size, size), from 0 to 1."""
-    values = torch.from_numpy(channels.astype(np.float32))
+    return squared(unit(torch.from_numpy(channels.astype(np.float32))), size)
+
+
+def unit(values: Tensor) -> Tensor:
+    """Values of a picture, from 0 to 1."""
     low, high = values.min(), values.max()
-    return squared((values - low) / (high - low).clamp_min(1e-6), size)
+    return (values - low) / (high - low).clamp_min(1e-6)
 
 
 def squared(values: Tensor, size: int, *, nearest: bool = False) -> Tensor:

@@ -6,8 +6,8 @@ its loss (partial labels).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.models.outliner import build_outliner
-from wardround.study.images import DrawnSettings, OverlapLoss
+from wardround.study.images import DrawnSettings, OverlapLoss, UsedLabels
+from wardround.study.teacher import TaughtBy
+from wardround.tasks.distillation import (
+    Distillation,
+    Lesson,
+    Said,
+    Teacher,
+    channels_of,
+    grid_scale,
+    order_of,
+    unfit_kind,
+)
 from wardround.tasks.images import ImageTask, resampled, scaled, scales_of
 from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling, check_image, whole_image
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
@@ -48,6 +59,12 @@ class SegmentationTask(DrawnSettings):
     patches_per_image: int = Field(1, ge=1, description="examples of a volume (3-D) or picture")
     foreground: float = Field(0.5, ge=0.0, le=1.0, description="share of patches around a voxel of a structure")
     loss: OverlapLoss = OverlapLoss()
+    labels: UsedLabels = UsedLabels()
+    teacher: TaughtBy | None = Field(
+        None,
+        description="a released model of a segmentation or prompted segmentation that teaches the network; where "
+        "`labels.share` is below 1, it teaches all other training patients alone",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> SegmentationTask:
@@ -61,7 +78,8 @@ class SegmentationTask(DrawnSettings):
 
     def describe(self) -> str:
         """What is outlined, in how many dimensions."""
-        return f"segmentation of {', '.join(self.structures)} in {self.dimensions}-D"
+        taught = "" if self.teacher is None else f", taught by {self.teacher.describe()}"
+        return f"segmentation of {', '.join(self.structures)} in {self.dimensions}-D{self.labels.describe()}{taught}"
 
     def build(self, study: Study, embeddings: Any = None) -> Segmentation:
         """The task."""
@@ -70,6 +88,26 @@ class SegmentationTask(DrawnSettings):
 
 class Segmentation(ImageTask[SegmentationTask]):
     """The task of a study; see `wardround.tasks.task.Task`."""
+
+    def __init__(self, study: Study, config: SegmentationTask) -> None:
+        super().__init__(study, config)
+        self._distillation = Distillation(config)
+
+    def learn_from(self, teacher: Callable[[], Teacher]) -> None:
+        """See `wardround.tasks.distillation.Student`."""
+        self._distillation = Distillation(self.config, teacher, repeats=self.config.augment in ("none", ()))
+
+    def check_teacher(self) -> None:
+        """See `wardround.tasks.distillation.Student`."""
+        _ = self._distillation.lesson
+
+    def lesson_for(self, student: Any) -> Lesson:
+        """See `wardround.tasks.distillation.Teaches`. Another segmentation, of structures among its own."""
+        own = self.config
+        if not isinstance(student, SegmentationTask):
+            raise unfit_kind(student, own)
+        order = order_of(tuple(student.structures), self.structures, "task.structures")
+        return OutlineLesson(self, channels_of(student, own), grid_scale(student, own), order)
 
     @property
     def structures(self) -> tuple[str, ...]:
@@ -90,7 +128,7 @@ class Segmentation(ImageTask[SegmentationTask]):
         """The images and masks of a site."""
         config = self.config
         return LabelledDataset(
-            self._patients(site, source, config.images, config.mask, config.table),
+            self._patients(site, source, config.images, config.mask, config.table, config.labels),
             config.values,
             config.drawn_at(site),
             self._sampling,
@@ -117,15 +155,20 @@ class Segmentation(ImageTask[SegmentationTask]):
         return PooledDataset(parts, LabelledBatch.joined)
 
     def loss(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
-        """Weighted sum of soft Dice and cross-entropy of what the site draws; scalar."""
-        logits = model(batch.images).float()
-        return overlap_loss(logits, batch.masks, batch.known, self.config.loss.dice, self.config.loss.cross_entropy)
+        """Weighted sum of soft Dice and cross-entropy of what the site draws; scalar.
+
+        With a teacher see `wardround.tasks.distillation.Distillation.loss`.
+        """
+        logits, weights = model(batch.images).float(), self.config.loss
+        own = overlap_loss(logits, batch.masks, batch.known, weights.dice, weights.cross_entropy)
+        return self._distillation.loss(own, logits, batch.images, batch.masks, exclusive=False)
 
     def logits(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
         """Logits (B, K, *shape of the masks) by windows of the size of a patch, in evaluation mode."""
-        return self._logits(model, batch.images, batch.masks.shape[2:])
+        return self.outlined(model, batch.images, batch.masks.shape[2:])
 
-    def _logits(self, model: nn.Module, images: Tensor, shape: Sequence[int]) -> Tensor:
+    def outlined(self, model: nn.Module, images: Tensor, shape: Sequence[int]) -> Tensor:
+        """The same of images (B, C, *grid), on the grid `shape`."""
         # Late: MONAI takes seconds to import, and a process that only reads the study needs none of it.
         from monai.inferers import sliding_window_inference
 
@@ -209,10 +252,30 @@ class Segmentation(ImageTask[SegmentationTask]):
         check_image(image, self._sampling, "")
         shape = image.channels.shape[1:]
         channels = whole_image(image, scaled(image.channels, scales_of(image.channels)), self._sampling)
-        logits = self._logits(model, channels, shape[: self.config.dimensions])
+        logits = self.outlined(model, channels, shape[: self.config.dimensions])
         slices = self.config.dimensions == 2 and len(shape) == 3
         marked = (logits > 0).permute(1, 2, 3, 0) if slices else (logits > 0)[0]
         return Masks(self.structures, on_host(marked.contiguous()).astype(bool))
+
+
+@dataclass(frozen=True, eq=False)
+class OutlineLesson:
+    """How a segmentation teaches another: its channels, on a grid `scale` times as fine, and where it has a structure.
+
+    It looks at an example as it looks at any image: by windows of the size of its own patch.
+    """
+
+    task: Segmentation
+    channels: Sequence[int]
+    scale: Sequence[float]
+    order: Sequence[int]
+
+    def says(self, network: nn.Module, images: Tensor, masks: Tensor | None) -> Said:
+        """See `wardround.tasks.distillation.Lesson`."""
+        shape = images.shape[2:]
+        grid = [max(1, round(size * scale)) for size, scale in zip(shape, self.scale, strict=True)]
+        logits = self.task.outlined(network, resampled(images[:, self.channels], grid), shape)[:, self.order]
+        return Said(logits, logits.new_ones(logits.shape[:2]))
 
 
 def as_one(masks: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Protocol
 
 from wardround.errors import WireError
 from wardround.wire.canonical import canonical_json, parse_json
+from wardround.wire.parts import Part, parse_parts, present
 from wardround.wire.tensors import TensorInfo, parse_table
 
 SCHEMA = 1
@@ -163,12 +164,21 @@ def body_sha256(body: Body) -> str:
     return total.hexdigest()
 
 
+def span_sha256(path: Path, begin: int, end: int) -> str:
+    """SHA-256 of the bytes of a file from `begin` to `end`, in hex."""
+    total = hashlib.sha256()
+    for chunk in FileBody(path, end).chunks(begin):
+        total.update(chunk)
+    return total.hexdigest()
+
+
 @dataclass(frozen=True)
 class Header:
     """What a message says of itself.
 
     `study` is the hash of study and arm; `round` and `attempt` say which exchange it belongs to; `phase` which step
-    of it. `meta` holds small values of the kind's own schema. `reply_to` is the id of the request.
+    of it. `meta` holds small values of the kind's own schema. `reply_to` is the id of the request. What is `absent` of
+    the body is named and does not travel.
     """
 
     kind: str
@@ -182,9 +192,15 @@ class Header:
     tensors: tuple[TensorInfo, ...] = ()
     body_nbytes: int = 0
     body_sha256: str = EMPTY_SHA256
+    absent: tuple[Part, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The header as JSON values."""
+        value = self._request()
+        return value | {_ABSENT: [part.to_json() for part in self.absent]} if self.absent else value
+
+    def _request(self) -> dict[str, Any]:
+        """What is asked, however much of it travels."""
         return {
             "schema": SCHEMA,
             "kind": self.kind,
@@ -206,8 +222,13 @@ class Header:
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 of the header: two messages with one id ask for the same thing."""
-        return hashlib.sha256(self._bytes).hexdigest()
+        """SHA-256 of the header but for what is absent: two messages with one id ask for the same thing."""
+        return hashlib.sha256(canonical_json(self._request()) if self.absent else self._bytes).hexdigest()
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Bytes of the body that travel."""
+        return self.body_nbytes - sum(self.tensors[part.index].nbytes for part in self.absent)
 
     @cached_property
     def _bytes(self) -> bytes:
@@ -219,7 +240,7 @@ class Header:
         if len(data) > MAX_HEADER:
             raise WireError(f"a header of {len(data)} bytes is over the limit of {MAX_HEADER}")
         value = parse_json(bytes(data))
-        if not isinstance(value, dict) or value.keys() != _KEYS.keys():
+        if not isinstance(value, dict) or value.keys() - {_ABSENT} != _KEYS.keys():
             raise WireError("a header's keys are not those of this version's schema")
         for key, kind in _KEYS.items():
             if type(value[key]) is not kind:
@@ -229,9 +250,13 @@ class Header:
         if min(value[k] for k in ("round", "attempt", "phase", "body_nbytes")) < 0:
             raise WireError("a header counts below zero")
         value["tensors"] = parse_table(value["tensors"])
+        if _ABSENT in value:
+            value[_ABSENT] = parse_parts(value[_ABSENT], value["tensors"], value["body_nbytes"])
         return Header(**value)
 
 
+#: A header has it only where something is absent.
+_ABSENT = "absent"
 _KEYS: dict[str, type] = {
     "schema": int,
     "kind": str,
@@ -246,6 +271,31 @@ _KEYS: dict[str, type] = {
     "body_nbytes": int,
     "body_sha256": str,
 }
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Of a body in a file the bytes that travel: those of some spans, one after the other."""
+
+    file: FileBody
+    spans: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(file: FileBody, header: Header) -> Excerpt:
+        """What travels of a body by its header."""
+        return Excerpt(file, tuple(present(header.tensors, header.absent, file.nbytes)))
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return sum(end - begin for begin, end in self.spans)
+
+    def chunks(self, offset: int = 0) -> Iterator[memoryview]:
+        """The bytes from `offset` on; raises `WireError` when the file is shorter than promised."""
+        for begin, end in self.spans:
+            start = begin + min(offset, end - begin)
+            offset -= start - begin
+            yield from FileBody(self.file.path, end).chunks(start)
 
 
 @dataclass(frozen=True)
@@ -265,6 +315,13 @@ class Message:
         """Bytes on the wire: header and body."""
         return len(self.header.to_bytes()) + self.body.nbytes
 
+    def without(self, absent: tuple[Part, ...]) -> Message:
+        """The same message, with these parts named and all others sent; it must have a file or an excerpt of one."""
+        assert isinstance(self.body, FileBody | Excerpt)
+        whole = self.body.file if isinstance(self.body, Excerpt) else self.body
+        header = replace(self.header, absent=absent)
+        return Message(header, Excerpt.of(whole, header) if absent else whole)
+
     def reply(self, kind: str, *, meta: Mapping[str, Any] | None = None, phase: int | None = None) -> Message:
         """An answer without a body, addressed by this request."""
         header = replace(
@@ -275,6 +332,7 @@ class Message:
             tensors=(),
             body_nbytes=0,
             body_sha256=EMPTY_SHA256,
+            absent=(),
             phase=self.header.phase if phase is None else phase,
         )
         return Message(header)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wardround.learning.methods.folding import Factors, Floats, Folding, FoldingSettings
-from wardround.learning.methods.method import Array, Writers
+from wardround.learning.methods.folded import Product
+from wardround.learning.methods.folding import Factors, Folding, FoldingSettings
+from wardround.learning.methods.method import Array, Floats, Writers
+from wardround.models.low_rank import folded_of, second_of
+from wardround.protection.drift import UNKNOWN, UpdateBound
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,21 @@ class FedExLoRA(Folding):
     ) -> tuple[Floats, Floats]:
         """The means."""
         return found.means()
+
+    def update_bound(self, local: UpdateBound) -> UpdateBound:
+        """Factors are averaged."""
+        return local if self.folds_as(FedExLoRA) else UNKNOWN
+
+    def other_moves(self, ranks: Mapping[str, int], reach: Callable[[str], float]) -> dict[str, float]:
+        """What is folded is the covariance of the sites' factors, which are all within reach of the ones before.
+
+        |sum p_i (b_i - mean b)(a_i - mean a)|^2 <= sum p_i |b_i - b|^2 sum p_i |a_i - a|^2, by Cauchy's inequality.
+        """
+        return {folded_of(first): reach(first) * reach(second_of(first)) for first in ranks}
+
+    def left_over(self, found: Factors) -> Product:
+        """The mean of products less the product of means."""
+        return found.spread()
 
 
 class FedExLoRASettings(FoldingSettings):

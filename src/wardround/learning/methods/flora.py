@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from wardround.learning.methods.folding import Factors, Floats, Folding, FoldingSettings
-from wardround.learning.methods.method import Array, LocalRound, Writers, state_name
-from wardround.models.low_rank import is_first_factor
+from wardround.learning.methods.folded import Product
+from wardround.learning.methods.folding import Factors, Folding, FoldingSettings
+from wardround.learning.methods.method import Array, Floats, LocalRound, Writers, state_name
+from wardround.models.low_rank import folded_of, is_first_factor, second_of
+from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.wire.random import public_generator
 
 _DRAWN = "drawn"
@@ -53,6 +56,25 @@ class FLoRA(Folding):
         limit = 1.0 / np.sqrt(np.prod(shape[1:]))
         random = public_generator(0, "flora", name, int(drawn[0]))
         return random.uniform(-limit, limit, shape), np.zeros(found.b.shape[1:])
+
+    def update_bound(self, local: UpdateBound) -> UpdateBound:
+        """Second factors begin at zero; the others are drawn, see `other_moves`."""
+        return local if self.folds_as(FLoRA) else UNKNOWN
+
+    def other_moves(self, ranks: Mapping[str, int], reach: Callable[[str], float]) -> dict[str, float]:
+        """A site's product is that of a second factor within reach of zero and a first one within reach of a draw.
+
+        Every value of a draw is within 1 / sqrt(width) of zero, so that its length is at most the root of the rank.
+        """
+        moves: dict[str, float] = {}
+        for first, rank in ranks.items():
+            drawn = math.sqrt(rank)
+            moves |= {first: 2.0 * drawn, folded_of(first): (drawn + reach(first)) * reach(second_of(first))}
+        return moves
+
+    def left_over(self, found: Factors) -> Product:
+        """All of the mean product."""
+        return found.mean_product()
 
 
 class FLoRASettings(FoldingSettings):

@@ -3,53 +3,28 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from wardround.errors import StudyError
-from wardround.learning.methods.method import Array, Changes, LocalRound, Method, Writers, state_name
+from wardround.learning.methods.folded import Folded, Product, is_part
+from wardround.learning.methods.method import (
+    Array,
+    Changes,
+    Floats,
+    LocalRound,
+    Method,
+    Updates,
+    Writers,
+    state_name,
+)
 from wardround.learning.policy import Parameter, Policy
 from wardround.models.low_rank import folded_of, is_first_factor, is_folded, second_of
 from wardround.study.methods import MethodSettings
 from wardround.wire.update import Aggregate, Group
-
-Floats = npt.NDArray[np.float64]
-_FOLDED = "folded"
-
-
-@runtime_checkable
-class Updates(Protocol):
-    """A sum that also gives each site's change, in one order of the sites."""
-
-    def parts(self, group: str) -> Floats:
-        """Each site's weight over the sum of all: (n,)."""
-        ...
-
-    def each(self, group: str, tensor: str) -> Floats:
-        """The change of a tensor at each site: (n, *shape)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Product:
-    """`left` (d, r) times `right` (r, *inputs), what a layer of a weight (d, *inputs) is changed by."""
-
-    left: Floats
-    right: Floats
-
-    def plus(self, other: Product) -> Product:
-        """The sum of both: the columns of one beside those of the other, and the rows below each other."""
-        return Product(np.concatenate([self.left, other.left], axis=1), np.concatenate([self.right, other.right]))
-
-    def whole(self) -> Floats:
-        """The weight's change: (d, *inputs)."""
-        flat = self.right.reshape(len(self.right), int(np.prod(self.right.shape[1:])))
-        found: Floats = (self.left @ flat).reshape(len(self.left), *self.right.shape[1:])
-        return found
 
 
 @dataclass(frozen=True)
@@ -66,6 +41,14 @@ class Factors:
         left = weighted.transpose(1, 0, 2).reshape(self.b.shape[1], -1)
         return Product(left, self.a.reshape(-1, *self.a.shape[2:]))
 
+    def spread(self) -> Product:
+        """The mean product less the product of the means, as one of (n - 1) r columns.
+
+        That is the mean of (b_i - mean b)(a_i - mean a), whose left factors add up to 0: one of them says nothing new.
+        """
+        apart = self.b - np.tensordot(self.parts, self.b, axes=1)
+        return Factors(self.parts[:-1], self.a[:-1] - self.a[-1], apart[:-1]).mean_product()
+
     def means(self) -> tuple[Floats, Floats]:
         """The mean of each factor."""
         return np.tensordot(self.parts, self.a, axes=1), np.tensordot(self.parts, self.b, axes=1)
@@ -75,9 +58,9 @@ class Factors:
 class Folding(Method):
     """Every round, the layers' weights change by the mean of the sites' products, to rounding.
 
-    What a derived method's next factors do not say of it is folded into the weight of the layer: sites get it beside
-    the factors, as one product of many columns, or as a whole weight where that is smaller. The base weights stay the
-    file that they are.
+    What a derived method's next factors do not say of it is folded into the weight of the layer. Sites get it beside
+    the factors (`Folded`): what a round folds is a tensor of its own, which never changes, so that a site which keeps
+    it gets it once. The base weights stay the file that they are.
     """
 
     needs: ClassVar[Literal["sum", "updates"]] = "updates"
@@ -87,6 +70,10 @@ class Folding(Method):
         self, name: str, found: Factors, private: Mapping[str, Array], write: Writers
     ) -> tuple[Floats, Floats]:
         """The factors a (r, *inputs) and b (d, r) with which the next round begins; `name` is that of `a`."""
+
+    @abstractmethod
+    def left_over(self, found: Factors) -> Product:
+        """What the next factors do not say of the mean product, as one of n r columns for the same n in all layers."""
 
     def policy(self, parameters: tuple[Parameter, ...]) -> Policy:
         """Raises `StudyError` where not both factors of a product are trained."""
@@ -108,11 +95,15 @@ class Folding(Method):
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Nothing is folded yet, unless the study starts from a release of such a method."""
         public, private = super().initial(groups, values)
-        for name, weight in values.items():
-            if is_folded(name):
-                columns = len(weight) if weight.any() else 0
-                public |= _stored(name, Product(np.eye(len(weight))[:, :columns], weight[:columns].astype(np.float64)))
+        folded = Folded.of(public)
+        weights = [values[folded_of(layer.first)].astype(np.float64) for layer in folded.layers]
+        if any(weight.any() for weight in weights):
+            public |= folded.begun_with(weights).parts
         return public, private
+
+    def lasting(self, names: Sequence[str]) -> tuple[str, ...]:
+        """What was folded, the newest first."""
+        return tuple(name for name in names if is_part(name))
 
     def changes(self, local: LocalRound) -> Changes:
         """The factors' changes, and those of whatever else is trained."""
@@ -126,21 +117,19 @@ class Folding(Method):
     ) -> None:
         """Factors by `next_factors`, with what they leave folded; all else is averaged."""
         assert isinstance(aggregate, Updates), "needs = updates"
-        folded: dict[str, Array] = {}
+        products: list[Product] = []
         following: dict[str, Array] = {}
         for group in aggregate.layout.groups:
             for info in group.tensors:
                 name = state_name(group.name, info.name)
                 if is_first_factor(info.name):
-                    following |= self._next(group.name, info.name, public, private, aggregate, write, folded)
+                    following |= self._next(group.name, info.name, public, private, aggregate, write, products)
                 if name in following:
                     write.public(name, following.pop(name))
                 else:
                     super().apply_group(replace(group, tensors=(info,)), public, private, aggregate, write)
-        # In the order in which the state began.
-        for name in public:
-            if name in folded:
-                write.public(name, folded[name])
+        for name, part in Folded.of(public).plus(products).parts.items():
+            write.public(name, part)
 
     def _next(
         self,
@@ -150,56 +139,36 @@ class Folding(Method):
         private: Mapping[str, Array],
         aggregate: Updates,
         write: Writers,
-        folded: dict[str, Array],
+        products: list[Product],
     ) -> dict[str, Array]:
-        """Both factors as the next state has them; what they leave out of the mean product goes into `folded`."""
-        second, layer = second_of(first), folded_of(first)
+        """Both factors as the next state has them; what they leave out of the mean product is added to `products`."""
+        second = second_of(first)
         at_first, at_second = state_name(group, first), state_name(group, second)
         b = public[at_second] + aggregate.each(group, second)
         found = Factors(aggregate.parts(group), public[at_first] + aggregate.each(group, first), b.reshape(b.shape[:3]))
         next_a, next_b = self.next_factors(first, found, private, write)
-        kept_a, kept_b = next_a.astype(np.float32), next_b.astype(np.float32)
-        left = found.mean_product()
-        if kept_b.any():
-            # Of the factors as they are stored, so that their rounding is folded, too.
-            left = left.plus(Product(-kept_b.astype(np.float64), kept_a.astype(np.float64)))
-        folded |= _stored(layer, _restored(layer, public).plus(left))
-        return {at_first: kept_a, at_second: kept_b.reshape(public[at_second].shape)}
+        products.append(self.left_over(found))
+        shape = public[at_second].shape
+        return {at_first: next_a.astype(np.float32), at_second: next_b.astype(np.float32).reshape(shape)}
+
+    def folds_as(self, known: type[Folding]) -> bool:
+        """Whether a round folds as in the class `known`: nothing derived from it changes how."""
+        hooks = ("next_factors", "left_over")
+        return self.moves_as(known) and all(getattr(type(self), hook) is getattr(known, hook) for hook in hooks)
 
     def release_for(
         self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """With what is folded into every layer, as a whole weight."""
+        """With what is folded into every layer, as a whole weight. Raises `Rejected` for what no round folds."""
+        folded = Folded.of(public)
+        folded.check()
+        weights = zip(folded.layers, folded.weights(), strict=True)
         released = super().release_for(site, public, private)
-        prefix, end = state_name(_FOLDED, ""), "/right"
-        names = [n.removeprefix(prefix).removesuffix(end) for n in public if n.startswith(prefix) and n.endswith(end)]
-        return released | {name: _restored(name, public).whole().astype(np.float32) for name in names}
-
-
-def _stored(name: str, product: Product) -> dict[str, Array]:
-    """A product as it stands in the state: of as few values as it can have."""
-    d, columns = product.left.shape
-    inputs = int(np.prod(product.right.shape[1:]))
-    if columns > min(d, inputs):
-        # One factor is the identity, which costs less than the columns.
-        whole = product.whole()
-        product = (
-            Product(np.eye(d), whole)
-            if d <= inputs
-            else Product(whole.reshape(d, inputs), np.eye(inputs).reshape(inputs, *product.right.shape[1:]))
-        )
-    at = state_name(_FOLDED, name)
-    return {f"{at}/left": product.left.astype(np.float32), f"{at}/right": product.right.astype(np.float32)}
-
-
-def _restored(name: str, public: Mapping[str, Array]) -> Product:
-    at = state_name(_FOLDED, name)
-    return Product(public[f"{at}/left"].astype(np.float64), public[f"{at}/right"].astype(np.float64))
+        return released | {folded_of(layer.first): weight.astype(np.float32) for layer, weight in weights}
 
 
 class FoldingSettings(MethodSettings):
     """A method of low-rank products that needs each site's factors."""
 
-    needs = "updates"
     folds = True
     weights: Literal["samples", "equal"] = "samples"

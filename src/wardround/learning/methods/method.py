@@ -6,10 +6,10 @@ Importing this needs no torch: hooks of the site get their tensors handed in.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
 Weights = Literal["samples", "equal", "validation"]
 #: By group and name: what `Method.changes` gives. The learner brings it to the host.
 Changes: TypeAlias = "dict[str, dict[str, Tensor]]"
@@ -85,6 +86,19 @@ class LocalRound:
         return {name: tensor for name, tensor in self.shared.items() if tensor.requires_grad}
 
 
+@runtime_checkable
+class Updates(Protocol):
+    """A sum that also gives each site's change, in one order of the sites."""
+
+    def parts(self, group: str) -> Floats:
+        """Each site's weight over the sum of all: (n,)."""
+        ...
+
+    def each(self, group: str, tensor: str) -> Floats:
+        """The change of a tensor at each site: (n, *shape)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Writers:
     """Where `apply` writes the next state, one tensor at a time: what sites get, and what the coordinator keeps."""
@@ -100,7 +114,8 @@ class Method:
     weights: Weights = "samples"
     #: Whether batch norm at a hospital that did not train normalises by the hospital's own images.
     own_norm: bool = field(default=False, kw_only=True)
-    #: `sum`: works on the sum of updates. `updates`: needs each site's update, so the secure sum is refused.
+    #: `sum`: works on the sum of updates. `updates`: `apply` gets an aggregate that is `Updates` as well, so
+    #: `protection.secure`, `compression` and `robust` are refused.
     needs: ClassVar[Literal["sum", "updates"]] = "sum"
 
     @property
@@ -139,6 +154,13 @@ class Method:
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """The public and the private state before round 1, from the model's initial values."""
         return {state_name(g.name, info.name): values[info.name] for g in groups for info in g.tensors}, {}
+
+    def lasting(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The tensors of a public state that stay as they are once they are sent, the one of the last round first.
+
+        Sites keep them, so that each is sent once; `names` are those of the state. Others may come and go.
+        """
+        return ()
 
     # At the site ---------------------------------------------------------------------------------------------------
 
@@ -186,6 +208,13 @@ class Method:
         until it says more here: a site then cannot tell an honest move from another.
         """
         return local if self.moves_as(Method) else UNKNOWN
+
+    def other_moves(self, ranks: Mapping[str, int], reach: Callable[[str], float]) -> dict[str, float]:
+        """How far, in length, a round moves the tensors that it does not average; none unless a method says so.
+
+        `ranks` are those of the model's first factors, by name; `reach(name)` is how far a site's own steps go.
+        """
+        return {}
 
     def moves_as(self, known: type[Method]) -> bool:
         """Whether a round moves the model as in the class `known`: nothing derived from it changes how.

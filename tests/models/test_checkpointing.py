@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -82,6 +83,14 @@ def swin() -> Made:
     return network, lambda model: model(images(1, 1, 64, 64))
 
 
+def transformers(kind: str) -> Made:
+    pytest.importorskip("transformers", reason="the extra `foundation` is not installed")
+    from tests.models.test_transformers import built
+    from tests.models.test_transformers import images as seen
+
+    return built(kind), lambda model: model(seen())
+
+
 class Dropping(Checkpointed):
     """Blocks that draw random numbers."""
 
@@ -112,7 +121,11 @@ def stepped(model: nn.Module, step: Callable[[nn.Module], Tensor]) -> tuple[dict
 
 
 QUICK = [vit, adapted, medsam, modl, dropping]
-CASES = [*QUICK, *(pytest.param(made, marks=pytest.mark.slow) for made in (mae, learn, lpd, swin))]
+CASES = [
+    *QUICK,
+    *(pytest.param(made, marks=pytest.mark.slow) for made in (mae, learn, lpd, swin)),
+    *(pytest.param(partial(transformers, kind), marks=pytest.mark.slow, id=kind) for kind in ("vit", "dinov2", "swin")),
+]
 
 
 @pytest.mark.parametrize("made", CASES)

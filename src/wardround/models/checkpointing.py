@@ -49,7 +49,18 @@ def checkpoint_blocks(model: nn.Module) -> int:
     parts = [part for part in model.modules() if isinstance(getattr(part, _FLAG, None), bool)]
     for part in parts:
         setattr(part, _FLAG, True)
-    return len(parts)
+    # Networks of Hugging Face have a switch of their own, by either name.
+    switches = [found for part in model.modules() if (found := _switch(part)) is not None]
+    for switch in switches:
+        switch({"use_reentrant": False})
+    return len(parts) + len(switches)
+
+
+def _switch(part: nn.Module) -> Callable[[dict[str, bool]], None] | None:
+    if not getattr(part, "supports_gradient_checkpointing", False):
+        return None
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    return next((found for name in names if callable(found := getattr(part, name, None))), None)
 
 
 def _passes(norms: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

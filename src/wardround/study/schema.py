@@ -95,7 +95,8 @@ class Local(Config):
     checkpoint: bool = Field(
         False,
         description="whether blocks of the network forget what they compute and compute it again for the gradient: "
-        "less memory for more time, and the same gradient (vit, mae_vit, lite_medsam, swin_unetr, modl, learn, lpd)",
+        "less memory for more time, and the same gradient (vit, mae_vit, transformers, lite_medsam, swin_unetr, modl, "
+        "learn, lpd)",
     )
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: float = Field(1e-3, gt=0.0)

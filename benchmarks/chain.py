@@ -9,6 +9,8 @@ acceleration the hospitals train a reconstruction first. What follows starts fro
 
 A segmenter on zero-filled images and one on the images that were scanned (full) take those steps, too. The share
 `headroom_recovered` is (joint - zero_filled) / (full - zero_filled), nothing where full is ahead by less than 0.01.
+`gradient_ratio` is how many times as long the gradient of the outlines' loss in the trained first network is as that of
+the images' loss, the median of four batches of each site.
 The interval of the gain is of paired differences of test patients, each training site with the same weight: it holds
 the chance of which patients were tested, not that of another seed. The weight chosen at the first acceleration serves
 at the second.
@@ -36,14 +38,17 @@ from wardround.results.schema import Result
 ROOT = Path(__file__).resolve().parent.parent
 STUDY, SITES = ROOT / "examples" / "lgg-chain.yaml", ROOT / "examples" / "lgg-sites.yaml"
 ACCELERATIONS = (8, 4)
-# Of the loss of the images, beside 1 of the outlines'.
-WEIGHTS = (1.0, 10.0)
+# Of the loss of the images, beside 1 of the outlines', whose gradient in the first network is some 100 times as long
+# (`gradient_ratio`).
+WEIGHTS = (10.0, 100.0, 1000.0)
 # Of the learning rate, for the first network in the joint phase: at all of it, it forgets what it learned alone.
 RATE = 0.1
 # Rounds of the reconstruction alone, and of what follows: of the full benchmark and the quick one.
 ROUNDS, QUICK = (20, 40), (8, 12)
 SEEDS = (2026,)
 ONLY = "{train: [diagnosis]}"
+# Of each site, for the ratio of gradients.
+BATCHES = 4
 NOTHING = 0.01
 
 
@@ -117,6 +122,34 @@ def tested_dice(out: Path) -> dict[str, list[float]]:
         return dict(zip(study.training_sites, pool.map(of, study.training_sites), strict=True))
 
 
+def gradient_ratio(out: Path) -> float:
+    """How many times as long the outlines' gradient in the first network is as the images'; median over batches."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+
+    from wardround.study.load import load_study
+    from wardround.study.sites import load_sites
+    from wardround.tasks.build import build_task
+
+    study, sites = load_study(out / "study.yaml"), load_sites(SITES)
+    task: Any = build_task(study)
+    model = task.build_model()
+    model.load_state_dict(load_file(out / "models" / "federated.safetensors"))
+    model.train()
+    first, found = list(model.get_submodule("reconstruction").parameters()), []
+    for site in study.training_sites:
+        data, random = task.dataset(site, sites.of(site).data), np.random.default_rng(0)
+        for _ in range(BATCHES):
+            losses = task.losses(model, data.batch(random.integers(0, len(data), study.local.batch).tolist(), random))
+            lengths = {}
+            for stage, loss in losses.items():
+                gradients = torch.autograd.grad(loss, first, retain_graph=True, allow_unused=True)
+                lengths[stage] = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
+            found.append(lengths["diagnosis"] / lengths["reconstruction"])
+    return float(np.median(found))
+
+
 def paired(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> tuple[float, float, float]:
     """Mean difference with the ends of its 95% interval: patients within a site, sites alike (Student's t)."""
     import numpy as np
@@ -165,6 +198,7 @@ def at(bench: Bench, acceleration: int, weights: Sequence[float]) -> dict[str, A
         "separate_psnr": value(separate, "psnr"),
         "joint_psnr": value(joint, "psnr"),
         "weight": chosen,
+        "gradient_ratio": gradient_ratio(bench.folder / f"{acceleration}x-separate"),
         "validation_dice": {f"{weight:g}": found for weight, found in validated.items()},
         "test_dice_of_weights": {f"{weight:g}": value(result, "dice") for weight, result in tried.items()},
     }

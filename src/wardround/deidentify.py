@@ -25,6 +25,8 @@ _REMOVED = tuple(
 )
 
 
+# Enough for all that was found; more would be text made to go on for ever.
+_PASSES = 8
 # A reason is read by people and kept in every record of the round.
 _LONGEST = 500
 
@@ -35,8 +37,13 @@ def scrub(text: str) -> str:
     The second of two nets: it knows shapes, not people. Text of other libraries does not leave a site at all
     (`describe_error`).
     """
-    for pattern, mark in _REMOVED:
-        text = pattern.sub(mark, text)
+    # What takes the place of a name may complete a path: again, until nothing is found.
+    for _ in range(_PASSES):
+        before = text
+        for pattern, mark in _REMOVED:
+            text = pattern.sub(mark, text)
+        if text == before:
+            break
     return text
 
 

@@ -164,7 +164,7 @@ class Method:
         return ()
 
     def added(self, public: Mapping[str, Array], sites: int) -> tuple[TensorInfo, ...]:
-        """What a round of so many sites adds to the public state, beside what that begins with (`lasting`)."""
+        """What a round of that number of sites adds to the public state, beside what that begins with (`lasting`)."""
         return ()
 
     # At the site ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 BUCKETS = 128
+# Values of a tensor whose signs are kept between rounds: of small ones, drawing them takes most of the time.
+_KEPT = 4096
 # A length told by 128 buckets has a relative standard deviation of 1/16: this is eight of them above.
 _SLACK = 1.5
 # Times as far as a site's own training went may those of the others have gone.
@@ -109,19 +111,28 @@ class Sketcher:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
+        self._drawn: dict[tuple[str, int], Floats] = {}
 
     def sketch(self, name: str, tensor: Array) -> Floats:
         """The sums of a tensor: (128,), or its values where it has no more of them."""
         flat = np.asarray(tensor, np.float64).reshape(-1)
         if flat.size <= BUCKETS:
             return flat
-        seed = hashlib.sha256(self._secret + name.encode()).digest()
-        random = np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "little")))
-        bits = np.unpackbits(np.frombuffer(random.bytes(-(-flat.size // 8)), np.uint8), count=flat.size)
+        signs = self._drawn.get((name, flat.size))
+        if signs is None:
+            signs = self._signs(name, flat.size)
+            if flat.size <= _KEPT:
+                self._drawn[name, flat.size] = signs
         padded = np.zeros(-(-flat.size // BUCKETS) * BUCKETS)
-        np.multiply(flat, bits.astype(np.float64) * 2.0 - 1.0, out=padded[: flat.size])
+        np.multiply(flat, signs, out=padded[: flat.size])
         sums: Floats = padded.reshape(-1, BUCKETS).sum(axis=0)
         return sums
+
+    def _signs(self, name: str, size: int) -> Floats:
+        seed = hashlib.sha256(self._secret + name.encode()).digest()
+        random = np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "little")))
+        bits = np.unpackbits(np.frombuffer(random.bytes(-(-size // 8)), np.uint8), count=size)
+        return bits.astype(np.float64) * 2.0 - 1.0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -87,10 +88,11 @@ def lint_tensors(
     found: list[Finding] = []
     whole: dict[str, Array] = {}
     for name, tensor in floats.items():
-        if not np.isfinite(tensor).all():
+        largest = float(np.abs(tensor).max(initial=0.0))
+        if not math.isfinite(largest):
             found.append(Finding("finite", name, "holds values that are not finite"))
             continue
-        found += _gain(name, tensor, floats)
+        found += _gain(name, tensor, largest, floats)
         whole[name] = tensor
         if tensor.ndim >= 2:
             found += _twins(name, tensor, None if approved is None else approved[name], alike)
@@ -112,14 +114,18 @@ def _architecture(tensors: Mapping[str, Array], approved: Mapping[str, Array]) -
         yield Finding("architecture", name[:80], "is no tensor of the study's network")
 
 
-def _gain(name: str, tensor: Array, tensors: Mapping[str, Array]) -> Iterable[Finding]:
+def _gain(name: str, tensor: Array, largest: float, tensors: Mapping[str, Array]) -> Iterable[Finding]:
+    """What amplifies too much; `largest` is the tensor's value that is furthest from 0."""
     layer, _, kind = name.rpartition(".")
-    if kind.startswith("running_") or not tensor.size:
+    if kind.startswith("running_"):
         return
-    gain = float(np.abs(tensor).max())
-    variance = tensors.get(f"{layer}.running_var")
-    if kind == "weight" and variance is not None and variance.shape == tensor.shape:
-        gain = float((np.abs(tensor) / np.sqrt(np.maximum(variance, 0.0) + 1e-5)).max())
+    gain = largest
+    variance = tensors.get(f"{layer}.running_var") if kind == "weight" else None
+    if variance is not None and variance.size and variance.shape == tensor.shape:
+        # The most that it can be; NaN, of a variance that is, is looked at below.
+        gain /= math.sqrt(max(float(variance.min()), 0.0) + 1e-5)
+        if not gain <= LARGEST_GAIN:
+            gain = float((np.abs(tensor) / np.sqrt(np.maximum(variance, 0.0) + 1e-5)).max())
     if gain > LARGEST_GAIN:
         limit = f"{LARGEST_GAIN:g} is the most that is allowed (a training that diverged gets there, too)"
         yield Finding("gain", name, f"amplifies by {gain:.3g}; {limit}")
@@ -194,11 +200,12 @@ def _alike(rows: Array, same: float) -> int:
     twins = 0
     for start in range(0, len(unit), 512):
         cosines = np.abs(unit[start : start + 512] @ unit.T)
-        cosines[np.arange(len(cosines)), start + np.arange(len(cosines))] = 0.0
+        np.fill_diagonal(cosines[:, start:], 0.0)
         twins += int((cosines.max(axis=1, initial=0.0) > same).sum())
     return twins
 
 
+@lru_cache(maxsize=4096)
 def _by_chance(rows: int, inputs: int, same: float) -> int:
     """The most of so many random rows that chance gives a twin, six standard deviations above: none of long rows."""
     pair = float(betainc((inputs - 1) / 2, 0.5, 1.0 - same**2))
@@ -208,22 +215,24 @@ def _by_chance(rows: int, inputs: int, same: float) -> int:
 
 def _evenly_spaced(biases: Array) -> bool:
     """Whether sorted values step evenly, as they are or on the scale of normal or Laplace quantiles."""
-    spread = float(biases.std())
-    if spread <= 1e-6 * max(1.0, float(np.abs(biases).max())):
+    ordered = np.sort(biases)
+    count = len(ordered)
+    from_mean = ordered - ordered.sum() / count
+    spread = math.sqrt(float(from_mean @ from_mean) / count)
+    if spread <= 1e-6 * max(1.0, -float(ordered[0]), float(ordered[-1])):
         return False  # All the same, as where a bias starts.
-    ordered = (np.sort(biases) - np.median(biases)) / spread
-    laplace = ordered * math.sqrt(2.0)
-    scales = (
-        ordered,
-        ndtr(ordered),
-        np.where(laplace < 0, 0.5 * np.exp(np.minimum(laplace, 0)), 1 - 0.5 * np.exp(-np.maximum(laplace, 0))),
-    )
-    return any(_variation(np.diff(scale)) < _EVEN for scale in scales)
-
-
-def _variation(gaps: Array) -> float:
-    mean = float(gaps.mean())
-    return float(gaps.std()) / mean if mean > 0 else math.inf
+    middle = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+    scales = np.empty((3, count))
+    scales[0] = (ordered - middle) / spread
+    scales[1] = ndtr(scales[0])
+    # The distribution function of Laplace, with the same deviation.
+    tail = 0.5 * np.exp(-math.sqrt(2.0) * np.abs(scales[0]))
+    scales[2] = np.where(scales[0] < 0, tail, 1.0 - tail)
+    gaps = scales[:, 1:] - scales[:, :-1]
+    # Gaps are never negative and their sum is the whole way: the coefficient of variation of each scale's.
+    means = (scales[:, -1] - scales[:, 0]) / (count - 1)
+    squares = np.einsum("ij,ij->i", gaps, gaps) / (count - 1)
+    return bool((np.maximum(squares - means**2, 0.0) < (_EVEN * means) ** 2).any())
 
 
 def _fishing(tensors: Mapping[str, Array], learned_from_zero: Set[str]) -> Iterable[Finding]:

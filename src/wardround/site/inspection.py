@@ -7,7 +7,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -110,7 +110,7 @@ class Inspector:
         findings = list(lint_against(tensors, self._approved, self._alike))
         if findings:
             raise self._refusal(number, findings[0])
-        sketcher = Sketcher(bytes.fromhex(self._store.write_once(_SECRET, 0, secrets.token_hex(32))))
+        sketcher = self._sketcher
         self._largest_scales = self._honest_scales(tensors, agreed.own_bound)
         sketch = cache(lambda name: sketcher.sketch(name, tensors[name]))
         known = self._seen(agreed, sketcher)
@@ -200,6 +200,10 @@ class Inspector:
             rounding = self._rounding(scales, weights)
             seen = replace(seen, rounding={n: v for n, v in rounding.items() if n in seen.sketches})
         self._store.set_fact(_SEEN, json.dumps(seen.to_json()), durable=False)
+
+    @cached_property
+    def _sketcher(self) -> Sketcher:
+        return Sketcher(bytes.fromhex(self._store.write_once(_SECRET, 0, secrets.token_hex(32))))
 
     def _seen(self, agreed: KnownModel, sketcher: Sketcher) -> Seen:
         fact = self._store.fact(_SEEN)

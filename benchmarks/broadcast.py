@@ -8,10 +8,6 @@ exchanged does not depend on how long. `--quick` takes one block.
 
 from __future__ import annotations
 
-import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from common import arguments, conditions, finish, table
@@ -23,62 +19,21 @@ METHODS = ("fedavg", "fedex_lora", "flora")
 
 def measured(kind: str, depth: int) -> list[int]:
     """Bytes to site A in each round, from the first."""
-    from wardround.engines.local import LocalEngine
-    from wardround.federation.coordinator import Coordinator
-    from wardround.federation.exchange import ERROR, TRAIN, PlainSum
+    from on_the_wire import counted
+    from wardround.federation.exchange import TRAIN, PlainSum
     from wardround.federation.spooled import each_update
-    from wardround.runs.machine import Machine
-    from wardround.storage.journal import Journal
-    from wardround.study.schema import Study
-    from wardround.study.sites import SiteData, SitesFile
-    from wardround.wire.message import Message
 
-    study = Study.model_validate(
-        {
-            "name": "broadcast",
-            "sites": {name: {} for name in SITES},
-            "task": {"kind": "custom", "factory": "bill_task:make_task", "options": {"depth": depth}},
-            "adapters": {"kind": "lora", "targets": ["blocks.*.[qv]"], "rank": 4},
-            "method": {"kind": kind},
-            "local": {"steps": 1, "batch": 1, "lr": 1e-3},
-            "schedule": {"rounds": ROUNDS, "release": "last", "validate_every": 0},
-        }
-    )
-
-    class Counting:
-        """Bytes to one site, by the round of a request to train."""
-
-        def __init__(self, engine: LocalEngine) -> None:
-            self._engine = engine
-            self.down: dict[int, int] = defaultdict(int)
-
-        def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
-            for message in messages:
-                header = message.header
-                if header.kind == TRAIN and header.site == SITES[0]:
-                    self.down[header.round] += message.nbytes
-                for reply in self._engine.exchange([message]):
-                    if reply.header.kind == ERROR:
-                        raise SystemExit(f"site {reply.header.site}: {reply.header.meta.get('reason')}")
-                    yield reply
-
-        def close(self) -> None:
-            self._engine.close()
-
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        for name in SITES:
-            (out / name).mkdir()
-        sites = SitesFile(sites={name: SiteData(data=out / name) for name in SITES}).with_code()
-        host = Machine(study, sites, out / "run", ())
-        engine = Counting(LocalEngine(host.find))
-        spec, plan = host.arm_spec("federated"), host.plan("federated")
-        protocol = PlainSum if kind == "fedavg" else each_update(out / "updates")
-        coordinator = Coordinator(plan, spec.method, engine, Journal(out / "arm", spec.identity), protocol)
-        for _ in coordinator.rounds(coordinator.start(lambda: host.initial(spec))):
-            pass
-        engine.close()
-    return [engine.down[number] for number in range(1, ROUNDS + 1)]
+    study = {
+        "name": "broadcast",
+        "sites": {name: {} for name in SITES},
+        "task": {"kind": "custom", "factory": "bill_task:make_task", "options": {"depth": depth}},
+        "adapters": {"kind": "lora", "targets": ["blocks.*.[qv]"], "rank": 4},
+        "method": {"kind": kind},
+        "local": {"steps": 1, "batch": 1, "lr": 1e-3},
+        "schedule": {"rounds": ROUNDS, "release": "last", "validate_every": 0},
+    }
+    engine, _ = counted(study, (lambda _: PlainSum) if kind == "fedavg" else each_update)
+    return [engine.down[TRAIN, SITES[0], number] for number in range(1, ROUNDS + 1)]
 
 
 def main() -> None:

@@ -98,18 +98,25 @@ def validation_dice(folder: Path, result: Result) -> float:
     return float(line.validation["dice"]) if line.validation else float("nan")
 
 
-def tested_dice(out: Path) -> dict[str, list[float]]:
-    """Dice of each test patient of the training sites by the released model, NaN without a tumour."""
-    import torch
+def opened(out: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The study of a run, its task, and the values of its released model."""
     from safetensors.torch import load_file
 
     from wardround.study.load import load_study
-    from wardround.study.sites import load_sites
     from wardround.tasks.build import build_task
 
+    study = load_study(out / "study.yaml")
+    return study, build_task(study), load_file(out / "models" / "federated.safetensors")
+
+
+def tested_dice(out: Path) -> dict[str, list[float]]:
+    """Dice of each test patient of the training sites by the released model, NaN without a tumour."""
+    import torch
+
+    from wardround.study.sites import load_sites
+
     torch.set_num_threads(1)
-    study, sites = load_study(out / "study.yaml"), load_sites(SITES)
-    task, values = build_task(study), load_file(out / "models" / "federated.safetensors")
+    (study, task, values), sites = opened(out), load_sites(SITES)
 
     def of(site: str) -> list[float]:
         model = task.build_model()
@@ -126,16 +133,12 @@ def gradient_ratio(out: Path) -> float:
     """How many times as long the outlines' gradient in the first network is as the images'; median over batches."""
     import numpy as np
     import torch
-    from safetensors.torch import load_file
 
-    from wardround.study.load import load_study
     from wardround.study.sites import load_sites
-    from wardround.tasks.build import build_task
 
-    study, sites = load_study(out / "study.yaml"), load_sites(SITES)
-    task: Any = build_task(study)
+    (study, task, values), sites = opened(out), load_sites(SITES)
     model = task.build_model()
-    model.load_state_dict(load_file(out / "models" / "federated.safetensors"))
+    model.load_state_dict(values)
     model.train()
     first, found = list(model.get_submodule("reconstruction").parameters()), []
     for site in study.training_sites:

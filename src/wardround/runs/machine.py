@@ -131,7 +131,7 @@ class Machine(Context):
             check_disk([shelf for site in (*sites, *pooled) if (shelf := self._shelf(site)) is not None])
 
     def processes(self, most: int) -> int:
-        """How many processes train here at once: `most`, or fewer where a GPU has no room for so many.
+        """How many processes train here at once: `most`, or fewer where a GPU lacks the memory.
 
         A GPU has what is free, or what its sites' `memory` says where that is less.
         """

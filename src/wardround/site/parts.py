@@ -45,7 +45,7 @@ class KeptParts:
         """The request with its whole body, for as long as the context lasts.
 
         Raises `Lacking` for what the site does not hold, and `Rejected` where header and body do not fit. That the
-        whole has the hash that its header says is for whoever reads it to check.
+        whole has the hash that its header says is for its reader to check.
         """
         header = request.header
         if not header.absent:

@@ -179,9 +179,9 @@ class Distillation:
 
 def softmax_distillation(logits: Tensor, said: Said, temperature: float) -> Tensor:
     """T^2 KL(softmax(v / T) || softmax(z / T)), logits z and v of network and teacher (B, K); mean over B: scalar."""
-    told = torch.log_softmax(said.logits.float() / temperature, dim=1)
-    heard = torch.log_softmax(logits / temperature, dim=1)
-    return temperature**2 * (told.exp() * (told - heard)).sum(dim=1).mean()
+    teacher = torch.log_softmax(said.logits.float() / temperature, dim=1)
+    student = torch.log_softmax(logits / temperature, dim=1)
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(dim=1).mean()
 
 
 def binary_distillation(logits: Tensor, said: Said, temperature: float) -> Tensor:
@@ -189,10 +189,10 @@ def binary_distillation(logits: Tensor, said: Said, temperature: float) -> Tenso
 
     An output of which the teacher says nothing counts 0 in the mean, so that no example's part depends on another's.
     """
-    told = said.logits.float() / temperature
-    share = torch.sigmoid(told)
+    teacher = said.logits.float() / temperature
+    share = torch.sigmoid(teacher)
     # The cross-entropy less the teacher's own entropy.
-    each = _binary(logits / temperature, share, reduction="none") - _binary(told, share, reduction="none")
+    each = _binary(logits / temperature, share, reduction="none") - _binary(teacher, share, reduction="none")
     each = each.flatten(2).mean(dim=2) if each.ndim > 2 else each
     return temperature**2 * (each * said.counts).mean()
 

@@ -1,4 +1,4 @@
-"""Parts of a body: a tensor that whoever gets a message holds already is named by its hash and not sent again.
+"""Parts of a body: a tensor that the receiver of a message holds already is named by its hash and not sent again.
 
 A header says what the whole body is, and which of its tensors are `absent`; the bytes that travel are those of the
 others. The message's id does not depend on it: the request is the same, however much of it is sent.

@@ -97,7 +97,7 @@ class Folded:
         return sum(part.size for name, part in self.parts.items() if name != _WHOLE)
 
     def part_of(self, terms: int) -> tuple[TensorInfo, ...]:
-        """The tensor of a round that folds so many products of the factors' rank; none where it folds nothing."""
+        """The tensor of a round that folds `terms` products of the factors' rank; none where it folds nothing."""
         size = sum(layer.factors(terms) for layer in self.layers)
         if size > self.values:
             return (TensorInfo(_WHOLE, "float32", (self.values,)),)

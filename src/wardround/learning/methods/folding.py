@@ -78,7 +78,7 @@ class Folding(Method):
 
     @abstractmethod
     def terms(self, sites: int) -> int:
-        """Of how many products of the factors' rank that is, with so many sites."""
+        """The number of products of the factors' rank in it, for that number of sites."""
 
     def added(self, public: Mapping[str, Array], sites: int) -> tuple[TensorInfo, ...]:
         """What the round folds, as long as factors are smaller than weights."""

@@ -18,7 +18,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from tests.hospitals import head, make_hospitals, save, write_study
+from tests.mri_hospitals import head, make_hospitals, save, write_study
 from wardround import __version__
 from wardround.cli import app, shared
 from wardround.results.pictures import read_pictures

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.hospitals import head, make_hospitals, save, write_study
+from tests.mri_hospitals import head, make_hospitals, save, write_study
 from wardround.results import files, schema
 from wardround.runs import predict, reconstruct, session
 from wardround.study import load, sites

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tests.hospitals import head, make_hospitals, save, write_study
+from tests.mri_hospitals import head, make_hospitals, save, write_study
 from wardround import __version__
 from wardround.cli import app, shared
 from wardround.deidentify import describe_error

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import wardround
-from tests.hospitals import make_hospitals, write_study
+from tests.mri_hospitals import make_hospitals, write_study
 from tests.toys import toy_sites, toy_study
 from wardround.audit import auditor
 from wardround.audit.auditor import Auditor, Effort

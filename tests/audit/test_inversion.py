@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.hospitals import head
+from tests.mri_hospitals import head
 from wardround.audit.inversion import (
     ATTACKS,
     Attack,

@@ -12,7 +12,7 @@ from scipy.stats import norm
 from torch import nn
 
 from tests.ct_hospitals import ct_study, make_ct_hospitals
-from tests.hospitals import make_hospitals, write_study
+from tests.mri_hospitals import make_hospitals, write_study
 from wardround.learning.model_context import ModelContext
 from wardround.protection.lint import architecture_sha256, lint_against, lint_tensors
 from wardround.study.load import load_study

@@ -11,7 +11,7 @@ import pytest
 
 from tests.federation.exact import exact_exchange
 from tests.federation.rig import Rig
-from tests.hospitals import make_hospitals, write_study
+from tests.mri_hospitals import make_hospitals, write_study
 from tests.toys import Regression, toy_study
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
 from wardround.protection.rounding import Draws, rounding, study_root

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests.chain import STAGES, chain_study, stage_of
 from tests.ct_hospitals import ct_study, make_ct_hospitals
 from tests.devices import DEVICES, META, arm_specs_of, device_named, learner_of, stand_ins, tensors_of
-from tests.hospitals import head, save
+from tests.mri_hospitals import head, save
 from tests.toys import Regression, toy_study
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import wardround
 from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
-from tests.hospitals import SIZE, head, make_hospitals, save, write_study
+from tests.mri_hospitals import SIZE, head, make_hospitals, save, write_study
 from tests.outlines import make_outlines, outline_study
 from wardround.audit.victims import measured_anew, singles
 from wardround.cli import app

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.applied import reconstruct
-from tests.hospitals import SIZE, head, save
+from tests.mri_hospitals import SIZE, head, save
 from wardround.errors import DataError, GeometryError, StudyError, WardroundError
 from wardround.federation.release import FORMAT
 from wardround.imaging.acquisition.mri.simulate import simulate

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import wardround
-from tests.hospitals import SIZE, head, save
+from tests.mri_hospitals import SIZE, head, save
 from wardround.cli import app
 from wardround.errors import StudyError
 from wardround.federation.release import FORMAT

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tests.apart import apart, comparable
 from tests.applied import reconstruct
 from tests.federation.rig import Rig, assert_billed, recorded_sessions
-from tests.hospitals import head, make_hospitals, save, write_study
+from tests.mri_hospitals import head, make_hospitals, save, write_study
 from tests.toys import Regression, make_task, toy_sites, toy_study
 from wardround.audit.auditor import Auditor, Effort
 from wardround.cli import app

@@ -12,7 +12,9 @@ import typer
 
 from wardround import __version__
 from wardround.cli import audit, convert, logs, models, plan, study, weights
+from wardround.cli.federation import federation_app
 from wardround.cli.shared import Commands, say
+from wardround.cli.site import site_app
 from wardround.logs import log_to_stderr
 
 app = typer.Typer(
@@ -87,3 +89,5 @@ weights_app.command("adapter")(weights.write_adapter)
 app.add_typer(weights_app, name="weights")
 app.add_typer(convert_app, name="convert")
 app.add_typer(log_app, name="log")
+app.add_typer(federation_app, name="federation")
+app.add_typer(site_app, name="site")

@@ -178,7 +178,7 @@ class Header:
 
     `study` is the hash of study and arm; `round` and `attempt` say which exchange it belongs to; `phase` which step
     of it. `meta` holds small values of the kind's own schema. `reply_to` is the id of the request. What is `absent` of
-    the body is named and does not travel.
+    the body is named and does not travel. `signature`, 128 hex digits, is that of a site of a federation.
     """
 
     kind: str
@@ -193,11 +193,13 @@ class Header:
     body_nbytes: int = 0
     body_sha256: str = EMPTY_SHA256
     absent: tuple[Part, ...] = ()
+    signature: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The header as JSON values."""
         value = self._request()
-        return value | {_ABSENT: [part.to_json() for part in self.absent]} if self.absent else value
+        value |= {_ABSENT: [part.to_json() for part in self.absent]} if self.absent else {}
+        return value | ({_SIGNATURE: self.signature} if self.signature else {})
 
     def _request(self) -> dict[str, Any]:
         """What is asked, however much of it travels."""
@@ -222,8 +224,9 @@ class Header:
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 of the header but for what is absent: two messages with one id ask for the same thing."""
-        return hashlib.sha256(canonical_json(self._request()) if self.absent else self._bytes).hexdigest()
+        """SHA-256 of the header but for what is absent and the signature: with one id the same thing is said."""
+        bare = not self.absent and not self.signature
+        return hashlib.sha256(self._bytes if bare else canonical_json(self._request())).hexdigest()
 
     @property
     def sent_nbytes(self) -> int:
@@ -240,11 +243,14 @@ class Header:
         if len(data) > MAX_HEADER:
             raise WireError(f"a header of {len(data)} bytes is over the limit of {MAX_HEADER}")
         value = parse_json(bytes(data))
-        if not isinstance(value, dict) or value.keys() - {_ABSENT} != _KEYS.keys():
+        if not isinstance(value, dict) or value.keys() - {_ABSENT, _SIGNATURE} != _KEYS.keys():
             raise WireError("a header's keys are not those of this version's schema")
         for key, kind in _KEYS.items():
             if type(value[key]) is not kind:
                 raise WireError(f"header key {key!r} is not of type {kind.__name__}")
+        signature = value.get(_SIGNATURE, "")
+        if not isinstance(signature, str) or len(signature) > 128:
+            raise WireError("a header's signature is no text of 128 digits")
         if value.pop("schema") != SCHEMA:
             raise WireError(f"a message of another schema version; this side speaks {SCHEMA}")
         if min(value[k] for k in ("round", "attempt", "phase", "body_nbytes")) < 0:
@@ -255,8 +261,8 @@ class Header:
         return Header(**value)
 
 
-#: A header has it only where something is absent.
-_ABSENT = "absent"
+#: A header has these only where something is absent, and where a site of a federation signed it.
+_ABSENT, _SIGNATURE = "absent", "signature"
 _KEYS: dict[str, type] = {
     "schema": int,
     "kind": str,
@@ -333,6 +339,7 @@ class Message:
             body_nbytes=0,
             body_sha256=EMPTY_SHA256,
             absent=(),
+            signature="",
             phase=self.header.phase if phase is None else phase,
         )
         return Message(header)

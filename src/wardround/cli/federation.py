@@ -1,0 +1,7 @@
+"""The commands of a federation's coordinator; each is in a file of its own, here they get their names."""
+
+from __future__ import annotations
+
+import typer
+
+federation_app = typer.Typer(help="Run a federation of hospitals: what its coordinator does.", no_args_is_help=True)

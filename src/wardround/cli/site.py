@@ -1,0 +1,7 @@
+"""The commands of a hospital in a federation; each is in a file of its own, here they get their names."""
+
+from __future__ import annotations
+
+import typer
+
+site_app = typer.Typer(help="Take part in a federation: what a hospital does.", no_args_is_help=True)

@@ -1,0 +1,1 @@
+"""Messages over HTTPS with certificates on both sides: no other software than Python."""

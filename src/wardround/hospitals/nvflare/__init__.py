@@ -1,0 +1,1 @@
+"""Messages over NVFlare: its jobs carry them and hold nothing of the study."""

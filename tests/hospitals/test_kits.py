@@ -134,6 +134,9 @@ def test_kits_hold_what_nvflares_provisioning_makes(tmp_path: Path, monkeypatch:
         (kit / "startup").mkdir(parents=True)
         (kit / "startup" / "fed_client.json").write_text("{}")
         (kit / "readme.txt").write_text("hello")
+        issue(authority, kit / "made", site or "coordinator", days=90)
+        (kit / "made" / "own.crt").rename(kit / "startup" / ("client.crt" if site else "server.crt"))
+        shutil.rmtree(kit / "made")
         return kit
 
     monkeypatch.setattr(kits, "find_spec", lambda name: SimpleNamespace())
@@ -143,6 +146,11 @@ def test_kits_hold_what_nvflares_provisioning_makes(tmp_path: Path, monkeypatch:
     assert asked == [None, "Alpha"]
     assert kit.files["nvflare/startup/fed_client.json"] == b"{}"
     assert kit.files["nvflare/readme.txt"] == b"hello"
+    # What ends first is what is said, of the site and of the coordinator.
+    assert kit.files["nvflare/startup/client.crt"] == (tmp_path / "fed" / "kits" / "Alpha.crt").read_bytes()
+    notices = overview(tmp_path / "fed", datetime.now(UTC) + timedelta(days=80)).notices
+    assert [notice.text.partition(":")[0] for notice in notices] == ["Alpha", "coordinator"]
+    assert not (tmp_path / "fed" / "nvflare" / "Alpha").exists()
     with pytest.raises(WardroundError, match="NVFlare takes names"):
         invite(tmp_path / "fed", "Ärzte")
 

@@ -7,5 +7,5 @@ import typer
 from wardround.cli import site_joining
 
 site_app = typer.Typer(help="Take part in a federation: what a hospital does.", no_args_is_help=True)
-for joining_command in (site_joining.join, site_joining.doctor):
-    site_app.command()(joining_command)
+site_app.command("join")(site_joining.join)
+site_app.command("doctor")(site_joining.doctor)

@@ -87,7 +87,7 @@ class Service:
 
 
 def coordinator_service(folder: Path, federation: str, user: str | None = None) -> Service:
-    """The unit of a federation's coordinator; the root's private keys are hidden from it."""
+    """The unit of a federation's coordinator; the private keys of the root and in kits are hidden from it."""
     return _service("federation", folder, f"Wardround: coordinator of {federation}", federation, user, coordinator=True)
 
 
@@ -106,7 +106,8 @@ def _service(
     owner = user or _user()
     if owner != _maker():
         install = f"sudo useradd --system {owner}; sudo chown -R {owner} {shlex.quote(str(place))} && {install}"
-    hidden = f"InaccessiblePaths=-{_path(place / 'root')}\n" if coordinator else ""
+    private = [_path(place / name) for name in ("root", "kits")] if coordinator else []
+    hidden = "".join(f"InaccessiblePaths=-{path}\n" for path in private)
     text = _TEXT.format(
         install=install,
         description=_specified(description),

@@ -253,6 +253,12 @@ def test_nvflare_where_it_carries(version: str | None, level: str, copy: Path, m
     assert "NVFlare's kit lacks" in _all(copy)["certificate"].text
 
 
+def test_a_folder_that_may_not_be_written(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    found = _all(made)["folder"]
+    assert (found.level, "chown" in found.fix) == ("fail", True)
+
+
 def test_a_stopped_site_says_so(copy: Path) -> None:
     SiteFolder(copy / "site").stopped.write_text("")
     assert _all(copy)["kill switch"].level == "warn"

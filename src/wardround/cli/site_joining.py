@@ -55,7 +55,10 @@ def join(
 
 
 def doctor(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The site's folder.")] = Path("."),
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="[FOLDER]", envvar="WARDROUND_SITE", help="The folder that `site join` made."),
+    ] = Path("."),
 ) -> None:
     """Look at all that a site needs, and say what to do where it lacks something; exit code 1 where it cannot work."""
     from wardround.hospitals.doctor import examine

@@ -5,6 +5,7 @@ Everything here is for eyes at the site. No finding is sent anywhere, and none n
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -38,7 +39,7 @@ GIGABYTE = 1e9
 MEMORY_GB, DISK_GB = (1.0, 4.0), (1.0, 10.0)
 #: Seconds that a site's clock may be off before it is said, and before certificates stop fitting.
 CLOCK_S = (30.0, 600.0)
-# So many files are counted; more are said to be more.
+# Files that are counted at most; of more it is said that there are more.
 _MOST_FILES = 100_000
 _NVFLARE = "2.9."
 _LEVELS: dict[Urgency, Level] = {"none": "ok", "soon": "warn", "urgent": "warn", "over": "fail"}
@@ -71,6 +72,7 @@ def examine(root: Path, connect: Connect | None = None) -> Iterator[Finding]:
     folder, federation = joined(root)
     yield from _versions(federation)
     yield from _disk(folder, federation)
+    yield from _writable(folder)
     yield from _memory()
     yield from _modes(folder)
     try:
@@ -124,6 +126,13 @@ def _disk(folder: SiteFolder, federation: Federation) -> Iterator[Finding]:
     level: Level = "fail" if free < DISK_GB[0] else "warn" if free < wanted else "ok"
     fix = f"make room: {wanted:.0f} GB are advised, for two messages of {federation.largest_gb:g} GB at once"
     yield Finding(level, "disk", f"{free:.1f} GB are free for the folder", "" if level == "ok" else fix)
+
+
+def _writable(folder: SiteFolder) -> Iterator[Finding]:
+    places = [folder.root, *(place for place in (folder.studies, folder.spool) if place.exists())]
+    if not all(os.access(place, os.W_OK | os.X_OK) for place in places):
+        text = "the user who runs this cannot write into the site's folder"
+        yield Finding("fail", "folder", text, "run this as the user who joined, or chown the folder")
 
 
 def _memory() -> Iterator[Finding]:
@@ -317,4 +326,4 @@ def _device(entry: SiteData, site: str) -> Iterator[Finding]:
 def _stopped(folder: SiteFolder) -> Iterator[Finding]:
     if folder.stopped.exists():
         text = "this site is stopped: nothing runs and nothing leaves"
-        yield Finding("warn", "kill switch", text, f"when it may go on, delete {folder.stopped.name} in the folder")
+        yield Finding("warn", "kill switch", text, "when it may go on: `wardround site resume`")

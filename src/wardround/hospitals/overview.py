@@ -17,7 +17,7 @@ from wardround.hospitals.folders import CoordinatorFolder
 from wardround.hospitals.kits import certificate_path, coordinators, first_to_end, invited, opened, roster_of
 from wardround.hospitals.roster import SignedRoster
 
-# A service that wrote nothing for so many seconds is not running.
+# Seconds after which a service that wrote nothing is taken to be off.
 _SILENT = 60.0
 _LARGEST = 16 << 20
 _STATES = {
@@ -41,7 +41,7 @@ class SiteLine:
 
 @dataclass(frozen=True)
 class Notice:
-    """What needs somebody to act; `urgent` within days, or because something stands still."""
+    """What the coordinator has to act on; `urgent`: within days, or because something stands still."""
 
     text: str
     urgent: bool

@@ -17,6 +17,7 @@ from wardround.wire.files import write_text
 
 _TEXT = """\
 # Made by Wardround. Install: {install}
+# Whatever ends the process, it starts again, but for: sudo systemctl stop {name}
 [Unit]
 Description={description}
 Documentation=https://systemd.io man:systemd.exec(5)
@@ -110,6 +111,7 @@ def _service(
     hidden = "".join(f"InaccessiblePaths=-{path}\n" for path in private)
     text = _TEXT.format(
         install=install,
+        name=name,
         description=_specified(description),
         user=owner,
         command=" ".join(_argument(part) for part in (sys.executable, "-m", "wardround", group, "start", str(place))),

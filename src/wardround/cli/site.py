@@ -4,4 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from wardround.cli import site_joining
+
 site_app = typer.Typer(help="Take part in a federation: what a hospital does.", no_args_is_help=True)
+site_app.command("join")(site_joining.join)
+site_app.command("doctor")(site_joining.doctor)

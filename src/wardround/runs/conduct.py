@@ -39,7 +39,7 @@ from wardround.runs.bills import Bills
 from wardround.runs.context import Context
 from wardround.runs.folder import add_devices, alone, claim, mixed, without_in
 from wardround.runs.grouped import measured
-from wardround.runs.notes import notes_of
+from wardround.runs.notes import left_out, notes_of
 from wardround.runs.protocols import read_protocols
 from wardround.runs.rounds import RoundsFile
 from wardround.runs.statement import statement
@@ -279,7 +279,12 @@ def _conclude(
         },
         selected_round={name: release.number for name, release in releases.items()},
         fingerprint=fingerprints[-1],
-        notes=(*_gone_without(host, lines), *mixed(fingerprints), *notes_of(lines)),
+        notes=(
+            *_gone_without(host, lines),
+            *left_out(federated, _training(host, facts)),
+            *mixed(fingerprints),
+            *notes_of(lines),
+        ),
     )
     return write_result(out, result)
 
@@ -288,6 +293,12 @@ def _patients(host: Context, site: str, facts: Mapping[str, SiteFacts]) -> dict[
     """A site's patients by split, as it gives them; nothing where it gave none, which the run has survived."""
     said = None if site in host.without or site not in facts else facts[site].patients
     return None if said is None else said.model_dump()
+
+
+def _training(host: Context, facts: Mapping[str, SiteFacts]) -> dict[str, int | None]:
+    """The numbers of patients that the sites of the federation train on; nothing where a site gave none."""
+    found = {site: _patients(host, site, facts) for site in host.remaining(host.arms[FEDERATED].sites)}
+    return {site: None if patients is None else patients["train"] for site, patients in found.items()}
 
 
 def _gone_without(host: Context, lines: Sequence[RoundLine]) -> Iterator[str]:

@@ -286,8 +286,9 @@ class Hub:
             raise
 
     def _note(self, site: str, text: str) -> None:
-        log.warning("site %s: %s", site[:40], text)
-        self._events.note(site[:40], text)
+        # A twin that tries on and on is one line of the log.
+        if self._events.note(site[:40], text) == 1:
+            log.warning("site %s: %s", site[:40], text)
 
     def _arrivals(self, site: str) -> threading.Condition:
         return self._arrived.setdefault(site, threading.Condition(self._lock))

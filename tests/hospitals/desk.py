@@ -70,6 +70,7 @@ class TestDesk:
                 self._some.notify_all()
                 return
             del self._asked[header.reply_to]
+            self._holders.pop(header.reply_to, None)
         self.replies.put(reply)
 
     def lost(self, site: str, instance: str) -> None:

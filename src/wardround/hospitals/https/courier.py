@@ -76,6 +76,7 @@ class Courier:
         self._room = threading.Semaphore(_MOST_MESSAGES)
         self._transfers = threading.Semaphore(_MOST_TRANSFERS)
         self._progress = _Progress(self._link)
+        self._unreached, self._refused = Backoff(), Backoff(_LATER / 8, _LATER)
         self._connection, self._trouble = "not connected yet", ""
 
     @property
@@ -87,9 +88,8 @@ class Courier:
         """Carry messages until `stop` is set. Work of `handle` that is under way then is not waited for."""
         for name, target in (("stop", lambda: self._end_with(stop)), ("progress", self._progress.run)):
             threading.Thread(target=target, name=f"courier-{name}", daemon=True).start()
-        backoff = Backoff()
         while not stop.is_set():
-            pause = self._connected(backoff)
+            pause = self._connected()
             if not stop.is_set():
                 log.info("site %s: %s", self._site, self._connection)
                 stop.wait(pause)
@@ -103,14 +103,15 @@ class Courier:
 
     # Messages ---------------------------------------------------------------------------------------------------------
 
-    def _connected(self, backoff: Backoff) -> float:
+    def _connected(self) -> float:
         """Ask for messages on one connection until it breaks; the seconds until the next one should be made."""
         try:
             with self._link.line() as line:
                 line.expect_within(WAIT + _SLOW)
                 line.ask("GET", HELLO)
                 self._connection = "connected"
-                backoff.reset()
+                self._unreached.reset()
+                self._refused.reset()
                 while self._has_room():
                     status, data = line.ask("GET", NEXT)
                     if status == http.client.OK:
@@ -120,10 +121,10 @@ class Courier:
             return _LATER
         except _BROKEN as error:
             self._connection = f"not connected: the coordinator cannot be reached ({_words(error)})"
-            return backoff.seconds()
+            return self._unreached.seconds()
         except Rejected as error:
             self._connection = f"refused: {error}"
-            return _LATER
+            return self._refused.seconds()
         except WardroundError as error:
             self._connection = f"not connected: {error}"
             return _LATER

@@ -45,18 +45,19 @@ class Refused(WardroundError):
 
 
 class Backoff:
-    """Seconds to wait before the next attempt: longer each time, and not the same at all sites."""
+    """Seconds to wait before the next attempt: twice as long each time, and not the same at all sites."""
 
-    def __init__(self) -> None:
-        self._next = _FIRST
+    def __init__(self, first: float = _FIRST, last: float = _LAST) -> None:
+        self._first, self._last = first, last
+        self._next = first
 
     def reset(self) -> None:
         """Something was achieved."""
-        self._next = _FIRST
+        self._next = self._first
 
     def seconds(self) -> float:
         """How long to wait now."""
-        now, self._next = self._next, min(2 * self._next, _LAST)
+        now, self._next = self._next, min(2 * self._next, self._last)
         return now * uniform(0.75, 1.25)
 
 

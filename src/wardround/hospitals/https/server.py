@@ -26,6 +26,8 @@ from wardround.wire.files import reason
 log = logging.getLogger(__name__)
 #: Seconds in which a connection must have shown its certificate.
 _HANDSHAKE = 10.0
+#: Seconds after which the listening thread looks whether it is to end.
+_LOOK = 0.2
 #: The most connections that have not shown one yet, and the most of all.
 _MOST_STRANGERS, _MOST_CONNECTIONS = 64, 1024
 
@@ -57,7 +59,7 @@ class HttpsCarrier:
                 f"the coordinator cannot listen on port {self.port} ({reason(error)}); end the program that has it, or "
                 "set another `port` in federation.yaml, in all kits too"
             ) from error
-        self._thread = threading.Thread(target=self._server.serve_forever, name="https", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(_LOOK,), name="https", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

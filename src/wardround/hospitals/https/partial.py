@@ -14,7 +14,6 @@ from wardround.hospitals.https.protocol import FORGOTTEN, RESERVE
 from wardround.wire.message import FileBody
 
 PARTIAL, WHOLE = ".part", ".body"
-_DAY = 86400.0
 
 
 class NoSpace(WardroundError):
@@ -107,12 +106,12 @@ def check_space(folder: Path, nbytes: int) -> None:
         )
 
 
-def tidy(folder: Path, *, whole_after: float) -> None:
-    """Make the folder; delete parts that are older than a week, and whole bodies older than `whole_after` seconds."""
+def tidy(folder: Path) -> None:
+    """Make the folder; delete parts that are older than a week, and whole bodies, which an earlier process used."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     now = time.time()
     for path in folder.iterdir():
-        longest = {PARTIAL: FORGOTTEN, WHOLE: whole_after}.get(path.suffix)
+        longest = {PARTIAL: FORGOTTEN, WHOLE: 0.0}.get(path.suffix)
         with suppress(OSError):
             if longest is not None and now - path.stat().st_mtime >= longest:
                 path.unlink()

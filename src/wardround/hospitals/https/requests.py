@@ -19,8 +19,9 @@ from wardround.hospitals.certificates import peer_name
 from wardround.hospitals.https import protocol
 from wardround.hospitals.https.partial import NoSpace, Partial
 from wardround.hospitals.https.protocol import BODY, HELLO, INSTANCE, LONGEST_TEXT, NEXT, PROGRESS, REPLY, WAIT, Span
-from wardround.hospitals.https.seats import Desk, Seats
+from wardround.hospitals.https.seats import Seats
 from wardround.hospitals.https.uploads import Upload, Uploads
+from wardround.hospitals.hub import Hub
 from wardround.wire.files import reason
 from wardround.wire.message import CHUNK, MAX_HEADER, Header, Message
 
@@ -51,8 +52,8 @@ def peer_of(connection: ssl.SSLSocket) -> Peer | None:
 class Office:
     """What the requests of all sites share."""
 
-    def __init__(self, desk: Desk, seats: Seats, uploads: Uploads, largest_nbytes: int) -> None:
-        self.desk = desk
+    def __init__(self, hub: Hub, seats: Seats, uploads: Uploads, largest_nbytes: int) -> None:
+        self.hub = hub
         self.seats = seats
         self.uploads = uploads
         self.largest_nbytes = largest_nbytes
@@ -155,7 +156,7 @@ class Requests(BaseHTTPRequestHandler):
             return self._say(HTTPStatus.NO_CONTENT)
         if not office.seats.hand(self._site, self._instance, self.connection, message):
             # Another connection of the site waits in this one's place, and gets it.
-            office.desk.lost(self._site, self._instance)
+            office.hub.lost(self._site, self._instance)
             self.close_connection = True
             raise _Refused(HTTPStatus.CONFLICT, "a newer connection of the site waits for messages")
         return self._say(HTTPStatus.OK, message.header.to_bytes())
@@ -164,7 +165,7 @@ class Requests(BaseHTTPRequestHandler):
         """The next message; nothing after a while, or once the site went away."""
         until = time.monotonic() + WAIT
         while not self._office.closing and (left := until - time.monotonic()) > 0.0:
-            message = self._office.desk.take(self._site, self._instance, min(left, _PIECE))
+            message = self._office.hub.take(self._site, self._instance, min(left, _PIECE))
             if message is not None:
                 return message
             # A site says nothing while it waits: what can be read is the end of the connection.
@@ -262,22 +263,22 @@ class Requests(BaseHTTPRequestHandler):
         with upload.held(self.connection) as partial:
             if not partial.whole:
                 return False
-            body, _ = self._office.uploads.take(self._site, upload)
+            body = self._office.uploads.take(self._site, upload)
         self._deliver(Message(upload.header, body))
         return True
 
     def _deliver(self, reply: Message) -> None:
         # In this order: the hub may ask the same at once, and that is handed out again.
         self._office.seats.answered(self._site, reply.header.reply_to)
-        self._office.desk.answered(self._site, self._instance, reply)
+        self._office.hub.answered(self._site, self._instance, reply)
 
     def _progress(self) -> None:
         header = self._header()
         if self.path != PROGRESS:
             raise _Refused(HTTPStatus.NOT_FOUND, "no such request; install the coordinator's version")
         if not self._office.seats.is_twin(self._site, self._instance):
-            self._office.desk.heard(self._site, self._instance)
-            self._office.desk.report(header)
+            self._office.hub.heard(self._site, self._instance)
+            self._office.hub.report(header)
         return self._say(HTTPStatus.NO_CONTENT)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ class Requests(BaseHTTPRequestHandler):
         now = time.monotonic()
         if now - self._heard >= _PIECE:
             self._heard = now
-            self._office.desk.heard(self._site, self._instance)
+            self._office.hub.heard(self._site, self._instance)
 
 
 def _pieces(message: Message, span: Span) -> Generator[memoryview, None, None]:

@@ -6,38 +6,16 @@ import socket
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from wardround.hospitals.https.protocol import header_sha256
 from wardround.hospitals.https.sockets import end_connection
-from wardround.wire.message import Header, Message
+from wardround.hospitals.hub import Hub
+from wardround.wire.message import Message
 
 #: The most connections of one site: the one that was quiet for longest gives way to a new one.
 MOST_CONNECTIONS = 16
 #: The most messages of a site that the carrier remembers having handed out.
 _MOST_HANDED = 256
-
-
-class Desk(Protocol):
-    """What the carrier asks of the hub, which says what each does."""
-
-    def attach(self, site: str, instance: str) -> None:
-        """A site's process is connected; raises `Rejected`."""
-
-    def take(self, site: str, instance: str, wait: float) -> Message | None:
-        """The next message for it; raises `Rejected`."""
-
-    def heard(self, site: str, instance: str) -> None:
-        """A sign of life."""
-
-    def report(self, header: Header) -> None:
-        """How far a site is."""
-
-    def answered(self, site: str, instance: str, reply: Message) -> None:
-        """A reply."""
-
-    def lost(self, site: str, instance: str) -> None:
-        """The connection is gone."""
 
 
 @dataclass(eq=False)
@@ -51,8 +29,8 @@ class _Seat:
 class Seats:
     """What each site has of the carrier. Safe in threads."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
         self._lock = threading.Lock()
         self._seats: dict[str, _Seat] = {}
 
@@ -82,7 +60,7 @@ class Seats:
             if was_polling:
                 seat.polling = None
         if was_polling:
-            self._desk.lost(site, seat.instance)
+            self._hub.lost(site, seat.instance)
 
     def polls(self, site: str, instance: str, connection: socket.socket) -> None:
         """A connection waits for messages; another that did is given up. Raises `Rejected` for a twin."""
@@ -90,7 +68,7 @@ class Seats:
             seat = self._seats[site]
             if seat.polling is connection and seat.instance == instance:
                 return
-        self._desk.attach(site, instance)
+        self._hub.attach(site, instance)
         with self._lock:
             older, seat.polling = seat.polling, connection
             if seat.instance != instance:
@@ -98,8 +76,8 @@ class Seats:
         if older is not None and older is not connection:
             end_connection(older)
             # What went into the connection that was given up may never have arrived.
-            self._desk.lost(site, instance)
-            self._desk.attach(site, instance)
+            self._hub.lost(site, instance)
+            self._hub.attach(site, instance)
 
     def hand(self, site: str, instance: str, connection: socket.socket, message: Message) -> bool:
         """Remember that a message goes out; not where another connection waits for messages now."""

@@ -18,9 +18,10 @@ from wardround.errors import WardroundError
 from wardround.hospitals.certificates import OWN, CertificateError, server_context
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.https.requests import Office, Requests, peer_of
-from wardround.hospitals.https.seats import Desk, Seats
+from wardround.hospitals.https.seats import Seats
 from wardround.hospitals.https.sockets import keep_alive
 from wardround.hospitals.https.uploads import Uploads
+from wardround.hospitals.hub import Hub
 from wardround.wire.files import reason
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class HttpsCarrier:
     loopback alone where the federation's host is a loopback one.
     """
 
-    def __init__(self, hub: Desk, federation: Federation, certificates: Path, spool: Path) -> None:
+    def __init__(self, hub: Hub, federation: Federation, certificates: Path, spool: Path) -> None:
         self.port = federation.port
         self._federation = federation
         self._contexts = _Contexts(certificates)

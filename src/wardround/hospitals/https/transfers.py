@@ -58,8 +58,7 @@ class Downloads:
     """The folder of a site's bodies under way, by what they hold: a message goes on where another was cut off."""
 
     def __init__(self, folder: Path) -> None:
-        # No message is at work yet, so no whole body is of use.
-        tidy(folder, whole_after=0.0)
+        tidy(folder)
         self._folder = folder
         self._lock = threading.Lock()
         self._turns: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()

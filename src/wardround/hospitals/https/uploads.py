@@ -14,12 +14,11 @@ from wardround.errors import WireError
 from wardround.hospitals.https.partial import PARTIAL, WHOLE, Partial, check_space, tidy
 from wardround.hospitals.https.protocol import header_sha256
 from wardround.hospitals.https.sockets import end_connection
-from wardround.wire.message import FileBody, Header
+from wardround.hospitals.replies import SpooledBody
+from wardround.wire.message import Header
 
 #: The most bodies of one site that are under way; the oldest gives way.
 MOST_UPLOADS = 8
-#: Seconds after which the body of a reply that no study uses is deleted when the coordinator starts.
-_UNUSED = 2 * 86400.0
 #: Seconds that a connection waits until an older one lets go of a body.
 _LETTING_GO = 10.0
 
@@ -68,11 +67,13 @@ class Upload:
             self._gone = True
             partial.drop()
 
-    def taken(self, path: Path) -> tuple[FileBody, str]:
-        """The whole body under another name, and its SHA-256; only while it is held."""
+    def taken(self, path: Path) -> SpooledBody:
+        """The whole body under another name; only while it is held."""
         assert self._partial is not None
         self._gone = True
-        return self._partial.moved(path), self._partial.sha256
+        body = self._partial.moved(path)
+        # The hub compares the hash with the header's, and need not read the file again.
+        return SpooledBody(body.path, body.nbytes, self._partial.sha256)
 
     def close(self) -> None:
         """Let go of the file, and keep it."""
@@ -89,7 +90,7 @@ class Uploads:
     """
 
     def __init__(self, folder: Path) -> None:
-        tidy(folder, whole_after=_UNUSED)
+        tidy(folder)
         self._folder = folder
         self._lock = threading.Lock()
         self._open: dict[tuple[str, str], Upload] = {}
@@ -114,8 +115,8 @@ class Uploads:
         with self._lock:
             return self._open.get((site, sha256))
 
-    def take(self, site: str, upload: Upload) -> tuple[FileBody, str]:
-        """The whole body of an upload that is held, in a file of its own, and its SHA-256."""
+    def take(self, site: str, upload: Upload) -> SpooledBody:
+        """The whole body of an upload that is held, in a file of its own, which is the hub's from now on."""
         with self._lock:
             self._open.pop((site, header_sha256(upload.header)), None)
         return upload.taken(self._folder / f"{uuid.uuid4().hex}{WHOLE}")

@@ -57,6 +57,7 @@ def test_an_approval_counts_until_something_changes() -> None:
     decision = Decision.model_validate(bound.decide("approved", IDENTITY).model_dump(mode="json"))
     assert bound.standing(decision, IDENTITY.public).state == "approved"
     others: dict[str, Binding] = {
+        "to compare": binding(proposal.model_copy(update={"compare": ("local",)})),
         "other defaults": binding(proposal.model_copy(update={"plan_sha256": "1" * 64})),
         "Wardround 0": replace(bound, package="0.0.1"),
         "other base weights": replace(bound, start_sha256="2" * 64),

@@ -36,6 +36,7 @@ class Binding:
 
     site: str
     study_sha256: str
+    compare: tuple[str, ...]
     plan_sha256: str
     package: str
     start_sha256: str | None
@@ -52,6 +53,7 @@ class Binding:
         return Binding(
             site=site,
             study_sha256=study_sha256,
+            compare=proposal.compare,
             plan_sha256=proposal.plan_sha256,
             package=__version__,
             start_sha256=proposal.start_sha256,
@@ -66,6 +68,7 @@ class Binding:
             state=state,
             site=self.site,
             study_sha256=self.study_sha256,
+            compare=self.compare,
             plan_sha256=self.plan_sha256,
             package=self.package,
             start_sha256=self.start_sha256,
@@ -96,6 +99,8 @@ class Binding:
     def changed(self, decision: Decision) -> str:
         """What changed since a decision, in words; empty where nothing did."""
         changes = []
+        if sorted(decision.compare) != sorted(self.compare):
+            changes.append("other models would be trained beside the federation's to compare with it")
         if decision.plan_sha256 != self.plan_sha256:
             changes.append("the coordinator's version fills in other defaults of the study (another plan_sha256)")
         if decision.package != self.package:

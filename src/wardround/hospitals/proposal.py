@@ -53,6 +53,7 @@ class Decision(Config):
     state: Literal["approved", "refused"]
     site: str
     study_sha256: Hash
+    compare: tuple[str, ...] = Field((), description="what is trained beside the federation to compare")
     plan_sha256: Hash
     package: Version = Field(description="the version of Wardround at the hospital when it decided")
     start_sha256: Hash | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from typing import Literal, Protocol
@@ -14,6 +14,7 @@ from wardround.protection.identity import Identity
 from wardround.study.registry import GROUPS
 from wardround.study.schema import Study
 from wardround.version import __version__
+from wardround.wire.canonical import digest
 
 PENDING = "the hospital has not decided on the study yet"
 _AGAIN = "Review the study and decide again"
@@ -61,6 +62,11 @@ class Binding:
             plugins=installed_code(study),
             roster_sha256=roster.sha256_of(study.sites),
         )
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all of it."""
+        return digest(asdict(self))
 
     def decide(self, state: Literal["approved", "refused"], identity: Identity, reason: str = "") -> Decision:
         """A decision, signed and dated."""

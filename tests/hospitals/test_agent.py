@@ -422,7 +422,8 @@ def test_a_carrier_that_fails_begins_again(consortium: Consortium, monkeypatch: 
 
 
 def test_the_resident_process_imports_no_torch() -> None:
-    code = "import sys, wardround.hospitals.agent; sys.exit('torch' in sys.modules)"
+    rooms = "wardround.cli, wardround.hospitals.agent, wardround.hospitals.control"
+    code = f"import sys, {rooms}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

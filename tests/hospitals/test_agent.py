@@ -25,7 +25,7 @@ from wardround.federation.facts import FACTS, PLAN, SiteFacts, parsed
 from wardround.hospitals import agent, approval, decisions
 from wardround.hospitals.agent import Limits, Resident
 from wardround.hospitals.proposal import PROPOSED, Standing
-from wardround.hospitals.socket_server import connect
+from wardround.hospitals.socket_server import HELLO, connect
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import FEDERATED
 from wardround.protection.identity import Identity
@@ -398,6 +398,11 @@ def test_the_socket_answers_several_at_once_and_only_its_user(consortium: Consor
                     reply = frames.read(stream)  # type: ignore[arg-type]
                 assert reply is not None
                 assert consortium.said("A", reply).header.kind == "done"
+        with connect(folder.socket) as one, one.makefile("rwb") as stream:
+            frames.write(stream, Message(Header(HELLO, "", "A")))  # type: ignore[arg-type]
+            hello = frames.read(stream)  # type: ignore[arg-type]
+            assert hello is not None
+            assert hello.header.meta == {"instance": each.instance}
         with connect(folder.socket) as broken:
             broken.sendall(b"\xff" * 64)
             assert broken.recv(1) == b""

@@ -46,8 +46,8 @@ STOPPED = "this hospital stopped all work; it goes on when the hospital says so,
 _LOOK, _REPORT = 0.25, 5.0
 # Seconds until a carrier that failed begins again.
 _AGAIN = 5.0
-# Seconds that a message waits for this process to end, and the process for its carrier.
-_ENDING, _LAST = 30.0, 2.0
+# Seconds that a message waits for this process to end, and the process for its carrier's processes.
+_ENDING, _LAST = 60.0, 20.0
 _SHOWN = 40
 
 
@@ -188,7 +188,7 @@ class Resident:
             raise Stopped("all work of this site was stopped; `wardround site resume` lets it go on")
         with ExitStack() as closing:
             closing.enter_context(held(self.folder.lock))
-            server = SocketServer(self.folder.socket, self.handle)
+            server = SocketServer(self.folder.socket, self.handle, self.instance)
             server.start()
             courier = threading.Thread(target=self._carry, args=(stop,), daemon=True, name="courier")
             courier.start()

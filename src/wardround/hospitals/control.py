@@ -18,7 +18,7 @@ from wardround.wire.files import reason as reason_of
 from wardround.wire.files import write_text
 
 # Seconds for a process to end by itself before it is killed.
-_PATIENCE = 20.0
+_PATIENCE = 30.0
 
 
 def stop_all_work(folder: SiteFolder, why: str = "") -> list[int]:

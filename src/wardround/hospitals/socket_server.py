@@ -16,7 +16,9 @@ from wardround.wire.message import Header, Message
 
 log = logging.getLogger(__name__)
 Handle = Callable[[Message, Callable[[Header], None]], Message]
-# Connections at once; a carrier has one a study.
+# A kind of frame at the socket that is for this process and no message of a coordinator.
+HELLO = "hello"
+# Connections that wait to be taken; a carrier has one a message.
 _BACKLOG = 64
 
 
@@ -24,10 +26,11 @@ class SocketServer:
     """Answers messages at `path` with `handle`, each connection in a thread of its own, one message after the other.
 
     Bodies stay in their files. While a message is at work its progress goes ahead of the reply, as frames of their own.
+    Who says `hello` hears the `instance` of this process, and knows that it lives while the connection is open.
     """
 
-    def __init__(self, path: Path, handle: Handle) -> None:
-        self._path, self._handle = path, handle
+    def __init__(self, path: Path, handle: Handle, instance: str) -> None:
+        self._path, self._handle, self._instance = path, handle, instance
         self._frames = SharedBodies()
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -81,7 +84,9 @@ class SocketServer:
                         self._frames.write(outgoing, Message(header))
 
                 while (message := self._frames.read(incoming)) is not None:
-                    self._frames.write(outgoing, self._handle(message, progress))
+                    hello = message.header.kind == HELLO
+                    said = message.reply(HELLO, meta={"instance": self._instance}) if hello else None
+                    self._frames.write(outgoing, said or self._handle(message, progress))
         except (OSError, WireError) as error:
             log.debug("a connection to the site's socket ended: %s", type(error).__name__)
         finally:

@@ -54,9 +54,7 @@ def make_federation(folder: Path, names: Sequence[str] = NAMES, **deadlines: Any
     place = CoordinatorFolder(folder / "coordinator")
     place.root.mkdir(parents=True)
     waits = Deadlines(**{"reply": 30.0, "attempts": 0, "pause": 0.1, **deadlines})
-    federation = Federation(
-        name="toys", carrier="https", host="localhost", root_key=root.public.hex(), deadlines=waits
-    )
+    federation = Federation(name="toys", carrier="https", host="localhost", root_key=root.public.hex(), deadlines=waits)
     save_federation(federation, place.federation)
     keys = {name: identity_of(folder, name).public for name in names}
     SignedRoster.sign("toys", 1, keys, root).save(place.roster)
@@ -186,7 +184,8 @@ class Federated:
         self.known = KnownSites(self.place, self.federation)
         self.hub = Hub(self.place.spool, self.known.key, self.federation.deadlines, 1 << 30)
         self.sites = {
-            name: LoopbackSite(name, folder, self.hub, (decide or {}).get(name, approve)) for name in self.known.now().keys
+            name: LoopbackSite(name, folder, self.hub, (decide or {}).get(name, approve))
+            for name in self.known.now().keys
         }
         for site in self.sites.values():
             site.remember()
@@ -253,7 +252,7 @@ def status_of(folder: Path) -> Status | None:
 
 
 def main() -> None:
-    """A coordinator with its sites as a process of its own, to be killed: `python -m tests.hospitals.loopback FOLDER`."""
+    """`python -m tests.hospitals.loopback FOLDER`: a coordinator with its sites as a process that can be killed."""
     import signal
 
     made = Federated(Path(sys.argv[1]))

@@ -94,7 +94,7 @@ def picture(status: Status, name: str | None, now: float) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from wardround.hospitals.status_lines import certificate, details, heading, site_row
+    from wardround.hospitals.status_lines import details, heading, site_row, warnings
 
     sites = Table("site", "state", "heard", "waiting", box=None, pad_edge=False, header_style="dim")
     styles = {"present": "green", "late": "yellow", "lost": "red", "never": "dim"}
@@ -102,8 +102,7 @@ def picture(status: Status, name: str | None, now: float) -> RenderableType:
         who, state, seen, waiting = site_row(site, now)
         sites.add_row(Text(who), Text(state, styles[site.state]), seen, waiting)
     parts: list[RenderableType] = [Text(heading(status, now), "bold")]
-    if (warning := certificate(status, now)) is not None:
-        parts.append(Text(warning, "yellow"))
+    parts += [Text(warning, "yellow") for warning in warnings(status, now)]
     parts += [Text(), sites]
     for study in status.studies:
         if name in (None, study.name):

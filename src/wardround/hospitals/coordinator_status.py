@@ -50,6 +50,8 @@ class SiteStatus(Config):
     state: PresenceState
     seen: float | None = None
     waiting: int = 0
+    #: Unix time at which its certificate expires, where a copy of it is here.
+    certificate_until: float | None = None
 
 
 class Heard(Config):
@@ -91,6 +93,8 @@ class StudyStatus(Config):
     rounds: int = 0
     training_sites: tuple[str, ...] = ()
     sites: dict[str, Said] = Field({})
+    #: Names of the task's metrics, the one that answers the question first; empty until they are known.
+    metrics: tuple[str, ...] = ()
     arms: tuple[ArmStatus, ...] = ()
     participants: tuple[str, ...] = ()
     #: Who was left out of the last round, and why.
@@ -109,6 +113,8 @@ class StudyStatus(Config):
     site_heads: dict[str, str] = Field({})
     model_sha256: str = ""
     undelivered: tuple[str, ...] = ()
+    #: A study that stopped goes on when enough of them are back.
+    waits_for: tuple[str, ...] = ()
 
 
 class Event(Config):

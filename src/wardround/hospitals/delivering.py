@@ -36,14 +36,15 @@ class Delivering:
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Yield one reply for each message; raises as the engine does."""
-        others = []
+        others, taken_over = [], False
         for message in messages:
             if message.header.kind == DELIVER:
-                self._owed[message.header.site] = None
+                self._owed[message.header.site], taken_over = None, True
                 yield message.reply(DONE)
             else:
                 others.append(message)
-        if others:
+        # Asked nothing, the engine says whether it was closed.
+        if others or not taken_over:
             yield from self._engine.exchange(others)
 
     def close(self) -> None:

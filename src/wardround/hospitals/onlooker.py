@@ -150,6 +150,7 @@ def _of_result(out: Path) -> dict[str, Any]:
     bills = [part for arm in traffic.arms.values() for part in (arm.rounds, arm.tests)] + [traffic.study]
     return {
         "epsilon": {site: epsilon for site, epsilon in spent.items() if epsilon < float("inf")},
+        "metrics": tuple(metric.name for metric in result.metric_specs),
         "model_sha256": result.model_sha256,
         "bytes_up": sum(bill.up.total for bill in bills),
         "bytes_down": sum(bill.down.total for bill in bills),

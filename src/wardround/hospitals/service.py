@@ -19,7 +19,7 @@ from wardround.hospitals.federation import Federation, load_federation
 from wardround.hospitals.folders import CoordinatorFolder, StudyFolder
 from wardround.hospitals.proposing import ASK_AGAIN_SECONDS
 from wardround.hospitals.roster import SignedRoster
-from wardround.hospitals.study_run import Reaches, StudyRun
+from wardround.hospitals.study_run import Reaches, Seen, StudyRun
 from wardround.hospitals.submission import submitted
 from wardround.version import __version__
 from wardround.wire.files import refuse_links, write_text
@@ -88,6 +88,8 @@ class Service:
         self._events: deque[Event] = deque(maxlen=_EVENTS)
         self._written: tuple[Status, float] | None = None
         self._presence: dict[str, str] = {}
+        self._noted: dict[tuple[str, str], int] = {}
+        self._expiries = _Expiries()
 
     def run(self, stop: threading.Event, look: float = _LOOK) -> None:
         """Work until `stop` is set; then the studies are interrupted, to go on in another process."""
@@ -119,6 +121,12 @@ class Service:
                     self._broken[name] = str(error)
                     self.tell(f"{name}: cannot go on: {error}")
                     log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
+        for noted in self._hub.events:
+            told = self._noted.get((noted.site, noted.text), 0)
+            # What is repeated without end is said with its 10th, 100th, ... time.
+            if noted.count >= max(1, 10 * told):
+                self._noted[noted.site, noted.text] = noted.count
+                self.tell(f"site {noted.site}: {noted.text}" + (f" ({noted.count} times)" if told else ""))
         self._report()
 
     def tell(self, text: str) -> None:
@@ -129,13 +137,7 @@ class Service:
     def status(self, state: str = "running") -> Status:
         """What there is to see."""
         presence = self._hub.presence()
-        names = sorted({*presence, *self._listed()})
-        sites = tuple(
-            SiteStatus(name=name, state=found.state, seen=found.seen, waiting=found.waiting)
-            if (found := presence.get(name)) is not None
-            else SiteStatus(name=name, state="never")
-            for name in names
-        )
+        sites = tuple(self._site(name, presence.get(name)) for name in sorted({*presence, *self._listed()}))
         for site in sites:
             before = self._presence.get(site.name, "never")
             if before != site.state:
@@ -151,7 +153,7 @@ class Service:
                 "carrier": self._federation.carrier,
                 "address": f"{self._federation.host}:{self._federation.port}",
                 "page": self._page,
-                "certificate_until": _certificate_until(self._folder),
+                "certificate_until": self._expiries.of(self._folder.certificates / "own.crt"),
             }
         )
         return Status(
@@ -160,6 +162,14 @@ class Service:
             sites=sites,
             studies=tuple(run.status() for run in list(self._runs.values())),
             events=tuple(self._events),
+        )
+
+    def _site(self, name: str, seen: Seen | None) -> SiteStatus:
+        until = self._expiries.of(self._folder.kits / f"{name}.crt")
+        if seen is None:
+            return SiteStatus(name=name, state="never", certificate_until=until)
+        return SiteStatus(
+            name=name, state=seen.state, seen=seen.seen, waiting=seen.waiting, certificate_until=until
         )
 
     def _listed(self) -> tuple[str, ...]:
@@ -190,11 +200,24 @@ class Service:
         self._report("ended")
 
 
-def _certificate_until(folder: CoordinatorFolder) -> float | None:
-    """When the coordinator's own certificate expires, in unix time; nothing where it has none."""
-    path = folder.certificates / "own.crt"
-    if not path.is_file():
-        return None
+class _Expiries:
+    """When certificates expire; a file is read again when it changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[int, float | None]] = {}
+
+    def of(self, path: Path) -> float | None:
+        """Unix time; nothing where there is no certificate."""
+        try:
+            stamp = path.stat().st_mtime_ns
+        except OSError:
+            return None
+        if self._known.get(path, (0, None))[0] != stamp:
+            self._known[path] = (stamp, _expiry(path))
+        return self._known[path][1]
+
+
+def _expiry(path: Path) -> float | None:
     from wardround.hospitals.certificates import read_certificate
 
     with suppress(WardroundError, OSError, ValueError):

@@ -44,14 +44,15 @@ def ago(at: float, now: float) -> str:
     return f"{human_seconds(max(0.0, now - at))} ago"
 
 
-def certificate(status: Status, now: float) -> str | None:
-    """What to say of the coordinator's certificate; nothing while it is good for long."""
-    until = status.process.certificate_until
-    if until is None or until - now > WARNED * _DAY:
-        return None
-    if until <= now:
-        return "The coordinator's certificate has expired: no site can connect. Renew it and start again"
-    return f"The coordinator's certificate expires in {(until - now) / _DAY:.0f} days: renew it"
+def warnings(status: Status, now: float) -> Iterator[str]:
+    """What to say of certificates that expire within `WARNED` days."""
+    found = {"the coordinator": status.process.certificate_until}
+    found |= {f"site {site.name}": site.certificate_until for site in status.sites}
+    for whose, until in found.items():
+        if until is not None and until <= now:
+            yield f"The certificate of {whose} has expired, and no connection can be made with it: renew it"
+        elif until is not None and until - now < WARNED * _DAY:
+            yield f"The certificate of {whose} expires in {(until - now) / _DAY:.0f} days: renew it"
 
 
 def site_row(site: SiteStatus, now: float) -> tuple[str, str, str, str]:
@@ -87,6 +88,8 @@ def details(study: StudyStatus) -> Iterator[str]:
     """What else there is to say of a study, a line each."""
     if study.reason:
         yield study.reason
+    if study.state == "stopped" and study.waits_for:
+        yield f"goes on by itself when {' or '.join(study.waits_for)} is back"
     for site, said in study.sites.items():
         if said.state != "approved" and study.state in ("asking", "refused", "stopped"):
             words = {"asked": "did not answer yet", "pending": "has not decided yet", "refused": "refused"}[said.state]
@@ -119,8 +122,7 @@ def lines(status: Status, name: str | None = None, now: float | None = None) -> 
     """The whole status, or that of one study, as lines."""
     now = time.time() if now is None else now
     yield heading(status, now)
-    if (warning := certificate(status, now)) is not None:
-        yield warning
+    yield from warnings(status, now)
     for site in status.sites:
         who, state, seen, waiting = site_row(site, now)
         heard = f", heard {seen}" if site.seen is not None else ""

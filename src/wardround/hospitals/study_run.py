@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Protocol
 
 from wardround.deidentify import describe_error
 from wardround.engines.process import Progress
 from wardround.errors import DataError, Interrupted, JournalError, StudyError, WardroundError
+from wardround.federation.asking import Patience
 from wardround.federation.exchange import Engine
 from wardround.hospitals.coordinator_status import PresenceState, Record, Said, StudyStatus, read_record, write_record
 from wardround.hospitals.delivering import Delivering, deliver_all
@@ -47,6 +48,25 @@ class Seen(Protocol):
         ...
 
 
+class Noted(Protocol):
+    """Something about a site that a person should look at."""
+
+    @property
+    def site(self) -> str:
+        """Whose connection it was."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """What it was."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How often it happened."""
+        ...
+
+
 class Reaches(Protocol):
     """What carries messages to the sites of a federation; the hub does."""
 
@@ -56,6 +76,11 @@ class Reaches(Protocol):
 
     def presence(self) -> Mapping[str, Seen]:
         """Who is there."""
+        ...
+
+    @property
+    def events(self) -> Sequence[Noted]:
+        """What a person should look at."""
         ...
 
 
@@ -133,8 +158,8 @@ class StudyRun:
             working=self._onlooker.working if at_work and self._onlooker else {},
             sites={site: record.said.get(site, Said()) for site in self._study.sites},
             undelivered=record.undelivered,
-            **self._about,
-            **self._files.numbers(),
+            waits_for=record.waits_for,
+            **(self._about | self._files.numbers()),
         )
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -150,7 +175,7 @@ class StudyRun:
         if record.state in ("asking", "running"):
             return True
         if record.state == "stopped" and self._is_back(record.waits_for):
-            self._tell(f"{self.name}: goes on, as {', '.join(record.waits_for)} were missing and somebody is back")
+            self._tell(f"{self.name}: goes on, for of those it waits for ({', '.join(record.waits_for)}) one is back")
             self._set("asking", "", waits_for=())
             return True
         return False
@@ -225,6 +250,7 @@ class StudyRun:
         self._set(said=dict(approvals.said))
         approvals.run(self._connect(), self._stop, self._pause)
         self._set("running", "")
+        self._about = self._about | {"metrics": tuple(metric.name for metric in context.task.metrics)}
         arms = {arm.identity(context.study_sha256, context.plan_sha256): name for name, arm in context.arms.items()}
         self._onlooker = onlooker = Onlooker(arms, self._stop)
         with closing(Delivering(self._connect(onlooker.progress))) as engine:
@@ -238,6 +264,7 @@ class StudyRun:
                 plugins=wanted.plugins,
                 allow_code=wanted.allow_code,
                 near=wanted.near,
+                patience=Patience(self._deadlines.attempts, self._deadlines.pause),
             )
             self._set("finished", "", undelivered=engine.owed, released=time.time())
 

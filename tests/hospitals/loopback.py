@@ -4,7 +4,10 @@ across hospitals."""
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,11 +19,11 @@ from typing import Any
 
 import yaml
 
-from tests.toys import toy_sites, toy_study
+from tests.toys import Hold, toy_sites, toy_study
 from wardround.errors import Rejected, WireError
 from wardround.federation.exchange import Party
 from wardround.federation.refusals import refusal
-from wardround.hospitals.coordinator_status import Status, StudyStatus
+from wardround.hospitals.coordinator_status import Status, StudyStatus, read_status
 from wardround.hospitals.federation import Deadlines, Federation, load_federation, save_federation
 from wardround.hospitals.folders import CoordinatorFolder
 from wardround.hospitals.hub import Hub
@@ -29,6 +32,7 @@ from wardround.hospitals.roster import SignedRoster
 from wardround.hospitals.service import KnownSites, Service
 from wardround.hospitals.signing import signed
 from wardround.hospitals.submission import submit
+from wardround.learning.model_context import _DRAWING
 from wardround.protection.identity import Identity
 from wardround.protection.rounding import study_root
 from wardround.site.process import AgreedStudy, agent_finder, spec_of
@@ -90,7 +94,7 @@ Decide = Callable[["LoopbackSite", Study, Proposal], Standing]
 
 
 class LoopbackSite:
-    """A site in a thread. It answers while it is not `away`; `decide` says how it stands to a study."""
+    """A site in a thread. `decide` says how it stands to a study."""
 
     def __init__(self, name: str, folder: Path, hub: Hub, decide: Decide = approve) -> None:
         self.name, self._hub, self.decide = name, hub, decide
@@ -99,7 +103,7 @@ class LoopbackSite:
         self.asked: list[str] = []
         self._data = folder / "data"
         self._find: dict[str, Callable[[Header], Party]] = {}
-        self._away, self._stop = threading.Event(), threading.Event()
+        self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def come(self) -> None:
@@ -133,6 +137,11 @@ class LoopbackSite:
     def handle(self, message: Message) -> Message:
         """The answer to a message, not signed."""
         self.asked.append(message.header.kind)
+        # Torch's generator is one for all that share a process, as sites elsewhere do not.
+        with _DRAWING:
+            return self._answer(message)
+
+    def _answer(self, message: Message) -> Message:
         try:
             if message.header.kind == PROPOSE:
                 proposal, study = proposal_in(message)
@@ -217,8 +226,6 @@ class Federated:
 
     def study(self, name: str = "toy") -> StudyStatus | None:
         """What the status says of a study."""
-        from wardround.hospitals.coordinator_status import read_status
-
         status = read_status(self.place.status)
         return None if status is None else status.study(name)
 
@@ -246,21 +253,77 @@ def federated(folder: Path, *, away: Sequence[str] = (), **how: Any) -> Iterator
 
 def status_of(folder: Path) -> Status | None:
     """What the coordinator of a folder last said."""
-    from wardround.hospitals.coordinator_status import read_status
-
     return read_status(CoordinatorFolder(folder / "coordinator").status)
 
 
-def main() -> None:
-    """`python -m tests.hospitals.loopback FOLDER`: a coordinator with its sites as a process that can be killed."""
-    import signal
-
-    made = Federated(Path(sys.argv[1]))
+def be_coordinator(folder: Path, hold: str | None) -> None:
+    """The life of a process that is a coordinator with its sites, until SIGTERM; `hold` as in `tests.toys.Hold`."""
+    if hold is not None:
+        os.environ[Hold.VARIABLE], Hold.steps = hold, 0
+    made = Federated(folder)
     signal.signal(signal.SIGTERM, lambda *_: made.stop.set())
     made.start()
     while not made.stop.wait(0.1):
         pass
     made.end()
+
+
+class Coordinators:
+    """Starts coordinators in processes of their own, from one that has torch loaded: each is there in an instant."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.hospitals.loopback"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._pids: set[int] = set()
+
+    def start(self, folder: Path, hold: Path | None = None) -> int:
+        """The process id of a coordinator of a folder."""
+        pid = self._ask({"folder": str(folder), "hold": None if hold is None else str(hold)})
+        self._pids.add(pid)
+        return pid
+
+    def wait(self, pid: int) -> int:
+        """The exit code of one that ends; negative is the signal that killed it."""
+        code = self._ask({"wait": pid})
+        self._pids.discard(pid)
+        return code
+
+    def close(self) -> None:
+        """Kill what is left."""
+        for pid in list(self._pids):
+            os.kill(pid, signal.SIGKILL)
+            self.wait(pid)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(20.0)
+        self._process.stdout.close()
+
+    def _ask(self, job: Mapping[str, Any]) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+def main() -> None:
+    """One line of JSON in, one line out, as `Coordinators` asks."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "wait" in job:
+            _, status = os.waitpid(job["wait"], 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                be_coordinator(Path(job["folder"]), job["hold"])
+                code = 0
+            finally:
+                os._exit(code)
+        print(pid, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.hospitals.loopback import Federated, LoopbackSite, approve, federated, make_federation, status_of
-from tests.toys import Hold, toy_sites, toy_study
+from tests.hospitals.loopback import (
+    Coordinators,
+    Federated,
+    LoopbackSite,
+    approve,
+    federated,
+    make_federation,
+    status_of,
+    write_toy,
+)
+from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError
 from wardround.hospitals.coordinator_status import StudyStatus, read_record
 from wardround.hospitals.folders import CoordinatorFolder, StudyFolder
@@ -119,10 +125,6 @@ def test_an_approval_of_another_plan_is_none(tmp_path: Path) -> None:
 
 def test_a_site_that_is_away_at_the_end_gets_the_model_when_it_returns(tmp_path: Path, on_one_machine: str) -> None:
     with federated(tmp_path) as made:
-
-        def gone(message: str) -> None:
-            made.sites["C"].asked.append(message)
-
         site = made.sites["C"]
         handle = site.handle
 
@@ -186,15 +188,12 @@ def test_what_is_withdrawn_stops_and_goes_on_when_it_is_resumed(tmp_path: Path, 
 # In a process of its own ----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _coordinator(folder: Path, hold: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, **({} if hold is None else {Hold.VARIABLE: str(hold)})}
-    process = subprocess.Popen([sys.executable, "-m", "tests.hospitals.loopback", str(folder)], env=environment)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+@pytest.fixture(scope="module")
+def coordinators() -> Iterator[Coordinators]:
+    """What starts coordinators, and ends what is left of them."""
+    made = Coordinators()
+    yield made
+    made.close()
 
 
 def _wait(true, seconds: float = 60.0) -> None:  # type: ignore[no-untyped-def]
@@ -205,8 +204,6 @@ def _wait(true, seconds: float = 60.0) -> None:  # type: ignore[no-untyped-def]
 
 
 def _submitted(folder: Path) -> StudyFolder:
-    from tests.hospitals.loopback import write_toy
-
     place = make_federation(folder)
     submit(place, write_toy(folder), allow_code=True)
     return StudyFolder(place.studies / "toy")
@@ -214,23 +211,22 @@ def _submitted(folder: Path) -> StudyFolder:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_coordinator_that_ends_in_the_middle_goes_on_by_itself(
-    how: signal.Signals, tmp_path: Path, on_one_machine: str
+    how: signal.Signals, tmp_path: Path, on_one_machine: str, coordinators: Coordinators
 ) -> None:
     study, hold = _submitted(tmp_path), tmp_path / "hold"
     hold.touch()
-    with _coordinator(tmp_path, hold) as process:
-        _wait(hold.with_suffix(".reached").exists)
-        process.send_signal(how)
-        if how == signal.SIGTERM:
-            _wait(lambda: (found := status_of(tmp_path)) is not None and found.process.state == "ended")
-        else:
-            assert process.wait(20.0) == -signal.SIGKILL
-    assert read_record(study.record).state == "running"
+    pid = coordinators.start(tmp_path, hold)
+    _wait(hold.with_suffix(".reached").exists)
+    os.kill(pid, how)
+    if how == signal.SIGTERM:
+        _wait(lambda: (found := status_of(tmp_path)) is not None and found.process.state == "ended")
     hold.unlink()
-    with _coordinator(tmp_path) as process:
-        _wait(lambda: read_record(study.record).state == "finished")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20.0) == 0
+    assert coordinators.wait(pid) == (-how if how == signal.SIGKILL else 0)
+    assert read_record(study.record).state == "running"
+    again = coordinators.start(tmp_path)
+    _wait(lambda: read_record(study.record).state == "finished")
+    os.kill(again, signal.SIGTERM)
+    assert coordinators.wait(again) == 0
     assert read_result(study.out).model_sha256 == on_one_machine
 
 

@@ -168,9 +168,7 @@ class Service:
         until = self._expiries.of(self._folder.kits / f"{name}.crt")
         if seen is None:
             return SiteStatus(name=name, state="never", certificate_until=until)
-        return SiteStatus(
-            name=name, state=seen.state, seen=seen.seen, waiting=seen.waiting, certificate_until=until
-        )
+        return SiteStatus(name=name, state=seen.state, seen=seen.seen, waiting=seen.waiting, certificate_until=until)
 
     def _listed(self) -> tuple[str, ...]:
         try:

@@ -47,7 +47,7 @@ def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
 
 _NO_ADAPTERS = NoAdapters()
 # Torch's generator is the process's: two models that are built at once would have each other's values.
-_DRAWING = threading.Lock()
+_DRAWING = threading.RLock()
 
 
 class ModelContext:

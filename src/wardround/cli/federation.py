@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import typer
 
-from wardround.cli import federation_kits
+from wardround.cli import federation_demo, federation_kits, federation_service
 
 federation_app = typer.Typer(help="Run a federation of hospitals: what its coordinator does.", no_args_is_help=True)
-federation_app.command("init")(federation_kits.init)
-federation_app.command("invite")(federation_kits.invite)
-federation_app.command("admit")(federation_kits.admit)
-federation_app.command("renew")(federation_kits.renew)
-federation_app.command("status")(federation_kits.status)
+
+for command in (
+    federation_kits.init,
+    federation_kits.invite,
+    federation_kits.admit,
+    federation_service.start,
+    federation_kits.status,
+    federation_kits.renew,
+    federation_demo.demo,
+):
+    federation_app.command()(command)

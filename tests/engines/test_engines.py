@@ -150,7 +150,7 @@ def test_workers_answer_every_message_once_and_survive_their_deaths(tmp_path: Pa
         threading.Timer(0.3, engine.close).start()
         with pytest.raises(Interrupted):
             list(engine.exchange([ask("A", "sleep"), ask("B")]))
-        # Asked nothing it says so too: who waits before another attempt sees it.
+        # Asked nothing, it says so too: a coordinator that waits before another attempt sees it.
         for messages in ([ask("A")], []):
             with pytest.raises(Interrupted):
                 list(engine.exchange(messages))

@@ -192,7 +192,7 @@ class Hub:
             return self._finish(asked, bare)
 
     def expire(self) -> None:
-        """Answer for the sites whose time is over. Exchanges do so while they wait."""
+        """Give an `error` reply in place of each site whose time is over. Exchanges call this while they wait."""
         with self._lock:
             now = self._clock()
             for asked in [asked for asked in self._requests.all() if asked.until <= now]:

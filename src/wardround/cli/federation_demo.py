@@ -26,5 +26,7 @@ def demo(
 
     if carrier not in ("https", "nvflare"):
         raise StudyError(f"--carrier {carrier}: take https or nvflare")
-    result = federation_demo(out, "nvflare" if carrier == "nvflare" else "https", say, overrides=overrides or [], page=page)
+    result = federation_demo(
+        out, "nvflare" if carrier == "nvflare" else "https", say, overrides=overrides or [], page=page
+    )
     summary(result)

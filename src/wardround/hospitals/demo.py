@@ -1,6 +1,6 @@
 """A federation to look at: three made-up hospitals and their coordinator on one machine, from the invitation to the end.
 
-The parties are processes with folders of their own and speak as they would across institutions: certificates on both
+The parties are processes with folders of their own and speak as across institutions: certificates on both
 sides, approvals that are signed, a secure sum.
 """
 
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+
+import yaml
 
 from wardround.errors import WardroundError
 from wardround.hospitals.coordinator_status import StudyStatus, read_status
 from wardround.hospitals.decisions import Decisions, Proposed
 from wardround.hospitals.federation import Carrier
-from wardround.hospitals.rehearsal import COORDINATOR, Rehearsal, rehearse
+from wardround.hospitals.rehearsal import Rehearsal, rehearse
 from wardround.hospitals.review import refuse_obstacles, review
 from wardround.hospitals.submission import submit
 from wardround.imaging.phantoms import DEMO_SITES
@@ -22,6 +25,7 @@ from wardround.results.files import read_result
 from wardround.results.schema import Result
 from wardround.runs.demo import Demo, demo_study
 from wardround.runs.watching import Phase
+from wardround.study.hashes import written
 from wardround.wire.files import write_text
 
 # Half of the patients test: one more than the 11 below which a site lets no result out.
@@ -44,10 +48,6 @@ def federation_demo(
     What happens is given to `say`, a line each. Raises `WardroundError` where a process ends, or `out` holds another
     federation already.
     """
-    import yaml
-
-    from wardround.study.hashes import written
-
     study, sites = demo_study(out / "data", overrides, demo=FEDERATION, phase=phase)
     write_text(out / STUDY, yaml.safe_dump(written(study), sort_keys=False))
     entries = {
@@ -69,7 +69,7 @@ def _study(federation: Rehearsal, out: Path, say: Callable[[str], None]) -> Resu
     say(f"The study {name} is submitted; the coordinator proposes it to each hospital.")
     for site, folder in federation.sites.items():
         decisions = Decisions(folder)
-        found = federation.wait_for(lambda d=decisions: _proposed(d), 120.0, f"a proposal to {site}")
+        found = federation.wait_for(partial(_proposed, decisions), 120.0, f"a proposal to {site}")
         seen = review(decisions, found)
         write_text(folder.root / REVIEW, seen.text + "\n")
         refuse_obstacles(seen)
@@ -88,7 +88,7 @@ def _study(federation: Rehearsal, out: Path, say: Callable[[str], None]) -> Resu
             say(f"{found.state}: round {key[1]} of {found.rounds}" if key[1] else found.state)
         if found.state in ("stopped", "refused", "withdrawn"):
             raise WardroundError(f"the study {name} is {found.state}: {found.reason}")
-        return found if found.state == "done" else None
+        return found if found.state == "finished" else None
 
     federation.wait_for(done, 1800.0, "the end of the study")
     return read_result(federation.coordinator.studies / name / "out")
@@ -103,6 +103,3 @@ def _status(federation: Rehearsal, name: str) -> StudyStatus | None:
         status = read_status(federation.coordinator.status)
         return None if status is None else status.study(name)
     return None
-
-
-__all__ = ["COORDINATOR", "FEDERATION", "federation_demo"]

@@ -4,4 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from wardround.cli.site_lint import lint
+
 site_app = typer.Typer(help="Take part in a federation: what a hospital does.", no_args_is_help=True)
+site_app.command()(lint)

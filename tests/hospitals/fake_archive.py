@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,8 +99,8 @@ class Fake:
 
 
 @contextmanager
-def serving(fake: Fake) -> Iterator[Fake]:
-    """The fake while it answers."""
+def serving(fake: Fake, context: ssl.SSLContext | None = None) -> Iterator[Fake]:
+    """The fake while it answers, by TLS with a `context`."""
     import json
 
     class Handler(BaseHTTPRequestHandler):
@@ -144,7 +145,9 @@ def serving(fake: Fake) -> Iterator[Fake]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    fake.address = f"http://127.0.0.1:{server.server_port}/dicom-web"
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    fake.address = f"http{'' if context is None else 's'}://127.0.0.1:{server.server_port}/dicom-web"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import ssl
 import stat
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 pytest.importorskip("dicomweb_client", reason="dicomweb-client is not installed (extra dicomweb)")
 
@@ -315,6 +323,41 @@ def test_a_login_comes_from_a_variable_or_a_file_of_the_users_own(
     with pytest.raises(StudyError, match="user:password") as raised:
         _fetch(fake, tmp_path, login="${PACS}")
     assert _names_none(_told(raised.value))
+
+
+def _certificate(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """A server's certificate for loopback, signed by its own key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "archive")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    authority = folder / "archive.crt"
+    authority.write_bytes(made.public_bytes(Encoding.PEM))
+    (folder / "archive.key").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority, folder / "archive.key")
+    return context, authority
+
+
+def test_an_archives_certificate_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_PAUSE", 1)
+    context, authority = _certificate(tmp_path)
+    with serving(Fake(images=series("PAT-1", "1.2.999.1")), context) as fake:
+        with pytest.raises(DataError, match=r"certificate is not trusted.*archive\.ca"):
+            _fetch(fake, tmp_path)
+        assert _fetch(fake, tmp_path, ca=authority).new == 1
 
 
 def test_dates_are_moved_by_as_many_days_for_all_of_a_patient(fake: Fake, tmp_path: Path) -> None:

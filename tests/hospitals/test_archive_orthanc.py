@@ -56,7 +56,7 @@ def test_patients_of_an_orthanc_are_fetched_and_read(tmp_path: Path, monkeypatch
             "url": f"{address}/dicom-web",
             "folder": "cache",
             "login": "${PACS}",
-            "query": {"StudyDate": "20200101-20201231", "PatientName": "MUELLER*"},
+            "query": {"StudyDate": "20200101-20201231", "PatientName": "MUELLER?ANNA*"},
             "series": {
                 "flair": {"Modality": "MR", "SeriesDescription": "*flair*"},
                 "t1ce": {"Modality": "MR", "SeriesDescription": "*t1 post"},

@@ -103,6 +103,14 @@ def test_what_stands_in_place_of_a_name_is_no_finding_once_identity_was_removed(
     assert _found(unsaid, tmp_path / "c.dcm")["DICOM: PatientName is filled"] is Level.REFUSE
 
 
+def test_a_true_name_in_a_file_that_claims_to_have_none_is_found(tmp_path: Path) -> None:
+    made = _clean(_image())
+    made.PatientName, made.PatientBirthDate = "MUELLER^ANNA", "19510423"
+    found = _found(made, tmp_path / "a.dcm")
+    assert set(found.values()) == {Level.WARN}
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("name", ["", "ANONYMOUS", "Anon^^", "XXXX", "removed", "N/A", "unknown"])
 def test_words_that_stand_for_nothing_name_nobody(tmp_path: Path, name: str) -> None:
     assert "DICOM: PatientName is filled" not in _found(_image(PatientName=name), tmp_path / "a.dcm")
@@ -365,6 +373,20 @@ def test_dates_are_moved_or_gone(value: str, moved: bool) -> None:
     after = _clean(made, Mapping(KEY, shift=True))
     assert bool(after.get("StudyDate")) == moved
     assert after.get("StudyDate") != value
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_dates_that_the_table_does_not_list_go_or_move(shift: bool) -> None:
+    made = _image()
+    tag = next(
+        tag
+        for tag, entry in sorted(pydicom.datadict.DicomDictionary.items())
+        if entry[0] == "DA" and tag not in BASIC_PROFILE and tag > 0x00080000
+    )
+    made.add_new(tag, "DA", "20200131")
+    after = _clean(made, Mapping(KEY, shift=shift))
+    assert (tag in after) == shift
+    assert not shift or after[tag].value < "20200131"
 
 
 def test_what_is_no_image_or_shows_text_is_not_cleaned() -> None:

@@ -21,6 +21,7 @@ from wardround.imaging.readers.dicom_file import guarded, path_of
 
 # UIDs of the standard itself, which stand for kinds of files and codes.
 _STANDARD = "1.2.840.10008."
+_DATES = frozenset({"DA", "DT", "TM"})
 _TEXTS = frozenset({"LT", "ST", "UT", "UC", "UR"})
 _SHORT = frozenset({"LO", "SH", "AE", *_TEXTS})
 _DUMMY = {"DA": "19000101", "TM": "000000", "DT": "19000101000000", "AS": "000Y", "DS": "0", "IS": "0"}
@@ -79,11 +80,10 @@ class Mapping:
 def cleaned(dataset: FileDataset, mapping: Mapping, issuer: str = "") -> bytes:
     """A DICOM file of this image without identifiers; the dataset is changed on the way.
 
-    `issuer` is who gave the patient the number, as the archive says, for the pseudonym.
-
     Attributes are removed, emptied or replaced as table E.1-1 says; private ones, curves, overlays, names of persons,
     unknown ones and long texts go whatever it says, and so does every text in which the patient's name or number
-    stands. UIDs are mapped, dates removed or moved. Pixels and their encoding stay. Raises DataError for a file that is
+    stands. UIDs are mapped, dates removed or moved. Pixels and their encoding stay. `issuer` is who gave the patient
+    the number, as the archive says, for the pseudonym. Raises DataError for a file that is
     no image, whose pixels show or may show text, or that cannot be read or written.
     """
     path = path_of(dataset)
@@ -135,7 +135,7 @@ class _Cleaner:
     def _keeps(self, element: DataElement) -> bool:
         """Whether an element stays, changed where it has to be."""
         action, vr = BASIC_PROFILE.get(int(element.tag)), element.VR
-        if vr in ("DA", "DT", "TM") and self.days is not None and int(element.tag) in MOVABLE:
+        if vr in _DATES and self.days is not None and int(element.tag) in MOVABLE:
             return self._moved(element, self.days)
         match action:
             case None:
@@ -161,6 +161,8 @@ class _Cleaner:
             return self._items(element)
         if vr == "UI":
             return self._map(element)
+        if vr in _DATES:
+            return self.days is not None and self._moved(element, self.days)
         if vr in ("PN", "UN") or vr in _TEXTS:
             return False
         return vr not in _SHORT or not self._names_the_patient(element)

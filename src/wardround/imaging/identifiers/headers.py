@@ -13,6 +13,7 @@ from pydicom.dataset import Dataset
 from wardround.errors import DataError
 from wardround.imaging.identifiers.findings import Finding, Level, words
 from wardround.imaging.identifiers.profile import BASIC_PROFILE, Action
+from wardround.imaging.identifiers.words import DATE, NAME, identifying
 from wardround.imaging.readers.dicom_file import guarded, open_dicom, text
 
 # Those that name a person by themselves, or a record in a hospital's books.
@@ -57,12 +58,15 @@ _OUT_OF_REACH = "a header cannot be read to its end, so it was not looked throug
 
 def look_at_dicom(path: Path) -> list[Finding]:
     """What is found in one file's header; its pixels are not read. A file that cannot be read is a finding."""
+    found: list[Finding] = []
     try:
         header = open_dicom(path, pixels=False)
         with guarded(_OUT_OF_REACH, path):
-            return list(_look(header))
+            for finding in _look(header):
+                found.append(finding)  # one by one: what comes before a broken element counts
     except DataError:
-        return [Finding(Level.WARN, f"DICOM: {_OUT_OF_REACH}")]
+        found.append(Finding(Level.WARN, f"DICOM: {_OUT_OF_REACH}"))
+    return found
 
 
 def _look(header: Dataset) -> Iterator[Finding]:
@@ -89,10 +93,12 @@ def _element(element: DataElement, marked: bool, moved: bool) -> Iterator[Findin
         return
     if (action is None and element.VR != "PN") or not _filled(element):
         return
-    # Where identifiers were replaced, what stands in their place cannot be told from a true one.
-    if marked and action not in (None, Action.X):
-        return
     name = keyword_for_tag(tag) or f"({tag.group:04X},{tag.element:04X})"
+    # Where identifiers were replaced, what stands in their place cannot be told from a true one but by its shape.
+    if marked and action not in (None, Action.X):
+        if name in _DIRECT and identifying(" ".join(_texts(element))) in (NAME, DATE):
+            yield Finding(Level.WARN, f"DICOM: {name} looks like a true one, though PatientIdentityRemoved is YES")
+        return
     if name in _DIRECT:
         yield Finding(Level.REFUSE, f"DICOM: {name} is filled")
     elif element.VR in _DATES:

@@ -7,13 +7,18 @@ import logging
 import os
 import ssl
 import stat
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -134,6 +139,52 @@ def test_a_cut_transfer_goes_on_with_what_is_missing(fake: Fake, tmp_path: Path)
     assert sum("/instances/" in path for path in fake.asked) == 2
     assert len(list(_patients(tmp_path)[0].rglob("*.dcm"))) == 4
     assert not list((tmp_path / "cache" / ".incoming").iterdir())
+
+
+def test_a_killed_fetch_leaves_whole_patients_and_goes_on(fake: Fake, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        fake.images += series(f"PAT-{number}", f"1.2.999.{number}")
+    sites = tmp_path / "sites.yaml"
+    archive = _archive(fake, tmp_path).model_dump(mode="json", exclude_defaults=True)
+    sites.write_text(yaml.safe_dump({"sites": {"A": {"archive": archive}}}))
+    command = [sys.executable, "-c", "from wardround.cli import main; main()", "site", "fetch", str(sites)]
+    held, reached = threading.Event(), threading.Event()
+    counted: list[str] = []
+
+    def hold(path: str, files: list[bytes]) -> list[bytes]:
+        counted.append(path)
+        if len(counted) == 2:
+            reached.set()
+            held.wait(60)
+        return files
+
+    fake.parts = hold
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        assert reached.wait(60)
+    finally:
+        process.kill()
+        process.communicate()
+        held.set()
+    (first,) = _patients(tmp_path)
+    assert len(list(first.rglob("*.dcm"))) == 3
+    assert len((tmp_path / "cache.keys" / TABLE).read_text().splitlines()) == 2
+
+    fetched = _fetch(fake, tmp_path)
+    assert (fetched.there, fetched.new) == (1, 2)
+    assert all(len(list(folder.rglob("*.dcm"))) == 3 for folder in _patients(tmp_path))
+    assert len((tmp_path / "cache.keys" / TABLE).read_text().splitlines()) == 4
+    assert not list(tmp_path.rglob("*.draft"))
+
+
+def test_a_disk_that_is_full_ends_the_fetch_in_one_error(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.images += series("PAT-1", "1.2.999.1")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1))
+    with pytest.raises(DataError, match="make room"):
+        _fetch(fake, tmp_path)
+    assert not _patients(tmp_path)
 
 
 def test_a_transfer_without_its_end_is_not_whole(fake: Fake, tmp_path: Path) -> None:

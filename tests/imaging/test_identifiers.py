@@ -225,6 +225,7 @@ def test_any_bytes_are_looked_at_as_nifti(tmp_path_factory: pytest.TempPathFacto
         ("Patient ID;Last Name;age", [Level.REFUSE, Level.WARN]),
         ("dob\temail", [Level.REFUSE, Level.REFUSE]),
         ("image,lesion,StudyDate", [Level.WARN]),
+        ("name,label", [Level.WARN]),
         ("", []),
         ('"', []),
     ],

@@ -30,7 +30,7 @@ _TEXTS = {
 _DICOM_NOTE = 2
 _NAMES = words(
     """
-    name names patientname patientsname lastname surname familyname firstname givenname forename
+    patientname patientsname lastname surname familyname firstname givenname forename
     fullname maidenname nachname vorname nom prenom apellido nombre
     """
 )
@@ -59,6 +59,8 @@ _DAYS = words(
 )
 _COLUMNS = (
     (_NAMES, Level.REFUSE, "persons' names"),
+    # It may be a file's.
+    (frozenset({"name", "names"}), Level.WARN, "names"),
     (_RECORDS, Level.WARN, "numbers of patients or records"),
     (_CONTACTS, Level.REFUSE, "addresses or telephone numbers"),
     (_BIRTHS, Level.REFUSE, "dates of birth"),

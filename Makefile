@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 LOG    := $(VENV)/install.log
-EXTRAS := demo,dev,privacy,compressed,seg,onnx
+EXTRAS := demo,dev,privacy,compressed,seg,onnx,dicomweb
 
 # Real images, where this machine has them. Empty or not set means none: no test that reads them runs then.
 WARDROUND_DATA ?= $(wildcard $(abspath ../shared/data))

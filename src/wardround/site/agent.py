@@ -168,7 +168,11 @@ class Agent:
         raise WireError(f"site {self.name} does not know messages of kind {header.kind[:_SHOWN]!r}")
 
     def facts(self) -> SiteFacts:
-        """What the site says of itself, as far as its rules let out."""
+        """What the site says of itself, as far as its rules let out.
+
+        Raises `DataError`, and says nothing, where its files tell who patients are and its rule refuses that.
+        """
+        self._datasets.check_identifiers(self.name)
         egress = self._egress
         patients = found = set_aside = None
         headers = HeaderFacts()

@@ -289,7 +289,6 @@ def _words(error: BaseException) -> str:
     """Why a connection broke."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    is_reason = isinstance(error, OSError) and not isinstance(error, ssl.SSLError)
-    return (
-        str(getattr(error, "strerror", None) or "it ended the connection") if is_reason else "it ended the connection"
-    )
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.strerror:
+        return error.strerror
+    return "it ended the connection"

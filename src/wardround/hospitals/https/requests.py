@@ -232,7 +232,7 @@ class Requests(BaseHTTPRequestHandler):
         return self._say(HTTPStatus.OK, json.dumps({"have": have}).encode())
 
     def _piece(self) -> None:
-        # What is left of a piece that is refused cannot be told from the next request.
+        # What is left of a piece that is refused would be read as the next request.
         self.close_connection = True
         upload = self._office.uploads.find(self._site, self.path.removeprefix(f"{REPLY}/"))
         if upload is None or not self._office.seats.is_asked(self._site, self._instance, upload.header.reply_to):

@@ -172,6 +172,10 @@ class CutLine:
             except OSError:
                 near.close()
                 continue
+            for each in (near, far):
+                # Little is under way when the line is cut.
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
             self._open |= {near, far}
             thread = threading.Thread(target=self._carry_both, args=(near, far), daemon=True)
             self._threads.append(thread)

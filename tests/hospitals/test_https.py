@@ -31,7 +31,7 @@ from wardround.wire.parts import Part
 from wardround.wire.tensors import TensorInfo
 
 MB = 1_000_000
-LARGE = 20 * MB
+LARGE, LONG = 20 * MB, 8 * MB
 
 
 @pytest.fixture(scope="module")
@@ -171,23 +171,23 @@ def test_progress_arrives_and_the_latest_counts(house: House) -> None:
 
 @pytest.mark.parametrize("way", ["down", "up"])
 def test_a_transfer_that_is_cut_goes_on_where_it_was(house: House, way: str) -> None:
-    body = os.urandom(LARGE)
+    body = os.urandom(LONG)
     with cut_line(house.port) as line:
         house.site(port=line.port)
-        line.cuts[way] = [5 * MB, 10 * MB, 15 * MB]
+        line.cuts[way] = [2 * MB, 4 * MB, 6 * MB]
         request = message("A", body)
         assert read(house.exchanged(request)[request.id]) == body
         assert line.cuts[way] == []
         # What was under way on the line when it was cut travels again, and little else.
-        assert LARGE < line.counts[way] < LARGE + 10 * MB
+        assert LONG < line.counts[way] < LONG + 3 * MB
         house.stop_site()
 
 
 def test_a_site_that_is_started_again_goes_on_with_a_body(house: House) -> None:
-    body = os.urandom(LARGE)
+    body = os.urandom(LONG)
     with cut_line(house.port) as line:
         cut = threading.Event()
-        line.cuts["down"] = [10 * MB]
+        line.cuts["down"] = [4 * MB]
         line.cut_now = cut.set
         house.site(port=line.port)
         request = message("A", body)
@@ -196,15 +196,15 @@ def test_a_site_that_is_started_again_goes_on_with_a_body(house: House) -> None:
         house.stop_site()
         house.site(port=line.port, instance="another")
         assert read(house.desk.replies.get(timeout=SECONDS)) == body
-        assert line.counts["down"] < LARGE + 8 * MB
+        assert line.counts["down"] < LONG + 3 * MB
         house.stop_site()
 
 
 def test_a_coordinator_that_is_started_again_goes_on_with_a_reply(house: House) -> None:
-    body = os.urandom(LARGE)
+    body = os.urandom(LONG)
     with cut_line(house.port) as line:
         cut = threading.Event()
-        line.cuts["up"] = [10 * MB]
+        line.cuts["up"] = [4 * MB]
         line.cut_now = cut.set
         courier = house.site(port=line.port)
         request = message("A", body)
@@ -214,7 +214,7 @@ def test_a_coordinator_that_is_started_again_goes_on_with_a_reply(house: House) 
         until(lambda: courier.state.startswith("not connected: the coordinator cannot be reached"))
         house.serve()
         assert read(house.desk.replies.get(timeout=SECONDS)) == body
-        assert line.counts["up"] < LARGE + 8 * MB
+        assert line.counts["up"] < LONG + 3 * MB
         until(lambda: courier.state == "connected")
         house.stop_site()
 
@@ -490,6 +490,18 @@ def test_a_body_with_other_bytes_than_its_header_says_is_not_handled(house: Hous
     until(lambda: "other bytes than its header says" in courier.state)
     assert seen == []
     house.exchanged(message("A", b"next"))
+    until(lambda: courier.state == "connected")
+
+
+def test_a_reply_whose_file_is_gone_is_said(house: House, tmp_path: Path) -> None:
+    def handle(request: Message, progress: Callable[[Header], None]) -> Message:
+        reply = answer(request.header, bytes(MB))
+        return Message(reply.header, FileBody(tmp_path / "gone", MB)) if request.body.nbytes else reply
+
+    courier = house.site(handle=handle)
+    house.desk.ask(message("A", b"12345"))
+    until(lambda: "the file of a reply cannot be read (FileNotFoundError)" in courier.state)
+    house.exchanged(message("A"))
     until(lambda: courier.state == "connected")
 
 

@@ -25,7 +25,7 @@ from wardround.protection.identity import Identity
 from wardround.wire.message import Header, HeldBody, Message
 
 KEYS = {site: Identity.generate() for site in "ABC"}
-LARGE = 20_000_000
+LARGE = 8_000_000
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_a_coordinator_that_is_killed_gets_the_rest_of_a_reply(kits: Path, tmp_p
                 first.wait()
                 killed.set()
 
-            line.cuts["up"] = [10_000_000]
+            line.cuts["up"] = [4_000_000]
             line.cut_now = kill
             try:
                 with site(kits, tmp_path, line.port, "A", handle) as courier:
@@ -162,5 +162,5 @@ def test_a_coordinator_that_is_killed_gets_the_rest_of_a_reply(kits: Path, tmp_p
                     assert courier.state != "stopped"
             finally:
                 first.kill()
-        assert line.counts["up"] < LARGE + 8_000_000
+        assert line.counts["up"] < LARGE + 3_000_000
     assert set(count) == {message("A").id}

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from wardround.errors import Rejected, WardroundError, WireError
-from wardround.hospitals.certificates import handshake_reason
+from wardround.hospitals.certificates import CertificateError, handshake_reason
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import SiteFolder
 from wardround.hospitals.https.link import Backoff, Elsewhere, Later, Line, Link, NotAsked, Refused
 from wardround.hospitals.https.partial import NoSpace
 from wardround.hospitals.https.protocol import HELLO, NEXT, PROGRESS, WAIT, header_sha256
 from wardround.hospitals.https.transfers import Downloads, Sending
-from wardround.wire.files import reason
 from wardround.wire.message import EMPTY, Body, FileBody, Header, Message
 
 log = logging.getLogger(__name__)
@@ -36,6 +35,7 @@ _SLOW = 10.0
 #: How often a body with wrong bytes is fetched anew.
 _WRONG = 3
 _BROKEN = (OSError, http.client.HTTPException)
+_ENDED = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 
 
 class _Stopped(Exception):
@@ -116,6 +116,9 @@ class Courier:
                     status, data = line.ask("GET", NEXT)
                     if status == http.client.OK:
                         self._arrived(data)
+        except _ENDED as error:
+            self._connection = f"not connected: the coordinator cannot be reached ({_words(error)})"
+            return self._unreached.seconds()
         except ssl.SSLError as error:
             self._connection = f"not connected: {handshake_reason(error)}"
             return _LATER
@@ -220,7 +223,7 @@ class Courier:
                     done = transfer.go_on(line)
                 self._trouble = ""
                 return done
-            except (Rejected, Later, NoSpace) as error:
+            except (Rejected, Later, NoSpace, CertificateError) as error:
                 # Before the wire's errors, of which the first is one: it is another process's turn.
                 self._in_trouble(str(error))
                 pause = _LATER
@@ -283,4 +286,9 @@ class _Progress:
 
 
 def _words(error: BaseException) -> str:
-    return reason(error) if isinstance(error, OSError) else type(error).__name__
+    """Why a connection broke."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.strerror:
+        return error.strerror
+    return "it ended the connection"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from wardround.hospitals.https.sockets import end_connection, keep_alive
 from wardround.wire.message import CHUNK, MAX_HEADER
 
 #: Seconds in which a connection is made.
-_CONNECT = 20.0
+_CONNECT = 10.0
 #: Seconds for which an unused connection is kept; the coordinator keeps it for `SILENCE`.
 _UNUSED = 20.0
 _MOST_UNUSED = 4
@@ -106,10 +107,16 @@ class Line:
         """Give it up when nothing comes for so long."""
         self._connection.sock.settimeout(seconds)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the coordinator did not end it with its last answer."""
+        return self._connection.sock is not None
+
     def close(self) -> None:
         """End it, also while another thread waits for an answer."""
-        if self._connection.sock is not None:
-            end_connection(self._connection.sock)
+        connection: socket.socket | None = self._connection.sock
+        if connection is not None:
+            end_connection(connection)
 
     def let_go(self) -> None:
         """Close it, in the thread that used it."""
@@ -161,7 +168,7 @@ class Link:
             self._let_go(line)
             raise
         with self._lock:
-            keep = not self._closed and len(self._unused) < _MOST_UNUSED
+            keep = line.is_open and not self._closed and len(self._unused) < _MOST_UNUSED
             if keep:
                 self._unused.append(line)
         if not keep:
@@ -195,6 +202,8 @@ class Link:
         connection = http.client.HTTPSConnection(host, port, timeout=_CONNECT, context=context)
         try:
             connection.connect()
+            # One that the coordinator ended is not made again behind the back of `close`.
+            connection.auto_open = 0
             connection.sock.settimeout(SILENCE)
             keep_alive(connection.sock)
             line = Line(connection, self._instance)

@@ -9,21 +9,22 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from wardround.errors import WardroundError
+from wardround.errors import WardroundError, WireError
 from wardround.hospitals.https.protocol import FORGOTTEN, RESERVE
+from wardround.wire.files import reason
 from wardround.wire.message import FileBody
 
 PARTIAL, WHOLE = ".part", ".body"
 
 
 class NoSpace(WardroundError):
-    """The disk has no room for a body."""
+    """The disk does not take a body: there is no room, or something else is wrong with it."""
 
 
 class Partial:
     """A file that grows until it has `nbytes`: what an earlier process got of it counts. One thread at a time.
 
-    `sha256` is that of the bytes that are there.
+    `sha256` is that of the bytes that are there. Raises `NoSpace` where the file cannot be made or read.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
@@ -31,13 +32,16 @@ class Partial:
         self.nbytes = nbytes
         self.have = 0
         self._hash = hashlib.sha256()
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise _disk_error(error) from error
         self._file = os.fdopen(handle, "r+b", buffering=0)
         try:
             self._take_over()
-        except BaseException:
+        except (OSError, WireError) as error:
             self._file.close()
-            raise
+            raise _disk_error(error) from error
 
     def _take_over(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
@@ -60,16 +64,16 @@ class Partial:
         return self.have == self.nbytes
 
     def write(self, chunk: bytes | memoryview) -> None:
-        """Add bytes at the end; raises `OSError` where the disk is full, with nothing added to what counts."""
+        """Add bytes at the end; raises `NoSpace`, and nothing was added then."""
         written = 0
         view = memoryview(chunk)
         try:
             while written < len(view):
                 written += self._file.write(view[written:])
-        except OSError:
+        except OSError as error:
             self._file.truncate(self.have)
             self._file.seek(self.have)
-            raise
+            raise _disk_error(error) from error
         self._hash.update(view)
         self.have += len(view)
 
@@ -104,6 +108,11 @@ def check_space(folder: Path, nbytes: int) -> None:
             f"a body of {nbytes / 1e6:.0f} MB does not fit on the disk, which has {free / 1e6:.0f} MB left; make room: "
             "the transfer goes on by itself"
         )
+
+
+def _disk_error(error: OSError | WireError) -> NoSpace:
+    why = reason(error) if isinstance(error, OSError) else "a file changed while it was read"
+    return NoSpace(f"the disk does not take a body ({why}); look at its folder: the transfer goes on by itself")
 
 
 def tidy(folder: Path) -> None:

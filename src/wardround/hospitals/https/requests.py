@@ -7,6 +7,7 @@ import logging
 import re
 import select
 import ssl
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -22,7 +23,6 @@ from wardround.hospitals.https.protocol import BODY, HELLO, INSTANCE, LONGEST_TE
 from wardround.hospitals.https.seats import Seats
 from wardround.hospitals.https.uploads import Upload, Uploads
 from wardround.hospitals.hub import Hub
-from wardround.wire.files import reason
 from wardround.wire.message import CHUNK, MAX_HEADER, Header, Message
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Office:
         self.seats = seats
         self.uploads = uploads
         self.largest_nbytes = largest_nbytes
-        self.closing = False
+        self.ending = threading.Event()
 
 
 class _Refused(Exception):
@@ -102,7 +102,7 @@ class Requests(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *values: object) -> None:
         """What `http.server` has to say goes to the log, for those who look for a fault."""
-        log.debug("site %s: " + format, self._site, *values)
+        log.debug("site %s: %r", self._site, format % values)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -164,14 +164,17 @@ class Requests(BaseHTTPRequestHandler):
     def _taken(self) -> Message | None:
         """The next message; nothing after a while, or once the site went away."""
         until = time.monotonic() + WAIT
-        while not self._office.closing and (left := until - time.monotonic()) > 0.0:
+        while not self._office.ending.is_set() and (left := until - time.monotonic()) > 0.0:
             message = self._office.hub.take(self._site, self._instance, min(left, _PIECE))
             if message is not None:
                 return message
+            if until - time.monotonic() > left - _PIECE / 2:
+                # A hub that was closed does not wait.
+                self._office.ending.wait(_PIECE)
             # A site says nothing while it waits: what can be read is the end of the connection.
             if self._readable():
                 break
-        self.close_connection = self._office.closing
+        self.close_connection = self._office.ending.is_set()
         return None
 
     def _readable(self) -> bool:
@@ -229,7 +232,7 @@ class Requests(BaseHTTPRequestHandler):
         return self._say(HTTPStatus.OK, json.dumps({"have": have}).encode())
 
     def _piece(self) -> None:
-        # What is left of a piece that is refused cannot be told from the next request.
+        # What is left of a piece that is refused would be read as the next request.
         self.close_connection = True
         upload = self._office.uploads.find(self._site, self.path.removeprefix(f"{REPLY}/"))
         if upload is None or not self._office.seats.is_asked(self._site, self._instance, upload.header.reply_to):
@@ -251,10 +254,7 @@ class Requests(BaseHTTPRequestHandler):
             read = cast("BufferedReader", self.rfile).readinto1(buffer[: min(left, len(buffer))])
             if not read:
                 raise ConnectionResetError("cut off")
-            try:
-                partial.write(buffer[:read])
-            except OSError as error:
-                raise NoSpace(f"a body could not be written ({reason(error)})") from error
+            partial.write(buffer[:read])
             left -= read
             self._is_heard()
 

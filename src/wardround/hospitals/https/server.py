@@ -65,7 +65,7 @@ class HttpsCarrier:
 
     def close(self) -> None:
         """End all connections; sites come back once something listens again, and transfers go on where they were."""
-        self._office.closing = True
+        self._office.ending.set()
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -159,7 +159,7 @@ class _Server(ThreadingHTTPServer):
         seats = self._office.seats
         seats.opened(peer.site, connection)
         try:
-            if not self._office.closing:
+            if not self._office.ending.is_set():
                 Requests(connection, address, self, self._office, peer)
         finally:
             seats.closed(peer.site, connection)

@@ -21,14 +21,15 @@ class Download:
 
     def __init__(self, header: Header, path: Path, folder: Path) -> None:
         self._header = header
+        self._path = path
         self._folder = folder
         self._name = header_sha256(header)
-        self._partial = Partial(path, header.sent_nbytes)
+        self._partial: Partial | None = None
 
     @property
     def moved(self) -> int:
         """Bytes that are there."""
-        return self._partial.have
+        return self._partial.have if self._partial is not None else 0
 
     def go_on(self, line: Line) -> FileBody:
         """Get what is missing; the whole body.
@@ -36,6 +37,8 @@ class Download:
         Raises what `Line.receive` does, `NoSpace`, and `WireError` where the bytes are not those of the header: they
         are forgotten then.
         """
+        if self._partial is None:
+            self._partial = Partial(self._path, self._header.sent_nbytes)
         partial = self._partial
         check_space(self._folder, partial.nbytes - partial.have)
         while not partial.whole:
@@ -51,7 +54,8 @@ class Download:
 
     def close(self) -> None:
         """Let go of the file; what is there of it is kept."""
-        self._partial.close()
+        if self._partial is not None:
+            self._partial.close()
 
 
 class Downloads:
@@ -110,10 +114,11 @@ def _have(data: bytes, total: int) -> int:
 
 
 def _piece(reply: Message, begin: int, nbytes: int) -> Iterator[memoryview]:
-    for chunk in reply.body.chunks(begin):
-        piece = chunk[:nbytes]
+    chunks = reply.body.chunks(begin)
+    while nbytes:
+        try:
+            piece = next(chunks)[:nbytes]
+        except (OSError, StopIteration) as error:
+            raise WireError(f"the file of a reply cannot be read ({type(error).__name__})") from error
         yield piece
         nbytes -= len(piece)
-        if not nbytes:
-            return
-    raise WireError("a body ends before its length")

@@ -22,6 +22,7 @@ from wardround.deidentify import describe_error
 from wardround.errors import Rejected, WardroundError
 from wardround.federation.facts import meta_of
 from wardround.federation.refusals import refusal
+from wardround.hospitals.approval import installed_code
 from wardround.hospitals.decisions import Decisions, NotApproved, Proposed, Stopped
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import SiteFolder
@@ -158,6 +159,9 @@ class Resident:
 
     def _spec(self, found: Proposed) -> Path:
         """Write what the worker of a study is given: this one study, and the site's own entry."""
+        # What it will import is what was approved.
+        installed_code(found.study, anew=True)
+        self.decisions.approved(found.sha256)
         sites = load_sites(self.folder.site)
         agreed = AgreedStudy(found.study, found.folder.own, found.proposal.compare, found.proposal.plan_sha256)
         spec = spec_of(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
 from wardround.study.sites import load_sites
 from wardround.wire.canonical import digest
-from wardround.wire.message import Header, Message
+from wardround.wire.message import Header, HeldBody, Message
 
 STUDY = toy_study(schedule={"rounds": 2})
 
@@ -200,6 +201,15 @@ def test_a_decision_on_disk_is_only_the_sites_own(consortium: Consortium) -> Non
     proposal = file.with_name("proposal.json")
     proposal.write_bytes((consortium.of("A").studies / study_sha256(other) / "proposal.json").read_bytes())
     assert "another study" in reason(each.handle(facts_of(STUDY)))
+    assert made == []
+
+
+def test_a_body_that_no_worker_could_read_is_refused(consortium: Consortium) -> None:
+    each, made = gated(consortium)
+    approved(consortium, each)
+    header = replace(facts_of(STUDY).header, body_nbytes=3, body_sha256="0" * 64)
+    assert "in a file" in reason(each.handle(Message(header, HeldBody(b"abc"))))
+    assert "at most" in reason(each.handle(Message(replace(header, body_nbytes=1 << 40), HeldBody(b"abc"))))
     assert made == []
 
 

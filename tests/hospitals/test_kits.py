@@ -20,6 +20,7 @@ from wardround.hospitals import kits
 from wardround.hospitals.certificates import check_certificates, issue, read_certificate
 from wardround.hospitals.federation import load_federation
 from wardround.hospitals.folders import CoordinatorFolder
+from wardround.hospitals.joining import join
 from wardround.hospitals.keys import fingerprint, read_key
 from wardround.hospitals.kit_archive import read_kit
 from wardround.hospitals.kits import admit, checked_name, init, invite
@@ -134,6 +135,9 @@ def test_kits_hold_what_nvflares_provisioning_makes(tmp_path: Path, monkeypatch:
         (kit / "startup").mkdir(parents=True)
         (kit / "startup" / "fed_client.json").write_text("{}")
         (kit / "readme.txt").write_text("hello")
+        issue(authority, kit / "made", site or "coordinator", days=90)
+        (kit / "made" / "own.crt").rename(kit / "startup" / ("client.crt" if site else "server.crt"))
+        shutil.rmtree(kit / "made")
         return kit
 
     monkeypatch.setattr(kits, "find_spec", lambda name: SimpleNamespace())
@@ -143,8 +147,31 @@ def test_kits_hold_what_nvflares_provisioning_makes(tmp_path: Path, monkeypatch:
     assert asked == [None, "Alpha"]
     assert kit.files["nvflare/startup/fed_client.json"] == b"{}"
     assert kit.files["nvflare/readme.txt"] == b"hello"
+    # What ends first is what is said, of the site and of the coordinator.
+    assert kit.files["nvflare/startup/client.crt"] == (tmp_path / "fed" / "kits" / "Alpha.crt").read_bytes()
+    notices = overview(tmp_path / "fed", datetime.now(UTC) + timedelta(days=80)).notices
+    assert [notice.text.partition(":")[0] for notice in notices] == ["Alpha", "coordinator"]
+    assert not (tmp_path / "fed" / "nvflare" / "Alpha").exists()
     with pytest.raises(WardroundError, match="NVFlare takes names"):
         invite(tmp_path / "fed", "Ärzte")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_site_joins_with_what_nvflare_itself_makes(tmp_path: Path) -> None:
+    pytest.importorskip("nvflare", reason="NVFlare is not installed")
+    pytest.importorskip("wardround.hospitals.nvflare.provision")
+    fed = tmp_path / "fed"
+    init(fed, FEDERATION.model_copy(update={"carrier": "nvflare"}))
+    joined = join(invite(fed, "Alpha").kit, tmp_path / "site")
+    startup = joined.folder.nvflare / "startup"
+    assert read_certificate(startup / "client.crt").name == "Alpha"
+    assert (startup / "rootCA.pem").read_bytes() == (fed / "root" / "ca.crt").read_bytes()
+    # No second copy of the site's key stays at the coordinator.
+    key = (startup / "client.key").read_bytes()
+    assert not any(key in data for name, data in tree(fed).items() if not name.endswith(".zip"))
+    before = tree(joined.folder.root)
+    assert join(invite(fed, "Alpha").kit, tmp_path / "site").renewed
+    assert tree(joined.folder.root)["nvflare/startup/client.key"] != before["nvflare/startup/client.key"]
 
 
 def test_a_kit_holds_the_sites_certificate_and_no_key_of_the_root(fed: Path, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def test_a_unit_gives_no_rights_and_one_folder(tmp_path: Path) -> None:
             assert line in lines
         assert service.install in service.text
     coordinator, site = _both(tmp_path)
-    assert f"InaccessiblePaths=-{tmp_path / 'root'}" in coordinator.text
+    for name in ("root", "kits"):
+        assert f"InaccessiblePaths=-{tmp_path / name}\n" in coordinator.text
     assert "InaccessiblePaths" not in site.text
     assert f"-m wardround federation start {tmp_path}" in coordinator.text
     assert f"-m wardround site start {tmp_path}" in site.text

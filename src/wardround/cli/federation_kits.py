@@ -70,7 +70,8 @@ def invite(
     _, federation = kits.opened(folder)
     until = f"until {made.certificate.not_after:%Y-%m-%d}"
     say(f"{'Renewed kit' if made.renewed else 'Kit'} of {made.site}, {until}: {made.kit}")
-    say("It holds a private key for the connection: hand it over on a way that others cannot read, and not twice.")
+    say("It holds a private key for the connection: hand it over on a way that others cannot read, and delete it here")
+    say("once the hospital has joined.")
     if made.renewed:
         say(
             f"The hospital runs `wardround site join {made.kit.name} --folder FOLDER` with the folder that it has. Its "
@@ -107,11 +108,11 @@ def admit(
 
 
 def renew(folder: FederationFolder, root: RootOption = None, days: DaysOption = 365) -> None:
-    """Renew the coordinator's own certificate, for the host that federation.yaml names; then restart the service."""
+    """Renew the coordinator's own certificates, for the host that federation.yaml names. Stop its service before."""
     from wardround.hospitals import kits
 
     made = kits.renew(folder, root, days=days)
-    say(f"The coordinator's certificate now holds until {made.not_after:%Y-%m-%d}. Restart its service.")
+    say(f"The coordinator's certificate now holds until {made.not_after:%Y-%m-%d}. Start its service again.")
 
 
 def status(folder: FederationFolder) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from wardround.cli import site_agent
+from wardround.cli import site_agent, site_joining
 
 site_app = typer.Typer(help="Take part in a federation: what a hospital does.", no_args_is_help=True)
 
 for command in (
+    site_joining.join,
+    site_joining.doctor,
     site_agent.start,
     site_agent.stop,
     site_agent.resume,

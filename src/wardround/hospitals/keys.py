@@ -59,7 +59,7 @@ def read_key(path: Path) -> Identity:
 
 
 def open_to_others(path: Path) -> bool:
-    """Whether somebody besides a file's owner may read or write it."""
+    """Whether users besides a file's owner may read or write it."""
     return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
 
 

@@ -34,6 +34,7 @@ from wardround.wire.files import written
 
 #: The name in the coordinator's certificate; no site can have it.
 COORDINATOR = "coordinator"
+NVFLARE_CLIENT = "startup/client.crt"
 ROOT_KEY, AUTHORITY_CERTIFICATE, AUTHORITY_KEY = "root.key", "ca.crt", "ca.key"
 # NVFlare's form of a client's name.
 _PLAIN = re.compile(r"[A-Za-z0-9_-]+")
@@ -107,13 +108,18 @@ def invite(root: Path, site: str, authority: Path | None = None, *, days: int = 
         files = {name: (Path(scratch) / Path(name).name).read_bytes() for name in CERTIFICATES}
         files[FEDERATION] = folder.federation.read_bytes()
         files[README] = _readme(federation, site).encode()
+        ends = [Path(scratch) / "own.crt"]
         if federation.carrier == "nvflare":
-            files |= _nvflare_files(_provision()(folder, federation, keys, site))
+            made = _provision()(folder, federation, keys, site)
+            files |= _nvflare_files(made)
+            # The private key in it is in the kit now, and in no second place.
+            ends.append(made.rename(Path(scratch) / "nvflare") / NVFLARE_CLIENT)
         kit = folder.kits / f"{site}.zip"
         write_kit(kit, federation.name, site, int(time.time()), files, identity)
-        certificate = read_certificate(Path(scratch) / "own.crt")
+        first = first_to_end(ends)
+        certificate = read_certificate(first)
         with written(certificate_path(folder, site), durable=True) as file:
-            file.write(files["certificates/own.crt"])
+            file.write(first.read_bytes())
     return Invitation(site, kit, certificate, renewed)
 
 
@@ -148,7 +154,18 @@ def renew(root: Path, authority: Path | None = None, *, days: int = 365) -> Cert
     issue(keys, folder.certificates, COORDINATOR, host=federation.host, days=days)
     if federation.carrier == "nvflare":
         _provision()(folder, federation, keys, None)
-    return read_certificate(folder.certificates / "own.crt")
+    return read_certificate(first_to_end(coordinators(folder)))
+
+
+def coordinators(folder: CoordinatorFolder) -> list[Path]:
+    """The certificates by which the coordinator is known: its own, and those of NVFlare's server and administrator."""
+    of_nvflare = (folder.nvflare / "server/startup/server.crt", folder.nvflare / "admin/startup/client.crt")
+    return [folder.certificates / "own.crt", *(path for path in of_nvflare if path.is_file())]
+
+
+def first_to_end(certificates: list[Path]) -> Path:
+    """Of some certificates the one that ends first. Raises `CertificateError` where one cannot be read."""
+    return min(certificates, key=lambda path: read_certificate(path).not_after)
 
 
 def opened(root: Path) -> tuple[CoordinatorFolder, Federation]:
@@ -174,7 +191,7 @@ def invited(folder: CoordinatorFolder) -> tuple[str, ...]:
 
 
 def certificate_path(folder: CoordinatorFolder, site: str) -> Path:
-    """The copy of a site's certificate that stays at the coordinator; it holds no private key."""
+    """The copy of a site's certificate (of several, the one that ends first) that stays here, without its key."""
     return folder.kits / f"{site}.crt"
 
 

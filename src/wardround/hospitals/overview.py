@@ -14,10 +14,10 @@ from wardround.hospitals.certificates import read_certificate
 from wardround.hospitals.expiry import days_left, urgency, warning
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import CoordinatorFolder
-from wardround.hospitals.kits import certificate_path, invited, opened, roster_of
+from wardround.hospitals.kits import certificate_path, coordinators, first_to_end, invited, opened, roster_of
 from wardround.hospitals.roster import SignedRoster
 
-# A service that wrote nothing for so many seconds is not running.
+# Seconds after which a service that wrote nothing is taken to be off.
 _SILENT = 60.0
 _LARGEST = 16 << 20
 _STATES = {
@@ -41,7 +41,7 @@ class SiteLine:
 
 @dataclass(frozen=True)
 class Notice:
-    """What needs somebody to act; `urgent` within days, or because something stands still."""
+    """What the coordinator has to act on; `urgent`: within days, or because something stands still."""
 
     text: str
     urgent: bool
@@ -102,7 +102,7 @@ def _line(
 
 
 def _coordinator(folder: CoordinatorFolder, root: Path, now: datetime, notices: list[Notice]) -> None:
-    found = read_certificate(folder.certificates / "own.crt")
+    found = read_certificate(first_to_end(coordinators(folder)))
     if said := warning(found, now):
         text = f"coordinator: {said.removesuffix(': renew it')}; run `wardround federation renew {root}`"
         notices.append(Notice(text, urgency(found, now) != "soon"))

@@ -17,6 +17,7 @@ from wardround.wire.files import write_text
 
 _TEXT = """\
 # Made by Wardround. Install: {install}
+# Whatever ends the process, it starts again, but for: sudo systemctl stop {name}
 [Unit]
 Description={description}
 Documentation=https://systemd.io man:systemd.exec(5)
@@ -87,7 +88,7 @@ class Service:
 
 
 def coordinator_service(folder: Path, federation: str, user: str | None = None) -> Service:
-    """The unit of a federation's coordinator; the root's private keys are hidden from it."""
+    """The unit of a federation's coordinator; the private keys of the root and in kits are hidden from it."""
     return _service("federation", folder, f"Wardround: coordinator of {federation}", federation, user, coordinator=True)
 
 
@@ -106,9 +107,11 @@ def _service(
     owner = user or _user()
     if owner != _maker():
         install = f"sudo useradd --system {owner}; sudo chown -R {owner} {shlex.quote(str(place))} && {install}"
-    hidden = f"InaccessiblePaths=-{_path(place / 'root')}\n" if coordinator else ""
+    private = [_path(place / name) for name in ("root", "kits")] if coordinator else []
+    hidden = "".join(f"InaccessiblePaths=-{path}\n" for path in private)
     text = _TEXT.format(
         install=install,
+        name=name,
         description=_specified(description),
         user=owner,
         command=" ".join(_argument(part) for part in (sys.executable, "-m", "wardround", group, "start", str(place))),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.hospitals import waiting
 from tests.hospitals.joined import Consortium, resident, serving, wait_for
 from tests.toys import toy_sites, toy_study
 from wardround.engines.frames import PROGRESS, SharedBodies
-from wardround.errors import JournalError, WardroundError
+from wardround.errors import JournalError, StudyError, WardroundError
 from wardround.federation.exchange import ERROR
 from wardround.federation.facts import FACTS, PLAN, SiteFacts, parsed
 from wardround.hospitals import agent, approval, decisions
@@ -33,12 +34,15 @@ from wardround.results.schema import Result
 from wardround.runs.conduct import coordinate
 from wardround.runs.session import run
 from wardround.site.agent import enrolled
+from wardround.site.agreed import AgreedStudy, spec_of
+from wardround.site.process import agent_finder
 from wardround.storage.store import SiteStore
 from wardround.study.hashes import study_sha256
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Study
+from wardround.study.sites import load_sites
 from wardround.wire.canonical import digest
-from wardround.wire.message import Header, Message
+from wardround.wire.message import Header, HeldBody, Message
 
 STUDY = toy_study(schedule={"rounds": 2})
 
@@ -197,6 +201,15 @@ def test_a_decision_on_disk_is_only_the_sites_own(consortium: Consortium) -> Non
     proposal = file.with_name("proposal.json")
     proposal.write_bytes((consortium.of("A").studies / study_sha256(other) / "proposal.json").read_bytes())
     assert "another study" in reason(each.handle(facts_of(STUDY)))
+    assert made == []
+
+
+def test_a_body_that_no_worker_could_read_is_refused(consortium: Consortium) -> None:
+    each, made = gated(consortium)
+    approved(consortium, each)
+    header = replace(facts_of(STUDY).header, body_nbytes=3, body_sha256="0" * 64)
+    assert "in a file" in reason(each.handle(Message(header, HeldBody(b"abc"))))
+    assert "at most" in reason(each.handle(Message(replace(header, body_nbytes=1 << 40), HeldBody(b"abc"))))
     assert made == []
 
 
@@ -430,6 +443,34 @@ def test_the_resident_process_imports_no_torch() -> None:
     rooms = "wardround.cli, wardround.hospitals.agent, wardround.hospitals.control"
     code = f"import sys, {rooms}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"package": "0.0.1"}, "is installed now"),
+        ({"plan_sha256": "1" * 64}, "other defaults"),
+        ({"identity": None}, "key cannot be read"),
+    ],
+)
+def test_a_worker_says_why_it_cannot_begin_and_begins_once_it_can(
+    consortium: Consortium, change: dict[str, Any], said: str
+) -> None:
+    folder = consortium.of("A")
+    plan = ArmSpecs(STUDY, (), None, Plugins({}, True)).plan_sha256
+    study = AgreedStudy(STUDY, folder.root / "own", (), str(change.get("plan_sha256", plan)))
+    sites = load_sites(folder.site).with_code()
+    spec = spec_of("A", sites, None, [study], identity=folder.identity, package=change.get("package"), floor=1)
+    away = folder.identity.with_suffix(".away")
+    if "identity" in change:
+        folder.identity.rename(away)
+    find = agent_finder(json.loads(json.dumps(spec)))
+    with pytest.raises(StudyError, match=said):
+        find(facts_of(STUDY).header)
+    if "identity" in change:
+        away.rename(folder.identity)
+        reply = find(facts_of(STUDY).header).handle(facts_of(STUDY))
+        assert parsed(SiteFacts, reply.header.meta).public_key == consortium.keys["A"].hex()
 
 
 def test_a_store_that_was_made_with_another_key_is_an_error(tmp_path: Path) -> None:

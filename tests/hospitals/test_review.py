@@ -63,6 +63,7 @@ def test_a_review_says_what_runs_on_whom_and_what_leaves(consortium: Consortium)
         "could read this hospital's",
         "make_task (task), not installed here",
         "drawn from the study's seed",
+        "device cpu, threads on the CPU: 1",
         study_sha256(study),
     ):
         assert words in text, words
@@ -141,8 +142,11 @@ def test_a_hospital_reviews_then_approves_then_refuses(consortium: Consortium) -
     assert "approved" in told("site", "status", folder)
     assert "Refused" in told("site", "refuse", "small", "--reason", "no time", "--folder", folder)
     assert each.decisions.standing(sha256).reason == "no time"
+    text = told("site", "refuse", "small", "--reason", "see /data/DOE^JANE 19600101", "--folder", folder)
+    assert "It reads of your reason: see [path]" in text
+    assert "DOE" not in each.decisions.standing(sha256).reason
     kept = (consortium.of("A").studies / sha256 / "decisions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["state"] for line in kept] == ["approved", "refused"]
+    assert [json.loads(line)["state"] for line in kept] == ["approved", "refused", "refused"]
     assert "no folder of a site" in told("site", "status", str(consortium.folder / "B" / "data"), code=2)
 
 

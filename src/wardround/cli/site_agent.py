@@ -159,8 +159,10 @@ def refuse(
         raise WardroundError("--reason: at most 500 characters")
     decisions = _decisions(_site(folder))
     found = decisions.find(study)
-    decisions.decide(found, "refused", reason)
+    decision = decisions.decide(found, "refused", reason)
     say(f"Refused {found.study.name} ({found.sha256[:12]}); the coordinator hears it when it asks")
+    if decision.reason != reason:
+        say(f"It reads of your reason: {decision.reason}")
 
 
 def _site(folder: Path) -> SiteFolder:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from wardround.deidentify import describe_error
-from wardround.errors import Rejected, WardroundError
+from wardround.errors import Rejected, WardroundError, WireError
 from wardround.federation.facts import meta_of
 from wardround.federation.refusals import refusal
+from wardround.hospitals.approval import installed_code
 from wardround.hospitals.decisions import Decisions, NotApproved, Proposed, Stopped
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import SiteFolder
@@ -38,7 +39,7 @@ from wardround.study.sites import load_sites
 from wardround.version import __version__
 from wardround.wire.files import reason as reason_of
 from wardround.wire.files import write_text
-from wardround.wire.message import Message
+from wardround.wire.message import Excerpt, FileBody, Message
 
 log = logging.getLogger(__name__)
 STOPPED = "this hospital stopped all work; it goes on when the hospital says so, and nothing needs to be done elsewhere"
@@ -130,6 +131,8 @@ class Resident:
         self._refuse_if_stopped()
         if header.body_nbytes > self.federation.largest_nbytes:
             raise Rejected(f"a message's body has at most {self.federation.largest_gb:g} GB in this federation")
+        if header.sent_nbytes and not isinstance(message.body, FileBody | Excerpt):
+            raise WireError("a carrier brings a body in a file, which a worker process can read too")
         if header.kind == PROPOSE:
             return message.reply(PROPOSED, meta=meta_of(self.decisions.propose(message)))
         found = self.decisions.approved(self.decisions.named(header.study).sha256)
@@ -158,6 +161,9 @@ class Resident:
 
     def _spec(self, found: Proposed) -> Path:
         """Write what the worker of a study is given: this one study, and the site's own entry."""
+        # What it will import is what was approved.
+        installed_code(found.study, anew=True)
+        self.decisions.approved(found.sha256)
         sites = load_sites(self.folder.site)
         agreed = AgreedStudy(found.study, found.folder.own, found.proposal.compare, found.proposal.plan_sha256)
         spec = spec_of(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Literal, Protocol
 
@@ -18,6 +20,8 @@ from wardround.wire.canonical import digest
 
 PENDING = "the hospital has not decided on the study yet"
 _AGAIN = "Review the study and decide again"
+# Seconds for which the version of an installed plug-in is believed.
+_BELIEVED = 10.0
 
 
 class KeysOfSites(Protocol):
@@ -126,13 +130,20 @@ class Binding:
         return "; ".join(changes)
 
 
-def installed_code(study: Study) -> dict[str, str]:
+def installed_code(study: Study, *, anew: bool = False) -> dict[str, str]:
     """The plug-ins that a study names, and the version of the package that has each here; imports none.
 
-    A version is empty where no installed package has the plug-in.
+    A version is empty where no installed package has the plug-in. What was found is believed for some seconds, since
+    all installed packages are looked through; `anew`: before a process starts that will import it.
     """
-    found: dict[str, str] = {}
-    for part, name in named_code(study):
-        points = list(entry_points(group=GROUPS[part], name=name))
-        found[name] = ", ".join(sorted(f"{point.dist.name} {point.dist.version}" for point in points if point.dist))
-    return found
+    if anew:
+        _versions.cache_clear()
+    period = int(time.monotonic() / _BELIEVED)
+    return {name: _versions(part, name, period) for part, name in named_code(study)}
+
+
+@lru_cache(maxsize=64)
+def _versions(part: str, name: str, period: int) -> str:
+    """The packages that have a plug-in, with their versions."""
+    points = entry_points(group=GROUPS[part], name=name)
+    return ", ".join(sorted(f"{point.dist.name} {point.dist.version}" for point in points if point.dist))

@@ -213,11 +213,14 @@ class Decisions:
             raise Rejected("the decision on this study cannot be read; review the study and decide again") from None
 
     def decide(self, found: Proposed, state: Literal["approved", "refused"], reason: str = "") -> Decision:
-        """Decide on a study as it was reviewed: sign and keep it. Raises `StudyError` for a proposal that changed."""
+        """Decide on a study as it was reviewed: sign and keep it. Raises `StudyError` for a proposal that changed.
+
+        The coordinator reads the `reason`; what looks like a path, a name or a number of a patient is taken out of it.
+        """
         with self._lock:
             if self.get(found.sha256) != found:
                 raise StudyError("another proposal of this study came meanwhile; review it again")
-            decision = self.binding(found).decide(state, self.identity, reason)
+            decision = self.binding(found).decide(state, self.identity, scrub(reason)[:500])
             text = canonical_json(decision.model_dump(mode="json"))
             with found.folder.earlier.open("ab") as file:
                 file.write(text + b"\n")

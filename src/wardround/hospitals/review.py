@@ -16,11 +16,13 @@ from wardround.hospitals.review_egress import leaves, protected, traffic
 from wardround.learning.training import patients_in
 from wardround.plan.arms import FEDERATED
 from wardround.plan.found import by_content, searched
+from wardround.results.units import human_bytes
 from wardround.runs.columns import entry, table, wrapped
 from wardround.runs.explain import arms_lines, study_lines, training_lines
 from wardround.runs.explain_plugins import ROLES
 from wardround.runs.machine import NOWHERE, Machine
 from wardround.site.egress import ACROSS_HOSPITALS
+from wardround.site.memory import footprint_of
 from wardround.site.quarantine import summary
 from wardround.study.hashes import plan_sha256
 from wardround.study.load import load_study
@@ -127,6 +129,7 @@ def _body(decisions: Decisions, found: Proposed, host: Machine, study: Study) ->
             entry("start", study.start.describe()),
             training_lines(host, arm_spec),
             entry("time", "of computing: not known before it runs; see how long the messages take below"),
+            entry("memory", _memory(host, site, dataset)),
             *(entry("hash", text) for text in hashes),
         ]
     )
@@ -172,6 +175,22 @@ def _opened(host: Machine, site: str) -> tuple[Dataset | None, str]:
     except Exception as error:
         # For eyes at the hospital, and still no patient's name: it may be copied into a mail.
         return None, describe_error(error)
+
+
+def _memory(host: Machine, site: str, dataset: Dataset | None) -> str:
+    """What training takes here, as `wardround plan` finds it."""
+    entry_of_site = host.sites.of(site)
+    where = f"device {entry_of_site.device}, threads on the CPU: {entry_of_site.threads}"
+    if host.study.sites[site].role != "train":
+        return f"no training here; {where}"
+    if dataset is None:
+        return f"not known while the data cannot be opened; {where}"
+    try:
+        taken = footprint_of(host, dataset, host.agent(site).compute)
+    except Exception as error:
+        return f"not known ({describe_error(error)}); {where}"
+    room = f" of the {entry_of_site.memory:g} GB of site.yaml" if entry_of_site.memory is not None else ""
+    return f"training takes {human_bytes(taken.total)}{room}; {where}"
 
 
 def _patients(host: Machine, site: str, dataset: Dataset | None, trouble: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wardround.errors import StudyError, WireError
+from wardround.errors import StudyError, WardroundError, WireError
 from wardround.federation.exchange import Party
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.protection.identity import Identity
@@ -14,8 +15,8 @@ from wardround.site.agent import Agent, Progress
 from wardround.site.agreed import AgreedStudy as AgreedStudy
 from wardround.site.agreed import spec_of as spec_of
 from wardround.site.datasets import Datasets
+from wardround.study.load import load_study
 from wardround.study.plugins import Plugins
-from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile
 from wardround.version import __version__
 from wardround.wire.message import Header
@@ -24,8 +25,23 @@ from wardround.wire.message import Header
 def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Callable[[Header], Party]:
     """The entry of a process that is the agent of one site (see `wardround.engines.worker`).
 
-    Raises `StudyError` where another version is installed than the specification names, or fills in other defaults.
+    What is wrong with a specification is the answer to each message, and is looked at again with the next one: another
+    version than it names, other defaults, a key that cannot be read.
     """
+    made: list[Callable[[Header], Party]] = []
+
+    def find(header: Header) -> Party:
+        if not made:
+            made.append(_finder(spec, progress))
+        return made[0](header)
+
+    with suppress(WardroundError):
+        made.append(_finder(spec, progress))
+    return find
+
+
+def _finder(spec: dict[str, Any], progress: Progress | None) -> Callable[[Header], Party]:
+    """The agents of a specification; raises `StudyError` as `agent_finder` says."""
     if spec["package"] not in (None, __version__):
         raise StudyError(
             f"Wardround {spec['package']} was at work here, and {__version__} is installed now: end the site's process "
@@ -39,7 +55,7 @@ def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Call
     identity = None if spec["identity"] is None else _key(Path(spec["identity"]))
     agents: dict[str, Agent] = {}
     for agreed in spec["studies"]:
-        study = Study.model_validate(agreed["study"])
+        study = load_study(agreed["study"])
         arm_specs = ArmSpecs(study, tuple(agreed["compare"]), embeddings, plugins, study.places(Path(), [entry]))
         if agreed["plan_sha256"] not in (None, arm_specs.plan_sha256):
             raise StudyError("this version fills in other defaults of the study than those that were agreed on")

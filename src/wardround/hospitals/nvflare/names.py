@@ -22,7 +22,7 @@ PART = "wardround.part"
 HELLO, ALIVE, LOST = "hello", "alive", "lost"
 
 PULSE = 2.0  # seconds between two signs of life
-PATIENCE = 15.0  # seconds without one until a line is lost
+PATIENCE = 8.0  # seconds without one until a line is lost
 _INSTANCE = re.compile(r"[A-Za-z0-9_.-]{0,128}")
 
 

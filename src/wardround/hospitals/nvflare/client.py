@@ -7,7 +7,7 @@ import threading
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import SiteFolder
 from wardround.hospitals.nvflare.names import AGENT, LARGEST, SPOOL
-from wardround.hospitals.nvflare.processes import Supervised
+from wardround.hospitals.nvflare.processes import Supervised, tidy
 from wardround.hospitals.nvflare.provision import ORGANISATION
 
 _PURGE = 300.0
@@ -17,9 +17,10 @@ class ClientProcess:
     """Keeps NVFlare's client running with the kit in the site's folder; it opens no port that others reach."""
 
     def __init__(self, federation: Federation, folder: SiteFolder, site: str) -> None:
+        self._spool = folder.spool / "nvflare"
         environment = {
             AGENT: str(folder.socket.absolute()),
-            SPOOL: str((folder.spool / "nvflare").absolute()),
+            SPOOL: str(self._spool.absolute()),
             LARGEST: str(federation.largest_nbytes),
         }
         arguments = ["-s", "fed_client.json", "--set", "secure_train=true", f"uid={site}", f"org={ORGANISATION}"]
@@ -41,6 +42,7 @@ class ClientProcess:
     def run(self, stop: threading.Event) -> None:
         """Keep it running until `stop` is set, then end it. Raises `WardroundError` where it cannot be started."""
         seconds = 0.0
+        tidy(self._spool)
         try:
             while not stop.is_set():
                 self._process.tend()

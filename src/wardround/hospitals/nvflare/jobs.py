@@ -50,7 +50,10 @@ class Jobs:
 
     def submit(self, site: str) -> str:
         """Hand in the job of a site; its number. Raises an error of NVFlare's where the server is away."""
-        folder = write_job(self._scratch / f"line-{site}", site)
+        return self.hand_in(write_job(self._scratch / f"line-{site}", site))
+
+    def hand_in(self, folder: Path) -> str:
+        """Hand in the job in a folder; its number."""
         return str(self._call("submit_job", str(folder)))
 
     def state(self, job: str) -> str:

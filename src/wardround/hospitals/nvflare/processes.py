@@ -22,6 +22,7 @@ _JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds until a process that died is started again
 _SETTLED = 120.0  # seconds after which a process that dies is no failure to start
 _FATAL = 10.0  # seconds that a process may take to end by itself
+_OLD = 7 * 86400.0  # seconds for which half a body waits for its rest
 
 
 class Supervised:
@@ -146,3 +147,11 @@ def _absolute_path() -> dict[str, str]:
     """PYTHONPATH, where it is set, from the root: NVFlare's processes run in another folder."""
     entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     return {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in entries)} if entries else {}
+
+
+def tidy(spool: Path) -> None:
+    """Remove what earlier processes left in a folder of bodies; half a body stays, so that its transfer can go on."""
+    for path in [*spool.glob("*.body"), *spool.glob("*.part")]:
+        with suppress(OSError):
+            if path.suffix == ".body" or time.time() - path.stat().st_mtime > _OLD:
+                path.unlink()

@@ -140,9 +140,10 @@ class Relay(Controller):  # type: ignore[misc]
         self._seen = time.monotonic()
         instance = instance_of(request.get("instance"))
         if instance != self._instance:
-            before, self._instance = self._instance, instance
-            if before:
+            self._instance = instance
+            if not instance:
                 self._say(LOST)
+            # The Hub decides whether another instance is the same site started anew, or a twin.
             self._say_hello()
         elif instance:
             self._say(ALIVE)

@@ -103,7 +103,8 @@ def _train(
 ) -> dict[str, Release]:
     """Train all arms, several at once where there are several workers; `beside` carries what is in no round."""
     stop = threading.Event()
-    watcher.arms(list(host.arms), host.study.schedule.rounds)
+    if host.study.trains:
+        watcher.arms(list(host.arms), host.study.schedule.rounds)
     arm_specs = {name: host.arm_spec(name) for name in host.arms}
     rounds = RoundsFile(host.out, list(host.arms))
     for arm_spec in arm_specs.values():
@@ -249,7 +250,8 @@ def _conclude(
         local_sha256=dict(private),
         start=Started(kind=host.study.start.kind, sha256=getattr(host.study.start, "sha256", None)),
         frozen_sha256=host.frozen_sha256,
-        scanners=trained_on.headers,
+        # Those of a given model are of whichever sites it learned at.
+        scanners=trained_on.headers if host.study.trains else {},
         rounds=host.study.schedule.rounds,
         participants=tuple(sorted({site for line in federated for site in line.participants})),
         compare=tuple(sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"})),

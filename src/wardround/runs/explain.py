@@ -257,7 +257,7 @@ def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:
     )
     prompts = ", embeddings of patients" if host.study.model.prompt_dimension is not None else ""
     kept = f"images, raw data, pictures{prompts}, names, paths" + (
-        "" if discloses else "; what the method keeps at the site"
+        "" if discloses or not host.study.trains else "; what the method keeps at the site"
     )
     return "\n".join(
         (

@@ -129,9 +129,10 @@ def _all(host: Machine, bill: Expected, speeds: Mapping[str, float]) -> str:
         rows.append((name, human_bytes(count), *(_seconds(count, bits) for bits in speeds.values())))
     rows.append(("coordinator", human_bytes(total), *(_seconds(total, bits) for bits in speeds.values())))
     arms = f" {len(host.arms)} arms: each other's rounds are as those of the federation." if len(host.arms) > 1 else ""
-    what = f"{rounds} rounds of the federation, and the tests" if rounds else "The tests"
+    tests = "the tests of every arm's model"
+    what = f"{rounds} rounds of the federation, and {tests} with the delivery of the released one"
     note = (
-        f"{what} of every arm's model with the delivery of the released one "
+        f"{what if rounds else 'The test of the given model, and its delivery'} "
         f"({human_bytes(bill.tests.down.total)} to each site). A line with one site's bandwidth carries all messages "
         f"of the coordinator one after another.{arms}"
     )

@@ -160,7 +160,8 @@ class Schedule(Config):
     @field_validator("phases")
     @classmethod
     def _phases_fit(cls, phases: tuple[Phase, ...], info: ValidationInfo) -> tuple[Phase, ...]:
-        if "rounds" in info.data:
+        # Of no rounds there are no phases, which the study says itself (`check_given`).
+        if info.data.get("rounds"):
             check_phases(phases, info.data["rounds"])
         return phases
 

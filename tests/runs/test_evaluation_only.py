@@ -204,6 +204,26 @@ def test_a_site_of_role_evaluate_chooses_thresholds_on_its_validation_patients(t
     assert numbers_of(again) == numbers_of(found)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, ""),
+        ({"seed": 4}, "trained at A, B, and"),
+        ({"B": {"role": "evaluate"}}, "trained at B, and"),
+    ],
+)
+def test_patients_who_may_have_trained_the_model_are_pointed_out(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    """A release says which study made it; a site that deals its patients out otherwise may test on those."""
+    _, sites, first = trained(tmp_path)
+    roles = {site: changes.get(site, role) for site, role in ROLES.items()}
+    study = toy_study(roles, schedule=NONE, start=of_release(first), seed=changes.get("seed", 3))
+    found = go(study, sites, tmp_path / "measured")
+    assert any(named in note for note in found.notes) if named else not found.notes
+    assert ("which flatters the numbers" in (found.out / "report.html").read_text()) == bool(named)
+
+
 # What leaves a site ---------------------------------------------------------------------------------------------------
 
 

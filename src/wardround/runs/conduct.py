@@ -40,6 +40,7 @@ from wardround.runs.folder import add_devices, alone, claim, mixed, without_in
 from wardround.runs.grouped import measured
 from wardround.runs.notes import notes_of
 from wardround.runs.protocols import read_protocols
+from wardround.runs.remarks import remarks_on_given
 from wardround.runs.rounds import RoundsFile
 from wardround.runs.statement import statement
 from wardround.runs.watching import Lines, Shielded, Watcher
@@ -271,7 +272,12 @@ def _conclude(
         },
         selected_round={name: release.number for name, release in releases.items()},
         fingerprint=fingerprints[-1],
-        notes=(*_gone_without(host, lines), *mixed(fingerprints), *notes_of(lines)),
+        notes=(
+            *_gone_without(host, lines),
+            *mixed(fingerprints),
+            *notes_of(lines),
+            *remarks_on_given(host.study, host.places),
+        ),
     )
     return write_result(out, result)
 

@@ -16,7 +16,7 @@ from wardround.runs.columns import WIDTH, entry, table, wrapped
 from wardround.runs.explain_groups import group_lines
 from wardround.runs.explain_plugins import roles_of, uncalled
 from wardround.runs.machine import NOWHERE, Machine
-from wardround.runs.remarks import remarks_on
+from wardround.runs.remarks import remarks_on, remarks_on_given
 from wardround.runs.session import open_host
 from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
@@ -430,6 +430,7 @@ def _cautions(host: Machine) -> Iterator[str]:
         lines += [f"{name}: {aside}."] if aside else []
         lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]
     lines += [f"{remark}." for remark in remarks_on(host.study, host.sites)]
+    lines += [f"{remark}." for remark in remarks_on_given(host.study, host.places)]
     if lines:
         yield "Mind"
     for line in lines:

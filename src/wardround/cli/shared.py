@@ -139,6 +139,9 @@ def summary(result: Result) -> None:
     from wardround.results.bill import bill_on_terminal
 
     results(result)
+    if not result.rounds:
+        named = "the released model" if result.start.kind == "release" else "weights of sha256"
+        say(f"Nothing was trained. Measured: {named} {result.start.sha256}")
     if (bill := bill_on_terminal(result)) is not None:
         console.print(bill)
     say(f"Report: {result.report}")

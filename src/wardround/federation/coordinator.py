@@ -132,11 +132,13 @@ class Coordinator:
     def rounds(self, state: State) -> Iterator[RoundReport]:
         """Run the rounds after `state`, yielding each committed report.
 
-        The last report of all, with the number of the last round, carries its validation. Raises `NotEnoughSites`
-        when fewer than `min_sites` answer and patience is at its end; what is committed stays, and the run can be
-        resumed.
+        The last report of all, with the number of the last round, carries its validation. A plan without rounds has
+        none. Raises `NotEnoughSites` when fewer than `min_sites` answer and patience is at its end; what is committed
+        stays, and the run can be resumed.
         """
         plan = self._plan
+        if not plan.rounds:
+            return
         # With privacy an aborted round is paid for: patience does not spend the budget on more of them.
         most = MAX_ABORTED + (self._patience.attempts if plan.extends else 0)
         reasons: list[str] = []
@@ -173,7 +175,7 @@ class Coordinator:
             yield self._validated(state, exchange.aggregate(), exchange.receipts, bill)[0]
 
     def release(self) -> Release:
-        """The released round: the best by validation (`selection.best_round`), or the last."""
+        """The released round: the best by validation (`selection.best_round`), or the last; 0 where there is none."""
         number = best_round(self._scored()) if self._plan.release == "best" else None
         state = self._journal.latest() if number is None else self._journal.state(number)
         if state is None:

@@ -41,6 +41,7 @@ from wardround.runs.folder import add_devices, alone, claim, mixed, without_in
 from wardround.runs.grouped import measured
 from wardround.runs.notes import left_out, notes_of
 from wardround.runs.protocols import read_protocols
+from wardround.runs.remarks import remarks_on_given
 from wardround.runs.rounds import RoundsFile
 from wardround.runs.statement import statement
 from wardround.runs.watching import Lines, Shielded, Watcher
@@ -111,7 +112,8 @@ def _train(
 ) -> dict[str, Release]:
     """Train all arms, several at once where there are several workers; `beside` carries what is in no round."""
     stop = threading.Event()
-    watcher.arms(list(host.arms), host.study.schedule.rounds)
+    if host.study.trains:
+        watcher.arms(list(host.arms), host.study.schedule.rounds)
     arm_specs = {name: host.arm_spec(name) for name in host.arms}
     rounds = RoundsFile(host.out, list(host.arms))
     for arm_spec in arm_specs.values():
@@ -259,7 +261,8 @@ def _conclude(
         local_sha256=dict(private),
         start=Started(kind=host.study.start.kind, sha256=getattr(host.study.start, "sha256", None)),
         frozen_sha256=host.frozen_sha256,
-        scanners=trained_on.headers,
+        # Those of a given model are of whichever sites it learned at.
+        scanners=trained_on.headers if host.study.trains else {},
         rounds=host.study.schedule.rounds,
         participants=tuple(sorted({site for line in federated for site in line.participants})),
         compare=tuple(sorted({name.partition("/")[0] for name in host.arms} - {FEDERATED, "without"})),
@@ -284,6 +287,7 @@ def _conclude(
             *left_out(federated, _training(host, facts)),
             *mixed(fingerprints),
             *notes_of(lines),
+            *remarks_on_given(host.study, host.places),
         ),
     )
     return write_result(out, result)

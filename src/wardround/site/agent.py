@@ -331,11 +331,11 @@ class Agent:
     def header_facts(self) -> HeaderFacts:
         """What the headers of the training images say of the site's scanners, as far as its rules let out.
 
-        Nothing with differential privacy, which has no noise for it, and nothing where the data cannot be used: a run
-        survives that.
+        Nothing with differential privacy, which has no noise for it, nothing where nothing is trained, and nothing
+        where the data cannot be used: a run survives that.
         """
-        rules = self._egress
-        if not rules.scanner_facts or self._arm_specs.study.protection.privacy is not None:
+        rules, study = self._egress, self._arm_specs.study
+        if not rules.scanner_facts or study.protection.privacy is not None or not study.trains:
             return HeaderFacts()
         try:
             dataset = self._datasets.of(self.name)
@@ -396,11 +396,16 @@ class Agent:
             lambda: self.learner(arm_spec),
             store,
             protocol=self._protocol(arm_spec, models),
-            evaluators=evaluators_of(models, pictures, self._egress.least),
+            evaluators=evaluators_of(models, pictures, self._egress.least, labels=self._labels),
             folder=models,
             rows=None if name == POOLED else self._rows,
             sets=None if name == POOLED else MeasuredSets(self._history),
         )
+
+    @property
+    def _labels(self) -> bool:
+        """Whether the site's validation patients choose thresholds for a model that the study was given."""
+        return not self._arm_specs.study.trains and self.name in self._arm_specs.study.evaluating_sites
 
     @cached_property
     def _rows(self) -> PatientRows:

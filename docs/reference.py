@@ -75,6 +75,12 @@ holds the first baseline once more, has none either. Where there are results by 
 Numbers are finite; values, standard errors and intervals are rounded to 6 decimals. Where a site's numbers are `null`,
 `withheld` or `failed` says why ([the report](report.md#numbers-that-are-not-there)).
 
+A run of a study with `schedule.rounds: 0` [trained nothing](data.md#where-nothing-is-trained). It has the same keys:
+the arm `federated` is the model that `start` names, `rounds`, `steps`, `examples`, `selected_round` and the traffic of
+rounds are 0, `participants` is empty, and `rounds.jsonl` has no line. `mean` is over all sites with patients of their
+own. `model_sha256` covers the model's shared values as ever: of a release it is that of the run that made it, where
+both studies freeze the same `parts`.
+
 This page is generated from the schema (`docs/reference.py`).
 """
 API = """# Python API

@@ -104,3 +104,15 @@ def test_the_adapted_study_of_skin_tumours_exchanges_adapters_and_the_classifier
     # What the frozen layers before the first adapter give of a picture is computed once: the stem and blocks 0 to 10.
     assert model.lead is not None
     assert len(model.lead) == 12
+
+
+def test_the_study_that_measures_the_network_of_skin_tumours_deals_lesions_as_the_one_that_trained_it() -> None:
+    trained, measured = (load_study(EXAMPLES / f"skin{name}.yaml") for name in ("", "-measure"))
+    assert (measured.task, measured.model, measured.seed, measured.sites) == (
+        trained.task,
+        trained.model,
+        trained.seed,
+        trained.sites,
+    )
+    assert measured.start.kind == "release"
+    assert (measured.trains, measured.training_sites, measured.averaged_sites) == (False, (), trained.training_sites)

@@ -99,6 +99,8 @@ def test_what_an_earlier_process_left_goes_and_a_carrier_s_files_stay(house: Hou
     part = house.body(b"half")
     House(house.folder)
     assert house.files() == [part]
+    # Updates lie there.
+    assert {path.stat().st_mode & 0o077 for path in (house.folder, house.folder / "replies")} == {0}
 
 
 # Who is there -------------------------------------------------------------------------------------------------------
@@ -443,7 +445,7 @@ def test_progress_goes_to_the_studies_that_asked(house: House) -> None:
     assert seen == [("first", "study", "A", 1, 1, 3)]
 
 
-def test_events_are_bounded_and_a_flood_of_one_hides_no_other(house: House) -> None:
+def test_events_are_bounded_and_a_flood_of_one_hides_no_other(house: House, caplog: pytest.LogCaptureFixture) -> None:
     Asking(house.hub.engine(), [message()])
     house.hub.attach("A", ONE)
     for number in range(1000):
@@ -451,6 +453,7 @@ def test_events_are_bounded_and_a_flood_of_one_hides_no_other(house: House) -> N
             house.hub.attach("A", f"twin {number}")
     house.hub.answered("B", ONE, house.reply(message()))
     assert [(e.site, e.count) for e in house.hub.events] == [("A", 1000), ("B", 1)]
+    assert len(caplog.records) == 2
     for number in range(2 * MOST_EVENTS):
         house.hub._note("A", f"event {number}")
     assert len(house.hub.events) == MOST_EVENTS

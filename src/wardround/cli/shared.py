@@ -76,9 +76,9 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def say(text: str) -> None:
+def say(text: str, style: str = "") -> None:
     """Print a text as it is, without colours guessed; its lines are broken between words, and only on a terminal."""
-    _print(console, text)
+    _print(console, text, style=style)
 
 
 def explain(message: str, detail: str) -> None:
@@ -139,6 +139,9 @@ def summary(result: Result) -> None:
     from wardround.results.bill import bill_on_terminal
 
     results(result)
+    if not result.rounds:
+        named = "the released model" if result.start.kind == "release" else "weights of sha256"
+        say(f"Nothing was trained. Measured: {named} {result.start.sha256}")
     if (bill := bill_on_terminal(result)) is not None:
         console.print(bill)
     say(f"Report: {result.report}")

@@ -117,7 +117,7 @@ def evaluate(
     with watching(quiet) as watcher:
         found = evaluate_run(out, sites, engine=engine, processes=processes, watcher=watcher, allow_code=allow_code)
     written = read_result(out)
-    results(found)
+    results(written.model_copy(update=dict(found)))
     if failed := set(found.failed) - set(written.failed):
         raise WardroundError(
             f"{', '.join(sorted(failed))} could not be measured this time, so not every number was compared; mend what "

@@ -46,7 +46,8 @@ class Expected:
         """Bytes of a site of a role in a whole run, both ways."""
         validated = rounds // validate_every if validate_every else 0
         bills = {"train": (rounds, self.last), "evaluate": (validated, NO_BILL)}
-        times, more = bills.get(role, (0, NO_BILL))
+        # A study without rounds validates none.
+        times, more = bills.get(role, (0, NO_BILL)) if rounds else (0, NO_BILL)
         of_round = self.of_round(role)
         return times * (of_round.down.total + of_round.up.total) + sum(
             bill.down.total + bill.up.total for bill in (more, self.tests)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -18,12 +19,14 @@ from wardround.learning.methods.build import build_method
 from wardround.plan.arm_specs import ArmSpec, ArmSpecs, protocols_of
 from wardround.plan.arms import FEDERATED, Arm, every_arm
 from wardround.plan.weights import FORMAT as FORMAT
-from wardround.plan.weights import FROZEN, FROZEN_SHA256, model_sha256, save_frozen
+from wardround.plan.weights import FROZEN, FROZEN_SHA256, model_sha256, place_of, save_frozen
 from wardround.plan.weights import load_model as load_model
 from wardround.plan.weights import study_of as study_of
+from wardround.study.load import FOREIGN
 from wardround.study.methods import CustomMethod
 from wardround.study.protocols import HeaderFacts, ModelProtocols
 from wardround.study.schema import Study
+from wardround.study.start import FromRelease, Start
 from wardround.wire.files import written
 from wardround.wire.tensors import TensorFile, TensorWriter
 
@@ -36,11 +39,32 @@ CARD = "model_card.md"
 
 
 def scanners_of_arm(arm_specs: ArmSpecs, arm: Arm, headers: Mapping[str, HeaderFacts]) -> ModelProtocols:
-    """The scanners of an arm's sites, with what the sites let out of their headers."""
+    """The scanners of an arm's sites, with what the sites let out of their headers.
+
+    Of a model that the study was given, those in its file, if it has any: it learned nothing at these sites.
+    """
+    if not arm_specs.study.trains:
+        return _scanners_of_given(arm_specs.study.start, arm_specs)
     return ModelProtocols(
         scanners={site: arm_specs.study.acquisition_of(site) for site in arm.members if arm_specs.study.scans},
         headers={site: headers[site] for site in arm.members if headers.get(site)},
     )
+
+
+def _scanners_of_given(start: Start, arm_specs: ArmSpecs) -> ModelProtocols:
+    if not isinstance(start, FromRelease):
+        return ModelProtocols(scanners={}, headers={})
+    path = place_of(start, arm_specs.places)
+    written_in = load_model(path)[1].get(PROTOCOLS)
+    if written_in is None:
+        return ModelProtocols(scanners={}, headers={})
+    try:
+        return ModelProtocols.model_validate_json(written_in, context=FOREIGN)
+    except ValidationError as error:
+        raise StudyError(
+            f"start.file: the scanners in {start.file} cannot be read; use the version of Wardround that wrote it",
+            detail=" ".join(str(error).split()),
+        ) from error
 
 
 def save_release(

@@ -48,13 +48,14 @@ class Events:
         self._wall = wall
         self._kept: OrderedDict[tuple[str, str], Event] = OrderedDict()
 
-    def note(self, site: str, text: str) -> None:
-        """Keep an event; the oldest goes where there are too many."""
+    def note(self, site: str, text: str) -> int:
+        """Keep an event, and say how often it happened; the oldest goes where there are too many."""
         known = self._kept.pop((site, text), None)
         count = 1 if known is None else known.count + 1
         self._kept[site, text] = Event(self._wall(), site, text, count)
         if len(self._kept) > MOST_EVENTS:
             self._kept.popitem(last=False)
+        return count
 
     def listed(self) -> list[Event]:
         """All of them, the latest last."""

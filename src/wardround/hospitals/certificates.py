@@ -144,7 +144,11 @@ def server_context(folder: Path) -> ssl.SSLContext:
 
     Raises `CertificateError` where the folder's certificate cannot be used.
     """
-    return _context(ssl.PROTOCOL_TLS_SERVER, folder)
+    context = _context(ssl.PROTOCOL_TLS_SERVER, folder)
+    # Every connection shows its certificate: none is taken up again with a ticket of an earlier one.
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET
+    return context
 
 
 def client_context(folder: Path) -> ssl.SSLContext:

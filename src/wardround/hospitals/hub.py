@@ -192,7 +192,7 @@ class Hub:
             return self._finish(asked, bare)
 
     def expire(self) -> None:
-        """Answer for the sites whose time is over. Exchanges do so while they wait."""
+        """Give an `error` reply in place of each site whose time is over. Exchanges call this while they wait."""
         with self._lock:
             now = self._clock()
             for asked in [asked for asked in self._requests.all() if asked.until <= now]:
@@ -286,8 +286,9 @@ class Hub:
             raise
 
     def _note(self, site: str, text: str) -> None:
-        log.warning("site %s: %s", site[:40], text)
-        self._events.note(site[:40], text)
+        # A twin that tries on and on is one line of the log.
+        if self._events.note(site[:40], text) == 1:
+            log.warning("site %s: %s", site[:40], text)
 
     def _arrivals(self, site: str) -> threading.Condition:
         return self._arrived.setdefault(site, threading.Condition(self._lock))

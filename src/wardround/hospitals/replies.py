@@ -59,8 +59,9 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(os.path.abspath(folder))
         self._own = self.folder / "replies"
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(self._own, ignore_errors=True)
-        self._own.mkdir(mode=0o700, parents=True)
+        self._own.mkdir(mode=0o700)
 
     def adopt(self, reply: Message) -> Message:
         """The reply with its file under a name of the hub's own: the carrier may write its own name again."""

@@ -204,6 +204,11 @@ class Learner:
                     continue
                 tensor.copy_(torch.from_numpy(tensors[name]) if name in tensors else self._model_context.initial[name])
 
+    def begins_with(self, tensors: Mapping[str, Array]) -> bool:
+        """Whether tensors by model name are the values that the study starts from, bit for bit."""
+        initial = self._model_context.initial
+        return all(name in initial and _same(tensors[name], initial[name]) for name in tensors)
+
     def serving_unseen(self) -> AbstractContextManager[Any]:
         """From now until the context is left, the loaded model is what a hospital that did not train gets."""
         return self._method.serving_unseen(self._model_context.model)
@@ -377,3 +382,9 @@ class Learner:
 def patients_in(dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")) -> dict[str, int]:
     """How many patients each split has."""
     return {split: dataset.patients(split) for split in splits}
+
+
+def _same(one: Array, other: Tensor) -> bool:
+    """Whether values are the same bits of the same type and shape."""
+    mine = on_host(other)
+    return (one.dtype, one.shape) == (mine.dtype, mine.shape) and one.tobytes() == mine.tobytes()

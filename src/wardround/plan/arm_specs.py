@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -113,7 +113,7 @@ class ArmSpecs:
     def model_context(self) -> ModelContext:
         """The model of this process, with what the study starts from in it."""
         study = self.study
-        begins = partial(begin, study.start, self.places, study.adapters)
+        begins = partial(begin, study.start, self.places, study.adapters, whole=not study.trains)
         return ModelContext(
             self.task,
             study.seed,
@@ -221,6 +221,8 @@ class ArmSpecs:
         local |= frozenset() if arm.alone else self.model_context.local
         if both := sorted(frozen & local):
             raise StudyError(f"parts: {listed(both)} would be both frozen and local; let one pattern match it")
+        if not self.study.trains:
+            self._check_shares_all(arm, method, frozen)
         if half := [p for p in parameters if p.is_half and p.name not in frozen and p.name not in local]:
             raise StudyError(
                 f"{half[0].name} of the network is {half[0].info.dtype}, and what is trained and shared has 32 bits; "
@@ -233,6 +235,15 @@ class ArmSpecs:
                 "less at the sites"
             )
         return method.policy(parameters).with_parts(frozen, local)
+
+    def _check_shares_all(self, arm: Arm, method: Method, frozen: Collection[str]) -> None:
+        """Raise `StudyError` where a part of a model that is measured as it is would be of each site."""
+        floats = [p for p in self.model_context.parameters if p.is_float and p.name not in frozen]
+        if kept := [p.name for p in floats if method.role(p) == "local"]:
+            raise StudyError(
+                f"method.kind={arm.method.kind} keeps {listed(kept)} at the sites, and with schedule.rounds 0 no site "
+                "has trained a part of its own; choose a method that shares all, as fedavg does"
+            )
 
     def initial(self, arm_spec: ArmSpec) -> tuple[dict[str, Array], dict[str, Array]]:
         """What an arm begins with: the values that sites get, and what only its coordinator keeps."""

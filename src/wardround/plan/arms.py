@@ -28,6 +28,9 @@ COMPARISONS: tuple[Comparison, ...] = ("local", "pooled")
 class Arm:
     """A training run: who takes part, by which method, with which local schedule.
 
+    `sites` train, with the patients of `members`; in a study that trains nothing there are none, and the model serves
+    the members as its own.
+
     A local arm is a federation of one; the pooled arm is one site that has everybody's data and takes as many
     steps as each site, on batches as large as all sites' together: it processes the union of what the sites process.
     """
@@ -112,6 +115,11 @@ def arms_of(study: Study, compare: Collection[str]) -> tuple[Arm, ...]:
     unknown = sorted(set(compare) - set(COMPARISONS))
     if unknown:
         raise StudyError(f"--compare {unknown[0]}: choose from {', '.join(COMPARISONS)}")
+    if compare and not study.trains:
+        raise StudyError(
+            f"--compare {sorted(compare)[0]}: with schedule.rounds 0 nothing is trained, so no other training is "
+            "compared with; leave it out"
+        )
     privacy = study.protection.privacy
     if POOLED in compare and privacy is not None:
         raise StudyError(
@@ -143,9 +151,9 @@ def _check_left_out(study: Study) -> None:
 def every_arm(study: Study, compare: Collection[str] = COMPARISONS) -> tuple[Arm, ...]:
     """The arms that a model of the study may come from, also of a run that this version would refuse."""
     # All that are compared choose their round on the same patients; a site alone has its own and no others.
-    training, evaluators = study.training_sites, study.evaluating_sites
+    training, evaluators = study.training_sites, study.evaluating_sites if study.trains else ()
     alone: MethodSettings = default("method", weights="equal")
-    arms = [Arm(FEDERATED, training, training, study.method, study.local, evaluators)]
+    arms = [Arm(FEDERATED, training, study.member_sites, study.method, study.local, evaluators)]
     if POOLED in compare:
         # One step of every site in the federation is one step on the union of their batches here (law of the centre).
         union = study.local.model_copy(update={"batch": study.local.batch * len(training)})

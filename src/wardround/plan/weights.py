@@ -175,18 +175,19 @@ def _file_in(found: Path, file: str, section: str, *, release: bool) -> Path:
     return path
 
 
-def begin(start: Start, places: Places, adapters: Adapters, model: nn.Module) -> None:
+def begin(start: Start, places: Places, adapters: Adapters, model: nn.Module, *, whole: bool = False) -> None:
     """Put the values that a study starts from into a model with its adapters; does nothing for a fresh start.
 
-    Raises `StudyError` for a file that is not there or is another than the study's, and for values that do not fit.
+    Of a `whole` start, of a model that is measured as it is, no value may begin fresh. Raises `StudyError` for a file
+    that is not there or is another than the study's, and for values that do not fit.
     """
     if isinstance(start, Fresh):
         return
     path = place_of(start, places)
     if isinstance(start, FromWeights):
-        _begin_with_file(start, path, model)
+        _begin_with_file(start, path, model, whole=whole)
     else:
-        _begin_with_release(start, path, model)
+        _begin_with_release(start, path, model, whole=whole)
     if start.adapter is not None:
         # Late: studies without one need nothing of it.
         from wardround.plan.peft import begin_with_adapter
@@ -224,7 +225,7 @@ def _listed(at: tuple[Path, ...], places: Places) -> str:
     return ", ".join(map(str, (*at, *searched(places.stores), hub_cache())))
 
 
-def _begin_with_file(start: FromWeights, path: Path, model: nn.Module) -> None:
+def _begin_with_file(start: FromWeights, path: Path, model: nn.Module, *, whole: bool) -> None:
     with _reading(start.file, path):
         before = path.stat()
         _check_hash(start, file_sha256(path))
@@ -234,7 +235,7 @@ def _begin_with_file(start: FromWeights, path: Path, model: nn.Module) -> None:
             theirs = _named(start, model, file.keys())
             names = {prefix + name: theirs[name] for name in _taken(start, tuple(theirs))}
             shapes = {ours: tuple(file.get_slice(name).get_shape()) for ours, name in names.items()}
-            _fill(model, start, shapes, lambda ours: file.get_tensor(names[ours]), within=prefix)
+            _fill(model, start, shapes, lambda ours: file.get_tensor(names[ours]), within=prefix, whole=whole)
         after = path.stat()
     if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
         raise StudyError(f"start.file: {start.file} was written while it was read; try again", detail=str(path))
@@ -260,12 +261,12 @@ def _named(start: FromWeights, model: nn.Module, names: Iterable[str]) -> dict[s
     return found
 
 
-def _begin_with_release(start: FromRelease, path: Path, model: nn.Module) -> None:
+def _begin_with_release(start: FromRelease, path: Path, model: nn.Module, *, whole: bool) -> None:
     import torch
 
     tensors, _, covered = whole_release(start, path, "start")
     shapes = {name: tensors[name].shape for name in _taken(start, covered)}
-    _fill(model, start, shapes, lambda name: torch.from_numpy(tensors[name]))
+    _fill(model, start, shapes, lambda name: torch.from_numpy(tensors[name]), whole=whole)
 
 
 def whole_release(
@@ -314,8 +315,13 @@ def _fill(
     shapes: Mapping[str, tuple[int, ...]],
     value: Any,
     within: str = "",
+    *,
+    whole: bool = False,
 ) -> None:
-    """Copy `value(name)` for every name of `shapes` into a model; names outside `within` may be left out."""
+    """Copy `value(name)` for every name of `shapes` into a model; names outside `within` may be left out.
+
+    Of a `whole` start none may.
+    """
     import torch
 
     from wardround.models.adapters import added_values
@@ -336,6 +342,12 @@ def _fill(
     fresh = added_values(model)
     floats = [n for n in state if n.startswith(within) and n not in fresh and state[n].is_floating_point()]
     lacking = [name for name in floats if name not in shapes]
+    fresh_ones = [n for n in state if n not in fresh and n not in shapes and state[n].is_floating_point()]
+    if whole and fresh_ones:
+        raise StudyError(
+            f"start.file: {start.file} has no values for {listed(fresh_ones)}, and with schedule.rounds 0 they would "
+            "be measured untrained; name a file that has them, or train them (schedule.rounds)"
+        )
     named = [name for name in lacking if any(fnmatch.fnmatchcase(name, within + pattern) for pattern in start.only)]
     if named:
         raise StudyError(

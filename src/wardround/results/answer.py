@@ -48,7 +48,7 @@ def _gain(run: Run, metric: MetricInfo, arm: str, reference: str, site: str) -> 
 
 def site_gains(run: Run, metric: MetricInfo, arm: str, reference: str) -> tuple[Gain, ...]:
     """The gain of an arm over another at every training site that shows both."""
-    found = (_gain(run, metric, arm, reference, site) for site in run.training)
+    found = (_gain(run, metric, arm, reference, site) for site in run.averaged)
     return tuple(gain for gain in found if gain is not None)
 
 
@@ -56,7 +56,7 @@ def mean_gain(run: Run, metric: MetricInfo, arm: str, reference: str) -> Gain | 
     """The unweighted mean gain over training sites: over those that show both arms where a site withholds."""
     gains = site_gains(run, metric, arm, reference)
     whole = _gain(run, metric, arm, reference, "mean")
-    if whole is not None and (not gains or len(gains) == len(run.training)):
+    if whole is not None and (not gains or len(gains) == len(run.averaged)):
         return whole
     if not gains:
         return None
@@ -179,16 +179,21 @@ def answer(run: Run) -> Answer:
     """The headline and its qualifications for the study's first metric."""
     together, alone, pooled = run.arm("federated"), run.arm("local"), run.arm("pooled")
     if not run.result.measured:
-        return Answer("unknown", "This run holds no metrics, so it says nothing about training together.")
+        about = "training together" if run.trained else "the given model"
+        return Answer("unknown", f"This run holds no metrics, so it says nothing about {about}.")
     metric = run.result.measured[0]
     if together is None:
         return Answer("unknown", "This run has no federated arm, so it says nothing about training together.")
     mean = mean_gain(run, metric, together.key, alone.key) if alone else None
     details: list[str] = []
-    if mean is None or alone is None:
+    verdict: Verdict
+    if not run.trained:
+        verdict, text = "unknown", _of_given(run, metric, together)
+        details.append(f"Measured was what the study names: {run.study.start.describe()}.")
+    elif mean is None or alone is None:
         own = run.result.estimate(together.key, "mean", metric.name)
         reached = f": it reached {metric.amount(own.value)} on average" if own else ""
-        verdict: Verdict = "unknown"
+        verdict = "unknown"
         text = f"Training together was not compared with training alone{reached}"
     else:
         gains = site_gains(run, metric, together.key, alone.key)
@@ -204,7 +209,7 @@ def answer(run: Run) -> Answer:
     if to_pooled is not None:
         joint = " and " if verdict in ("better", "unknown") else "; it "
         text += joint + _against_pooled(metric, to_pooled)
-    unseen = unseen_result(run, metric, together.key)
+    unseen = unseen_result(run, metric, together.key) if run.trained else None
     if unseen is not None:
         text += "; " + _at_unseen(metric, unseen)
     compared = leading(run.result)[-1]
@@ -220,12 +225,30 @@ def answer(run: Run) -> Answer:
     return Answer(verdict, f"{text}.{_saturated(run)}", tuple(details))
 
 
+def _of_given(run: Run, metric: MetricInfo, given: ShownArm) -> str:
+    """What a model that was only measured reached, and where it is worst."""
+    found = [(e.value, site) for site in run.averaged if (e := run.result.estimate(given.key, site, metric.name))]
+    whole = run.result.estimate(given.key, "mean", metric.name)
+    text = "Nothing was trained: the given model"
+    if not found:
+        return f"{text} has no {metric.label} of any hospital"
+    if len(found) == 1:
+        return f"{text} reached {metric.amount(found[0][0])} at {found[0][1]}"
+    best, worst = sorted(found, key=lambda pair: pair[0], reverse=metric.larger_is_better)[:: len(found) - 1]
+    if whole is None:
+        span = f"{metric.amount(worst[0])} ({worst[1]}) to {metric.amount(best[0])} ({best[1]})"
+        return f"{text} reached {span} at {len(found)} of {len(run.averaged)} hospitals"
+    return f"{text} reached {metric.amount(whole.value)} on average at {len(found)} hospitals (worst: {worst[1]}, " + (
+        f"{metric.amount(worst[0])})"
+    )
+
+
 def _of_images(
     run: Run, metric: MetricInfo, together: ShownArm, alone: ShownArm | None, rival: ShownArm, over_rival: Gain
 ) -> str:
     """What the first metric that baselines have says of the arms, where it is not the first."""
     own = run.result.estimate(together.key, "mean", metric.name)
-    text = f"{metric.label}" + (f": {metric.amount(own.value)} together" if own else "")
+    text = f"{metric.label}" + (f": {metric.amount(own.value)}{' together' if run.trained else ''}" if own else "")
     over_alone = mean_gain(run, metric, together.key, alone.key) if alone else None
     pairs = [("training alone", over_alone), (f"the best method without learning, {rival.label}", over_rival)]
     said = [f"{metric.signed(metric.printed(gain.gain))} against {whom}" for whom, gain in pairs if gain is not None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from wardround.results.run import trained
 from wardround.results.schema import Bill, Result, Sizes
 from wardround.results.units import human_bytes
 
@@ -48,11 +49,14 @@ def bill_on_terminal(result: Result) -> Table | None:
     federated = result.traffic.arms.get("federated")
     if federated is None:
         return None
-    table = Table(title="Bytes of the federation, all sites")
+    # A run that trained nothing has no rounds to show.
+    bills = {"rounds": federated.rounds, "tests": federated.tests} if trained(result) else {"tests": federated.tests}
+    table = Table(title=f"Bytes of the {'federation' if trained(result) else 'given model'}, all sites")
     table.add_column("")
-    for name in ("rounds, up", "rounds, down", "tests, up", "tests, down"):
-        table.add_column(name, justify="right")
-    for label, cells in _rows(result, [federated.rounds, federated.tests]):
+    for name in bills:
+        table.add_column(f"{name}, up", justify="right")
+        table.add_column(f"{name}, down", justify="right")
+    for label, cells in _rows(result, list(bills.values())):
         table.add_row(label, *(human_bytes(count) for pair in cells for count in pair))
     return table
 
@@ -60,8 +64,9 @@ def bill_on_terminal(result: Result) -> Table | None:
 def _columns(result: Result) -> Iterator[tuple[str, Bill]]:
     arms = dict(result.traffic.arms)
     if (federated := arms.pop("federated", None)) is not None:
-        yield "Together, rounds", federated.rounds
-        yield "Together, tests", federated.tests
+        label = "Together" if trained(result) else "Given model"
+        yield f"{label}, rounds", federated.rounds
+        yield f"{label}, tests", federated.tests
     for group, label in _GROUPS.items():
         bills = [bill for name, arm in arms.items() if name.partition("/")[0] == group for _, bill in arm]
         yield label, _sum(bills)

@@ -61,7 +61,8 @@ def card(run: Run) -> str:
         "## Results on test patients",
         *(_metric(run, metric) for metric in run.result.measured),
         "Means over test patients with 95% intervals (Student's t) from the standard errors that sites computed; "
-        f"the mean gives every training site the same weight. Fewer than {LEAST_PATIENTS} patients have no interval. "
+        f"the mean gives every {'training site' if run.trained else 'site'} the same weight. Fewer than "
+        f"{LEAST_PATIENTS} patients have no interval. "
         f"Where n is below {SMALL_N}, a single patient can decide the outcome.",
         *_groups(run),
         *(_part(part) for part in run.result.parts),
@@ -135,6 +136,8 @@ def _part(part: Part) -> str:
 
 
 def _training(run: Run) -> list[str]:
+    if not run.trained:
+        return _measured(run)
     result, study = run.result, run.study.model_dump(mode="json")
     lines = [f"Sites that trained: {', '.join(run.training)}", f"Rounds: {result.rounds}"]
     validated = f"Sites that did not train, and whose validation patients count: {', '.join(run.evaluating)}"
@@ -161,6 +164,21 @@ def _training(run: Run) -> list[str]:
     lines.append(f"Differential privacy: {spent or 'none'}")
     if not spent:
         lines.append(f"Secure sum: {'yes' if run.secure else 'no'}")
+    return lines
+
+
+def _measured(run: Run) -> list[str]:
+    """What there is to say of a model that a study was given and that it only measured."""
+    tests = run.result.traffic.arms["federated"].tests
+    lines = [
+        "Nothing was trained in this study: it measured a model that it was given",
+        f"Measured: {run.study.start.describe()}",
+        f"Measured at: {', '.join(run.sites)}",
+    ]
+    if adapters := run.study.adapters.describe():
+        lines.append(f"Beside frozen layers: {adapters}")
+    lines.append(f"Traffic: {human_bytes(tests.up.total)} from the sites, {human_bytes(tests.down.total)} to the sites")
+    lines.append(f"Time: {human_seconds(run.result.seconds.total)}")
     return lines
 
 

@@ -40,7 +40,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ArmCharts:
-    """What an arm's models said of the test patients of the training sites."""
+    """What an arm's models said of the test patients of the sites that means are over."""
 
     arm: ShownArm
     sites: tuple[str, ...]
@@ -50,8 +50,8 @@ class ArmCharts:
 
 
 def class_charts(run: Run) -> tuple[ArmCharts, ...]:
-    """Of every arm that has charts at a training site, in reading order."""
-    found = {site: _charts_of(run, site) for site in run.training if site not in run.hidden}
+    """Of every arm that has charts at such a site, in reading order."""
+    found = {site: _charts_of(run, site) for site in run.averaged if site not in run.hidden}
     return tuple(_arms(run, found))
 
 

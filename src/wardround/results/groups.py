@@ -84,7 +84,7 @@ def _table(run: Run, groups: list[GroupTables], metric: MetricInfo) -> GroupTabl
             most = max(one.n for one in found.values() if one is not None)
             rows.append(
                 GroupRow(
-                    site=site_title(key),
+                    site=site_title(key, trained=run.trained),
                     span=len(present) if group is present[0] else 0,
                     aggregate=key == "mean",
                     group=group.group,

@@ -52,6 +52,7 @@ def render(run: Run) -> str:
     return _template().render(
         css=Markup(_resource("style.css")),  # ours, not a result's
         run=run,
+        model="shared model" if run.trained else "given model",
         description=run.study.description,
         answer=answer(run),
         facts=_facts(run),
@@ -110,8 +111,9 @@ def _facts(run: Run) -> tuple[Fact, ...]:
     for arm in (run.arm("local"), together, run.arm("pooled")):
         estimate = run.result.estimate(arm.key, "mean", metric.name) if arm else None
         if arm is not None and estimate is not None:
-            found.append(Fact(arm.label, metric.amount(estimate.value), "mean of training sites", arm.style))
-    unseen = unseen_result(run, metric, together.key) if together else None
+            of = "mean of training sites" if run.trained else "mean of sites"
+            found.append(Fact(arm.label, metric.amount(estimate.value), of, arm.style))
+    unseen = unseen_result(run, metric, together.key) if together and run.trained else None
     if unseen is not None:
         found.append(Fact("Unseen", metric.amount(unseen.value), unseen.where, "federated"))
     return tuple(found)
@@ -128,6 +130,12 @@ def _rounds_sentence(run: Run) -> str:
 
 
 def _traffic(run: Run) -> tuple[Fact, ...]:
+    if not run.trained:
+        tests = run.result.traffic.arms["federated"].tests
+        return (
+            Fact("From the sites", human_bytes(tests.up.total), "results of tests, no images"),
+            Fact("To the sites", human_bytes(tests.down.total), "the given model, to be measured"),
+        )
     visits, traffic = sum(len(entry.participants) for entry in run.federated_history), run.result.traffic
     return tuple(
         Fact(name, human_bytes(total), (f"{human_bytes(total / visits)} per round and site; " if visits else "") + note)
@@ -151,6 +159,8 @@ def _protocols(run: Run) -> tuple[tuple[str, str, str], ...]:
 
 def _training(run: Run) -> tuple[tuple[str, str, str], ...]:
     """(arm, optimiser steps, released round) of every arm that trained."""
+    if not run.trained:
+        return ()
     steps, released = run.result.steps, run.result.selected_round
     return tuple(
         (arm_words(run, arm), f"{steps[arm]:,}", f"{released[arm]:,}" if arm in released else "–") for arm in steps

@@ -24,9 +24,15 @@ FAILED = "could not be measured"
 Kind = Literal["baseline", "local", "federated", "pooled", "other"]
 
 
-def site_title(key: str) -> str:
-    """A site's name, or the words for an aggregate of sites."""
-    return {"mean": "Mean of training sites", "unseen": "Left-out institutions"}.get(key, key)
+def site_title(key: str, *, trained: bool = True) -> str:
+    """A site's name, or the words for an aggregate of sites; `trained` is whether the run trained anything."""
+    of_mean = "Mean of training sites" if trained else "Mean of sites"
+    return {"mean": of_mean, "unseen": "Left-out institutions"}.get(key, key)
+
+
+def trained(measured: Measured) -> bool:
+    """Whether a run trained anything; numbers that were measured again do not say it, and count as if it had."""
+    return not (isinstance(measured, Result) and measured.rounds == 0)
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ _TRAINED = (
     ShownArm("local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"),
     ShownArm("federated", "Together", "federated", "federated", "federated: scans stay, sums of updates travel"),
     ShownArm("pooled", "Pooled", "pooled", "pooled", "all data in one place: the ideal that privacy forbids"),
+)
+# What stands in place of the federation's model where nothing was trained.
+_GIVEN = ShownArm(
+    "federated", "Given model", "federated", "federated", "the model that the study starts from: nothing was trained"
 )
 _ARM_ORDER: tuple[Kind, ...] = ("baseline", "local", "federated", "other", "pooled")
 
@@ -69,7 +79,8 @@ def arm_of(key: str, unknown_index: int = 0, outside: Compared | None = None) ->
 
 def arms_of(measured: Measured) -> tuple[ShownArm, ...]:
     """The arms of a result in reading order."""
-    known = [arm for arm in _known_arms() if arm.key in measured.arms]
+    given = {} if trained(measured) else {_GIVEN.key: _GIVEN}
+    known = [given.get(arm.key, arm) for arm in _known_arms() if arm.key in measured.arms]
     unknown = [key for key in measured.arms if key not in [arm.key for arm in known]]
     arms = known + [arm_of(key, index, measured.baselines.get(key)) for index, key in enumerate(unknown)]
     return tuple(sorted(arms, key=lambda arm: _ARM_ORDER.index(arm.kind)))
@@ -127,9 +138,19 @@ class Run:
         return next((arm for arm in self.arms if arm.kind == kind), None)
 
     @property
+    def trained(self) -> bool:
+        """Whether anything was trained; else the model that the study starts from was measured."""
+        return trained(self.result)
+
+    @property
     def training(self) -> tuple[str, ...]:
         """Sites that train, in the study's order."""
         return self.study.training_sites
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """Sites that means are over: those that train; where none does, all with patients of their own."""
+        return self.study.averaged_sites
 
     @property
     def evaluating(self) -> tuple[str, ...]:
@@ -138,6 +159,9 @@ class Run:
 
     def role(self, site: str) -> str:
         """What a site does, in words."""
+        if not self.trained:
+            on = "all its patients" if site in self.unseen else "its test patients"
+            return f"measured on {'the test patients of others' if self.study.sites[site].scans else on}"
         if site in self.evaluating:
             chose = self.study.schedule.release == "best"
             return "does not train; its validation patients count" + (" in the choice of the round" if chose else "")
@@ -151,7 +175,7 @@ class Run:
     @property
     def sites(self) -> tuple[str, ...]:
         """All sites: those that train, then those that only validate and test, then those that are only tested."""
-        return self.training + self.evaluating + self.unseen
+        return self.study.member_sites + self.evaluating + self.unseen
 
     def history(self, arm: str) -> tuple[RoundLine, ...]:
         """The rounds of an arm in order."""

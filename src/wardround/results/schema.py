@@ -55,7 +55,8 @@ class Estimate(Config):
 
 # By metric; a metric that no patient has a value of is `null`.
 Row = dict[str, Estimate | None]
-# By site, `mean` (patients, then site, then unweighted training sites) and `unseen`; `null` where there are no numbers.
+# By site, `mean` (patients, then site, then unweighted training sites, or all sites where none trains) and `unseen`;
+# `null` where there are no numbers.
 Table = dict[str, Row | None]
 
 
@@ -282,8 +283,10 @@ class Result(Measured):
     )
     local_sha256: dict[str, str] = Field(description="by site: over the tensors that stay there")
     scanners: dict[str, HeaderFacts] = Field(description="by site: what headers say, where the site lets it out")
-    rounds: _Count
-    participants: tuple[str, ...] = Field(description="sites that took part in any federated round")
+    rounds: _Count = Field(description="`0`: nothing was trained, and `federated` is the model that `start` names")
+    participants: tuple[str, ...] = Field(
+        description="sites that took part in any federated round; none of a run of 0 rounds"
+    )
     compare: tuple[str, ...]
     patients: dict[str, dict[Literal["train", "validation", "test"], int | None] | None] = Field(
         description="by site and split; `null` where the site's rules keep a small number"
@@ -298,7 +301,9 @@ class Result(Measured):
     privacy: PrivacyStatement | None = Field(description="`null` where updates were neither noised nor masked")
     steps: dict[str, _Count] = Field(description="by arm: optimiser steps of a site, all rounds")
     examples: dict[str, _Count] = Field(description="by arm: training examples, all rounds and sites")
-    selected_round: dict[str, _Count] = Field(description="by arm: the round whose model was released")
+    selected_round: dict[str, _Count] = Field(
+        description="by arm: the round whose model was released; `0`: as it was given"
+    )
     fingerprint: dict[str, str] = Field(description="software and machine")
     notes: tuple[str, ...] = Field(description="what a reader must know of single rounds")
 

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.table import Table
 
 from wardround.results.metrics import MetricInfo
-from wardround.results.run import FAILED, WITHHELD, arms_in, leading, site_title
+from wardround.results.run import FAILED, WITHHELD, arms_in, leading, site_title, trained
 from wardround.results.schema import AGGREGATES, Estimate, Measured
 
 # A label is broken over lines where it is longer; a site's name has this much room, and more where there is more.
@@ -39,7 +39,7 @@ def _tables(measured: Measured, metric: MetricInfo, width: int) -> list[Table]:
         _Column.of(arm.label, metric, [measured.estimate(arm.key, site, metric.name) for site in sites])
         for arm in arms_in(measured, metric)
     ]
-    return _drawn(_title(metric), [site_title(site) for site in sites], columns, width)
+    return _drawn(_title(metric), [site_title(site, trained=trained(measured)) for site in sites], columns, width)
 
 
 def _grouped(measured: Measured, name: str, metric: MetricInfo, width: int) -> list[Table]:
@@ -48,7 +48,10 @@ def _grouped(measured: Measured, name: str, metric: MetricInfo, width: int) -> l
     sites = [*dict.fromkeys(site for group in groups for _, site, _, _ in group.estimates() if site != "mean"), "mean"]
     arms = arms_in(measured, metric)
     rows = [
-        (f"{site_title(site)}, {group.group}", [group.estimate(arm.key, site, metric.name) for arm in arms])
+        (
+            f"{site_title(site, trained=trained(measured))}, {group.group}",
+            [group.estimate(arm.key, site, metric.name) for arm in arms],
+        )
         for site in sites
         for group in groups
     ]

@@ -115,10 +115,11 @@ def _site(run: Run, metric: MetricInfo, key: str, scale: figures.Scale, points: 
         facts = ["every site has the same weight" if key == "mean" else "each by a model trained without it"]
     else:
         facts = [f"{patients} test patient{'s' if patients != 1 else ''}" if patients else ""]
-        facts += [run.role(key)] if key in run.evaluating else ["did not train" if key in run.unseen else ""]
+        shown = key in run.evaluating or not run.trained
+        facts += [run.role(key) if shown else "did not train" if key in run.unseen else ""]
         facts.append(protocol(run.acquisition(key)))
     return SiteView(
-        title=site_title(key),
+        title=site_title(key, trained=run.trained),
         note=" · ".join(fact for fact in facts if fact),
         n="–" if patients is None else str(patients),
         small=not aggregate and patients is not None and patients < SMALL_N,

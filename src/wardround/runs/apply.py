@@ -192,7 +192,7 @@ def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
 
 def trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
     """The numbers of coils that a model of MRI, or the model of `site`, was trained with."""
-    sites = study.training_sites if site is None else (site,)
+    sites = (study.training_sites or tuple(study.sites)) if site is None else (site,)
     found = (study.acquisition_of(name) for name in sites)
     return tuple(sorted({a.coils for a in found if isinstance(a, MRIAcquisition)}))
 

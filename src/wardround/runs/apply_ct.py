@@ -238,7 +238,7 @@ def _as_in_training(
     study: Study, system: CTSystem, prompt: Tensor | None
 ) -> Callable[[int, Tensor], tuple[LinearOperator, Tensor] | None]:
     """Scans an image on the grid of `system` with the scanner of the first training site."""
-    acquisition = study.acquisition_of(study.training_sites[0])
+    acquisition = study.acquisition_of((study.training_sites or tuple(study.sites))[0])
     assert isinstance(acquisition, CTAcquisition)
     scanner, pixel = Scanner(acquisition), system.acquisition.geometry.pixel
 

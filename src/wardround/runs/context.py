@@ -61,7 +61,7 @@ class Context(ArmSpecs):
         gone = [arm for arm in self.arms.values() if self._needs(arm)]
         self.arms = {name: arm for name, arm in self.arms.items() if arm not in gone}
         left, needed = len(self.remaining(self.study.training_sites)), self.study.schedule.min_sites
-        if self.without and left < needed:
+        if self.without and self.study.trains and left < needed:
             raise StudyError(
                 f"--without {', '.join(sorted(self.without))}: {left} training sites are left, and schedule.min_sites "
                 f"is {needed}; restore the data, or start a new run in another folder"

@@ -168,7 +168,7 @@ def _call(host: Context, arm: str, site: str, meta: Mapping[str, Any], body: tup
 def tables(host: Context, measurements: Sequence[SiteMeasurement]) -> Measured:
     """What result.json says of the measurements."""
     specs = host.task.metrics
-    training = host.remaining(host.study.training_sites)
+    training = host.remaining(host.study.averaged_sites)
     found = {(m.row, m.site): m for m in measurements}
 
     def results(row: str, site: str) -> Results | None:

@@ -14,9 +14,9 @@ from wardround.plan.sums import LOSS
 from wardround.results.units import human_bytes, protocol
 from wardround.runs.columns import WIDTH, entry, table, wrapped
 from wardround.runs.explain_groups import group_lines
-from wardround.runs.explain_plugins import ROLES, uncalled
+from wardround.runs.explain_plugins import roles_of, uncalled
 from wardround.runs.machine import NOWHERE, Machine
-from wardround.runs.remarks import remarks_on
+from wardround.runs.remarks import remarks_on, remarks_on_given
 from wardround.runs.session import open_host
 from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
@@ -61,11 +61,13 @@ def explain(
         sites, mind = _sites_with_data(host), "\n".join(_cautions(host))
     arm_spec = host.arm_spec("federated")
     sections = (
-        _study(host, arm_spec),
+        study_lines(host, arm_spec),
         f"Sites\n{sites}",
-        f"Training\n{_training(host, arm_spec)}",
+        f"Training\n{training_lines(host, arm_spec)}\n{_traffic(host, arm_spec)}"
+        if study.trains
+        else f"Measuring\n{_measuring(host, arm_spec)}",
         _scanners(study),
-        f"Arms\n{_arms(host)}",
+        f"Arms\n{arms_lines(host)}" if study.trains else "",
         f"What leaves a site\n{_egress(host, arm_spec, with_data=sites_file is not None)}",
         _privacy(host, with_data=sites_file is not None),
         mind,
@@ -79,7 +81,8 @@ def full_study(study_file: Path, overrides: Sequence[str]) -> str:
     return str(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=WIDTH)).rstrip()
 
 
-def _study(host: Machine, arm_spec: ArmSpec) -> str:
+def study_lines(host: Machine, arm_spec: ArmSpec) -> str:
+    """What is learned, with which model and method, from which start."""
     study = host.study
     sizes = {p.name: p.info.size for p in host.model_context.parameters}
     parts = {role: sum(sizes[name] for name in arm_spec.policy.names(role)) for role in ("shared", "local", "frozen")}
@@ -155,15 +158,12 @@ def _results_leave(host: Machine, site: str, patients: int) -> bool:
 def _role(study: Study, site: str) -> str:
     if study.sites[site].scans:
         return "unseen: others' test patients"
-    return ROLES[study.sites[site].role]
+    return roles_of(study)[study.sites[site].role]
 
 
-def _training(host: Machine, arm_spec: ArmSpec) -> str:
+def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
+    """Rounds, steps, and how an update is written."""
     study, local, schedule = host.study, host.study.local, host.study.schedule
-    nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
-    sent = arm_spec.codec.sent(arm_spec.layout)
-    down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
-    total = schedule.rounds * len(study.training_sites) * (down + up)
     examples = f"{local.batch} example{'s' if local.batch != 1 else ''}"
     released = "the last"
     if schedule.release == "best" and host.task.metrics and schedule.validate_every:
@@ -176,8 +176,39 @@ def _training(host: Machine, arm_spec: ArmSpec) -> str:
             entry("rounds", f"{schedule.rounds}; released is {released}"),
             *(entry("phase", stint.describe()) for stint in arm_spec.curriculum.stints),
             entry("an update", _update(study)),
+        )
+    )
+
+
+def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
+    """What the values of the model and its updates weigh; `wardround plan` counts whole messages."""
+    study = host.study
+    nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
+    sent = arm_spec.codec.sent(arm_spec.layout)
+    down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
+    total = study.schedule.rounds * len(study.training_sites) * (down + up)
+    return "\n".join(
+        (
             entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
             entry("", f"all rounds, all sites: {human_bytes(total)}"),
+        )
+    )
+
+
+def _measuring(host: Machine, arm_spec: ArmSpec) -> str:
+    """What a study does that trains nothing."""
+    frozen, sites = arm_spec.policy.names("frozen"), host.study.sites
+    down = sum(p.info.nbytes for p in host.model_context.parameters if p.name not in frozen)
+    compared = ", ".join(host.study.baselines)
+    alone = ", ".join(host.study.member_sites)
+    return "\n".join(
+        (
+            entry("nothing", "is trained: schedule.rounds is 0"),
+            entry("measured", f"{host.study.start.describe()}, on the test patients of every site"),
+            *([entry("left alone", f"the training patients of {alone}; `role: evaluate` has none")] if alone else []),
+            *([entry("beside it", f"what learned nothing: {compared}")] if compared else []),
+            entry("traffic", f"the model twice to a site, to measure and to keep: 2 x {human_bytes(down)}"),
+            entry("", f"all sites: {human_bytes(2 * len(sites) * down)}"),
         )
     )
 
@@ -203,7 +234,8 @@ def _scanners(study: Study) -> str:
     return str(at(costs)(study)) if costs else ""
 
 
-def _arms(host: Machine) -> str:
+def arms_lines(host: Machine) -> str:
+    """What is trained beside the federation to compare with it, and with which patients."""
     rounds = host.study.schedule.rounds
     rows = []
     for name, arm in host.arms.items():
@@ -230,21 +262,24 @@ def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:
     if host.study.protection.robust is not None:
         seen = "the coordinator reads each site's, to leave out what a malicious one sends: `protection.robust`"
     discloses = arm_spec.method.discloses
+    rounds = (
+        entry("every round", "its weight and its weighted change of the shared values, as integers"),
+        entry("", f"({seen})"),
+        *unmasked_lines(host),
+        *([entry("", discloses)] if discloses else []),
+        entry("", f"its {'' if private else 'loss and '}seconds, and sums over validation patients of {names}"),
+    )
     prompts = ", embeddings of patients" if host.study.model.prompt_dimension is not None else ""
     kept = f"images, raw data, pictures{prompts}, names, paths" + (
-        "" if discloses else "; what the method keeps at the site"
+        "" if discloses or not host.study.trains else "; what the method keeps at the site"
     )
     return "\n".join(
         (
-            entry("at the start", _facts(host)),
-            entry("every round", "its weight and its weighted change of the shared values, as integers"),
-            entry("", f"({seen})"),
-            *_unmasked(host),
-            *([entry("", discloses)] if discloses else []),
-            entry("", f"its {'' if private else 'loss and '}seconds, and sums over validation patients of {names}"),
+            entry("at the start", facts_words(host)),
+            *(rounds if host.study.trains else ()),
             entry("at the end", _at_the_end(host, with_data=with_data)),
             *(entry("by group", line) for line in (group_lines(host) if with_data else ())),
-            entry("beside these", _beside(host)),
+            entry("beside these", beside_words(host)),
             *_in_the_model(host),
             entry("never", kept),
             entry("", "(a run on one machine shows pictures in its report, of sites whose own results leave)"),
@@ -252,7 +287,7 @@ def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:
     )
 
 
-def _facts(host: Machine) -> str:
+def facts_words(host: Machine) -> str:
     """What a site says of itself before the first round."""
     spent = "; at the end, what its ledger says was spent" if host.study.protection.privacy is not None else ""
     return (
@@ -261,7 +296,7 @@ def _facts(host: Machine) -> str:
     )
 
 
-def _unmasked(host: Machine) -> Iterator[str]:
+def unmasked_lines(host: Machine) -> Iterator[str]:
     """The arms of a secure study in which a site has no other to be summed with."""
     alone = [name for name, arm in host.arms.items() if arm.inside(host.study)]
     if alone:
@@ -276,13 +311,14 @@ def _at_the_end(host: Machine, *, with_data: bool) -> str:
         return "nothing of test patients: every site keeps its own results"
     some = "" if with_data and len(sites) == len(host.study.sites) else " (only from sites whose own results leave)"
     bare = "; not masked" if host.study.protection.secure else ""
+    metrics = "the same metrics" if host.study.trains else ", ".join(spec.name for spec in host.task.metrics)
     return (
-        "number of test patients; mean and standard error of the same metrics, and the standard error of their "
+        f"number of test patients; mean and standard error of {metrics}, and the standard error of their "
         f"difference to {REFERENCE}{some}{bare}"
     )
 
 
-def _beside(host: Machine) -> str:
+def beside_words(host: Machine) -> str:
     """What messages hold that is nothing of a patient."""
     keys = ", public keys made for each round" if host.study.protection.secure else ""
     return f"the head of its log (a hash){keys}, and where it refuses the reason, without names or paths"
@@ -332,11 +368,11 @@ def _privacy(host: Machine, *, with_data: bool) -> str:
         for o in outlooks
     ]
     note = "(epsilon: of all planned rounds of all arms; in the ledger: already spent, where the sites file names one)"
-    stops = [wrapped(line, "  - ") for line in map(_early_end, outlooks) if line]
+    stops = [wrapped(line, "  - ") for line in map(early_end, outlooks) if line]
     return "\n".join([*lines, table(header, rows), wrapped(note, "  "), *stops])
 
 
-def _early_end(outlook: Outlook) -> str:
+def early_end(outlook: Outlook) -> str:
     """Where a site's budget ends before the study does."""
     if outlook.lasts == outlook.rounds:
         return ""
@@ -367,17 +403,18 @@ def _cautions(host: Machine) -> Iterator[str]:
         counts = patients_in(host.dataset(name))
         splits: tuple[Split, ...] = ("validation", "test")
         for split in splits:
-            if counts[split] == 1 and _told(host, name, split):
+            if counts[split] == 1 and _told(host, name, split) and (split == "test" or host.study.trains):
                 lonely[split].append(name)
-            if counts[split] == 0 and (site.role == "train" or (site.role == "evaluate" and split == "test")):
+            needed = site.role == "train" or (site.role == "evaluate" and split == "test")
+            if counts[split] == 0 and needed:
                 absent[split].append(name)
         why = _withheld(host, name, counts["validation"])
-        if why is not None and counts["validation"] and site.role != "unseen":
+        if why is not None and counts["validation"] and site.role != "unseen" and host.study.trains:
             silent.append(f"{name} ({why})")
         why = host.egress(name).refusal({LOSS: range(counts["validation"])})
-        if weighed and why is not None and counts["validation"] and site.role == "train":
+        if weighed and why is not None and counts["validation"] and name in host.study.training_sites:
             weightless.append(f"{name} ({why})")
-        if 0 < counts["train"] < host.egress(name).minimum_cohort and site.role == "train":
+        if 0 < counts["train"] < host.egress(name).minimum_cohort and name in host.study.training_sites:
             thin.append(name)
         if 1 < counts["test"] < 10:
             few.append(f"{name} {counts['test']}")
@@ -407,6 +444,7 @@ def _cautions(host: Machine) -> Iterator[str]:
         lines += [f"{name}: {aside}."] if aside else []
         lines += [f"{name}: {remark}." for remark in (dataset.remarks() if isinstance(dataset, Headed) else ())]
     lines += [f"{remark}." for remark in remarks_on(host.study, host.sites)]
+    lines += [f"{remark}." for remark in remarks_on_given(host.study, host.places)]
     if lines:
         yield "Mind"
     for line in lines:

@@ -6,10 +6,18 @@ from wardround.results.units import protocol
 from wardround.runs.columns import entry, table, wrapped
 from wardround.runs.machine import Machine
 from wardround.study.load import study_sha256
+from wardround.study.schema import Study
 from wardround.study.tasks import ReconstructionTask
 
 # What a site of each role does, as `check` says it.
 ROLES = {"train": "trains", "evaluate": "evaluates: validates and tests", "unseen": "unseen: only tested"}
+# The same where nothing is trained.
+_GIVEN = {"train": "measured", "evaluate": "measured", "unseen": "measured: all patients test"}
+
+
+def roles_of(study: Study) -> dict[str, str]:
+    """What a site of each role does in a study."""
+    return ROLES if study.trains else _GIVEN
 
 
 def uncalled(host: Machine) -> str | None:
@@ -27,7 +35,7 @@ def uncalled(host: Machine) -> str | None:
     facts += [entry("method", study.method.kind), entry("rounds", str(study.schedule.rounds))]
     header = ("site", "role") if own else ("site", "role", "simulated scanner")
     scanners = {name: study.acquisition_of(name) for name in study.sites if study.scans}
-    rows = [(name, ROLES[site.role], protocol(scanners.get(name))) for name, site in study.sites.items()]
+    rows = [(name, roles_of(study)[site.role], protocol(scanners.get(name))) for name, site in study.sites.items()]
     mind = "The study names code, and check did not call it: what it learns, the model and what travels is not known."
     lines = [wrapped(mind, "  - "), *(wrapped(f"{why}.", "  - ") for why in reasons)]
     return "\n\n".join(

@@ -82,7 +82,7 @@ def group_tables(host: Context, given: Mapping[str, Given]) -> tuple[GroupTables
 
 def _table(host: Context, arm: str, sites: Mapping[str, Mapping[str, Mapping[str, GroupValue]]]) -> Table:
     """An arm's table; empty where no site gave one of its numbers."""
-    specs, training = host.task.metrics, host.remaining(host.study.training_sites)
+    specs, training = host.task.metrics, host.remaining(host.study.averaged_sites)
     means: dict[str, dict[str, Mean]] = {}
     for site, rows in sites.items():
         if row := rows.get(f"local/{site}" if arm == "local" else arm):

@@ -76,7 +76,8 @@ def inspect_run(out: Path) -> str:
             entry("study_sha256", study_sha256(study)),
             entry("plan_sha256", _plan_sha256(out)),
             *_roster(out),
-            entry("sites", f"{', '.join(study.training_sites)}{unseen}"),
+            entry("sites", f"{', '.join(study.training_sites)}{unseen}" if study.trains else ", ".join(study.sites)),
+            *([] if study.trains else [entry("measured", f"{study.start.describe()}; nothing is trained")]),
             "",
             table(("arm", "rounds", "model"), rows),
         )

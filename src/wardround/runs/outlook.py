@@ -17,7 +17,7 @@ from wardround.learning.footprint import Footprint, footprint
 from wardround.plan.arms import FEDERATED
 from wardround.results.units import human_bytes, human_seconds
 from wardround.runs.columns import entry, table, wrapped
-from wardround.runs.explain_plugins import ROLES, uncalled
+from wardround.runs.explain_plugins import roles_of, uncalled
 from wardround.runs.machine import NOWHERE, Machine
 from wardround.runs.session import open_host
 from wardround.site.memory import GIGABYTE, footprint_of
@@ -74,11 +74,15 @@ def outlook(
     bill = expected(host)
     unknown = cache(partial(_memory_by_study, host))
     memory = {name: _memory(host, name) if name in known else unknown() for name in study.training_sites}
-    sections = (
-        f"Study {study.name}: what it takes, before anything runs",
+    training = (
         f"Messages of a round\n{_rounds(host, bill, speeds)}",
         f"All messages\n{_all(host, bill, speeds)}",
         f"Memory of training\n{_memories(memory, host.arm_spec(FEDERATED).arm.local)}",
+    )
+    measuring = f"All messages\n{_all(host, bill, speeds)}", f"Memory\n{_memory_of_given(host)}"
+    sections = (
+        f"Study {study.name}: what it takes, before anything runs",
+        *(training if study.trains else measuring),
         f"Disk\n{_disk(host, bill, study.start)}",
     )
     rooms = {name: known[name].memory if name in known else None for name in memory}
@@ -95,12 +99,12 @@ def bits_of(text: str) -> float:
 
 def _rounds(host: Machine, bill: Expected, speeds: Mapping[str, float]) -> str:
     """A row for each site: sites of one role differ by the length of their names alone."""
-    rows = []
+    rows, roles = [], roles_of(host.study)
     for name, site in host.study.sites.items():
         of_round = bill.of_round(site.role)
         down, up = of_round.down.total, of_round.up.total
         times = [_seconds(down + up, bits) for bits in speeds.values()]
-        rows.append((name, ROLES[site.role].partition(":")[0], human_bytes(down), human_bytes(up), *times))
+        rows.append((name, roles[site.role].partition(":")[0], human_bytes(down), human_bytes(up), *times))
     kinds = [
         f"{kind.replace('_', ' ')} {human_bytes(getattr(bill.training.down, kind))} / {human_bytes(count)}"
         for kind, count in vars(bill.training.up).items()
@@ -125,8 +129,10 @@ def _all(host: Machine, bill: Expected, speeds: Mapping[str, float]) -> str:
         rows.append((name, human_bytes(count), *(_seconds(count, bits) for bits in speeds.values())))
     rows.append(("coordinator", human_bytes(total), *(_seconds(total, bits) for bits in speeds.values())))
     arms = f" {len(host.arms)} arms: each other's rounds are as those of the federation." if len(host.arms) > 1 else ""
+    tests = "the tests of every arm's model"
+    what = f"{rounds} rounds of the federation, and {tests} with the delivery of the released one"
     note = (
-        f"{rounds} rounds of the federation, and the tests of every arm's model with the delivery of the released one "
+        f"{what if rounds else 'The test of the given model, and its delivery'} "
         f"({human_bytes(bill.tests.down.total)} to each site). A line with one site's bandwidth carries all messages "
         f"of the coordinator one after another.{arms}"
     )
@@ -173,6 +179,17 @@ def _memories(memory: Mapping[str, Footprint], local: Local) -> str:
     ]
     head = ("site", "model", "frozen", "copies", "gradients", "optimiser", "step", "in all")
     return "\n".join([table(head, rows), *(wrapped(line, "  ") for line in _memory_notes(memory, local))])
+
+
+def _memory_of_given(host: Machine) -> str:
+    """Of a model that is only measured: no gradient and no optimiser, and what libraries take is on top."""
+    whole = sum(p.info.nbytes for p in host.model_context.parameters)
+    frozen = sum(p.info.nbytes for p in host.model_context.parameters if p.name in host.model_context.frozen)
+    return wrapped(
+        f"Nothing is trained: at a site the model and its initial values take {human_bytes(2 * whole - frozen)}, and "
+        "what the network computes of an image comes on top, as does the reading of images.",
+        "  ",
+    )
 
 
 def _memory_notes(memory: Mapping[str, Footprint], local: Local) -> Iterator[str]:

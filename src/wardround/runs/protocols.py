@@ -63,6 +63,8 @@ def lines(protocols: ModelProtocols) -> list[str]:
 
 def summary(protocols: ModelProtocols) -> str:
     """The training scanners in one line."""
+    if not protocols.scanners:
+        return "On which scanners it was trained is not known."
     sites = [f"{site} ({protocol(a)})" for site, a in protocols.scanners.items()]
     more = f" and {len(sites) - _SHOWN} others" if len(sites) > _SHOWN else ""
     return f"Trained on the simulated scanners of {', '.join(sites[:_SHOWN])}{more}."

@@ -5,8 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations
 
+from wardround.errors import DataError
+from wardround.plan.weights import load_model, place_of, study_of
+from wardround.study.places import Places
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
+from wardround.study.start import FromRelease
+
+
+def remarks_on_given(study: Study, places: Places) -> Iterator[str]:
+    """Where a study that trains nothing may test a released model on patients who trained it: for `check` and report.
+
+    A release says which study made it. Sites are told by their names, so of a weights file nothing is known.
+    """
+    if study.trains or not isinstance(study.start, FromRelease):
+        return
+    path = place_of(study.start, places)
+    try:
+        before = study_of(path, load_model(path)[1])
+    except DataError:
+        # Of a version whose studies are not read any more: its values are.
+        return
+    alike = before.seed == study.seed and getattr(before.task, "split", None) == getattr(study.task, "split", None)
+    trained = [name for name in before.training_sites if name in study.sites and not study.sites[name].scans]
+    if otherwise := [name for name in trained if not alike or study.sites[name].role != "train"]:
+        yield (
+            f"the given model trained at {', '.join(otherwise)}, and this study deals those patients out otherwise: "
+            "some who trained it may test it, which flatters the numbers; give this study the seed and the `split` of "
+            "that one, and these sites `role: train`"
+        )
 
 
 def remarks_on(study: Study, sites: SitesFile) -> Iterator[str]:

@@ -27,12 +27,13 @@ from wardround.wire.tensors import TensorFile
 Array = npt.NDArray[Any]
 
 
-def evaluators_of(models: Path, pictures: Path, least: int = 1) -> dict[str, Evaluator]:
+def evaluators_of(models: Path, pictures: Path, least: int = 1, *, labels: bool = False) -> dict[str, Evaluator]:
     """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file.
 
-    What leaves depends on no fewer than `least` validation patients' labels.
+    What leaves depends on no fewer than `least` validation patients' labels. With `labels` those choose thresholds and
+    temperature at a site that the model does not serve as its own, too.
     """
-    released = Released(models, pictures, least)
+    released = Released(models, pictures, least, labels=labels)
     return {RELEASED: released, BASELINE: Baseline(pictures), OWN: Own(models, released)}
 
 
@@ -65,8 +66,8 @@ class Own:
 class Released:
     """The released model that the request carries, completed by the site's private part of it."""
 
-    def __init__(self, models: Path, pictures: Path, least: int) -> None:
-        self._models, self._pictures, self._least = models, pictures, least
+    def __init__(self, models: Path, pictures: Path, least: int, *, labels: bool = False) -> None:
+        self._models, self._pictures, self._least, self._labels = models, pictures, least, labels
 
     def __call__(
         self, learner: Learner, tensors: Mapping[str, Array] | None, meta: Mapping[str, Any], split: Split
@@ -81,7 +82,8 @@ class Released:
         task = learner.task
         with learner.serving_unseen() if unseen else nullcontext():
             # An unseen hospital labels no patient for the model.
-            fits = split == "test" and not unseen and learner.dataset.patients("validation") >= self._least
+            labels = self._labels or not unseen
+            fits = split == "test" and labels and learner.dataset.patients("validation") >= self._least
             calibration = learner.calibration() if fits else None
             values = learner.evaluate(split, calibration)
             if isinstance(task, Calibrated) and split == "test":

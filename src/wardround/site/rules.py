@@ -52,6 +52,11 @@ class Rules:
     hidden: bool = False
 
     @property
+    def given(self) -> bool:
+        """Whether the study trains nothing, so that the one model to measure is what it starts from."""
+        return self.rounds == 0
+
+    @property
     def layouts(self) -> dict[str, int]:
         """The layouts of the study, and the bytes of an update of each."""
         sums = {layout.sha256: layout.nbytes for layout in (self.metrics_layout, self.evaluation_layout)}

@@ -282,9 +282,15 @@ class Site:
         """The model that a request carries; a second one is refused.
 
         Means of many, chosen to differ at will, would tell patients apart. An arm has one model that is tested, in one
-        way, and one a round that is validated; those are measured as often as asked.
+        way, and one a round that is validated; those are measured as often as asked. Where the study trains nothing, it
+        is the model that the site has itself.
         """
         header, state = request.header, self.public_state(request)
+        if self.rules.given and not self.learner.begins_with(state):
+            raise Rejected(
+                f"site {self.name} is asked to measure another model than the one that the study starts from, and the "
+                "study trains nothing (schedule.rounds is 0)"
+            )
         if header.meta.get("split") == "test":
             # The private part that completes a model is another one in another round, and none for a stranger.
             how = [header.meta.get("evaluator"), bool(header.meta.get("unseen_site")), header.round]

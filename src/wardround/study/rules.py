@@ -6,15 +6,53 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from wardround.study.methods import MethodSettings
+from wardround.study.protection import NoCompression
 from wardround.study.registry import builtins
+from wardround.study.start import Fresh
 
 if TYPE_CHECKING:
     from wardround.study.schema import Study
 
 
+def check_given(study: Study) -> None:
+    """Refuse what means nothing in a study that trains nothing, and what would promise something of it."""
+    said, protection = "with schedule.rounds 0 nothing is trained", study.protection
+    if isinstance(study.start, Fresh):
+        raise ValueError(
+            "schedule.rounds: 0 measures a given model, and `start` names none; name it (`start: {kind: weights, ...}` "
+            "or `{kind: release, ...}`), or set schedule.rounds to 1 or more"
+        )
+    refused = {
+        "protection.privacy": (
+            protection.privacy is not None,
+            "so no privacy is spent and no noise is added; what test results tell is for the sites' egress rules",
+        ),
+        "protection.secure": (
+            protection.secure,
+            "so there is no sum to mask; test results are each site's own release, under its egress rules",
+        ),
+        "protection.robust": (protection.robust is not None, "so there is no update to defend against"),
+        "protection.compression": (
+            not isinstance(protection.compression, NoCompression),
+            "so there is no update to compress",
+        ),
+        "schedule.phases": (bool(study.schedule.phases), "so there are no phases"),
+        "task.teacher": (study.task.taught_by is not None, "so there is nothing to teach"),
+        study.task.leave_one_out_key: (study.task.leaves_out, "so no site can be left out of it"),
+        "parts.local": (bool(study.parts.local), "so no site has a part of its own"),
+        "adapters.local_rank": (
+            bool(getattr(study.adapters, "local_rank", 0)),
+            "so no site has adapters of its own",
+        ),
+    }
+    for key, (given, why) in refused.items():
+        if given:
+            raise ValueError(f"{key}: {said}, {why}; leave it out")
+
+
 def check_evaluating_sites(study: Study) -> None:
     """Refuse sites of `role: evaluate` where their validation sums could not be merged, or would never be asked."""
-    for name in study.evaluating_sites:
+    for name in study.evaluating_sites if study.trains else ():
         if study.protection.secure:
             raise ValueError(
                 f"sites.{name}.role: `evaluate` cannot be combined with protection.secure: the site sends its "

@@ -43,7 +43,7 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
-from wardround.study.rules import check_evaluating_sites, check_privacy
+from wardround.study.rules import check_evaluating_sites, check_given, check_privacy
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 from wardround.study.teacher import TaughtBy
@@ -71,7 +71,8 @@ class StudySite(Config):
         "train",
         description="`train`: trains, validates and is tested; `evaluate`: does not train, but its validation patients "
         "count in every validated round, so in the choice of the released one, and it is tested at the end; `unseen`: "
-        "is tested at the end alone",
+        "is tested at the end alone. Where nothing is trained (`schedule.rounds: 0`), `train` and `evaluate` say whose "
+        "validation patients choose thresholds and temperature, and `unseen` that all of a site's patients test",
     )
     acquisition: Acquisition | None = Field(None, description="overrides the study's acquisition")
     scans: tuple[SiteName, ...] = Field(
@@ -138,7 +139,9 @@ class Local(Config):
 class Schedule(Config):
     """How long, with whom, and which round is released."""
 
-    rounds: int = Field(20, ge=1)
+    rounds: int = Field(
+        20, ge=0, description="`0`: nothing is trained, and the model that `start` names is measured at every site"
+    )
     min_sites: int = Field(1, ge=1, description="fewer sites than this in a round stop the run")
     validate_every: int = Field(1, ge=0, description="rounds between validations; 0 is never")
     release: Literal["best", "last"] = Field(
@@ -157,7 +160,8 @@ class Schedule(Config):
     @field_validator("phases")
     @classmethod
     def _phases_fit(cls, phases: tuple[Phase, ...], info: ValidationInfo) -> tuple[Phase, ...]:
-        if "rounds" in info.data:
+        # Of no rounds there are no phases, which the study says itself (`check_given`).
+        if info.data.get("rounds"):
             check_phases(phases, info.data["rounds"])
         return phases
 
@@ -222,9 +226,11 @@ class Study(Config):
     @model_validator(mode="after")
     def _sites_fit(self, info: ValidationInfo) -> Study:
         training = self.training_sites
-        if not training:
+        if not self.trains:
+            check_given(self)
+        elif not training:
             raise ValueError("no site has `role: train`")
-        if self.schedule.min_sites > len(training):
+        elif self.schedule.min_sites > len(training):
             raise ValueError(
                 f"schedule.min_sites={self.schedule.min_sites} but only {len(training)} sites train; lower it"
             )
@@ -250,10 +256,11 @@ class Study(Config):
         except StudyError as error:
             raise ValueError(str(error)) from None
         for name, site in self.sites.items():
-            wrong = [other for other in site.scans if other not in training]
+            wrong = [other for other in site.scans if other not in (training if self.trains else self.averaged_sites)]
             if site.scans and (site.role != "unseen" or wrong):
+                lacks = "does not train" if self.trains else "has no patients of its own"
                 raise ValueError(
-                    f"sites.{name}.scans: " + (f"{wrong[0]!r} does not train" if wrong else "only for `role: unseen`")
+                    f"sites.{name}.scans: " + (f"{wrong[0]!r} {lacks}" if wrong else "only for `role: unseen`")
                 )
         check_evaluating_sites(self)
         if self.protection.robust is not None:
@@ -343,13 +350,30 @@ class Study(Config):
         return self.scanner.baselines[: self.task.compared] if named is None else named
 
     @property
+    def trains(self) -> bool:
+        """Whether anything is trained; else the model that the study starts from is measured."""
+        return self.schedule.rounds > 0
+
+    @property
     def training_sites(self) -> tuple[str, ...]:
-        """Names of the sites that train, in the order of the file."""
+        """Names of the sites that train, in the order of the file; none where nothing is trained."""
+        return self.member_sites if self.trains else ()
+
+    @property
+    def member_sites(self) -> tuple[str, ...]:
+        """Names of the sites of `role: train`, whom a model serves as its own; also where nothing is trained."""
         return tuple(name for name, site in self.sites.items() if site.role == "train")
 
     @property
+    def averaged_sites(self) -> tuple[str, ...]:
+        """Names of the sites that means are over: those that train; where none does, all with patients of their own."""
+        if self.trains:
+            return self.training_sites
+        return tuple(name for name, site in self.sites.items() if not site.scans)
+
+    @property
     def evaluating_sites(self) -> tuple[str, ...]:
-        """Names of the sites that do not train and whose validation patients count."""
+        """Names of the sites of `role: evaluate`: they do not train, and their validation patients count."""
         return tuple(name for name, site in self.sites.items() if site.role == "evaluate")
 
     @property

@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 LOG    := $(VENV)/install.log
-EXTRAS := demo,dev,privacy,compressed,seg,onnx
+EXTRAS := demo,dev,privacy,compressed,seg,onnx,dicomweb
 
 # Real images, where this machine has them. Empty or not set means none: no test that reads them runs then.
 WARDROUND_DATA ?= $(wildcard $(abspath ../shared/data))
@@ -24,7 +24,11 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --progress-ba
 # What pip says goes into a log, and to the terminal only where pip fails: $(call quietly,COMMAND).
 quietly = { $(1); } >>$(LOG) 2>&1 || { cat $(LOG); echo "The packages could not be installed: see above."; exit 1; }
 
-.PHONY: demo test test-all lint types docs wheel clean
+# Three made-up hospitals and their coordinator on this machine, each party a process with a folder of its own.
+federation-demo: $(STAMP)
+	$(BIN)/wardround federation demo --out runs/federation-demo
+
+.PHONY: demo federation-demo test test-all lint types docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/wardround demo --out runs/demo

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.federation.rig import Rig
 from tests.toys import toy_study
+from wardround.engines.apart import ApartEngine
 from wardround.engines.frames import SharedBodies
 from wardround.engines.local import LocalEngine
 from wardround.engines.process import ATTEMPTS
@@ -96,7 +97,17 @@ def test_a_closed_local_engine_asks_nobody_else(tmp_path: Path) -> None:
     engine.close()
     with pytest.raises(Interrupted, match="run the same command again"):
         next(replies)
+    with pytest.raises(Interrupted):
+        next(engine.exchange([]))
     assert asked == ["A"]
+
+
+def test_a_closed_engine_of_parties_apart_says_so(tmp_path: Path) -> None:
+    engine = ApartEngine("tests.engines.echo:finder", {"A": tmp_path / "spec.json"}, tmp_path / "spool")
+    assert list(engine.exchange([])) == []
+    engine.close()
+    with pytest.raises(Interrupted):
+        next(engine.exchange([]))
 
 
 # Workers with toy sites ----------------------------------------------------------------------------------------------
@@ -139,8 +150,10 @@ def test_workers_answer_every_message_once_and_survive_their_deaths(tmp_path: Pa
         threading.Timer(0.3, engine.close).start()
         with pytest.raises(Interrupted):
             list(engine.exchange([ask("A", "sleep"), ask("B")]))
-        with pytest.raises(Interrupted):
-            list(engine.exchange([ask("A")]))
+        # Asked nothing, it says so too: a coordinator that waits before another attempt sees it.
+        for messages in ([ask("A")], []):
+            with pytest.raises(Interrupted):
+                list(engine.exchange(messages))
     finally:
         engine.close()
     assert engine.pids == ()

@@ -20,6 +20,7 @@ import pytest
 from tests.faults.victims import ForkServer
 from tests.federation.rig import Rig, Sent
 from tests.toys import toy_sites, toy_study
+from wardround.engines.local import LocalEngine
 from wardround.errors import Interrupted, JournalError, NotEnoughSites, WardroundError
 from wardround.federation.exchange import UPDATE
 from wardround.protection.gates import check_body
@@ -360,7 +361,11 @@ def test_a_round_goes_on_without_a_site_that_fails(tmp_path: Path) -> None:
     study = toy_study(task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"fail": "B"}})
     values = go(tmp_path, study)
     assert values.participants == ("A", "C")
-    assert values.notes == ("federated, rounds 1–4: without B (RuntimeError) (4 times)",)
+    assert values.notes == (
+        "federated: B was left out of 4 of 4 rounds (rounds 1–4); what share of the training patients it holds is not "
+        "known: it did not give their number",
+        "federated, rounds 1–4: without B (RuntimeError) (4 times)",
+    )
     assert values.failed == {"B": "RuntimeError"}
     assert values.withheld == {}
     assert values.metrics["federated"]["B"] is None
@@ -371,6 +376,21 @@ def test_a_round_goes_on_without_a_site_that_fails(tmp_path: Path) -> None:
         assert "could not be measured" in page
         assert "withheld by the site" not in page.lower()
     assert lacking_in(values) == ["B: could not be measured (RuntimeError)"]
+
+
+def test_a_site_that_was_away_is_named_with_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Losing(LocalEngine):
+        def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
+            for reply in super().exchange(messages):
+                header = reply.header
+                lost = (header.site, header.kind, header.round) == ("B", UPDATE, 2)
+                yield Message(replace(header, kind="error", meta={"reason": "away"})) if lost else reply
+
+    monkeypatch.setattr("wardround.engines.local.LocalEngine", Losing)
+    values = go(tmp_path, toy_study())
+    said = "federated: B was left out of 1 of 4 rounds (round 2); it holds 33% of the 12 training patients"
+    assert values.notes == (said, "federated, round 2: without B (away)")
+    assert said in html.unescape((tmp_path / "out" / "report.html").read_text())
 
 
 class Broken(Silent):

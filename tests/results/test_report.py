@@ -23,7 +23,7 @@ from wardround.results.run import load_run
 from wardround.results.schema import RoundLine
 from wardround.results.terminal import tables_of
 from wardround.results.views import comparison
-from wardround.runs.notes import notes_of
+from wardround.runs.notes import left_out, notes_of
 from wardround.tasks.ct_metrics import CT_METRICS
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -373,6 +373,30 @@ def test_a_repeated_note_is_said_once_with_a_count(tmp_path: Path) -> None:
         "federated, round 2; pooled, round 2: slow (2 times)",
     ]
     assert notes_of(lines[1:2]) == ["federated, round 2: without B (no data)", "federated, round 2: slow"]
+
+
+@pytest.mark.parametrize(
+    ("training", "holds"),
+    [
+        ({"A": 6, "B": 2, "C": 0}, "it holds 25% of the 8 training patients"),
+        ({"A": 600, "B": 2, "C": 3}, "it holds less than 1% of the 605 training patients"),
+        ({"A": None, "B": 2, "C": 0}, "it holds 2 of the training patients, and not every site gave their number"),
+        (
+            {"A": 6, "B": None, "C": 0},
+            "what share of the training patients it holds is not known: it did not give their number",
+        ),
+    ],
+)
+def test_a_site_that_was_left_out_is_named_with_its_share(training: dict[str, int | None], holds: str) -> None:
+    took_part = [("A", "B", "C"), ("A", "C"), ("A", "C"), ("A", "B", "C"), ("A", "C")]
+    template = next(line for line in rounds(1) if line["arm"] == "federated")
+    lines = [
+        RoundLine(**template | {"round": number, "participants": sites}) for number, sites in enumerate(took_part, 1)
+    ]
+    assert left_out(lines, training) == [f"federated: B was left out of 3 of 5 rounds (rounds 2–3, 5); {holds}"]
+    assert left_out(lines[:1], training) == left_out([], training) == []
+    # It is said of those that train: others are in no round.
+    assert left_out(lines, {"A": 6, "C": 0}) == []
 
 
 def test_patients_are_points_and_have_no_names(tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def say(text: str) -> None:
+def say(text: str, style: str = "") -> None:
     """Print a text as it is, without colours guessed; its lines are broken between words, and only on a terminal."""
-    _print(console, text)
+    _print(console, text, style=style)
 
 
 def explain(message: str, detail: str) -> None:

@@ -32,11 +32,14 @@ class ApartEngine:
         }
         self._latest: dict[tuple[str, str], Message] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Yield one reply for each message, as they come; raises `Interrupted` once the engine is closed."""
         replies: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         asked = list(messages)
+        if self._closed:
+            raise Interrupted(STOPPED)
         threads = [threading.Thread(target=self._ask, args=(message, replies), daemon=True) for message in asked]
         for thread in threads:
             thread.start()
@@ -68,6 +71,7 @@ class ApartEngine:
 
     def close(self) -> None:
         """Kill all processes; exchanges under way raise `Interrupted`."""
+        self._closed = True
         for site in self._sites.values():
             site.kill()
         for site in self._sites.values():

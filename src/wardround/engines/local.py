@@ -41,6 +41,8 @@ class LocalEngine:
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Yield one reply for each message, in order; raises `Interrupted` once the engine is closed."""
+        if self._closed:
+            raise Interrupted(STOPPED)
         for message in messages:
             with self._turn:
                 if self._closed:

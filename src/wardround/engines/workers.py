@@ -58,6 +58,8 @@ class WorkersEngine:
         for message in messages:
             self._put(_Job(message, replies))
             count += 1
+        if self._closed:
+            raise Interrupted(STOPPED)
         for _ in range(count):
             reply = replies.get()
             if reply is None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy.typing as npt
 
 from wardround.errors import JournalError, NotEnoughSites
-from wardround.federation.asking import Asking
+from wardround.federation.asking import IMPATIENT, Asking, Patience
 from wardround.federation.exchange import (
     EVALUATE,
     TRAIN,
@@ -40,7 +40,7 @@ from wardround.wire.update import Aggregate, Layout
 
 Array = npt.NDArray[Any]
 
-# Rounds in a row that may come to nothing before somebody has to look.
+# Rounds in a row that may come to nothing before somebody has to look, without patience.
 MAX_ABORTED = 3
 
 
@@ -97,13 +97,15 @@ class Coordinator:
         engine: Engine,
         journal: Journal,
         protocol: ExchangeFactory = PlainSum,
+        patience: Patience = IMPATIENT,
     ) -> None:
         self._plan = plan
+        self._patience = patience
         self._method = method
         self._journal = journal
         self._protocol = protocol
         self._log = CoordinatorLog(journal)
-        self._asking = Asking(plan, engine, self._log)
+        self._asking = Asking(plan, engine, self._log, patience)
         self._lasting = Lasting(method, plan.layout, plan.curriculum)
         self._sent = plan.codec.sent(plan.layout)
         self._scales = ScaleRules(self._sent, plan.initial_scale, plan.initial, frozenset({MODEL}))
@@ -131,12 +133,14 @@ class Coordinator:
         """Run the rounds after `state`, yielding each committed report.
 
         The last report of all, with the number of the last round, carries its validation. A plan without rounds has
-        none. Raises `NotEnoughSites` when fewer than `min_sites` answer; what is committed stays, and the run can be
-        resumed.
+        none. Raises `NotEnoughSites` when fewer than `min_sites` answer and patience is at its end; what is committed
+        stays, and the run can be resumed.
         """
         plan = self._plan
         if not plan.rounds:
             return
+        # With privacy an aborted round is paid for: patience does not spend the budget on more of them.
+        most = MAX_ABORTED + (self._patience.attempts if plan.extends else 0)
         reasons: list[str] = []
         # The number of an aborted round is used up: the study ends that many numbers later, or without it.
         while self._next_number(state) <= plan.rounds + (len(self._journal.aborted(TRAIN)) if plan.extends else 0):
@@ -145,11 +149,12 @@ class Coordinator:
             except RoundAborted as aborted:
                 reasons.append(str(aborted))
                 self._log.aborted(max(self._journal.aborted(TRAIN), default=state.round + 1), str(aborted))
-                if len(reasons) == MAX_ABORTED:
+                if len(reasons) == most:
                     raise NotEnoughSites(
-                        f"{plan.arm}: {MAX_ABORTED} rounds in a row were aborted ({'; '.join(reasons)}). Mend the "
-                        "cause and run again with --resume"
+                        f"{plan.arm}: {most} rounds in a row were aborted ({'; '.join(reasons[-MAX_ABORTED:])}). Mend "
+                        "the cause and run again with --resume"
                     ) from aborted
+                self._asking.pause()
                 continue
             reasons.clear()
             yield report
@@ -210,6 +215,7 @@ class Coordinator:
         validate = due and number == state.round + 1
         meta = {"keep": keep, "validate": validate, **self._log.anchor(), **_numbers(aborted)}
         exchange, missing, bill = self._asking.run(self._call(TRAIN, state, number, meta, self._sent), self._protocol)
+        again = self._asking.again
         aggregate = exchange.aggregate()
         if validate:
             bill += self._validated(state, aggregate, exchange.receipts)[1]
@@ -245,6 +251,7 @@ class Coordinator:
             notes=(
                 *(f"round {n} is aborted: not all of it came after its survivors were named" for n in skipped),
                 *exchange.notes,
+                *([f"too few sites answered at first: tried again {_times(again)}"] if again else ()),
                 *(
                     cut_off(key, share, following.scales[key] / state.scales[key])
                     for key, share in saturated.items()
@@ -345,6 +352,10 @@ class Coordinator:
     def _forget(self, number: int) -> None:
         keep = set(range(number - self._plan.keep + 1, number + 1))
         self._journal.forget_states(keep | candidates(self._scored()))
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _numbers(aborted: Collection[int]) -> dict[str, Any]:

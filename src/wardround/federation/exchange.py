@@ -49,7 +49,8 @@ class Engine(Protocol):
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Every message gets exactly one reply; a site that cannot answer gets an `error` reply.
 
-        Raises `Interrupted` once the engine is closed: whoever stops a run must not change who took part in a round.
+        A reply's body can be read until its site answers in the same arm again. Raises `Interrupted` once the engine
+        is closed, asked nothing too: whoever stops a run must not change who took part in a round.
         """
         ...
 

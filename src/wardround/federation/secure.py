@@ -140,6 +140,9 @@ class SecureSum(Exchange):
     def close(self) -> list[Message]:
         """Go on to the next phase; raises `NotEnoughSites` before the survivor list is announced, `Aborted` after."""
         self._answered = set()
+        if self._phase in (1, 2):
+            # Before the others train for a sum that they would not consent to.
+            self._check_standing(self.present)
         try:
             match self._phase:
                 case 1:
@@ -226,13 +229,7 @@ class SecureSum(Exchange):
 
     def _announce(self) -> list[Message]:
         announcement, call = self._session.announce(), self._call
-        away = sorted(set(self._standing) - set(announcement.survivors))
-        if away:
-            raise NotEnoughSites(
-                f"round {call.round} begins where an aborted one did, whose sum was over {', '.join(self._standing)}; "
-                f"without {', '.join(away)} the difference of the two would be what they sent. Bring them back and run "
-                "again with --resume, or start a study with another seed"
-            )
+        self._check_standing(set(announcement.survivors))
         value = announcement.to_json()
         # On record first: from here on the round ends with exactly this list, or not at all.
         if self._journal.decide(call.round, call.attempt, survivors_of(call.kind), value) != value:
@@ -241,6 +238,16 @@ class SecureSum(Exchange):
             "survivors", {"kind": call.kind, "round": call.round, "attempt": call.attempt, "list": digest(value)}
         )
         return self._ask(SIGN, dict.fromkeys(announcement.survivors, value))
+
+    def _check_standing(self, present: Set[str]) -> None:
+        """Raise `NotEnoughSites` where a site of the aborted round before this one is away."""
+        away = sorted(set(self._standing) - present)
+        if away:
+            raise NotEnoughSites(
+                f"round {self._call.round} begins where an aborted one did, whose sum was over "
+                f"{', '.join(self._standing)}; without {', '.join(away)} the difference of the two would be what they "
+                "sent. Bring them back and run again with --resume, or start a study with another seed"
+            )
 
     def _unmask(self) -> None:
         MaskStream(self._session.unmask(), self._call.layout.segments).add_to(self._total)

@@ -58,9 +58,51 @@ class CoordinatorFolder:
         return self.root / "nvflare"
 
     @property
+    def lock(self) -> Path:
+        """Held by the coordinator's process."""
+        return self.root / "coordinator.lock"
+
+    @property
+    def token(self) -> Path:
+        """The password of the page that shows the federation; it is made when the page is first opened."""
+        return self.root / "page.token"
+
+    @property
     def status(self) -> Path:
         """What the coordinator's process last said of itself, of the sites and of the studies, in JSON."""
         return self.root / "status.json"
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The folder of a submitted study at the coordinator."""
+
+    root: Path
+
+    @property
+    def study(self) -> Path:
+        """The study as it was submitted, overrides resolved."""
+        return self.root / "study.yaml"
+
+    @property
+    def submission(self) -> Path:
+        """What the coordinator's people want of it; commands write this, and the coordinator's process reads it."""
+        return self.root / "submission.json"
+
+    @property
+    def record(self) -> Path:
+        """How far it is; the coordinator's process writes this."""
+        return self.root / "record.json"
+
+    @property
+    def decisions(self) -> Path:
+        """What the sites decided of it, signed by them."""
+        return self.root / "decisions.json"
+
+    @property
+    def out(self) -> Path:
+        """The folder of the run."""
+        return self.root / "out"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from typing import Any
@@ -45,6 +46,8 @@ def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
 
 
 _NO_ADAPTERS = NoAdapters()
+# Torch's generator is the process's: two models that are built at once would have each other's values.
+_DRAWING = threading.RLock()
 
 
 class ModelContext:
@@ -68,11 +71,12 @@ class ModelContext:
         self.task = task
         self.compute = CPU
         self._all = {CPU: self}
-        torch.manual_seed(public_seed(seed, "initialisation") % 2**63)
-        self.model = task.build_model()
-        # The same adapters whatever network was built before them.
-        torch.manual_seed(public_seed(seed, "adapters") % 2**63)
-        attached = attach(self.model, adapters, folds=folds)
+        with _DRAWING:
+            torch.manual_seed(public_seed(seed, "initialisation") % 2**63)
+            self.model = task.build_model()
+            # The same adapters whatever network was built before them.
+            torch.manual_seed(public_seed(seed, "adapters") % 2**63)
+            attached = attach(self.model, adapters, folds=folds)
         if checkpoint and not checkpoint_blocks(self.model):
             raise StudyError(
                 "local.checkpoint: this network has no blocks that could forget what they compute; leave it out, and "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from wardround.engines.local import STOPPED
 from wardround.errors import Interrupted, StudyError
+from wardround.federation.asking import IMPATIENT, Patience
 from wardround.federation.coordinator import Coordinator, Release
 from wardround.federation.exchange import Engine
 from wardround.federation.facts import SiteFacts, SiteSpending
@@ -38,7 +39,7 @@ from wardround.runs.bills import Bills
 from wardround.runs.context import Context
 from wardround.runs.folder import add_devices, alone, claim, mixed, without_in
 from wardround.runs.grouped import measured
-from wardround.runs.notes import notes_of
+from wardround.runs.notes import left_out, notes_of
 from wardround.runs.protocols import read_protocols
 from wardround.runs.remarks import remarks_on_given
 from wardround.runs.rounds import RoundsFile
@@ -65,11 +66,12 @@ def coordinate(
     plugins: Collection[str] = (),
     allow_code: bool = False,
     near: str | Path | None = None,
+    patience: Patience = IMPATIENT,
 ) -> Result:
     """The coordinator's part of a run whose sites live elsewhere, where `engine` reaches them; the rest is as in `run`.
 
     `plugins` are names of installed entry points that the coordinator lets a study name; `start.file` of the study is
-    relative to `near`, without one to the working folder.
+    relative to `near`, without one to the working folder. `patience` is with rounds that too few sites answer.
 
     Raises `StudyError` for what needs the patients of several sites in one place, and everything that `run` raises.
     """
@@ -85,7 +87,7 @@ def coordinate(
         context.arm_spec(name)
     with stoppable(), alone(out):
         fingerprints = claim(context, resume=resume)
-        return conduct(context, engine, len(context.arms), watching, fingerprints, began)
+        return conduct(context, engine, len(context.arms), watching, fingerprints, began, patience)
 
 
 @contextmanager
@@ -100,7 +102,13 @@ def stoppable() -> Iterator[None]:
 
 
 def _train(
-    host: Context, engine: Engine, beside: Engine, parallel: int, watcher: Shielded, facts: Mapping[str, SiteFacts]
+    host: Context,
+    engine: Engine,
+    beside: Engine,
+    parallel: int,
+    watcher: Shielded,
+    facts: Mapping[str, SiteFacts],
+    patience: Patience,
 ) -> dict[str, Release]:
     """Train all arms, several at once where there are several workers; `beside` carries what is in no round."""
     stop = threading.Event()
@@ -122,7 +130,7 @@ def _train(
         with closing(Journal(host.out / "work" / "arms" / arm_spec.arm.folder, arm_spec.identity)) as journal:
             roster = agree_on_roster(host, beside, arm_spec.arm, facts)
             protocol = host.exchange(arm_spec.arm, journal, roster)
-            coordinator = Coordinator(plan, arm_spec.method, engine, journal, protocol)
+            coordinator = Coordinator(plan, arm_spec.method, engine, journal, protocol, patience)
             state = coordinator.start(lambda: host.initial(arm_spec))
             for report in journal.reports()[-1:]:
                 watcher.round(_by_importance(host, report))
@@ -195,17 +203,19 @@ def conduct(
     watcher: Shielded,
     fingerprints: Sequence[Mapping[str, str]],
     began: float,
+    patience: Patience = IMPATIENT,
 ) -> Result:
     """The coordinator's part of a run, from the first question to the sites to the report.
 
-    `parallel` arms train at once. Opens nothing of a site: all that it knows of one came in messages.
+    `parallel` arms train at once. `patience` is with rounds that too few sites answer. Opens nothing of a site: all
+    that it knows of one came in messages.
     """
     bills = Bills(host)
     beside = bills.counting(engine)
     facts = ask_facts(host, beside)
     machines = {site: facts[site].machine for site in host.remaining(host.study.sites) if site in facts}
     fingerprints = add_devices(host.out, fingerprints, placed(machines))
-    releases = _train(host, engine, beside, parallel, watcher, facts)
+    releases = _train(host, engine, beside, parallel, watcher, facts, patience)
     private = _release(host, beside, releases, facts)
     numbers = measured(host, beside, watcher.phase)
     took_part = {site for line in read_rounds(host.out) for site in line.participants}
@@ -274,6 +284,7 @@ def _conclude(
         fingerprint=fingerprints[-1],
         notes=(
             *_gone_without(host, lines),
+            *left_out(federated, _training(host, facts)),
             *mixed(fingerprints),
             *notes_of(lines),
             *remarks_on_given(host.study, host.places),
@@ -286,6 +297,12 @@ def _patients(host: Context, site: str, facts: Mapping[str, SiteFacts]) -> dict[
     """A site's patients by split, as it gives them; nothing where it gave none, which the run has survived."""
     said = None if site in host.without or site not in facts else facts[site].patients
     return None if said is None else said.model_dump()
+
+
+def _training(host: Context, facts: Mapping[str, SiteFacts]) -> dict[str, int | None]:
+    """The numbers of patients that the sites of the federation train on; nothing where a site gave none."""
+    found = {site: _patients(host, site, facts) for site in host.remaining(host.arms[FEDERATED].sites)}
+    return {site: None if patients is None else patients["train"] for site, patients in found.items()}
 
 
 def _gone_without(host: Context, lines: Sequence[RoundLine]) -> Iterator[str]:

@@ -61,11 +61,13 @@ def explain(
         sites, mind = _sites_with_data(host), "\n".join(_cautions(host))
     arm_spec = host.arm_spec("federated")
     sections = (
-        _study(host, arm_spec),
+        study_lines(host, arm_spec),
         f"Sites\n{sites}",
-        f"Training\n{_training(host, arm_spec)}" if study.trains else f"Measuring\n{_measuring(host, arm_spec)}",
+        f"Training\n{training_lines(host, arm_spec)}\n{_traffic(host, arm_spec)}"
+        if study.trains
+        else f"Measuring\n{_measuring(host, arm_spec)}",
         _scanners(study),
-        f"Arms\n{_arms(host)}" if study.trains else "",
+        f"Arms\n{arms_lines(host)}" if study.trains else "",
         f"What leaves a site\n{_egress(host, arm_spec, with_data=sites_file is not None)}",
         _privacy(host, with_data=sites_file is not None),
         mind,
@@ -79,7 +81,8 @@ def full_study(study_file: Path, overrides: Sequence[str]) -> str:
     return str(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=WIDTH)).rstrip()
 
 
-def _study(host: Machine, arm_spec: ArmSpec) -> str:
+def study_lines(host: Machine, arm_spec: ArmSpec) -> str:
+    """What is learned, with which model and method, from which start."""
     study = host.study
     sizes = {p.name: p.info.size for p in host.model_context.parameters}
     parts = {role: sum(sizes[name] for name in arm_spec.policy.names(role)) for role in ("shared", "local", "frozen")}
@@ -158,12 +161,9 @@ def _role(study: Study, site: str) -> str:
     return roles_of(study)[study.sites[site].role]
 
 
-def _training(host: Machine, arm_spec: ArmSpec) -> str:
+def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
+    """Rounds, steps, and how an update is written."""
     study, local, schedule = host.study, host.study.local, host.study.schedule
-    nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
-    sent = arm_spec.codec.sent(arm_spec.layout)
-    down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
-    total = schedule.rounds * len(study.training_sites) * (down + up)
     examples = f"{local.batch} example{'s' if local.batch != 1 else ''}"
     released = "the last"
     if schedule.release == "best" and host.task.metrics and schedule.validate_every:
@@ -176,6 +176,19 @@ def _training(host: Machine, arm_spec: ArmSpec) -> str:
             entry("rounds", f"{schedule.rounds}; released is {released}"),
             *(entry("phase", stint.describe()) for stint in arm_spec.curriculum.stints),
             entry("an update", _update(study)),
+        )
+    )
+
+
+def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
+    """What the values of the model and its updates weigh; `wardround plan` counts whole messages."""
+    study = host.study
+    nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
+    sent = arm_spec.codec.sent(arm_spec.layout)
+    down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
+    total = study.schedule.rounds * len(study.training_sites) * (down + up)
+    return "\n".join(
+        (
             entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
             entry("", f"all rounds, all sites: {human_bytes(total)}"),
         )
@@ -221,7 +234,8 @@ def _scanners(study: Study) -> str:
     return str(at(costs)(study)) if costs else ""
 
 
-def _arms(host: Machine) -> str:
+def arms_lines(host: Machine) -> str:
+    """What is trained beside the federation to compare with it, and with which patients."""
     rounds = host.study.schedule.rounds
     rows = []
     for name, arm in host.arms.items():
@@ -251,7 +265,7 @@ def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:
     rounds = (
         entry("every round", "its weight and its weighted change of the shared values, as integers"),
         entry("", f"({seen})"),
-        *_unmasked(host),
+        *unmasked_lines(host),
         *([entry("", discloses)] if discloses else []),
         entry("", f"its {'' if private else 'loss and '}seconds, and sums over validation patients of {names}"),
     )
@@ -261,11 +275,11 @@ def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:
     )
     return "\n".join(
         (
-            entry("at the start", _facts(host)),
+            entry("at the start", facts_words(host)),
             *(rounds if host.study.trains else ()),
             entry("at the end", _at_the_end(host, with_data=with_data)),
             *(entry("by group", line) for line in (group_lines(host) if with_data else ())),
-            entry("beside these", _beside(host)),
+            entry("beside these", beside_words(host)),
             *_in_the_model(host),
             entry("never", kept),
             entry("", "(a run on one machine shows pictures in its report, of sites whose own results leave)"),
@@ -273,7 +287,7 @@ def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:
     )
 
 
-def _facts(host: Machine) -> str:
+def facts_words(host: Machine) -> str:
     """What a site says of itself before the first round."""
     spent = "; at the end, what its ledger says was spent" if host.study.protection.privacy is not None else ""
     return (
@@ -282,7 +296,7 @@ def _facts(host: Machine) -> str:
     )
 
 
-def _unmasked(host: Machine) -> Iterator[str]:
+def unmasked_lines(host: Machine) -> Iterator[str]:
     """The arms of a secure study in which a site has no other to be summed with."""
     alone = [name for name, arm in host.arms.items() if arm.inside(host.study)]
     if alone:
@@ -304,7 +318,7 @@ def _at_the_end(host: Machine, *, with_data: bool) -> str:
     )
 
 
-def _beside(host: Machine) -> str:
+def beside_words(host: Machine) -> str:
     """What messages hold that is nothing of a patient."""
     keys = ", public keys made for each round" if host.study.protection.secure else ""
     return f"the head of its log (a hash){keys}, and where it refuses the reason, without names or paths"
@@ -354,11 +368,11 @@ def _privacy(host: Machine, *, with_data: bool) -> str:
         for o in outlooks
     ]
     note = "(epsilon: of all planned rounds of all arms; in the ledger: already spent, where the sites file names one)"
-    stops = [wrapped(line, "  - ") for line in map(_early_end, outlooks) if line]
+    stops = [wrapped(line, "  - ") for line in map(early_end, outlooks) if line]
     return "\n".join([*lines, table(header, rows), wrapped(note, "  "), *stops])
 
 
-def _early_end(outlook: Outlook) -> str:
+def early_end(outlook: Outlook) -> str:
     """Where a site's budget ends before the study does."""
     if outlook.lasts == outlook.rounds:
         return ""

@@ -42,6 +42,7 @@ class Machine(Context):
     """The context of a run, and its sites' agents, each made when it is first needed.
 
     Agents of one process share data sets and one model. `progress` is called with arm, site, round, step and steps.
+    Nothing measured on fewer than `floor` patients leaves a site.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class Machine(Context):
         progress: Progress | None = None,
         without: Collection[str] = (),
         places: Places = NO_PLACES,
+        *,
+        floor: int = 1,
     ) -> None:
         embeddings = {name: site.embeddings for name, site in sites.sites.items() if site.embeddings is not None}
         super().__init__(study, out, compare, without, Plugins.of(study, sites), embeddings, places)
         self.sites = sites
-        self.datasets = Datasets(self, sites, folder=out)
+        self.datasets = Datasets(self, sites, floor, out)
         self._progress = progress
         self._compare = compare
         self._agents: dict[str, Agent] = {}

@@ -1,8 +1,8 @@
-"""The notes of a run: what a reader of its results must know of single rounds, each said once."""
+"""The notes of a run: what a reader of its results must know of single rounds and of who took part, each said once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from wardround.results.schema import RoundLine
 from wardround.results.units import in_rounds
@@ -20,6 +20,33 @@ def notes_of(lines: Sequence[RoundLine]) -> list[str]:
         where = "; ".join(f"{arm}, {in_rounds(numbers)}" for arm, numbers in arms.items())
         notes.append(f"{where}: {text}" + (f" ({len(places)} times)" if len(places) > 1 else ""))
     return notes
+
+
+def left_out(lines: Sequence[RoundLine], training: Mapping[str, int | None]) -> list[str]:
+    """Of each site that rounds of an arm went without: of how many, and what share of the training patients it holds.
+
+    `lines` are those of one arm; `training` has the numbers of patients of all its sites, where they gave them.
+    """
+    notes = []
+    for site in sorted(training):
+        numbers = [line.round for line in lines if site not in line.participants]
+        if numbers:
+            notes.append(
+                f"{lines[0].arm}: {site} was left out of {len(numbers)} of {len(lines)} rounds ({in_rounds(numbers)}); "
+                f"{_share(site, training)}"
+            )
+    return notes
+
+
+def _share(site: str, training: Mapping[str, int | None]) -> str:
+    own, known = training[site], [count for count in training.values() if count is not None]
+    if own is None:
+        return "what share of the training patients it holds is not known: it did not give their number"
+    if len(known) < len(training):
+        return f"it holds {own} of the training patients, and not every site gave their number"
+    total = sum(known)
+    share = own / total if total else 0.0
+    return f"it holds {'less than 1%' if 0.0 < share < 0.01 else f'{share:.0%}'} of the {total} training patients"
 
 
 def _said(line: RoundLine) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wardround.deidentify import describe_error
-from wardround.errors import DataError, Rejected, StudyError, WardroundError, WireError
+from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError
 from wardround.federation.exchange import DONE, Party
 from wardround.federation.facts import DELIVER, FACTS, PLAN, SPENT, SiteFacts, SiteSpending, meta_of
 from wardround.federation.grouped import GROUPS, SiteGroups
@@ -74,7 +74,8 @@ class Agent:
 
     `sites` needs to hold the site's own entry alone; `folder` is where the site keeps what is its own, `datasets` opens
     its data. `progress` is called with arm, site, round, step and steps. Updates are rounded from `rounding_root`;
-    without one, from a root that the operating system gives and that stays at the site.
+    without one, from a root that the operating system gives and that stays at the site. It signs with `identity`, the
+    key that the site has in all its studies; without one, with a key that is made for this study.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class Agent:
         *,
         progress: Progress | None = None,
         rounding_root: bytes | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self.name = name
+        self._identity = identity
         self._arm_specs = arm_specs
         self._sites = sites
         self._folder = folder
@@ -165,7 +168,11 @@ class Agent:
         raise WireError(f"site {self.name} does not know messages of kind {header.kind[:_SHOWN]!r}")
 
     def facts(self) -> SiteFacts:
-        """What the site says of itself, as far as its rules let out."""
+        """What the site says of itself, as far as its rules let out.
+
+        Raises `DataError`, and says nothing, where its files tell who patients are and its rule refuses that.
+        """
+        self._datasets.check_identifiers(self.name)
         egress = self._egress
         patients = found = set_aside = None
         headers = HeaderFacts()
@@ -281,8 +288,11 @@ class Agent:
 
     @property
     def identity(self) -> Identity:
-        """The key with which the site signs in all arms; made on first use."""
-        return self._store.enrol()
+        """The key with which the site signs in all arms; made on first use, where none was given.
+
+        Raises `JournalError` where the site's store was made with another key.
+        """
+        return enrolled(self._store, self._identity)
 
     @cached_property
     def _record(self) -> HashLog:
@@ -379,7 +389,7 @@ class Agent:
         models = self._folder / "models" / name / arm_spec.arm.folder
         pictures = self._folder / "sites" / name / "pictures.npz"
         store = self._store_of(arm_spec.arm)
-        store.enrol(self.identity)
+        enrolled(store, self.identity)
         return Site(
             name,
             rules,
@@ -487,6 +497,20 @@ class Agent:
             curriculum=arm_spec.curriculum,
             shelf=self.shelf,
         )
+
+
+def enrolled(store: SiteStore, identity: Identity | None) -> Identity:
+    """The key that a store signs with, which is `identity` where one is given.
+
+    Raises `JournalError` where the store was made with another one.
+    """
+    found = store.enrol(identity)
+    if identity is not None and found.public != identity.public:
+        raise JournalError(
+            "the site's store of this study was made with another key than the site's own: restore the key, or the "
+            "store that belongs to it"
+        )
+    return found
 
 
 def _holds(path: Path, sha256: str) -> bool:

@@ -12,6 +12,7 @@ from wardround.imaging.readers.aside import Aside
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import POOLED
 from wardround.site.egress import EgressRules, strictest
+from wardround.site.identifiers import check_identifiers
 from wardround.site.quarantine import check_share
 from wardround.site.splits import KnownParts
 from wardround.study.sites import Egress, SitesFile
@@ -37,12 +38,14 @@ class Datasets:
         self._opened: dict[str, Dataset] = {}
         self._parts: dict[str, KnownParts] = {}
         self._aside: dict[str, tuple[Aside, ...]] = {}
+        self._vetted: set[str] = set()
 
     def of(self, site: str) -> Dataset:
         """A site's data set.
 
         A site that scans the patients of others has no folder: it gets their test patients and theirs alone.
         """
+        self.check_identifiers(site)
         if site not in self._opened:
             task, members = self._arm_specs.task, self._scanned_by(site)
             if isinstance(task, Dealing):
@@ -58,6 +61,14 @@ class Datasets:
             else:
                 raise StudyError(f"sites.{site}.scans: the study's task cannot show one site's patients to another")
         return self._opened[site]
+
+    def check_identifiers(self, site: str) -> None:
+        """Raises `DataError` where files that the site would open tell who patients are and their rule refuses that."""
+        for owner in self.owners(site):
+            entry = self._sites.sites.get(owner)
+            if owner not in self._vetted and entry is not None:
+                check_identifiers(owner, entry, self._floor)
+                self._vetted.add(owner)
 
     def settle(self, site: str) -> None:
         """Put on record which of a site's patients train, validate and test; raises `DataError` where that fails."""

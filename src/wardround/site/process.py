@@ -2,71 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wardround.errors import StudyError, WireError
+from wardround.errors import StudyError, WardroundError, WireError
 from wardround.federation.exchange import Party
 from wardround.plan.arm_specs import ArmSpecs
+from wardround.protection.identity import Identity
 from wardround.site.agent import Agent, Progress
+from wardround.site.agreed import AgreedStudy as AgreedStudy
+from wardround.site.agreed import spec_of as spec_of
 from wardround.site.datasets import Datasets
-from wardround.site.egress import ACROSS_HOSPITALS
-from wardround.study.hashes import written
+from wardround.study.load import load_study
 from wardround.study.plugins import Plugins
-from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile
+from wardround.version import __version__
 from wardround.wire.message import Header
 
 
-@dataclass(frozen=True)
-class AgreedStudy:
-    """A study that a site takes part in, its comparisons, and the folder where the site keeps what is its own."""
-
-    study: Study
-    folder: Path
-    compare: tuple[str, ...] = ()
-
-
-def spec_of(
-    name: str,
-    sites: SitesFile,
-    spool: Path,
-    agreed: Sequence[AgreedStudy],
-    *,
-    rounding_root: bytes | None = None,
-    floor: int = ACROSS_HOSPITALS,
-) -> dict[str, Any]:
-    """What a process needs to be the agent of one site (`agent_finder`): its studies, and its own entry of `sites`.
-
-    Messages' bodies are spooled into the folder `spool`. Nothing measured on fewer than `floor` patients leaves.
-    """
-    return {
-        "site": name,
-        "entry": sites.of(name).model_dump(mode="json"),
-        "allow_code": sites.allows_code,
-        "rounding_root": None if rounding_root is None else rounding_root.hex(),
-        "spool": str(spool),
-        "floor": floor,
-        "studies": [{"study": written(a.study), "folder": str(a.folder), "compare": list(a.compare)} for a in agreed],
-    }
-
-
 def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Callable[[Header], Party]:
-    """The entry of a process that is the agent of one site (see `wardround.engines.worker`)."""
+    """The entry of a process that is the agent of one site (see `wardround.engines.worker`).
+
+    What is wrong with a specification is the answer to each message, and is looked at again with the next one: another
+    version than it names, other defaults, a key that cannot be read.
+    """
+    made: list[Callable[[Header], Party]] = []
+
+    def find(header: Header) -> Party:
+        if not made:
+            made.append(_finder(spec, progress))
+        return made[0](header)
+
+    with suppress(WardroundError):
+        made.append(_finder(spec, progress))
+    return find
+
+
+def _finder(spec: dict[str, Any], progress: Progress | None) -> Callable[[Header], Party]:
+    """The agents of a specification; raises `StudyError` as `agent_finder` says."""
+    if spec["package"] not in (None, __version__):
+        raise StudyError(
+            f"Wardround {spec['package']} was at work here, and {__version__} is installed now: end the site's process "
+            "and start it again"
+        )
     name, entry = str(spec["site"]), SiteData.model_validate(spec["entry"])
     sites = SitesFile(sites={name: entry})
     plugins = Plugins({name: frozenset(entry.plugins)}, bool(spec["allow_code"]))
     embeddings = {} if entry.embeddings is None else {name: entry.embeddings}
     root = None if spec["rounding_root"] is None else bytes.fromhex(spec["rounding_root"])
+    identity = None if spec["identity"] is None else _key(Path(spec["identity"]))
     agents: dict[str, Agent] = {}
     for agreed in spec["studies"]:
-        study = Study.model_validate(agreed["study"])
+        study = load_study(agreed["study"])
         arm_specs = ArmSpecs(study, tuple(agreed["compare"]), embeddings, plugins, study.places(Path(), [entry]))
+        if agreed["plan_sha256"] not in (None, arm_specs.plan_sha256):
+            raise StudyError("this version fills in other defaults of the study than those that were agreed on")
         folder = Path(agreed["folder"])
         datasets = Datasets(arm_specs, sites, int(spec["floor"]), folder)
-        agent = Agent(name, arm_specs, sites, folder, datasets, progress=progress, rounding_root=root)
+        agent = Agent(
+            name, arm_specs, sites, folder, datasets, progress=progress, rounding_root=root, identity=identity
+        )
         agents |= dict.fromkeys(agent.identities, agent)
 
     def find(header: Header) -> Party:
@@ -77,3 +74,11 @@ def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Call
         return agents[header.study].find(header)
 
     return find
+
+
+def _key(path: Path) -> Identity:
+    """The key with which the site signs in all its studies."""
+    try:
+        return Identity(bytes.fromhex(path.read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        raise StudyError("the site's key cannot be read; restore it from a copy", detail=str(path)) from None

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from wardround.errors import StudyError
+from wardround.study.archive import Archive
 from wardround.study.base import Config
 from wardround.study.groups import Groups
 from wardround.study.load import validate
@@ -17,6 +18,7 @@ from wardround.study.schema import SiteName
 from wardround.study.yaml_text import read_yaml
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+Identifiers: TypeAlias = Literal["refuse", "warn", "allow"]
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
 
@@ -45,7 +47,18 @@ class SiteData(Config):
     them absolute.
     """
 
-    data: tuple[Path, ...] = Field(min_length=1, description="a folder, or a list of them")
+    data: tuple[Path, ...] = Field(min_length=1, description="a folder, or a list of them; default: `archive.folder`")
+    archive: Archive | None = Field(
+        None,
+        description="the archive (PACS) from which `wardround site fetch` brings images into a data folder; no study "
+        "reaches it. Default: images are there",
+    )
+    identifiers: Identifiers | None = Field(
+        None,
+        description="what happens where headers and tables of the data still tell who patients are (`wardround site "
+        "lint`): `refuse` takes part in no study, `warn` says so in the log, `allow` does not look. Default: `refuse` "
+        "in a federation of hospitals, `allow` where one machine holds all data",
+    )
     patients: Path | None = Field(
         None,
         description="a text file with the names of this site's patients, one a line, for a folder that several sites "
@@ -144,6 +157,14 @@ class SiteData(Config):
         "patients it measured; default: one of the run's own. Give every study on the same patients the same folder",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _an_archive_has_a_folder(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "data" not in value and isinstance(value.get("archive"), dict):
+            folder = value["archive"].get("folder")
+            return value if folder is None else {**value, "data": folder}
+        return value
+
     @field_validator("data", "weights", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
@@ -184,11 +205,11 @@ class SitesFile(Config):
         return None if entry is None or entry.encryption_key is None else _read_key(entry.encryption_key, site)
 
 
-def load_sites(path: str | Path) -> SitesFile:
+def load_sites(path: str | Path, *, fetching: bool = False) -> SitesFile:
     """Read a sites file and resolve its folders to absolute paths.
 
-    Raises StudyError for unknown keys, a variable that is not set and a folder that does not exist, naming
-    the key.
+    With `fetching` the folder of an archive need not be there yet. Raises StudyError for unknown keys, a variable that
+    is not set and a folder that does not exist, naming the key.
 
     >>> sites = load_sites("sites.yaml")
     >>> sorted(sites.sites)
@@ -198,16 +219,18 @@ def load_sites(path: str | Path) -> SitesFile:
     """
     raw = validate(SitesFile, read_yaml(path, "sites"), "sites", show_values=False)
     base = Path(path).absolute().parent
-    return SitesFile(sites={name: _resolved(entry, name, base) for name, entry in raw.sites.items()})
+    return SitesFile(sites={name: _resolved(entry, name, base, fetching) for name, entry in raw.sites.items()})
 
 
-def _resolved(entry: SiteData, site: str, base: Path) -> SiteData:
+def _resolved(entry: SiteData, site: str, base: Path, fetching: bool) -> SiteData:
     key, embeddings, ledger = f"sites.{site}", entry.embeddings, entry.ledger
+    archive = entry.archive and _resolved_archive(entry.archive, f"{key}.archive", base)
     history, start, patients, groups = entry.history, entry.start, entry.patients, entry.groups
     return entry.model_copy(
         update={
             "encryption_key": _key_place(entry.encryption_key, site, base),
-            "data": tuple(_existing(path, f"{key}.data", base, folder=True) for path in entry.data),
+            "data": tuple(_data(path, f"{key}.data", base, archive, fetching) for path in entry.data),
+            "archive": archive,
             "patients": patients and _existing(patients, f"{key}.patients", base, folder=False),
             "embeddings": embeddings and _existing(embeddings, f"{key}.embeddings", base, folder=False),
             "groups": groups
@@ -217,6 +240,37 @@ def _resolved(entry: SiteData, site: str, base: Path) -> SiteData:
             "teacher": entry.teacher and _absolute(entry.teacher, f"{key}.teacher", base),
             "ledger": ledger and _absolute(ledger, f"{key}.ledger", base),
             "history": history and _absolute(history, f"{key}.history", base),
+        }
+    )
+
+
+def _data(path: Path, key: str, base: Path, archive: Archive | None, fetching: bool) -> Path:
+    found = _absolute(path, key, base)
+    if archive is None or found != archive.folder or found.is_dir():
+        return _existing(path, key, base, folder=True)
+    if fetching:
+        return found
+    raise StudyError(
+        f"{key}: the folder of the archive's images does not exist; run `wardround site fetch` first", detail=str(found)
+    )
+
+
+def _resolved_archive(archive: Archive, key: str, base: Path) -> Archive:
+    """The archive with absolute paths. Logins are read where they are needed, and never written."""
+
+    def secret(value: str | None, name: str) -> str | None:
+        if value is None or _VARIABLE.fullmatch(value):
+            return value
+        return str(_absolute(Path(value), f"{key}.{name}", base))
+
+    return archive.model_copy(
+        update={
+            "folder": _absolute(archive.folder, f"{key}.folder", base),
+            "keys": archive.keys and _absolute(archive.keys, f"{key}.keys", base),
+            "patients": archive.patients and _existing(archive.patients, f"{key}.patients", base, folder=False),
+            "ca": archive.ca and _existing(archive.ca, f"{key}.ca", base, folder=False),
+            "login": secret(archive.login, "login"),
+            "token": secret(archive.token, "token"),
         }
     )
 

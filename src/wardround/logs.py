@@ -9,6 +9,8 @@ import sys
 import textwrap
 from collections import Counter
 
+from wardround.printable import printable
+
 # Texts that are counted; a process that says more different things than these says them as often as they come.
 _MOST = 1000
 
@@ -18,7 +20,7 @@ class _ToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text, stream = self.format(record), sys.stderr
+            text, stream = printable(self.format(record)), sys.stderr
             if stream.isatty() and record.exc_info is None:
                 width = shutil.get_terminal_size().columns
                 text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)

@@ -15,6 +15,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from wardround.errors import Interrupted, WardroundError
+from wardround.printable import printable
 
 if TYPE_CHECKING:
     from wardround.results.schema import Measured, Result
@@ -98,6 +99,7 @@ def _print(where: Console, text: str, *, style: str = "", first: str = "") -> No
 
     A program that reads the output, and a search in a log, need whole lines; a path is never broken.
     """
+    text = printable(text)
     if where.is_terminal:
         text = "\n".join(_wrapped(line, where.width) for line in text.split("\n"))
     styled = Text(text, style=style)

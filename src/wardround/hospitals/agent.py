@@ -116,7 +116,7 @@ class Resident:
         try:
             reply = self._answer(message, progress)
         except Exception as error:
-            log.warning("%r of study %s: %s", header.kind[:_SHOWN], header.study[:12], describe_error(error))
+            log.warning("%r of study %r: %s", header.kind[:_SHOWN], header.study[:12], describe_error(error))
             log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
             reply = refusal(message, error)
         else:
@@ -143,7 +143,7 @@ class Resident:
             # An error would be an answer, and the round would go on without this site: the next process answers.
             time.sleep(_ENDING)
             raise Stopped("this hospital's process is ending; the message is answered when it is back")
-        self.decisions.approved(found.sha256)
+        self.decisions.check_approved(found)
         return reply
 
     def _refuse_if_stopped(self) -> None:
@@ -163,7 +163,7 @@ class Resident:
         """Write what the worker of a study is given: this one study, and the site's own entry."""
         # What it will import is what was approved.
         installed_code(found.study, anew=True)
-        self.decisions.approved(found.sha256)
+        self.decisions.check_approved(found)
         sites = load_sites(self.folder.site)
         agreed = AgreedStudy(found.study, found.folder.own, found.proposal.compare, found.proposal.plan_sha256)
         spec = spec_of(

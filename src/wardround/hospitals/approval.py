@@ -139,11 +139,17 @@ def installed_code(study: Study, *, anew: bool = False) -> dict[str, str]:
     if anew:
         _versions.cache_clear()
     period = int(time.monotonic() / _BELIEVED)
-    return {name: _versions(part, name, period) for part, name in named_code(study)}
+    return {name: _versions(part, period).get(name, "") for part, name in named_code(study)}
 
 
-@lru_cache(maxsize=64)
-def _versions(part: str, name: str, period: int) -> str:
-    """The packages that have a plug-in, with their versions."""
-    points = entry_points(group=GROUPS[part], name=name)
-    return ", ".join(sorted(f"{point.dist.name} {point.dist.version}" for point in points if point.dist))
+@lru_cache(maxsize=16)
+def _versions(part: str, period: int) -> Mapping[str, str]:
+    """All plug-ins of a part, and the packages that have them, with their versions.
+
+    Looked up at once: a study may name thousands, and the packages are not looked through for each of them.
+    """
+    found: dict[str, set[str]] = {}
+    for point in entry_points(group=GROUPS[part]):
+        if point.dist:
+            found.setdefault(point.name, set()).add(f"{point.dist.name} {point.dist.version}")
+    return {name: ", ".join(sorted(packages)) for name, packages in found.items()}

@@ -181,18 +181,32 @@ class Decisions:
         found = self.get(sha256)
         if found is None:
             raise NotApproved("this hospital has no study with this hash: it was not proposed here, or was removed")
+        return self._standing(found)
+
+    def approved(self, sha256: str) -> Proposed:
+        """A study that the site approved, with all that the approval is bound to. Raises `NotApproved`."""
+        found = self.get(sha256)
+        if found is None:
+            raise NotApproved("this hospital has no study with this hash: it was not proposed here, or was removed")
+        self.check_approved(found)
+        return found
+
+    def check_approved(self, found: Proposed) -> None:
+        """Raise `NotApproved` unless the site approved exactly this proposal of a study, and still does.
+
+        By the proposal in hand and not by the newest: another may be written at any moment, and one that was approved
+        may be put back in its place as fast.
+        """
+        standing = self._standing(found)
+        if standing.state != "approved":
+            what = "refused this study" if standing.state == "refused" else "has not approved this study"
+            raise NotApproved(f"this hospital {what}: {standing.reason}")
+
+    def _standing(self, found: Proposed) -> Standing:
         try:
             return self.binding(found).standing(self.decision(found), self.identity.public)
         except WardroundError as error:
             return Standing(state="pending", reason=scrub(str(error))[:500])
-
-    def approved(self, sha256: str) -> Proposed:
-        """A study that the site approved, with all that the approval is bound to. Raises `NotApproved`."""
-        standing, found = self.standing(sha256), self.get(sha256)
-        if standing.state != "approved" or found is None:
-            what = "refused this study" if standing.state == "refused" else "has not approved this study"
-            raise NotApproved(f"this hospital {what}: {standing.reason}")
-        return found
 
     def binding(self, found: Proposed) -> Binding:
         """What a decision on a study is bound to now. Raises `WireError` where the site's roster is none."""
@@ -288,14 +302,16 @@ class Decisions:
     def find(self, text: str) -> Proposed:
         """The study that a person means: by its name, or the beginning of its hash. Raises `StudyError`."""
         found = list(self.all())
-        meant = [each for each in found if each.study.name == text] or [
-            each for each in found if len(text) >= 4 and each.sha256.startswith(text)
+        # A coordinator chooses names: one may look like the hash of another study, and must not take its place.
+        meant = [each for each in found if each.sha256 == text] or [
+            each for each in found if each.study.name == text or (len(text) >= 4 and each.sha256.startswith(text))
         ]
         if len(meant) == 1:
             return meant[0]
-        shown = "; ".join(f"{each.study.name} ({each.sha256[:12]})" for each in meant or found)
         if meant:
-            raise StudyError(f"{len(meant)} studies are meant by {text!r}: {shown}; give the beginning of one's hash")
+            shown = "; ".join(f"{each.study.name} ({each.sha256})" for each in meant)
+            raise StudyError(f"{len(meant)} studies are meant by {text!r}: {shown}; give one's hash")
+        shown = "; ".join(f"{each.study.name} ({each.sha256[:12]})" for each in found)
         raise StudyError(f"no proposed study {text!r}" + (f"; there are {shown}" if shown else "; none was proposed"))
 
     def _undecided(self, found: Proposed) -> bool:

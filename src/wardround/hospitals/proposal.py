@@ -155,6 +155,10 @@ def start_of(study: Study) -> str | None:
         return None
     if not start.sha256:
         raise StudyError("start.sha256: is missing; across hospitals base weights are agreed on by their hash: add it")
+    if start.adapter is not None and not start.adapter.sha256:
+        raise StudyError(
+            "start.adapter.sha256: is missing; across hospitals an adapter is agreed on by its hash: add it"
+        )
     return start.sha256
 
 

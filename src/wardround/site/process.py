@@ -56,10 +56,11 @@ def _finder(spec: dict[str, Any], progress: Progress | None) -> Callable[[Header
     agents: dict[str, Agent] = {}
     for agreed in spec["studies"]:
         study = load_study(agreed["study"])
-        arm_specs = ArmSpecs(study, tuple(agreed["compare"]), embeddings, plugins, study.places(Path(), [entry]))
+        folder = Path(agreed["folder"])
+        # Below the study's own folder, and never where the process happens to work: a study names files as it likes.
+        arm_specs = ArmSpecs(study, tuple(agreed["compare"]), embeddings, plugins, study.places(folder, [entry]))
         if agreed["plan_sha256"] not in (None, arm_specs.plan_sha256):
             raise StudyError("this version fills in other defaults of the study than those that were agreed on")
-        folder = Path(agreed["folder"])
         datasets = Datasets(arm_specs, sites, int(spec["floor"]), folder)
         agent = Agent(
             name, arm_specs, sites, folder, datasets, progress=progress, rounding_root=root, identity=identity

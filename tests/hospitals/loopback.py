@@ -197,7 +197,7 @@ class Federated:
             make_federation(folder, names, **deadlines)
         self.federation = load_federation(self.place.federation)
         self.known = KnownSites(self.place, self.federation)
-        self.hub = Hub(self.place.spool, self.known.key, self.federation.deadlines, 1 << 30)
+        self.hub = Hub(self.place.spool, self.known.key, self.federation.deadlines, 1 << 30, proof=lambda *_: True)
         self.sites = {
             name: LoopbackSite(name, folder, self.hub, (decide or {}).get(name, approve))
             for name in self.known.now().keys

@@ -10,19 +10,24 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.hospitals.hubs import Asking, message
 from tests.hospitals.joined import Consortium, resident
 from tests.toys import toy_study
 from wardround.cli import app
-from wardround.errors import StudyError
+from wardround.errors import Rejected, StudyError
 from wardround.federation.facts import FACTS
 from wardround.hospitals import approval
 from wardround.hospitals.decisions import Decisions, Proposed
+from wardround.hospitals.federation import Deadlines
+from wardround.hospitals.hub import Hub
 from wardround.hospitals.proposal import start_of
+from wardround.hospitals.signing import new_instance
 from wardround.hospitals.workers import Workers
+from wardround.printable import printable
+from wardround.protection.identity import Identity
 from wardround.study.hashes import study_sha256
 from wardround.study.load import load_study
 from wardround.wire.message import Header, Message
-from wardround.printable import printable
 
 STUDY = toy_study()
 
@@ -123,3 +128,23 @@ def test_an_adapter_needs_its_hash_too() -> None:
     study = load_study({"name": "a", "sites": {"A": {}}, "start": {**weights, "adapter": {"file": "x"}}})
     with pytest.raises(StudyError, match=r"start\.adapter\.sha256: is missing"):
         start_of(study)
+
+
+def test_a_stolen_kit_hears_nothing_without_the_sites_key(tmp_path: Path) -> None:
+    """A kit came by mail: who copied it has the certificate, and must neither get messages nor keep the site out."""
+    key, other = Identity.generate(), Identity.generate()
+    hub = Hub(tmp_path, lambda site: key.public if site == "A" else None, Deadlines(), 1000)
+    asking = Asking(hub.engine(), [message("A")])
+    for stolen in ("thief", new_instance("A", other), new_instance("B", key)):
+        with pytest.raises(Rejected, match="not its identity key"):
+            hub.attach("A", stolen)
+        with pytest.raises(Rejected, match="not its identity key"):
+            hub.take("A", stolen, 0.0)
+    own = new_instance("A", key)
+    hub.attach("A", own)
+    assert hub.take("A", own, 0.0) is not None
+    assert [event.text for event in hub.events] == [
+        "a process that does not hold the site's key was refused, with its certificate"
+    ]
+    hub.close()
+    asking.done()

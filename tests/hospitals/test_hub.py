@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.hospitals.hubs import KEYS, MOST, Asking, House, message
+from tests.hospitals.hubs import KEYS, MOST, Asking, House, anyone, message
 from wardround.engines.frames import PROGRESS
 from wardround.errors import Interrupted, Rejected
 from wardround.federation.exchange import ERROR
@@ -203,7 +203,7 @@ def test_a_site_that_waits_gets_a_message_when_it_is_asked(tmp_path: Path) -> No
     def wait() -> None:
         found.append(hub.take("A", ONE, 60.0))
 
-    hub = Hub(tmp_path, House.key, Deadlines(), MOST)
+    hub = Hub(tmp_path, House.key, Deadlines(), MOST, proof=anyone)
     thread = threading.Thread(target=wait)
     thread.start()
     Asking(hub.engine(), [message()])
@@ -317,7 +317,7 @@ def test_a_site_that_is_late_is_answered_for(house: House, before: Callable[[Hou
 
 
 def test_a_deadline_passes_by_the_real_clock_too(tmp_path: Path) -> None:
-    hub = Hub(tmp_path, House.key, Deadlines(reply=0.05), MOST)
+    hub = Hub(tmp_path, House.key, Deadlines(reply=0.05), MOST, proof=anyone)
     (reply,) = Asking(hub.engine(), [message()]).done()
     assert reply.header.kind == ERROR
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import SiteFolder
 from wardround.hospitals.proposal import PROPOSE, PROPOSED
 from wardround.hospitals.running import held
-from wardround.hospitals.signing import signed
+from wardround.hospitals.signing import new_instance, signed
 from wardround.hospitals.socket_server import Handle, SocketServer
 from wardround.hospitals.workers import Progress, Start, Workers, kept_process
 from wardround.site.agreed import AgreedStudy, spec_of
@@ -94,8 +93,8 @@ class Resident:
         self.folder = folder
         self.decisions = Decisions(folder)
         self.site, self.federation = self.decisions.site, self.decisions.federation
-        self.instance = secrets.token_hex(16)
         self._identity = self.decisions.identity
+        self.instance = new_instance(self.site, self._identity)
         self._allow_code, self._floor, self._rounding = allow_code, floor, rounding
         limits = limits or Limits()
         self._workers = Workers(limits.workers, limits.idle, start)

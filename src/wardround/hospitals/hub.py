@@ -26,6 +26,7 @@ from wardround.hospitals.attendance import ALIVE, Attendance, Clock, Event, Even
 from wardround.hospitals.federation import Deadlines
 from wardround.hospitals.replies import Spool, checked
 from wardround.hospitals.requests import Asked, Requests, Ticket
+from wardround.hospitals.signing import is_of
 from wardround.wire.message import Header, Message
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Hub:
     `spool` is the folder of the bodies of replies: the hub takes over the file of each that a carrier brings from
     there. `keys` gives the public key (32 bytes) that was pinned for a site, or nothing for an unknown one. A body of
     more than `largest_nbytes` is refused. `clock` runs on and never back, `wall` is Unix time, both in seconds.
+    `proof` says whether the holder of a site's key made the name of an instance; tests give one that always does.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Hub:
         *,
         clock: Clock = time.monotonic,
         wall: Clock = time.time,
+        proof: Callable[[str, str, bytes], bool] = is_of,
     ) -> None:
         self.largest_nbytes = largest_nbytes
         self._spool = Spool(spool)
@@ -74,6 +77,8 @@ class Hub:
         self._requests = Requests()
         self._attendance = Attendance(clock, wall)
         self._events = Events(wall)
+        self._proof = proof
+        self._proven: dict[str, tuple[str, bytes]] = {}
         self._closed = False
 
     # For studies and those who watch them -----------------------------------------------------------------------------
@@ -277,8 +282,17 @@ class Hub:
         return f"no answer within {self._patience(asked.header):.0f} s, the federation's deadline: {how[state]}"
 
     def _admit(self, site: str, instance: str) -> None:
-        if self._keys(site) is None:
+        key = self._keys(site)
+        if key is None:
             raise Rejected(f"{site[:40]} is no site of this federation: ask its coordinator to admit it")
+        if self._proven.get(site) != (instance, key):
+            if not self._proof(instance, site, key):
+                self._note(site, "a process that does not hold the site's key was refused, with its certificate")
+                raise Rejected(
+                    f"this computer has the certificate of site {site} and not its identity key: start the site where "
+                    "it joined, or restore identity.key from a copy"
+                )
+            self._proven[site] = (instance, key)
         try:
             self._attendance.admit(site, instance)
         except Rejected:

@@ -1,7 +1,9 @@
-"""A site of a federation signs each of its replies with the key that the coordinator pinned when the site joined."""
+"""A site signs its replies, and its process's name, with the key that the coordinator pinned when the site joined."""
 
 from __future__ import annotations
 
+import secrets
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from dataclasses import replace
 
 from cryptography.exceptions import InvalidSignature
@@ -11,7 +13,8 @@ from wardround.errors import Rejected
 from wardround.protection.identity import Identity, frame
 from wardround.wire.message import Message
 
-_PURPOSE = "wardround/reply"
+_PURPOSE, _INSTANCE = "wardround/reply", "wardround/instance"
+_NONCE = 32
 
 
 def signed(reply: Message, identity: Identity) -> Message:
@@ -35,3 +38,23 @@ def verified(reply: Message, key: bytes) -> Message:
             f"a reply that the key of site {header.site} did not sign: another computer answers in its place"
         ) from None
     return bare
+
+
+def new_instance(site: str, identity: Identity) -> str:
+    """A name for a process of a site that only who holds the site's key can make; 118 characters.
+
+    A certificate alone, which came in a kit by mail, is then not enough to hear what a site is sent.
+    """
+    nonce = secrets.token_hex(_NONCE // 2)
+    return nonce + urlsafe_b64encode(identity.sign(_INSTANCE, site, nonce)).decode().rstrip("=")
+
+
+def is_of(instance: str, site: str, key: bytes) -> bool:
+    """Whether the holder of a site's key (32 bytes, public) made the name of a process."""
+    nonce, signature = instance[:_NONCE], instance[_NONCE:]
+    try:
+        made = urlsafe_b64decode(signature + "=" * (-len(signature) % 4))
+        Ed25519PublicKey.from_public_bytes(key).verify(made, frame(_INSTANCE, site, nonce))
+    except (InvalidSignature, ValueError):
+        return False
+    return True

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 #: Seconds after which the server looks whether a site that waits is still there, and whether it is to end itself.
 _PIECE = 1.0
-_INSTANCE = re.compile(r"[0-9A-Za-z_-]{1,64}")
+_INSTANCE = re.compile(r"[0-9A-Za-z_-]{1,128}")
 
 
 class Peer(NamedTuple):

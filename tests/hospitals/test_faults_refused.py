@@ -20,6 +20,7 @@ from wardround.hospitals.certificates import issue, make_authority
 from wardround.hospitals.control import resume, status_of, stop_all_work
 from wardround.hospitals.decisions import Decisions, Proposed
 from wardround.hospitals.folders import SiteFolder
+from wardround.hospitals.https.protocol import RESERVE
 from wardround.hospitals.keys import make_key
 from wardround.hospitals.overview import overview
 from wardround.hospitals.review import review
@@ -163,6 +164,10 @@ def test_no_study_runs_for_ever_in_the_status_of_a_dead_coordinator(tmp_path: Pa
         assert overview(root, now()).studies == ("toy: finished",)
 
 
+#: MB of a small disk: room to work beside what the carrier keeps free.
+ROOM = RESERVE // 1_000_000 + 24
+
+
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Callable[[int], None]]:
     """Put a folder on a disk of its own. What is yielded fills it but for some bytes; a negative number empties it."""
@@ -198,7 +203,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize("left", [0, 9000])
 @pytest.mark.parametrize("party", ["A", COORDINATOR])
 def test_a_disk_is_full_and_has_room_again(tmp_path: Path, party: str, left: int) -> None:
-    with ward(tmp_path, holds=["A"], **ALL) as made, small_disk(tmp_path / party, 16) as leave:
+    with ward(tmp_path, holds=["A"], **ALL) as made, small_disk(tmp_path / party, ROOM) as leave:
         made.begin()
         made.wait_round(2)
         made.hold.touch()

@@ -77,7 +77,9 @@ def test_a_site_that_is_halted_for_longer_than_it_may_be_late(carrier: Carrier, 
 @pytest.mark.parametrize("rules", [CLEAR, SECURE], ids=["clear", "secure"])
 @pytest.mark.parametrize("how", ["killed", "silent"])
 def test_a_site_that_is_away_for_three_rounds_comes_back(tmp_path: Path, how: str, rules: Any) -> None:
-    with ward(tmp_path, holds=["A"], **{**TWO, **rules}) as made, hole(made.port) as line:
+    # A secure sum of three sites needs all of them, and one of four needs three.
+    sites, others = "ABCD", ["B", "C", "D"]
+    with ward(tmp_path, holds=["A"], sites=sites, **{**TWO, **rules}) as made, hole(made.port) as line:
         made.through("A", line.port)
         made.begin()
         made.wait_round(1)
@@ -90,14 +92,14 @@ def test_a_site_that_is_away_for_three_rounds_comes_back(tmp_path: Path, how: st
         else:
             line.fall_silent()
         made.wait(lambda: len(_without(made)) >= 3, "three rounds without A")
-        assert made.rounds()[-1]["participants"] == ["B", "C"]
+        assert made.rounds()[-1]["participants"] == others
         made.hold.unlink()
         if how == "killed":
             made.federation.start("A")
         else:
             line.pass_on()
         last = len(made.rounds())
-        made.wait(lambda: any(line["participants"] == list(SITES) for line in made.rounds()[last:]), "A is back")
+        made.wait(lambda: any("A" in line["participants"] for line in made.rounds()[last:]), "A is back")
         made.set_deadlines(reply=LONG)
         result = made.finish()
         away = _without(made)
@@ -119,7 +121,7 @@ def test_a_link_goes_down_for_longer_than_the_deadline(tmp_path: Path) -> None:
         with down():
             made.wait(lambda: len(_without(made)) >= 3, "three rounds without A")
         last = len(made.rounds())
-        made.wait(lambda: any(line["participants"] == list(SITES) for line in made.rounds()[last:]), "A is back")
+        made.wait(lambda: any("A" in line["participants"] for line in made.rounds()[last:]), "A is back")
         made.set_deadlines(reply=LONG)
         made.finish()
         released(made)

@@ -42,17 +42,17 @@ PATIENT = {"reply": LONG, "attempts": 40, "pause": 0.5}
 HASTY = {"reply": 6.0, "attempts": 40, "pause": 0.5}
 
 
-def study_of(**changes: Any) -> Study:
+def study_of(sites: Sequence[str] = SITES, **changes: Any) -> Study:
     """A study of toys whose rounds take long enough to be hit in one of them."""
     task = {"kind": "custom", "factory": "tests.toys:make_task", "options": {"pause": 0.03}}
-    return toy_study(SITES, **{"task": task, "schedule": {"rounds": ROUNDS}, **changes})
+    return toy_study(sites, **{"task": task, "schedule": {"rounds": ROUNDS}, **changes})
 
 
 @cache
 def _expected(text: str) -> Result:
     with TemporaryDirectory() as folder:
         study = Study.model_validate(json.loads(text))
-        return run(study, toy_sites(Path(folder), SITES), Path(folder) / "out", engine="local")
+        return run(study, toy_sites(Path(folder), tuple(study.sites)), Path(folder) / "out", engine="local")
 
 
 def expected(study: Study) -> Result:
@@ -71,6 +71,11 @@ class Ward:
     watched: list[StudyStatus] = field(default_factory=list)
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """The study's sites."""
+        return tuple(self.study.sites)
+
+    @property
     def out(self) -> Path:
         """The folder of the run."""
         return self.federation.coordinator.studies / self.name / "out"
@@ -83,7 +88,7 @@ class Ward:
 
     def approve(self, *sites: str) -> None:
         """Let sites, all by default, approve what was proposed to them."""
-        for site in sites or SITES:
+        for site in sites or self.sites:
             decisions = Decisions(self.federation.sites[site])
             found = self.wait(partial(_proposed, decisions), f"a proposal to {site}")
             decisions.mark_reviewed(found)
@@ -210,7 +215,7 @@ class Ward:
 
     def present(self, *sites: str) -> None:
         """Until the coordinator sees sites, all by default."""
-        names = set(sites or SITES)
+        names = set(sites or self.sites)
 
         def there() -> bool:
             with suppress(OSError):
@@ -241,15 +246,15 @@ def same_model(ward: Ward, result: Result) -> None:
     assert result.selected_round == local.selected_round
     rounds = ward.rounds()
     assert [line["round"] for line in rounds] == list(range(1, ward.study.schedule.rounds + 1))
-    assert [line["participants"] for line in rounds] == [list(SITES)] * len(rounds)
+    assert [line["participants"] for line in rounds] == [list(ward.sites)] * len(rounds)
     assert not any(line["missing"] for line in rounds)
     released(ward)
 
 
-def released(ward: Ward, sites: Sequence[str] = SITES) -> None:
-    """Sites hold the very model that the coordinator released."""
+def released(ward: Ward) -> None:
+    """All sites hold the very model that the coordinator released."""
     model = (ward.out / "models" / "federated.safetensors").read_bytes()
-    for site in sites:
+    for site in ward.sites:
         (kept,) = ward.federation.sites[site].studies.glob("*/own/models/federated.safetensors")
         assert kept.read_bytes() == model
 
@@ -271,6 +276,7 @@ def ward(
     holds: Sequence[str] = (),
     plain: Sequence[str] = (),
     host: str = "127.0.0.1",
+    sites: Sequence[str] = SITES,
     **changes: Any,
 ) -> Iterator[Ward]:
     """A federation whose processes end with the test, whatever happens in it; none is started yet.
@@ -278,8 +284,8 @@ def ward(
     Training of the sites `holds` waits while `Ward.hold` is there; the sites `plain` run the product's own command.
     """
     data = root / "data"
-    toy_sites(data, SITES)
-    entries = {site: {"data": str(data / site), "egress": {"minimum_cohort": 1}} for site in SITES}
+    toy_sites(data, sites)
+    entries = {site: {"data": str(data / site), "egress": {"minimum_cohort": 1}} for site in sites}
     federation = rehearse(root, carrier, entries, deadlines=Deadlines.model_validate(deadlines), host=host)
     hold = root / "hold"
     federation.commands = {
@@ -287,7 +293,7 @@ def ward(
         for site, folder in federation.sites.items()
         if site not in plain
     }
-    made = Ward(federation, study_of(**changes), hold)
+    made = Ward(federation, study_of(sites, **changes), hold)
     try:
         yield made
     except BaseException:

@@ -24,6 +24,7 @@ from wardround.hospitals.nvflare.jobs import write_job
 from wardround.hospitals.nvflare.names import HELLO, LOST, instance_of
 from wardround.hospitals.nvflare.provision import SERVER_NAME, admin_kit, provision, server_workspace, site_kit
 from wardround.hospitals.nvflare.switchboard import Switchboard
+from wardround.hospitals.socket_server import connect
 from wardround.wire.message import Header, Message
 
 
@@ -226,9 +227,17 @@ def test_a_twin_gets_nothing_while_the_first_is_there(board: Any) -> None:
         assert house.hub.take("A", "first", 1.0) == request
 
 
-def test_a_socket_whose_path_is_too_long_says_so(tmp_path: Path) -> None:
+def test_a_socket_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    house = House(tmp_path / "spool")
+    with pytest.raises(WardroundError, match="socket cannot be made"):
+        Switchboard(house.hub, tmp_path / "missing" / "hub.sock", lambda site: None).start()
+
+
+def test_the_path_of_a_socket_may_be_long(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 120)
     folder.mkdir()
     house = House(tmp_path / "spool")
-    with pytest.raises(WardroundError, match="shorter"):
-        Switchboard(house.hub, folder / "hub.sock", lambda site: None).start()
+    board = Switchboard(house.hub, folder / "hub.sock", lambda site: None)
+    board.start()
+    connect(folder / "hub.sock").close()
+    board.close()

@@ -1,4 +1,4 @@
-"""A federation to look at: three made-up hospitals and their coordinator on one machine, from the invitation to the end.
+"""A federation to look at: three made-up hospitals and their coordinator on one machine, from invitation to result.
 
 The parties are processes with folders of their own and speak as across institutions: certificates on both
 sides, approvals that are signed, a secure sum.

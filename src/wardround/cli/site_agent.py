@@ -1,4 +1,4 @@
-"""`wardround site start|stop|resume|status|review|approve|refuse|report`: a hospital decides what runs, and stops it."""
+"""`wardround site start|stop|resume|status|review|approve|refuse|report`: a hospital decides what runs."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from torch import nn
 from wardround.errors import StudyError
 from wardround.learning.device import CPU, Compute
 from wardround.learning.frozen import freeze, remember
+from wardround.learning.laid_aside import LaidAside
 from wardround.learning.policy import Parameter
 from wardround.models.adapters import attach
 from wardround.models.checkpointing import checkpoint_blocks
@@ -56,6 +58,8 @@ class ModelContext:
     It gets the study's `adapters`. Then `begin` may put other values into it, those that the study starts from. What
     `frozen` matches, and what adapters leave as it is, is in `initial` once, as the model's own tensors, and never
     written again. Sites that compute on another device share another, which `on` makes of it.
+
+    In a process that trains nothing `aside` is a folder: values lie there in a file, and `initial` is the model's own.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class ModelContext:
         adapters: Adapters = _NO_ADAPTERS,
         folds: bool = False,
         checkpoint: bool = False,
+        aside: Path | None = None,
     ) -> None:
         self.task = task
         self.compute = CPU
@@ -89,6 +94,10 @@ class ModelContext:
         if isinstance(task, Repeating) and task.repeats:
             remember(self.model)
         self.parameters = parameters_of(self.model)
+        self._aside = None if aside is None else LaidAside(self.model, aside)
+        if self._aside is not None:
+            self.initial = self._aside.values
+            return
         state = self.model.state_dict()
         self.initial = {name: t if name in self.frozen else t.detach().clone() for name, t in state.items()}
 
@@ -105,6 +114,11 @@ class ModelContext:
             }
             self._all[compute] = other
         return self._all[compute]
+
+    def rest(self) -> None:
+        """Let go of memory that initial values took when they were read, in a process that trains nothing."""
+        if self._aside is not None:
+            self._aside.rest()
 
     def initial_values(self) -> dict[str, Array]:
         """The initial values of the whole model, shared and private parts alike."""

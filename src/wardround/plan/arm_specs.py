@@ -83,6 +83,8 @@ class ArmSpecs:
         self._embeddings = dict(embeddings or {})
         self.places = self.study.places(Path()) if places == NO_PLACES else places
         self.plugins = plugins
+        #: A folder for a file with the model's first values, set before there is a model, in a process without sites.
+        self.aside: Path | None = None
         self._arm_specs: dict[str, ArmSpec] = {}
         self._starts: dict[str, Mapping[str, Array]] = {}
 
@@ -122,6 +124,7 @@ class ArmSpecs:
             study.adapters,
             folds=study.method.folds,
             checkpoint=study.local.checkpoint,
+            aside=self.aside,
         )
 
     @cached_property

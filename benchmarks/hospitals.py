@@ -44,7 +44,7 @@ class Size:
     kills: int
 
 
-QUICK, FULL = Size(empty=22, large=4, huge=0, kills=1), Size(empty=52, large=7, huge=4, kills=2)
+QUICK, FULL = Size(empty=22, large=4, huge=3, kills=1), Size(empty=52, large=7, huge=4, kills=2)
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def measured(folder: Path, carrier: str, size: Size, parts: set[str]) -> dict[st
     if parts & {"empty", "recovery", "large"}:
         with federation(folder, carrier) as made:
             found |= small(made, folder, carrier, size, parts)
-    if "huge" in parts and size.huge:
+    if "huge" in parts:
         found |= huge(folder / "huge", carrier, size.huge)
     if "outbound" in parts:
         peers, how = outbound(folder / "outbound", carrier)

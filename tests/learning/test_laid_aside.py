@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from wardround.errors import WardroundError
-from wardround.learning.laid_aside import LaidAside
+from wardround.learning.laid_aside import LaidAside, lay_down
 
 
 class Parts(nn.Module):
@@ -35,7 +35,8 @@ def anonymous_kib() -> int:
 def test_values_are_the_same_and_stay_in_a_file_without_a_name(tmp_path: Path) -> None:
     model, other = Parts(), Parts()
     before = anonymous_kib()
-    aside = LaidAside(model, tmp_path)
+    aside = LaidAside(model.state_dict(), tmp_path)
+    lay_down(model, aside.values)
     assert list(tmp_path.iterdir()) == []
     # 20 MB went to the file, and reading them takes no memory of the process's own.
     for _ in range(2):
@@ -48,13 +49,22 @@ def test_values_are_the_same_and_stay_in_a_file_without_a_name(tmp_path: Path) -
     assert model.same is model.one
 
 
-def test_a_small_model_stays_where_it_is(tmp_path: Path) -> None:
+def test_values_of_a_small_model_are_copies_in_memory(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
-    aside = LaidAside(model, tmp_path / "no such folder")
-    assert aside.values["weight"].data_ptr() == model.weight.data_ptr()
+    aside = LaidAside(model.state_dict(), tmp_path / "no such folder")
+    assert torch.equal(aside.values["weight"], model.weight)
+    assert aside.values["weight"].data_ptr() != model.weight.data_ptr()
     aside.rest()
+
+
+def test_a_model_that_trains_leaves_its_first_values_alone(tmp_path: Path) -> None:
+    model, other = Parts(), Parts()
+    aside = LaidAside(model.state_dict(), tmp_path)
+    with torch.no_grad():
+        model.large += 1.0
+    assert torch.equal(aside.values["large"], other.large)
 
 
 def test_a_disk_that_refuses_is_an_error_in_words(tmp_path: Path) -> None:
     with pytest.raises(WardroundError, match="the disk refuses the model's first values"):
-        LaidAside(Parts(), tmp_path / "no such folder")
+        LaidAside(Parts().state_dict(), tmp_path / "no such folder")

@@ -1,4 +1,4 @@
-"""Values of a model in a file that has no name, for a process that trains nothing: memory holds what is being read."""
+"""The first values of a model in a file that has no name: memory holds what of them is being read."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _SMALL = 16 << 20
 
 
 class LaidAside:
-    """The values of a model, moved into a file in `folder` that nothing else can open and that ends with the process.
+    """Tensors in a file in `folder` that nothing else can open and that ends with the process: `values` are copies.
 
-    `values` are the model's own tensors; what is written into them stays in memory. Raises `WardroundError` where the
-    disk refuses.
+    What is written into these stays in memory, and so do few tensors, and all without a folder. Raises `WardroundError`
+    where the disk refuses.
     """
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        state = model.state_dict(keep_vars=True)
+    def __init__(self, tensors: Mapping[str, Tensor], folder: Path | None) -> None:
         self._map: mmap.mmap | None = None
-        if sum(tensor.nbytes for tensor in state.values()) >= _SMALL:
-            try:
-                self._move(state, folder)
-            except OSError as error:
-                raise WardroundError(f"the disk refuses the model's first values: {reason(error)}") from error
-        self.values = {name: tensor.detach() for name, tensor in state.items()}
+        if folder is None or sum(tensor.nbytes for tensor in tensors.values()) < _SMALL:
+            self.values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            return
+        try:
+            self.values = self._moved(tensors, folder)
+        except OSError as error:
+            raise WardroundError(f"the disk refuses the model's first values: {reason(error)}") from error
 
-    def _move(self, state: Mapping[str, Tensor], folder: Path) -> None:
+    def _moved(self, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
         with tempfile.TemporaryFile(dir=folder) as file:
             offsets = {}
-            for name, tensor in state.items():
+            for name, tensor in tensors.items():
                 file.write(bytes(-file.tell() % _ALIGNED))
                 offsets[name] = file.tell()
                 if tensor.numel():
@@ -47,12 +47,22 @@ class LaidAside:
             file.flush()
             # Written to by nobody, and yet writable, for torch knows no other values.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        for name, tensor in state.items():
-            if tensor.numel():
-                flat = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=offsets[name])
-                tensor.data = flat.reshape(tensor.shape)
+        return {
+            name: torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=offsets[name]).reshape(
+                tensor.shape
+            )
+            if tensor.numel()
+            else tensor.detach().clone()
+            for name, tensor in tensors.items()
+        }
 
     def rest(self) -> None:
         """Let go of the memory of values that were read; they are read from the file when they are needed again."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def lay_down(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Let `values` be the model's own parameters and buffers, by their names, in a process that trains nothing."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = values[name]

@@ -15,7 +15,7 @@ from torch import nn
 from wardround.errors import StudyError
 from wardround.learning.device import CPU, Compute
 from wardround.learning.frozen import freeze, remember
-from wardround.learning.laid_aside import LaidAside
+from wardround.learning.laid_aside import LaidAside, lay_down
 from wardround.learning.policy import Parameter
 from wardround.models.adapters import attach
 from wardround.models.checkpointing import checkpoint_blocks
@@ -59,7 +59,8 @@ class ModelContext:
     `frozen` matches, and what adapters leave as it is, is in `initial` once, as the model's own tensors, and never
     written again. Sites that compute on another device share another, which `on` makes of it.
 
-    In a process that trains nothing `aside` is a folder: values lie there in a file, and `initial` is the model's own.
+    With a folder `aside` the initial values lie in a file there. Where the process `trains` nothing, the model has no
+    others.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ModelContext:
         folds: bool = False,
         checkpoint: bool = False,
         aside: Path | None = None,
+        trains: bool = True,
     ) -> None:
         self.task = task
         self.compute = CPU
@@ -94,12 +96,12 @@ class ModelContext:
         if isinstance(task, Repeating) and task.repeats:
             remember(self.model)
         self.parameters = parameters_of(self.model)
-        self._aside = None if aside is None else LaidAside(self.model, aside)
-        if self._aside is not None:
-            self.initial = self._aside.values
-            return
         state = self.model.state_dict()
-        self.initial = {name: t if name in self.frozen else t.detach().clone() for name, t in state.items()}
+        moving = {name: tensor for name, tensor in state.items() if name not in self.frozen or not trains}
+        self._aside = LaidAside(moving, aside)
+        if not trains:
+            lay_down(self.model, self._aside.values)
+        self.initial = {name: self._aside.values.get(name, tensor) for name, tensor in state.items()}
 
     def on(self, compute: Compute) -> ModelContext:
         """The model context of this process for a device and precision: the same initial values, a model of its own."""
@@ -116,9 +118,8 @@ class ModelContext:
         return self._all[compute]
 
     def rest(self) -> None:
-        """Let go of memory that initial values took when they were read, in a process that trains nothing."""
-        if self._aside is not None:
-            self._aside.rest()
+        """Let go of memory that initial values took when they were read, where they lie in a file."""
+        self._aside.rest()
 
     def initial_values(self) -> dict[str, Array]:
         """The initial values of the whole model, shared and private parts alike."""

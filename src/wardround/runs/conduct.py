@@ -85,6 +85,7 @@ def coordinate(
     context = Context(study, out, compare, without_in(out).union(without), allowed, places=places)
     # The folder of the run is made later, when nothing is wrong with the study.
     context.aside = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    context.trains = False
     for name in context.arms:
         context.arm_spec(name)
     with stoppable(), alone(out):

@@ -98,7 +98,7 @@ def idle(made: Any) -> dict[str, float]:
 
 def rounds(made: Any, name: str, values: int, number: int) -> Submitted:
     """A whole study of so many rounds."""
-    study = Submitted(made, study_of(name, values, number))
+    study = Submitted(made, study_of(name, values, number), counts_cpu=True)
     study.submit()
     study.approve()
     study.finish()
@@ -230,14 +230,16 @@ def small(made: Any, folder: Path, carrier: str, size: Size, parts: set[str]) ->
     if "large" in parts:
         study = rounds(made, "large", 100 * MEGABYTE, size.large)
         found["round_100mb_s"] = median(study.round_seconds(1))
+        found["round_100mb_cpu_s"] = median(study.round_cpu_seconds(1))
         note("round_100mb_s", found)
+        note("round_100mb_cpu_s", found)
     return found
 
 
 def huge(folder: Path, carrier: Any, number: int) -> dict[str, float]:
     """Rounds of 1 GB in a federation whose processes did nothing before."""
     with federation(folder, carrier) as made:
-        study = Submitted(made, study_of("huge", 1000 * MEGABYTE, number))
+        study = Submitted(made, study_of("huge", 1000 * MEGABYTE, number), counts_cpu=True)
         started(made, study)
         coordinator = made.processes["coordinator"].pid
         with Lookout(lambda: {party: process.pid for party, process in made.processes.items()}, 1.0) as seen:
@@ -245,6 +247,7 @@ def huge(folder: Path, carrier: Any, number: int) -> dict[str, float]:
             study.finish()
         values = {
             "round_1gb_s": median(study.round_seconds(1)),
+            "round_1gb_cpu_s": median(study.round_cpu_seconds(1)),
             "coordinator_peak_gb_1gb": peak_gb(coordinator),
             "coordinator_peak_pss_gb_1gb": seen.memory.get("coordinator", 0.0),
         }

@@ -59,9 +59,9 @@ def family(root: int) -> list[Process]:
     return [known[pid] for pid in sorted(members)]
 
 
-def cpu_seconds(root: int) -> float:
-    """CPU time of a party's processes that live, without its workers."""
-    return sum(process.cpu for process in family(root) if not process.is_worker)
+def cpu_seconds(root: int, *, workers: bool = False) -> float:
+    """CPU time of a party's processes that live, with its workers or without."""
+    return sum(process.cpu for process in family(root) if workers or not process.is_worker)
 
 
 def peak_gb(root: int) -> float:

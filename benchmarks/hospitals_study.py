@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from hospitals_processes import cpu_seconds
 from wardround.hospitals.decisions import Decisions
 from wardround.hospitals.folders import StudyFolder
 from wardround.hospitals.rehearsal import Rehearsal
@@ -42,7 +43,9 @@ class Submitted:
 
     federation: Rehearsal
     values: Mapping[str, Any]
+    counts_cpu: bool = False
     commits: dict[int, float] = field(default_factory=dict)
+    spent: dict[int, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -86,7 +89,9 @@ class Submitted:
             with path.open("rb") as file:
                 at = os.fstat(file.fileno()).st_mtime
                 number = int(json.loads(file.read().splitlines()[-1])["round"])
-            self.commits.setdefault(number, at)
+            if self.commits.setdefault(number, at) == at and self.counts_cpu and number not in self.spent:
+                roots = [process.pid for process in self.federation.processes.values()]
+                self.spent[number] = sum(cpu_seconds(root, workers=True) for root in roots)
             return number
         return 0
 
@@ -116,6 +121,10 @@ class Submitted:
         self.wait(done, f"the end of {self.name}")
         result = json.loads((self.folder.out / "result.json").read_text(encoding="utf-8"))
         return str(result["model_sha256"])
+
+    def round_cpu_seconds(self, first: int) -> list[float]:
+        """CPU time of all processes from one commit to the next: what a round takes where nothing else is at work."""
+        return [self.spent[n] - self.spent[n - 1] for n in sorted(self.spent) if n > first and n - 1 in self.spent]
 
     def round_seconds(self, first: int) -> list[float]:
         """From one commit to the next, of rounds after the number `first`: what the sites' start took is in none."""

@@ -105,9 +105,12 @@ def rounds(made: Any, name: str, values: int, number: int) -> Submitted:
     return study
 
 
-def kinds(carrier: str) -> dict[str, tuple[str, str]]:
-    """What is killed: whose it is (the coordinator, or site A) and a part of its command; the party itself without."""
-    found = {"worker": ("A", "engines.worker"), "site": ("A", ""), "coordinator": ("coordinator", "")}
+def kinds(carrier: str, study: str) -> dict[str, tuple[str, str]]:
+    """What is killed: whose it is (the coordinator, or site A) and a part of its command; the party itself without.
+
+    The worker is that of a study, whose hash stands in its command: others may idle.
+    """
+    found = {"worker": ("A", f"{study}/worker.json"), "site": ("A", ""), "coordinator": ("coordinator", "")}
     if carrier == "nvflare":
         found |= {
             "NVFlare's server": ("coordinator", "server_train"),
@@ -127,7 +130,8 @@ def recovery(made: Any, carrier: str, repeats: int) -> dict[str, float]:
     study.approve()
     study.wait(lambda: study.last_round() >= 3, "the first rounds")
     found: dict[str, float] = {}
-    for kind, (party, command) in [each for each in kinds(carrier).items() for _ in range(repeats)]:
+    kills = kinds(carrier, study.sha256)
+    for kind, (party, command) in [each for each in kills.items() for _ in range(repeats)]:
         process = made.processes[party]
         began = time.time()
         if command:

@@ -57,6 +57,11 @@ class Submitted:
         """Of the study at the coordinator."""
         return StudyFolder(self.federation.coordinator.studies / self.name)
 
+    @property
+    def sha256(self) -> str:
+        """The study's hash, once it is submitted."""
+        return str(json.loads(self.folder.submission.read_text(encoding="utf-8"))["study_sha256"])
+
     def submit(self) -> None:
         """Hand it in, in a process of its own: that builds the model."""
         path = self.federation.root / f"{self.name}.yaml"

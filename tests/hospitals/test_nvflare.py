@@ -24,6 +24,7 @@ from wardround.hospitals.nvflare.jobs import write_job
 from wardround.hospitals.nvflare.names import HELLO, LOST, instance_of
 from wardround.hospitals.nvflare.provision import SERVER_NAME, admin_kit, provision, server_workspace, site_kit
 from wardround.hospitals.nvflare.switchboard import Switchboard
+from wardround.hospitals.socket_server import connect
 from wardround.wire.message import Header, Message
 
 
@@ -143,9 +144,8 @@ class Line:
     """A relay as the coordinator's socket sees it."""
 
     def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket = connect(path)
         self._socket.settimeout(5.0)
-        self._socket.connect(str(path))
         self.ins, self.outs = self._socket.makefile("rb"), self._socket.makefile("wb")
 
     def say(self, message: Message) -> None:
@@ -226,9 +226,17 @@ def test_a_twin_gets_nothing_while_the_first_is_there(board: Any) -> None:
         assert house.hub.take("A", "first", 1.0) == request
 
 
-def test_a_socket_whose_path_is_too_long_says_so(tmp_path: Path) -> None:
+def test_a_socket_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    house = House(tmp_path / "spool")
+    with pytest.raises(WardroundError, match="socket cannot be made"):
+        Switchboard(house.hub, tmp_path / "missing" / "hub.sock", lambda site: None).start()
+
+
+def test_the_path_of_a_socket_may_be_long(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 120)
     folder.mkdir()
     house = House(tmp_path / "spool")
-    with pytest.raises(WardroundError, match="shorter"):
-        Switchboard(house.hub, folder / "hub.sock", lambda site: None).start()
+    board = Switchboard(house.hub, folder / "hub.sock", lambda site: None)
+    board.start()
+    connect(folder / "hub.sock").close()
+    board.close()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,16 +23,18 @@ from tests.hospitals.loopback import (
     write_toy,
 )
 from tests.toys import toy_sites, toy_study
-from wardround.errors import JournalError
+from wardround.errors import JournalError, StudyError
+from wardround.hospitals import service
 from wardround.hospitals.coordinator_status import StudyStatus, read_record
 from wardround.hospitals.folders import CoordinatorFolder, StudyFolder
 from wardround.hospitals.proposal import Proposal, Standing
-from wardround.hospitals.service import alone
+from wardround.hospitals.service import alone, serve
 from wardround.hospitals.submission import resume, submit, withdraw
 from wardround.protection.identity import Identity
 from wardround.results.files import read_result
 from wardround.runs.session import run
 from wardround.study.schema import Study
+from wardround.wire.message import Message
 
 
 def _finished(study: StudyStatus) -> bool:
@@ -128,7 +131,7 @@ def test_a_site_that_is_away_at_the_end_gets_the_model_when_it_returns(tmp_path:
         site = made.sites["C"]
         handle = site.handle
 
-        def until_delivery(message):  # type: ignore[no-untyped-def]
+        def until_delivery(message: Message) -> Message:
             if message.header.kind == "deliver":
                 site._stop.set()
             return handle(message)
@@ -150,7 +153,7 @@ def test_a_study_without_enough_sites_goes_on_when_one_is_back(tmp_path: Path, o
         site = made.sites["C"]
         handle = site.handle
 
-        def vanish(message):  # type: ignore[no-untyped-def]
+        def vanish(message: Message) -> Message:
             if message.header.kind == "train" and message.header.round == 3:
                 site._stop.set()
             return handle(message)
@@ -185,6 +188,71 @@ def test_what_is_withdrawn_stops_and_goes_on_when_it_is_resumed(tmp_path: Path, 
         assert made.until(_finished).model_sha256 == on_one_machine
 
 
+def test_what_is_withdrawn_in_the_middle_of_a_round_leaves_nothing_half_done(
+    tmp_path: Path, on_one_machine: str
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    with federated(tmp_path) as made:
+        site = made.sites["B"]
+        handle = site.handle
+
+        def hold(message: Message) -> Message:
+            if message.header.kind == "train" and message.header.round == 2 and not go_on.is_set():
+                reached.set()
+                go_on.wait(30.0)
+            return handle(message)
+
+        site.handle = hold  # type: ignore[method-assign]
+        made.submit()
+        assert reached.wait(30.0)
+        withdraw(made.place, "toy")
+        made.until(lambda s: s.state == "withdrawn")
+        go_on.set()
+        resume(made.place, "toy")
+        assert made.until(_finished).model_sha256 == on_one_machine
+
+
+class _Still:
+    """A carrier that carries nothing."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def start(self) -> None:
+        self.done.append("start")
+
+    def close(self) -> None:
+        self.done.append("close")
+
+
+def test_the_process_opens_and_closes_what_carries_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, carrier, said = make_federation(tmp_path), _Still(), []
+    monkeypatch.setattr(service, "open_carrier", lambda *_: carrier)
+
+    def end_it() -> None:
+        _wait(place.status.exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=end_it, daemon=True).start()
+    serve(place.root, say=said.append)
+    assert carrier.done == ["start", "close"]
+    assert "sites reach it at localhost:8443" in said[0]
+    status = status_of(tmp_path)
+    assert status is not None
+    assert status.process.state == "ended"
+    assert [(site.name, site.state) for site in status.sites] == [(name, "never") for name in "ABC"]
+
+
+def test_a_page_for_others_without_a_proxy_keeps_the_process_from_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, carrier = make_federation(tmp_path), _Still()
+    monkeypatch.setattr(service, "open_carrier", lambda *_: carrier)
+    with pytest.raises(StudyError, match="--page-behind-proxy"):
+        serve(place.root, page="0.0.0.0:0", say=print)
+    assert carrier.done == ["start", "close"]
+
+
 # In a process of its own ----------------------------------------------------------------------------------------------
 
 
@@ -196,7 +264,7 @@ def coordinators() -> Iterator[Coordinators]:
     made.close()
 
 
-def _wait(true, seconds: float = 60.0) -> None:  # type: ignore[no-untyped-def]
+def _wait(true: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it never came true"
@@ -209,7 +277,7 @@ def _submitted(folder: Path) -> StudyFolder:
     return StudyFolder(place.studies / "toy")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_coordinator_that_ends_in_the_middle_goes_on_by_itself(
     how: signal.Signals, tmp_path: Path, on_one_machine: str, coordinators: Coordinators
 ) -> None:

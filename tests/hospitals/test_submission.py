@@ -75,6 +75,16 @@ def test_what_would_stop_a_study_is_refused(
     assert not place.studies.exists() or os.listdir(place.studies) in ([], [".lock"])
 
 
+def test_a_scanner_without_patients_of_its_own_is_refused(tmp_path: Path) -> None:
+    from tests.mri_hospitals import make_hospitals, write_study
+
+    place = make_federation(tmp_path, ("Alpha", "Beta", "Gamma"))
+    more = {"Alpha": {}, "Beta": {}, "Gamma": {"role": "unseen", "scans": ["Alpha"]}}
+    study, _ = write_study(tmp_path, make_hospitals(tmp_path / "data"), sites=more)
+    with pytest.raises(StudyError, match=r"sites\.Gamma\.scans: needs patients of other sites"):
+        submit(place, study)
+
+
 def test_a_list_of_sites_that_is_not_the_roots_is_refused(place: CoordinatorFolder, tmp_path: Path) -> None:
     other = make_federation(tmp_path / "other")
     place.roster.write_bytes(other.roster.read_bytes())

@@ -108,6 +108,25 @@ def test_a_study_begins_with_what_another_wrote(tmp_path: Path, model: dict[str,
     assert f"with the adapter of sha256 {adapter(tmp_path)['sha256']}" in study.start.describe()
 
 
+def test_an_adapter_brings_the_layers_that_a_measured_base_lacks(tmp_path: Path) -> None:
+    """A study that trains nothing needs every value: the head of a published encoder is in the folder."""
+    released, folder = written(tmp_path)
+    says = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**says, "base_model_name_or_path": "somebody/vit"}))
+    encoder = {n: t for n, t in load_file(tmp_path / "base.safetensors").items() if not n.startswith("head.")}
+    save_file(encoder, tmp_path / "base.safetensors")
+
+    def begun(**start: Any) -> dict[str, torch.Tensor]:
+        study = study_on(tmp_path, partial=True, **start)
+        measured = study.model_copy(update={"schedule": study.schedule.model_copy(update={"rounds": 0})})
+        return specs_of(measured, tmp_path).model_context.model.state_dict()
+
+    known = network_of(released).state_dict()
+    assert all(torch.equal(t, known[name]) for name, t in begun(adapter=adapter(tmp_path)).items())
+    with pytest.raises(StudyError, match=r"no values for head.weight, head.bias, and with schedule.rounds 0"):
+        begun()
+
+
 def test_a_site_has_the_folder_anywhere_among_its_weights(tmp_path: Path) -> None:
     released, folder = written(tmp_path)
     moved = tmp_path / "shelf" / "of" / "mine"

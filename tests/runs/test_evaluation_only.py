@@ -481,6 +481,14 @@ def test_what_a_study_that_trains_nothing_cannot_have_is_one_error(changes: dict
     assert "has 1 problem" in str(found.value)
 
 
+def test_a_scanner_that_sees_the_patients_of_others_is_in_no_mean() -> None:
+    given = {"schedule": NONE, "start": START}
+    study = toy_study({"A": {"role": "unseen"}, "B": {}, "S": {"role": "unseen", "scans": ["A", "B"]}}, **given)
+    assert (study.averaged_sites, study.training_sites, study.member_sites) == (("A", "B"), (), ("B",))
+    with pytest.raises(ValueError, match=r"sites.S.scans: 'T' has no patients of its own"):
+        toy_study({"A": {}, **{s: {"role": "unseen", "scans": [o]} for s, o in (("S", "T"), ("T", "A"))}}, **given)
+
+
 def test_a_value_that_the_given_model_lacks_is_an_error_even_where_a_study_may_begin_it_fresh(tmp_path: Path) -> None:
     make, sites, first = trained(tmp_path)
     path = tmp_path / "part.safetensors"

@@ -88,6 +88,8 @@ class Auditor:
         claim: Claim | None = None,
         places: Places = NO_PLACES,
     ) -> None:
+        if not study.trains:
+            raise StudyError("the study trains nothing (schedule.rounds is 0), so no site sends an update to audit")
         if site not in study.training_sites:
             raise StudyError(f"--site {site}: only a site that trains sends updates; choose among "
                              f"{', '.join(study.training_sites)}")  # fmt: skip

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from wardround.hospitals.folders import CoordinatorFolder
 
 _LOOK = 1.0
-# A study in one of these needs people, or nothing more: who follows it has seen its end.
+# A study in one of these has ended, or goes on when people say so.
 _ENDS = ("finished", "refused", "withdrawn", "stopped")
 
 
@@ -56,17 +56,17 @@ def changes(folder: CoordinatorFolder, name: str | None) -> Iterator[str]:
     """A line for each thing that happens, as long as it is followed."""
     from wardround.hospitals.status_lines import heading, rounds_of, validation_of
 
-    told, began = 0.0, False
+    shown, began = 0.0, False
     rounds: dict[str, str] = {}
     while True:
         status = _status(folder, patient=began or name is not None)
         if not began and status.process.at:
-            began, told = True, status.process.at
+            began, shown = True, status.process.at
             yield heading(status, time.time())
         for event in status.events:
-            if event.at > told and (name is None or event.text.startswith(("site ", f"{name}: "))):
+            if event.at > shown and (name is None or event.text.startswith(("site ", f"{name}: "))):
                 yield event.text
-        told = max([told, *(event.at for event in status.events)])
+        shown = max([shown, *(event.at for event in status.events)])
         for study in status.studies:
             if name in (None, study.name) and rounds.get(study.name) != (now := rounds_of(study)):
                 rounds[study.name] = now
@@ -149,4 +149,4 @@ def _require(status: Status, folder: CoordinatorFolder, name: str | None) -> Non
 
 def _ended(status: Status, name: str | None) -> bool:
     study = None if name is None else status.study(name)
-    return study is not None and study.state in _ENDS
+    return study is not None and study.state in _ENDS and not study.waits_for

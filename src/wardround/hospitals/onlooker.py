@@ -26,7 +26,7 @@ _TAIL = 1 << 16
 
 
 class Onlooker:
-    """A watcher of a run that says nothing, and remembers what is under way; it stops the run once it is told to.
+    """A watcher of a run that says nothing, and remembers what is under way; it stops the run once `stop` is set.
 
     `arms` names the arms by the hash that their messages carry.
     """
@@ -63,6 +63,8 @@ class Onlooker:
 
     def round(self, report: RoundReport) -> None:
         """A round was committed; raises `Interrupted` where the run is to stop."""
+        with self._lock:
+            self._working = {site: heard for site, heard in self._working.items() if heard.arm != report.arm}
         if self._stop.is_set():
             raise Interrupted("stopped between two rounds")
 

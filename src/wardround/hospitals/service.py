@@ -122,11 +122,11 @@ class Service:
                     self.tell(f"{name}: cannot go on: {error}")
                     log.debug("detail: %s", getattr(error, "detail", ""), exc_info=True)
         for noted in self._hub.events:
-            told = self._noted.get((noted.site, noted.text), 0)
+            before = self._noted.get((noted.site, noted.text), 0)
             # What is repeated without end is said with its 10th, 100th, ... time.
-            if noted.count >= max(1, 10 * told):
+            if noted.count >= max(1, 10 * before):
                 self._noted[noted.site, noted.text] = noted.count
-                self.tell(f"site {noted.site}: {noted.text}" + (f" ({noted.count} times)" if told else ""))
+                self.tell(f"site {noted.site}: {noted.text}" + (f" ({noted.count} times)" if before else ""))
         self._report()
 
     def tell(self, text: str) -> None:
@@ -253,7 +253,7 @@ def open_carrier(federation: Federation, folder: CoordinatorFolder, hub: Hub) ->
 
 
 def serve(root: Path, *, page: str | None = None, behind_proxy: bool = False, say: Callable[[str], None]) -> None:
-    """Be the coordinator of the federation in a folder, until the process is told to end (SIGTERM, Ctrl-C).
+    """Be the coordinator of the federation in a folder, until SIGTERM or Ctrl-C.
 
     `page` is HOST:PORT of the page that shows it; an address that is not of this machine alone needs `behind_proxy`.
     Raises `JournalError` where another coordinator is at work, and `WardroundError` for what keeps it from beginning.

@@ -184,6 +184,8 @@ class StudyRun:
         """Whether one of the sites that a study stopped without is back, and enough others are there with it."""
         if not any(self._present(site) for site in missing):
             return False
+        if not self._study.trains:
+            return True
         return sum(self._present(site) for site in self._study.training_sites) >= self._study.schedule.min_sites
 
     def _halt(self) -> None:

@@ -92,11 +92,14 @@ def key_of(name: str) -> str:
     return _PREFIX + name
 
 
-def begin_with_adapter(start: FromAdapter, folder: Path, base: str, adapters: Adapters, model: nn.Module) -> None:
+def begin_with_adapter(
+    start: FromAdapter, folder: Path, base: str, adapters: Adapters, model: nn.Module
+) -> frozenset[str]:
     """Put the factors of a peft folder into a model with LoRA, and the whole layers that come with them.
 
-    `base` is the hash of what the study starts from. Raises `StudyError` for another file than the study's, for
-    settings that are not the study's or that are not read, and for layers, ranks and shapes that do not fit.
+    Returns the names of the values that it put in. `base` is the hash of what the study starts from. Raises
+    `StudyError` for another file than the study's, for settings that are not the study's or that are not read, and for
+    layers, ranks and shapes that do not fit.
     """
     with _reading(start.file, folder):
         if not (folder / MODEL).is_file():
@@ -107,7 +110,7 @@ def begin_with_adapter(start: FromAdapter, folder: Path, base: str, adapters: Ad
         _check_hash(start, file_sha256(folder / MODEL))
         _check_settings(start, read_settings(start.file, folder / CONFIG), base, adapters)
         with safe_open(str(folder / MODEL), framework="pt") as file:
-            _fill(start, {name: file.get_tensor(name) for name in file.keys()}, model)  # noqa: SIM118
+            return _fill(start, {name: file.get_tensor(name) for name in file.keys()}, model)  # noqa: SIM118
 
 
 def read_settings(named: str, path: Path) -> Settings:
@@ -168,7 +171,7 @@ def _check_settings(start: FromAdapter, found: Settings, base: str, adapters: Ad
         )
 
 
-def _fill(start: FromAdapter, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+def _fill(start: FromAdapter, tensors: Mapping[str, Tensor], model: nn.Module) -> frozenset[str]:
     key = f"start.adapter.file: {start.file}"
     parts = {n: part for n, layer in model.named_modules() if isinstance(part := getattr(layer, LORA, None), LowRank)}
     theirs = {found["layer"] for name in tensors if (found := _KEY.fullmatch(name))}
@@ -194,6 +197,7 @@ def _fill(start: FromAdapter, tensors: Mapping[str, Tensor], model: nn.Module) -
                 )
         for name, own in ours.items():
             state[own].copy_(tensors[name])
+    return frozenset(ours.values())
 
 
 @contextmanager

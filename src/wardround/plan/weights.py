@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -184,15 +184,20 @@ def begin(start: Start, places: Places, adapters: Adapters, model: nn.Module, *,
     if isinstance(start, Fresh):
         return
     path = place_of(start, places)
+    # An adapter may bring layers that its base lacks.
+    alone = whole and start.adapter is None
     if isinstance(start, FromWeights):
-        _begin_with_file(start, path, model, whole=whole)
+        given = _begin_with_file(start, path, model, whole=alone)
     else:
-        _begin_with_release(start, path, model, whole=whole)
+        given = _begin_with_release(start, path, model, whole=alone)
     if start.adapter is not None:
         # Late: studies without one need nothing of it.
         from wardround.plan.peft import begin_with_adapter
 
-        begin_with_adapter(start.adapter, _folder_of(start.adapter, places), start.sha256, adapters, model)
+        folder = _folder_of(start.adapter, places)
+        given |= begin_with_adapter(start.adapter, folder, start.sha256, adapters, model)
+        if whole:
+            _check_whole(start, given, model)
 
 
 def _folder_of(adapter: FromAdapter, places: Places) -> Path:
@@ -225,7 +230,8 @@ def _listed(at: tuple[Path, ...], places: Places) -> str:
     return ", ".join(map(str, (*at, *searched(places.stores), hub_cache())))
 
 
-def _begin_with_file(start: FromWeights, path: Path, model: nn.Module, *, whole: bool) -> None:
+def _begin_with_file(start: FromWeights, path: Path, model: nn.Module, *, whole: bool) -> frozenset[str]:
+    """The names of the values that it put into the model."""
     with _reading(start.file, path):
         before = path.stat()
         _check_hash(start, file_sha256(path))
@@ -239,6 +245,7 @@ def _begin_with_file(start: FromWeights, path: Path, model: nn.Module, *, whole:
         after = path.stat()
     if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
         raise StudyError(f"start.file: {start.file} was written while it was read; try again", detail=str(path))
+    return frozenset(shapes)
 
 
 def _named(start: FromWeights, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -261,12 +268,14 @@ def _named(start: FromWeights, model: nn.Module, names: Iterable[str]) -> dict[s
     return found
 
 
-def _begin_with_release(start: FromRelease, path: Path, model: nn.Module, *, whole: bool) -> None:
+def _begin_with_release(start: FromRelease, path: Path, model: nn.Module, *, whole: bool) -> frozenset[str]:
+    """The names of the values that it put into the model."""
     import torch
 
     tensors, _, covered = whole_release(start, path, "start")
     shapes = {name: tensors[name].shape for name in _taken(start, covered)}
     _fill(model, start, shapes, lambda name: torch.from_numpy(tensors[name]), whole=whole)
+    return frozenset(shapes)
 
 
 def whole_release(
@@ -342,12 +351,8 @@ def _fill(
     fresh = added_values(model)
     floats = [n for n in state if n.startswith(within) and n not in fresh and state[n].is_floating_point()]
     lacking = [name for name in floats if name not in shapes]
-    fresh_ones = [n for n in state if n not in fresh and n not in shapes and state[n].is_floating_point()]
-    if whole and fresh_ones:
-        raise StudyError(
-            f"start.file: {start.file} has no values for {listed(fresh_ones)}, and with schedule.rounds 0 they would "
-            "be measured untrained; name a file that has them, or train them (schedule.rounds)"
-        )
+    if whole:
+        _check_whole(start, shapes, model)
     named = [name for name in lacking if any(fnmatch.fnmatchcase(name, within + pattern) for pattern in start.only)]
     if named:
         raise StudyError(
@@ -368,6 +373,19 @@ def _fill(
                     f"model's {str(state[name].dtype).removeprefix('torch.')} cannot hold; convert the file"
                 )
             state[name].copy_(tensor)
+
+
+def _check_whole(start: FromWeights | FromRelease, given: Collection[str], model: nn.Module) -> None:
+    """Raise `StudyError` where a value of a model that is measured as it is would begin fresh."""
+    from wardround.models.adapters import added_values
+
+    added = added_values(model)
+    floats = (name for name, tensor in model.state_dict().items() if tensor.is_floating_point())
+    if fresh := [name for name in floats if name not in added and name not in given]:
+        raise StudyError(
+            f"start.file: {start.file} has no values for {listed(fresh)}, and with schedule.rounds 0 they would be "
+            "measured untrained; name a file that has them, or train them (schedule.rounds)"
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.sums import LOSS
 from wardround.results.units import human_bytes, protocol
 from wardround.runs.columns import WIDTH, entry, table, wrapped
+from wardround.runs.explain_given import given_traffic, measuring_lines
 from wardround.runs.explain_groups import group_lines
 from wardround.runs.explain_plugins import roles_of, uncalled
 from wardround.runs.machine import NOWHERE, Machine
@@ -63,9 +64,7 @@ def explain(
     sections = (
         study_lines(host, arm_spec),
         f"Sites\n{sites}",
-        f"Training\n{training_lines(host, arm_spec)}\n{_traffic(host, arm_spec)}"
-        if study.trains
-        else f"Measuring\n{_measuring(host, arm_spec)}",
+        f"{'Training' if study.trains else 'Measuring'}\n{training_lines(host, arm_spec)}\n{_traffic(host, arm_spec)}",
         _scanners(study),
         f"Arms\n{arms_lines(host)}" if study.trains else "",
         f"What leaves a site\n{_egress(host, arm_spec, with_data=sites_file is not None)}",
@@ -162,7 +161,9 @@ def _role(study: Study, site: str) -> str:
 
 
 def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
-    """Rounds, steps, and how an update is written."""
+    """Rounds, steps, and how an update is written; where nothing is trained, what is measured."""
+    if not host.study.trains:
+        return "\n".join(measuring_lines(host.study))
     study, local, schedule = host.study, host.study.local, host.study.schedule
     examples = f"{local.batch} example{'s' if local.batch != 1 else ''}"
     released = "the last"
@@ -183,6 +184,8 @@ def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
 def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
     """What the values of the model and its updates weigh; `wardround plan` counts whole messages."""
     study = host.study
+    if not study.trains:
+        return "\n".join(given_traffic(host, arm_spec))
     nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
     sent = arm_spec.codec.sent(arm_spec.layout)
     down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
@@ -191,24 +194,6 @@ def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
         (
             entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
             entry("", f"all rounds, all sites: {human_bytes(total)}"),
-        )
-    )
-
-
-def _measuring(host: Machine, arm_spec: ArmSpec) -> str:
-    """What a study does that trains nothing."""
-    frozen, sites = arm_spec.policy.names("frozen"), host.study.sites
-    down = sum(p.info.nbytes for p in host.model_context.parameters if p.name not in frozen)
-    compared = ", ".join(host.study.baselines)
-    alone = ", ".join(host.study.member_sites)
-    return "\n".join(
-        (
-            entry("nothing", "is trained: schedule.rounds is 0"),
-            entry("measured", f"{host.study.start.describe()}, on the test patients of every site"),
-            *([entry("left alone", f"the training patients of {alone}; `role: evaluate` has none")] if alone else []),
-            *([entry("beside it", f"what learned nothing: {compared}")] if compared else []),
-            entry("traffic", f"the model twice to a site, to measure and to keep: 2 x {human_bytes(down)}"),
-            entry("", f"all sites: {human_bytes(2 * len(sites) * down)}"),
         )
     )
 
@@ -236,6 +221,8 @@ def _scanners(study: Study) -> str:
 
 def arms_lines(host: Machine) -> str:
     """What is trained beside the federation to compare with it, and with which patients."""
+    if not host.study.trains:
+        return "  none: schedule.rounds is 0"
     rounds = host.study.schedule.rounds
     rows = []
     for name, arm in host.arms.items():

@@ -6,11 +6,11 @@ It reads no data, runs nothing, takes no settings from a job, and holds nothing:
 from __future__ import annotations
 
 import os
-import socket
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
@@ -36,6 +36,7 @@ from wardround.hospitals.nvflare.names import (
     TAKEN,
     instance_of,
 )
+from wardround.hospitals.socket_server import connect
 from wardround.wire.message import Header, Message
 
 _TRIES = 5  # transfers of one body without a part in between, until the Hub has to hand the message out again
@@ -59,10 +60,10 @@ class Proxy(Executor):  # type: ignore[misc]
     def _start(self, fl_ctx: FLContext) -> None:
         self._engine, self._site = fl_ctx.get_engine(), fl_ctx.get_identity_name()
         self._abort = fl_ctx.get_prop(FLContextKey.RUN_ABORT_SIGNAL) or fl_ctx.get_run_abort_signal()
-        self._agent, self._parent = os.environ[AGENT], os.getppid()
+        self._agent, self._parent = Path(os.environ[AGENT]), os.getppid()
         self._spool = Spool(Path(os.environ[SPOOL]), "in", int(os.environ[LARGEST]))
         self._frames, self._offers, self._ended = SharedBodies(), Offers(), threading.Event()
-        self._instance = ""
+        self._instance, self._left = "", False
         self._lock, self._fetching = threading.Lock(), threading.Lock()
         self._under_way: dict[str, threading.Event] = {}
         self._steps: dict[str, bytes] = {}
@@ -81,20 +82,20 @@ class Proxy(Executor):  # type: ignore[misc]
     def _watch(self) -> None:
         """Know the instance of the resident process: a connection stays open for as long as that lives."""
         while not self._over():
-            with suppress(OSError, WardroundError, ValueError), socket.socket(socket.AF_UNIX) as agent:
-                agent.connect(self._agent)
-                with agent.makefile("wb") as outgoing, agent.makefile("rb") as incoming:
-                    self._frames.write(outgoing, Message(Header(HELLO, "", self._site)))
-                    while (frame := self._frames.read(incoming)) is not None:
-                        if frame.header.kind == HELLO:
-                            self._instance = instance_of(frame.header.meta.get("instance"))
+            with suppress(OSError, WardroundError, ValueError), self._resident() as (incoming, outgoing):
+                self._frames.write(outgoing, Message(Header(HELLO, "", self._site)))
+                while (frame := self._frames.read(incoming)) is not None:
+                    if frame.header.kind == HELLO:
+                        self._instance = instance_of(frame.header.meta.get("instance"))
+            self._left = self._left or bool(self._instance)
             self._instance = ""
             self._ended.wait(0.5)
 
     def _pulse(self) -> None:
         said = None
         while not self._over():
-            instance = self._instance
+            # That an instance ended is always said: another one that follows at once would pass for a twin.
+            instance, self._left = "" if self._left else self._instance, False
             with self._lock:
                 steps, self._steps = list(self._steps.values()), {}
             with suppress(OSError):
@@ -148,17 +149,21 @@ class Proxy(Executor):  # type: ignore[misc]
 
     def _answered(self, request: Message) -> bool:
         """Ask the resident process, and hand its reply over while the connection, and so the reply's body, is there."""
-        with suppress(OSError, WireError, ValueError), socket.socket(socket.AF_UNIX) as agent:
-            agent.connect(self._agent)
-            with agent.makefile("wb") as outgoing, agent.makefile("rb") as incoming:
-                self._frames.write(outgoing, request)
-                while (reply := self._frames.read(incoming)) is not None:
-                    if reply.header.kind != PROGRESS:
-                        self._hand_over(reply)
-                        return True
-                    with self._lock:
-                        self._steps[reply.header.study] = reply.header.to_bytes()
+        with suppress(OSError, WireError, ValueError), self._resident() as (incoming, outgoing):
+            self._frames.write(outgoing, request)
+            while (reply := self._frames.read(incoming)) is not None:
+                if reply.header.kind != PROGRESS:
+                    self._hand_over(reply)
+                    return True
+                with self._lock:
+                    self._steps[reply.header.study] = reply.header.to_bytes()
         return False
+
+    @contextmanager
+    def _resident(self) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+        """A connection to the resident process: what it says, and what it is asked."""
+        with connect(self._agent) as agent, agent.makefile("rb") as incoming, agent.makefile("wb") as outgoing:
+            yield incoming, outgoing
 
     def _hand_over(self, reply: Message) -> None:
         packed, taken = self._offers.packed(reply), self._under_way[reply.header.reply_to]

@@ -39,6 +39,7 @@ from wardround.hospitals.nvflare.names import (
     TAKEN,
     instance_of,
 )
+from wardround.hospitals.socket_server import connect
 from wardround.wire.message import Header, Message
 
 _STARTING = 45.0  # seconds that a site's job may take until its first sign of life
@@ -63,7 +64,7 @@ class Relay(Controller):  # type: ignore[misc]
     def start_controller(self, fl_ctx: FLContext) -> None:
         """NVFlare calls this before `control_flow`."""
         self._engine, self._job = fl_ctx.get_engine(), fl_ctx.get_job_id()
-        self._hub, self._parent = os.environ[HUB], os.getppid()
+        self._hub, self._parent = Path(os.environ[HUB]), os.getppid()
         self._spool = Spool(Path(os.environ[SPOOL]), self._site, int(os.environ[LARGEST]))
         self._seen = time.monotonic() + _STARTING - PATIENCE
         for topic, handler in ((BEAT, self._beat), (REPLY, self._reply), (PART, self._part)):
@@ -80,8 +81,7 @@ class Relay(Controller):  # type: ignore[misc]
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Serve the Hub until the job is aborted or the site is silent."""
         while not self._over(abort_signal):
-            with suppress(OSError, WireError), socket.socket(socket.AF_UNIX) as hub:
-                hub.connect(self._hub)
+            with suppress(OSError, WireError), connect(self._hub) as hub:
                 try:
                     self._serve(hub, abort_signal)
                 finally:

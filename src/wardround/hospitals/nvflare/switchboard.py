@@ -18,6 +18,7 @@ from wardround.errors import Rejected, WardroundError, WireError
 from wardround.hospitals.hub import Hub
 from wardround.hospitals.nvflare.names import ALIVE, HELLO, LOST, PULSE, instance_of
 from wardround.hospitals.replies import SpooledBody
+from wardround.hospitals.socket_server import reachable
 from wardround.wire.message import FileBody, Message
 
 log = logging.getLogger(__name__)
@@ -56,12 +57,13 @@ class Switchboard:
         """Listen. Raises `WardroundError` where the socket cannot be made."""
         self._path.unlink(missing_ok=True)
         try:
-            self._listening.bind(str(self._path))
+            with reachable(self._path) as address:
+                self._listening.bind(address)
         except OSError as error:
             self._listening.close()
             raise WardroundError(
-                "the coordinator's socket cannot be made; its path may have 107 bytes at most: choose a shorter folder",
-                detail=f"{self._path}: {error}",
+                f"the coordinator's socket cannot be made ({error.strerror}): choose a folder on a local disk",
+                detail=str(self._path),
             ) from error
         self._path.chmod(0o600)
         self._listening.listen(_MOST_CONNECTIONS)

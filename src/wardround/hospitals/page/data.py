@@ -83,6 +83,7 @@ def _tests(result: Result) -> dict[str, Any]:
             }
             for arm, site, metric, found in result.estimates()
         ],
+        "lacking": {**result.withheld, **result.failed},
         "notes": list(result.notes),
         "selected": result.selected_round.get(FEDERATED),
     }

@@ -226,7 +226,9 @@ function curves(arms, points, rounds, colour) {
 
 function testPanel(study) {
   const data = (seen.tests.get(study.name) || {}).data;
-  if (!data || !data.metrics.length) return null;
+  if (!data) return null;
+  const lacking = Object.entries(data.lacking).map(([site, why]) => node("p", { class: "muted" }, `${site}: ${why}`));
+  if (!data.metrics.length) return lacking.length ? node("div", { class: "panel" }, node("h3", {}, "Test: no hospital gave its results"), ...lacking) : null;
   const metric = data.metrics[0];
   const found = data.estimates.filter((each) => each.metric === metric.name && each.site !== "mean" && each.site !== "unseen");
   const mean = data.estimates.filter((each) => each.metric === metric.name && each.site === "mean");
@@ -261,7 +263,7 @@ function testPanel(study) {
   drawing.setAttribute("viewBox", `0 0 ${wide} ${bottom + 14}`);
   return node("div", { class: "panel" }, node("div", { class: "head" }, node("h3", {}, `Test: ${metric.label}${metric.unit ? ` (${metric.unit})` : ""}`),
     node("small", { class: "muted" }, `${metric.larger ? "higher" : "lower"} is better, lines are 95% intervals`)), drawing,
-  node("div", { class: "key" }, ...arms.map((arm) => node("span", {}, node("i", { class: colour(arm) }), armLabel(arm, data.labels)))));
+  node("div", { class: "key" }, ...arms.map((arm) => node("span", {}, node("i", { class: colour(arm) }), armLabel(arm, data.labels)))), ...lacking);
 }
 
 function downloads(study) {

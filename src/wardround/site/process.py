@@ -61,6 +61,8 @@ def _finder(spec: dict[str, Any], progress: Progress | None) -> Callable[[Header
         arm_specs = ArmSpecs(study, tuple(agreed["compare"]), embeddings, plugins, study.places(folder, [entry]))
         if agreed["plan_sha256"] not in (None, arm_specs.plan_sha256):
             raise StudyError("this version fills in other defaults of the study than those that were agreed on")
+        if folder.is_dir():
+            arm_specs.aside = folder
         datasets = Datasets(arm_specs, sites, int(spec["floor"]), folder)
         agent = Agent(
             name, arm_specs, sites, folder, datasets, progress=progress, rounding_root=root, identity=identity

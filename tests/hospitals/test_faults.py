@@ -15,6 +15,7 @@ import pytest
 from tests.hospitals.hole import hole
 from tests.hospitals.namespaces import link
 from tests.hospitals.ward import COORDINATOR, LONG, ROUNDS, SECURE, SITES, Ward, released, same_model, ward
+from wardround.hospitals.attendance import ALIVE
 from wardround.hospitals.coordinator_status import StudyStatus, read_status
 from wardround.hospitals.federation import Carrier
 
@@ -67,7 +68,11 @@ def test_a_site_that_is_halted_for_longer_than_it_may_be_late(carrier: Carrier, 
         made.begin()
         made.wait_round(2)
         made.federation.kill("B", signal.SIGSTOP)
-        made.wait(lambda: made.said("site B is late"), "B late")
+        if carrier == "https":
+            made.wait(lambda: made.said("site B is late"), "B late")
+        else:
+            # NVFlare's client is a process of its own, which goes on: the site counts as present.
+            time.sleep(ALIVE + 2.0)
         made.federation.kill("B", signal.SIGCONT)
         same_model(made, made.finish())
 

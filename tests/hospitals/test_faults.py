@@ -15,7 +15,8 @@ import pytest
 from tests.hospitals.hole import hole
 from tests.hospitals.namespaces import link
 from tests.hospitals.ward import COORDINATOR, LONG, ROUNDS, SECURE, SITES, Ward, released, same_model, ward
-from wardround.hospitals.coordinator_status import read_status
+from wardround.hospitals.attendance import ALIVE
+from wardround.hospitals.coordinator_status import StudyStatus, read_status
 from wardround.hospitals.federation import Carrier
 
 CLEAR: dict[str, Any] = {}
@@ -32,7 +33,7 @@ def carrier(request: pytest.FixtureRequest) -> Carrier:
 
 
 def test_all_kinds_of_processes_are_killed_in_a_study(tmp_path: Path) -> None:
-    with ward(tmp_path, holds=["A"], **ALL) as made:
+    with ward(tmp_path, holds=["A"], sites="AB", schedule={"rounds": 4, "min_sites": 2}) as made:
         made.begin()
         made.wait_round(1)
         made.hold.touch()
@@ -40,7 +41,6 @@ def test_all_kinds_of_processes_are_killed_in_a_study(tmp_path: Path) -> None:
         made.kill_worker("A")
         made.restart("B")
         made.restart(COORDINATOR)
-        made.restart("A")
         made.hold.unlink()
         same_model(made, made.finish())
 
@@ -68,7 +68,11 @@ def test_a_site_that_is_halted_for_longer_than_it_may_be_late(carrier: Carrier, 
         made.begin()
         made.wait_round(2)
         made.federation.kill("B", signal.SIGSTOP)
-        made.wait(lambda: made.said("site B is late"), "B late")
+        if carrier == "https":
+            made.wait(lambda: made.said("site B is late"), "B late")
+        else:
+            # NVFlare's client is a process of its own, which goes on: the site counts as present.
+            time.sleep(ALIVE + 2.0)
         made.federation.kill("B", signal.SIGCONT)
         same_model(made, made.finish())
 
@@ -153,30 +157,45 @@ def test_a_slow_line_that_breaks_again_and_again(tmp_path: Path) -> None:
             made.through(site, line.port)
         line.delay = 0.02
         made.begin()
-        while not made._ended():
+        for _ in range(60):
             time.sleep(chance.uniform(0.1, 1.0))
             line.cut()
-        line.delay = 0.0
+            if made.ended():
+                break
         same_model(made, made.finish())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rules", [CLEAR, SECURE], ids=["clear", "secure"])
 def test_a_coordinator_s_folder_comes_back_from_an_old_copy(tmp_path: Path, rules: Any) -> None:
-    folder, copy = tmp_path / COORDINATOR, tmp_path / "copy"
-    with ward(tmp_path, holds=["A"], **{**ALL, **rules}) as made:
+    folder, old, newest = tmp_path / COORDINATOR, tmp_path / "old", tmp_path / "newest"
+    with ward(tmp_path, deadlines={"reply": LONG, "attempts": 1, "pause": 0.1}, **{**ALL, **rules}) as made:
         made.begin()
         made.wait_round(2)
         made.kill(COORDINATOR)
-        shutil.copytree(folder, copy, symlinks=True)
+        shutil.copytree(folder, old, symlinks=True)
         made.federation.start(COORDINATOR)
         made.wait_round(5)
         made.kill(COORDINATOR)
         assert not (made.out / "result.json").exists()
+        folder.rename(newest)
+        shutil.copytree(old, folder, symlinks=True)
+        made.federation.start(COORDINATOR)
+        # No site goes back: another model of its rounds could come of it.
+        status = made.wait(lambda: _stopped(made), "a study that stops")
+        assert "the coordinator was restored from an older copy" in status.reason
+        assert len(made.rounds()) < 5
+        assert not (made.out / "models").exists()
+        made.kill(COORDINATOR)
         shutil.rmtree(folder)
-        copy.rename(folder)
+        newest.rename(folder)
         made.federation.start(COORDINATOR)
         same_model(made, made.finish())
+
+
+def _stopped(made: Ward) -> StudyStatus | None:
+    found = made.status()
+    return found if found is not None and found.state == "stopped" else None
 
 
 #: After the last round: before the release, after it was saved, before and after the result, before it is delivered.

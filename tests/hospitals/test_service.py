@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from tests.hospitals.loopback import (
 )
 from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError, StudyError
-from wardround.hospitals import service
+from wardround.hospitals import service, study_run
 from wardround.hospitals.coordinator_status import StudyStatus, read_record
 from wardround.hospitals.folders import CoordinatorFolder, StudyFolder
 from wardround.hospitals.proposal import Proposal, Standing
@@ -33,6 +34,7 @@ from wardround.hospitals.submission import resume, submit, withdraw
 from wardround.protection.identity import Identity
 from wardround.results.files import read_result
 from wardround.runs.session import run
+from wardround.storage.journal import Journal
 from wardround.study.schema import Study
 from wardround.wire.message import Message
 
@@ -350,3 +352,38 @@ def test_a_list_of_sites_that_the_root_did_not_sign_is_not_taken(tmp_path: Path)
     assert made.known.key("D") is None
     assert made.known.key("A") == before.keys["A"]
     made.hub.close()
+
+
+def test_a_full_disk_stops_a_study_and_not_its_coordinator(
+    tmp_path: Path, on_one_machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = threading.Event()
+
+    def refusing(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def write(*args: object, **kwargs: object) -> object:
+            if full.is_set():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, write)
+
+    refusing(Journal, "commit")
+    refusing(study_run, "write_record")
+    with federated(tmp_path) as made:
+        refusing(service, "write_text")
+        made.submit()
+        made.until(lambda s: s.state == "running")
+        full.set()
+        (run_of_it,) = made.service._runs.values()
+        end = time.monotonic() + 60.0
+        while run_of_it.record.state != "stopped":
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        # Neither the record nor the status could be written; the process is there, and knows.
+        assert made.study() is not None
+        full.clear()
+        assert "No space left on device" in made.until(lambda s: s.state == "stopped").reason
+        resume(made.place, "toy")
+        assert made.until(_finished).model_sha256 == on_one_machine

@@ -121,9 +121,10 @@ class Ward:
 
     def wait_round(self, number: int) -> None:
         """Until a round is committed."""
-        self.wait(lambda: len(self.rounds()) >= number or self._ended(), f"round {number}")
+        self.wait(lambda: len(self.rounds()) >= number or self.ended(), f"round {number}")
 
-    def _ended(self) -> bool:
+    def ended(self) -> bool:
+        """Whether the study is finished; raises `WardroundError` where it ended in another way."""
         found = self.status()
         if found is not None and found.state in ("stopped", "refused", "withdrawn"):
             raise WardroundError(f"the study is {found.state}: {found.reason}")
@@ -134,7 +135,7 @@ class Ward:
 
         def done() -> bool:
             found = self.status()
-            return self._ended() and found is not None and not (delivered and found.undelivered)
+            return self.ended() and found is not None and not (delivered and found.undelivered)
 
         self.wait(done, "the end of the study")
         return read_result(self.out)

@@ -232,11 +232,12 @@ def test_what_was_learned_in_a_void_round_is_forgotten(tmp_path: Path) -> None:
 def test_a_site_that_signed_takes_part_in_no_other_attempt_of_the_round(tmp_path: Path) -> None:
     secure = SecureRig(study_of(rounds=2), tmp_path)
     secure.train()
-    request = secure.sent_to("A", ADVERTISE)[0]
-    again = Message(replace(request.header, attempt=1))
-    reply = secure.sites["A"].handle(again)
-    assert reply.header.kind == ERROR
-    assert "has signed the survivor list of round 1" in reply.header.meta["reason"]
+    for request, said in zip(secure.sent_to("A", ADVERTISE)[:2], ("older copy", "under a new number"), strict=True):
+        again = Message(replace(request.header, attempt=1))
+        reply = secure.sites["A"].handle(again)
+        assert reply.header.kind == ERROR
+        assert "has signed the survivor list of round 2" in reply.header.meta["reason"]
+        assert said in reply.header.meta["reason"]
 
 
 def test_too_many_void_rounds_stop_the_run_and_it_can_go_on(tmp_path: Path) -> None:

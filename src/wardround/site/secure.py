@@ -118,10 +118,16 @@ class SecureUpload:
         kind = str(told["kind"])
         if kind not in (TRAIN, EVALUATE):
             raise WireError("a secure sum is of updates or of validation sums")
-        if header.round <= site.store.last_written(survivors_of(kind)):
+        last = site.store.last_written(survivors_of(kind))
+        if header.round < last:
             raise Rejected(
-                f"site {site.name} has signed the survivor list of round {header.round} or a later one; the round is "
-                "over, and its sites must train anew under a new number"
+                f"site {site.name} has signed the survivor list of round {last} and is asked for round {header.round}: "
+                "the coordinator was restored from an older copy, or is not the one it was. Restore its newest copy"
+            )
+        if header.round == last:
+            raise Rejected(
+                f"site {site.name} has signed the survivor list of round {last}; the round is over, and its sites must "
+                "train anew under a new number"
             )
         context = Attempt(
             study=header.study,

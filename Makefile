@@ -37,10 +37,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
-# Everything, the long matrices and many examples of each law as well. Where transformers is installed MONAI imports it,
-# two seconds in each process, so `make test` does without.
+# Everything, the long matrices and many examples of each law as well, and what carries messages between hospitals. Where
+# transformers is installed MONAI imports it, two seconds in each process, so `make test` does without.
 test-all: $(STAMP)
-	@$(call quietly,$(PIP) --editable '.[foundation]')
+	@$(call quietly,$(PIP) --editable '.[foundation,hospitals,page]')
 	$(PYTEST) --hypothesis-profile=full
 
 lint: $(STAMP)

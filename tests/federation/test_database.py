@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 
-from wardround.storage.database import Database
+from wardround.errors import JournalError
+from wardround.storage.database import FORM, Database
 
 PARTIES = 8
 SCHEMA = "CREATE TABLE IF NOT EXISTS counts (party INTEGER, number INTEGER);"
@@ -63,3 +65,26 @@ def test_files_that_others_could_read_are_closed_to_them_when_they_are_opened(tm
     Database(file, SCHEMA).close()
     assert [path.stat().st_mode & 0o777 for path in files] == [0o600] * 3
     first.close()
+
+
+def test_a_store_of_before_there_was_a_number_is_taken_over_and_one_of_a_newer_version_is_refused(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "a.sqlite"
+    Database(file, SCHEMA).close()
+    for written in (0, FORM):
+        _set_form(file, written)
+        found = Database(file, SCHEMA)
+        assert found.rows("PRAGMA user_version") == [(FORM,)]
+        found.close()
+    _set_form(file, FORM + 1)
+    before = file.read_bytes()
+    with pytest.raises(JournalError, match=f"newer version of Wardround .*form {FORM + 1}.* install that"):
+        Database(file, "CREATE TABLE IF NOT EXISTS others (party INTEGER);")
+    assert file.read_bytes() == before
+
+
+def _set_form(file: Path, form: int) -> None:
+    connection = sqlite3.connect(file)
+    connection.execute(f"PRAGMA user_version={form}")
+    connection.close()

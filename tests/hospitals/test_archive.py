@@ -141,6 +141,7 @@ def test_a_cut_transfer_goes_on_with_what_is_missing(fake: Fake, tmp_path: Path)
     assert not list((tmp_path / "cache" / ".incoming").iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_fetch_leaves_whole_patients_and_goes_on(fake: Fake, tmp_path: Path) -> None:
     for number in (1, 2, 3):
         fake.images += series(f"PAT-{number}", f"1.2.999.{number}")

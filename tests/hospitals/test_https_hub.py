@@ -128,6 +128,7 @@ def test_a_twin_is_let_in_once_the_first_is_gone(kits: Path, tmp_path: Path, mon
         assert [event.site for event in hub.events] == ["A"]
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_killed_gets_the_rest_of_a_reply(kits: Path, tmp_path: Path) -> None:
     port, body = free_port(), os.urandom(LARGE)
     command = [sys.executable, "-m", "tests.hospitals.coordinator", str(kits), str(tmp_path), str(port)]

@@ -144,9 +144,8 @@ class Line:
     """A relay as the coordinator's socket sees it."""
 
     def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket = connect(path)
         self._socket.settimeout(5.0)
-        self._socket.connect(str(path))
         self.ins, self.outs = self._socket.makefile("rb"), self._socket.makefile("wb")
 
     def say(self, message: Message) -> None:

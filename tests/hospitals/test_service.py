@@ -277,7 +277,7 @@ def _submitted(folder: Path) -> StudyFolder:
     return StudyFolder(place.studies / "toy")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_coordinator_that_ends_in_the_middle_goes_on_by_itself(
     how: signal.Signals, tmp_path: Path, on_one_machine: str, coordinators: Coordinators
 ) -> None:

@@ -19,7 +19,7 @@ from wardround.plan.found import by_content, searched
 from wardround.results.units import human_bytes
 from wardround.runs.columns import entry, table, wrapped
 from wardround.runs.explain import arms_lines, study_lines, training_lines
-from wardround.runs.explain_plugins import ROLES
+from wardround.runs.explain_plugins import roles_of
 from wardround.runs.machine import NOWHERE, Machine
 from wardround.site.egress import ACROSS_HOSPITALS
 from wardround.site.memory import footprint_of
@@ -133,7 +133,8 @@ def _body(decisions: Decisions, found: Proposed, host: Machine, study: Study) ->
             *(entry("hash", text) for text in hashes),
         ]
     )
-    yield f"Models that are trained\n{arms_lines(host)}"
+    if study.trains:
+        yield f"Models that are trained\n{arms_lines(host)}"
     yield f"On which patients\n{_patients(host, site, dataset, trouble)}"
     yield f"What leaves this hospital\n{leaves(host, arm_spec, site, dataset)}"
     yield f"How much of it\n{traffic(host, bill, site)}"
@@ -157,8 +158,9 @@ def _head(decisions: Decisions, found: Proposed, standing: Standing) -> str:
 
 
 def _who(decisions: Decisions, found: Proposed) -> str:
+    roles = roles_of(found.study)
     rows = [
-        (name, ROLES[site.role], "this hospital" if name == decisions.site else "")
+        (name, roles[site.role], "this hospital" if name == decisions.site else "")
         for name, site in found.study.sites.items()
     ]
     note = (
@@ -181,7 +183,7 @@ def _memory(host: Machine, site: str, dataset: Dataset | None) -> str:
     """What training takes here, as `wardround plan` finds it."""
     entry_of_site = host.sites.of(site)
     where = f"device {entry_of_site.device}, threads on the CPU: {entry_of_site.threads}"
-    if host.study.sites[site].role != "train":
+    if site not in host.study.training_sites:
         return f"no training here; {where}"
     if dataset is None:
         return f"not known while the data cannot be opened; {where}"
@@ -202,8 +204,8 @@ def _patients(host: Machine, site: str, dataset: Dataset | None, trouble: str) -
         return "\n".join([*lines, entry("counts", f"the data cannot be opened: {trouble}")])
     counts = patients_in(dataset)
     uses = {
-        "train": "the model learns from them",
-        "validation": "they choose the round that is released",
+        "train": "the model learns from them" if host.study.trains else "not used: nothing is trained",
+        "validation": "they choose the round that is released" if host.study.trains else "they choose thresholds",
         "test": "the released model is measured on them at the end",
     }
     role = host.study.sites[site].role

@@ -21,20 +21,21 @@ from wardround.tasks.task import Dataset, MetricSpec, Split
 
 def leaves(host: Machine, arm_spec: ArmSpec, site: str, dataset: Dataset | None) -> str:
     """When what leaves, to the coordinator alone."""
-    role = host.study.sites[site].role
+    trains, role = site in host.study.training_sites, host.study.sites[site].role
     lines = [entry("at the start", facts_words(host))]
-    if role == "train":
+    if trains:
         lines += _rounds(host, arm_spec)
-    if role in ("train", "evaluate"):
+    if host.study.trains and role in ("train", "evaluate"):
         lines += _validated(host, site, dataset)
     lines += [entry("at the end", _at_the_end(host, site, dataset))]
     if dataset is not None:
         lines += [entry("by group", line) for line in group_lines(host)]
     lines += [entry("scanners", _scanners(host, site)), entry("beside these", beside_words(host))]
-    stays = "; what the table calls local" if arm_spec.policy.names("local") and role == "train" else ""
+    stays = "; what the table calls local" if arm_spec.policy.names("local") and trains else ""
     lines += [entry("never", f"images, raw data, pictures, names, paths, dates{stays}")]
     least = host.egress(site).least
-    note = f"(No count and no result of fewer than {least} patients leaves; an update leaves whatever their number.)"
+    whatever = "; an update leaves whatever their number" if trains else ""
+    note = f"(No count and no result of fewer than {least} patients leaves{whatever}.)"
     lines += [wrapped(note, "  ")]
     return "\n".join(lines)
 
@@ -43,7 +44,7 @@ def _scanners(host: Machine, site: str) -> str:
     """What headers of images say of the scanners."""
     study = host.study
     headed = isinstance(study.task, ReconstructionTask) and study.scanner.headers
-    if not headed or study.protection.privacy is not None or not host.egress(site).scanner_facts:
+    if not study.trains or not headed or study.protection.privacy is not None or not host.egress(site).scanner_facts:
         return "nothing of them leaves"
     return (
         "which of them, tube voltages, slice thicknesses and kernels the headers of the training images name, as sets, "
@@ -109,7 +110,8 @@ def _at_the_end(host: Machine, site: str, dataset: Dataset | None) -> str:
     names = ", ".join(spec.name for spec in host.task.metrics)
     return (
         f"the number of test patients; of {names} the mean, its standard error, and that of the difference to "
-        f"{REFERENCE}, rounded to the metric's step; of every model that is trained"
+        f"{REFERENCE}, rounded to the metric's step; of every model that is "
+        f"{'trained' if host.study.trains else 'measured'}"
     )
 
 
@@ -147,10 +149,14 @@ def traffic(host: Machine, bill: Expected, site: str) -> str:
     ]
     of_each = f" of each of {len(models)} models" if len(models) > 1 else ""
     speeds = ", ".join(f"{human_seconds(8 * total / bits_of(speed))} at {speed}" for speed in BANDWIDTHS)
+    rows = rows if study.trains else rows[1:]
+    over = f"over {schedule.rounds} rounds{of_each} and the tests" if study.trains else "for the tests"
     lines = [
         table(("", "to here", "from here", *(f"at {speed}" for speed in BANDWIDTHS)), rows),
-        entry("in all", f"{human_bytes(total)} over {schedule.rounds} rounds{of_each} and the tests: {speeds}"),
+        entry("in all", f"{human_bytes(total)} {over}: {speeds}"),
     ]
+    if not study.trains:
+        return "\n".join(lines)
     kinds = [f"{kind.replace('_', ' ')} {human_bytes(count)}" for kind, count in vars(of_round.up).items() if count]
     lines += [entry("of a round", f"from here: {', '.join(kinds)}")] if kinds else []
     if bill.secure:
@@ -161,7 +167,9 @@ def traffic(host: Machine, bill: Expected, site: str) -> str:
 def protected(host: Machine, site: str, dataset: Dataset | None) -> str:
     """Who can read what leaves, and what it says of a patient at most."""
     study, rules = host.study, host.study.protection.privacy
-    if study.protection.secure:
+    if not study.trains:
+        seen = "there are none: nothing is trained"
+    elif study.protection.secure:
         seen = (
             "masked: the coordinator learns the sum over the hospitals and nothing of this one (secure aggregation); "
             "test results at the end are not masked"
@@ -172,7 +180,8 @@ def protected(host: Machine, site: str, dataset: Dataset | None) -> str:
         seen = "in the clear: the coordinator adds the updates up, and could read this hospital's"
     lines = [entry("updates", seen), entry("on the way", "encrypted, between the coordinator and this hospital alone")]
     if rules is None:
-        lines.append(entry("patients", "no differential privacy: an update is not noised, and no epsilon bounds it"))
+        what = "an update" if study.trains else "a result"
+        lines.append(entry("patients", f"no differential privacy: {what} is not noised, and no epsilon bounds it"))
         return "\n".join(lines)
     lines.append(entry("patients", f"differential privacy, unit one patient; {rules.preset}. {words(rules)}"))
     if study.sites[site].role != "train":

@@ -17,12 +17,16 @@ from wardround.wire.files import refuse_links, sync_folder
 _PATIENCE = 30.0  # seconds that a process waits for another one's lock
 _LOG_PAGES = 64  # of the write-ahead log, before they are carried into the database
 _CREATING = threading.Lock()
+#: The form of what is kept. A change of a schema raises it and says here how files of the form before are taken over;
+#: files of before there was a number have 0, and are of form 1.
+FORM = 1
 
 
 class Database:
     """A SQLite file with short transactions.
 
-    A transaction always survives the death of the process; with `durable` also a power cut (one fsync).
+    A transaction always survives the death of the process; with `durable` also a power cut (one fsync). Raises
+    `JournalError` for a file of a newer form than this version knows: an older version was installed again.
     """
 
     def __init__(self, path: Path, schema: str) -> None:
@@ -37,7 +41,10 @@ class Database:
             self._connection.execute("PRAGMA synchronous=NORMAL")
             # A short log is soon written over; a sync of what lies on the disk already takes half the time.
             self._connection.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
+            form = _form(self._connection)
             self._connection.executescript(schema)
+            if form == 0:
+                self._connection.execute(f"PRAGMA user_version={FORM}")
         except sqlite3.Error as error:
             raise database_error(error, path) from error
         except OSError as error:
@@ -74,6 +81,18 @@ class Database:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+
+def _form(connection: sqlite3.Connection) -> int:
+    """The form of a file, 0 of a new one; raises `JournalError` for one that a newer version wrote."""
+    form = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if form > FORM:
+        connection.close()
+        raise JournalError(
+            f"a newer version of Wardround wrote this store (form {form}, and this version knows {FORM}): install that "
+            "version again"
+        )
+    return form
 
 
 def _create(path: Path) -> None:

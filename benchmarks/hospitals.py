@@ -170,6 +170,8 @@ def outbound(folder: Path, carrier: Any) -> tuple[set[str], str]:
     for path in traces.iterdir():
         text = path.read_text(encoding="utf-8", errors="replace")
         found |= {one or other for one, other in _PEER.findall(text)}
+    if traced and not found:
+        raise SystemExit("strace saw no connection at all, not even to loopback")
     local = {address for address in found if address.startswith("127.") or address in ("::1", "0.0.0.0", "::")}
     return found - local, "strace of connect and sendto" if traced else "looks at /proc/net"
 
@@ -188,7 +190,9 @@ def main() -> None:
     state = conditions(carrier=options.carrier, sites=len(SITES), quick=options.quick)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         values = measured(Path(name), options.carrier, size, parts)
-    table(["", "value"], [[key.replace("_", " "), value] for key, value in values.items() if key != "recovery"])
+    table(
+        ["", "value"], [[key.replace("_", " "), value] for key, value in values.items() if not isinstance(value, dict)]
+    )
     finish({**values, "conditions": {**state, "load_after": round(os.getloadavg()[0], 2)}})
 
 

@@ -132,7 +132,10 @@ def whole_elements(values: Array, ring: Ring) -> Array:
 
 def dequantise(elements: Array, scale: float, bits: int, ring: Ring) -> npt.NDArray[np.float64]:
     """The real value of summed fixed-point elements."""
-    real: npt.NDArray[np.float64] = ring.signed(elements) * np.float64(scale / levels(bits))
+    # The same doubles as by way of 64-bit integers, without an array of these: large models have large tensors.
+    signed = ring.signed(elements) if ring.bits == 24 else elements.view(np.dtype(f"<i{ring.itemsize}"))
+    real: npt.NDArray[np.float64] = signed.astype(np.float64)
+    real *= np.float64(scale / levels(bits))
     return real
 
 

@@ -26,6 +26,7 @@ from wardround.hospitals.kit_archive import read_kit
 from wardround.hospitals.kits import admit, checked_name, init, invite
 from wardround.hospitals.overview import overview
 from wardround.hospitals.roster import SignedRoster
+from wardround.hospitals.running import held
 from wardround.protection.identity import Identity
 
 A, B = Identity(b"a" * 32).public, Identity(b"b" * 32).public
@@ -281,14 +282,21 @@ def test_status_shows_what_the_service_said(fed: Path) -> None:
     studies = [{"name": "lesions", "state": "asking", "reason": "Beta has not decided"}]
     live = {"process": {"state": "running"}, "sites": sites, "studies": studies}
     (fed / "status.json").write_text(json.dumps(live))
-    said = ok("federation", "status", fed)
+    with held(fed / "coordinator.lock"):
+        said = ok("federation", "status", fed)
     rows = {line.split()[0]: line for line in said.splitlines() if line.split()}
     assert "The service runs" in said
     assert rows["Alpha"].split()[:4] == ["Alpha", "yes", "yes", "present"]
     assert "lost since 1970-01-01" in rows["Beta"]
     assert "not yet" in rows["Gamma"]
     assert "Study lesions: asking (Beta has not decided)" in said
+    # A service that was killed could not say that it ended.
+    said = ok("federation", "status", fed)
+    assert "The service is not running" in said
+    assert "lesions: not at work, for the service is not running (before: asking)" in " ".join(said.split())
     os.utime(fed / "status.json", (0, 0))
+    with held(fed / "coordinator.lock"):
+        assert "The service hangs: it wrote nothing since 1970" in " ".join(ok("federation", "status", fed).split())
     assert "is not running; this is as of 1970" in ok("federation", "status", fed)
     for text in ("[]", "{", '{"sites": 3, "studies": [4]}', ""):
         (fed / "status.json").write_text(text)

@@ -20,5 +20,6 @@ for command in (
     site_agent.review,
     site_agent.approve,
     site_agent.refuse,
+    site_agent.report,
 ):
     site_app.command()(command)

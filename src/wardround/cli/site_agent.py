@@ -1,4 +1,4 @@
-"""`wardround site start|stop|resume|status|review|approve|refuse`: a hospital decides what runs, and stops it."""
+"""`wardround site start|stop|resume|status|review|approve|refuse|report`: a hospital decides what runs."""
 
 from __future__ import annotations
 
@@ -164,6 +164,20 @@ def refuse(
     say(f"Refused {found.study.name} ({found.sha256[:12]}); the coordinator hears it when it asks")
     if decision.reason != reason:
         say(f"It reads of your reason: {decision.reason}")
+
+
+def report(study: StudyArgument, folder: FolderOption = HERE) -> None:
+    """Write this hospital's own page of a study, with pictures of its patients; it stays here.
+
+    It is written by itself when the released model comes; before that it has what pictures there are.
+    """
+    from wardround.results.site_page import write_site_page
+
+    decisions = _decisions(_site(folder))
+    found = decisions.find(study)
+    if not found.folder.own.is_dir():
+        raise WardroundError(f"nothing of {found.study.name} ran here yet: there is nothing to show")
+    say(str(write_site_page(found.folder.own, decisions.site, found.study)))
 
 
 def _site(folder: Path) -> SiteFolder:

@@ -57,13 +57,16 @@ def changes(folder: CoordinatorFolder, name: str | None) -> Iterator[str]:
     """A line for each thing that happens, as long as it is followed."""
     from wardround.hospitals.status_lines import heading, rounds_of, validation_of
 
-    shown, began = 0.0, False
+    shown, began, alive = 0.0, False, True
     rounds: dict[str, str] = {}
     while True:
         status = _status(folder, patient=began or name is not None)
         if not began and status.process.at:
             began, shown = True, status.process.at
             yield heading(status, time.time())
+        elif began and alive and not status.alive(time.time()):
+            yield heading(status, time.time())
+        alive = status.alive(time.time())
         for event in status.events:
             if event.at > shown and (name is None or event.text.startswith(("site ", f"{name}: "))):
                 yield event.text
@@ -107,22 +110,23 @@ def picture(status: Status, name: str | None, now: float) -> RenderableType:
     parts += [Text(), sites]
     for study in status.studies:
         if name in (None, study.name):
-            parts += [Text(), _title(study), *(Text(f"  {line}") for line in details(study))]
+            parts += [Text(), _title(status, study, now), *(Text(f"  {line}") for line in details(study))]
     parts += [] if status.studies else [Text(), Text("No study was submitted yet.", "dim")]
     parts += [Text(), *(Text(event.text, "dim") for event in status.events[-5:])]
     return Group(*parts)
 
 
-def _title(study: StudyStatus) -> RenderableType:
+def _title(status: Status, study: StudyStatus, now: float) -> RenderableType:
     from rich.text import Text
 
-    from wardround.hospitals.status_lines import STATES, rounds_of, validation_of
+    from wardround.hospitals.status_lines import rounds_of, state_of, validation_of
 
-    style = {"running": "green", "finished": "green", "stopped": "red", "refused": "red"}.get(study.state, "yellow")
+    how = state_of(status, study, now)
+    style = {"running": "green", "finished": "green", "stopped": "red", "refused": "red"}.get(how, "yellow")
     return Text.assemble(
         (study.name, "bold"),
         "  ",
-        (STATES[study.state], style),
+        (how, style),
         f"  round {rounds_of(study)}  {validation_of(study)}",
     )
 

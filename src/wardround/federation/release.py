@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -91,9 +91,11 @@ def save_release(
         **({} if frozen is None else {FROZEN: " ".join(sorted(model_context.frozen)), FROZEN_SHA256: frozen}),
     }
     # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
-    data = save({n: np.array(t, order="C") for n, t in {**shared, **rest}.items()}, metadata=metadata)
+    tensors = {**shared, **rest}
     with written(path) as file:
-        file.write(_in_order(data))
+        order = _begin(file, tensors, metadata)
+        for name in order:
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
     return path
 
 
@@ -104,12 +106,25 @@ def save_frozen_part(arm_specs: ArmSpecs, folder: Path) -> None:
         save_frozen(arm_specs.frozen_values(), sha256, folder)
 
 
-def _in_order(data: bytes) -> bytes:
-    """A safetensors file with its header sorted: the library writes metadata in another order each time."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+def _begin(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> list[str]:
+    """Write the header of a safetensors file, sorted: the library writes metadata in another order each time.
+
+    The names of the tensors in the order in which their values follow: the library's own. Nothing but a header is made
+    in memory.
+    """
+    data = save({name: np.zeros(1, tensor.dtype) for name, tensor in tensors.items()}, metadata=dict(metadata))
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    order = sorted(tensors, key=lambda name: header[name]["data_offsets"][0])
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        header[name] |= {"shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    return order
 
 
 def model_path(out: Path, folder: str) -> Path:

@@ -16,8 +16,9 @@ from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import CoordinatorFolder
 from wardround.hospitals.kits import certificate_path, coordinators, first_to_end, invited, opened, roster_of
 from wardround.hospitals.roster import SignedRoster
+from wardround.hospitals.running import is_held
 
-# Seconds after which a service that wrote nothing is taken to be off.
+# Seconds after which a service that is there and wrote nothing is taken to hang.
 _SILENT = 60.0
 _LARGEST = 16 << 20
 _STATES = {
@@ -74,12 +75,12 @@ def overview(root: Path, now: datetime) -> Overview:
         keys, serial = roster.keys, roster.serial
     except WardroundError as error:
         notices.append(Notice(f"roster.json: {error}", True))
-    live, service = _live(folder.status, now)
+    live, service, at_work = _live(folder, now)
     connections = _connections(live)
     names = sorted({*invited(folder), *keys})
     lines = tuple(_line(folder, name, keys, connections, now, notices) for name in names)
     _coordinator(folder, root, now, notices)
-    return Overview(federation, serial, tuple(sorted(keys)), service, lines, _studies(live), tuple(notices))
+    return Overview(federation, serial, tuple(sorted(keys)), service, lines, _studies(live, at_work), tuple(notices))
 
 
 def _line(
@@ -108,23 +109,27 @@ def _coordinator(folder: CoordinatorFolder, root: Path, now: datetime, notices: 
         notices.append(Notice(text, urgency(found, now) != "soon"))
 
 
-def _live(path: Path, now: datetime) -> tuple[dict[str, Any], str]:
-    """What the resident process last wrote, and how to say that it did; an empty one where it wrote nothing usable."""
+def _live(folder: CoordinatorFolder, now: datetime) -> tuple[dict[str, Any], str, bool]:
+    """What the resident process last wrote, how to say that it did, and whether it is at work.
+
+    Empty where it wrote nothing usable. A process that was killed cannot say so: its lock is free.
+    """
+    path = folder.status
     try:
         with path.open("rb") as file:
             value = json.loads(file.read(_LARGEST))
         written = path.stat().st_mtime
     except (OSError, ValueError, RecursionError):
-        return {}, "The service was not started."
+        value = None
+    at_work = is_held(folder.lock)
     if not isinstance(value, dict):
-        return {}, "The service was not started."
-    process = value.get("process")
-    ended = isinstance(process, dict) and process.get("state") == "ended"
+        return {}, "The service starts." if at_work else "The service was not started.", at_work
     at = datetime.fromtimestamp(written, UTC)
-    silent = (now - at).total_seconds() > _SILENT
-    if ended or silent:
-        return value, f"The service is not running; this is as of {at:%Y-%m-%d %H:%M} UTC."
-    return value, "The service runs."
+    if not at_work:
+        return value, f"The service is not running; this is as of {at:%Y-%m-%d %H:%M} UTC.", False
+    if (now - at).total_seconds() > _SILENT:
+        return value, f"The service hangs: it wrote nothing since {at:%Y-%m-%d %H:%M} UTC. End it and start it.", True
+    return value, "The service runs.", True
 
 
 def _connections(live: Mapping[str, Any]) -> dict[str, str]:
@@ -138,12 +143,14 @@ def _connections(live: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _studies(live: Mapping[str, Any]) -> tuple[str, ...]:
-    studies = _objects(live.get("studies"))
-    return tuple(
-        f"{study.get('name')}: {study.get('state')}" + (f" ({study['reason']})" if study.get("reason") else "")
-        for study in studies
-    )
+def _studies(live: Mapping[str, Any], at_work: bool) -> tuple[str, ...]:
+    found = []
+    for study in _objects(live.get("studies")):
+        state = str(study.get("state"))
+        if not at_work and state in ("asking", "running"):
+            state = f"not at work, for the service is not running (before: {state})"
+        found.append(f"{study.get('name')}: {state}" + (f" ({study['reason']})" if study.get("reason") else ""))
+    return tuple(found)
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:

@@ -118,16 +118,18 @@ def rehearse(
     *,
     deadlines: Deadlines | None = None,
     largest_gb: float = 4.0,
+    host: str = _HOST,
 ) -> Rehearsal:
     """Make a federation of the sites of `data`, which holds each one's entry of a sites file; nothing is started.
 
-    Goes the way that people go: init, invite, join, admit. The coordinator and each site get a folder in `root`.
+    Goes the way that people go: init, invite, join, admit. The coordinator and each site get a folder in `root`. `host`
+    is the coordinator's name or address, where sites are to reach it by another than loopback's.
     """
     coordinator = CoordinatorFolder(root / COORDINATOR)
     federation = Federation(
         name="rehearsal",
         carrier=carrier,
-        host=_HOST,
+        host=host,
         port=free_port(),
         root_key=_NO_KEY,
         deadlines=deadlines or Deadlines(),

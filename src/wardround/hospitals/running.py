@@ -43,3 +43,17 @@ def holder(lock: Path) -> int | None:
             text = file.read(32).strip()
             return int(text) if text.isdecimal() else None
     return None
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock now."""
+    try:
+        file = lock.open("rb")
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

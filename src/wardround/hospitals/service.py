@@ -22,7 +22,7 @@ from wardround.hospitals.roster import SignedRoster
 from wardround.hospitals.study_run import Reaches, Seen, StudyRun
 from wardround.hospitals.submission import submitted
 from wardround.version import __version__
-from wardround.wire.files import refuse_links, write_text
+from wardround.wire.files import reason, refuse_links, write_text
 
 if TYPE_CHECKING:
     from wardround.hospitals.hub import Carrier, Hub
@@ -184,8 +184,13 @@ class Service:
             same = now.model_copy(update={"process": before.process}) == before and state == before.process.state
             if same and time.monotonic() - at < _QUIET:
                 return
-        write_text(self._folder.status, now.model_dump_json() + "\n")
-        self._written = (now, time.monotonic())
+        try:
+            write_text(self._folder.status, now.model_dump_json() + "\n")
+        except OSError as error:
+            # Studies say by themselves what a full disk does to them; a status that is missing ends none.
+            log.warning("the status file cannot be written: %s", reason(error))
+        else:
+            self._written = (now, time.monotonic())
 
     def _end(self) -> None:
         self.tell("the coordinator ends; studies go on when it is started again")

@@ -39,6 +39,13 @@ def heading(status: Status, now: float) -> str:
     return f"Federation {status.federation}: at work for {since} on {process.address} ({process.carrier}){page}"
 
 
+def state_of(status: Status, study: StudyStatus, now: float) -> str:
+    """A study's state in words. Where the coordinator is gone nothing runs, whatever its file says."""
+    if study.state in ("asking", "running") and not status.alive(now):
+        return f"not at work, for the coordinator is not (before: {STATES[study.state]}); it goes on with it"
+    return STATES[study.state]
+
+
 def ago(at: float, now: float) -> str:
     """`12.0 s ago`."""
     return f"{human_seconds(max(0.0, now - at))} ago"
@@ -129,7 +136,8 @@ def lines(status: Status, name: str | None = None, now: float | None = None) -> 
         yield f"  site {who}: {state}{heard}" + (f", {waiting} messages wait" if site.waiting else "")
     for study in status.studies:
         if name in (None, study.name):
-            yield f"  study {study.name}: {STATES[study.state]}, round {rounds_of(study)}, {validation_of(study)}"
+            how = state_of(status, study, now)
+            yield f"  study {study.name}: {how}, round {rounds_of(study)}, {validation_of(study)}"
             yield from (f"    {line}" for line in details(study))
     if not status.studies:
         yield "  no study was submitted yet"

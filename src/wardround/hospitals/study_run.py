@@ -24,7 +24,9 @@ from wardround.hospitals.roster import SignedRoster
 from wardround.hospitals.submission import Submission, read_submission
 from wardround.runs.conduct import coordinate
 from wardround.runs.context import Context
+from wardround.storage.blobs import disk_error
 from wardround.study.load import UNREAD, load_study
+from wardround.wire.files import reason
 
 log = logging.getLogger(__name__)
 
@@ -216,10 +218,19 @@ class StudyRun:
             after = Record.model_validate({**self.record.model_dump(), **values})
             changed = (after.state, after.reason) != (self.record.state, self.record.reason)
             if after != self.record:
-                write_record(self._folder.record, after)
+                self._keep(after)
                 self.record = after
         if changed:
             self._tell(f"{self.name}: {after.state}{f' ({after.reason})' if after.reason else ''}")
+
+    def _keep(self, record: Record) -> None:
+        """Write it down. What a full disk stopped is said all the same: a process that is started again goes on."""
+        try:
+            write_record(self._folder.record, record)
+        except OSError as error:
+            if record.state != "stopped":
+                raise
+            log.warning("study %s: how far it is cannot be written: %s", self.name, reason(error))
 
     # In a thread of its own -------------------------------------------------------------------------------------------
 
@@ -240,6 +251,10 @@ class StudyRun:
             self._set("stopped", str(error), waits_for=() if other else self._away())
             log.warning("study %s stopped: %s", self.name, error)
             log.debug("detail: %s", error.detail, exc_info=True)
+        except OSError as error:
+            self._set("stopped", str(disk_error(error)), waits_for=())
+            log.warning("study %s stopped: %s", self.name, disk_error(error))
+            log.debug("details", exc_info=True)
         except Exception as error:
             self._set("stopped", f"an unexpected error: {describe_error(error)}", waits_for=self._away())
             log.warning("study %s stopped: %s", self.name, describe_error(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from torch import nn
 from wardround.errors import StudyError
 from wardround.learning.device import CPU, Compute
 from wardround.learning.frozen import freeze, remember
+from wardround.learning.laid_aside import LaidAside, lay_down
 from wardround.learning.policy import Parameter
 from wardround.models.adapters import attach
 from wardround.models.checkpointing import checkpoint_blocks
@@ -56,6 +58,9 @@ class ModelContext:
     It gets the study's `adapters`. Then `begin` may put other values into it, those that the study starts from. What
     `frozen` matches, and what adapters leave as it is, is in `initial` once, as the model's own tensors, and never
     written again. Sites that compute on another device share another, which `on` makes of it.
+
+    With a folder `aside` the initial values lie in a file there. Where the process `trains` nothing, the model has no
+    others.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class ModelContext:
         adapters: Adapters = _NO_ADAPTERS,
         folds: bool = False,
         checkpoint: bool = False,
+        aside: Path | None = None,
+        trains: bool = True,
     ) -> None:
         self.task = task
         self.compute = CPU
@@ -90,7 +97,11 @@ class ModelContext:
             remember(self.model)
         self.parameters = parameters_of(self.model)
         state = self.model.state_dict()
-        self.initial = {name: t if name in self.frozen else t.detach().clone() for name, t in state.items()}
+        moving = {name: tensor for name, tensor in state.items() if name not in self.frozen or not trains}
+        self._aside = LaidAside(moving, aside)
+        if not trains:
+            lay_down(self.model, self._aside.values)
+        self.initial = {name: self._aside.values.get(name, tensor) for name, tensor in state.items()}
 
     def on(self, compute: Compute) -> ModelContext:
         """The model context of this process for a device and precision: the same initial values, a model of its own."""
@@ -105,6 +116,10 @@ class ModelContext:
             }
             self._all[compute] = other
         return self._all[compute]
+
+    def rest(self) -> None:
+        """Let go of memory that initial values took when they were read, where they lie in a file."""
+        self._aside.rest()
 
     def initial_values(self) -> dict[str, Array]:
         """The initial values of the whole model, shared and private parts alike."""

@@ -83,6 +83,10 @@ class ArmSpecs:
         self._embeddings = dict(embeddings or {})
         self.places = self.study.places(Path()) if places == NO_PLACES else places
         self.plugins = plugins
+        #: A folder for a file with the model's first values, and whether there are sites in the process that train it:
+        #: set before there is a model.
+        self.aside: Path | None = None
+        self.trains = True
         self._arm_specs: dict[str, ArmSpec] = {}
         self._starts: dict[str, Mapping[str, Array]] = {}
 
@@ -122,6 +126,8 @@ class ArmSpecs:
             study.adapters,
             folds=study.method.folds,
             checkpoint=study.local.checkpoint,
+            aside=self.aside,
+            trains=self.trains,
         )
 
     @cached_property

@@ -49,8 +49,8 @@ def render(run: Run) -> str:
     """The page of a run."""
     metrics = run.result.measured
     metric = metrics[0] if metrics else None
-    return _template().render(
-        css=Markup(_resource("style.css")),  # ours, not a result's
+    return template("pictures.html", "template.html").render(
+        css=Markup(resource("style.css")),  # ours, not a result's
         run=run,
         model="shared model" if run.trained else "given model",
         description=run.study.description,
@@ -88,7 +88,8 @@ def render(run: Run) -> str:
 
 
 @cache
-def _template() -> Template:
+def template(*names: str) -> Template:
+    """The template that these files are, one behind the other: the macros of the first are known in the last."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -96,10 +97,11 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(_resource("template.html"))
+    return environment.from_string("".join(resource(name) for name in names))
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """The text of a file of this package."""
     return resources.files("wardround.results").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from wardround.results.metrics import MetricInfo
 from wardround.results.patients import NumberedPoints, numbered_points_of
-from wardround.results.run import Run, ShownArm, arm_of
+from wardround.results.run import Run, ShownArm, arm_of, arms_in_order
 from wardround.wire.archives import read_npz
 
 ERROR_GAIN = 5
@@ -225,14 +226,20 @@ def _palette() -> bytes:
     return bytes(np.asarray(colours)[:, :3].tobytes())
 
 
-def _drawn(run: Run, number: int, shown: Shown, side: int, values: NumberedPoints) -> ShownExample:
+def _drawn(
+    arms_shown: Sequence[ShownArm],
+    metric: MetricInfo | None,
+    number: int,
+    shown: Shown,
+    side: int,
+    values: NumberedPoints,
+) -> ShownExample:
     """An example whose task drew it; what stands below is the task's caption, or the patient's value."""
     arms, (title, place) = shown.examples[number], shown.patients.get(number, ("", -1))
 
     def caption(key: str) -> str:
-        for metric in run.result.measured[:1]:
-            if (value := values.get((key, metric.name), {}).get(place)) is not None:
-                return f"{metric.label} {metric.show(value)}"
+        if metric is not None and (value := values.get((key, metric.name), {}).get(place)) is not None:
+            return f"{metric.label} {metric.show(value)}"
         return shown.captions.get((key, number), "")
 
     def panel(label: str, style: str, key: str) -> Panel:
@@ -241,7 +248,7 @@ def _drawn(run: Run, number: int, shown: Shown, side: int, values: NumberedPoint
         # A palette is a third of the bytes, and alike to the eye.
         return Panel(label, style, _encode(picture.quantize(dither=Image.Dither.NONE)), caption=caption(key))
 
-    order = list(_in_order(run, arms))
+    order = list(_in_order(arms_shown, arms))
     # Where all arms differ in words alone, there is one picture; a single one may be alike because it marks nothing.
     alike = all(np.array_equal(arms[arm.key], arms[_REFERENCE]) for arm in order)
     found = [panel(arm.label, arm.style, arm.key) for arm in order]
@@ -252,21 +259,26 @@ def _drawn(run: Run, number: int, shown: Shown, side: int, values: NumberedPoint
     return ShownExample(number, None, tuple(panels), f"{title}, number {place}" if title else "")
 
 
-def _in_order(run: Run, arms: Iterable[str]) -> Iterator[ShownArm]:
-    """The arms that have a picture in reading order, then those that the run does not know."""
-    named = {arm.key: arm for arm in run.arms}
+def _in_order(arms_shown: Sequence[ShownArm], arms: Iterable[str]) -> Iterator[ShownArm]:
+    """The arms that have a picture in reading order, then those that are not known."""
+    named = {arm.key: arm for arm in arms_shown}
     order = [key for key in named if key in arms] + [key for key in arms if key not in named]
     for index, key in enumerate(key for key in order if key != _REFERENCE):
         yield named.get(key) or arm_of(key, index)
 
 
 def _example(
-    run: Run, number: int, arms: dict[str, Picture], given: Frame | None, side: int, palette: bytes
+    arms_shown: Sequence[ShownArm],
+    number: int,
+    arms: dict[str, Picture],
+    given: Frame | None,
+    side: int,
+    palette: bytes,
 ) -> ShownExample:
     reference = arms[_REFERENCE]
     frame = given or Frame("", 0.0, float(np.quantile(reference, 0.998)) or 1.0)
     panels = [Panel("Reference", _REFERENCE, _png(reference, frame.low, frame.high, side))]
-    for arm in _in_order(run, arms):
+    for arm in _in_order(arms_shown, arms):
         key = arm.key
         error = np.abs(arms[key] - reference)
         panels.append(
@@ -302,15 +314,31 @@ def gallery(run: Run) -> Gallery:
     open_sites = [site for site in run.sites if site not in run.hidden]
     found = {site: read_pictures(run.folder / "sites" / site / "pictures.npz") for site in open_sites}
     values = {site: numbered_points_of(run, site) for site in open_sites}
+    return _gallery(found, run.arms, next(iter(run.result.measured), None), values)
+
+
+def own_gallery(folder: Path, site: str) -> Gallery:
+    """The pictures of one site in its own folder, where there is no result of the run."""
+    shown = read_pictures(folder / "sites" / site / "pictures.npz")
+    keys = dict.fromkeys(key for arms in shown.examples.values() for key in arms if key != _REFERENCE)
+    return _gallery({site: shown}, arms_in_order(keys), None, {})
+
+
+def _gallery(
+    found: Mapping[str, Shown],
+    arms_shown: Sequence[ShownArm],
+    metric: MetricInfo | None,
+    values: Mapping[str, NumberedPoints],
+) -> Gallery:
     legend = tuple(dict.fromkeys(entry for shown in found.values() for entry in shown.legend))
     palette = _palette()
     sites: dict[str, tuple[ShownExample, ...]] = {}
     for attempt, (count, side) in enumerate(_FITS):
         sites = {
             site: tuple(
-                _drawn(run, number, shown, side, values[site])
+                _drawn(arms_shown, metric, number, shown, side, values.get(site, {}))
                 if arms[_REFERENCE].ndim == 3
-                else _example(run, number, arms, frame, side, palette)
+                else _example(arms_shown, number, arms, frame, side, palette)
                 for number, arms in _first(shown.examples, count)
                 for frame in (shown.frames if arms[_REFERENCE].ndim == 2 else ()) or (None,)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -75,6 +76,12 @@ def arm_of(key: str, unknown_index: int = 0, outside: Compared | None = None) ->
     if key == "baseline":
         return ShownArm(key, "Baseline", "baseline", style, "nothing learned")
     return ShownArm(key, key.replace("_", " "), "other", style)
+
+
+def arms_in_order(keys: Iterable[str]) -> tuple[ShownArm, ...]:
+    """The arms of keys in reading order, where no result says more of them."""
+    arms = [arm_of(key, index) for index, key in enumerate(keys)]
+    return tuple(sorted(arms, key=lambda arm: _ARM_ORDER.index(arm.kind)))
 
 
 def arms_of(measured: Measured) -> tuple[ShownArm, ...]:

@@ -83,6 +83,9 @@ def coordinate(
     allowed = Plugins({"coordinator": frozenset(plugins)}, allow_code)
     places = study.places(Path(near or ""))
     context = Context(study, out, compare, without_in(out).union(without), allowed, places=places)
+    # The folder of the run is made later, when nothing is wrong with the study.
+    context.aside = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    context.trains = False
     for name in context.arms:
         context.arm_spec(name)
     with stoppable(), alone(out):
@@ -132,6 +135,7 @@ def _train(
             protocol = host.exchange(arm_spec.arm, journal, roster)
             coordinator = Coordinator(plan, arm_spec.method, engine, journal, protocol, patience)
             state = coordinator.start(lambda: host.initial(arm_spec))
+            host.model_context.rest()
             for report in journal.reports()[-1:]:
                 watcher.round(_by_importance(host, report))
             for _ in coordinator.rounds(state):

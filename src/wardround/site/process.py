@@ -60,6 +60,8 @@ def _finder(spec: dict[str, Any], progress: Progress | None) -> Callable[[Header
         if agreed["plan_sha256"] not in (None, arm_specs.plan_sha256):
             raise StudyError("this version fills in other defaults of the study than those that were agreed on")
         folder = Path(agreed["folder"])
+        if folder.is_dir():
+            arm_specs.aside = folder
         datasets = Datasets(arm_specs, sites, int(spec["floor"]), folder)
         agent = Agent(
             name, arm_specs, sites, folder, datasets, progress=progress, rounding_root=root, identity=identity

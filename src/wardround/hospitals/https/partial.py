@@ -105,8 +105,8 @@ def check_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes + RESERVE > free:
         raise NoSpace(
-            f"a body of {nbytes / 1e6:.0f} MB does not fit on the disk, which has {free / 1e6:.0f} MB left; make room: "
-            "the transfer goes on by itself"
+            f"a body of {nbytes / 1e6:.3g} MB does not fit on the disk, which has {free / 1e6:.0f} MB left and keeps "
+            f"{RESERVE / 1e6:.0f} MB for what is at work; make room: the transfer goes on by itself"
         )
 
 

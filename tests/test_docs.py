@@ -54,6 +54,42 @@ def test_sentences_name_who_acts(page: Path) -> None:
     assert not found
 
 
+@pytest.mark.parametrize("page", ["controls.md", "hospital-it.md", "recovery.md"])
+def test_tests_that_a_page_names_exist(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:tests/)?([\w/]+\.py)`", text))
+    assert named or page == "recovery.md"
+    for name in named:
+        assert (ROOT / "tests" / name).is_file(), name
+
+
+def test_the_map_of_controls_names_every_rule_of_its_laws() -> None:
+    text = (DOCS / "controls.md").read_text(encoding="utf-8")
+    for rule in (
+        "(a)(1)",
+        "(a)(2)(i)",
+        "(a)(2)(ii)",
+        "(a)(2)(iii)",
+        "(a)(2)(iv)",
+        "(b)",
+        "(c)(1)",
+        "(c)(2)",
+        "(d)",
+        "(e)(1)",
+    ):
+        assert f"| **{rule}** " in text, rule
+    for article in ("5(1)(a)", "5(1)(f)", "25", "30", "32(1)(a)", "33", "35"):
+        assert f"| **{article}** " in text, article
+    assert "not a certification" in text
+
+
+def test_the_contents_name_every_page() -> None:
+    contents = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert {page.name for page in DOCS.glob("*.md")} == set(
+        re.findall(r": ([\w-]+\.md)$", contents, flags=re.MULTILINE)
+    )
+
+
 def test_what_code_and_tests_say_of_pages_exists() -> None:
     named = {
         (file.relative_to(ROOT), page)

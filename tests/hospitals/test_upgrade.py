@@ -27,7 +27,8 @@ from wardround.version import __version__
 from wardround.wire.message import Message
 
 ROUNDS, STOPPED_IN = 4, 3
-STUDY = toy_study(schedule={"rounds": ROUNDS})
+SITES = ("A", "B")
+STUDY = toy_study(SITES, schedule={"rounds": ROUNDS})
 NEWER = "99.1.0"
 
 
@@ -55,8 +56,8 @@ class Lines:
 def test_after_an_upgrade_a_study_goes_on_once_it_is_approved_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    consortium, sha256 = Consortium(tmp_path), study_sha256(STUDY)
-    residents = {name: resident(consortium.of(name)) for name in "ABC"}
+    consortium, sha256 = Consortium(tmp_path, SITES), study_sha256(STUDY)
+    residents = {name: resident(consortium.of(name)) for name in SITES}
     for name, each in residents.items():
         each.handle(consortium.propose(name, STUDY))
         consortium.approve(name, sha256)
@@ -66,7 +67,7 @@ def test_after_an_upgrade_a_study_goes_on_once_it_is_approved_again(
         each._workers.halt()
 
     _install(NEWER, tmp_path / "newer", monkeypatch)
-    residents = {name: resident(consortium.of(name)) for name in "ABC"}
+    residents = {name: resident(consortium.of(name)) for name in SITES}
     for name, each in residents.items():
         standing = parsed(Standing, each.handle(consortium.propose(name, STUDY)).header.meta)
         assert standing.state == "pending"
@@ -91,7 +92,7 @@ def test_after_an_upgrade_a_study_goes_on_once_it_is_approved_again(
     for each in residents.values():
         each._workers.halt()
     assert {number for _, number in engine.asked} == set(range(STOPPED_IN, ROUNDS + 1))
-    alone = run(STUDY, toy_sites(tmp_path / "data"), tmp_path / "alone", engine="local", quiet=True)
+    alone = run(STUDY, toy_sites(tmp_path / "data", SITES), tmp_path / "alone", engine="local", quiet=True)
     assert result.values["model_sha256"] == alone.values["model_sha256"]
 
 

@@ -42,8 +42,9 @@ def start(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    say(f"Site {resident.site} of federation {resident.federation.name} answers; stop it with Ctrl-C")
-    resident.run(stop)
+    resident.run(
+        stop, lambda: say(f"Site {resident.site} of federation {resident.federation.name} answers; stop it with Ctrl-C")
+    )
     say("Ended")
 
 

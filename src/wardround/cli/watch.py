@@ -39,7 +39,8 @@ def watch(
     if not once:
         follow(folder, name)
         return
-    for line in lines(status, name):
+    # Read again: what was imported meanwhile takes seconds, in which a coordinator at work would have become silent.
+    for line in lines(_status(folder), name):
         say(line)
 
 

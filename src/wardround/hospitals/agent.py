@@ -184,8 +184,8 @@ class Resident:
 
     # The process -----------------------------------------------------------------------------------------------------
 
-    def run(self, stop: threading.Event) -> None:
-        """Serve until `stop` is set: the socket, the carrier, the kill switch, the status file.
+    def run(self, stop: threading.Event, began: Callable[[], None] = lambda: None) -> None:
+        """Serve until `stop` is set: the socket, the carrier, the kill switch, the status file. `began` is called once.
 
         Raises `WardroundError` where another process serves this folder, or all work was stopped.
         """
@@ -203,6 +203,7 @@ class Resident:
             closing.callback(stop.set)
             closing.callback(self._workers.halt)
             closing.callback(server.close)
+            began()
             self._watch(stop)
 
     def _watch(self, stop: threading.Event) -> None:

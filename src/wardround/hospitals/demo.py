@@ -88,9 +88,13 @@ def _study(federation: Rehearsal, out: Path, say: Callable[[str], None]) -> Resu
             say(f"{found.state}: round {key[1]} of {found.rounds}" if key[1] else found.state)
         if found.state in ("stopped", "refused", "withdrawn"):
             raise WardroundError(f"the study {name} is {found.state}: {found.reason}")
-        return found if found.state == "finished" else None
+        # Each hospital writes its own page when it gets the released model.
+        return found if found.state == "finished" and not found.undelivered else None
 
     federation.wait_for(done, 1800.0, "the end of the study")
+    site = next(iter(federation.sites))
+    for path in federation.sites[site].studies.glob("*/own/report.html"):
+        say(f"{site}'s own page, with pictures of its patients, which no other party has: {path}")
     return read_result(federation.coordinator.studies / name / "out")
 
 

@@ -12,6 +12,7 @@ import typer
 from wardround.cli.shared import console, say
 from wardround.cli.submit import FederationOption
 from wardround.errors import JournalError, StudyError
+from wardround.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -106,13 +107,13 @@ def picture(status: Status, name: str | None, now: float) -> RenderableType:
         who, state, seen, waiting = site_row(site, now)
         sites.add_row(Text(who), Text(state, styles[site.state]), seen, waiting)
     parts: list[RenderableType] = [Text(heading(status, now), "bold")]
-    parts += [Text(warning, "yellow") for warning in warnings(status, now)]
+    parts += [Text(printable(warning), "yellow") for warning in warnings(status, now)]
     parts += [Text(), sites]
     for study in status.studies:
         if name in (None, study.name):
-            parts += [Text(), _title(status, study, now), *(Text(f"  {line}") for line in details(study))]
+            parts += [Text(), _title(status, study, now), *(Text(printable(f"  {line}")) for line in details(study))]
     parts += [] if status.studies else [Text(), Text("No study was submitted yet.", "dim")]
-    parts += [Text(), *(Text(event.text, "dim") for event in status.events[-5:])]
+    parts += [Text(), *(Text(printable(event.text), "dim") for event in status.events[-5:])]
     return Group(*parts)
 
 

@@ -28,6 +28,7 @@ from wardround.hospitals.folders import SiteFolder
 from wardround.hospitals.proposal import PROPOSE, PROPOSED
 from wardround.hospitals.running import held
 from wardround.hospitals.signing import new_instance, signed
+from wardround.hospitals.site_file import over_all_studies
 from wardround.hospitals.socket_server import Handle, SocketServer
 from wardround.hospitals.workers import Progress, Start, Workers, kept_process
 from wardround.site.agreed import AgreedStudy, spec_of
@@ -163,7 +164,7 @@ class Resident:
         # What it will import is what was approved.
         installed_code(found.study, anew=True)
         self.decisions.check_approved(found)
-        sites = load_sites(self.folder.site)
+        sites = over_all_studies(load_sites(self.folder.site), self.folder)
         agreed = AgreedStudy(found.study, found.folder.own, found.proposal.compare, found.proposal.plan_sha256)
         spec = spec_of(
             self.site,

@@ -11,8 +11,10 @@ from wardround.errors import StudyError, WardroundError
 from wardround.federation.expected import expected
 from wardround.hospitals.approval import PENDING
 from wardround.hospitals.decisions import Decisions, Proposed
+from wardround.hospitals.keys import fingerprint
 from wardround.hospitals.proposal import Standing, named_code
 from wardround.hospitals.review_egress import leaves, protected, traffic
+from wardround.hospitals.roster import SignedRoster
 from wardround.learning.training import patients_in
 from wardround.plan.arms import FEDERATED
 from wardround.plan.found import by_content, searched
@@ -165,9 +167,12 @@ def _who(decisions: Decisions, found: Proposed) -> str:
     ]
     note = (
         "Each signs with a key of its own; the federation's root signed the list of keys. A decision is bound to the "
-        "keys of these hospitals."
+        "keys of these hospitals. Who holds the root's key could invent one: compare the words with the hospitals "
+        "themselves, by telephone."
     )
-    return f"Who takes part\n{table(('hospital', 'role', ''), rows)}\n{wrapped(note, '  ')}"
+    keys = SignedRoster.load(decisions.folder.roster).keys
+    words = "\n".join(entry("key", f"{name}: {fingerprint(keys[name])}") for name in found.study.sites if name in keys)
+    return f"Who takes part\n{table(('hospital', 'role', ''), rows)}\n{words}\n{wrapped(note, '  ')}"
 
 
 def _opened(host: Machine, site: str) -> tuple[Dataset | None, str]:

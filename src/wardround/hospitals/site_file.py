@@ -16,6 +16,8 @@ from wardround.study.yaml_text import read_yaml
 UNFILLED = "/path/to/the/patients"
 #: Fewer patients than this are not counted outside the hospital, unless its own file says otherwise.
 MINIMUM_COHORT = 11
+#: What a site keeps over all studies, where its file does not name other places.
+LEDGER, HISTORY = "ledger.jsonl", "history"
 
 _TEXT = """\
 # What site {site} brings to the federation, and what it lets out. Only this hospital reads and changes this file; it is
@@ -74,6 +76,21 @@ def load_site(folder: SiteFolder, site: str) -> SiteData:
     if Path(UNFILLED) in raw.sites[site].data:
         raise StudyError(f"sites.{site}.data: write the folder of your patients' data into site.yaml")
     return load_sites(folder.site).of(site)
+
+
+def over_all_studies(sites: SitesFile, folder: SiteFolder) -> SitesFile:
+    """The sites with one ledger and one history for all studies in a site's folder, where its file names none.
+
+    With those of each study alone, two studies of the same patients could be played against each other.
+    """
+    root = folder.root.absolute()
+
+    def kept(entry: SiteData) -> SiteData:
+        ledger, history = entry.ledger or root / LEDGER, entry.history or root / HISTORY
+        return entry.model_copy(update={"ledger": ledger, "history": history})
+
+    found = sites.model_copy(update={"sites": {name: kept(entry) for name, entry in sites.sites.items()}})
+    return found.with_code() if sites.allows_code else found
 
 
 def files_in(folders: tuple[Path, ...], most: int = 100_000) -> tuple[int, int]:

@@ -123,7 +123,7 @@ def kinds(carrier: str, study: str) -> dict[str, tuple[str, str]]:
 
 def recovery(made: Any, carrier: str, repeats: int) -> dict[str, float]:
     """Seconds by kind of process, the worst of a few; the study goes on from one to the next."""
-    from wardround.hospitals.submission import withdraw
+    from wardround.hospitals.coordinator.submission import withdraw
 
     study = Submitted(made, study_of("killed", MEGABYTE, 100_000))
     study.submit()

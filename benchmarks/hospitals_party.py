@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 def site(folder: Path) -> None:
     """What `wardround site start` does, with a study that names code and with updates rounded as on one machine."""
-    from wardround.hospitals.agent import Resident
     from wardround.hospitals.folders import SiteFolder
+    from wardround.hospitals.site.agent import Resident
     from wardround.protection.rounding import study_root
 
     def rounding(study: Any) -> bytes:
@@ -33,8 +33,8 @@ def site(folder: Path) -> None:
 
 def hand_in(folder: Path, study: Path) -> None:
     """What `wardround submit` does, for a study that names code."""
+    from wardround.hospitals.coordinator.submission import submit
     from wardround.hospitals.folders import CoordinatorFolder
-    from wardround.hospitals.submission import submit
 
     submit(CoordinatorFolder(folder), study, allow_code=True)
 

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from hospitals_processes import cpu_seconds
-from wardround.hospitals.decisions import Decisions
 from wardround.hospitals.folders import StudyFolder
 from wardround.hospitals.rehearsal import Rehearsal
+from wardround.hospitals.site.decisions import Decisions
 
 HERE = Path(__file__).parent
 SITES = ("A", "B", "C")

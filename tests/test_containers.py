@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "containers"
 FILES = sorted(FOLDER.glob("Containerfile.*"))
 # What the health checks look for, and where a command says it.
-SAID = {"site": ("running, number", "cli/site_agent.py"), "coordinator": ("The service runs", "hospitals/overview.py")}
+SAID = {
+    "site": ("running, number", "cli/site_agent.py"),
+    "coordinator": ("The service runs", "hospitals/membership/overview.py"),
+}
 
 
 def instructions(file: Path) -> list[tuple[str, str]]:

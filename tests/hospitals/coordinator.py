@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from tests.hospitals.lines import federation, message
+from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.federation import Deadlines
 from wardround.hospitals.https.server import HttpsCarrier
-from wardround.hospitals.hub import Hub
 from wardround.wire.message import body_sha256
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from wardround.errors import Interrupted
 from wardround.federation.exchange import Engine
+from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.federation import Deadlines
-from wardround.hospitals.hub import Hub
 from wardround.hospitals.signing import signed
 from wardround.protection.identity import Identity
 from wardround.wire.message import Header, Message, write_body

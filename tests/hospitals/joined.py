@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from wardround.hospitals.agent import Limits, Resident
-from wardround.hospitals.decisions import Decisions
 from wardround.hospitals.federation import Federation, save_federation
 from wardround.hospitals.folders import SiteFolder
 from wardround.hospitals.keys import make_key
 from wardround.hospitals.proposal import Proposal, proposal_message, proposal_of
 from wardround.hospitals.roster import SignedRoster
 from wardround.hospitals.signing import verified
+from wardround.hospitals.site.agent import Limits, Resident
+from wardround.hospitals.site.decisions import Decisions
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.protection.identity import Identity
 from wardround.protection.rounding import study_root

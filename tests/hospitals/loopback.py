@@ -23,15 +23,15 @@ from tests.toys import Hold, toy_sites, toy_study
 from wardround.errors import Rejected, WireError
 from wardround.federation.exchange import Party
 from wardround.federation.refusals import refusal
-from wardround.hospitals.coordinator_status import Status, StudyStatus, read_status
+from wardround.hospitals.coordinator.hub import Hub
+from wardround.hospitals.coordinator.service import KnownSites, Service
+from wardround.hospitals.coordinator.status import Status, StudyStatus, read_status
+from wardround.hospitals.coordinator.submission import submit
 from wardround.hospitals.federation import Deadlines, Federation, load_federation, save_federation
 from wardround.hospitals.folders import CoordinatorFolder
-from wardround.hospitals.hub import Hub
 from wardround.hospitals.proposal import PROPOSE, PROPOSED, Decision, Proposal, Standing, proposal_in
 from wardround.hospitals.roster import SignedRoster
-from wardround.hospitals.service import KnownSites, Service
 from wardround.hospitals.signing import signed
-from wardround.hospitals.submission import submit
 from wardround.learning.model_context import _DRAWING
 from wardround.learning.training import Learner
 from wardround.protection.identity import Identity

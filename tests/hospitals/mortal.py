@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wardround.hospitals.service import serve
+from wardround.hospitals.coordinator.service import serve
 
 
 def doom(when: str, place: str) -> None:

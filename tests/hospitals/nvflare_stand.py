@@ -15,9 +15,9 @@ from pathlib import Path
 
 from wardround.engines.frames import SharedBodies
 from wardround.hospitals.certificates import make_authority
+from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.federation import Deadlines, Federation
 from wardround.hospitals.folders import CoordinatorFolder, SiteFolder
-from wardround.hospitals.hub import Hub
 from wardround.hospitals.nvflare.carrier import NvflareCarrier
 from wardround.hospitals.nvflare.client import ClientProcess
 from wardround.hospitals.nvflare.names import HELLO

@@ -14,8 +14,8 @@ import threading
 from pathlib import Path
 
 from tests.toys import Hold
-from wardround.hospitals.agent import Resident
 from wardround.hospitals.folders import SiteFolder
+from wardround.hospitals.site.agent import Resident
 from wardround.logs import log_to_stderr
 from wardround.protection.rounding import study_root
 from wardround.study.schema import Study

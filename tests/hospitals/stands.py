@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from wardround.cli import app
 from wardround.hospitals.federation import Federation
-from wardround.hospitals.kits import init, invite
+from wardround.hospitals.membership.kits import init, invite
 
 FEDERATION = Federation(name="stroke", carrier="https", host="127.0.0.1", port=8443, root_key="0" * 64)
 

@@ -23,9 +23,9 @@ from wardround.engines.frames import PROGRESS, SharedBodies
 from wardround.errors import JournalError, StudyError, WardroundError
 from wardround.federation.exchange import ERROR
 from wardround.federation.facts import FACTS, PLAN, SiteFacts, parsed
-from wardround.hospitals import agent, approval, decisions
-from wardround.hospitals.agent import Limits, Resident
 from wardround.hospitals.proposal import PROPOSED, Standing
+from wardround.hospitals.site import agent, approval, decisions
+from wardround.hospitals.site.agent import Limits, Resident
 from wardround.hospitals.socket_server import HELLO, connect
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import FEDERATED
@@ -440,7 +440,7 @@ def test_a_carrier_that_fails_begins_again(consortium: Consortium, monkeypatch: 
 
 
 def test_the_resident_process_imports_no_torch() -> None:
-    rooms = "wardround.cli, wardround.hospitals.agent, wardround.hospitals.control"
+    rooms = "wardround.cli, wardround.hospitals.site.agent, wardround.hospitals.site.control"
     code = f"import sys, {rooms}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -10,7 +10,6 @@ import pytest
 
 from tests.toys import toy_study
 from wardround.errors import Rejected, StudyError, WardroundError, WireError
-from wardround.hospitals.approval import Binding
 from wardround.hospitals.proposal import (
     LARGEST_STUDY,
     Decision,
@@ -20,6 +19,7 @@ from wardround.hospitals.proposal import (
     proposal_of,
     proposed_study,
 )
+from wardround.hospitals.site.approval import Binding
 from wardround.protection.identity import Identity
 from wardround.study.hashes import plan_sha256, study_sha256
 from wardround.study.load import load_study

@@ -17,14 +17,15 @@ from typing import Any, NoReturn
 import pytest
 
 from tests.hospitals.stands import run, stand_up
-from wardround.hospitals import certificates, doctor, reach
+from wardround.hospitals import certificates
 from wardround.hospitals.certificates import issue, server_context
-from wardround.hospitals.doctor import Finding, examine
 from wardround.hospitals.federation import load_federation, save_federation
 from wardround.hospitals.folders import SiteFolder
-from wardround.hospitals.joining import join
 from wardround.hospitals.keys import read_key
-from wardround.hospitals.reach import Reached
+from wardround.hospitals.membership import doctor, reach
+from wardround.hospitals.membership.doctor import Finding, examine
+from wardround.hospitals.membership.joining import join
+from wardround.hospitals.membership.reach import Reached
 from wardround.hospitals.roster import SignedRoster
 from wardround.protection.identity import Identity
 
@@ -215,7 +216,7 @@ def test_a_data_folder_that_may_not_be_read(made: Path, monkeypatch: pytest.Monk
         onerror(PermissionError(errno.EACCES, "Permission denied", str(folder / PATIENT)))
         yield
 
-    monkeypatch.setattr("wardround.hospitals.site_file.os.walk", walk)
+    monkeypatch.setattr("wardround.hospitals.membership.site_file.os.walk", walk)
     found = _all(made)["data"]
     assert (found.level, found.text) == ("fail", "cannot be read: Permission denied")
 

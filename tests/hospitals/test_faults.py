@@ -15,8 +15,8 @@ import pytest
 from tests.hospitals.hole import hole
 from tests.hospitals.namespaces import link
 from tests.hospitals.ward import COORDINATOR, LONG, ROUNDS, SECURE, SITES, Ward, released, same_model, ward
-from wardround.hospitals.attendance import ALIVE
-from wardround.hospitals.coordinator_status import StudyStatus, read_status
+from wardround.hospitals.coordinator.attendance import ALIVE
+from wardround.hospitals.coordinator.status import StudyStatus, read_status
 from wardround.hospitals.federation import Carrier
 
 CLEAR: dict[str, Any] = {}
@@ -205,8 +205,8 @@ LAST = [
     ("after", "wardround.runs.conduct:save_release"),
     ("after", "wardround.runs.conduct:measured"),
     ("after", "wardround.runs.conduct:write_result"),
-    ("after", "wardround.hospitals.study_run:coordinate"),
-    ("before", "wardround.hospitals.study_run:StudyRun._deliver"),
+    ("after", "wardround.hospitals.coordinator.study_run:coordinate"),
+    ("before", "wardround.hospitals.coordinator.study_run:StudyRun._deliver"),
 ]
 
 

@@ -17,13 +17,13 @@ import pytest
 
 from tests.hospitals.ward import COORDINATOR, ROUNDS, SECURE, Ward, same_model, ward
 from wardround.hospitals.certificates import issue, make_authority
-from wardround.hospitals.control import resume, status_of, stop_all_work
-from wardround.hospitals.decisions import Decisions, Proposed
 from wardround.hospitals.folders import SiteFolder
 from wardround.hospitals.https.protocol import RESERVE
 from wardround.hospitals.keys import make_key
-from wardround.hospitals.overview import overview
-from wardround.hospitals.review import review
+from wardround.hospitals.membership.overview import overview
+from wardround.hospitals.site.control import resume, status_of, stop_all_work
+from wardround.hospitals.site.decisions import Decisions, Proposed
+from wardround.hospitals.site.review import review
 
 ALL: dict[str, Any] = {"schedule": {"rounds": ROUNDS, "min_sites": 3}}
 

@@ -16,13 +16,13 @@ from tests.toys import toy_study
 from wardround.cli import app
 from wardround.errors import Rejected, StudyError
 from wardround.federation.facts import FACTS
-from wardround.hospitals import approval
-from wardround.hospitals.decisions import Decisions, Proposed
+from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.federation import Deadlines
-from wardround.hospitals.hub import Hub
 from wardround.hospitals.proposal import start_of
 from wardround.hospitals.signing import new_instance
-from wardround.hospitals.workers import Workers
+from wardround.hospitals.site import approval
+from wardround.hospitals.site.decisions import Decisions, Proposed
+from wardround.hospitals.site.workers import Workers
 from wardround.printable import printable
 from wardround.protection.identity import Identity
 from wardround.study.hashes import study_sha256

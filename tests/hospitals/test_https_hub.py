@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.hospitals.lines import SECONDS, cut_line, federation, free_port, make_kits, message, read, until
+from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.federation import Deadlines
 from wardround.hospitals.folders import SiteFolder
 from wardround.hospitals.https.courier import Courier, Handle
 from wardround.hospitals.https.server import HttpsCarrier
-from wardround.hospitals.hub import Hub
 from wardround.hospitals.signing import signed
 from wardround.protection.identity import Identity
 from wardround.wire.message import Header, HeldBody, Message

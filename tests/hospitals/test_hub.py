@@ -17,10 +17,10 @@ from wardround.errors import Interrupted, Rejected
 from wardround.federation.exchange import ERROR
 from wardround.federation.facts import DELIVER
 from wardround.federation.parts import LACKS
-from wardround.hospitals.attendance import ALIVE, GONE, MOST_EVENTS
+from wardround.hospitals.coordinator.attendance import ALIVE, GONE, MOST_EVENTS
+from wardround.hospitals.coordinator.hub import REFUSALS, Hub
+from wardround.hospitals.coordinator.replies import SpooledBody
 from wardround.hospitals.federation import Deadlines
-from wardround.hospitals.hub import REFUSALS, Hub
-from wardround.hospitals.replies import SpooledBody
 from wardround.hospitals.signing import signed
 from wardround.protection.identity import Identity
 from wardround.wire.message import FileBody, Header, HeldBody, Message

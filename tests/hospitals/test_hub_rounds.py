@@ -17,8 +17,8 @@ from wardround.errors import Rejected
 from wardround.federation.asking import Patience
 from wardround.federation.coordinator import Coordinator
 from wardround.federation.exchange import Engine
+from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.federation import Deadlines
-from wardround.hospitals.hub import Hub
 from wardround.hospitals.signing import signed
 from wardround.protection.identity import Identity
 from wardround.wire.message import FileBody, Message, write_body

@@ -15,15 +15,16 @@ import yaml
 
 from tests.hospitals.stands import FEDERATION, ok, packed, refused, relisted, stand_up, tree, unpacked
 from wardround.errors import Rejected, StudyError, WardroundError
-from wardround.hospitals import certificates, joining, kit_archive
+from wardround.hospitals import certificates
 from wardround.hospitals.certificates import check_certificates, issue, make_authority
 from wardround.hospitals.federation import load_federation, save_federation
 from wardround.hospitals.folders import CoordinatorFolder, SiteFolder
-from wardround.hospitals.joining import join, site_of
 from wardround.hospitals.keys import fingerprint, make_key, read_key
-from wardround.hospitals.kit_archive import read_kit, write_kit
-from wardround.hospitals.kits import invite
-from wardround.hospitals.site_file import files_in, load_site
+from wardround.hospitals.membership import joining, kit_archive
+from wardround.hospitals.membership.joining import join, site_of
+from wardround.hospitals.membership.kit_archive import read_kit, write_kit
+from wardround.hospitals.membership.kits import invite
+from wardround.hospitals.membership.site_file import files_in, load_site
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,17 @@ import pytest
 
 from tests.hospitals.stands import FEDERATION, ok, refused, run, stand_up, tree, unpacked
 from wardround.errors import MissingExtra, Rejected, WardroundError
-from wardround.hospitals import kits
 from wardround.hospitals.certificates import check_certificates, issue, read_certificate
 from wardround.hospitals.federation import load_federation
 from wardround.hospitals.folders import CoordinatorFolder
-from wardround.hospitals.joining import join
 from wardround.hospitals.keys import fingerprint, read_key
-from wardround.hospitals.kit_archive import read_kit
-from wardround.hospitals.kits import admit, checked_name, init, invite
-from wardround.hospitals.overview import overview
+from wardround.hospitals.membership import kits
+from wardround.hospitals.membership.joining import join
+from wardround.hospitals.membership.kit_archive import read_kit
+from wardround.hospitals.membership.kits import admit, checked_name, init, invite
+from wardround.hospitals.membership.overview import overview
 from wardround.hospitals.roster import SignedRoster
-from wardround.hospitals.running import held
+from wardround.hospitals.site.running import held
 from wardround.protection.identity import Identity
 
 A, B = Identity(b"a" * 32).public, Identity(b"b" * 32).public

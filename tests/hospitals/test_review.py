@@ -16,10 +16,10 @@ from tests.hospitals.joined import Consortium, NoCourier, resident, wait_for
 from tests.toys import toy_study
 from wardround.cli import app
 from wardround.errors import StudyError
-from wardround.hospitals.control import resume, stop_all_work
-from wardround.hospitals.decisions import Decisions
 from wardround.hospitals.proposal import proposal_message
-from wardround.hospitals.review import Review, review
+from wardround.hospitals.site.control import resume, stop_all_work
+from wardround.hospitals.site.decisions import Decisions
+from wardround.hospitals.site.review import Review, review
 from wardround.study.hashes import study_sha256
 from wardround.study.load import load_study
 from wardround.study.schema import Study
@@ -192,7 +192,7 @@ def test_the_process_starts_and_stops_by_command(consortium: Consortium) -> None
     folder = consortium.of("A")
     place = str(folder.root)
     code = (
-        "import sys; from wardround.hospitals import agent; import tests.hospitals.joined as joined; "
+        "import sys; from wardround.hospitals.site import agent; import tests.hospitals.joined as joined; "
         "agent.couriers_of = lambda _: lambda *_: joined.NoCourier(); "
         "from wardround.cli import main; sys.argv = ['wardround', 'site', 'start', sys.argv[1]]; main()"
     )

@@ -25,12 +25,12 @@ from tests.hospitals.loopback import (
 )
 from tests.toys import toy_sites, toy_study
 from wardround.errors import JournalError, StudyError
-from wardround.hospitals import service, study_run
-from wardround.hospitals.coordinator_status import StudyStatus, read_record
+from wardround.hospitals.coordinator import service, study_run
+from wardround.hospitals.coordinator.service import alone, serve
+from wardround.hospitals.coordinator.status import StudyStatus, read_record
+from wardround.hospitals.coordinator.submission import resume, submit, withdraw
 from wardround.hospitals.folders import CoordinatorFolder, StudyFolder
 from wardround.hospitals.proposal import Proposal, Standing
-from wardround.hospitals.service import alone, serve
-from wardround.hospitals.submission import resume, submit, withdraw
 from wardround.protection.identity import Identity
 from wardround.results.files import read_result
 from wardround.runs.session import run

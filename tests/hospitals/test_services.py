@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from wardround.errors import WardroundError
-from wardround.hospitals import services
-from wardround.hospitals.services import Service, coordinator_service, site_service
+from wardround.hospitals.membership import services
+from wardround.hospitals.membership.services import Service, coordinator_service, site_service
 
 FOLDERS = ["plain", "with space", "100%h $HOME", 'it\'s "quoted"', "Universität"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from wardround.hospitals.folders import SiteFolder
-from wardround.hospitals.site_file import over_all_studies
+from wardround.hospitals.membership.site_file import over_all_studies
 from wardround.study.sites import SiteData, SitesFile
 
 

@@ -13,9 +13,9 @@ from tests.hospitals.loopback import make_federation, write_toy
 from tests.toys import toy_study
 from wardround.cli import app
 from wardround.errors import StudyError, WardroundError
-from wardround.hospitals import submission
+from wardround.hospitals.coordinator import submission
+from wardround.hospitals.coordinator.submission import read_submission, resume, submit, submitted, withdraw
 from wardround.hospitals.folders import CoordinatorFolder, StudyFolder
-from wardround.hospitals.submission import read_submission, resume, submit, submitted, withdraw
 from wardround.study.load import load_study, study_sha256
 from wardround.study.schema import Study
 

@@ -16,10 +16,11 @@ from tests.toys import toy_sites, toy_study
 from wardround.errors import Interrupted, NotEnoughSites, StudyError
 from wardround.federation.exchange import TRAIN
 from wardround.federation.facts import parsed
-from wardround.hospitals import agent, approval, proposing
-from wardround.hospitals.agent import Resident
-from wardround.hospitals.decisions import Decisions
+from wardround.hospitals.coordinator import proposing
 from wardround.hospitals.proposal import Standing
+from wardround.hospitals.site import agent, approval
+from wardround.hospitals.site.agent import Resident
+from wardround.hospitals.site.decisions import Decisions
 from wardround.runs.conduct import coordinate
 from wardround.runs.session import run
 from wardround.study.hashes import study_sha256

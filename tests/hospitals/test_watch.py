@@ -15,7 +15,7 @@ from tests.hospitals.loopback import federated
 from wardround.cli import app
 from wardround.cli.watch import changes, picture
 from wardround.errors import JournalError
-from wardround.hospitals.coordinator_status import (
+from wardround.hospitals.coordinator.status import (
     ArmStatus,
     Event,
     Heard,
@@ -27,7 +27,7 @@ from wardround.hospitals.coordinator_status import (
     StudyStatus,
     read_status,
 )
-from wardround.hospitals.status_lines import lines
+from wardround.hospitals.coordinator.status_lines import lines
 
 NOW = 1_800_000_000.0
 

@@ -19,12 +19,12 @@ import yaml
 
 from tests.toys import toy_sites, toy_study
 from wardround.errors import WardroundError
-from wardround.hospitals.control import status_of
-from wardround.hospitals.coordinator_status import StudyStatus, read_status
-from wardround.hospitals.decisions import Decisions, Proposed
+from wardround.hospitals.coordinator.status import StudyStatus, read_status
+from wardround.hospitals.coordinator.submission import submit
 from wardround.hospitals.federation import Carrier, Deadlines, load_federation, save_federation
 from wardround.hospitals.rehearsal import COORDINATOR, Rehearsal, rehearse
-from wardround.hospitals.submission import submit
+from wardround.hospitals.site.control import status_of
+from wardround.hospitals.site.decisions import Decisions, Proposed
 from wardround.results.files import read_result
 from wardround.results.schema import Result
 from wardround.runs.session import run

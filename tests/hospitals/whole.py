@@ -19,18 +19,18 @@ import yaml
 
 from wardround.engines.local import answer
 from wardround.engines.process import KeptProcess, Progress
-from wardround.hospitals.agent import Limits, Resident
-from wardround.hospitals.coordinator_status import StudyStatus, read_status
-from wardround.hospitals.decisions import Decisions, Proposed
+from wardround.hospitals.coordinator.hub import Hub
+from wardround.hospitals.coordinator.service import KnownSites, Service
+from wardround.hospitals.coordinator.status import StudyStatus, read_status
+from wardround.hospitals.coordinator.submission import submit
 from wardround.hospitals.federation import Deadlines, load_federation
 from wardround.hospitals.folders import SiteFolder, StudyFolder
 from wardround.hospitals.https.server import HttpsCarrier
-from wardround.hospitals.hub import Hub
 from wardround.hospitals.rehearsal import Rehearsal, rehearse
-from wardround.hospitals.service import KnownSites, Service
-from wardround.hospitals.site_worker import agent_finder
-from wardround.hospitals.submission import submit
-from wardround.hospitals.workers import Start, kept_process
+from wardround.hospitals.site.agent import Limits, Resident
+from wardround.hospitals.site.decisions import Decisions, Proposed
+from wardround.hospitals.site.worker import agent_finder
+from wardround.hospitals.site.workers import Start, kept_process
 from wardround.learning.model_context import _DRAWING
 from wardround.protection.rounding import study_root
 from wardround.results.files import read_result

@@ -31,10 +31,10 @@ def init(
     systemd: Annotated[bool, typer.Option("--systemd", help="Also write a unit of systemd into the folder.")] = False,
 ) -> None:
     """Make a federation: its file, the keys of its root, the coordinator's certificate and an empty list of sites."""
-    from wardround.hospitals import kits
     from wardround.hospitals.federation import Federation
     from wardround.hospitals.keys import fingerprint
-    from wardround.hospitals.services import coordinator_service
+    from wardround.hospitals.membership import kits
+    from wardround.hospitals.membership.services import coordinator_service
     from wardround.study.load import validate
 
     asked = {"name": name, "host": host, "port": port, "carrier": carrier, "root_key": "0" * 64}
@@ -63,8 +63,8 @@ def invite(
     days: DaysOption = 365,
 ) -> None:
     """Make the kit by which a hospital joins; for a hospital that joined, a new one renews its certificate."""
-    from wardround.hospitals import kits
     from wardround.hospitals.keys import fingerprint
+    from wardround.hospitals.membership import kits
 
     made = kits.invite(folder, site, root, days=days)
     _, federation = kits.opened(folder)
@@ -95,8 +95,8 @@ def admit(
     ] = False,
 ) -> None:
     """Write a hospital's key into the list of sites, and sign the list with the root's key."""
-    from wardround.hospitals import kits
     from wardround.hospitals.keys import fingerprint, public_key
+    from wardround.hospitals.membership import kits
 
     done = kits.admit(folder, site, public_key(key), root, replace=replace)
     how = "is in the list of sites" if done.changed else "was in the list of sites already"
@@ -109,7 +109,7 @@ def admit(
 
 def renew(folder: FederationFolder, root: RootOption = None, days: DaysOption = 365) -> None:
     """Renew the coordinator's own certificates, for the host that federation.yaml names. Stop its service before."""
-    from wardround.hospitals import kits
+    from wardround.hospitals.membership import kits
 
     made = kits.renew(folder, root, days=days)
     say(f"The coordinator's certificate now holds until {made.not_after:%Y-%m-%d}. Start its service again.")
@@ -119,7 +119,7 @@ def status(folder: FederationFolder) -> None:
     """Show sites, certificates and keys, and what the service last said; exit code 1 where it is urgent."""
     from rich.table import Table
 
-    from wardround.hospitals.overview import overview
+    from wardround.hospitals.membership.overview import overview
 
     found = overview(folder, datetime.now(UTC))
     federation = found.federation

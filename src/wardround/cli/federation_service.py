@@ -26,7 +26,7 @@ def start(
 
     After a crash or a restart the same command goes on with every study.
     """
-    from wardround.hospitals.service import serve
+    from wardround.hospitals.coordinator.service import serve
 
     logger = logging.getLogger("wardround")
     if logger.level > logging.INFO:

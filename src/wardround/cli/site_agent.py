@@ -15,7 +15,7 @@ from wardround.errors import WardroundError
 from wardround.hospitals.folders import SiteFolder
 
 if TYPE_CHECKING:
-    from wardround.hospitals.decisions import Decisions
+    from wardround.hospitals.site.decisions import Decisions
 
 # A status that is older than this is no longer news.
 _FRESH = 15.0
@@ -36,7 +36,7 @@ def start(
     workers: Annotated[int, typer.Option("--workers", min=1, help="Studies that are at work at once.")] = 2,
 ) -> None:
     """Answer the federation's coordinator until stopped; nothing runs that this hospital did not approve."""
-    from wardround.hospitals.agent import Limits, Resident
+    from wardround.hospitals.site.agent import Limits, Resident
 
     resident = Resident(_site(folder), Limits(workers=workers))
     stop = threading.Event()
@@ -60,7 +60,7 @@ def stop(
     With --now all work stops at once and for good: workers are killed, every message is refused, also by a process that
     is started again. That works without a network.
     """
-    from wardround.hospitals.control import stop_all_work, stop_process
+    from wardround.hospitals.site.control import stop_all_work, stop_process
 
     place = _site(folder)
     if now:
@@ -73,8 +73,8 @@ def stop(
 
 def resume(folder: FolderArgument = HERE) -> None:
     """Let work go on after `wardround site stop --now`."""
-    from wardround.hospitals.control import resume as go_on
-    from wardround.hospitals.running import holder
+    from wardround.hospitals.site.control import resume as go_on
+    from wardround.hospitals.site.running import holder
 
     place = _site(folder)
     if not go_on(place):
@@ -87,8 +87,8 @@ def resume(folder: FolderArgument = HERE) -> None:
 
 def status(folder: FolderArgument = HERE) -> None:
     """Say what runs here, how this hospital stands to each study, and whether the coordinator is reached."""
-    from wardround.hospitals.control import status_of
-    from wardround.hospitals.running import holder
+    from wardround.hospitals.site.control import status_of
+    from wardround.hospitals.site.running import holder
     from wardround.runs.columns import entry, table
 
     place = _site(folder)
@@ -117,7 +117,7 @@ def review(
     folder: FolderOption = HERE,
 ) -> None:
     """Say in plain words what a proposed study would do here; without STUDY list those that wait for a decision."""
-    from wardround.hospitals.review import review as look
+    from wardround.hospitals.site.review import review as look
 
     decisions = _decisions(_site(folder))
     if not study:
@@ -138,8 +138,8 @@ def review(
 
 def approve(study: StudyArgument, folder: FolderOption = HERE) -> None:
     """Allow a study that was reviewed: from now on its messages are answered here."""
-    from wardround.hospitals.review import refuse_obstacles
-    from wardround.hospitals.review import review as look
+    from wardround.hospitals.site.review import refuse_obstacles
+    from wardround.hospitals.site.review import review as look
 
     decisions = _decisions(_site(folder))
     found = decisions.find(study)
@@ -191,6 +191,6 @@ def _site(folder: Path) -> SiteFolder:
 
 
 def _decisions(place: SiteFolder) -> Decisions:
-    from wardround.hospitals.decisions import Decisions
+    from wardround.hospitals.site.decisions import Decisions
 
     return Decisions(place)

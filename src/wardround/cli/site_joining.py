@@ -20,9 +20,9 @@ def join(
     systemd: Annotated[bool, typer.Option("--systemd", help="Also write a unit of systemd into the folder.")] = False,
 ) -> None:
     """Join a federation with its kit, in a new folder; with a newer kit, renew the certificates of the one there."""
-    from wardround.hospitals.joining import join as join_federation
     from wardround.hospitals.keys import fingerprint
-    from wardround.hospitals.services import site_service
+    from wardround.hospitals.membership.joining import join as join_federation
+    from wardround.hospitals.membership.services import site_service
 
     done = join_federation(kit, folder)
     name, place = done.federation.name, done.folder.root
@@ -61,7 +61,7 @@ def doctor(
     ] = Path("."),
 ) -> None:
     """Look at all that a site needs, and say what to do where it lacks something; exit code 1 where it cannot work."""
-    from wardround.hospitals.doctor import examine
+    from wardround.hospitals.membership.doctor import examine
 
     levels = []
     for finding in examine(folder):

@@ -48,7 +48,7 @@ def submit(
 
     Says before what it takes of each site's line, as `wardround plan` does.
     """
-    from wardround.hospitals import submission
+    from wardround.hospitals.coordinator import submission
     from wardround.hospitals.folders import CoordinatorFolder
 
     folder = CoordinatorFolder(federation)
@@ -96,7 +96,7 @@ def _outlook(study: Path, bandwidth: list[str], compare: list[str], overrides: l
 def _at_work(folder: CoordinatorFolder) -> bool:
     import time
 
-    from wardround.hospitals.coordinator_status import read_status
+    from wardround.hospitals.coordinator.status import read_status
 
     found = read_status(folder.status)
     return found is not None and found.alive(time.time())

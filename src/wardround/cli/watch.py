@@ -17,7 +17,7 @@ from wardround.printable import printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from wardround.hospitals.coordinator_status import Status, StudyStatus
+    from wardround.hospitals.coordinator.status import Status, StudyStatus
     from wardround.hospitals.folders import CoordinatorFolder
 
 _LOOK = 1.0
@@ -31,8 +31,8 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print how it is now, and end.")] = False,
 ) -> None:
     """Show the sites and studies of a federation as they go: drawn on a terminal, a line for each change elsewhere."""
+    from wardround.hospitals.coordinator.status_lines import lines
     from wardround.hospitals.folders import CoordinatorFolder
-    from wardround.hospitals.status_lines import lines
 
     folder = CoordinatorFolder(Path(federation))
     status = _status(folder)
@@ -56,7 +56,7 @@ def follow(folder: CoordinatorFolder, name: str | None) -> None:
 
 def changes(folder: CoordinatorFolder, name: str | None) -> Iterator[str]:
     """A line for each thing that happens, as long as it is followed."""
-    from wardround.hospitals.status_lines import heading, rounds_of, validation_of
+    from wardround.hospitals.coordinator.status_lines import heading, rounds_of, validation_of
 
     shown, began, alive = 0.0, False, True
     rounds: dict[str, str] = {}
@@ -99,7 +99,7 @@ def picture(status: Status, name: str | None, now: float) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from wardround.hospitals.status_lines import details, heading, site_row, warnings
+    from wardround.hospitals.coordinator.status_lines import details, heading, site_row, warnings
 
     sites = Table("site", "state", "heard", "waiting", box=None, pad_edge=False, header_style="dim")
     styles = {"present": "green", "late": "yellow", "lost": "red", "never": "dim"}
@@ -120,7 +120,7 @@ def picture(status: Status, name: str | None, now: float) -> RenderableType:
 def _title(status: Status, study: StudyStatus, now: float) -> RenderableType:
     from rich.text import Text
 
-    from wardround.hospitals.status_lines import rounds_of, state_of, validation_of
+    from wardround.hospitals.coordinator.status_lines import rounds_of, state_of, validation_of
 
     how = state_of(status, study, now)
     style = {"running": "green", "finished": "green", "stopped": "red", "refused": "red"}.get(how, "yellow")
@@ -134,7 +134,7 @@ def _title(status: Status, study: StudyStatus, now: float) -> RenderableType:
 
 def _status(folder: CoordinatorFolder, *, patient: bool = False) -> Status:
     """What the coordinator last said; who is `patient` waits for one that was not started yet."""
-    from wardround.hospitals.coordinator_status import read_status
+    from wardround.hospitals.coordinator.status import read_status
 
     while (found := read_status(folder.status)) is None:
         if not patient:
@@ -146,7 +146,7 @@ def _status(folder: CoordinatorFolder, *, patient: bool = False) -> Status:
 
 
 def _require(status: Status, folder: CoordinatorFolder, name: str | None) -> None:
-    from wardround.hospitals.submission import submitted
+    from wardround.hospitals.coordinator.submission import submitted
 
     if name is not None and status.study(name) is None and name not in submitted(folder):
         known = ", ".join(study.name for study in status.studies) or "none"

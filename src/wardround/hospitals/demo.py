@@ -14,12 +14,12 @@ from pathlib import Path
 import yaml
 
 from wardround.errors import WardroundError
-from wardround.hospitals.coordinator_status import StudyStatus, read_status
-from wardround.hospitals.decisions import Decisions, Proposed
+from wardround.hospitals.coordinator.status import StudyStatus, read_status
+from wardround.hospitals.coordinator.submission import submit
 from wardround.hospitals.federation import Carrier
 from wardround.hospitals.rehearsal import Rehearsal, rehearse
-from wardround.hospitals.review import refuse_obstacles, review
-from wardround.hospitals.submission import submit
+from wardround.hospitals.site.decisions import Decisions, Proposed
+from wardround.hospitals.site.review import refuse_obstacles, review
 from wardround.imaging.phantoms import DEMO_SITES
 from wardround.results.files import read_result
 from wardround.results.schema import Result

@@ -22,8 +22,8 @@ import yaml
 from wardround.errors import WardroundError
 from wardround.hospitals.federation import Carrier, Deadlines, Federation
 from wardround.hospitals.folders import CoordinatorFolder, SiteFolder
-from wardround.hospitals.joining import join
-from wardround.hospitals.kits import admit, init, invite
+from wardround.hospitals.membership.joining import join
+from wardround.hospitals.membership.kits import admit, init, invite
 from wardround.wire.files import write_text
 
 #: The party that is no site.

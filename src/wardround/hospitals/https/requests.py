@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from wardround.errors import Rejected, WireError
 from wardround.hospitals.certificates import peer_name
+from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.https import protocol
 from wardround.hospitals.https.partial import NoSpace, Partial
 from wardround.hospitals.https.protocol import BODY, HELLO, INSTANCE, LONGEST_TEXT, NEXT, PROGRESS, REPLY, WAIT, Span
 from wardround.hospitals.https.seats import Seats
 from wardround.hospitals.https.uploads import Upload, Uploads
-from wardround.hospitals.hub import Hub
 from wardround.wire.message import CHUNK, MAX_HEADER, Header, Message
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.https.protocol import header_sha256
 from wardround.hospitals.https.sockets import end_connection
-from wardround.hospitals.hub import Hub
 from wardround.wire.message import Message
 
 #: The most connections of one site: the one that was quiet for longest gives way to a new one.

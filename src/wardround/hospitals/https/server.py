@@ -16,12 +16,12 @@ from typing import Any
 
 from wardround.errors import WardroundError
 from wardround.hospitals.certificates import OWN, CertificateError, server_context
+from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.https.requests import Office, Requests, peer_of
 from wardround.hospitals.https.seats import Seats
 from wardround.hospitals.https.sockets import keep_alive
 from wardround.hospitals.https.uploads import Uploads
-from wardround.hospitals.hub import Hub
 from wardround.wire.files import reason
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wardround.errors import WireError
+from wardround.hospitals.coordinator.replies import SpooledBody
 from wardround.hospitals.https.partial import PARTIAL, WHOLE, Partial, check_space, tidy
 from wardround.hospitals.https.protocol import header_sha256
 from wardround.hospitals.https.sockets import end_connection
-from wardround.hospitals.replies import SpooledBody
 from wardround.wire.message import Header
 
 #: The most bodies of one site that are under way; the oldest gives way.

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from wardround.deidentify import describe_error
 from wardround.errors import MissingExtra, WardroundError
+from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import CoordinatorFolder
-from wardround.hospitals.hub import Hub
 from wardround.hospitals.nvflare.jobs import RUNNING, WAITING, Jobs
 from wardround.hospitals.nvflare.names import HUB, LARGEST, SPOOL
 from wardround.hospitals.nvflare.processes import Supervised, tidy

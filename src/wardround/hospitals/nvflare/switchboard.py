@@ -15,9 +15,9 @@ from typing import BinaryIO
 from wardround.deidentify import describe_error
 from wardround.engines.frames import PROGRESS, SharedBodies
 from wardround.errors import Rejected, WardroundError, WireError
-from wardround.hospitals.hub import Hub
+from wardround.hospitals.coordinator.hub import Hub
+from wardround.hospitals.coordinator.replies import SpooledBody
 from wardround.hospitals.nvflare.names import ALIVE, HELLO, LOST, PULSE, instance_of
-from wardround.hospitals.replies import SpooledBody
 from wardround.hospitals.socket_server import reachable
 from wardround.wire.message import FileBody, Message
 

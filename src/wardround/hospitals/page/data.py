@@ -9,9 +9,9 @@ from typing import Any
 
 from wardround.errors import WardroundError
 from wardround.federation.release import model_path
-from wardround.hospitals.coordinator_status import read_status
+from wardround.hospitals.coordinator.status import read_status
+from wardround.hospitals.coordinator.submission import study_folder
 from wardround.hospitals.folders import CoordinatorFolder
-from wardround.hospitals.submission import study_folder
 from wardround.plan.arms import FEDERATED
 from wardround.results.files import RESULT_FILE, read_result, read_rounds
 from wardround.results.schema import Result

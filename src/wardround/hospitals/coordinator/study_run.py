@@ -14,14 +14,14 @@ from wardround.engines.process import Progress
 from wardround.errors import DataError, Interrupted, JournalError, StudyError, WardroundError
 from wardround.federation.asking import Patience
 from wardround.federation.exchange import Engine
-from wardround.hospitals.coordinator_status import PresenceState, Record, Said, StudyStatus, read_record, write_record
-from wardround.hospitals.delivering import Delivering, deliver_all
+from wardround.hospitals.coordinator.delivering import Delivering, deliver_all
+from wardround.hospitals.coordinator.onlooker import Onlooker, RunFiles
+from wardround.hospitals.coordinator.proposing import ASK_AGAIN_SECONDS, Approvals, Refused
+from wardround.hospitals.coordinator.status import PresenceState, Record, Said, StudyStatus, read_record, write_record
+from wardround.hospitals.coordinator.submission import Submission, read_submission
 from wardround.hospitals.federation import Deadlines
 from wardround.hospitals.folders import StudyFolder
-from wardround.hospitals.onlooker import Onlooker, RunFiles
-from wardround.hospitals.proposing import ASK_AGAIN_SECONDS, Approvals, Refused
 from wardround.hospitals.roster import SignedRoster
-from wardround.hospitals.submission import Submission, read_submission
 from wardround.runs.conduct import coordinate
 from wardround.runs.context import Context
 from wardround.storage.blobs import disk_error

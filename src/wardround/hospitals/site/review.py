@@ -9,12 +9,12 @@ from pathlib import Path
 from wardround.deidentify import describe_error
 from wardround.errors import StudyError, WardroundError
 from wardround.federation.expected import expected
-from wardround.hospitals.approval import PENDING
-from wardround.hospitals.decisions import Decisions, Proposed
 from wardround.hospitals.keys import fingerprint
 from wardround.hospitals.proposal import Standing, named_code
-from wardround.hospitals.review_egress import leaves, protected, traffic
 from wardround.hospitals.roster import SignedRoster
+from wardround.hospitals.site.approval import PENDING
+from wardround.hospitals.site.decisions import Decisions, Proposed
+from wardround.hospitals.site.review_egress import leaves, protected, traffic
 from wardround.learning.training import patients_in
 from wardround.plan.arms import FEDERATED
 from wardround.plan.found import by_content, searched

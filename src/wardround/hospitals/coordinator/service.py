@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wardround.errors import JournalError, MissingExtra, WardroundError
-from wardround.hospitals.coordinator_status import Event, Process, SiteStatus, Status
+from wardround.hospitals.coordinator.proposing import ASK_AGAIN_SECONDS
+from wardround.hospitals.coordinator.status import Event, Process, SiteStatus, Status
+from wardround.hospitals.coordinator.study_run import Reaches, Seen, StudyRun
+from wardround.hospitals.coordinator.submission import submitted
 from wardround.hospitals.federation import Federation, load_federation
 from wardround.hospitals.folders import CoordinatorFolder, StudyFolder
-from wardround.hospitals.proposing import ASK_AGAIN_SECONDS
 from wardround.hospitals.roster import SignedRoster
-from wardround.hospitals.study_run import Reaches, Seen, StudyRun
-from wardround.hospitals.submission import submitted
 from wardround.version import __version__
 from wardround.wire.files import reason, refuse_links, write_text
 
 if TYPE_CHECKING:
-    from wardround.hospitals.hub import Carrier, Hub
+    from wardround.hospitals.coordinator.hub import Carrier, Hub
 
 log = logging.getLogger(__name__)
 # Seconds between two looks at the disk, between two reports while nothing happens, and for studies to end.
@@ -263,7 +263,7 @@ def serve(root: Path, *, page: str | None = None, behind_proxy: bool = False, sa
     `page` is HOST:PORT of the page that shows it; an address that is not of this machine alone needs `behind_proxy`.
     Raises `JournalError` where another coordinator is at work, and `WardroundError` for what keeps it from beginning.
     """
-    from wardround.hospitals.hub import Hub
+    from wardround.hospitals.coordinator.hub import Hub
 
     folder = CoordinatorFolder(root)
     federation = load_federation(folder.federation)

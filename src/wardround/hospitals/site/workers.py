@@ -14,7 +14,7 @@ from wardround.engines.process import Progress as Steps
 from wardround.wire.message import Header, Message
 
 log = logging.getLogger(__name__)
-FACTORY = "wardround.hospitals.site_worker:agent_finder"
+FACTORY = "wardround.hospitals.site.worker:agent_finder"
 Progress = Callable[[Header], None]
 Start = Callable[[Path, Steps], KeptProcess]
 

@@ -16,7 +16,6 @@ from typing import Literal
 from wardround.deidentify import scrub
 from wardround.errors import Rejected, StudyError, WardroundError, WireError
 from wardround.federation.facts import parsed
-from wardround.hospitals.approval import Binding
 from wardround.hospitals.federation import load_federation
 from wardround.hospitals.folders import SiteFolder
 from wardround.hospitals.keys import read_key
@@ -29,6 +28,7 @@ from wardround.hospitals.proposal import (
     proposed_study,
 )
 from wardround.hospitals.roster import SignedRoster, take_over
+from wardround.hospitals.site.approval import Binding
 from wardround.plan.arms import FEDERATED, LOCAL, WITHOUT
 from wardround.study.hashes import study_sha256
 from wardround.study.load import read_yaml, validate

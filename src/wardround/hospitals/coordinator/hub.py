@@ -22,10 +22,10 @@ from wardround.engines.process import Progress
 from wardround.errors import Interrupted, Rejected, WardroundError, WireError
 from wardround.federation.facts import DELIVER
 from wardround.federation.refusals import refusal
-from wardround.hospitals.attendance import ALIVE, Attendance, Clock, Event, Events, Presence
+from wardround.hospitals.coordinator.attendance import ALIVE, Attendance, Clock, Event, Events, Presence
+from wardround.hospitals.coordinator.replies import Spool, checked
+from wardround.hospitals.coordinator.requests import Asked, Requests, Ticket
 from wardround.hospitals.federation import Deadlines
-from wardround.hospitals.replies import Spool, checked
-from wardround.hospitals.requests import Asked, Requests, Ticket
 from wardround.hospitals.signing import is_of
 from wardround.wire.message import Header, Message
 

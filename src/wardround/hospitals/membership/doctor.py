@@ -23,11 +23,11 @@ from wardround.hospitals.certificates import CertificateError, check_certificate
 from wardround.hospitals.expiry import Urgency, days_left, urgency
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import SiteFolder
-from wardround.hospitals.joining import joined, site_of
 from wardround.hospitals.keys import fingerprint, open_to_others, read_key
-from wardround.hospitals.reach import Reached, proxy_note, reach
+from wardround.hospitals.membership.joining import joined, site_of
+from wardround.hospitals.membership.reach import Reached, proxy_note, reach
+from wardround.hospitals.membership.site_file import MINIMUM_COHORT, files_in, load_site
 from wardround.hospitals.roster import SignedRoster, take_over
-from wardround.hospitals.site_file import MINIMUM_COHORT, files_in, load_site
 from wardround.study.sites import SiteData
 from wardround.version import __version__
 from wardround.wire.files import reason

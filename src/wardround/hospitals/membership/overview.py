@@ -14,9 +14,9 @@ from wardround.hospitals.certificates import read_certificate
 from wardround.hospitals.expiry import days_left, urgency, warning
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import CoordinatorFolder
-from wardround.hospitals.kits import certificate_path, coordinators, first_to_end, invited, opened, roster_of
+from wardround.hospitals.membership.kits import certificate_path, coordinators, first_to_end, invited, opened, roster_of
 from wardround.hospitals.roster import SignedRoster
-from wardround.hospitals.running import is_held
+from wardround.hospitals.site.running import is_held
 
 # Seconds after which a service that is there and wrote nothing is taken to hang.
 _SILENT = 60.0

@@ -26,7 +26,7 @@ from wardround.hospitals.certificates import Certificate, issue, make_authority,
 from wardround.hospitals.federation import Federation, load_federation, save_federation
 from wardround.hospitals.folders import CoordinatorFolder
 from wardround.hospitals.keys import make_key, read_key
-from wardround.hospitals.kit_archive import CERTIFICATES, FEDERATION, NVFLARE, README, write_kit
+from wardround.hospitals.membership.kit_archive import CERTIFICATES, FEDERATION, NVFLARE, README, write_kit
 from wardround.hospitals.roster import SignedRoster, admitted
 from wardround.protection.identity import Identity
 from wardround.study.schema import RESERVED_NAMES, SiteName

@@ -13,7 +13,7 @@ from typing import Any
 
 from wardround.errors import WardroundError
 from wardround.hospitals.folders import SiteFolder
-from wardround.hospitals.running import holder
+from wardround.hospitals.site.running import holder
 from wardround.wire.files import reason as reason_of
 from wardround.wire.files import write_text
 

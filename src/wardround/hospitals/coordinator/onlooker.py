@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wardround.errors import Interrupted, WardroundError
-from wardround.hospitals.coordinator_status import ArmStatus, Heard, LeftOut
+from wardround.hospitals.coordinator.status import ArmStatus, Heard, LeftOut
 from wardround.plan.arms import FEDERATED
 from wardround.results.files import RESULT_FILE, ROUNDS_FILE, read_result, read_rounds
 from wardround.results.schema import RoundLine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from wardround.hospitals.coordinator_status import SiteStatus, Status, StudyStatus
+from wardround.hospitals.coordinator.status import SiteStatus, Status, StudyStatus
 from wardround.results.units import human_bytes, human_seconds
 
 # How a site's state is said, and how a study's.

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from wardround.errors import Interrupted, JournalError, Rejected, StudyError, WireError
 from wardround.federation.exchange import ERROR, Engine
 from wardround.federation.facts import meta_of, parsed
-from wardround.hospitals.coordinator_status import Said, read_json
+from wardround.hospitals.coordinator.status import Said, read_json
 from wardround.hospitals.folders import StudyFolder
 from wardround.hospitals.proposal import (
     PROPOSED,

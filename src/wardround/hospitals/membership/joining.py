@@ -18,8 +18,8 @@ from wardround.hospitals.certificates import Certificate, check_certificates, re
 from wardround.hospitals.federation import Federation, load_federation
 from wardround.hospitals.folders import SiteFolder
 from wardround.hospitals.keys import make_key, read_key
-from wardround.hospitals.kit_archive import FEDERATION, Kit, read_kit
-from wardround.hospitals.site_file import site_file
+from wardround.hospitals.membership.kit_archive import FEDERATION, Kit, read_kit
+from wardround.hospitals.membership.site_file import site_file
 from wardround.wire.files import sync_folder, write_text
 
 

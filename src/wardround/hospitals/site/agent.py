@@ -21,16 +21,16 @@ from wardround.deidentify import describe_error
 from wardround.errors import Rejected, WardroundError, WireError
 from wardround.federation.facts import meta_of
 from wardround.federation.refusals import refusal
-from wardround.hospitals.approval import installed_code
-from wardround.hospitals.decisions import Decisions, NotApproved, Proposed, Stopped
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import SiteFolder
+from wardround.hospitals.membership.site_file import over_all_studies
 from wardround.hospitals.proposal import PROPOSE, PROPOSED
-from wardround.hospitals.running import held
 from wardround.hospitals.signing import new_instance, signed
-from wardround.hospitals.site_file import over_all_studies
+from wardround.hospitals.site.approval import installed_code
+from wardround.hospitals.site.decisions import Decisions, NotApproved, Proposed, Stopped
+from wardround.hospitals.site.running import held
+from wardround.hospitals.site.workers import Progress, Start, Workers, kept_process
 from wardround.hospitals.socket_server import Handle, SocketServer
-from wardround.hospitals.workers import Progress, Start, Workers, kept_process
 from wardround.site.agreed import AgreedStudy, spec_of
 from wardround.site.egress import ACROSS_HOSPITALS
 from wardround.study.base import at

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -190,7 +190,9 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Callable[[int], None]]:
         filler.unlink(missing_ok=True)
         if nbytes >= 0:
             free = shutil.disk_usage(folder).free
-            filler.write_bytes(bytes(max(0, free - nbytes)))
+            # Others write meanwhile: it may be full before.
+            with suppress(OSError):
+                filler.write_bytes(bytes(max(0, free - nbytes)))
 
     try:
         yield leave

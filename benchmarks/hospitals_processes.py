@@ -96,7 +96,7 @@ def foreign_peers(pids: Iterable[int]) -> set[str]:
 
 
 def _peers() -> Iterator[tuple[str, str]]:
-    for name in ("tcp", "tcp6", "udp", "udp6"):
+    for name in ("tcp", "tcp6"):
         with suppress(OSError):
             for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]:
                 fields = line.split()

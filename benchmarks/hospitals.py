@@ -19,13 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import arguments, conditions, finish, median, table
-from hospitals_processes import Lookout, cpu_seconds, family, peak_gb
+from hospitals_processes import Lookout, command_of, cpu_seconds, family, peak_gb
 from hospitals_study import HERE, SITES, Submitted, local_sha256, study_of
 
 MEGABYTE = 250_000
@@ -67,7 +67,13 @@ def federation(folder: Path, carrier: Any, prefix: Mapping[str, tuple[str, ...]]
     try:
         yield made
     finally:
+        # NVFlare's have sessions of their own, and a party under strace that is killed leaves them behind.
+        members = [process.pid for party in made.processes.values() for process in family(party.pid)]
         made.stop()
+        for pid in members:
+            if str(folder) in command_of(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def started(made: Any, study: Submitted) -> float:

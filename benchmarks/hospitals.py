@@ -19,19 +19,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import arguments, conditions, finish, median, table
-from hospitals_processes import Lookout, cpu_seconds, family, peak_gb
+from hospitals_processes import Lookout, command_of, cpu_seconds, family, peak_gb
 from hospitals_study import HERE, SITES, Submitted, local_sha256, study_of
 
 MEGABYTE = 250_000
 IDLE_SECONDS = 20.0
-_TRACE = ("strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmsg", "-s", "0")
+_TRACE = ("strace", "-f", "-qq", "-yy", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-s", "0")
 _PEER = re.compile(r'sin6?_port=htons\(\d+\).*?(?:inet_addr\("([^"]+)"\)|inet_pton\(AF_INET6, "([^"]+)")')
+# Over a connected socket of datagrams, which strace shows with both of its ends.
+_SENT = re.compile(r"send\w+\(\d+<UDP\w*:\[[^\]>]*->(\[[0-9a-f:.]+\]|[0-9.]+):\d+")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,13 @@ def federation(folder: Path, carrier: Any, prefix: Mapping[str, tuple[str, ...]]
     try:
         yield made
     finally:
+        # NVFlare's have sessions of their own, and a party under strace that is killed leaves them behind.
+        members = [process.pid for party in made.processes.values() for process in family(party.pid)]
         made.stop()
+        for pid in members:
+            if str(folder) in command_of(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def started(made: Any, study: Submitted) -> float:
@@ -168,8 +176,11 @@ def outbound(folder: Path, carrier: Any) -> tuple[set[str], str]:
             study.finish()
     found = set(seen.foreign)
     for path in traces.iterdir():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        found |= {one or other for one, other in _PEER.findall(text)}
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            # To connect a socket of datagrams sends nothing: NVFlare asks so for the machine's own address.
+            if not re.search(r"connect\(\d+<UDP", line):
+                found |= {one or other for one, other in _PEER.findall(line)}
+            found |= {peer.strip("[]") for peer in _SENT.findall(line)}
     if traced and not found:
         raise SystemExit("strace saw no connection at all, not even to loopback")
     local = {address for address in found if address.startswith("127.") or address in ("::1", "0.0.0.0", "::")}

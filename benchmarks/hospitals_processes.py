@@ -47,6 +47,13 @@ def processes() -> dict[int, Process]:
     return found
 
 
+def command_of(pid: int) -> str:
+    """The command of a process; empty where there is none."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
 def family(root: int) -> list[Process]:
     """A process, all that it started, and what these started; also what was orphaned since, in its session."""
     known = processes()
@@ -96,7 +103,7 @@ def foreign_peers(pids: Iterable[int]) -> set[str]:
 
 
 def _peers() -> Iterator[tuple[str, str]]:
-    for name in ("tcp", "tcp6", "udp", "udp6"):
+    for name in ("tcp", "tcp6"):
         with suppress(OSError):
             for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]:
                 fields = line.split()

@@ -78,8 +78,9 @@ def test_two_studies_at_once_come_to_the_models_of_one_machine(tmp_path: Path) -
 def test_any_study_comes_to_the_same_result_across_hospitals(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As of a large model, the first values lie in files, at the coordinator and at the sites.
+    # As of a large model: first values lie in files, here and at the sites, and models are read tensor by tensor.
     monkeypatch.setattr("wardround.learning.laid_aside._SMALL", 0)
+    monkeypatch.setattr("wardround.plan.weights._LARGE", 0)
     case = CASES[name]
     study = study_of(case.changes)
     sites, data = data_of(tmp_path / "data", study)

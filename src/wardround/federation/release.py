@@ -21,6 +21,7 @@ from wardround.plan.arms import FEDERATED, Arm, every_arm
 from wardround.plan.weights import FORMAT as FORMAT
 from wardround.plan.weights import FROZEN, FROZEN_SHA256, model_sha256, place_of, save_frozen
 from wardround.plan.weights import load_model as load_model
+from wardround.plan.weights import open_model as open_model
 from wardround.plan.weights import study_of as study_of
 from wardround.study.load import FOREIGN
 from wardround.study.methods import CustomMethod
@@ -55,7 +56,7 @@ def _scanners_of_given(start: Start, arm_specs: ArmSpecs) -> ModelProtocols:
     if not isinstance(start, FromRelease):
         return ModelProtocols(scanners={}, headers={})
     path = place_of(start, arm_specs.places)
-    written_in = load_model(path)[1].get(PROTOCOLS)
+    written_in = open_model(path)[1].get(PROTOCOLS)
     if written_in is None:
         return ModelProtocols(scanners={}, headers={})
     try:
@@ -167,7 +168,7 @@ def personal_part(path: Path, site: str | None) -> dict[str, Array]:
             f"the private part of site {site} cannot be read; restore it, or move it away to use the model without it",
             detail=f"{own}: {error}",
         ) from error
-    tensors, _ = load_model(path)
+    tensors, _ = open_model(path)
     if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in private.items()):
         raise DataError(
             f"the private part of site {site} belongs to another model; keep the two together as `wardround run` "
@@ -191,7 +192,7 @@ def serve(network: nn.Module, study: Study, metadata: Mapping[str, str], site: s
 
 def shared_sha256(path: Path) -> str:
     """The identity of a released model: the hash of its shared tensors, and of its frozen ones where it has any."""
-    return model_sha256(*load_model(path))
+    return model_sha256(*open_model(path))
 
 
 def as_tensor_file(tensors: Mapping[str, Array], path: Path) -> tuple[TensorFile, str]:

@@ -41,6 +41,8 @@ FORMAT = "wardround-model-1"
 #: Keys of a released model's metadata: the names of its frozen part, and the hash by which that is stored elsewhere.
 FROZEN, FROZEN_SHA256 = "frozen", "frozen_sha256"
 _FOLDER = "weights"
+# Bytes from which a model is read tensor by tensor.
+_LARGE = 64 << 20
 # A model of a site lies four folders below those of its run: models/SITE/ARM/model.safetensors.
 _ABOVE = 4
 
@@ -53,10 +55,56 @@ def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
     Raises `DataError` for anything else.
     """
-    try:
+    with _model_file(path):
+        return load_file(path), _metadata(path)
+
+
+def open_model(path: Path) -> tuple[Mapping[str, Array], dict[str, str]]:
+    """The same; the tensors of a large model are read one by one, when they are asked for.
+
+    Raises `DataError` for anything else, also while tensors are read.
+    """
+    with _model_file(path):
+        metadata = _metadata(path)
+        return (load_file(path) if path.stat().st_size < _LARGE else _Stored(path)), metadata
+
+
+class _Stored(Mapping[str, "Array"]):
+    """The tensors of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
         with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
+            self._names = tuple(file.keys())
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._names:
+            raise KeyError(name)
+        # The file is let go of each time, and with it the memory that shows it.
+        with _model_file(self._path), safe_open(str(self._path), framework="numpy") as file:
+            found: Array = file.get_tensor(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(str(path), framework="numpy") as file:
+        metadata: dict[str, str] = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise DataError("the file holds tensors, but it is not a model that `wardround run` wrote", detail=str(path))
+    return metadata
+
+
+@contextmanager
+def _model_file(path: Path) -> Iterator[None]:
+    """What goes wrong with a model's file, in words."""
+    try:
+        yield
     except PermissionError as error:
         raise DataError(f"the model file cannot be read ({reason(error)})", detail=str(path)) from error
     except (OSError, SafetensorError) as error:
@@ -64,9 +112,6 @@ def load_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
             "the model file cannot be read: it must be a .safetensors file that `wardround run` wrote",
             detail=f"{path}: {error}",
         ) from error
-    if metadata.get("format") != FORMAT:
-        raise DataError("the file holds tensors, but it is not a model that `wardround run` wrote", detail=str(path))
-    return tensors, metadata
 
 
 def study_of(path: Path, metadata: Mapping[str, str]) -> Study:
@@ -82,7 +127,7 @@ def study_of(path: Path, metadata: Mapping[str, str]) -> Study:
 
 def model_sha256(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
     """The identity of a released model: the hash of its shared tensors, and of its frozen ones where it has any."""
-    shared = tensors_sha256({name: tensors[name] for name in metadata["shared"].split(" ")})
+    shared = tensors_sha256(tensors, metadata["shared"].split(" "))
     frozen = metadata.get(FROZEN_SHA256)
     return shared if frozen is None else digest([shared, frozen])
 

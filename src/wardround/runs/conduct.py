@@ -19,8 +19,8 @@ from wardround.federation.exchange import Engine
 from wardround.federation.facts import SiteFacts, SiteSpending
 from wardround.federation.release import (
     CARD,
-    load_model,
     model_path,
+    open_model,
     save_frozen_part,
     save_release,
     scanners_of_arm,
@@ -255,7 +255,7 @@ def _conclude(
     # With privacy a step has as many patients as were drawn: what is expected, at most.
     batch = host.study.local.batch if rules is None else round(rules.patients_per_step * rules.examples_per_patient)
     model = out / "models" / f"{FEDERATED}.safetensors"
-    trained_on = read_protocols(load_model(model)[1], host.study)
+    trained_on = read_protocols(open_model(model)[1], host.study)
     result = Result(
         **dict(numbers),
         study=host.study.name,

@@ -32,6 +32,7 @@ def carrier(request: pytest.FixtureRequest) -> Carrier:
     return request.param
 
 
+@pytest.mark.slow
 def test_all_kinds_of_processes_are_killed_in_a_study(tmp_path: Path) -> None:
     with ward(tmp_path, holds=["A"], sites="AB", schedule={"rounds": 4, "min_sites": 2}) as made:
         made.begin()

@@ -230,6 +230,7 @@ class _Still:
 def test_the_process_opens_and_closes_what_carries_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, carrier, said = make_federation(tmp_path), _Still(), []
     monkeypatch.setattr(service, "open_carrier", lambda *_: carrier)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def end_it() -> None:
         _wait(place.status.exists)

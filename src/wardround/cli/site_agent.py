@@ -40,11 +40,16 @@ def start(
 
     resident = Resident(_site(folder), Limits(workers=workers))
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    resident.run(
-        stop, lambda: say(f"Site {resident.site} of federation {resident.federation.name} answers; stop it with Ctrl-C")
-    )
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    try:
+        resident.run(
+            stop,
+            lambda: say(f"Site {resident.site} of federation {resident.federation.name} answers; stop it with Ctrl-C"),
+        )
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
     say("Ended")
 
 

@@ -230,14 +230,18 @@ class _Still:
 def test_the_process_opens_and_closes_what_carries_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, carrier, said = make_federation(tmp_path), _Still(), []
     monkeypatch.setattr(service, "open_carrier", lambda *_: carrier)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def end_it() -> None:
         _wait(place.status.exists)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=end_it, daemon=True).start()
-    serve(place.root, say=said.append)
+    # Where tests run in the background of a shell, it is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=end_it, daemon=True).start()
+        serve(place.root, say=said.append)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert carrier.done == ["start", "close"]
     assert "sites reach it at localhost:8443" in said[0]
     status = status_of(tmp_path)

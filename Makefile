@@ -28,7 +28,7 @@ quietly = { $(1); } >>$(LOG) 2>&1 || { cat $(LOG); echo "The packages could not 
 federation-demo: $(STAMP)
 	$(BIN)/wardround federation demo --out runs/federation-demo
 
-.PHONY: demo federation-demo test test-all lint types docs wheel clean
+.PHONY: demo federation-demo test test-all test-faults lint types docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/wardround demo --out runs/demo
@@ -41,7 +41,12 @@ test: $(STAMP)
 # transformers is installed MONAI imports it, two seconds in each process, so `make test` does without.
 test-all: $(STAMP)
 	@$(call quietly,$(PIP) --editable '.[foundation,hospitals,page]')
-	$(PYTEST) --hypothesis-profile=full
+	$(PYTEST) --hypothesis-profile=full -m "not processes"
+
+# Federations of real processes on loopback, killed, halted and cut off: half an hour on 2 quiet cores.
+test-faults: $(STAMP)
+	@$(call quietly,$(PIP) --editable '.[hospitals,page]')
+	$(PYTEST) -m processes
 
 lint: $(STAMP)
 	$(BIN)/ruff check --no-cache .

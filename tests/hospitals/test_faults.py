@@ -19,6 +19,9 @@ from wardround.hospitals.coordinator.attendance import ALIVE
 from wardround.hospitals.coordinator.status import StudyStatus, read_status
 from wardround.hospitals.federation import Carrier
 
+# Minutes of whole federations whose processes are killed: `make test-faults`.
+pytestmark = pytest.mark.processes
+
 CLEAR: dict[str, Any] = {}
 #: The study waits for all sites: one that answers with an error does not make another model.
 ALL: dict[str, Any] = {"schedule": {"rounds": ROUNDS, "min_sites": 3}}

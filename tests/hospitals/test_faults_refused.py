@@ -25,6 +25,9 @@ from wardround.hospitals.site.control import resume, status_of, stop_all_work
 from wardround.hospitals.site.decisions import Decisions, Proposed
 from wardround.hospitals.site.review import review
 
+# Minutes of whole federations whose processes are killed: `make test-faults`.
+pytestmark = pytest.mark.processes
+
 ALL: dict[str, Any] = {"schedule": {"rounds": ROUNDS, "min_sites": 3}}
 
 
@@ -73,7 +76,7 @@ def test_the_copy_of_a_site_s_folder_is_not_let_in_beside_it(tmp_path: Path, rul
         made.federation.start("twin")
         made.wait(lambda: carrier_says(twin, "runs on two computers"), "a twin that is refused")
         result = made.finish()
-        assert made.said("site A: a second process of the site was refused")
+        assert made.said("site A: a second process of the site was refused"), made.events()
         assert status_of(twin)["answered"] == 0
         del made.federation.sites["twin"]
         same_model(made, result)

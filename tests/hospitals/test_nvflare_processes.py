@@ -20,7 +20,7 @@ from wardround.protection.identity import Identity
 
 pytest.importorskip("nvflare", reason="NVFlare is not installed")
 # NVFlare uses what its dependencies announce to remove, and a warning that is an error ends its connection.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 
 MB = 1 << 20
 

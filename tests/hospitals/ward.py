@@ -233,11 +233,6 @@ class Ward:
             return found is not None and any(text in event.text for event in found.events)
         return False
 
-    def events(self) -> list[str]:
-        """All that the coordinator noted, for a test that fails."""
-        found = read_status(self.federation.coordinator.status)
-        return [] if found is None else [event.text for event in found.events]
-
     def holding(self, site: str = SITES[0]) -> None:
         """Until a site is in the middle of a round, where it stays while the file `hold` is there."""
         reached = self.hold.with_suffix(".reached")

@@ -93,6 +93,11 @@ def over_all_studies(sites: SitesFile, folder: SiteFolder) -> SitesFile:
     return found.with_code() if sites.allows_code else found
 
 
+def sites_at(folder: SiteFolder) -> SitesFile:
+    """The site's own file as its agent and its reviews read it: with what is kept `over_all_studies`."""
+    return over_all_studies(load_sites(folder.site), folder)
+
+
 def files_in(folders: tuple[Path, ...], most: int = 100_000) -> tuple[int, int]:
     """How many files and folders lie in some folders, of which no name is kept; counting ends at `most` files.
 

@@ -23,7 +23,7 @@ from wardround.federation.facts import meta_of
 from wardround.federation.refusals import refusal
 from wardround.hospitals.federation import Federation
 from wardround.hospitals.folders import SiteFolder
-from wardround.hospitals.membership.site_file import over_all_studies
+from wardround.hospitals.membership.site_file import sites_at
 from wardround.hospitals.proposal import PROPOSE, PROPOSED
 from wardround.hospitals.signing import new_instance, signed
 from wardround.hospitals.site.approval import installed_code
@@ -35,7 +35,6 @@ from wardround.site.agreed import AgreedStudy, spec_of
 from wardround.site.egress import ACROSS_HOSPITALS
 from wardround.study.base import at
 from wardround.study.schema import Study
-from wardround.study.sites import load_sites
 from wardround.version import __version__
 from wardround.wire.files import reason as reason_of
 from wardround.wire.files import write_text
@@ -164,7 +163,7 @@ class Resident:
         # What it will import is what was approved.
         installed_code(found.study, anew=True)
         self.decisions.check_approved(found)
-        sites = over_all_studies(load_sites(self.folder.site), self.folder)
+        sites = sites_at(self.folder)
         agreed = AgreedStudy(found.study, found.folder.own, found.proposal.compare, found.proposal.plan_sha256)
         spec = spec_of(
             self.site,

@@ -10,6 +10,7 @@ from wardround.deidentify import describe_error
 from wardround.errors import StudyError, WardroundError
 from wardround.federation.expected import expected
 from wardround.hospitals.keys import fingerprint
+from wardround.hospitals.membership.site_file import sites_at
 from wardround.hospitals.proposal import Standing, named_code
 from wardround.hospitals.roster import SignedRoster
 from wardround.hospitals.site.approval import PENDING
@@ -29,7 +30,7 @@ from wardround.site.quarantine import summary
 from wardround.study.hashes import plan_sha256
 from wardround.study.load import load_study
 from wardround.study.schema import Study
-from wardround.study.sites import SiteData, SitesFile, load_sites
+from wardround.study.sites import SiteData, SitesFile
 from wardround.study.start import Fresh, FromRelease, FromWeights
 from wardround.tasks.task import Dataset, Headed
 from wardround.version import __version__
@@ -49,7 +50,7 @@ def review(decisions: Decisions, found: Proposed, *, allow_code: bool = False, f
     `allow_code` and `floor` are for tests, as those of `Resident`. Raises `WardroundError` where the site's own file
     cannot be read.
     """
-    sites = load_sites(decisions.folder.site)
+    sites = sites_at(decisions.folder)
     standing = decisions.standing(found.sha256)
     head = [_head(decisions, found, standing), _who(decisions, found)]
     try:
@@ -77,7 +78,7 @@ def review(decisions: Decisions, found: Proposed, *, allow_code: bool = False, f
 
 def _not_allowed(decisions: Decisions, found: Proposed, head: list[str]) -> Review:
     """A study that names code which this hospital does not allow: nothing of it is called, not even to look at it."""
-    allowed = load_sites(decisions.folder.site).of(decisions.site).plugins
+    allowed = sites_at(decisions.folder).of(decisions.site).plugins
     why = [
         f"{name} is code by its place, and no hospital runs such; the study must name an installed plug-in"
         if ":" in name
@@ -229,7 +230,7 @@ def _patients(host: Machine, site: str, dataset: Dataset | None, trouble: str) -
 def _code(decisions: Decisions, found: Proposed) -> str:
     """What runs here that is no part of the package, and what the model begins with."""
     binding = decisions.binding(found)
-    allowed = load_sites(decisions.folder.site).of(decisions.site).plugins
+    allowed = sites_at(decisions.folder).of(decisions.site).plugins
     lines = [entry("code", "none comes with a study: it names what is installed here, and this hospital allows it")]
     for part, name in named_code(found.study):
         version = binding.plugins.get(name) or "not installed here"
@@ -249,7 +250,7 @@ def _weights(found: Proposed, decisions: Decisions) -> str:
         return "none: the model begins with values drawn from the study's seed"
     if isinstance(start, FromRelease):
         return f"the released model {start.sha256}; it must be here: site.yaml says where (`start`)"
-    own = load_sites(decisions.folder.site).of(decisions.site)
+    own = sites_at(decisions.folder).of(decisions.site)
     file = own.start if own.start is not None and own.start.is_file() else None
     file = file or by_content(start.sha256, Path(start.file).name, searched(own.weights))
     where = "found here" if file is not None else "not found here: site.yaml says where they are (`start`, `weights`)"
@@ -257,7 +258,7 @@ def _weights(found: Proposed, decisions: Decisions) -> str:
 
 
 def _kept(decisions: Decisions, found: Proposed, study: Study) -> str:
-    own = load_sites(decisions.folder.site).of(decisions.site)
+    own = sites_at(decisions.folder).of(decisions.site)
     sealed = "encrypted with the key of site.yaml" if own.encryption_key else "not encrypted (`encryption_key`)"
     ledger = study.protection.privacy is not None
     return "\n".join(

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from tests.hospitals.lines import end
+
 
 class Hole:
     """Passes connections on to a port of loopback. `delay`: seconds that every piece takes.
@@ -37,12 +39,12 @@ class Hole:
     def cut(self) -> None:
         """End all connections; new ones are let through."""
         for each in list(self._open):
-            _end(each)
+            end(each)
 
     def close(self) -> None:
         """Be gone."""
         self._ended = True
-        _end(self._listening)
+        end(self._listening)
         self._listening.close()
         self.pass_on()
         self.cut()
@@ -77,13 +79,8 @@ class Hole:
                 self._passing.wait()
                 target.sendall(data)
         self._passing.wait()
-        _end(source)
-        _end(target)
-
-
-def _end(connection: socket.socket) -> None:
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        end(source)
+        end(target)
 
 
 @contextmanager

@@ -157,7 +157,7 @@ class CutLine:
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
         for each in list(self._open):
-            _end(each)
+            end(each)
         for thread in self._threads:
             thread.join(SECONDS)
 
@@ -202,11 +202,12 @@ class CutLine:
                     self.cut_now()
                     break
                 target.sendall(data)
-        _end(source)
-        _end(target)
+        end(source)
+        end(target)
 
 
-def _end(connection: socket.socket) -> None:
+def end(connection: socket.socket) -> None:
+    """End both ways of a connection, whatever became of it."""
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 

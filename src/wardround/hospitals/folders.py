@@ -7,39 +7,29 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class CoordinatorFolder:
-    """The folder of a federation at its coordinator."""
+class PartyFolder:
+    """What the coordinator and each site have alike."""
 
     root: Path
 
     @property
     def federation(self) -> Path:
-        """The federation's file."""
+        """The federation's file; a site's is as it was when the site joined."""
         return self.root / "federation.yaml"
 
     @property
-    def authority(self) -> Path:
-        """The folder of the private keys that sign certificates and the list of sites: it may be kept elsewhere."""
-        return self.root / "root"
-
-    @property
     def certificates(self) -> Path:
-        """The coordinator's own certificate and key, and the authority's certificate."""
+        """The party's own certificate and key for connections, and the authority's certificate."""
         return self.root / "certificates"
 
     @property
     def roster(self) -> Path:
-        """The list of sites and their keys, signed by the root."""
+        """The list of sites and their keys, signed by the root; a site's is the newest that it saw."""
         return self.root / "roster.json"
 
     @property
-    def kits(self) -> Path:
-        """The start-up kits, an archive a site."""
-        return self.root / "kits"
-
-    @property
     def studies(self) -> Path:
-        """A folder for each submitted study."""
+        """A folder for each study: by its name at the coordinator, by its hash at a site."""
         return self.root / "studies"
 
     @property
@@ -48,14 +38,34 @@ class CoordinatorFolder:
         return self.root / "spool"
 
     @property
+    def nvflare(self) -> Path:
+        """The start-up kits of NVFlare's processes, and what they keep."""
+        return self.root / "nvflare"
+
+    @property
+    def status(self) -> Path:
+        """What the party's process last said of itself, in JSON."""
+        return self.root / "status.json"
+
+
+@dataclass(frozen=True)
+class CoordinatorFolder(PartyFolder):
+    """The folder of a federation at its coordinator."""
+
+    @property
+    def authority(self) -> Path:
+        """The folder of the private keys that sign certificates and the list of sites: it may be kept elsewhere."""
+        return self.root / "root"
+
+    @property
+    def kits(self) -> Path:
+        """The start-up kits, an archive a site."""
+        return self.root / "kits"
+
+    @property
     def socket(self) -> Path:
         """The unix socket at which NVFlare's server jobs find the coordinator."""
         return self.root / "hub.sock"
-
-    @property
-    def nvflare(self) -> Path:
-        """The start-up kits of NVFlare's server and administrator, and its store of jobs."""
-        return self.root / "nvflare"
 
     @property
     def lock(self) -> Path:
@@ -66,11 +76,6 @@ class CoordinatorFolder:
     def token(self) -> Path:
         """The password of the page that shows the federation; it is made when the page is first opened."""
         return self.root / "page.token"
-
-    @property
-    def status(self) -> Path:
-        """What the coordinator's process last said of itself, of the sites and of the studies, in JSON."""
-        return self.root / "status.json"
 
 
 @dataclass(frozen=True)
@@ -106,15 +111,8 @@ class StudyFolder:
 
 
 @dataclass(frozen=True)
-class SiteFolder:
+class SiteFolder(PartyFolder):
     """The folder of a site that joined a federation. All that the site keeps of it is in here."""
-
-    root: Path
-
-    @property
-    def federation(self) -> Path:
-        """The federation's file, as it was when the site joined."""
-        return self.root / "federation.yaml"
 
     @property
     def site(self) -> Path:
@@ -122,29 +120,9 @@ class SiteFolder:
         return self.root / "site.yaml"
 
     @property
-    def certificates(self) -> Path:
-        """The site's certificate and key for the connection, and the authority's certificate."""
-        return self.root / "certificates"
-
-    @property
     def identity(self) -> Path:
         """The key that signs what the site says; it was made here and never leaves."""
         return self.root / "identity.key"
-
-    @property
-    def roster(self) -> Path:
-        """The newest list of sites and their keys that the root signed."""
-        return self.root / "roster.json"
-
-    @property
-    def studies(self) -> Path:
-        """A folder for each study that was proposed, by the study's hash."""
-        return self.root / "studies"
-
-    @property
-    def spool(self) -> Path:
-        """Bodies of messages that are under way."""
-        return self.root / "spool"
 
     @property
     def socket(self) -> Path:
@@ -160,13 +138,3 @@ class SiteFolder:
     def stopped(self) -> Path:
         """While this file is there, nothing runs and nothing leaves."""
         return self.root / "stopped"
-
-    @property
-    def status(self) -> Path:
-        """What the resident process last said of itself, in JSON."""
-        return self.root / "status.json"
-
-    @property
-    def nvflare(self) -> Path:
-        """The start-up kit of NVFlare's client."""
-        return self.root / "nvflare"

@@ -30,21 +30,6 @@ def held(lock: Path) -> Iterator[None]:
         yield
 
 
-def holder(lock: Path) -> int | None:
-    """The process id of what holds a lock; nothing where it is free."""
-    try:
-        file = lock.open("r")
-    except OSError:
-        return None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = file.read(32).strip()
-            return int(text) if text.isdecimal() else None
-    return None
-
-
 def is_held(lock: Path) -> bool:
     """Whether a process holds a lock now."""
     try:
@@ -57,3 +42,11 @@ def is_held(lock: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def holder(lock: Path) -> int | None:
+    """The process id of what holds a lock; nothing where it is free."""
+    if not is_held(lock):
+        return None
+    text = lock.read_text(encoding="ascii")[:32].strip()
+    return int(text) if text.isdecimal() else None

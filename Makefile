@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 LOG    := $(VENV)/install.log
 EXTRAS := demo,dev,privacy,compressed,seg,onnx,dicomweb
+# Named apart: a comma between brackets of a $(call ...) would end its argument.
+CARRIERS := hospitals,page
+EVERYTHING := foundation,$(CARRIERS)
 
 # Real images, where this machine has them. Empty or not set means none: no test that reads them runs then.
 WARDROUND_DATA ?= $(wildcard $(abspath ../shared/data))
@@ -24,14 +27,14 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --progress-ba
 # What pip says goes into a log, and to the terminal only where pip fails: $(call quietly,COMMAND).
 quietly = { $(1); } >>$(LOG) 2>&1 || { cat $(LOG); echo "The packages could not be installed: see above."; exit 1; }
 
-# Three made-up hospitals and their coordinator on this machine, each party a process with a folder of its own.
-federation-demo: $(STAMP)
-	$(BIN)/wardround federation demo --out runs/federation-demo
-
 .PHONY: demo federation-demo test test-all test-faults lint types docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/wardround demo --out runs/demo
+
+# Three made-up hospitals and their coordinator on this machine, each party a process with a folder of its own.
+federation-demo: $(STAMP)
+	$(BIN)/wardround federation demo --out runs/federation-demo
 
 # All but the long matrices, with a few examples of each law.
 test: $(STAMP)
@@ -40,12 +43,12 @@ test: $(STAMP)
 # Everything, the long matrices and many examples of each law as well, and what carries messages between hospitals. Where
 # transformers is installed MONAI imports it, two seconds in each process, so `make test` does without.
 test-all: $(STAMP)
-	@$(call quietly,$(PIP) --editable '.[foundation,hospitals,page]')
+	@$(call quietly,$(PIP) --editable '.[$(EVERYTHING)]')
 	$(PYTEST) --hypothesis-profile=full -m "not processes"
 
 # Federations of real processes on loopback, killed, halted and cut off: half an hour on 2 quiet cores.
 test-faults: $(STAMP)
-	@$(call quietly,$(PIP) --editable '.[hospitals,page]')
+	@$(call quietly,$(PIP) --editable '.[$(CARRIERS)]')
 	$(PYTEST) -m processes
 
 lint: $(STAMP)

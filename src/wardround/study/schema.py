@@ -47,6 +47,7 @@ from wardround.study.rules import check_evaluating_sites, check_given, check_pri
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 from wardround.study.teacher import TaughtBy
+from wardround.study.update import Update
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
 SiteName = Annotated[
@@ -188,6 +189,7 @@ class Study(Config):
         SerializeAsAny[MethodSettings], BeforeValidator(lambda value, info: read("method", value, info))
     ] = Field(default_factory=lambda: default("method"))
     start: Start = Field(Fresh(), description="what the model begins with, in every arm")
+    update: Update | None = Field(None, description="for a study that continues a release: what it must not lose")
     parts: Parts = Parts()
     adapters: Adapters = Field(NoAdapters(), description="what of a large network is trained beside frozen layers")
     local: Local = Local()

@@ -279,9 +279,9 @@ def _conclude(
             overhead=round(sum(line.coordinator_seconds for line in lines), 3),
         ),
         privacy=statement(host.study, spendings),
-        steps={name: arm.local.steps * host.study.schedule.rounds for name, arm in host.arms.items()},
+        steps={name: host.arm_spec(name).steps * host.study.schedule.rounds for name in host.arms},
         examples={
-            name: arm.local.steps * batch * host.study.schedule.rounds * len(arm.sites)
+            name: host.arm_spec(name).steps * batch * host.study.schedule.rounds * len(arm.sites)
             for name, arm in host.arms.items()
         },
         selected_round={name: release.number for name, release in releases.items()},

@@ -174,11 +174,19 @@ def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
     return "\n".join(
         (
             entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
+            *_passes(arm_spec),
             entry("rounds", f"{schedule.rounds}; released is {released}"),
             *(entry("phase", stint.describe()) for stint in arm_spec.curriculum.stints),
             entry("an update", _update(study)),
         )
     )
+
+
+def _passes(arm_spec: ArmSpec) -> Iterator[str]:
+    """The passes of a round, where there are several."""
+    passes = arm_spec.method.passes()
+    for number, one in enumerate(passes if len(passes) > 1 else (), start=1):
+        yield entry(f"pass {number}", one.describe(arm_spec.arm.local.steps))
 
 
 def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
@@ -226,7 +234,7 @@ def arms_lines(host: Machine) -> str:
     rounds = host.study.schedule.rounds
     rows = []
     for name, arm in host.arms.items():
-        steps = arm.local.steps * rounds
+        steps = host.arm_spec(name).steps * rounds
         data = ", ".join(arm.members) if len(arm.sites) == len(arm.members) else f"all of {', '.join(arm.members)}"
         rows.append((name, f"{steps:,}", f"{steps * arm.local.batch * len(arm.sites):,}", data))
     notes = []

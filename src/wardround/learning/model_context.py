@@ -33,7 +33,8 @@ def parameters_of(model: nn.Module, head: Sequence[str] = ()) -> tuple[Parameter
     """Every parameter and persistent buffer of a model, in the order of its state; `head` are patterns of its head."""
     owners = {
         f"{prefix}.{name}" if prefix else name: type(module).__name__
-        for prefix, module in model.named_modules()
+        # A part that stands in two places has two names in the state.
+        for prefix, module in model.named_modules(remove_duplicate=False)
         for name in (*module._parameters, *module._buffers)
     }
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from wardround.errors import WardroundError
 from wardround.learning.device import Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
+from wardround.learning.episodes import learned
 from wardround.learning.examples import Examples
+from wardround.learning.flat_step import stepped
 from wardround.learning.frozen import train_mode
 from wardround.learning.methods.method import Facts, LocalRound, Method
 from wardround.learning.model_context import ModelContext
@@ -24,6 +27,7 @@ from wardround.learning.momentum import averaged
 from wardround.learning.optimizer import build_optimizer, learning_rate, restore_optimizer, saved_optimizer
 from wardround.learning.policy import Policy
 from wardround.learning.private_training import PrivateTraining
+from wardround.learning.survey import Survey
 from wardround.models.adapters import folded_scale, with_folded
 from wardround.models.lead import Keeping, Layered
 from wardround.models.low_rank import is_first_factor, is_folded
@@ -77,6 +81,7 @@ class Learner:
         private: PrivateTraining | None = None,
         curriculum: Curriculum = WHOLE,
         shelf: Keeping | None = None,
+        least: int = 1,
     ) -> None:
         self.site = site
         self.dataset = dataset
@@ -95,6 +100,7 @@ class Learner:
         self._private = private
         self._curriculum = curriculum
         self._shelf = shelf
+        self._least = least
         self._composed: tuple[Mapping[str, Array], dict[str, Array]] | None = None
 
     @property
@@ -226,6 +232,7 @@ class Learner:
         """
         began = time.perf_counter()
         local, model = self._local, self._model_context.model
+        steps = self._examples.steps(local)
         torch.set_num_threads(self.compute.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         train_mode(model)
@@ -243,34 +250,42 @@ class Learner:
                 if name.startswith(METHOD)
             },
             number=number,
-            steps=local.steps,
+            steps=steps,
             learning_rate=local.lr,
             facts=Facts(len(self.dataset)),
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
+            survey=Survey(self.site, self.dataset, self._examples, local, self._seed, self._least),
         )
         self._method.begin(context)
+        episode = self._method.episode(context)
         optimizer = build_optimizer(self._curriculum.rated_parts(model), local)
         if local.optimizer_state == "keep":
             restore_optimizer(optimizer, memory.tensors)
         scaler = self.compute.scaler()
         total = torch.zeros((), device=self.compute.device)
-        indices = self._examples.of_round(number, local.steps * local.batch)
+        indices = self._examples.of_round(number, steps * local.batch)
         private, stint = self._private, self._curriculum.at(number)
         losses = Placed(self._curriculum.task(number, self.task), self.compute)
         # The optimiser knows all parameters, so that what it keeps has its place whichever of them learn.
         with (
             nullcontext() if stint is None else stint.holding(model),
             nullcontext() if private is None else private.round(context, self._method, memory.tensors, losses) as paid,
+            self._method.during(context),
         ):
-            for step in range(local.steps):
-                self._set_rates(optimizer, number, step)
+            for step in range(steps):
+                context.rate = self._set_rates(optimizer, number, step, steps)
                 optimizer.zero_grad(set_to_none=True)
                 context.step = step
                 if paid is None:
                     part = indices[step * local.batch : (step + 1) * local.batch]
-                    total += self._backward(context, part, step, scaler, losses)
+                    backward = partial(self._backward, context, part, step, scaler, losses)
+                    if episode is None:
+                        total += stepped(model, self._method.flat_step, backward, self.compute)
+                    else:
+                        again = partial(backward, changed=episode.changed)
+                        total += learned(model, episode.rate, backward, again, scaler.get_scale())
                     scaler.unscale_(optimizer)
                 else:
                     paid.backward(step)
@@ -282,14 +297,14 @@ class Learner:
                 scaler.step(optimizer)
                 scaler.update()
                 if self._progress is not None:
-                    self._progress(number, step + 1, local.steps)
-        mean = float(on_host(total)) / local.steps
+                    self._progress(number, step + 1, steps)
+        mean = float(on_host(total)) / steps
         if not math.isfinite(mean):
             raise TrainingFailed(
                 f"site {self.site}: the training loss of round {number} is not finite; lower local.lr or set "
                 "local.clip_norm"
             )
-        facts = Facts(len(self.dataset), self._validation_loss(losses))
+        context.facts = Facts(len(self.dataset), self._validation_loss(losses), mean)
         kept = {LOCAL + name: on_host(state[name]).copy() for name in self._policy.names("local")}
         told = None if paid is None else paid.told
         live = list(state.values())
@@ -298,6 +313,7 @@ class Learner:
             if told is None
             else told
         )
+        weights = self._method.round_weights(context, self._groups)
         kept |= {METHOD + name: array for name, array in as_arrays(context.memory, live).items()}
         if self._momentum > 0.0:
             changes, running = averaged(changes, memory.tensors, self._momentum)
@@ -308,20 +324,32 @@ class Learner:
             kept |= saved_optimizer(optimizer)
         return Trained(
             changes=changes,
-            weights=self._method.group_weights(facts, self._groups),
+            weights=weights,
             memory=kept,
             loss=mean,
             seconds=time.perf_counter() - began,
         )
 
+    def heard(self, trained: Trained, limits: Mapping[str, float]) -> Trained:
+        """The same with what the method keeps, where an update says no more of each tensor than `limits`."""
+        own = {n.removeprefix(METHOD): t for n, t in trained.memory.items() if n.startswith(METHOD)}
+        kept = self._method.heard(own, trained.changes, limits)
+        return replace(trained, memory={**trained.memory, **{METHOD + name: array for name, array in kept.items()}})
+
     def _backward(
-        self, context: LocalRound, indices: Sequence[int], step: int, scaler: torch.amp.GradScaler, losses: Losses
+        self,
+        context: LocalRound,
+        indices: Sequence[int],
+        step: int,
+        scaler: torch.amp.GradScaler,
+        losses: Losses,
+        changed: Callable[[Batch, int], Batch] = lambda batch, _: batch,
     ) -> Tensor:
         """The gradients of one batch, in place; its loss. Pieces of it go through the network one after another."""
         random = public_generator(self._seed, self.site, context.number, step, "augmentation")
         total, start = torch.zeros((), device=self.compute.device), 0
         for size in self._local.pieces:
-            batch = self.dataset.batch(indices[start : start + size], random)
+            batch = changed(self.dataset.batch(indices[start : start + size], random), start)
             loss = self._method.objective(context, losses.loss(context.model, batch))
             if size != len(indices):
                 loss = loss * (size / len(indices))
@@ -372,11 +400,11 @@ class Learner:
         losses = [float(on_host(task.loss(self._model_context.model, batch))) for _, batch in batches]
         return sum(losses) / len(losses)
 
-    def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int) -> None:
-        steps = self._local.steps
+    def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int, steps: int) -> float:
         rate = learning_rate(self._local, (number - 1) * steps + step, self._rounds * steps)
         for group, share in zip(optimizer.param_groups, self._curriculum.rates(number), strict=True):
             group["lr"] = share * rate
+        return rate
 
 
 def patients_in(dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")) -> dict[str, int]:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from wardround.study.base import Factory, Settings
+
+if TYPE_CHECKING:
+    from wardround.study.schema import Study
 
 #: What an amplitude holds before it is measured: none is negative. So far from 0 that the fixed point of the first
 #: round, which begins at four times a buffer's largest value, has room for amplitudes of any normalised image.
@@ -46,6 +49,9 @@ class MethodSettings(Settings):
     def spectrum(self) -> Spectrum | None:
         """What it needs of the amplitudes of images; `None` for nothing."""
         return None
+
+    def check(self, study: Study) -> None:
+        """Raise `ValueError` where the method means nothing with what else the study says."""
 
     def build(self, protocols: Mapping[str, Any]) -> Any:
         """The `wardround.learning.methods.Method`. `protocols`: the features (7,) of the training sites' scanners."""

@@ -291,7 +291,7 @@ class Auditor:
     @property
     def _own_words(self) -> str:
         local = self.study.local
-        return f"{local.steps} steps of {local.optimizer}, batch {local.batch}"
+        return f"{local.steps_of(len(self._dataset))} steps of {local.optimizer}, batch {local.batch}"
 
     def _victim(self, groups: Sequence[int | Sequence[int]], noise: Noise | None = None, seed: int = 0) -> Victim:
         """An update of one step for each group of examples."""
@@ -313,13 +313,13 @@ class Auditor:
         sent = tuple(-torch.from_numpy(np.asarray(merged[name])) for name in names)
         self._load()
         stream = ExampleStream(len(self._dataset), self.study.seed, self.site)
-        indices = SiteExamples(stream).of_round(1, local.steps * local.batch)
+        indices = SiteExamples(stream).of_round(1, local.steps_of(len(self._dataset)) * local.batch)
         batches = [
             self._dataset.batch(
                 indices[step * local.batch : (step + 1) * local.batch],
                 public_generator(self.study.seed, self.site, 1, step, "augmentation"),
             )
-            for step in range(min(local.steps, self.effort.local_steps))
+            for step in range(min(local.steps_of(len(self._dataset)), self.effort.local_steps))
         ]
         return victim_of(self._host.task, self._network, batches, self._shared, sent=sent)
 

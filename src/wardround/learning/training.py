@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from wardround.errors import WardroundError
 from wardround.learning.device import Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
+from wardround.learning.episodes import learned
 from wardround.learning.examples import Examples
+from wardround.learning.flat_step import stepped
 from wardround.learning.frozen import train_mode
-from wardround.learning.methods.method import Facts, LocalRound, Method
+from wardround.learning.methods.method import Episode, Facts, LocalRound, Method
 from wardround.learning.model_context import ModelContext
 from wardround.learning.momentum import averaged
 from wardround.learning.optimizer import (
@@ -33,6 +35,7 @@ from wardround.learning.own_passes import take_own
 from wardround.learning.passes import RECEIVED, Pass, held, parted, steps_in
 from wardround.learning.policy import Policy, Role
 from wardround.learning.private_training import PrivateTraining
+from wardround.learning.survey import Survey
 from wardround.models.adapters import folded_scale, with_folded
 from wardround.models.lead import Keeping, Layered
 from wardround.models.low_rank import is_first_factor, is_folded
@@ -86,6 +89,7 @@ class Learner:
         private: PrivateTraining | None = None,
         curriculum: Curriculum = WHOLE,
         shelf: Keeping | None = None,
+        least: int = 1,
     ) -> None:
         self.site = site
         self.dataset = dataset
@@ -105,6 +109,7 @@ class Learner:
         self._curriculum = curriculum
         self._shelf = shelf
         self._steps_taken = 0
+        self._least = least
         self._composed: tuple[Mapping[str, Array], dict[str, Array]] | None = None
 
     @property
@@ -229,6 +234,7 @@ class Learner:
         """
         began = time.perf_counter()
         local, model = self._local, self._model_context.model
+        steps = self._examples.steps(local)
         torch.set_num_threads(self.compute.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         train_mode(model)
@@ -254,14 +260,16 @@ class Learner:
                 if name.startswith(METHOD)
             },
             number=number,
-            steps=local.steps,
+            steps=steps,
             learning_rate=local.lr,
             facts=Facts(len(self.dataset)),
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
+            survey=Survey(self.site, self.dataset, self._examples, local, self._seed, self._least),
         )
         self._method.begin(context)
+        episode = self._method.episode(context)
         optimizer = build_optimizer(self._curriculum.rated_parts(model), local)
         if local.optimizer_state == "keep":
             restore_optimizer(optimizer, memory.tensors)
@@ -269,8 +277,9 @@ class Learner:
         self._steps_taken = 0
         mean, told = 0.0, None
         for taken in sent:
-            mean, told = self._walk(context, taken, state, optimizer, losses, memory) or (mean, told)
-        facts = Facts(len(self.dataset), self._validation_loss(losses) if self.weighs_by_validation else None)
+            mean, told = self._walk(context, taken, state, optimizer, losses, memory, episode) or (mean, told)
+        validated = self._validation_loss(losses) if self.weighs_by_validation else None
+        context.facts = Facts(len(self.dataset), validated, mean)
         # Beside its own values, a site keeps what stays there of the received model apart.
         prefix = RECEIVED if own else LOCAL
         kept = {prefix + name: on_host(state[name]).copy() for name in self._policy.names("local")}
@@ -280,6 +289,7 @@ class Learner:
             if told is None
             else told
         )
+        weights = self._method.round_weights(context, self._groups)
         if own:
             kept |= self._walk_own(context, own, state, losses, memory)
         kept |= {METHOD + name: array for name, array in as_arrays(context.memory, live).items()}
@@ -292,7 +302,7 @@ class Learner:
             kept |= saved_optimizer(optimizer)
         return Trained(
             changes=changes,
-            weights=self._method.group_weights(facts, self._groups),
+            weights=weights,
             memory=kept,
             loss=mean,
             seconds=time.perf_counter() - began,
@@ -306,13 +316,15 @@ class Learner:
         optimizer: torch.optim.Optimizer,
         losses: Losses,
         memory: Memory,
+        episode: Episode | None = None,
     ) -> tuple[float, dict[str, dict[str, Array]] | None] | None:
         """A pass: the mean loss of its steps, and what a site with privacy tells in whole numbers.
 
         `None` for a pass of a part in which nothing learns in this round.
         """
         local, model, number = self._local, self._model_context.model, context.number
-        context.taken, context.steps = taken, taken.steps_of(local.steps)
+        steps = self._examples.steps(local)
+        context.taken, context.steps = taken, taken.steps_of(steps)
         scaler = self.compute.scaler()
         total = torch.zeros((), device=self.compute.device)
         indices = self._examples.of_round(number, context.steps * local.batch)
@@ -322,18 +334,24 @@ class Learner:
             nullcontext() if stint is None else stint.holding(model),
             held(state, taken.held(self._policy)),
             nullcontext() if private is None else private.round(context, self._method, memory.tensors, losses) as paid,
+            self._method.during(context),
         ):
             if taken.trains != "all" and not any(p.requires_grad for p in model.parameters()):
                 return None
             self._method.begin_pass(context)
             for step in range(context.steps):
-                self._set_rates(optimizer, number, step, context.steps)
+                context.rate = self._set_rates(optimizer, number, step, context.steps)
                 optimizer.zero_grad(set_to_none=True)
                 context.step = step
                 self._method.begin_step(context)
                 if paid is None:
                     part = indices[step * local.batch : (step + 1) * local.batch]
-                    total += self._backward(context, part, step, scaler, losses)
+                    backward = partial(self._backward, context, part, step, scaler, losses)
+                    if episode is None:
+                        total += stepped(model, self._method.flat_step, backward, self.compute)
+                    else:
+                        again = partial(backward, changed=episode.changed)
+                        total += learned(model, episode.rate, backward, again, scaler.get_scale())
                     scaler.unscale_(optimizer)
                 else:
                     paid.backward(step)
@@ -346,7 +364,7 @@ class Learner:
                 scaler.update()
                 self._steps_taken += 1
                 if self._progress is not None:
-                    self._progress(number, self._steps_taken, steps_in(self._method.passes(), local.steps))
+                    self._progress(number, self._steps_taken, steps_in(self._method.passes(), steps))
             self._method.end_pass(context)
         mean = float(on_host(total)) / context.steps
         if not math.isfinite(mean):
@@ -383,14 +401,26 @@ class Learner:
         values, kept = take_own(context, passes, state, values, take, loss)
         return kept | {LOCAL + name: on_host(tensor) for name, tensor in values.items()}
 
+    def heard(self, trained: Trained, limits: Mapping[str, float]) -> Trained:
+        """The same with what the method keeps, where an update says no more of each tensor than `limits`."""
+        own = {n.removeprefix(METHOD): t for n, t in trained.memory.items() if n.startswith(METHOD)}
+        kept = self._method.heard(own, trained.changes, limits)
+        return replace(trained, memory={**trained.memory, **{METHOD + name: array for name, array in kept.items()}})
+
     def _backward(
-        self, context: LocalRound, indices: Sequence[int], step: int, scaler: torch.amp.GradScaler, losses: Losses
+        self,
+        context: LocalRound,
+        indices: Sequence[int],
+        step: int,
+        scaler: torch.amp.GradScaler,
+        losses: Losses,
+        changed: Callable[[Batch, int], Batch] = lambda batch, _: batch,
     ) -> Tensor:
         """The gradients of one batch, in place; its loss. Pieces of it go through the network one after another."""
         random = public_generator(self._seed, self.site, context.number, step, "augmentation")
         total, start = torch.zeros((), device=self.compute.device), 0
         for size in self._local.pieces:
-            batch = self.dataset.batch(indices[start : start + size], random)
+            batch = changed(self.dataset.batch(indices[start : start + size], random), start)
             loss = self._method.objective(context, losses.loss(context.model, batch))
             if size != len(indices):
                 loss = loss * (size / len(indices))
@@ -440,10 +470,11 @@ class Learner:
         losses = [float(on_host(task.loss(self._model_context.model, batch))) for _, batch in batches]
         return sum(losses) / len(losses)
 
-    def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int, steps: int) -> None:
+    def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int, steps: int) -> float:
         rate = learning_rate(self._local, (number - 1) * steps + step, self._rounds * steps)
         for group, share in zip(optimizer.param_groups, self._curriculum.rates(number), strict=True):
             group["lr"] = share * rate
+        return rate
 
 
 def patients_in(dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")) -> dict[str, int]:

@@ -172,6 +172,7 @@ def join(
 
 
 def _check(study: Study, site: str) -> None:
+    spectrum = study.method.spectrum
     if site in study.member_sites:
         raise StudyError(
             f"--site {site}: it trained the release, and has its part of it already; `wardround predict --site {site}` "
@@ -181,6 +182,11 @@ def _check(study: Study, site: str) -> None:
         raise StudyError(
             f"a release of method.kind={study.method.kind} has products folded into its weights, and no study of "
             "another method goes on from it; join a release of another method"
+        )
+    if spectrum is not None and spectrum.bank:
+        raise StudyError(
+            f"a release of method.kind={study.method.kind} holds amplitudes of each site that trained it, and has no "
+            "place for those of another; join a release of another method"
         )
 
 
@@ -241,7 +247,8 @@ def _home(
     values |= {
         "description": f"{site} joins a release of {before.name}",
         "sites": {site: {key: known[key] for key in ("acquisition",) if key in known}},
-        "method": {"kind": "fedavg", "weights": "equal"},
+        # An amplitude is a part of the network, which the release has.
+        "method": {"kind": "fedavg", "weights": "equal"} if before.method.spectrum is None else values["method"],
         "start": {"kind": "release", "file": START, "sha256": start},
         "parts": {"frozen": [*before.parts.frozen, *sorted(learns)]},
         "schedule": {"rounds": rounds},

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from wardround.errors import StudyError
 from wardround.learning.methods.build import build_method
+from wardround.learning.methods.feddg import BANK
 from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import UNSEEN
 from wardround.learning.model_context import ModelContext
@@ -189,7 +190,7 @@ class ArmSpecs:
 
     def _codec(self, arm: Arm) -> Codec:
         """How an arm's changes are written in whole numbers."""
-        study, whole = self.study, frozenset({BUFFERS, UNSEEN})
+        study, whole = self.study, frozenset({BUFFERS, UNSEEN, BANK})
         if self.lattice is None:
             return build_codec(arm.compression(study), study.seed, whole)
         assert study.protection.privacy is not None
@@ -202,6 +203,7 @@ class ArmSpecs:
         if name not in self._arm_specs:
             arm, specs = self.arms[name], self.task.metrics
             method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
+            method = method.within(self.study, len(arm.sites), self.model_context.model)
             arm.check_needs(method, self.study)
             self._check_passes(arm, method)
             policy = self._policy(arm, method)
@@ -225,7 +227,7 @@ class ArmSpecs:
                 curriculum=self.curriculum,
                 kinds=Kinds(
                     frozenset(policy.names("frozen")),
-                    frozenset(group.name for group in declared),
+                    method.side_channels.union(group.name for group in declared),
                     added_values(self.model_context.model),
                 ),
             )

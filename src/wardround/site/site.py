@@ -201,6 +201,8 @@ class Site:
         if inspector is not None and seen is not None:
             inspector.remember(seen, scales, trained.weights, trained.changes.get(MODEL, {}))
         largest = limits(layout, scales, trained.weights)
+        if not (self.rules.codec.turns or self.rules.codec.lags):
+            trained = learner.heard(trained, largest)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
         chunks = encode(
             layout,

@@ -5,6 +5,7 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
-from wardround.study.rules import check_evaluating_sites, check_given, check_privacy
+from wardround.study.rules import check_evaluating_sites, check_given, check_missing, check_privacy, check_spectrum
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 from wardround.study.teacher import TaughtBy
@@ -81,12 +82,25 @@ class StudySite(Config):
         description="unseen sites only: instead of patients of its own, its scanner sees the test patients of these "
         "sites (on one machine; the sites file then has no entry for it)",
     )
+    missing: tuple[str, ...] = Field(
+        (),
+        description="contrasts of `task.images`, as they stand there, that the site has of no patient: their files are "
+        "not looked for and their channels are 0. Segmentation, classification and chains of MRI; see "
+        "`task.drop_contrasts`",
+    )
 
 
 class Local(Config):
     """What a site does in one round."""
 
     steps: int = Field(20, ge=1, description="optimiser steps in a round")
+    passes: float | None = Field(
+        None,
+        gt=0.0,
+        le=1000.0,
+        description="in place of `steps`: passes over a site's own examples in a round, so that sites of more patients "
+        "take more steps (method.kind fednova weighs for it)",
+    )
     batch: int = Field(1, ge=1, description="examples in a step")
     accumulate: int = Field(
         1,
@@ -114,6 +128,21 @@ class Local(Config):
         """Numbers of examples that pass the network at once, in a step; the largest first."""
         size, larger = divmod(self.batch, self.accumulate)
         return (size + 1,) * larger + (size,) * (self.accumulate - larger)
+
+    def steps_of(self, examples: int) -> int:
+        """Optimiser steps in a round of a party with so many training examples.
+
+        Passes end with a whole batch, for which the next pass begins.
+        """
+        if self.passes is None:
+            return self.steps
+        return max(1, math.ceil(self.passes * examples / self.batch - 1e-9))
+
+    @model_validator(mode="after")
+    def _steps_or_passes(self) -> Local:
+        if self.passes is not None and "steps" in self.model_fields_set:
+            raise ValueError("`steps` and `passes` both say how long a round is; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _no_empty_piece(self) -> Local:
@@ -265,6 +294,8 @@ class Study(Config):
                     f"sites.{name}.scans: " + (f"{wrong[0]!r} {lacks}" if wrong else "only for `role: unseen`")
                 )
         check_evaluating_sites(self)
+        check_missing(self)
+        check_spectrum(self)
         if self.protection.robust is not None:
             try:
                 self.protection.robust.tolerated(len(training))
@@ -280,6 +311,13 @@ class Study(Config):
                 self.protection.threshold_for(len(training))
             except StudyError as error:
                 raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Study:
+        """Refuse what the method has no answer to; of a plug-in's once its settings are known."""
+        if self.trains and not self.method.closed:
+            self.method.check(self)
         return self
 
     @model_validator(mode="after")

@@ -127,10 +127,9 @@ def _jobs(host: Context) -> Iterator[_Job]:
         if not path.exists():
             raise DataError(f"models/{path.name} is missing: the run is not finished; run it again to resume")
         # Sites have what never changes.
-        frozen = host.arm_spec(name).policy.names("frozen")
-        whole = model_of_study(path, host.study_sha256, host.plan_sha256)
-        model = {name: tensor for name, tensor in whole.items() if name not in frozen}
-        body = as_tensor_file(model, host.out / "work" / "released" / folder)
+        frozen = frozenset(host.arm_spec(name).policy.names("frozen"))
+        model = model_of_study(path, host.study_sha256, host.plan_sha256)
+        body = as_tensor_file(model, host.out / "work" / "released" / folder, frozen)
         left_out = name.removeprefix("without/") if name.startswith("without/") else None
         for site in everywhere if left_out is None else (left_out,):
             trained_here = site in arm.members

@@ -40,7 +40,8 @@ class APFL(Method):
         if _ALPHA not in local.memory:
             local.memory[_ALPHA] = next(iter(local.shared.values())).new_full((), self.alpha)
         for name, tensor in local.trainable().items():
-            tensor.detach().copy_(local.memory.get(_OWN + name, local.anchor[name]))
+            # Without any yet, what the site's own values begin with.
+            tensor.detach().copy_(local.memory.get(_OWN + name, tensor.detach()))
 
     def begin_step(self, local: LocalRound) -> None:
         """Put v_bar into the model, and v aside."""

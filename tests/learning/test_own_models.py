@@ -182,6 +182,25 @@ def test_apfl_mixes_and_learns_the_share(tmp_path: Path, alpha_lr: float | None)
     assert (len(set(shares)) == 1) == (alpha_lr == 0.0)
 
 
+@pytest.mark.parametrize("kind", OWN)
+def test_a_site_goes_on_from_the_own_model_that_it_has_of_a_release(tmp_path: Path, kind: str) -> None:
+    """As where a study continues one: it has nothing else of an earlier round."""
+    method = {"kind": "ditto", "pull": 0.7} if kind == "ditto" else {"kind": "apfl", "alpha": 0.4, "alpha_lr": 0.0}
+    plain = Plain(method, tmp_path)
+    common = plain.received()
+    own = {n: t + 0.5 for n, t in common.items()}
+    plain.memory = Memory({f"local/{n}": t.numpy().astype(np.float32) for n, t in own.items()}, {})
+    for batch in plain.batches(1, STEPS):
+        if kind == "ditto":
+            slope = gradient(plain.network, own, batch)
+            own = {n: t - LR * (slope[n] + 0.7 * (t - common[n])) for n, t in own.items()}
+        else:
+            slope = gradient(plain.network, {n: 0.4 * own[n] + 0.6 * common[n] for n in own}, batch)
+            own = {n: t - LR * 0.4 * slope[n] for n, t in own.items()}
+    plain.round(1)
+    same(plain.kept(), own if kind == "ditto" else {n: 0.4 * own[n] + 0.6 * common[n] for n in own})
+
+
 def test_a_share_stays_within_0_and_1(tmp_path: Path) -> None:
     plain = Plain({"kind": "apfl", "alpha": 0.5, "alpha_lr": 1e6}, tmp_path)
     for number in (1, 2, 3):

@@ -20,6 +20,7 @@ from wardround.living.joining import join
 from wardround.runs.machine import Machine
 from wardround.runs.releases import ReleasedModel
 from wardround.runs.session import run
+from wardround.site.lineage import Lineage
 from wardround.study.sites import SitesFile
 
 Values = dict[str, Any]
@@ -130,6 +131,17 @@ def test_the_same_joining_gives_the_same_model(tmp_path: Path) -> None:
     one, other = (join(before, sites, "New", tmp_path / name, rounds=2, lr=0.1) for name in ("one", "other"))
     assert one.model.read_bytes() == other.model.read_bytes()
     assert one.to_json() == other.to_json()
+
+
+def test_the_hospital_records_whom_its_model_learned_from(tmp_path: Path) -> None:
+    named = {"kind": "custom", "factory": "tests.cohorts:CohortTask", "options": {}}
+    before, sites = released(tmp_path, {"kind": "fedavg"}, task=named)
+    found = join(before, sites, "New", tmp_path / "new", rounds=2, lr=0.1)
+    assert found.chosen == "joined"
+    lineage = Lineage(tmp_path / "new" / "work" / "sites" / "New" / "history")
+    model = shared_sha256(found.model)
+    assert lineage.ancestors(model) == (found.release,)
+    assert lineage.trained(model, [f"Doe-{n}" for n in range(8)]) == {f"Doe-{n}" for n in range(4)}
 
 
 def test_who_may_not_join(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from wardround.federation.release import (
     save_frozen_part,
     save_release,
     scanners_of_arm,
+    shared_sha256,
 )
+from wardround.imaging.datasets.split import SPLIT_NAMES
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.ditto import DittoSettings
 from wardround.learning.methods.method import LocalRound, Method
@@ -40,7 +42,9 @@ from wardround.plan.weights import frozen_part, model_sha256, save_frozen
 from wardround.protection.rounding import study_root
 from wardround.runs.machine import Machine
 from wardround.runs.releases import ReleasedModel
+from wardround.site.datasets import history_of
 from wardround.site.evaluators import Released
+from wardround.site.lineage import Lineage
 from wardround.site.patients import results_of
 from wardround.storage.journal import State
 from wardround.storage.store import NOTHING, Memory
@@ -53,6 +57,7 @@ from wardround.study.sites import SitesFile, load_sites
 from wardround.tasks.build import build_task
 from wardround.tasks.estimates import PatientEstimate, difference, estimate
 from wardround.tasks.states import value_of
+from wardround.tasks.task import Named
 from wardround.wire.files import write_text
 from wardround.wire.files import written as file_written
 
@@ -292,6 +297,8 @@ def _join(
     home = host.learner(replace(arm_spec, method=AtHome("equal")), site)
     joined = evaluator(home, arm_spec.method.release_for(None, best.public, {}), {}, "test")
     _write(host, arm_spec, released, path, best if chosen == "joined" else None)
+    if chosen == "joined":
+        _record(host, released, site, path)
     result = Joined(
         site=site,
         release=model_sha256(released.tensors, released.metadata),
@@ -352,6 +359,15 @@ def _rows(host: Machine, site: str, joined: Rows, reference: Rows) -> dict[str, 
         )
         for spec in specs
     }
+
+
+def _record(host: Machine, released: ReleasedModel, site: str, path: Path) -> None:
+    """Put on the site's own record which of its patients the model was trained, chosen and tested with."""
+    dataset, history = host.dataset(site), history_of(host.sites, host.out, site)
+    if isinstance(dataset, Named) and history is not None:
+        parts = {part: dataset.names(part) for part in SPLIT_NAMES}
+        parent = model_sha256(released.tensors, released.metadata)
+        Lineage(history).record(shared_sha256(path), parent, host.study_sha256, parts)
 
 
 def _write(host: Machine, arm_spec: ArmSpec, released: ReleasedModel, path: Path, best: _Candidate | None) -> None:

@@ -25,8 +25,8 @@ from wardround.audit.victims import Noise, control_victim, is_scan, singles, vic
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import model_of_study, personal_part
 from wardround.learning.examples import ExampleStream, SiteExamples
-from wardround.learning.methods.method import MODEL
 from wardround.learning.frozen import train_mode
+from wardround.learning.methods.method import MODEL
 from wardround.learning.optimizer import build_optimizer
 from wardround.plan.arms import FEDERATED
 from wardround.protection.lint import Finding, architecture_sha256, lint_against

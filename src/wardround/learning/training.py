@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from wardround.errors import WardroundError
 from wardround.learning.device import Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
 from wardround.learning.examples import Examples
+from wardround.learning.flat_step import stepped
 from wardround.learning.frozen import train_mode
 from wardround.learning.methods.method import Facts, LocalRound, Method
 from wardround.learning.model_context import ModelContext
@@ -226,6 +228,7 @@ class Learner:
         """
         began = time.perf_counter()
         local, model = self._local, self._model_context.model
+        steps = self._examples.steps(local)
         torch.set_num_threads(self.compute.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         train_mode(model)
@@ -243,7 +246,7 @@ class Learner:
                 if name.startswith(METHOD)
             },
             number=number,
-            steps=local.steps,
+            steps=steps,
             learning_rate=local.lr,
             facts=Facts(len(self.dataset)),
             private={name: state[name] for name in self._policy.names("local")},
@@ -256,21 +259,23 @@ class Learner:
             restore_optimizer(optimizer, memory.tensors)
         scaler = self.compute.scaler()
         total = torch.zeros((), device=self.compute.device)
-        indices = self._examples.of_round(number, local.steps * local.batch)
+        indices = self._examples.of_round(number, steps * local.batch)
         private, stint = self._private, self._curriculum.at(number)
         losses = Placed(self._curriculum.task(number, self.task), self.compute)
         # The optimiser knows all parameters, so that what it keeps has its place whichever of them learn.
         with (
             nullcontext() if stint is None else stint.holding(model),
             nullcontext() if private is None else private.round(context, self._method, memory.tensors, losses) as paid,
+            self._method.during(context),
         ):
-            for step in range(local.steps):
-                self._set_rates(optimizer, number, step)
+            for step in range(steps):
+                context.rate = self._set_rates(optimizer, number, step, steps)
                 optimizer.zero_grad(set_to_none=True)
                 context.step = step
                 if paid is None:
                     part = indices[step * local.batch : (step + 1) * local.batch]
-                    total += self._backward(context, part, step, scaler, losses)
+                    backward = partial(self._backward, context, part, step, scaler, losses)
+                    total += stepped(model, self._method.flat_step, backward, self.compute)
                     scaler.unscale_(optimizer)
                 else:
                     paid.backward(step)
@@ -282,14 +287,14 @@ class Learner:
                 scaler.step(optimizer)
                 scaler.update()
                 if self._progress is not None:
-                    self._progress(number, step + 1, local.steps)
-        mean = float(on_host(total)) / local.steps
+                    self._progress(number, step + 1, steps)
+        mean = float(on_host(total)) / steps
         if not math.isfinite(mean):
             raise TrainingFailed(
                 f"site {self.site}: the training loss of round {number} is not finite; lower local.lr or set "
                 "local.clip_norm"
             )
-        facts = Facts(len(self.dataset), self._validation_loss(losses))
+        context.facts = Facts(len(self.dataset), self._validation_loss(losses), mean)
         kept = {LOCAL + name: on_host(state[name]).copy() for name in self._policy.names("local")}
         told = None if paid is None else paid.told
         live = list(state.values())
@@ -298,6 +303,7 @@ class Learner:
             if told is None
             else told
         )
+        weights = self._method.round_weights(context, self._groups)
         kept |= {METHOD + name: array for name, array in as_arrays(context.memory, live).items()}
         if self._momentum > 0.0:
             changes, running = averaged(changes, memory.tensors, self._momentum)
@@ -308,11 +314,17 @@ class Learner:
             kept |= saved_optimizer(optimizer)
         return Trained(
             changes=changes,
-            weights=self._method.group_weights(facts, self._groups),
+            weights=weights,
             memory=kept,
             loss=mean,
             seconds=time.perf_counter() - began,
         )
+
+    def kept(self, trained: Trained, limits: Mapping[str, float]) -> dict[str, Array]:
+        """What the site keeps of a round whose update loses what lies beyond `limits` (`Method.heard`)."""
+        own = {n.removeprefix(METHOD): t for n, t in trained.memory.items() if n.startswith(METHOD)}
+        heard = self._method.heard(own, trained.changes, limits)
+        return {**trained.memory, **{METHOD + name: array for name, array in heard.items()}}
 
     def _backward(
         self, context: LocalRound, indices: Sequence[int], step: int, scaler: torch.amp.GradScaler, losses: Losses
@@ -372,11 +384,11 @@ class Learner:
         losses = [float(on_host(task.loss(self._model_context.model, batch))) for _, batch in batches]
         return sum(losses) / len(losses)
 
-    def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int) -> None:
-        steps = self._local.steps
+    def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int, steps: int) -> float:
         rate = learning_rate(self._local, (number - 1) * steps + step, self._rounds * steps)
         for group, share in zip(optimizer.param_groups, self._curriculum.rates(number), strict=True):
             group["lr"] = share * rate
+        return rate
 
 
 def patients_in(dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from wardround.study.models import ClassifierSettings, Preset
+from wardround.study.models import ClassifierSettings, Layer, Preset
 
 _DENSE: dict[Preset, tuple[int, int, tuple[int, ...]]] = {
     "tiny": (8, 4, (2, 2)),
@@ -24,6 +24,11 @@ class DenseNetSettings(ClassifierSettings):
 
         first, growth, blocks = _DENSE[self.preset]
         return DenseNet(dimensions, channels, classes, first, growth, blocks)
+
+    @property
+    def represents(self) -> Layer:
+        """What the last layer makes classes of."""
+        return Layer("class_layers.out", "input")
 
 
 _RESNET: dict[Preset, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
@@ -47,6 +52,11 @@ class ResNetSettings(ClassifierSettings):
             block, list(layers), list(planes), spatial_dims=dimensions, n_input_channels=channels, num_classes=classes
         )
 
+    @property
+    def represents(self) -> Layer:
+        """What the last layer makes classes of."""
+        return Layer("fc", "input")
+
 
 _EFFICIENT: dict[Preset, str] = {"tiny": "efficientnet-b0", "small": "efficientnet-b0", "paper": "efficientnet-b4"}
 
@@ -61,3 +71,8 @@ class EfficientNetSettings(ClassifierSettings):
         from monai.networks.nets import EfficientNetBN
 
         return EfficientNetBN(_EFFICIENT[self.preset], False, True, dimensions, channels, classes)
+
+    @property
+    def represents(self) -> Layer:
+        """What the last layer makes classes of, before any is dropped out."""
+        return Layer("_avg_pooling")

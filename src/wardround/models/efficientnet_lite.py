@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wardround.errors import StudyError
 from wardround.models.lead import Lead
-from wardround.study.models import ClassifierSettings
+from wardround.study.models import ClassifierSettings, Layer
 
 # Of each group of blocks: expansion, channels, blocks, stride of the first, kernel (Tan and Le, ICML 2019, table 1).
 _GROUPS = (
@@ -33,6 +33,11 @@ class EfficientNetLiteSettings(ClassifierSettings):
         if dimensions != 2:
             raise StudyError("model.kind: efficientnet_lite is for pictures; give task.dimensions 2, or take densenet")
         return EfficientNetLite(channels, classes, tiny=self.preset == "tiny")
+
+    @property
+    def represents(self) -> Layer:
+        """What the last layer makes classes of."""
+        return Layer("classifier", "input")
 
 
 class EfficientNetLite(nn.Module):

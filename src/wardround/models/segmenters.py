@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from wardround.errors import StudyError
-from wardround.study.models import Preset, PresetSettings
+from wardround.study.models import Layer, Preset, PresetSettings
 from wardround.study.tasks import Modality
 
 
@@ -48,6 +48,11 @@ class MonaiUNetSettings(NetworkSettings):
             norm=self.normalisation(),
         )  # fmt: skip
 
+    @property
+    def represents(self) -> Layer:
+        """The deepest level."""
+        return Layer("model" + ".1.submodule" * (len(_UNET[self.preset][0]) - 1))
+
 
 _SEGRESNET: dict[Preset, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "tiny": (8, (1, 1, 1), (1, 1)),
@@ -70,6 +75,11 @@ class SegResNetSettings(NetworkSettings):
         return SegResNet(
             dimensions, first, channels, outputs, norm=self.normalisation(), blocks_down=down, blocks_up=up
         )
+
+    @property
+    def represents(self) -> Layer:
+        """The deepest level."""
+        return Layer(f"down_layers.{len(_SEGRESNET[self.preset][1]) - 1}")
 
 
 _DYNUNET: dict[Preset, tuple[int, ...]] = {
@@ -96,6 +106,11 @@ class DynUNetSettings(NetworkSettings):
             norm_name=self.normalisation(),
         )  # fmt: skip
 
+    @property
+    def represents(self) -> Layer:
+        """The deepest level."""
+        return Layer("bottleneck")
+
 
 _SWIN: dict[Preset, int] = {"tiny": 12, "small": 24, "paper": 48}
 
@@ -119,3 +134,8 @@ class SwinUNETRSettings(NetworkSettings):
             raise StudyError(
                 "model.kind: swin_unetr needs the package einops: pip install 'wardround[swin]'"
             ) from error
+
+    @property
+    def represents(self) -> Layer:
+        """The deepest level."""
+        return Layer("encoder10")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from wardround.models.transformer import Encoder, EncoderSettings, Sizes
-from wardround.study.models import ClassifierSettings
+from wardround.study.models import ClassifierSettings, Layer
 
 
 class ViTSettings(ClassifierSettings, EncoderSettings):
@@ -18,6 +18,11 @@ class ViTSettings(ClassifierSettings, EncoderSettings):
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network."""
         return ViT(dimensions, channels, classes, self.sizes)
+
+    @property
+    def represents(self) -> Layer:
+        """What the head makes classes of."""
+        return Layer("head", "input")
 
 
 class ViT(nn.Module):

@@ -198,6 +198,7 @@ class ArmSpecs:
         if name not in self._arm_specs:
             arm, specs = self.arms[name], self.task.metrics
             method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
+            method = method.within(self.study, len(arm.sites), self.model_context.model)
             arm.check_needs(method, self.study)
             policy = self._policy(arm, method)
             shared = tuple(p for p in self.model_context.parameters if policy.roles[p.name] == "shared")

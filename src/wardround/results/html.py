@@ -166,5 +166,10 @@ def _training(run: Run) -> tuple[tuple[str, str, str], ...]:
         return ()
     steps, released = run.result.steps, run.result.selected_round
     return tuple(
-        (arm_words(run, arm), f"{steps[arm]:,}", f"{released[arm]:,}" if arm in released else "–") for arm in steps
+        (
+            arm_words(run, arm),
+            f"{steps[arm]:,}" if arm in steps else "by passes",
+            f"{released[arm]:,}" if arm in released else "–",
+        )
+        for arm in dict.fromkeys((*steps, *released))
     )

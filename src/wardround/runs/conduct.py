@@ -279,10 +279,15 @@ def _conclude(
             overhead=round(sum(line.coordinator_seconds for line in lines), 3),
         ),
         privacy=statement(host.study, spendings),
-        steps={name: arm.local.steps * host.study.schedule.rounds for name, arm in host.arms.items()},
+        steps={
+            name: arm.local.steps * host.study.schedule.rounds
+            for name, arm in host.arms.items()
+            if arm.local.passes is None
+        },
         examples={
             name: arm.local.steps * batch * host.study.schedule.rounds * len(arm.sites)
             for name, arm in host.arms.items()
+            if arm.local.passes is None
         },
         selected_round={name: release.number for name, release in releases.items()},
         fingerprint=fingerprints[-1],

@@ -25,7 +25,7 @@ from wardround.site.quarantine import summary
 from wardround.study.base import at
 from wardround.study.load import load_study
 from wardround.study.protection import Rotation, Subspace, TopK
-from wardround.study.schema import Study
+from wardround.study.schema import Local, Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
 from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.estimates import LEAST_PATIENTS
@@ -173,12 +173,19 @@ def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
             released += f", over the patients of {', '.join(study.evaluating_sites)} too"
     return "\n".join(
         (
-            entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
+            entry("a round", f"{_length(local)} of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
             entry("rounds", f"{schedule.rounds}; released is {released}"),
             *(entry("phase", stint.describe()) for stint in arm_spec.curriculum.stints),
             entry("an update", _update(study)),
         )
     )
+
+
+def _length(local: Local) -> str:
+    """How long a round is."""
+    if local.passes is None:
+        return f"{local.steps} steps"
+    return f"{local.passes:g} pass{'' if local.passes == 1 else 'es'} over a site's own examples, in steps"
 
 
 def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
@@ -227,8 +234,10 @@ def arms_lines(host: Machine) -> str:
     rows = []
     for name, arm in host.arms.items():
         steps = arm.local.steps * rounds
+        passes = arm.local.passes and arm.local.passes * rounds
         data = ", ".join(arm.members) if len(arm.sites) == len(arm.members) else f"all of {', '.join(arm.members)}"
-        rows.append((name, f"{steps:,}", f"{steps * arm.local.batch * len(arm.sites):,}", data))
+        counted = f"{steps:,}", f"{steps * arm.local.batch * len(arm.sites):,}"
+        rows.append((name, *(counted if passes is None else (f"of {passes:g} passes",) * 2), data))
     notes = []
     baselines = host.study.baselines
     if baselines:

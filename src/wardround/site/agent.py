@@ -446,7 +446,9 @@ class Agent:
             dataset = self._arm_specs.task.pooled(parts)
             offsets = tuple(sum(len(p) for p in parts[:i]) for i in range(len(parts)))
             streams = tuple(ExampleStream(len(p), study.seed, m) for p, m in zip(parts, arm.members, strict=True))
-            examples: SiteExamples | UnionExamples = UnionExamples(streams, offsets, study.seed)
+            each = () if study.local.passes is None else tuple(map(study.local.steps_of, map(len, parts)))
+            stretches = tuple(steps * study.local.batch for steps in each)
+            examples: SiteExamples | UnionExamples = UnionExamples(streams, offsets, study.seed, stretches)
         else:
             dataset = self._datasets.of(name)
             examples = SiteExamples(ExampleStream(len(dataset), study.seed, name))

@@ -204,6 +204,7 @@ class Site:
             inspector.remember(seen, scales, trained.weights, trained.changes.get(MODEL, {}))
         largest = limits(layout, scales, trained.weights)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
+        kept = learner.kept(trained, self.rules.codec.lost(largest, residual))
         chunks = encode(
             layout,
             scales,
@@ -213,7 +214,7 @@ class Site:
             rounding(self._rounding_root, self.name, header.round, scales, header.body_sha256),
         )
         keep = frozenset(int(n) for n in header.meta.get("keep", ()))
-        return chunks, Memory({**trained.memory, **residual}, {}), keep
+        return chunks, Memory({**kept, **residual}, {}), keep
 
     def _memory(self, number: int, aborted: Collection[int] = ()) -> Memory:
         """The private state after a round; before the first, the site's part of the release that is continued."""

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from wardround.study.base import Factory, Settings
+
+if TYPE_CHECKING:
+    from wardround.study.schema import Study
 
 
 class MethodSettings(Settings):
@@ -22,6 +25,9 @@ class MethodSettings(Settings):
     adds_up: ClassVar[bool] = False
     #: Whether it folds low-rank products into weights, for which the layers that have them need room.
     folds: ClassVar[bool] = False
+
+    def check(self, study: Study) -> None:
+        """Raise `ValueError` where the method means nothing with what else the study says."""
 
     def build(self, protocols: Mapping[str, Any]) -> Any:
         """The `wardround.learning.methods.Method`. `protocols`: the features (7,) of the training sites' scanners."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
@@ -14,6 +15,14 @@ from wardround.study.base import Settings
 from wardround.study.tasks import Modality
 
 Preset = Literal["tiny", "small", "paper"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module of a network by its name, and whether what goes into it or what comes out of it is meant."""
+
+    name: str
+    side: Literal["input", "output"] = "output"
 
 
 class ModelSettings(Settings):
@@ -38,6 +47,14 @@ class ModelSettings(Settings):
     @property
     def prompt_dimension(self) -> int | None:
         """Values of the embedding of a patient that it takes; `None` for a network that takes none."""
+        return None
+
+    @property
+    def represents(self) -> Layer | None:
+        """Where the network has what it says of an image as a whole: (B, F), tokens (B, T, F) or (B, F, *places).
+
+        `None` for a network that has no such layer.
+        """
         return None
 
     @property

@@ -111,6 +111,11 @@ def check_privacy(study: Study) -> None:
     if study.local.clip_norm is not None:
         raise ValueError("local.clip_norm: with protection.privacy, set protection.privacy.clip instead, and "
                          "remove this one (--set local.clip_norm=null)")  # fmt: skip
+    if study.local.passes is not None:
+        raise ValueError(
+            "local.passes: with protection.privacy the number of a site's steps must be a public constant, and passes "
+            "say how many examples it has; leave it out, and set local.steps"
+        )
     if study.local.accumulate > 1:
         raise ValueError(
             "local.accumulate: with protection.privacy gradients are those of single patients, which pass the network "

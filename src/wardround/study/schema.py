@@ -5,6 +5,7 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -87,6 +88,13 @@ class Local(Config):
     """What a site does in one round."""
 
     steps: int = Field(20, ge=1, description="optimiser steps in a round")
+    passes: float | None = Field(
+        None,
+        gt=0.0,
+        le=1000.0,
+        description="in place of `steps`: passes over a site's own examples in a round, so that sites of more patients "
+        "take more steps (method.kind fednova weighs for it)",
+    )
     batch: int = Field(1, ge=1, description="examples in a step")
     accumulate: int = Field(
         1,
@@ -114,6 +122,21 @@ class Local(Config):
         """Numbers of examples that pass the network at once, in a step; the largest first."""
         size, larger = divmod(self.batch, self.accumulate)
         return (size + 1,) * larger + (size,) * (self.accumulate - larger)
+
+    def steps_of(self, examples: int) -> int:
+        """Optimiser steps in a round of a party with so many training examples.
+
+        Passes end with a whole batch, for which the next pass begins.
+        """
+        if self.passes is None:
+            return self.steps
+        return max(1, math.ceil(self.passes * examples / self.batch - 1e-9))
+
+    @model_validator(mode="after")
+    def _steps_or_passes(self) -> Local:
+        if self.passes is not None and "steps" in self.model_fields_set:
+            raise ValueError("`steps` and `passes` both say how long a round is; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _no_empty_piece(self) -> Local:
@@ -281,6 +304,13 @@ class Study(Config):
                 self.protection.threshold_for(len(training))
             except StudyError as error:
                 raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Study:
+        """Refuse what the method has no answer to; of a plug-in's once its settings are known."""
+        if self.trains and not self.method.closed:
+            self.method.check(self)
         return self
 
     @model_validator(mode="after")

@@ -23,6 +23,8 @@ from wardround.wire.update import Aggregate, Group
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from wardround.study.schema import Study
+
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Weights = Literal["samples", "equal", "validation"]
@@ -43,10 +45,14 @@ def state_name(group: str, tensor: str) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a site knows of itself when it is weighed; only the weight leaves, inside the update."""
+    """What a site knows of itself when it is weighed; only the weight leaves, inside the update.
+
+    `loss` is the mean training loss of the round, once it is trained.
+    """
 
     samples: int
     validation_loss: float | None = None
+    loss: float | None = None
 
 
 @dataclass
@@ -58,7 +64,8 @@ class LocalRound:
     everything the coordinator broadcast, as arrays that `received` makes tensors of, `memory` the site's private
     tensors of this method: what a hook leaves there is kept for the next round and never sent. `private` are the live
     tensors that stay at the site, `initial` the initial values of the whole model; `step` counts from 0, and with
-    `seed` names public randomness.
+    `seed` names public randomness. `rate` is the learning rate of the step; what a hook puts into `scratch` is gone
+    after the round.
     """
 
     site: str
@@ -75,6 +82,8 @@ class LocalRound:
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     step: int = 0
+    rate: float = 0.0
+    scratch: dict[str, Any] = field(default_factory=dict)
 
     def received(self, name: str) -> Tensor:
         """A tensor of `public` on the device of the model, to be read and not changed."""
@@ -121,8 +130,15 @@ class Method:
 
     @property
     def discloses(self) -> str:
-        """What leaves a site by `side_channel`, for people to read; empty when nothing does."""
+        """What leaves a site beside its change of the model, for people to read; empty when nothing does."""
         return ""
+
+    def within(self, study: Study, sites: int, model: nn.Module) -> Method:
+        """The method as it works in an arm of a study with so many training sites; the same unless it depends on them.
+
+        Raises `StudyError` for a model that it cannot work with.
+        """
+        return self
 
     # What belongs to whom ------------------------------------------------------------------------------------------
 
@@ -172,6 +188,15 @@ class Method:
     def begin(self, local: LocalRound) -> None:
         """Called once the model is loaded and before the first step."""
 
+    def during(self, local: LocalRound) -> AbstractContextManager[Any]:
+        """A context that all steps of the round are taken in: hooks on layers, say, that are gone afterwards."""
+        return nullcontext()
+
+    @property
+    def flat_step(self) -> float:
+        """How far along its gradient a step looks for the gradient that it follows (`learning.flat_step`); 0: not."""
+        return 0.0
+
     def objective(self, local: LocalRound, loss: Tensor) -> Tensor:
         """The loss of a step, with whatever the method adds."""
         return loss
@@ -203,6 +228,19 @@ class Method:
     def group_weights(self, facts: Facts, groups: tuple[str, ...]) -> dict[str, float]:
         """The weight of every group; one and the same unless a method says otherwise."""
         return dict.fromkeys(groups, self.weight(facts))
+
+    def round_weights(self, local: LocalRound, groups: tuple[str, ...]) -> dict[str, float]:
+        """The weights of a round that was trained, of which `local.facts` now say the losses."""
+        return self.group_weights(local.facts, groups)
+
+    def heard(
+        self, memory: Mapping[str, Array], changes: Mapping[str, Mapping[str, Array]], limits: Mapping[str, float]
+    ) -> Mapping[str, Array]:
+        """What the site keeps of `memory`, once it is known what its update says of its `changes`.
+
+        What lies beyond `limits`, by group and tensor, is lost; of tensors without one nothing is (`Codec.lost`).
+        """
+        return memory
 
     # What a site may expect ----------------------------------------------------------------------------------------
 

@@ -117,6 +117,7 @@ def test_dropping_changes_training_alone(tmp_path: Path) -> None:
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_site_without_a_contrast_trains_is_told_of_and_predicted_for(tmp_path: Path) -> None:
     sites = make(tmp_path / "data", {**BOTH, "C": ("flair",)})
     study = study_of({**LACKING, "C": {"role": "unseen", "missing": ["t1ce"]}}, drop_contrasts=0.3)

@@ -131,14 +131,15 @@ class Amplitude(nn.Module):
     @staticmethod
     @torch.no_grad()
     def running(batches: Iterable[Tensor], momentum: float) -> Tensor:
-        """The running mean of the amplitudes of batches (B, C, *shape): A <- (1 - momentum) A + momentum A_batch.
+        """The running mean of the amplitudes of batches (B, C, *shape): A <- (1 - m) A + m A_batch.
 
-        A_batch is the mean over a batch; it begins with the first one.
+        A_batch is the mean over a batch, and m of batch n, from 1, is 1 / n as long as that is more than `momentum`: it
+        begins as the plain mean, of which no batch has a larger share than another.
         """
         found: Tensor | None = None
-        for images in batches:
-            own = spectrum_of(images).abs().mean(0)
-            found = own if found is None else (1.0 - momentum) * found + momentum * own
+        for number, images in enumerate(batches, 1):
+            own, share = spectrum_of(images).abs().mean(0), max(momentum, 1.0 / number)
+            found = own if found is None else (1.0 - share) * found + share * own
         if found is None:
             raise ValueError("no batch")
         return found

@@ -119,7 +119,7 @@ class Classification(ImageTask[ClassificationTask]):
         """The network: images (B, C, *size) -> logits (B, K)."""
         self.study.model.check_size(self.config.size)
         network = self._network(self.config.channels, len(self.config.classes))
-        return self._with_spectrum(network, self.config.size)
+        return self._with_spectrum(network, self.config.channels, self.config.size)
 
     def dataset(self, site: str, source: Source) -> DiagnosedDataset:
         """The images and classes of a site."""

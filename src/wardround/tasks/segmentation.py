@@ -132,7 +132,7 @@ class Segmentation(ImageTask[SegmentationTask]):
         self.study.model.check_size(self.config.patch)
         config = self.config
         network = build_outliner(self.study.model, config.dimensions, config.channels, len(self.structures))
-        return self._with_spectrum(network, config.patch)
+        return self._with_spectrum(network, config.channels, config.patch)
 
     def dataset(self, site: str, source: Source) -> LabelledDataset:
         """The images and masks of a site."""

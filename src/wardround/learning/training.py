@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -330,11 +330,11 @@ class Learner:
             seconds=time.perf_counter() - began,
         )
 
-    def heard(self, trained: Trained, limits: Mapping[str, float]) -> Trained:
-        """The same with what the method keeps, where an update says no more of each tensor than `limits`."""
+    def kept(self, trained: Trained, limits: Mapping[str, float]) -> dict[str, Array]:
+        """What the site keeps of a round whose update loses what lies beyond `limits` (`Method.heard`)."""
         own = {n.removeprefix(METHOD): t for n, t in trained.memory.items() if n.startswith(METHOD)}
-        kept = self._method.heard(own, trained.changes, limits)
-        return replace(trained, memory={**trained.memory, **{METHOD + name: array for name, array in kept.items()}})
+        heard = self._method.heard(own, trained.changes, limits)
+        return {**trained.memory, **{METHOD + name: array for name, array in heard.items()}}
 
     def _backward(
         self,

@@ -201,9 +201,8 @@ class Site:
         if inspector is not None and seen is not None:
             inspector.remember(seen, scales, trained.weights, trained.changes.get(MODEL, {}))
         largest = limits(layout, scales, trained.weights)
-        if not (self.rules.codec.turns or self.rules.codec.lags):
-            trained = learner.heard(trained, largest)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
+        kept = learner.kept(trained, self.rules.codec.lost(largest, residual))
         chunks = encode(
             layout,
             scales,
@@ -213,7 +212,7 @@ class Site:
             rounding(self._rounding_root, self.name, header.round, scales, header.body_sha256),
         )
         keep = frozenset(int(n) for n in header.meta.get("keep", ()))
-        return chunks, Memory({**trained.memory, **residual}, {}), keep
+        return chunks, Memory({**kept, **residual}, {}), keep
 
     @cached_property
     def _rounding_root(self) -> bytes:

@@ -252,9 +252,9 @@ class Method:
     def heard(
         self, memory: Mapping[str, Array], changes: Mapping[str, Mapping[str, Array]], limits: Mapping[str, float]
     ) -> Mapping[str, Array]:
-        """What the site keeps of `memory`, once it is known what its update says: nothing beyond `limits` of a tensor.
+        """What the site keeps of `memory`, once it is known what its update says of its `changes`.
 
-        `limits` are by group and tensor (`wire.update.limits`). Called where changes are sent as they are.
+        What lies beyond `limits`, by group and tensor, is lost; of tensors without one nothing is (`Codec.lost`).
         """
         return memory
 

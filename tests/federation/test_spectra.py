@@ -9,21 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
+from tests.examples import quickly
+from tests.federation.alignment import Away
 from tests.federation.pictures import Shown, picture_study
 from tests.federation.rig import Rig
 from tests.outlines import outline_study
 from tests.toys import toy_sites
-from wardround.errors import StudyError, Withheld
+from wardround.errors import StudyError, WardroundError, Withheld
 from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.methods.feddg import BANK
 from wardround.learning.methods.harmofl import running_weights
 from wardround.learning.survey import Survey
 from wardround.models.spectrum import Amplitude, spectrum_of
 from wardround.plan.arm_specs import ArmSpecs
+from wardround.runs.explain import explain
 from wardround.runs.session import run
+from wardround.study.hashes import written
 from wardround.study.methods import UNKNOWN_AMPLITUDE
+from wardround.study.sites import Egress, SiteData, SitesFile
 from wardround.wire.random import public_generator
 
 HARMOFL = {"kind": "harmofl", "alpha": 0.05, "amplitude": True}
@@ -236,17 +242,68 @@ def test_where_no_site_has_enough_patients_it_says_so(tmp_path: Path) -> None:
 # Both -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [HARMOFL, pytest.param(FEDDG, marks=pytest.mark.slow)], ids=["harmofl", "feddg"])
-def test_masks_change_nothing(tmp_path: Path, method: dict[str, Any]) -> None:
+OPTIONS = {"harmofl": (HARMOFL, {"mean": True}), "feddg": (FEDDG, BANKED)}
+FINE = {"max_sites": 4, "max_weight": 64.0, "initial_scale": 4.0}
+
+
+@pytest.mark.parametrize("name", quickly(OPTIONS, 0))
+def test_masks_change_nothing_and_a_hospital_that_did_not_train_is_measured(tmp_path: Path, name: str) -> None:
     """The mean of amplitudes and the bank are sums, as all else is."""
-    options = {"mean": True} if method is HARMOFL else BANKED
-    models = []
+    results = []
     for secure in (False, True):
         study = picture_study(
-            method, options, protection={"max_sites": 4, "max_weight": 64.0, "initial_scale": 4.0, "secure": secure}
+            *OPTIONS[name],
+            sites={"A": {}, "B": {}, "C": {}, "D": {"role": "unseen"}},
+            schedule={"rounds": 2, "release": "last"},
+            protection={**FINE, "secure": secure},
         )
-        models.append(run(study, toy_sites(tmp_path / f"data{secure}"), tmp_path / str(secure)))
-    assert models[0].model_sha256 == models[1].model_sha256
+        folder = tmp_path / str(secure)
+        results.append(run(study, toy_sites(folder, "ABCD"), folder / "out", engine="local", quiet=True))
+    assert results[0].model_sha256 == results[1].model_sha256
+    assert results[0].estimate("federated", "D", "r") is not None
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_run_that_goes_on_after_a_stop_comes_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    whole = Rig(picture_study(*OPTIONS[name]), tmp_path / "whole").train()
+    stopped = Rig(picture_study(*OPTIONS[name]), tmp_path / "stopped")
+    states = stopped.states()
+    assert [next(states).round for _ in range(2)] == [0, 1]
+    for site in stopped.sites.values():
+        site.close()
+    again = Rig(picture_study(*OPTIONS[name]), tmp_path / "stopped").train()
+    assert again.round == whole.round == 3
+    assert again.public_sha256 == whole.public_sha256
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_site_that_was_away_in_the_first_round_trains_with_what_others_gave(name: str, tmp_path: Path) -> None:
+    rig = Rig(picture_study(*OPTIONS[name], schedule={"rounds": 3, "keep": 4, "min_sites": 2}), tmp_path)
+    rig.sites["B"] = Away(rig.sites["B"], (1,))  # type: ignore[assignment]
+    state = rig.train()
+    assert [len(report.participants) for report in rig.journal.reports()] == [2, 3, 3]
+    if name == "feddg":
+        assert state.public[f"{BANK}/amplitude_bank.filled"].tolist() == pytest.approx([0.5, 0.5, 0, 0, 0.5, 0.5])
+    else:
+        own = [Amplitude.running(first_batches(rig, site), 0.1).numpy() for site in "AC"]
+        part = deepcopy(rig.host.model_context.model.amplitude)
+        part.mean.copy_(torch.from_numpy(state.public["buffers/amplitude.mean"]))
+        assert np.allclose(part.amplitude.numpy(), np.mean(own, axis=0), atol=2e-6)
+
+
+@pytest.mark.parametrize(("name", "said"), [("harmofl", "the mean amplitude of the"), ("feddg", "all sites and")])
+def test_check_says_what_leaves_beside_the_model(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(written(picture_study(*OPTIONS[name]))))
+    text = " ".join(explain(tmp_path / "study.yaml", None, (), (), allow_code=True).split())
+    assert said in text
+    assert "egress.minimum_cohort" in text
+
+
+def test_the_rules_of_a_site_s_own_file_count(tmp_path: Path) -> None:
+    study, sites = picture_study(HARMOFL, {"mean": True}), toy_sites(tmp_path)
+    strict = {name: SiteData(data=entry.data, egress=Egress(minimum_cohort=7)) for name, entry in sites.sites.items()}
+    with pytest.raises(WardroundError, match="withholds its mean amplitude"):
+        run(study, SitesFile(sites=strict).with_code(), tmp_path / "out", engine="local", quiet=True)
 
 
 @pytest.mark.parametrize(("method", "said"), [(HARMOFL, "has no amplitude of the images"), (FEDDG, "has no bank of")])

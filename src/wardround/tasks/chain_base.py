@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import count
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
@@ -114,7 +114,8 @@ class ChainBase(ImageTask[SettingsT], ABC):
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Of the images against those that were scanned, and of the diagnosis."""
         # A contrast that is not there is 0 in both: it adds nothing.
-        images, logits = model(batch.scans, batch.channels, there_of(batch))
+        there = there_of(batch)
+        images, logits = model(batch.scans, batch.channels, *(() if there is None else (there,)))
         found = {
             RECONSTRUCTION: self._image_loss(images.flatten(0, 1), batch.scans.target, batch.scans.body),
             DIAGNOSIS: self.diagnosis_loss(logits.float(), batch),
@@ -130,8 +131,9 @@ class ChainBase(ImageTask[SettingsT], ABC):
         with evaluating(model), torch.no_grad():
             pieces = parts_of(batch.scans, batch.channels, TOGETHER)
             there = there_of(batch)
-            given = (None if there is None else there[start : start + TOGETHER] for start in count(0, TOGETHER))
-            parts = [model(scans, batch.channels, part) for scans, part in zip(pieces, given, strict=False)]
+            whole: Iterable[tuple[Tensor, ...]] = repeat(())
+            given = whole if there is None else ((part,) for part in there.split(TOGETHER))
+            parts = [model(scans, batch.channels, *part) for scans, part in zip(pieces, given, strict=False)]
         images, logits = (torch.cat(each) for each in zip(*parts, strict=True))
         return images, logits.float()
 

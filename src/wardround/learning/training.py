@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wardround.errors import WardroundError
 from wardround.learning.device import Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
+from wardround.learning.episodes import learned
 from wardround.learning.examples import Examples
 from wardround.learning.flat_step import stepped
 from wardround.learning.frozen import train_mode
@@ -26,6 +27,7 @@ from wardround.learning.momentum import averaged
 from wardround.learning.optimizer import build_optimizer, learning_rate, restore_optimizer, saved_optimizer
 from wardround.learning.policy import Policy
 from wardround.learning.private_training import PrivateTraining
+from wardround.learning.survey import Survey
 from wardround.models.adapters import folded_scale, with_folded
 from wardround.models.lead import Keeping, Layered
 from wardround.models.low_rank import is_first_factor, is_folded
@@ -79,6 +81,7 @@ class Learner:
         private: PrivateTraining | None = None,
         curriculum: Curriculum = WHOLE,
         shelf: Keeping | None = None,
+        least: int = 1,
     ) -> None:
         self.site = site
         self.dataset = dataset
@@ -97,6 +100,7 @@ class Learner:
         self._private = private
         self._curriculum = curriculum
         self._shelf = shelf
+        self._least = least
         self._composed: tuple[Mapping[str, Array], dict[str, Array]] | None = None
 
     @property
@@ -252,8 +256,10 @@ class Learner:
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
+            survey=Survey(self.site, self.dataset, self._examples, local, self._seed, self._least),
         )
         self._method.begin(context)
+        episode = self._method.episode(context)
         optimizer = build_optimizer(self._curriculum.rated_parts(model), local)
         if local.optimizer_state == "keep":
             restore_optimizer(optimizer, memory.tensors)
@@ -275,7 +281,11 @@ class Learner:
                 if paid is None:
                     part = indices[step * local.batch : (step + 1) * local.batch]
                     backward = partial(self._backward, context, part, step, scaler, losses)
-                    total += stepped(model, self._method.flat_step, backward, self.compute)
+                    if episode is None:
+                        total += stepped(model, self._method.flat_step, backward, self.compute)
+                    else:
+                        again = partial(backward, changed=episode.changed)
+                        total += learned(model, episode.rate, backward, again, scaler.get_scale())
                     scaler.unscale_(optimizer)
                 else:
                     paid.backward(step)
@@ -327,13 +337,19 @@ class Learner:
         return {**trained.memory, **{METHOD + name: array for name, array in heard.items()}}
 
     def _backward(
-        self, context: LocalRound, indices: Sequence[int], step: int, scaler: torch.amp.GradScaler, losses: Losses
+        self,
+        context: LocalRound,
+        indices: Sequence[int],
+        step: int,
+        scaler: torch.amp.GradScaler,
+        losses: Losses,
+        changed: Callable[[Batch, int], Batch] = lambda batch, _: batch,
     ) -> Tensor:
         """The gradients of one batch, in place; its loss. Pieces of it go through the network one after another."""
         random = public_generator(self._seed, self.site, context.number, step, "augmentation")
         total, start = torch.zeros((), device=self.compute.device), 0
         for size in self._local.pieces:
-            batch = self.dataset.batch(indices[start : start + size], random)
+            batch = changed(self.dataset.batch(indices[start : start + size], random), start)
             loss = self._method.objective(context, losses.loss(context.model, batch))
             if size != len(indices):
                 loss = loss * (size / len(indices))

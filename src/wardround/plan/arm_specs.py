@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from wardround.errors import StudyError
 from wardround.learning.methods.build import build_method
+from wardround.learning.methods.feddg import BANK
 from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import UNSEEN
 from wardround.learning.model_context import ModelContext
@@ -185,7 +186,7 @@ class ArmSpecs:
 
     def _codec(self, arm: Arm) -> Codec:
         """How an arm's changes are written in whole numbers."""
-        study, whole = self.study, frozenset({BUFFERS, UNSEEN})
+        study, whole = self.study, frozenset({BUFFERS, UNSEEN, BANK})
         if self.lattice is None:
             return build_codec(arm.compression(study), study.seed, whole)
         assert study.protection.privacy is not None
@@ -221,7 +222,7 @@ class ArmSpecs:
                 curriculum=self.curriculum,
                 kinds=Kinds(
                     frozenset(policy.names("frozen")),
-                    frozenset(group.name for group in declared),
+                    method.side_channels.union(group.name for group in declared),
                     added_values(self.model_context.model),
                 ),
             )

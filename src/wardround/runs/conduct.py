@@ -41,7 +41,7 @@ from wardround.runs.folder import add_devices, alone, claim, mixed, without_in
 from wardround.runs.grouped import measured
 from wardround.runs.notes import left_out, notes_of
 from wardround.runs.protocols import read_protocols
-from wardround.runs.remarks import remarks_on_given
+from wardround.runs.remarks import remarks_on_given, remarks_on_missing
 from wardround.runs.rounds import RoundsFile
 from wardround.runs.statement import statement
 from wardround.runs.watching import Lines, Shielded, Watcher
@@ -296,6 +296,7 @@ def _conclude(
             *left_out(federated, _training(host, facts)),
             *mixed(fingerprints),
             *notes_of(lines),
+            *(f"{remark}." for remark in remarks_on_missing(host.study)),
             *remarks_on_given(host.study, host.places),
         ),
     )

@@ -477,6 +477,7 @@ class Agent:
             private=private,
             curriculum=arm_spec.curriculum,
             shelf=self.shelf,
+            least=self._egress.least,
         )
 
 

@@ -88,6 +88,64 @@ def check_evaluating_sites(study: Study) -> None:
             )
 
 
+def check_spectrum(study: Study) -> None:
+    """Refuse a method that uses amplitudes of images where there are none, or where their sum is none."""
+    asked, kind = study.method.spectrum, study.method.kind
+    if asked is None:
+        return
+    if not (study.task.spectral or study.task.closed):
+        raise ValueError(
+            f"method.kind={kind} uses the spectra of images that a network sees, and task.kind {study.task.kind} has "
+            "none of one shape; choose segmentation or classification, or another method"
+        )
+    if getattr(study.task, "imbalance", "none") == "balanced":
+        raise ValueError(
+            f"task.imbalance: balanced draws other examples than those asked for, so it is not known of how many "
+            f"patients the amplitudes of method.kind={kind} are; take weighted or logit_adjusted"
+        )
+    if asked.bank and study.protection.robust is not None:
+        raise ValueError(
+            f"method.kind={kind} cannot be combined with protection.robust: each site fills places of the bank that "
+            "no other fills, which a robust rule takes for outliers"
+        )
+
+
+def check_missing(study: Study) -> None:
+    """Refuse contrasts that no image of the task has, sites without any, and tasks in which none can be missing."""
+    images = study.task.may_lack
+    if getattr(study.task, "drop_contrasts", 0.0) and not images:
+        raise ValueError(
+            "task.drop_contrasts: needs at least two of task.images, and as many task.channels, a file a channel"
+        )
+    for name, site in study.sites.items():
+        key = f"sites.{name}.missing"
+        if not site.missing or study.task.closed:
+            continue
+        if not images:
+            raise ValueError(
+                f"{key}: the images of task.kind {study.task.kind} are not of several files, each a channel, of "
+                "which a site could lack one; leave it out"
+            )
+        if site.scans:
+            raise ValueError(f"{key}: its patients are those of {', '.join(site.scans)}, which lack what they lack")
+        if unknown := [contrast for contrast in site.missing if contrast not in images]:
+            raise ValueError(f"{key}: {unknown[0]!r} is none of task.images ({', '.join(images)})")
+        if set(site.missing) == set(images):
+            raise ValueError(f"{key}: the site would have no image at all; leave one contrast")
+
+
+def optional_contrasts(study: Study) -> frozenset[int]:
+    """The places in `task.images` that a released model does without.
+
+    All with `task.drop_contrasts`; else those that a site which trained it lacks.
+    """
+    images = study.task.may_lack
+    if getattr(study.task, "drop_contrasts", 0.0) > 0.0:
+        return frozenset(range(len(images)))
+    missing = {contrast for site in study.training_sites for contrast in study.sites[site].missing}
+    return frozenset(number for number, contrast in enumerate(images) if contrast in missing)
+
+
 def check_privacy(study: Study) -> None:
     """Refuse whatever would say something of a patient beside the noised gradients."""
     if study.protection.privacy is None:

@@ -44,7 +44,14 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
-from wardround.study.rules import check_evaluating_sites, check_given, check_privacy, check_update
+from wardround.study.rules import (
+    check_evaluating_sites,
+    check_given,
+    check_missing,
+    check_privacy,
+    check_spectrum,
+    check_update,
+)
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 from wardround.study.teacher import TaughtBy
@@ -81,6 +88,12 @@ class StudySite(Config):
         (),
         description="unseen sites only: instead of patients of its own, its scanner sees the test patients of these "
         "sites (on one machine; the sites file then has no entry for it)",
+    )
+    missing: tuple[str, ...] = Field(
+        (),
+        description="contrasts of `task.images`, as they stand there, that the site has of no patient: their files are "
+        "not looked for and their channels are 0. Segmentation, classification and chains of MRI; see "
+        "`task.drop_contrasts`",
     )
 
 
@@ -288,6 +301,8 @@ class Study(Config):
                     f"sites.{name}.scans: " + (f"{wrong[0]!r} {lacks}" if wrong else "only for `role: unseen`")
                 )
         check_evaluating_sites(self)
+        check_missing(self)
+        check_spectrum(self)
         check_update(self)
         if self.protection.robust is not None:
             try:

@@ -23,6 +23,7 @@ from wardround.wire.update import Aggregate, Group
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from wardround.learning.survey import Survey
     from wardround.study.schema import Study
 
 Array = npt.NDArray[Any]
@@ -55,6 +56,14 @@ class Facts:
     loss: float | None = None
 
 
+@dataclass(frozen=True)
+class Episode:
+    """How far the inner step goes, and what a piece of a batch, which begins at a place of it, is changed to."""
+
+    rate: float
+    changed: Callable[[Any, int], Any]
+
+
 @dataclass
 class LocalRound:
     """One round at a site, as hooks see it.
@@ -65,7 +74,7 @@ class LocalRound:
     tensors of this method: what a hook leaves there is kept for the next round and never sent. `private` are the live
     tensors that stay at the site, `initial` the initial values of the whole model; `step` counts from 0, and with
     `seed` names public randomness. `rate` is the learning rate of the step; what a hook puts into `scratch` is gone
-    after the round.
+    after the round. `survey` shows the site's training images.
     """
 
     site: str
@@ -84,6 +93,7 @@ class LocalRound:
     step: int = 0
     rate: float = 0.0
     scratch: dict[str, Any] = field(default_factory=dict)
+    survey: Survey | None = None
 
     def received(self, name: str) -> Tensor:
         """A tensor of `public` on the device of the model, to be read and not changed."""
@@ -127,6 +137,8 @@ class Method:
     #: `sum`: works on the sum of updates. `updates`: `apply` gets an aggregate that is `Updates` as well, so
     #: `protection.secure`, `compression` and `robust` are refused.
     needs: ClassVar[Literal["sum", "updates"]] = "sum"
+    #: Groups of shared tensors that tell of data, and not of what was learned: billed as a side channel.
+    side_channels: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def discloses(self) -> str:
@@ -191,6 +203,10 @@ class Method:
     def during(self, local: LocalRound) -> AbstractContextManager[Any]:
         """A context that all steps of the round are taken in: hooks on layers, say, that are gone afterwards."""
         return nullcontext()
+
+    def episode(self, local: LocalRound) -> Episode | None:
+        """What a step lowers beside the loss of its batch (`learning.episodes`); `None`: nothing."""
+        return None
 
     @property
     def flat_step(self) -> float:

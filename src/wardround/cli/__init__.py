@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from wardround import __version__
-from wardround.cli import audit, convert, logs, models, plan, study, submit, watch, weights
+from wardround.cli import audit, convert, joining, logs, models, plan, study, submit, watch, weights
 from wardround.cli.federation import federation_app
 from wardround.cli.shared import Commands, say
 from wardround.cli.site import site_app
@@ -74,6 +74,7 @@ for command in (
     plan.plan,
     study.partition,
     models.inspect,
+    joining.join,
 ):
     app.command()(command)
 # The older name of the same command.

@@ -18,6 +18,7 @@ from wardround.learning.methods.feddg import BANK
 from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import UNSEEN
 from wardround.learning.model_context import ModelContext
+from wardround.learning.passes import parted, steps_in
 from wardround.learning.policy import Policy, listed, matching
 from wardround.models.adapters import added_values
 from wardround.plan.arms import Arm, arms_of
@@ -60,6 +61,16 @@ class ArmSpec:
     codec: Codec
     curriculum: Curriculum
     kinds: Kinds
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The names of which each site has values of its own, beside those that it receives; none with most methods."""
+        return (*self.policy.names("shared"), *self.policy.names("local")) if self.method.keeps_model else ()
+
+    @property
+    def steps(self) -> int:
+        """The steps that a site takes in a round, in all passes."""
+        return steps_in(self.method.passes(), self.arm.local.steps)
 
 
 class ArmSpecs:
@@ -137,6 +148,7 @@ class ArmSpecs:
             checkpoint=study.local.checkpoint,
             aside=self.aside,
             trains=self.trains,
+            head=study.model.head_parts,
         )
 
     @cached_property
@@ -201,6 +213,7 @@ class ArmSpecs:
             method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
             method = method.within(self.study, len(arm.sites), self.model_context.model)
             arm.check_needs(method, self.study)
+            self._check_passes(arm, method)
             policy = self._policy(arm, method)
             shared = tuple(p for p in self.model_context.parameters if policy.roles[p.name] == "shared")
             private = tuple(p for p in self.model_context.parameters if policy.roles[p.name] == "local")
@@ -251,6 +264,15 @@ class ArmSpecs:
                 "less at the sites"
             )
         return method.policy(parameters).with_parts(frozen, local)
+
+    def _check_passes(self, arm: Arm, method: Method) -> None:
+        """Raise `StudyError` for passes that make no round, or that a privacy budget does not cover."""
+        parted(method.passes())
+        if len(method.passes()) > 1 and self.study.protection.privacy is not None:
+            raise StudyError(
+                f"method.kind={arm.method.kind} passes over the patients more than once in a round, and "
+                "protection.privacy counts one pass; choose another method, or leave out protection.privacy"
+            )
 
     def _check_shares_all(self, arm: Arm, method: Method, frozen: Collection[str]) -> None:
         """Raise `StudyError` where a part of a model that is measured as it is would be of each site."""

@@ -280,12 +280,12 @@ def _conclude(
         ),
         privacy=statement(host.study, spendings),
         steps={
-            name: arm.local.steps * host.study.schedule.rounds
+            name: host.arm_spec(name).steps * host.study.schedule.rounds
             for name, arm in host.arms.items()
             if arm.local.passes is None
         },
         examples={
-            name: arm.local.steps * batch * host.study.schedule.rounds * len(arm.sites)
+            name: host.arm_spec(name).steps * batch * host.study.schedule.rounds * len(arm.sites)
             for name, arm in host.arms.items()
             if arm.local.passes is None
         },

@@ -174,6 +174,7 @@ def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
     return "\n".join(
         (
             entry("a round", f"{_length(local)} of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
+            *_passes(arm_spec),
             entry("rounds", f"{schedule.rounds}; released is {released}"),
             *(entry("phase", stint.describe()) for stint in arm_spec.curriculum.stints),
             entry("an update", _update(study)),
@@ -186,6 +187,13 @@ def _length(local: Local) -> str:
     if local.passes is None:
         return f"{local.steps} steps"
     return f"{local.passes:g} pass{'' if local.passes == 1 else 'es'} over a site's own examples, in steps"
+
+
+def _passes(arm_spec: ArmSpec) -> Iterator[str]:
+    """The passes of a round, where there are several."""
+    passes = arm_spec.method.passes()
+    for number, one in enumerate(passes if len(passes) > 1 else (), start=1):
+        yield entry(f"pass {number}", one.describe(arm_spec.arm.local.steps))
 
 
 def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
@@ -233,7 +241,7 @@ def arms_lines(host: Machine) -> str:
     rounds = host.study.schedule.rounds
     rows = []
     for name, arm in host.arms.items():
-        steps = arm.local.steps * rounds
+        steps = host.arm_spec(name).steps * rounds
         passes = arm.local.passes and arm.local.passes * rounds
         data = ", ".join(arm.members) if len(arm.sites) == len(arm.members) else f"all of {', '.join(arm.members)}"
         counted = f"{steps:,}", f"{steps * arm.local.batch * len(arm.sites):,}"

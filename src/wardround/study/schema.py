@@ -23,6 +23,7 @@ from wardround.errors import StudyError
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.adapters import Adapters, NoAdapters
+from wardround.study.asynchronous import Asynchronous, check_asynchronous
 from wardround.study.base import Config, Settings
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
@@ -158,6 +159,10 @@ class Schedule(Config):
         "weighted; without phases all learn in every round, each loss with weight 1",
     )
 
+    asynchronous: Asynchronous | None = Field(
+        None, description="rounds that do not wait for a slow site; without it a round waits for all sites"
+    )
+
     @field_validator("phases")
     @classmethod
     def _phases_fit(cls, phases: tuple[Phase, ...], info: ValidationInfo) -> tuple[Phase, ...]:
@@ -265,6 +270,7 @@ class Study(Config):
                     f"sites.{name}.scans: " + (f"{wrong[0]!r} {lacks}" if wrong else "only for `role: unseen`")
                 )
         check_evaluating_sites(self)
+        check_asynchronous(self)
         if self.protection.robust is not None:
             try:
                 self.protection.robust.tolerated(len(training))

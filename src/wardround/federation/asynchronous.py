@@ -273,13 +273,11 @@ class AsynchronousCoordinator:
     def _resumed(self, number: int) -> _Buffer:
         """The round that was under way when the coordinator ended, its requests asked again; else an empty one."""
         fact = self._journal.fact(_UNDER_WAY)
-        value = {"round": 0} if fact is None else json.loads(fact)
-        if value["round"] not in (number - 1, number):
-            value = {"round": number, "asked": {}, "came": {}}
-        known: dict[str, int] = {site: base for site, base in value["asked"].items() if site in self._plan.sites}
-        came: dict[str, int] = {}
-        if value["round"] == number:
-            came = {site: base for site, base in value["came"].items() if site in self._plan.sites}
+        value = {"round": 0, "asked": {}, "came": {}} if fact is None else json.loads(fact)
+        # Between a round's commit and the next note its updates are still noted as what came.
+        asked, came = value["asked"], value["came"] if value["round"] == number else {}
+        known: dict[str, int] = {site: base for site, base in asked.items() if site in self._plan.sites}
+        came = {site: base for site, base in came.items() if site in self._plan.sites}
         # Those that had come go first, into the sum and on the line.
         self._first = set(came)
         buffer = _Buffer(number, came | known)

@@ -59,7 +59,6 @@ class Measured:
 def run_of(study: Any, folder: Path, pause: float) -> Measured:
     """A run of the study, timed."""
     from async_task import SLOW, engine_of, sites_file
-
     from wardround.results.files import read_rounds
     from wardround.runs.conduct import coordinate
     from wardround.runs.watching import Silent

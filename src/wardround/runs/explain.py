@@ -176,6 +176,7 @@ def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
             entry("a round", f"{_length(local)} of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
             *_passes(arm_spec),
             entry("rounds", f"{schedule.rounds}; released is {released}"),
+            *(entry("asynchronous" if not i else "", line) for i, line in enumerate(late_lines(study))),
             *(entry("phase", stint.describe()) for stint in arm_spec.curriculum.stints),
             entry("an update", _update(study)),
         )
@@ -196,6 +197,20 @@ def _passes(arm_spec: ArmSpec) -> Iterator[str]:
         yield entry(f"pass {number}", one.describe(arm_spec.arm.local.steps))
 
 
+def late_lines(study: Study) -> tuple[str, ...]:
+    """What rounds wait for, and what an update counts that comes late; nothing where they wait for all sites."""
+    rules = study.schedule.asynchronous
+    if rules is None:
+        return ()
+    count = len(study.training_sites)
+    return (
+        f"a round is committed with the first {rules.buffer} updates of {count} sites",
+        f"one whose state is t rounds older counts (1 + t)^-{rules.exponent:g} of a fresh one (public), at most "
+        f"{rules.max_staleness}",
+        f"each site believes in up to {rules.max_staleness} rounds without it when it looks at a model",
+    )
+
+
 def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
     """What the values of the model and its updates weigh; `wardround plan` counts whole messages."""
     study = host.study
@@ -204,7 +219,8 @@ def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
     nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
     sent = arm_spec.codec.sent(arm_spec.layout)
     down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
-    total = study.schedule.rounds * len(study.training_sites) * (down + up)
+    late = study.schedule.asynchronous
+    total = study.schedule.rounds * (len(study.training_sites) if late is None else late.buffer) * (down + up)
     return "\n".join(
         (
             entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),

@@ -24,6 +24,7 @@ from wardround.errors import StudyError
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.adapters import Adapters, NoAdapters
+from wardround.study.asynchronous import Asynchronous, check_asynchronous
 from wardround.study.base import Config, Settings
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
@@ -194,6 +195,10 @@ class Schedule(Config):
         "weighted; without phases all learn in every round, each loss with weight 1",
     )
 
+    asynchronous: Asynchronous | None = Field(
+        None, description="rounds that do not wait for a slow site; without it a round waits for all sites"
+    )
+
     @field_validator("phases")
     @classmethod
     def _phases_fit(cls, phases: tuple[Phase, ...], info: ValidationInfo) -> tuple[Phase, ...]:
@@ -304,6 +309,7 @@ class Study(Config):
         check_missing(self)
         check_spectrum(self)
         check_update(self)
+        check_asynchronous(self)
         if self.protection.robust is not None:
             try:
                 self.protection.robust.tolerated(len(training))

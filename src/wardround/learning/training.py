@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wardround.errors import WardroundError
 from wardround.learning.device import Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
+from wardround.learning.elastic import Pull
 from wardround.learning.examples import Examples
 from wardround.learning.frozen import train_mode
 from wardround.learning.methods.method import Facts, LocalRound, Method
@@ -77,6 +78,7 @@ class Learner:
         private: PrivateTraining | None = None,
         curriculum: Curriculum = WHOLE,
         shelf: Keeping | None = None,
+        pull: Pull | None = None,
     ) -> None:
         self.site = site
         self.dataset = dataset
@@ -95,12 +97,28 @@ class Learner:
         self._private = private
         self._curriculum = curriculum
         self._shelf = shelf
+        self._pull = pull
         self._composed: tuple[Mapping[str, Array], dict[str, Array]] | None = None
 
     @property
     def model(self) -> nn.Module:
         """The network, with whatever was loaded last."""
         return self._model_context.model
+
+    @property
+    def local(self) -> Local:
+        """What the site does in a round."""
+        return self._local
+
+    @property
+    def examples(self) -> Examples:
+        """Which training examples it takes, in order."""
+        return self._examples
+
+    @property
+    def seed(self) -> int:
+        """Of what is random and public."""
+        return self._seed
 
     @property
     def compute(self) -> Compute:
@@ -262,7 +280,7 @@ class Learner:
         # The optimiser knows all parameters, so that what it keeps has its place whichever of them learn.
         with (
             nullcontext() if stint is None else stint.holding(model),
-            nullcontext() if private is None else private.round(context, self._method, memory.tensors, losses) as paid,
+            nullcontext() if private is None else private.round(context, self._added, memory.tensors, losses) as paid,
         ):
             for step in range(local.steps):
                 self._set_rates(optimizer, number, step)
@@ -322,13 +340,18 @@ class Learner:
         total, start = torch.zeros((), device=self.compute.device), 0
         for size in self._local.pieces:
             batch = self.dataset.batch(indices[start : start + size], random)
-            loss = self._method.objective(context, losses.loss(context.model, batch))
+            loss = self._added(context, losses.loss(context.model, batch))
             if size != len(indices):
                 loss = loss * (size / len(indices))
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             start += size
         return total
+
+    def _added(self, context: LocalRound, loss: Tensor) -> Tensor:
+        """The loss of a step with what the method and the study add to it."""
+        loss = self._method.objective(context, loss)
+        return loss if self._pull is None else self._pull.on(context, loss)
 
     @torch.no_grad()
     def evaluate(self, split: Split, calibration: Calibration | None = None) -> dict[str, Array]:

@@ -109,7 +109,7 @@ class Machine(Context):
         study or the data; whatever else goes wrong at a site is left to the round.
         """
         for name in self.arms:
-            self.arm_spec(name)
+            self.pull(self.arm_spec(name))
         self.check_teacher()
         sites = self.remaining(self.study.sites)
         for number, site in enumerate(sites):

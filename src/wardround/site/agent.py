@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -23,6 +23,7 @@ from wardround.federation.release import (
     model_of_study,
     model_path,
     save_frozen_part,
+    save_model,
     save_release,
     scanners_of_arm,
 )
@@ -41,6 +42,7 @@ from wardround.site.budgets import PrivacyBudgets, spending_of
 from wardround.site.datasets import Datasets, history_of
 from wardround.site.egress import OPEN, EgressRules
 from wardround.site.evaluators import evaluators_of, own_model
+from wardround.site.finetuned import OF, FineTuned
 from wardround.site.groups import OwnGroups
 from wardround.site.measured import MeasuredSets
 from wardround.site.patients import PatientRows
@@ -396,11 +398,28 @@ class Agent:
             lambda: self.learner(arm_spec),
             store,
             protocol=self._protocol(arm_spec, models),
-            evaluators=evaluators_of(models, pictures, self._egress.least, labels=self._labels),
+            evaluators=evaluators_of(
+                models, pictures, self._egress.least, labels=self._labels, tuned=self._finetuned(arm_spec, models)
+            ),
             folder=models,
             rows=None if name == POOLED else self._rows,
             sets=None if name == POOLED else MeasuredSets(self._history),
         )
+
+    def _finetuned(self, arm_spec: ArmSpec, models: Path) -> FineTuned | None:
+        """How the site fine-tunes what the federation releases; `None` where it does not."""
+        arm, arm_specs = arm_spec.arm, self._arm_specs
+        update = arm_specs.study.update
+        if update is None or update.finetune is None or arm.name != FEDERATED or self.name not in arm.sites:
+            return None
+
+        def save(values: Mapping[str, Any], of: str) -> None:
+            scanners = scanners_of_arm(arm_specs, arm, {self.name: self.header_facts()})
+            own = {name: tensor for name, tensor in values.items() if name not in arm_specs.model_context.frozen}
+            rounds = arm_specs.study.schedule.rounds
+            save_model(arm_specs, arm_spec, own, rounds, scanners, own_model(models), {OF: of})
+
+        return FineTuned(update.finetune, own_model(models), save)
 
     @property
     def _labels(self) -> bool:
@@ -496,6 +515,7 @@ class Agent:
             private=private,
             curriculum=arm_spec.curriculum,
             shelf=self.shelf,
+            pull=self._arm_specs.pull(arm_spec) if name in arm.sites else None,
         )
 
 

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from wardround.errors import DataError, WireError
-from wardround.federation.measuring import BASELINE, OWN, RELEASED
+from wardround.federation.measuring import BASELINE, FINETUNED, OWN, RELEASED
 from wardround.learning.training import Learner
+from wardround.site.finetuned import FineTuned
 from wardround.site.pictures import write_illustrations, write_images
 from wardround.site.protocol import Evaluator
 from wardround.tasks.states import value_of
@@ -27,14 +28,19 @@ from wardround.wire.tensors import TensorFile
 Array = npt.NDArray[Any]
 
 
-def evaluators_of(models: Path, pictures: Path, least: int = 1, *, labels: bool = False) -> dict[str, Evaluator]:
+def evaluators_of(
+    models: Path, pictures: Path, least: int = 1, *, labels: bool = False, tuned: FineTuned | None = None
+) -> dict[str, Evaluator]:
     """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file.
+
+    `tuned` is what it fine-tunes from the released model, where the study says so.
 
     What leaves depends on no fewer than `least` validation patients' labels. With `labels` those choose thresholds and
     temperature at a site that the model does not serve as its own, too.
     """
-    released = Released(models, pictures, least, labels=labels)
-    return {RELEASED: released, BASELINE: Baseline(pictures), OWN: Own(models, released)}
+    released = Released(models, pictures, least, labels=labels, tuned=tuned)
+    own: dict[str, Evaluator] = {} if tuned is None else {FINETUNED: tuned}
+    return {RELEASED: released, BASELINE: Baseline(pictures), OWN: Own(models, released), **own}
 
 
 def own_model(models: Path) -> Path:
@@ -66,8 +72,11 @@ class Own:
 class Released:
     """The released model that the request carries, completed by the site's private part of it."""
 
-    def __init__(self, models: Path, pictures: Path, least: int, *, labels: bool = False) -> None:
+    def __init__(
+        self, models: Path, pictures: Path, least: int, *, labels: bool = False, tuned: FineTuned | None = None
+    ) -> None:
         self._models, self._pictures, self._least, self._labels = models, pictures, least, labels
+        self._tuned = tuned
 
     def __call__(
         self, learner: Learner, tensors: Mapping[str, Array] | None, meta: Mapping[str, Any], split: Split
@@ -93,6 +102,8 @@ class Released:
             if meta.get("picture") and isinstance(task, Imaging):
                 model = learner.model
                 write_images(self._pictures, str(meta["picture"]), learner, lambda b: task.reconstruct(model, b))
+        if self._tuned is not None and split == "test" and not unseen:
+            self._tuned.make(learner, {**tensors, **private})
         return values
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import DataError, JournalError, Rejected, Withheld
-from wardround.federation.measuring import BASELINE, REFERENCE
+from wardround.federation.measuring import BASELINE, FINETUNED, REFERENCE
 from wardround.plan.sums import PairedMean, evaluation_entries
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.site.cohorts import kept_back
@@ -147,6 +147,8 @@ class OwnResults:
 
     def row(self, header: Header) -> str:
         """The row that a request asks for; raises `Rejected` for one that the study does not have."""
+        if header.meta.get("evaluator") == FINETUNED:
+            return FINETUNED
         if header.meta.get("evaluator") != BASELINE:
             return self._arm
         name = header.meta.get(BASELINE)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 from wardround.errors import DataError
@@ -33,16 +34,52 @@ class KnownParts:
         self._folder = folder
         self._dealt: dict[str, dict[str, SplitName]] = {}
 
-    def deal(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
+    def deal(
+        self,
+        site: str,
+        names: Sequence[str],
+        split: Split,
+        seed: int,
+        role: Role,
+        fixed: Mapping[str, SplitName] = MappingProxyType({}),
+    ) -> Parts:
         """Who is in which part: those on record where they were, others as `deal_in` says (a `Deal`).
+
+        `fixed` holds, by name, who was in which part of a release that the study continues, whatever its role, seed
+        and shares then were. They keep the part: none of them tests what they trained, and where the site does not
+        train now, those who trained are in no part.
 
         Raises DataError where the record is damaged, and as `deal_in` does.
         """
         rule = digest([site, seed, split.validation, split.test, role])
-        parts = deal_in(site, names, split, seed, role, self._known(rule, names))
+        if role != "train" and "train" in fixed.values():
+            return self._held_out(site, names, split, seed, role, fixed)
+        parts = deal_in(site, names, split, seed, role, {**self._known(rule, names), **fixed})
         # Whoever is always tested needs no record.
         if role != "unseen":
-            self._dealt[rule] = {names[i]: part for part in SPLIT_NAMES for i in parts[part]}
+            self._dealt[rule] = {names[i]: part for part in SPLIT_NAMES for i in parts[part] if names[i] not in fixed}
+        return parts
+
+    def _held_out(
+        self,
+        site: str,
+        names: Sequence[str],
+        split: Split,
+        seed: int,
+        role: Role,
+        fixed: Mapping[str, SplitName],
+    ) -> Parts:
+        """The parts of a site that trained the release and does not train now: as if it did, without who trained."""
+        if role == "unseen":
+            tested = tuple(i for i, name in enumerate(names) if fixed.get(name, "test") == "test")
+            parts: Parts = {"train": (), "validation": (), "test": tested}
+        else:
+            parts = {**self.deal(site, names, split, seed, "train", fixed), "train": ()}
+        if not (parts["validation"] if role == "evaluate" else parts["test"]):
+            raise DataError(
+                f"site {site} does not train in this study, and all of its patients trained the release that the study "
+                "continues, so there is nobody left to measure on; add patients, or take the site out of the study"
+            )
         return parts
 
     def settle(self) -> None:

@@ -39,8 +39,8 @@ def taught_by_release(study: Study) -> TaskSettings | None:
     return task
 
 
-def check_update(study: Study) -> None:
-    """Refuse what an `update` cannot be combined with. Raises ValueError."""
+def check_retention(study: Study) -> None:
+    """Refuse what retention, memory and fine-tuning cannot be combined with. Raises ValueError."""
     update = study.update
     if update is None:
         return

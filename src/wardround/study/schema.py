@@ -43,12 +43,12 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
-from wardround.study.retention import check_fisher, check_update, taught_by_release
-from wardround.study.rules import check_evaluating_sites, check_given, check_privacy
+from wardround.study.retention import check_fisher, check_retention, taught_by_release
+from wardround.study.rules import check_evaluating_sites, check_given, check_privacy, check_update
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 from wardround.study.teacher import TaughtBy
-from wardround.study.update import Distilled, Elastic, FisherFile, Update
+from wardround.study.update import PARENT, Distilled, Elastic, FisherFile, Update
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
 SiteName = Annotated[
@@ -231,7 +231,7 @@ class Study(Config):
         """What an `update` means for the other sections, before those are looked at."""
         if (taught := taught_by_release(self)) is not None:
             self.__dict__["task"] = taught
-        check_update(self)
+        check_retention(self)
         check_fisher(self)
         return self
 
@@ -275,6 +275,7 @@ class Study(Config):
                     f"sites.{name}.scans: " + (f"{wrong[0]!r} {lacks}" if wrong else "only for `role: unseen`")
                 )
         check_evaluating_sites(self)
+        check_update(self)
         if self.protection.robust is not None:
             try:
                 self.protection.robust.tolerated(len(training))
@@ -310,7 +311,7 @@ class Study(Config):
         """Raises StudyError for a classical method that is none, or not for what the sites' scanners measure."""
         scanner = self.scanner
         for name in named:
-            if name in RESERVED_NAMES:
+            if name in RESERVED_NAMES or name == PARENT:
                 raise StudyError(f"task.evaluation.baselines: {name!r} is a reserved name")
             if name in BASELINES and not scanner.closed:
                 check_baseline(name, baseline(name), self.modality)
@@ -370,6 +371,16 @@ class Study(Config):
     def trains(self) -> bool:
         """Whether anything is trained; else the model that the study starts from is measured."""
         return self.schedule.rounds > 0
+
+    @property
+    def continues(self) -> str | None:
+        """The release (`model_sha256`) that the study continues, with a section `update`; `None` for other studies."""
+        return self.start.sha256 if self.update is not None and isinstance(self.start, FromRelease) else None
+
+    @property
+    def compared_rows(self) -> tuple[str, ...]:
+        """The rows of the results that no arm trains: baselines, and the release that the study continues."""
+        return self.baselines if self.update is None else (*self.baselines, PARENT)
 
     @property
     def training_sites(self) -> tuple[str, ...]:

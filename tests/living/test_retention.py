@@ -113,8 +113,12 @@ def test_fisher_information_is_the_mean_of_the_sites_squared_gradients(parent: R
     # Nothing was trained: what is released is the parent, to every bit, and so is what is tested.
     result = read_result(fisher.parent.parent)
     assert result.model_sha256 == parent.model_sha256
-    kept = (result.out / "work" / "sites").rglob("*")
-    assert not [path for path in kept if path.suffix == ".safetensors"]
+    # No site keeps its own squares.
+    for site, mine in zip("ABC", by_hand, strict=True):
+        files = [path for path in (result.out / "work" / "sites" / site).rglob("*") if path.is_file()]
+        assert len(files) > 1
+        own = mine["3.weight"].numpy().tobytes()
+        assert not any(own in path.read_bytes() for path in files)
 
 
 def test_more_steps_than_examples_count_none_twice_and_fewer_take_the_first(parent: Result, fisher: Path) -> None:
@@ -156,7 +160,7 @@ def test_a_masked_sum_is_the_same_and_so_is_one_that_was_interrupted(
 def held(parent: Result, fisher: Path, weight: float, sites: Sequence[str] = "A", **changes: Any) -> Study:
     """A study that goes on from the parent, held by its Fisher information."""
     named = {"file": "fisher/models/fisher.safetensors", "sha256": file_sha256(fisher)}
-    update = {"retain": {"kind": "ewc", "weight": weight, "fisher": named}}
+    update = {"train_on": "all", "retain": {"kind": "ewc", "weight": weight, "fisher": named}}
     values = {
         "schedule": {"rounds": 1},
         "local": {"steps": 4, "batch": 2, "optimizer": "sgd", "lr": 0.05},
@@ -215,7 +219,7 @@ def test_a_pull_of_weight_zero_computes_the_bits_of_none_and_a_resumed_run_those
     with pytest.raises(Interrupted):
         go(study, parent.out.parent / "resumed")
     assert go(study, parent.out.parent / "resumed").model_sha256 == whole.model_sha256
-    none = held(parent, fisher, 0.0, "ABC").model_copy(update={"update": Update()})
+    none = held(parent, fisher, 0.0, "ABC").model_copy(update={"update": Update(train_on="all")})
     assert (
         go(none, parent.out.parent / "none").model_sha256
         == go(held(parent, fisher, 0.0, "ABC"), parent.out.parent / "zero").model_sha256
@@ -376,7 +380,7 @@ def test_lwf_trains_with_the_parent_as_its_teacher(tmp_path: Path) -> None:
     begun = {"kind": "release", "file": "parent", "sha256": first.model_sha256}
 
     def go_on(out: str, retain: Mapping[str, Any]) -> Floats:
-        study = outline_study({"A": {}}, start=begun, update={"retain": retain}, seed=9, **quick)
+        study = outline_study({"A": {}}, start=begun, update={"retain": retain, "train_on": "all"}, seed=9, **quick)
         result = run(study, sites, tmp_path / out, engine="local", quiet=True, near=tmp_path)
         return load_model(model_path(result.out, "federated"))[0]
 

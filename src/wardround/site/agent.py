@@ -45,6 +45,7 @@ from wardround.site.own_parts import carried_part
 from wardround.site.patients import PatientRows
 from wardround.site.protocol import SiteProtocol
 from wardround.site.quarantine import counted, keep_list
+from wardround.site.renewed import check_some
 from wardround.site.rules import rules_of
 from wardround.site.secure import SecureUpload
 from wardround.site.shelf import Shelf, check_disk, shelf_of
@@ -467,6 +468,8 @@ class Agent:
             examples: SiteExamples | UnionExamples = UnionExamples(streams, offsets, study.seed)
         else:
             dataset = self._datasets.of(name)
+            if name in arm.sites:
+                check_some(name, len(dataset), study.update)
             examples = SiteExamples(ExampleStream(len(dataset), study.seed, name))
         report, robust = self._progress, arm.robust(study)
         private = None

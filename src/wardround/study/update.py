@@ -92,6 +92,7 @@ class FineTune(Config):
         """With both numbers."""
         return f"{self.steps} steps at each site, lr {self.lr:g}; the site's own, and sent nowhere"
 
+
 #: The row of the results with what the release gives that a study continues.
 PARENT = "parent"
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wardround.errors import WardroundError
 from wardround.learning.device import Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
+from wardround.learning.elastic import Pull
 from wardround.learning.episodes import learned
 from wardround.learning.examples import Examples
 from wardround.learning.flat_step import stepped
@@ -90,6 +91,7 @@ class Learner:
         curriculum: Curriculum = WHOLE,
         shelf: Keeping | None = None,
         least: int = 1,
+        pull: Pull | None = None,
     ) -> None:
         self.site = site
         self.dataset = dataset
@@ -110,12 +112,28 @@ class Learner:
         self._shelf = shelf
         self._steps_taken = 0
         self._least = least
+        self._pull = pull
         self._composed: tuple[Mapping[str, Array], dict[str, Array]] | None = None
 
     @property
     def model(self) -> nn.Module:
         """The network, with whatever was loaded last."""
         return self._model_context.model
+
+    @property
+    def local(self) -> Local:
+        """What the site does in a round."""
+        return self._local
+
+    @property
+    def examples(self) -> Examples:
+        """Which training examples it takes, in order."""
+        return self._examples
+
+    @property
+    def seed(self) -> int:
+        """Of what is random and public."""
+        return self._seed
 
     @property
     def compute(self) -> Compute:
@@ -333,7 +351,7 @@ class Learner:
         with (
             nullcontext() if stint is None else stint.holding(model),
             held(state, taken.held(self._policy)),
-            nullcontext() if private is None else private.round(context, self._method, memory.tensors, losses) as paid,
+            nullcontext() if private is None else private.round(context, self._added, memory.tensors, losses) as paid,
             self._method.during(context),
         ):
             if taken.trains != "all" and not any(p.requires_grad for p in model.parameters()):
@@ -421,13 +439,18 @@ class Learner:
         total, start = torch.zeros((), device=self.compute.device), 0
         for size in self._local.pieces:
             batch = changed(self.dataset.batch(indices[start : start + size], random), start)
-            loss = self._method.objective(context, losses.loss(context.model, batch))
+            loss = self._added(context, losses.loss(context.model, batch))
             if size != len(indices):
                 loss = loss * (size / len(indices))
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             start += size
         return total
+
+    def _added(self, context: LocalRound, loss: Tensor) -> Tensor:
+        """The loss of a step with what the method and the study add to it."""
+        loss = self._method.objective(context, loss)
+        return loss if self._pull is None else self._pull.on(context, loss)
 
     @torch.no_grad()
     def evaluate(self, split: Split, calibration: Calibration | None = None) -> dict[str, Array]:

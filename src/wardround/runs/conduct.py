@@ -23,6 +23,7 @@ from wardround.federation.release import (
     CARD,
     model_path,
     open_model,
+    save_beside,
     save_frozen_part,
     save_release,
     scanners_of_arm,
@@ -201,6 +202,7 @@ def _release(
         found = ask_release(host, engine, arm_spec, release.number, release.aborted)
         if name == FEDERATED:
             private = found
+            save_beside(host, arm_spec, release, model_path(host.out, arm_spec.arm.folder).parent)
     return private
 
 

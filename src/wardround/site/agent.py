@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property, partial
@@ -18,6 +18,7 @@ from wardround.federation.grouped import GROUPS, SiteGroups
 from wardround.federation.plans import plan_of
 from wardround.federation.refusals import refusal
 from wardround.federation.release import (
+    save_model,
     save_release,
     scanners_of_arm,
 )
@@ -37,12 +38,14 @@ from wardround.site.datasets import Datasets, history_of
 from wardround.site.delivery import Deliveries
 from wardround.site.egress import OPEN, EgressRules
 from wardround.site.evaluators import Continued, PrivatePart, evaluators_of, own_model
+from wardround.site.finetuned import OF, FineTuned
 from wardround.site.groups import OwnGroups
 from wardround.site.measured import MeasuredSets
 from wardround.site.own_parts import carried_part
 from wardround.site.patients import PatientRows
 from wardround.site.protocol import SiteProtocol
 from wardround.site.quarantine import counted, keep_list
+from wardround.site.renewed import check_some
 from wardround.site.rules import rules_of
 from wardround.site.secure import SecureUpload
 from wardround.site.shelf import Shelf, check_disk, shelf_of
@@ -366,12 +369,28 @@ class Agent:
                 self._egress.least,
                 labels=self._labels,
                 continued=None if carried is None else Continued(carried, name in arm_spec.arm.sites),
+                tuned=self._finetuned(arm_spec, models),
             ),
             carried=carried,
             folder=models,
             rows=None if name == POOLED else self._rows,
             sets=None if name == POOLED else MeasuredSets(self._history),
         )
+
+    def _finetuned(self, arm_spec: ArmSpec, models: Path) -> FineTuned | None:
+        """How the site fine-tunes what the federation releases; `None` where it does not."""
+        arm, arm_specs = arm_spec.arm, self._arm_specs
+        update = arm_specs.study.update
+        if update is None or update.finetune is None or arm.name != FEDERATED or self.name not in arm.sites:
+            return None
+
+        def save(values: Mapping[str, Any], of: str) -> None:
+            scanners = scanners_of_arm(arm_specs, arm, {self.name: self.header_facts()})
+            own = {name: tensor for name, tensor in values.items() if name not in arm_specs.model_context.frozen}
+            rounds = arm_specs.study.schedule.rounds
+            save_model(arm_specs, arm_spec, own, rounds, scanners, own_model(models), {OF: of})
+
+        return FineTuned(update.finetune, own_model(models), save)
 
     def _carried(self, arm: Arm) -> PrivatePart | None:
         """What the site has of the release that the study continues; an arm of one party shares all with itself."""
@@ -451,6 +470,8 @@ class Agent:
             examples: SiteExamples | UnionExamples = UnionExamples(streams, offsets, study.seed, stretches)
         else:
             dataset = self._datasets.of(name)
+            if name in arm.sites:
+                check_some(name, len(dataset), study.update)
             examples = SiteExamples(ExampleStream(len(dataset), study.seed, name))
         report, robust = self._progress, arm.robust(study)
         private = None
@@ -478,6 +499,7 @@ class Agent:
             curriculum=arm_spec.curriculum,
             shelf=self.shelf,
             least=self._egress.least,
+            pull=self._arm_specs.pull(arm_spec) if name in arm.sites else None,
         )
 
 

@@ -15,6 +15,7 @@ from wardround.site.egress import EgressRules, strictest
 from wardround.site.identifiers import check_identifiers
 from wardround.site.lineage import Lineage
 from wardround.site.quarantine import check_share
+from wardround.site.renewed import renewed
 from wardround.site.splits import KnownParts
 from wardround.study.sites import Egress, SitesFile
 from wardround.study.tasks import Split
@@ -77,6 +78,16 @@ class Datasets:
             self._parts[site].settle()
 
     def _deal(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
+        parts = self._deal_listed(site, names, split, seed, role)
+        study, history = self._arm_specs.study, history_of(self._sites, self._folder, site)
+        if study.update is None or not study.trains:
+            return parts
+        release = study.continues
+        known = Lineage(history).trained(release, names) if release and history else frozenset[str]()
+        return renewed(site, names, parts, role, study.update, known, history or Path())
+
+    def _deal_listed(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
+        """The parts of the patients whom the site's list names, or of all."""
         entry = self._sites.sites.get(site)
         if entry is None or entry.patients is None:
             return self._deal_all(site, names, split, seed, role)

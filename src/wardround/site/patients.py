@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import DataError, JournalError, Rejected, Withheld
-from wardround.federation.measuring import BASELINE, CONTINUED, REFERENCE
+from wardround.federation.measuring import BASELINE, CONTINUED, FINETUNED, REFERENCE
 from wardround.plan.sums import PairedMean, evaluation_entries
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.site.cohorts import kept_back
@@ -148,6 +148,8 @@ class OwnResults:
     def row(self, header: Header) -> str:
         """The row that a request asks for; raises `Rejected` for one that the study does not have."""
         evaluator = header.meta.get("evaluator")
+        if evaluator == FINETUNED:
+            return FINETUNED
         if evaluator not in (BASELINE, CONTINUED):
             return self._arm
         # The release that a study continues is a row of its own, which no request may give another name.

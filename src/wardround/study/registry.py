@@ -92,6 +92,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "flora": "wardround.learning.methods.flora:FLoRASettings",
         "fedsa_lora": "wardround.learning.methods.fedsa_lora:FedSALoRASettings",
         "feddg": "wardround.learning.methods.feddg:FedDGSettings",
+        "fisher": "wardround.learning.methods.fisher:FisherSettings",
         "custom": "wardround.study.methods:CustomMethod",
     },
     "acquisition": {

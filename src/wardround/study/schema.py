@@ -45,6 +45,7 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
+from wardround.study.retention import check_fisher, check_retention, taught_by_release
 from wardround.study.rules import (
     check_evaluating_sites,
     check_given,
@@ -56,7 +57,7 @@ from wardround.study.rules import (
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 from wardround.study.teacher import TaughtBy
-from wardround.study.update import PARENT, Update
+from wardround.study.update import PARENT, Distilled, Elastic, FisherFile, Update
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
 SiteName = Annotated[
@@ -267,6 +268,15 @@ class Study(Config):
         return self
 
     @model_validator(mode="after")
+    def _continues(self) -> Study:
+        """What an `update` means for the other sections, before those are looked at."""
+        if (taught := taught_by_release(self)) is not None:
+            self.__dict__["task"] = taught
+        check_retention(self)
+        check_fisher(self)
+        return self
+
+    @model_validator(mode="after")
     def _sites_fit(self, info: ValidationInfo) -> Study:
         training = self.training_sites
         if not self.trains:
@@ -371,14 +381,19 @@ class Study(Config):
         start = self.start if isinstance(self.start, FromWeights | FromRelease) else None
 
         def below(
-            named: FromWeights | FromRelease | FromAdapter | TaughtBy | None, others: tuple[Path, ...] = ()
+            named: FromWeights | FromRelease | FromAdapter | TaughtBy | FisherFile | None, others: tuple[Path, ...] = ()
         ) -> tuple[Path, ...]:
             return () if named is None else others or ((near / named.file).absolute(),)
 
+        retain = None if self.update is None else self.update.retain
+        begun = below(start, given(entry.start for entry in entries))
+        taught = below(self.task.taught_by, given(entry.teacher for entry in entries))
         return Places(
-            start=below(start, given(entry.start for entry in entries)),
+            start=begun,
             adapter=below(start and start.adapter),
-            teacher=below(self.task.taught_by, given(entry.teacher for entry in entries)),
+            # What is to be remembered is what the study starts from, wherever that lies.
+            teacher=begun if isinstance(retain, Distilled) else taught,
+            fisher=below(retain.fisher if isinstance(retain, Elastic) else None),
             stores=given(folder for entry in entries for folder in entry.weights),
         )
 

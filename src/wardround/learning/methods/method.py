@@ -360,6 +360,10 @@ class Method:
             }
         )
 
+    def also_released(self, public: Mapping[str, Array]) -> Mapping[str, Mapping[str, Array]]:
+        """What else a run releases of its last state: the tensors of each further file of `models`, by its name."""
+        return {}
+
     # At a hospital that did not train ------------------------------------------------------------------------------
 
     def serving_unseen(self, model: nn.Module) -> AbstractContextManager[Any]:

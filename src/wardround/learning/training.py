@@ -77,7 +77,10 @@ class Learner:
         private: PrivateTraining | None = None,
         curriculum: Curriculum = WHOLE,
         shelf: Keeping | None = None,
+        samples: int | None = None,
     ) -> None:
+        # A run goes on by the number of examples that it began with: its weight tells of no withdrawal.
+        self._samples = len(dataset) if samples is None else samples
         self.site = site
         self.dataset = dataset
         self.task = model_context.task
@@ -190,7 +193,7 @@ class Learner:
     def least_weights(self) -> dict[str, float]:
         """The smallest weights that the site can have in a round, known before it trains."""
         worst = math.inf if self._method.weights == "validation" else None
-        return self._method.group_weights(Facts(len(self.dataset), worst), self._groups)
+        return self._method.group_weights(Facts(self._samples, worst), self._groups)
 
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
         """Put tensors into the model by name; all others get their initial values, and what is frozen has them."""
@@ -245,7 +248,7 @@ class Learner:
             number=number,
             steps=local.steps,
             learning_rate=local.lr,
-            facts=Facts(len(self.dataset)),
+            facts=Facts(self._samples),
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
@@ -289,7 +292,7 @@ class Learner:
                 f"site {self.site}: the training loss of round {number} is not finite; lower local.lr or set "
                 "local.clip_norm"
             )
-        facts = Facts(len(self.dataset), self._validation_loss(losses))
+        facts = Facts(self._samples, self._validation_loss(losses))
         kept = {LOCAL + name: on_host(state[name]).copy() for name in self._policy.names("local")}
         told = None if paid is None else paid.told
         live = list(state.values())

@@ -229,6 +229,7 @@ class Learner:
         """
         began = time.perf_counter()
         local, model = self._local, self._model_context.model
+        held_out = self._held_out(number) if self._method.asks_held_out(self.site) else None
         torch.set_num_threads(self.compute.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         train_mode(model)
@@ -248,7 +249,7 @@ class Learner:
             number=number,
             steps=local.steps,
             learning_rate=local.lr,
-            facts=Facts(self._samples),
+            facts=Facts(self._samples, held_out),
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
@@ -366,10 +367,18 @@ class Learner:
         batches = ((patient, self.compute.moved(batch)) for patient, batch in self.dataset.evaluation(split))
         return patient_rows(self.task.metrics, batches, score, diverged)
 
-    @torch.no_grad()
+    def _held_out(self, number: int) -> float | None:
+        """The loss of the model as it came, over validation patients; it stays in the round."""
+        return self._validation_mean(Placed(self._curriculum.task(number, self.task), self.compute))
+
     def _validation_loss(self, task: Losses) -> float | None:
-        if not self.weighs_by_validation:
+        return self._validation_mean(task) if self.weighs_by_validation else None
+
+    @torch.no_grad()
+    def _validation_mean(self, task: Losses) -> float | None:
+        if not self.dataset.patients("validation"):
             return None
+        torch.set_num_threads(self.compute.threads)
         self._model_context.model.eval()
         batches = self.dataset.evaluation("validation")
         losses = [float(on_host(task.loss(self._model_context.model, batch))) for _, batch in batches]

@@ -20,6 +20,7 @@ from wardround.learning.model_context import ModelContext
 from wardround.learning.policy import Policy, listed, matching
 from wardround.models.adapters import added_values
 from wardround.plan.arms import Arm, arms_of
+from wardround.plan.leaving import left_before
 from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
 from wardround.plan.teachers import teacher_of
 from wardround.plan.weights import begin
@@ -108,6 +109,11 @@ class ArmSpecs:
         assert named is not None
         return teacher_of(named, self.places, self.plugins)
 
+    @cached_property
+    def left(self) -> frozenset[str]:
+        """Sites that left what the study starts from. Raises `StudyError` where one is back without a word of it."""
+        return left_before(self.study, self.places)
+
     def check_teacher(self) -> None:
         """Raise `StudyError` where the study's teacher is not there, is another, or does not fit; nothing for none."""
         if self.study.task.taught_by is not None and isinstance(self.task, Student):
@@ -117,6 +123,7 @@ class ArmSpecs:
     def model_context(self) -> ModelContext:
         """The model of this process, with what the study starts from in it."""
         study = self.study
+        _ = self.left
         begins = partial(begin, study.start, self.places, study.adapters, whole=not study.trains)
         return ModelContext(
             self.task,

@@ -81,6 +81,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "fedex_lora": "wardround.learning.methods.fedex_lora:FedExLoRASettings",
         "flora": "wardround.learning.methods.flora:FLoRASettings",
         "fedsa_lora": "wardround.learning.methods.fedsa_lora:FedSALoRASettings",
+        "unlearn": "wardround.learning.methods.unlearn:UnlearnSettings",
         "custom": "wardround.study.methods:CustomMethod",
     },
     "acquisition": {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from wardround.study.methods import MethodSettings
 from wardround.study.protection import NoCompression
 from wardround.study.registry import builtins
-from wardround.study.start import Fresh
+from wardround.study.start import Fresh, FromRelease
 
 if TYPE_CHECKING:
     from wardround.study.schema import Study
@@ -64,6 +64,36 @@ def check_evaluating_sites(study: Study) -> None:
                 f"sites.{name}.role: `evaluate` needs validated rounds, and schedule.validate_every is 0; raise "
                 "it, or set the role to `unseen`"
             )
+
+
+def check_forgetting(study: Study) -> None:
+    """Refuse a study without a hospital that still has it, or that not everyone concerned approved."""
+    forget, unlearns = study.forget, study.method.kind == "unlearn"
+    if unlearns != (forget is not None and forget.how == "unlearn"):
+        raise ValueError("method.kind: `unlearn` belongs to `forget.how: unlearn`, and that to it; set both or neither")
+    if forget is None:
+        return
+    if unlearns:
+        if forget.site not in study.training_sites or getattr(study.method, "site", None) != forget.site:
+            raise ValueError(
+                f"forget.site: {forget.site} takes back what it taught, so it must be a site of `role: train`, and "
+                "`method.site`; make it so, or retrain without it (`how: retrain`)"
+            )
+    elif forget.site in study.sites:
+        raise ValueError(f"forget.site: {forget.site} left, so it is no site of the study; take it out of `sites`")
+    start = study.start.sha256 if isinstance(study.start, FromRelease) else ""
+    if forget.how == "retrain" and start == forget.release:
+        raise ValueError(
+            "forget.how: `retrain` cannot start from the model that is to be forgotten; start from an ancestor that "
+            f"{forget.site} never trained, or fresh"
+        )
+    concerned = [*study.sites, *([] if forget.site in study.sites else [forget.site])]
+    lacking = [name for name in concerned if name not in forget.approved_by]
+    if lacking:
+        raise ValueError(
+            f"forget.approved_by: lacks {', '.join(lacking)}. The new model and the released one together reveal what "
+            f"{forget.site} contributed, so each of them must approve; ask them and name them"
+        )
 
 
 def check_privacy(study: Study) -> None:

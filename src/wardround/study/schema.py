@@ -24,6 +24,7 @@ from wardround.study.acquisition import MRIAcquisition
 from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.adapters import Adapters, NoAdapters
 from wardround.study.base import Config, Settings
+from wardround.study.forget import Forget
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
@@ -43,7 +44,7 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
-from wardround.study.rules import check_evaluating_sites, check_given, check_privacy
+from wardround.study.rules import check_evaluating_sites, check_forgetting, check_given, check_privacy
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 from wardround.study.teacher import TaughtBy
@@ -80,6 +81,11 @@ class StudySite(Config):
         (),
         description="unseen sites only: instead of patients of its own, its scanner sees the test patients of these "
         "sites (on one machine; the sites file then has no entry for it)",
+    )
+    returns: bool = Field(
+        False,
+        description="whether the site had left the model that the study starts from (`forget`) and is back; without it "
+        "such a site is refused",
     )
 
 
@@ -190,6 +196,9 @@ class Study(Config):
     ] = Field(default_factory=lambda: default("method"))
     start: Start = Field(Fresh(), description="what the model begins with, in every arm")
     update: Update | None = Field(None, description="for a study that continues a release: what it must not lose")
+    forget: Forget | None = Field(
+        None, description="for a study that makes a model without a hospital which left: who, and who approved of it"
+    )
     parts: Parts = Parts()
     adapters: Adapters = Field(NoAdapters(), description="what of a large network is trained beside frozen layers")
     local: Local = Local()
@@ -265,6 +274,7 @@ class Study(Config):
                     f"sites.{name}.scans: " + (f"{wrong[0]!r} {lacks}" if wrong else "only for `role: unseen`")
                 )
         check_evaluating_sites(self)
+        check_forgetting(self)
         if self.protection.robust is not None:
             try:
                 self.protection.robust.tolerated(len(training))

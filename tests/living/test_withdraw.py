@@ -256,7 +256,9 @@ def test_the_command(hospitals: SitesFile, tmp_path: Path) -> None:
     sites.write_text(yaml.safe_dump({"sites": {"A": entry}}))
     (tmp_path / "names.txt").write_text("DOE-01\n\nDOE-02\n")
     runner = CliRunner()
-    done = runner.invoke(app, ["site", "withdraw", "DOE-00", "--file", str(tmp_path / "names.txt"), "--sites", str(sites)])
+    done = runner.invoke(
+        app, ["site", "withdraw", "DOE-00", "--file", str(tmp_path / "names.txt"), "--sites", str(sites)]
+    )
     assert done.exit_code == 0, done.output
     assert "Withdrawn." in done.output
     assert Withdrawn(tmp_path / "history").of(NAMES) == frozenset(NAMES[:3])

@@ -51,9 +51,11 @@ def withdraw(
         found = withdraw_from_runs(site or next(iter(known.sites)), names, known, out or ())
     say("Withdrawn." if found.new else "Was withdrawn before; what was left of it is deleted now.")
     say("No split, round or test has it from now on. Delete its files from the data folder yourself.")
-    say(
-        "Models trained before still hold what they learned of it (`wardround forget`), and pictures in reports do too."
-    )
+    for name, uses in found.uses.items():
+        say(f"{name}: in {len(uses)} released models; the list stays here" if uses else f"{name}: in no released model")
+        for use in uses:
+            say(f"  {use.release[:12]} of study {use.study[:12]}: {use.part}, {use.time}")
+    say("Models trained before hold what they learned of it (`wardround forget`); reports written before may show it.")
     for folder in found.stuck:
         complain(
             f"{folder}: this run cannot go on: its data changed otherwise too, or the study has too few patients left"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from wardround.study.update import PARENT
+
 # The evaluators: of a released model, which the request carries; of the model that the site trained by itself; and of
 # what learns nothing, which is also the key of its name.
 RELEASED, OWN, BASELINE = "released", "own", "baseline"
+# And the evaluator of the release that the study continues, which every site has: no request carries it. Its row has
+# the same name (`study.update`).
+CONTINUED = PARENT
 # The row that every other row of a study is compared with.
 REFERENCE = "federated"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -30,7 +30,7 @@ from wardround.study.protocols import HeaderFacts, ModelProtocols
 from wardround.study.schema import Study
 from wardround.study.start import FromRelease, Start
 from wardround.wire.files import written
-from wardround.wire.tensors import TensorFile, TensorWriter
+from wardround.wire.tensors import TensorFile, TensorInfo, TensorWriter, joined
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,7 +94,7 @@ def save_release(
         **({} if frozen is None else {FROZEN: " ".join(sorted(model_context.frozen)), FROZEN_SHA256: frozen}),
     }
     # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
-    tensors = {**shared, **rest}
+    tensors = joined(shared, rest)
     with written(path) as file:
         order = _begin(file, tensors, metadata)
         for name in order:
@@ -122,14 +122,15 @@ def _begin(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, 
     The names of the tensors in the order in which their values follow: the library's own. Nothing but a header is made
     in memory.
     """
-    data = save({name: np.zeros(1, tensor.dtype) for name, tensor in tensors.items()}, metadata=dict(metadata))
+    table = {name: TensorInfo(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    data = save({name: np.zeros(1, info.dtype) for name, info in table.items()}, metadata=dict(metadata))
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    order = sorted(tensors, key=lambda name: header[name]["data_offsets"][0])
+    order = sorted(table, key=lambda name: header[name]["data_offsets"][0])
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        header[name] |= {"shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
+        info = table[name]
+        header[name] |= {"shape": list(info.shape), "data_offsets": [offset, offset + info.nbytes]}
+        offset += info.nbytes
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little"))
@@ -142,9 +143,12 @@ def model_path(out: Path, folder: str) -> Path:
     return out / "models" / f"{folder}.safetensors"
 
 
-def model_of_study(path: Path, study_sha256: str, plan_sha256: str) -> dict[str, Array]:
-    """The tensors of a model of this very study and its defaults; raises `StudyError` for a model of another one."""
-    tensors, metadata = load_model(path)
+def model_of_study(path: Path, study_sha256: str, plan_sha256: str) -> Mapping[str, Array]:
+    """The tensors of a model of this very study and its defaults; raises `StudyError` for a model of another one.
+
+    Those of a large one are read when they are asked for.
+    """
+    tensors, metadata = open_model(path)
     if metadata.get("study_sha256") != study_sha256:
         raise StudyError(
             f"models/{path.name} belongs to another study; evaluate it with the study it was trained by, or train again"
@@ -204,10 +208,11 @@ def shared_sha256(path: Path) -> str:
     return model_sha256(*open_model(path))
 
 
-def as_tensor_file(tensors: Mapping[str, Array], path: Path) -> tuple[TensorFile, str]:
-    """The tensors as a message's body, and its hash."""
+def as_tensor_file(tensors: Mapping[str, Array], path: Path, without: Collection[str] = ()) -> tuple[TensorFile, str]:
+    """The tensors as a message's body, `without` some of them, and its hash."""
     with written(path) as file:
         writer = TensorWriter(file)
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
+        for name in tensors:
+            if name not in without:
+                writer.add(name, tensors[name])
     return TensorFile(path, writer.table), writer.sha256

@@ -141,7 +141,7 @@ class Learner:
     def _release(self, public: Mapping[str, Array]) -> dict[str, Array]:
         """The shared tensors as the site gets them: composed once of a state that is looked at and then loaded."""
         if self._composed is None or self._composed[0] is not public:
-            self._composed = public, self._method.release_for(self.site, public, {})
+            self._composed = public, dict(self._method.release_for(self.site, public, {}))
         return self._composed[1]
 
     def approved(self) -> dict[str, Array]:

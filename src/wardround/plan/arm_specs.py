@@ -97,10 +97,18 @@ class ArmSpecs:
         for why in self.plugins.refused(self.study):
             raise StudyError(why)
         task = build_task(self.study, self._embeddings, self.plugins)
+        self._check_margins(task)
         if isinstance(task, Student):
             # Found when a loss is asked for: who trains nothing needs none.
             task.learn_from(lambda: self.teacher)
         return task
+
+    def _check_margins(self, task: Task) -> None:
+        """Raise `StudyError` for a margin of a metric that the task does not have."""
+        known = [spec.name for spec in task.metrics]
+        for name in () if self.study.update is None else self.study.update.margins:
+            if name not in known:
+                raise StudyError(f"update.margins: the task has no metric {name!r}; choose from {', '.join(known)}")
 
     @cached_property
     def teacher(self) -> Teacher:

@@ -123,6 +123,22 @@ def bar(scale: Scale, value: float, interval: tuple[float, float] | None = None)
     return _lane(parts, "gain-up" if value >= 0 else "gain-down")
 
 
+def against_margin(scale: Scale, gain: float | None, interval: tuple[float, float] | None, margin: float) -> Markup:
+    """One row of a gate's chart: what lies beyond the margin is shaded; the interval must stay clear of it."""
+    edge, zero = scale.percent(-margin), scale.percent(0.0)
+    parts = [
+        Markup('<rect class="beyond" x="0" width="{}%" y="0" height="{}"/>').format(edge, LANE),
+        _grid(scale, LANE),
+        Markup('<line class="zero" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>').format(zero, LANE),
+        Markup('<line class="margin" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>').format(edge, LANE),
+        *_interval(scale, interval, "interval"),
+    ]
+    if gain is not None:
+        shape = Markup('<svg x="{}%" y="{}" overflow="visible">{}</svg>')
+        parts.append(shape.format(scale.percent(gain), LANE / 2, _MARKS["federated"]))
+    return _lane(parts, "arm-federated")
+
+
 def _interval(scale: Scale, ends: tuple[float, float] | None, style: str) -> list[Markup]:
     """A line between the ends of an interval, and a short one across at each."""
     if ends is None:

@@ -62,6 +62,7 @@ def render(run: Run) -> str:
         comparisons=[(each, views.comparison(run, each)) for each in metrics],
         gains=views.gains_over_alone(run, metric) if metric else None,
         left_out=views.gains_at_left_out(run, metric) if metric else None,
+        gate=views.gate_tables(run),
         groups=grouped_columns(run),
         paired=paired_charts(run, metric) if metric else (),
         mark=figures.mark,

@@ -16,6 +16,7 @@ from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.load import UNREAD, load_study
 from wardround.study.registry import BASELINES, baseline
 from wardround.study.schema import Study
+from wardround.study.update import PARENT
 
 SMALL_N = 10
 SATURATION_LIMIT = 1e-4
@@ -57,13 +58,17 @@ _TRAINED = (
 _GIVEN = ShownArm(
     "federated", "Given model", "federated", "federated", "the model that the study starts from: nothing was trained"
 )
+# The release that a study continues, as it was.
+_PARENT = ShownArm(
+    PARENT, "Release before", "other", "other-1", "the release that the study continues, on the same test patients"
+)
 _ARM_ORDER: tuple[Kind, ...] = ("baseline", "local", "federated", "other", "pooled")
 
 
 @cache
 def _known_arms() -> tuple[ShownArm, ...]:
     own = ((name, baseline(name)) for name in BASELINES)
-    return (*(ShownArm(name, b.label, "baseline", b.style, b.description) for name, b in own), *_TRAINED)
+    return (*(ShownArm(name, b.label, "baseline", b.style, b.description) for name, b in own), *_TRAINED, _PARENT)
 
 
 def arm_of(key: str, unknown_index: int = 0, outside: Compared | None = None) -> ShownArm:

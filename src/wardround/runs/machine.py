@@ -116,6 +116,7 @@ class Machine(Context):
             phase(READING, number, len(sites))
             try:
                 _ = self.agent(site).compute
+                self.agent(site).check_continued()
                 dataset, budgets = self.dataset(site), self.agent(site).budgets
                 entry = self.sites.sites.get(site)
                 if entry is not None and entry.groups is not None and isinstance(dataset, Named):

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from wardround.deidentify import describe_error
-from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError
+from wardround.errors import DataError, JournalError, StudyError, WardroundError, WireError
 from wardround.federation.exchange import DONE, Party
 from wardround.federation.facts import DELIVER, FACTS, PLAN, SPENT, SiteFacts, SiteSpending, meta_of
 from wardround.federation.grouped import GROUPS, SiteGroups
 from wardround.federation.plans import plan_of
 from wardround.federation.refusals import refusal
 from wardround.federation.release import (
-    CARD,
-    model_of_study,
-    model_path,
-    save_frozen_part,
     save_release,
     scanners_of_arm,
 )
@@ -41,10 +36,12 @@ from wardround.protection.secret import SecretRoot
 from wardround.site.alone import OnlyTests, OwnArm, TrainsAlone
 from wardround.site.budgets import PrivacyBudgets, spending_of
 from wardround.site.datasets import Datasets, history_of
+from wardround.site.delivery import Deliveries
 from wardround.site.egress import OPEN, EgressRules
-from wardround.site.evaluators import evaluators_of, own_model
+from wardround.site.evaluators import Continued, PrivatePart, evaluators_of, own_model
 from wardround.site.groups import OwnGroups
 from wardround.site.measured import MeasuredSets
+from wardround.site.own_parts import carried_part
 from wardround.site.patients import PatientRows
 from wardround.site.protocol import SiteProtocol
 from wardround.site.quarantine import LIST, counted, keep_list
@@ -55,7 +52,6 @@ from wardround.site.site import Site
 from wardround.site.validating import Validates
 from wardround.site.withdrawal import Said, SameData
 from wardround.site.withdrawn import Begun
-from wardround.storage.blobs import disk_error
 from wardround.storage.cipher import StoreCipher
 from wardround.storage.hash_log import LOG, HashLog, begun_by
 from wardround.storage.store import SiteStore
@@ -63,8 +59,7 @@ from wardround.study.protocols import HeaderFacts
 from wardround.study.sites import SitesFile
 from wardround.tasks.task import Dataset, Headed, Named
 from wardround.wire.canonical import digest
-from wardround.wire.files import written
-from wardround.wire.message import MAX_HEADER, FileBody, Header, Message, body_sha256
+from wardround.wire.message import Header, Message
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, str, int, int, int], None]
@@ -172,7 +167,7 @@ class Agent:
         if header.kind == GROUPS:
             return request.reply(GROUPS, meta=meta_of(self.groups()))
         if header.kind == DELIVER:
-            self._take(request)
+            self._deliveries.take(request)
             return request.reply(DONE)
         raise WireError(f"site {self.name} does not know messages of kind {header.kind[:_SHOWN]!r}")
 
@@ -188,6 +183,7 @@ class Agent:
         try:
             dataset = self._datasets.of(self.name)
             self._datasets.settle(self.name)
+            self._deliveries.note_patients(dataset)
             own = dataset.fingerprint()
             first = self._store.write_once("facts", 0, own)
             less = first != own and self.follows(first, own)
@@ -304,7 +300,7 @@ class Agent:
     def _row_names(self) -> tuple[str, ...]:
         """What a site measures on its test patients."""
         arms = [name for name in self._arm_specs.arms if "/" not in name or name == f"local/{self.name}"]
-        return (*self._arm_specs.study.baselines, *arms)
+        return (*self._arm_specs.study.compared_rows, *arms)
 
     def _begun(self, dataset: Dataset) -> Begun | None:
         """What the run began with, where patients withdrew since."""
@@ -314,49 +310,6 @@ class Agent:
     def _budget(self, dataset: Dataset) -> PrivacyBudget:
         begun = self._begun(dataset)
         return self.budgets.of(self.name, dataset, None if begun is None else begun.patients)
-
-    def _take(self, request: Message) -> None:
-        """Keep a released model and its card.
-
-        Raises `Rejected` for a body that is larger than the study's model or not what the header says, `DataError` for
-        one that is no released model, and `StudyError` for one of another study.
-        """
-        header = request.header
-        card = header.meta.get("card")
-        if header.meta.keys() != {"card"} or not isinstance(card, str):
-            raise WireError("a delivery needs a card, and nothing else")
-        model, text = model_path(self._folder, FEDERATED), card.encode()
-        # On one machine the coordinator's own files lie where every site's would: there is nothing to read or write.
-        there = _holds(model, header.body_sha256)
-        if not there:
-            self._check_delivered(request)
-        if self._store.write_once("delivered", 0, header.body_sha256) != header.body_sha256:
-            raise Rejected(f"site {self.name} has the study's released model; another one is not kept in its place")
-        try:
-            if not there:
-                save_frozen_part(self._arm_specs, self._folder)
-                with written(model) as file:
-                    for chunk in request.body.chunks():
-                        file.write(chunk)
-            if not _holds(self._folder / CARD, hashlib.sha256(text).hexdigest()):
-                with written(self._folder / CARD) as file:
-                    file.write(text)
-        except OSError as error:
-            raise disk_error(error) from error
-
-    def _check_delivered(self, request: Message) -> None:
-        """Raise for a body that is not a released model of this study; see `_take`."""
-        header, model_context = request.header, self._arm_specs.model_context
-        initial = {name: tensor for name, tensor in model_context.initial.items() if name not in model_context.frozen}
-        values = sum(tensor.numel() * tensor.element_size() for tensor in initial.values())
-        if not isinstance(request.body, FileBody) or header.body_nbytes > values + MAX_HEADER:
-            raise Rejected("a delivery that is larger than the study's model")
-        if body_sha256(request.body) != header.body_sha256 or request.body.nbytes != header.body_nbytes:
-            raise Rejected("the released model that arrived is not the one that was sent")
-        # Read as what a clinic will read: nothing else is kept under the name of the study's model.
-        tensors = model_of_study(request.body.path, self._arm_specs.study_sha256, self._arm_specs.plan_sha256)
-        if {name: tensor.shape for name, tensor in tensors.items()} != {n: tuple(t.shape) for n, t in initial.items()}:
-            raise Rejected("a delivery of another network than the study's")
 
     # What it holds ---------------------------------------------------------------------------------------------------
 
@@ -384,6 +337,10 @@ class Agent:
     def _record(self) -> HashLog:
         begun = begun_by(self.identity, (_SENT,), study=self._arm_specs.study_sha256, site=self.name)
         return HashLog(self._store.root / LOG, f"site {self.name}", begun, lambda: self._store.identity)
+
+    @property
+    def _deliveries(self) -> Deliveries:
+        return Deliveries(self.name, self._arm_specs, self._folder, self._store, self._history)
 
     @property
     def _egress(self) -> EgressRules:
@@ -429,6 +386,12 @@ class Agent:
         except Exception:
             log.debug("the headers of a site cannot be read", exc_info=True)
             return HeaderFacts()
+
+    def check_continued(self) -> None:
+        """Raise `DataError` where the site's part of the release that the study continues is not what it was."""
+        carried = self._carried(self._arm_specs.arms[FEDERATED])
+        if carried is not None:
+            carried()
 
     def earlier_fingerprints(self) -> set[str]:
         """What the site's data were in every arm of an earlier process; another key is an error."""
@@ -476,19 +439,35 @@ class Agent:
         pictures = self._folder / "sites" / name / PICTURES
         store = self._store_of(arm_spec.arm)
         enrolled(store, self.identity)
+        carried = self._carried(arm_spec.arm)
         return Site(
             name,
             rules,
             lambda: self.learner(arm_spec),
             store,
             protocol=self._protocol(arm_spec, models),
-            evaluators=evaluators_of(models, pictures, self._egress.least, labels=self._labels),
+            evaluators=evaluators_of(
+                models,
+                pictures,
+                self._egress.least,
+                labels=self._labels,
+                continued=None if carried is None else Continued(carried, name in arm_spec.arm.sites),
+            ),
+            carried=carried,
             folder=models,
             rows=None if name == POOLED else self._rows,
             sets=None if name == POOLED else MeasuredSets(self._history),
             withdrawals=lambda: self._datasets.withdrawals(name),
             follows=self.follows,
         )
+
+    def _carried(self, arm: Arm) -> PrivatePart | None:
+        """What the site has of the release that the study continues; an arm of one party shares all with itself."""
+        release = self._arm_specs.study.continues
+        if release is None or arm.alone:
+            return None
+        initial = self._arm_specs.model_context.initial
+        return cache(partial(carried_part, self.name, release, self._history, initial))
 
     @property
     def _labels(self) -> bool:
@@ -616,8 +595,3 @@ def enrolled(store: SiteStore, identity: Identity | None) -> Identity:
             "store that belongs to it"
         )
     return found
-
-
-def _holds(path: Path, sha256: str) -> bool:
-    """Whether a file has these very bytes."""
-    return path.is_file() and body_sha256(FileBody(path, path.stat().st_size)) == sha256

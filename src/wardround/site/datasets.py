@@ -13,6 +13,7 @@ from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import POOLED
 from wardround.site.egress import EgressRules, strictest
 from wardround.site.identifiers import check_identifiers
+from wardround.site.lineage import Lineage
 from wardround.site.quarantine import check_share
 from wardround.site.splits import KnownParts
 from wardround.site.withdrawn import Withdrawn
@@ -136,9 +137,11 @@ class Datasets:
         history = history_of(self._sites, self._folder, site)
         if history is None:
             return by_seed(site, names, split, seed, role)
+        release = self._arm_specs.study.continues
+        fixed = {} if release is None else Lineage(history).parts(release, names)
         if site not in self._parts:
             self._parts[site] = KnownParts(history, self._first.get(site))
-        return self._parts[site].deal(site, names, split, seed, role)
+        return self._parts[site].deal(site, names, split, seed, role, fixed)
 
     def aside(self, site: str) -> tuple[Aside, ...]:
         """The patients of a site who cannot be used, also where they were too many for its data set to be opened."""

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import DataError, JournalError, Rejected, Withheld
-from wardround.federation.measuring import BASELINE, REFERENCE
+from wardround.federation.measuring import BASELINE, CONTINUED, REFERENCE
 from wardround.plan.sums import PairedMean, evaluation_entries
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.site.cohorts import kept_back
@@ -183,9 +183,11 @@ class OwnResults:
 
     def row(self, header: Header) -> str:
         """The row that a request asks for; raises `Rejected` for one that the study does not have."""
-        if header.meta.get("evaluator") != BASELINE:
+        evaluator = header.meta.get("evaluator")
+        if evaluator not in (BASELINE, CONTINUED):
             return self._arm
-        name = header.meta.get(BASELINE)
+        # The release that a study continues is a row of its own, which no request may give another name.
+        name = CONTINUED if evaluator == CONTINUED else header.meta.get(BASELINE)
         if name not in self._baselines:
             raise Rejected(f"site {self._site} is asked for a baseline that the study does not have")
         return str(name)

@@ -93,7 +93,7 @@ def rules_of(
         extends=arm_specs.extends(arm_spec.arm),
         masked=arm_spec.arm.masked(study),
         arm=name,
-        baselines=frozenset(study.baselines),
+        baselines=frozenset(study.compared_rows),
         initial=arm_specs.start(arm_spec),
         rounding_root=rounding_root,
         hidden=arm_spec.arm.threshold(study) is not None or arm_spec.arm.inside(study),

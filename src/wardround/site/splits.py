@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 from wardround.errors import DataError
@@ -37,8 +38,20 @@ class KnownParts:
         self._withdrawn = Withdrawn(folder)
         self._dealt: dict[str, dict[str, SplitName]] = {}
 
-    def deal(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
+    def deal(
+        self,
+        site: str,
+        names: Sequence[str],
+        split: Split,
+        seed: int,
+        role: Role,
+        fixed: Mapping[str, SplitName] = MappingProxyType({}),
+    ) -> Parts:
         """Who is in which part: those on record where they were, others as `deal_in` says (a `Deal`).
+
+        `fixed` holds, by name, who was in which part of a release that the study continues, whatever its role, seed
+        and shares then were. They keep the part: none of them tests what they trained, and where the site does not
+        train now, those who trained are in no part.
 
         Raises DataError where the record is damaged, and as `deal_in` does.
         """
@@ -48,14 +61,50 @@ class KnownParts:
         if gone and not own:
             raise DataError(f"site {site} has no patient left who did not withdraw")
         here = [names[number] for number in own]
-        known = self._known(rule, here)
+        found = self._deal(rule, site, here, split, seed, role, fixed)
+        return {part: tuple(own[number] for number in numbers) for part, numbers in found.items()}
+
+    def _deal(
+        self,
+        rule: str,
+        site: str,
+        names: Sequence[str],
+        split: Split,
+        seed: int,
+        role: Role,
+        fixed: Mapping[str, SplitName],
+    ) -> Parts:
+        if role != "train" and "train" in fixed.values():
+            return self._held_out(site, names, split, seed, role, fixed)
+        known = self._known(rule, names)
         if self._first is not None:
-            known = {**self._withdrawn.parts(rule, here), **known}
-        found = deal_in(site, here, split, seed, role, known)
-        parts: Parts = {part: tuple(own[number] for number in numbers) for part, numbers in found.items()}
+            known = {**self._withdrawn.parts(rule, names), **known}
+        parts = deal_in(site, names, split, seed, role, {**known, **fixed})
         # Whoever is always tested needs no record.
         if role != "unseen":
-            self._dealt[rule] = {names[i]: part for part in SPLIT_NAMES for i in parts[part]}
+            self._dealt[rule] = {names[i]: part for part in SPLIT_NAMES for i in parts[part] if names[i] not in fixed}
+        return parts
+
+    def _held_out(
+        self,
+        site: str,
+        names: Sequence[str],
+        split: Split,
+        seed: int,
+        role: Role,
+        fixed: Mapping[str, SplitName],
+    ) -> Parts:
+        """The parts of a site that trained the release and does not train now: as if it did, without who trained."""
+        if role == "unseen":
+            tested = tuple(i for i, name in enumerate(names) if fixed.get(name, "test") == "test")
+            parts: Parts = {"train": (), "validation": (), "test": tested}
+        else:
+            parts = {**self.deal(site, names, split, seed, "train", fixed), "train": ()}
+        if not (parts["validation"] if role == "evaluate" else parts["test"]):
+            raise DataError(
+                f"site {site} does not train in this study, and all of its patients trained the release that the study "
+                "continues, so there is nobody left to measure on; add patients, or take the site out of the study"
+            )
         return parts
 
     def settle(self) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from wardround.errors import DataError, StudyError
 from wardround.site.agent import Agent
 from wardround.site.datasets import patients_of
+from wardround.site.lineage import Lineage, Use
 from wardround.site.splits import KnownParts
 from wardround.site.withdrawn import Withdrawn
 from wardround.study.sites import SiteData
@@ -20,10 +21,14 @@ Knows = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Withdrew:
-    """What came of it: how many patients were not on record yet, and which runs cannot go on without them."""
+    """What came of it: how many patients were not on record yet, and which runs cannot go on without them.
+
+    `uses` are the releases that they were in, by their names: for eyes at the site alone.
+    """
 
     new: int
     stuck: tuple[Path, ...]
+    uses: Mapping[str, tuple[Use, ...]]
 
 
 def withdraw(
@@ -50,16 +55,27 @@ def withdraw(
         some = "a name is" if len(unknown) == 1 else f"{len(unknown)} of {len(names)} names are"
         raise DataError(
             f"site {site}: {some} of no patient here, and nothing was changed. Give names as the site's data have "
-            "them; names from a table need the run's folder too (--out)"
+            "them; names from a table need a run's folder too (--out)"
         )
     new = {name for folder in histories for name in names if KnownParts(folder).withdraw(name)}
     stuck = [out for out, agent in runs if not agent.withdraw(names)]
-    return Withdrew(len(new), tuple(stuck))
+    return Withdrew(len(new), tuple(stuck), {name: _uses(histories, name) for name in names})
+
+
+def _uses(histories: Sequence[Path], name: str) -> tuple[Use, ...]:
+    return tuple(use for folder in histories for use in Lineage(folder).uses_of(name))
 
 
 def _on_record(histories: Sequence[Path]) -> Knows:
     """Who is in a record of the site's history."""
-    return lambda name: any(KnownParts(h).holds(name) or bool(Withdrawn(h).of((name,))) for h in histories)
+
+    def known(name: str) -> bool:
+        return any(
+            KnownParts(folder).holds(name) or Withdrawn(folder).of((name,)) or Lineage(folder).uses_of(name)
+            for folder in histories
+        )
+
+    return known
 
 
 def _in_folders(entry: SiteData, site: str) -> Knows:

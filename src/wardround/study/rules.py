@@ -50,6 +50,28 @@ def check_given(study: Study) -> None:
             raise ValueError(f"{key}: {said}, {why}; leave it out")
 
 
+def check_update(study: Study) -> None:
+    """Refuse a section `update` where there is no release to continue, or it would not be measured as it is."""
+    if study.update is None:
+        return
+    if not isinstance(study.start, FromRelease):
+        raise ValueError(
+            "update: the study continues a release, and `start` names none; set `start: {kind: release, file: ..., "
+            "sha256: ...}` (`wardround update` fills it in), or leave `update` out"
+        )
+    if not study.trains:
+        raise ValueError(
+            "update: with schedule.rounds 0 nothing is trained, so there is no new model to compare with the release; "
+            "set schedule.rounds to 1 or more, or leave `update` out"
+        )
+    for key, given in (("only", bool(study.start.only)), ("adapter", study.start.adapter is not None)):
+        if given:
+            raise ValueError(
+                f"start.{key}: with `update` the release is measured as it is, beside the new model; leave `{key}` or "
+                "`update` out"
+            )
+
+
 def check_evaluating_sites(study: Study) -> None:
     """Refuse sites of `role: evaluate` where their validation sums could not be merged, or would never be asked."""
     for name in study.evaluating_sites if study.trains else ():

@@ -44,11 +44,17 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
-from wardround.study.rules import check_evaluating_sites, check_forgetting, check_given, check_privacy
+from wardround.study.rules import (
+    check_evaluating_sites,
+    check_forgetting,
+    check_given,
+    check_privacy,
+    check_update,
+)
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 from wardround.study.teacher import TaughtBy
-from wardround.study.update import Update
+from wardround.study.update import PARENT, Update
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
 SiteName = Annotated[
@@ -275,6 +281,7 @@ class Study(Config):
                 )
         check_evaluating_sites(self)
         check_forgetting(self)
+        check_update(self)
         if self.protection.robust is not None:
             try:
                 self.protection.robust.tolerated(len(training))
@@ -310,7 +317,7 @@ class Study(Config):
         """Raises StudyError for a classical method that is none, or not for what the sites' scanners measure."""
         scanner = self.scanner
         for name in named:
-            if name in RESERVED_NAMES:
+            if name in RESERVED_NAMES or name == PARENT:
                 raise StudyError(f"task.evaluation.baselines: {name!r} is a reserved name")
             if name in BASELINES and not scanner.closed:
                 check_baseline(name, baseline(name), self.modality)
@@ -365,6 +372,16 @@ class Study(Config):
     def trains(self) -> bool:
         """Whether anything is trained; else the model that the study starts from is measured."""
         return self.schedule.rounds > 0
+
+    @property
+    def continues(self) -> str | None:
+        """The release (`model_sha256`) that the study continues, with a section `update`; `None` for other studies."""
+        return self.start.sha256 if self.update is not None and isinstance(self.start, FromRelease) else None
+
+    @property
+    def compared_rows(self) -> tuple[str, ...]:
+        """The rows of the results that no arm trains: baselines, and the release that the study continues."""
+        return self.baselines if self.update is None else (*self.baselines, PARENT)
 
     @property
     def training_sites(self) -> tuple[str, ...]:

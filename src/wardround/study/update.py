@@ -8,6 +8,9 @@ from pydantic import Field
 
 from wardround.study.base import Config
 
+#: The row of the results with what the release gives that a study continues.
+PARENT = "parent"
+
 
 class Update(Config):
     """A study that continues a release: `start` names it, and the new model takes its place only if no site loses."""

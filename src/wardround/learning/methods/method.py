@@ -17,7 +17,7 @@ import numpy.typing as npt
 from wardround.errors import StudyError
 from wardround.learning.policy import Parameter, Policy, Role
 from wardround.protection.drift import UNKNOWN, UpdateBound
-from wardround.wire.tensors import TensorInfo
+from wardround.wire.tensors import Chosen, TensorInfo
 from wardround.wire.update import Aggregate, Group
 
 if TYPE_CHECKING:
@@ -253,6 +253,9 @@ class Method:
         """Write the next state of one group."""
         for info in group.tensors:
             name = state_name(group.name, info.name)
+            if type(self).server_step is Method.server_step:
+                write.public(name, aggregate.moved(group.name, info.name, public[name]))
+                continue
             old = public[name]
             step = self.server_step(name, aggregate.mean(group.name, info.name), private, write.private)
             # The step is applied in double precision and rounded once.
@@ -271,14 +274,19 @@ class Method:
 
     def release_for(
         self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        """The shared tensors released for a site, or for an unknown one (`None`), by model name."""
-        return {
-            name.removeprefix(state_name(group, "")): public[name]
-            for name in public
-            for group in (MODEL, BUFFERS)
-            if name.startswith(state_name(group, ""))
-        }
+    ) -> Mapping[str, Array]:
+        """The shared tensors released for a site, or for an unknown one (`None`), by model name.
+
+        Each is read when it is asked for, so that memory holds one tensor and not the model.
+        """
+        return Chosen(
+            {
+                name.removeprefix(state_name(group, "")): (public, name)
+                for name in public
+                for group in (MODEL, BUFFERS)
+                if name.startswith(state_name(group, ""))
+            }
+        )
 
     # At a hospital that did not train ------------------------------------------------------------------------------
 

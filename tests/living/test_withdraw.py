@@ -171,8 +171,9 @@ def test_a_running_study_goes_on_without_him(hospitals: SitesFile, tmp_path: Pat
     after = parts_of(hospitals, out)
     assert after == {split: tuple(n for n in names if n != name) for split, names in before.items()}
     # What it said of itself before the first round is what it says to the end.
-    assert result.sites["A"].patients is not None
-    assert result.sites["A"].patients.train == len(before["train"])
+    said = result.patients["A"]
+    assert said is not None
+    assert said["train"] == len(before["train"])
     tests = {line.split(",")[1] for line in (out / "sites" / "A" / "patients.csv").read_text().splitlines()[1:]}
     assert tests == set(after["test"])
     # A finished run is looked at again, and measured again, by the same model.
@@ -216,7 +217,9 @@ def test_files_may_go_after_he_withdrew(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(STUDY, sites, out, engine="local", quiet=True)
     name = parts_of(sites, out)["train"][0]
-    assert withdraw_from_runs("A", [name], sites, [out]).stuck == ()
+    found = withdraw_from_runs("A", [name], sites, [out])
+    assert found.stuck == ()
+    assert [(use.release, use.part) for use in found.uses[name]] == [(result.model_sha256, "train")]
     (tmp_path / "data" / "A" / name).rename(tmp_path / "deleted")
     assert run(STUDY, sites, out, engine="local", quiet=True).model_sha256 == result.model_sha256
     # And again, when nothing is left that could be looked at.

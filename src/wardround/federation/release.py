@@ -19,6 +19,7 @@ from wardround.federation.coordinator import Release
 from wardround.learning.methods.build import build_method
 from wardround.plan.arm_specs import ArmSpec, ArmSpecs, protocols_of
 from wardround.plan.arms import FEDERATED, Arm, every_arm
+from wardround.plan.leaving import LEFT
 from wardround.plan.weights import FORMAT as FORMAT
 from wardround.plan.weights import FROZEN, FROZEN_SHA256, model_sha256, place_of, save_frozen
 from wardround.plan.weights import load_model as load_model
@@ -108,6 +109,7 @@ def save_model(
         "round": str(number),
         "shared": " ".join(sorted(arm_spec.policy.names("shared"))),
         PROTOCOLS: scanners.model_dump_json(),
+        **_left(arm_specs),
         **({} if frozen is None else {FROZEN: " ".join(sorted(model_context.frozen)), FROZEN_SHA256: frozen}),
     }
     # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
@@ -130,6 +132,13 @@ def save_beside(arm_specs: ArmSpecs, arm_spec: ArmSpec, release: Release, folder
         with written(folder / f"{name}.safetensors") as file:
             for entry in _begin(file, tensors, {"format": f"wardround-{name}-1", **metadata}):
                 file.write(np.ascontiguousarray(tensors[entry]).reshape(-1).view(np.uint8).data)
+
+
+def _left(arm_specs: ArmSpecs) -> dict[str, str]:
+    """Who left the model, where anybody did."""
+    forget = arm_specs.study.forget
+    left = arm_specs.left | ({forget.site} if forget is not None and forget.how != "unlearn" else set())
+    return {LEFT: " ".join(sorted(left))} if left else {}
 
 
 def save_frozen_part(arm_specs: ArmSpecs, folder: Path) -> None:

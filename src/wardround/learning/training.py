@@ -92,7 +92,10 @@ class Learner:
         shelf: Keeping | None = None,
         least: int = 1,
         pull: Pull | None = None,
+        samples: int | None = None,
     ) -> None:
+        # A run goes on by the number of examples that it began with: its weight tells of no withdrawal.
+        self._samples = len(dataset) if samples is None else samples
         self.site = site
         self.dataset = dataset
         self.task = model_context.task
@@ -214,7 +217,7 @@ class Learner:
     def least_weights(self) -> dict[str, float]:
         """The smallest weights that the site can have in a round, known before it trains."""
         worst = math.inf if self._method.weights == "validation" else None
-        return self._method.group_weights(Facts(len(self.dataset), worst), self._groups)
+        return self._method.group_weights(Facts(self._samples, worst), self._groups)
 
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
         """Put tensors into the model by name; all others get their initial values, and what is frozen has them."""
@@ -253,6 +256,7 @@ class Learner:
         began = time.perf_counter()
         local, model = self._local, self._model_context.model
         steps = self._examples.steps(local)
+        held_out = self._held_out(number) if self._method.asks_held_out(self.site) else None
         torch.set_num_threads(self.compute.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         train_mode(model)
@@ -280,7 +284,7 @@ class Learner:
             number=number,
             steps=steps,
             learning_rate=local.lr,
-            facts=Facts(len(self.dataset)),
+            facts=Facts(self._samples, held_out),
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
@@ -297,7 +301,7 @@ class Learner:
         for taken in sent:
             mean, told = self._walk(context, taken, state, optimizer, losses, memory, episode) or (mean, told)
         validated = self._validation_loss(losses) if self.weighs_by_validation else None
-        context.facts = Facts(len(self.dataset), validated, mean)
+        context.facts = Facts(self._samples, validated, mean)
         # Beside its own values, a site keeps what stays there of the received model apart.
         prefix = RECEIVED if own else LOCAL
         kept = {prefix + name: on_host(state[name]).copy() for name in self._policy.names("local")}
@@ -484,6 +488,13 @@ class Learner:
         """The same of other scores than the task's, as `patient_rows` takes them; batches are on the site's device."""
         batches = ((patient, self.compute.moved(batch)) for patient, batch in self.dataset.evaluation(split))
         return patient_rows(self.task.metrics, batches, score, diverged)
+
+    def _held_out(self, number: int) -> float | None:
+        """The loss of the model as it came, over validation patients; it stays in the round."""
+        if not self.dataset.patients("validation"):
+            return None
+        torch.set_num_threads(self.compute.threads)
+        return self._validation_loss(Placed(self._curriculum.task(number, self.task), self.compute))
 
     @torch.no_grad()
     def _validation_loss(self, task: Losses) -> float:

@@ -95,6 +95,7 @@ def study_lines(host: Machine, arm_spec: ArmSpec) -> str:
         entry("method", f"{study.method.describe()}: {roles}"),
         entry("start", study.start.describe()),
         *([entry("adapters", said)] if (said := study.adapters.describe()) else []),
+        *([entry("forgets", study.forget.describe())] if study.forget is not None else []),
     ]
     if study.description:
         entries.insert(0, entry("about", study.description))

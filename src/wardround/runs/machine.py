@@ -198,7 +198,7 @@ class Machine(Context):
         for site in (POOLED, *self.remaining(self.study.sites)):
             known = self.agent(site).earlier_fingerprints()
             found = self.datasets.fingerprint(site) if known and site != POOLED else None
-            if found is not None and known != {found}:
+            if found is not None and any(one != found and not self.agent(site).follows(one, found) for one in known):
                 changed.append(site)
         if changed:
             raise data_changed(changed)

@@ -26,6 +26,7 @@ from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.adapters import Adapters, NoAdapters
 from wardround.study.asynchronous import Asynchronous, check_asynchronous
 from wardround.study.base import Config, Settings
+from wardround.study.forget import Forget
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
@@ -48,6 +49,7 @@ from wardround.study.registry import (
 from wardround.study.retention import check_fisher, check_retention, taught_by_release
 from wardround.study.rules import (
     check_evaluating_sites,
+    check_forgetting,
     check_given,
     check_missing,
     check_privacy,
@@ -96,6 +98,11 @@ class StudySite(Config):
         description="contrasts of `task.images`, as they stand there, that the site has of no patient: their files are "
         "not looked for and their channels are 0. Segmentation, classification and chains of MRI; see "
         "`task.drop_contrasts`",
+    )
+    returns: bool = Field(
+        False,
+        description="whether the site had left the model that the study starts from (`forget`) and is back; without it "
+        "such a site is refused",
     )
 
 
@@ -232,6 +239,9 @@ class Study(Config):
     ] = Field(default_factory=lambda: default("method"))
     start: Start = Field(Fresh(), description="what the model begins with, in every arm")
     update: Update | None = Field(None, description="for a study that continues a release: what it must not lose")
+    forget: Forget | None = Field(
+        None, description="for a study that makes a model without a hospital which left: who, and who approved of it"
+    )
     parts: Parts = Parts()
     adapters: Adapters = Field(NoAdapters(), description="what of a large network is trained beside frozen layers")
     local: Local = Local()
@@ -318,6 +328,7 @@ class Study(Config):
         check_evaluating_sites(self)
         check_missing(self)
         check_spectrum(self)
+        check_forgetting(self)
         check_update(self)
         check_asynchronous(self)
         if self.protection.robust is not None:

@@ -199,6 +199,10 @@ class Method:
         """What a round of that number of sites adds to the public state, beside what that begins with (`lasting`)."""
         return ()
 
+    def asks_held_out(self, site: str) -> bool:
+        """Whether a site needs the loss of its validation patients before its first step (`LocalRound.facts`)."""
+        return False
+
     # At the site ---------------------------------------------------------------------------------------------------
 
     def passes(self) -> tuple[Pass, ...]:

@@ -33,7 +33,20 @@ def finished(
     path = model_path(folder, "federated")
     path.parent.mkdir(parents=True)
     save_file(tensors, path, metadata)
-    empty: dict[str, Any] = {key: {} for key in ("gains", "left_out", "withheld", "failed", "local_sha256", "scanners", "patients", "steps", "examples")}
+    empty: dict[str, Any] = {
+        key: {}
+        for key in (
+            "gains",
+            "left_out",
+            "withheld",
+            "failed",
+            "local_sha256",
+            "scanners",
+            "patients",
+            "steps",
+            "examples",
+        )
+    }
     gate = (
         None if parent is None else Gate(promoted=promoted, sites={}, reason="all well" if promoted else "B is worse")
     )

@@ -190,6 +190,6 @@ def test_the_commands_from_a_first_run_to_a_rollback(tmp_path: Path, monkeypatch
     assert parent.model_sha256 in say("releases", "show", chain, "current")
     compared = json.loads(say("releases", "diff", chain, 1, 2, "--json"))["metrics"]
     assert {row["site"] for row in compared} == {"A", "B", "mean"}
-    assert "each on the test patients of its own run" in say("releases", "diff", chain, 1, 2)
+    assert "Each on the test patients of its own run" in say("releases", "diff", chain, 1, 2)
     assert len(list((chain / "models").iterdir())) == 3
     assert Chain(chain).current() is not None

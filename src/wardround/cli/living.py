@@ -74,14 +74,13 @@ def update(
     from wardround.living.chain import Chain
     from wardround.living.update import STUDY_FILE, prepare, release_named
     from wardround.living.update import update as go_on
-    from wardround.study.load import load_study
 
     kept = None if chain is None else Chain(chain)
-    found, loaded = release_named(release, kept), load_study(study, overrides or [])
+    found = release_named(release, kept)
     if sites is None:
         if kept is not None:
             raise StudyError("--chain: nothing runs without --sites; add the run when it is finished: releases add")
-        prepared = prepare(found, loaded, out, train=words(train), more_rounds=more_rounds)
+        prepared = prepare(found, study, out, overrides=overrides or [], train=words(train), more_rounds=more_rounds)
         say(prepared.said)
         say(f"Wrote {out / STUDY_FILE}. Hand it to the hospitals:")
         say(f"  wardround submit {out / STUDY_FILE} --federation FOLDER")
@@ -89,9 +88,10 @@ def update(
     with watching(quiet) as watcher:
         result = go_on(
             found,
-            loaded,
+            study,
             sites,
             out,
+            overrides=overrides or [],
             train=words(train),
             more_rounds=more_rounds,
             chain=kept,
@@ -182,13 +182,14 @@ def diff_releases(
         ("came of", one.parent and one.parent[:12], other.parent and other.parent[:12]),
     ):
         say(f"{name}: {was or '–'}" if was == now else f"{name}: {was or '–'} -> {now or '–'}")
-    table = Table(title=f"{one.short} and {other.short}, each on the test patients of its own run")
+    table = Table(title=f"{one.short} and {other.short}")
     for name in ("site", "metric", one.short, other.short, "change"):
         table.add_column(name)
     for site, metric, was, now in rows:
         change = "" if was is None or now is None else f"{now - was:+.4g}"
         table.add_row(site, metric, *("–" if value is None else f"{value:.4g}" for value in (was, now)), change)
     console.print(table)
+    say("Each on the test patients of its own run; the gate compares them on the same ones.")
 
 
 @releases_app.command("rollback")

@@ -21,7 +21,7 @@ from wardround.site.datasets import history_of
 from wardround.site.lineage import Lineage
 from wardround.site.own_parts import second_name
 from wardround.study.hashes import differing
-from wardround.study.load import load_study, validate
+from wardround.study.load import load_study, read_yaml, validate
 from wardround.study.load import written as stated
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
@@ -61,9 +61,10 @@ class Prepared:
 
 def prepare(
     release: Release,
-    study: Study,
+    study: Study | str | Path | Mapping[str, Any],
     out: Path,
     *,
+    overrides: Sequence[str] = (),
     sites: SitesFile | None = None,
     train: Collection[str] = (),
     more_rounds: int | None = None,
@@ -75,13 +76,13 @@ def prepare(
     many rounds. A study that was prepared in `out` before stands. Raises `StudyError` for a release of another task or
     model, and where no site has anything new; `DataError` where a site does not know what it must.
     """
-    check_same_task(release, study)
+    draft = _draft(release, study, overrides, more_rounds)
+    check_same_task(release, draft)
     if (out / STUDY_FILE).exists():
         return _again(release, out)
     if sites is not None:
-        check_known(release, study, sites)
-    changes = _changed(release, study, more_rounds)
-    draft = validate(Study, changes, "study")
+        check_known(release, draft, sites)
+    changes = stated(draft)
     # Whatever is wrong with the study is said before a folder is made.
     reserve(out)
     _keep_beside(release, out)
@@ -106,10 +107,11 @@ def prepare(
 
 def update(
     release: Release,
-    study: Study,
+    study: Study | str | Path | Mapping[str, Any],
     sites: SitesFile | str | Path,
     out: Path,
     *,
+    overrides: Sequence[str] = (),
     train: Collection[str] = (),
     more_rounds: int | None = None,
     chain: Chain | None = None,
@@ -133,7 +135,7 @@ def update(
     sites = sites.with_code() if allow_code else sites
     if chain is not None and not any(entry.release == release.sha256 for entry in chain.check()):
         chain.add(release)
-    prepared = prepare(release, study, out, sites=sites, train=train, more_rounds=more_rounds)
+    prepared = prepare(release, study, out, overrides=overrides, sites=sites, train=train, more_rounds=more_rounds)
     said(prepared.said)
     result = run(
         prepared.study,
@@ -220,19 +222,26 @@ def _again(release: Release, out: Path) -> Prepared:
     return Prepared(study, out, release.sha256, {})
 
 
-def _changed(release: Release, study: Study, more_rounds: int | None) -> dict[str, Any]:
-    """What the study says, going on from the release."""
-    changes = stated(study)
+def _draft(
+    release: Release,
+    study: Study | str | Path | Mapping[str, Any],
+    overrides: Sequence[str],
+    more_rounds: int | None,
+) -> Study:
+    """What the study says, going on from the release. It may have a section `update` before it names a release."""
+    if isinstance(study, Study):
+        given = stated(study)
+    else:
+        given = dict(study) if isinstance(study, Mapping) else read_yaml(study, "study")
+    near = Path(study).parent if isinstance(study, str | Path) else Path()
     start = {"kind": "release", "file": PARENT_FILE, "sha256": release.sha256}
     # A personal part begins with what each site has of the release, and at a new site fresh.
-    changes["start"] = start | ({"partial": True} if release.personal else {})
-    section = dict(changes.get("update") or {})
+    start |= {"partial": True} if release.personal else {}
+    told = [*overrides]
     if more_rounds is not None:
-        changes["schedule"] = {**changes.get("schedule", {}), "rounds": more_rounds}
-        if "train_on" in Update.model_fields:
-            section["train_on"] = "all"
-    changes["update"] = section
-    return changes
+        told.append(f"schedule.rounds={more_rounds}")
+        told += ["update.train_on=all"] if "train_on" in Update.model_fields else []
+    return load_study({**given, "start": start, "update": given.get("update") or {}}, told, near=near)
 
 
 def _with_roles(study: Study, changes: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:

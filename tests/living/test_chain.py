@@ -18,6 +18,7 @@ from wardround.living.release import Release
 from wardround.plan.weights import FORMAT, model_sha256
 from wardround.results.files import write_result
 from wardround.results.schema import Gate, Result, Seconds, Traffic
+from wardround.runs.releases import number_in_chain
 
 ONE, TWO, THREE = "first", "second", "third"
 
@@ -103,6 +104,8 @@ def test_what_came_of_what_and_what_is_in_use(made: tuple[Chain, list[Release]])
     assert current is not None
     assert current.release == two.sha256
     assert chain.add(two) == entries[1], "what is in it is not added again"
+    assert number_in_chain(chain.model(entries[1]), two.sha256) == 2
+    assert number_in_chain(two.model, two.sha256) is None
     # B trained the second release, A both, C none.
     without = {site: chain.last_without(site) for site in "ABC"}
     assert without == {"A": None, "B": entries[0], "C": entries[1]}

@@ -176,12 +176,12 @@ def diff_releases(
         told = [{"site": s, "metric": m, "before": was, "after": now} for s, m, was, now in rows]
         _print_json({"before": one.to_json(), "after": other.to_json(), "metrics": told})
         return
-    for name, was, now in (
+    for name, then, later in (
         ("study", one.study_sha256[:12], other.study_sha256[:12]),
         ("trained at", ", ".join(one.sites), ", ".join(other.sites)),
         ("came of", one.parent and one.parent[:12], other.parent and other.parent[:12]),
     ):
-        say(f"{name}: {was or '–'}" if was == now else f"{name}: {was or '–'} -> {now or '–'}")
+        say(f"{name}: {then or '–'}" if then == later else f"{name}: {then or '–'} -> {later or '–'}")
     table = Table(title=f"{one.short} and {other.short}")
     for name in ("site", "metric", one.short, other.short, "change"):
         table.add_column(name)

@@ -234,7 +234,7 @@ def _draft(
     else:
         given = dict(study) if isinstance(study, Mapping) else read_yaml(study, "study")
     near = Path(study).parent if isinstance(study, str | Path) else Path()
-    start = {"kind": "release", "file": PARENT_FILE, "sha256": release.sha256}
+    start: dict[str, Any] = {"kind": "release", "file": PARENT_FILE, "sha256": release.sha256}
     # A personal part begins with what each site has of the release, and at a new site fresh.
     start |= {"partial": True} if release.personal else {}
     told = [*overrides]

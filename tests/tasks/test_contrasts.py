@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tests.diagnoses import diagnosis_study
-from tests.outlines import SIZE, blob, outline_study
+from tests.outlines import SIZE, blob, image_study, outline_study
 
 import wardround
 from wardround.errors import DataError
+from wardround.imaging.readers.cases import sort_cases
+from wardround.imaging.readers.labelled import read_image
 from wardround.runs.inputs import find_inputs
 from wardround.study.sites import SiteData, SitesFile
 from wardround.tasks.build import build_task
@@ -114,9 +117,73 @@ def test_dropping_changes_training_alone(tmp_path: Path) -> None:
     assert all(whole.images.flatten(2).any(2).all() for _, whole in dataset.evaluation("test"))
 
 
+# In a chain -----------------------------------------------------------------------------------------------------------
+
+
+def chain_of(root: Path, drop: float = 0.0) -> tuple[Any, Any]:
+    """A chain's task and the data of a site without the second contrast."""
+    sites = make(root, BOTH)
+    task = {
+        "kind": "chain",
+        "images": CONTRASTS,
+        "channels": 2,
+        "size": [SIZE, SIZE],
+        "segmenter": {"preset": "tiny"},
+        "split": {"validation": 0.2, "test": 0.3},
+        "drop_contrasts": drop,
+    }
+    made = build_task(
+        image_study(
+            task,
+            {},
+            name="chain",
+            sites=LACKING,
+            acquisition={"coils": 2, "mask": {"acceleration": 3, "calibration": 0.15}},
+            model={"kind": "modl", "preset": "tiny"},
+        )
+    )
+    return made, {site: made.dataset(site, sites.of(site).data) for site in "AB"}
+
+
+def test_in_a_chain_the_diagnosis_sees_0_of_a_missing_contrast(tmp_path: Path) -> None:
+    """Its scan shows noise, which reaches nothing: no image, no loss, no score."""
+    task, data = chain_of(tmp_path)
+    torch.manual_seed(0)
+    model = task.build_model().eval()
+    batch = data["B"].batch([0, 1], public_generator(1, "x"))
+    assert batch.there.tolist() == [[1.0, 0.0]] * 2
+    images, _ = task.both(model, batch)
+    assert not images[:, 1].any()
+    assert images[:, 0].any()
+    assert not batch.scans.target[1::2].any()
+    _, whole = next(data["B"].evaluation("test"))
+    scores = task.score(model, whole)
+    alone = replace(whole, scans=type(whole.scans)(*(part[::2] for part in vars(whole.scans).values())), there=None)
+    seen = task.image_scores(task.both(model, whole)[0][:, 0], alone)
+    for name, value in seen.items():
+        assert torch.isclose(scores[name], value, rtol=1e-5), name
+    whole_there = task.losses(model, data["A"].batch([0, 1], public_generator(1, "x")))
+    assert all(torch.isfinite(loss) for loss in (*task.losses(model, batch).values(), *whole_there.values()))
+    assert data["A"].batch([0, 1], public_generator(1, "x")).there is None
+    assert len(list(task.examples(data["B"]))) == 1
+
+
+def test_a_chain_drops_contrasts_and_predicts_without_one(tmp_path: Path) -> None:
+    task, data = chain_of(tmp_path, 0.6)
+    there = data["A"].batch(range(6), public_generator(1, "x")).there
+    assert there.any(1).all()
+    assert not there.all()
+    case = sort_cases(tmp_path / "B", "", task.patterns()).cases["DOE-00"][0]
+    assert case.absent == (1,)
+    said = task.predict(task.build_model(), read_image(case))
+    assert not said.images[1].any()
+    assert said.images[0].any()
+
+
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_site_without_a_contrast_trains_is_told_of_and_predicted_for(tmp_path: Path) -> None:
     sites = make(tmp_path / "data", {**BOTH, "C": ("flair",)})
     study = study_of({**LACKING, "C": {"role": "unseen", "missing": ["t1ce"]}}, drop_contrasts=0.3)

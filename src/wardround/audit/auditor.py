@@ -26,6 +26,7 @@ from wardround.errors import DataError, StudyError
 from wardround.federation.release import model_of_study, personal_part
 from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.frozen import train_mode
+from wardround.learning.methods.method import MODEL
 from wardround.learning.optimizer import build_optimizer
 from wardround.plan.arms import FEDERATED
 from wardround.protection.lint import Finding, architecture_sha256, lint_against
@@ -308,7 +309,9 @@ class Auditor:
         public, _ = arm_spec.method.initial(arm_spec.layout.groups, self.tensors)
         learner.load(public, NOTHING)
         changes = learner.train(1, public, NOTHING).changes
-        merged = {name: change for group in changes.values() for name, change in group.items()}
+        # Further groups may speak of the same tensors, such as control variates: the model's own count.
+        groups = sorted(changes, key=lambda group: group == MODEL)
+        merged = {name: change for group in groups for name, change in changes[group].items()}
         names = [n for n, p in self._network.named_parameters() if p.requires_grad and n in self._shared]
         sent = tuple(-torch.from_numpy(np.asarray(merged[name])) for name in names)
         self._load()

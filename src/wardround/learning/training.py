@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wardround.errors import WardroundError
 from wardround.learning.device import Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
+from wardround.learning.elastic import Pull
 from wardround.learning.episodes import learned
 from wardround.learning.examples import Examples
 from wardround.learning.flat_step import stepped
@@ -90,7 +91,11 @@ class Learner:
         curriculum: Curriculum = WHOLE,
         shelf: Keeping | None = None,
         least: int = 1,
+        pull: Pull | None = None,
+        samples: int | None = None,
     ) -> None:
+        # A run goes on by the number of examples that it began with: its weight tells of no withdrawal.
+        self._samples = len(dataset) if samples is None else samples
         self.site = site
         self.dataset = dataset
         self.task = model_context.task
@@ -110,12 +115,28 @@ class Learner:
         self._shelf = shelf
         self._steps_taken = 0
         self._least = least
+        self._pull = pull
         self._composed: tuple[Mapping[str, Array], dict[str, Array]] | None = None
 
     @property
     def model(self) -> nn.Module:
         """The network, with whatever was loaded last."""
         return self._model_context.model
+
+    @property
+    def local(self) -> Local:
+        """What the site does in a round."""
+        return self._local
+
+    @property
+    def examples(self) -> Examples:
+        """Which training examples it takes, in order."""
+        return self._examples
+
+    @property
+    def seed(self) -> int:
+        """Of what is random and public."""
+        return self._seed
 
     @property
     def compute(self) -> Compute:
@@ -196,7 +217,7 @@ class Learner:
     def least_weights(self) -> dict[str, float]:
         """The smallest weights that the site can have in a round, known before it trains."""
         worst = math.inf if self._method.weights == "validation" else None
-        return self._method.group_weights(Facts(len(self.dataset), worst), self._groups)
+        return self._method.group_weights(Facts(self._samples, worst), self._groups)
 
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
         """Put tensors into the model by name; all others get their initial values, and what is frozen has them."""
@@ -235,6 +256,7 @@ class Learner:
         began = time.perf_counter()
         local, model = self._local, self._model_context.model
         steps = self._examples.steps(local)
+        held_out = self._held_out(number) if self._method.asks_held_out(self.site) else None
         torch.set_num_threads(self.compute.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         train_mode(model)
@@ -262,7 +284,7 @@ class Learner:
             number=number,
             steps=steps,
             learning_rate=local.lr,
-            facts=Facts(len(self.dataset)),
+            facts=Facts(self._samples, held_out),
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
@@ -279,7 +301,7 @@ class Learner:
         for taken in sent:
             mean, told = self._walk(context, taken, state, optimizer, losses, memory, episode) or (mean, told)
         validated = self._validation_loss(losses) if self.weighs_by_validation else None
-        context.facts = Facts(len(self.dataset), validated, mean)
+        context.facts = Facts(self._samples, validated, mean)
         # Beside its own values, a site keeps what stays there of the received model apart.
         prefix = RECEIVED if own else LOCAL
         kept = {prefix + name: on_host(state[name]).copy() for name in self._policy.names("local")}
@@ -333,7 +355,7 @@ class Learner:
         with (
             nullcontext() if stint is None else stint.holding(model),
             held(state, taken.held(self._policy)),
-            nullcontext() if private is None else private.round(context, self._method, memory.tensors, losses) as paid,
+            nullcontext() if private is None else private.round(context, self._added, memory.tensors, losses) as paid,
             self._method.during(context),
         ):
             if taken.trains != "all" and not any(p.requires_grad for p in model.parameters()):
@@ -401,11 +423,11 @@ class Learner:
         own, kept = take_own(context, passes, state, values, take, loss)
         return kept | {LOCAL + name: on_host(tensor) for name, tensor in own.items()}
 
-    def heard(self, trained: Trained, limits: Mapping[str, float]) -> Trained:
-        """The same with what the method keeps, where an update says no more of each tensor than `limits`."""
+    def kept(self, trained: Trained, limits: Mapping[str, float]) -> dict[str, Array]:
+        """What the site keeps of a round whose update loses what lies beyond `limits` (`Method.heard`)."""
         own = {n.removeprefix(METHOD): t for n, t in trained.memory.items() if n.startswith(METHOD)}
-        kept = self._method.heard(own, trained.changes, limits)
-        return replace(trained, memory={**trained.memory, **{METHOD + name: array for name, array in kept.items()}})
+        heard = self._method.heard(own, trained.changes, limits)
+        return {**trained.memory, **{METHOD + name: array for name, array in heard.items()}}
 
     def _backward(
         self,
@@ -421,13 +443,18 @@ class Learner:
         total, start = torch.zeros((), device=self.compute.device), 0
         for size in self._local.pieces:
             batch = changed(self.dataset.batch(indices[start : start + size], random), start)
-            loss = self._method.objective(context, losses.loss(context.model, batch))
+            loss = self._added(context, losses.loss(context.model, batch))
             if size != len(indices):
                 loss = loss * (size / len(indices))
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             start += size
         return total
+
+    def _added(self, context: LocalRound, loss: Tensor) -> Tensor:
+        """The loss of a step with what the method and the study add to it."""
+        loss = self._method.objective(context, loss)
+        return loss if self._pull is None else self._pull.on(context, loss)
 
     @torch.no_grad()
     def evaluate(self, split: Split, calibration: Calibration | None = None) -> dict[str, Array]:
@@ -461,6 +488,13 @@ class Learner:
         """The same of other scores than the task's, as `patient_rows` takes them; batches are on the site's device."""
         batches = ((patient, self.compute.moved(batch)) for patient, batch in self.dataset.evaluation(split))
         return patient_rows(self.task.metrics, batches, score, diverged)
+
+    def _held_out(self, number: int) -> float | None:
+        """The loss of the model as it came, over validation patients; it stays in the round."""
+        if not self.dataset.patients("validation"):
+            return None
+        torch.set_num_threads(self.compute.threads)
+        return self._validation_loss(Placed(self._curriculum.task(number, self.task), self.compute))
 
     @torch.no_grad()
     def _validation_loss(self, task: Losses) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import floor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,15 @@ from wardround.study.methods import UNKNOWN_AMPLITUDE as UNKNOWN
 def spectrum_of(images: Tensor) -> Tensor:
     """The half spectrum of real images (..., C, *shape), by `shape` of two axes or three: (B, C, *half), complex."""
     axes = tuple(range(2, images.ndim))
-    return torch.fft.rfftn(images.float(), dim=axes, norm="forward")
+    found: Tensor = torch.fft.rfftn(images.float(), dim=axes, norm="forward")
+    return found
 
 
 def images_of(spectrum: Tensor, shape: Sequence[int]) -> Tensor:
     """The real images of half spectra: the inverse of `spectrum_of`."""
     axes = tuple(range(2, spectrum.ndim))
-    return torch.fft.irfftn(spectrum, s=tuple(shape), dim=axes, norm="forward")
+    found: Tensor = torch.fft.irfftn(spectrum, s=tuple(shape), dim=axes, norm="forward")
+    return found
 
 
 def with_amplitude(spectrum: Tensor, amplitude: Tensor) -> Tensor:
@@ -81,17 +84,16 @@ class LowFrequencies(nn.Module):
 
     def of(self, spectrum: Tensor) -> Tensor:
         """(..., *half) -> (..., *kept)."""
-        found: Tensor = spectrum[(..., *self._places())]
-        return found
+        return spectrum[self._places()]
 
     def put(self, spectrum: Tensor, values: Tensor) -> Tensor:
         """The spectrum with other values at these frequencies."""
         made = spectrum.clone()
-        made[(..., *self._places())] = values
+        made[self._places()] = values
         return made
 
-    def _places(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, f"axis{axis}") for axis in range(len(self.shape)))
+    def _places(self) -> Any:
+        return (..., *(getattr(self, f"axis{axis}") for axis in range(len(self.shape))))
 
 
 class Amplitude(nn.Module):
@@ -131,14 +133,15 @@ class Amplitude(nn.Module):
     @staticmethod
     @torch.no_grad()
     def running(batches: Iterable[Tensor], momentum: float) -> Tensor:
-        """The running mean of the amplitudes of batches (B, C, *shape): A <- (1 - momentum) A + momentum A_batch.
+        """The running mean of the amplitudes of batches (B, C, *shape): A <- (1 - m) A + m A_batch.
 
-        A_batch is the mean over a batch; it begins with the first one.
+        A_batch is the mean over a batch, and m of batch n, from 1, is 1 / n as long as that is more than `momentum`: it
+        begins as the plain mean, of which no batch has a larger share than another.
         """
         found: Tensor | None = None
-        for images in batches:
-            own = spectrum_of(images).abs().mean(0)
-            found = own if found is None else (1.0 - momentum) * found + momentum * own
+        for number, images in enumerate(batches, 1):
+            own, share = spectrum_of(images).abs().mean(0), max(momentum, 1.0 / number)
+            found = own if found is None else (1.0 - share) * found + share * own
         if found is None:
             raise ValueError("no batch")
         return found

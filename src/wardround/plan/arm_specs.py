@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import StudyError
+from wardround.learning.elastic import Pull
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.feddg import BANK
 from wardround.learning.methods.method import BUFFERS, Method
@@ -22,6 +23,8 @@ from wardround.learning.passes import parted, steps_in
 from wardround.learning.policy import Policy, listed, matching
 from wardround.models.adapters import added_values
 from wardround.plan.arms import Arm, arms_of
+from wardround.plan.leaving import left_before
+from wardround.plan.retention import elastic_of, fisher_of, pull_of
 from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
 from wardround.plan.teachers import teacher_of
 from wardround.plan.weights import begin
@@ -128,6 +131,22 @@ class ArmSpecs:
         assert named is not None
         return teacher_of(named, self.places, self.plugins)
 
+    @cached_property
+    def fisher(self) -> Mapping[str, Array]:
+        """The Fisher information of the release that the study continues; see `plan.retention`. Raises `StudyError`."""
+        return fisher_of(self.study, self.places)
+
+    def pull(self, arm_spec: ArmSpec) -> Pull | None:
+        """What holds an arm to the release (`update.retain: ewc`); `None` where nothing does. Raises `StudyError`."""
+        if elastic_of(self.study) is None:
+            return None
+        return pull_of(self.study, self.fisher, self.model_context, arm_spec.policy)
+
+    @cached_property
+    def left(self) -> frozenset[str]:
+        """Sites that left what the study starts from. Raises `StudyError` where one is back without a word of it."""
+        return left_before(self.study, self.places)
+
     def check_teacher(self) -> None:
         """Raise `StudyError` where the study's teacher is not there, is another, or does not fit; nothing for none."""
         if self.study.task.taught_by is not None and isinstance(self.task, Student):
@@ -137,6 +156,7 @@ class ArmSpecs:
     def model_context(self) -> ModelContext:
         """The model of this process, with what the study starts from in it."""
         study = self.study
+        _ = self.left
         begins = partial(begin, study.start, self.places, study.adapters, whole=not study.trains)
         return ModelContext(
             self.task,

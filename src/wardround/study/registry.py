@@ -92,6 +92,8 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "flora": "wardround.learning.methods.flora:FLoRASettings",
         "fedsa_lora": "wardround.learning.methods.fedsa_lora:FedSALoRASettings",
         "feddg": "wardround.learning.methods.feddg:FedDGSettings",
+        "fisher": "wardround.learning.methods.fisher:FisherSettings",
+        "unlearn": "wardround.learning.methods.unlearn:UnlearnSettings",
         "custom": "wardround.study.methods:CustomMethod",
     },
     "acquisition": {

@@ -85,7 +85,7 @@ class TaskSettings(Settings):
     scanner: ClassVar[Literal["needed", "optional", "none"]] = "optional"
     #: The method that settings of a model must have to serve it; empty where any, or none, does.
     network: ClassVar[str] = ""
-    #: Whether its network sees images of one shape, whose amplitudes a method may use (`MethodSettings.spectrum`).
+    #: Whether its network may see images of one shape, whose amplitudes a method uses (`MethodSettings.spectrum`).
     spectral: ClassVar[bool] = False
     #: How many of the classical methods that an acquisition comes with are compared, the first ones; `None` for all.
     compared: ClassVar[int | None] = None
@@ -166,6 +166,8 @@ class CustomTask(TaskSettings):
     It is an entry point of the group `wardround.tasks` that the site allows in `plugins`, or `package.module:callable`
     with `--allow-code`.
     """
+
+    spectral = True
 
     kind: Literal["custom"]
     factory: Factory

@@ -213,10 +213,9 @@ class ImageTask(Generic[SettingsT]):
             remedy="complete it; this model was not trained to do without (task.drop_contrasts, sites.NAME.missing)",
         )
 
-    def _with_spectrum(self, network: nn.Module, shape: Sequence[int]) -> nn.Module:
-        """The network of images of `shape` with what the study's method asks for of their amplitudes."""
-        asked, training = self.study.method.spectrum, self.study.training_sites
-        return with_spectrum(network, asked, self.config.channels, shape, training)
+    def _with_spectrum(self, network: nn.Module, channels: int, shape: Sequence[int]) -> nn.Module:
+        """The network of images (B, channels, *shape) with what the study's method asks for of their amplitudes."""
+        return with_spectrum(network, self.study.method.spectrum, channels, shape, self.study.training_sites)
 
     def _network(self, channels: int, outputs: int) -> nn.Module:
         """The study's model; one that does not serve the task was refused with the study."""

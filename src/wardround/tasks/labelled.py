@@ -134,6 +134,11 @@ class LabelledDataset(PatientImages):
             for number in range(len(self._cases[patient])):
                 yield patient, self._whole(patient, number)
 
+    @property
+    def lacks(self) -> bool:
+        """Whether an example may come without one of its contrasts."""
+        return self._drop > 0.0 or any(case.absent for of_patient in self._cases for case in of_patient)
+
     def tested(self, place: int) -> LabelledBatch:
         """The first image of the test patient at a place in the order of `evaluation`."""
         return self._whole(self.tested_patient(place), 0)

@@ -18,9 +18,10 @@ from wardround.wire.random import public_generator
 from wardround.wire.update import Group
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from wardround.models.spectrum import AmplitudeBank
+    from wardround.study.schema import Study
 
 # The group in which the bank travels.
 BANK = "bank"
@@ -56,6 +57,12 @@ class FedDG(Method):
             "of its patients, and of egress.minimum_cohort: all sites and the coordinator read them, "
             "protection.secure or not"
         )
+
+    def within(self, study: Study, sites: int, model: nn.Module) -> FedDG:
+        """Raises `StudyError` for a network without a bank."""
+        if not hasattr(model, AMPLITUDE_BANK):
+            raise StudyError("method.kind=feddg: the task's network has no bank of amplitudes of the images it sees")
+        return self
 
     def groups(self, shared: tuple[Parameter, ...], ring_bits: int) -> tuple[Group, ...]:
         """The bank is a group of its own, with a weight of its own."""

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from wardround.errors import StudyError
 from wardround.learning.methods.method import LocalRound, Method
 from wardround.study.methods import AMPLITUDE, AveragingSettings, Spectrum
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from wardround.study.schema import Study
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class HarmoFL(Method):
     site gives the running mean over the batches of its first round, once, in the first round that comes to something,
     in which it trains with its own; then A never changes. It is part of the released model, so a hospital that did not
     train sees its images alike, as does a clinic. Unlike the paper's, the running mean of a site is complete before its
-    first step, and over the whole spectrum.
+    first step, and begins as the plain mean: of few batches, the first one would be most of it.
     """
 
     alpha: float = 0.05
@@ -40,6 +46,12 @@ class HarmoFL(Method):
             "once, the mean amplitude of the spectra of its training images (method.amplitude), of at least two "
             "patients and of egress.minimum_cohort, in the sum of the first round; the mean over sites is in the model"
         )
+
+    def within(self, study: Study, sites: int, model: nn.Module) -> HarmoFL:
+        """Raises `StudyError` for a network without an amplitude, where the method needs one."""
+        if self.amplitude and not hasattr(model, AMPLITUDE):
+            raise StudyError("method.amplitude: the task's network has no amplitude of the images that it sees")
+        return self
 
     def begin(self, local: LocalRound) -> None:
         """Measure the site's amplitude where the global model has none yet.
@@ -69,8 +81,11 @@ class HarmoFL(Method):
 
 def running_weights(batches: int, momentum: float) -> tuple[float, ...]:
     """What each batch counts in the running mean of `Amplitude.running`; their sum is 1."""
-    kept = 1.0 - momentum
-    return (kept ** (batches - 1), *(momentum * kept ** (batches - 1 - n) for n in range(1, batches)))
+    weights: tuple[float, ...] = ()
+    for number in range(1, batches + 1):
+        share = max(momentum, 1.0 / number)
+        weights = (*((1.0 - share) * weight for weight in weights), share)
+    return weights
 
 
 class HarmoFLSettings(AveragingSettings):

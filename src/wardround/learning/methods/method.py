@@ -199,6 +199,10 @@ class Method:
         """What a round of that number of sites adds to the public state, beside what that begins with (`lasting`)."""
         return ()
 
+    def asks_held_out(self, site: str) -> bool:
+        """Whether a site needs the loss of its validation patients before its first step (`LocalRound.facts`)."""
+        return False
+
     # At the site ---------------------------------------------------------------------------------------------------
 
     def passes(self) -> tuple[Pass, ...]:
@@ -274,9 +278,9 @@ class Method:
     def heard(
         self, memory: Mapping[str, Array], changes: Mapping[str, Mapping[str, Array]], limits: Mapping[str, float]
     ) -> Mapping[str, Array]:
-        """What the site keeps of `memory`, once it is known what its update says: nothing beyond `limits` of a tensor.
+        """What the site keeps of `memory`, once it is known what its update says of its `changes`.
 
-        `limits` are by group and tensor (`wire.update.limits`). Called where changes are sent as they are.
+        What lies beyond `limits`, by group and tensor, is lost; of tensors without one nothing is (`Codec.lost`).
         """
         return memory
 
@@ -359,6 +363,10 @@ class Method:
                 if name.startswith(state_name(group, ""))
             }
         )
+
+    def also_released(self, public: Mapping[str, Array]) -> Mapping[str, Mapping[str, Array]]:
+        """What else a run releases of its last state: the tensors of each further file of `models`, by its name."""
+        return {}
 
     # At a hospital that did not train ------------------------------------------------------------------------------
 

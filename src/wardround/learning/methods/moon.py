@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from wardround.errors import StudyError
-from wardround.learning.methods.method import Changes, LocalRound, Method
+from wardround.learning.methods.method import LocalRound, Method
 from wardround.study.methods import AveragingSettings
 from wardround.study.models import Layer
 
@@ -57,7 +57,7 @@ class MOON(Method):
 
     @contextmanager
     def during(self, local: LocalRound) -> Iterator[None]:
-        """Watches the layer while the steps are taken."""
+        """Watches the layer while the steps are taken, and remembers what is shared as it is after them."""
         import torch
 
         assert self.layer is not None
@@ -72,6 +72,7 @@ class MOON(Method):
                 yield
             finally:
                 del local.scratch[_WATCH]
+        local.memory.update({_PREVIOUS + name: tensor.detach() for name, tensor in local.shared.items()})
 
     def objective(self, local: LocalRound, loss: Tensor) -> Tensor:
         """The loss with the term, for each time that it called the network."""
@@ -88,11 +89,6 @@ class MOON(Method):
             near, far = (call.again(watch, values) for values in watch.others)
             loss = loss + self.mu / len(seen) * contrast(call.said, near, far, self.tau)
         return loss
-
-    def changes(self, local: LocalRound) -> Changes:
-        """The changes; what is shared is remembered as it is at the round's end."""
-        local.memory.update({_PREVIOUS + name: tensor.detach() for name, tensor in local.shared.items()})
-        return super().changes(local)
 
 
 def contrast(said: Tensor, near: Tensor, far: Tensor, tau: float) -> Tensor:

@@ -124,7 +124,7 @@ class Scaffold(Method):
         """c_i moves as far as was said: what a scale cuts off would stay out of the sum for good."""
         kept = dict(memory)
         for name, change in changes[CONTROL].items():
-            limit = limits[state_name(CONTROL, name)]
+            limit = limits.get(state_name(CONTROL, name), np.inf)
             kept[_OWN + name] = memory[_OWN + name] - (change - np.clip(change, -limit, limit))
         return kept
 

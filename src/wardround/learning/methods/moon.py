@@ -38,6 +38,8 @@ class MOON(Method):
     two forward passes more. Nothing more is sent. A hospital that did not train gets the same model.
     """
 
+    holds = 1
+    stores = 1
     mu: float = 1.0
     tau: float = 0.5
     layer: Layer | None = None

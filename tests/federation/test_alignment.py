@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,23 @@ def test_a_round_is_the_same_on_any_device(
         for group, part in here.items():
             for key, tensor in part.items():
                 assert np.allclose(tensor, there[group][key], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["scaffold", "moon", "harmofl"])
+def test_layers_of_fewer_bits_give_nearly_the_same(name: str, precision: Any, tmp_path: Path) -> None:
+    """fp16 has a scaler: gradients are scaled up when a method sees the loss, and are not when it sees them."""
+    method, _ = METHODS[name]
+    ends = []
+    for compute in (CPU, replace(CPU, precision=precision)):
+        plans = arm_specs_of(unlike_study(method, {"steps": 3, "lr": 0.1}, options=NORM))
+        learner, memory = learner_of(plans, tmp_path, compute), NOTHING
+        public, _ = plans.initial(plans.arm_spec("federated"))
+        for number in (1, 2):
+            learner.load(public, memory)
+            trained = learner.train(number, public, memory)
+            memory = Memory(trained.memory, {})
+        ends.append(np.concatenate([t.ravel() for part in trained.changes.values() for t in part.values()]))
+    # Layers have 8 bits and 11; a few steps of them, and normalisation, add some up.
+    assert np.linalg.norm(ends[1] - ends[0]) < 0.1 * np.linalg.norm(ends[0])
+    assert np.any(ends[1] != ends[0])

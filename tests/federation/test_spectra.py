@@ -25,10 +25,12 @@ from wardround.learning.methods.harmofl import running_weights
 from wardround.learning.survey import Survey
 from wardround.models.spectrum import Amplitude, spectrum_of
 from wardround.plan.arm_specs import ArmSpecs
+from wardround.plan.weights import load_model
 from wardround.runs.explain import explain
 from wardround.runs.session import run
 from wardround.study.hashes import written
 from wardround.study.methods import UNKNOWN_AMPLITUDE
+from wardround.study.plugins import Plugins
 from wardround.study.sites import Egress, SiteData, SitesFile
 from wardround.wire.random import public_generator
 
@@ -223,9 +225,22 @@ def test_the_bank_is_a_side_channel_and_the_released_model_has_none(tmp_path: Pa
     assert rig.arm_spec.kinds.side_channels == {BANK}
     for site, there in (("A", True), (None, False)):
         found = rig.method.release_for(site, public, {})
-        assert found.keys() == set(rig.arm_spec.policy.names("shared"))
+        assert set(found) == set(rig.arm_spec.policy.names("shared"))
         assert (found["amplitude_bank.spectra"] > UNKNOWN_AMPLITUDE).any() == there
         assert found["amplitude_bank.filled"].any() == there
+
+
+def test_a_release_with_a_bank_starts_any_study_of_its_network(tmp_path: Path) -> None:
+    """The bank is of the run: another has other sites, and its own method."""
+    first = run(picture_study(FEDDG, BANKED), toy_sites(tmp_path), tmp_path / "out", engine="local", quiet=True)
+    start = {"kind": "release", "file": "out/models/federated.safetensors", "sha256": first.model_sha256}
+    values = load_model(tmp_path / "out" / "models" / "federated.safetensors")[0]
+    for method, options in (({"kind": "fedavg"}, {}), (FEDDG, {"bank": 3, "sites": ["A", "B"]})):
+        study = picture_study(method, options, start=start)
+        specs = ArmSpecs(study, (), plugins=Plugins(code=True), places=study.places(tmp_path))
+        begun = specs.model_context.initial_values()
+        assert np.array_equal(begun["layer.weight"], values["layer.weight"])
+        assert not begun.get("amplitude_bank.filled", np.zeros(1)).any()
 
 
 def test_where_no_site_has_enough_patients_it_says_so(tmp_path: Path) -> None:

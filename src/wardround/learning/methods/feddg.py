@@ -15,6 +15,7 @@ from wardround.learning.policy import Parameter
 from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.study.methods import AMPLITUDE_BANK, UNKNOWN_AMPLITUDE, Spectrum, WeightedSettings
 from wardround.wire.random import public_generator
+from wardround.wire.tensors import Chosen, joined
 from wardround.wire.update import Group
 
 if TYPE_CHECKING:
@@ -116,14 +117,13 @@ class FedDG(Method):
 
     def release_for(
         self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        """The network; to sites that train with the bank."""
-        released = super().release_for(site, public, private)
-        for name in (_SPECTRA, _FILLED):
-            if (place := state_name(BANK, name)) in public:
-                found = public[place]
-                released[name] = found if site is not None else _empty(name, found)
-        return released
+    ) -> Mapping[str, Array]:
+        """The network; to sites that train with the bank, to all others with an empty one."""
+        places = {name: state_name(BANK, name) for name in (_SPECTRA, _FILLED) if state_name(BANK, name) in public}
+        bank: Mapping[str, Array] = Chosen({name: (public, place) for name, place in places.items()})
+        if site is None:
+            bank = {name: _empty(name, found) for name, found in bank.items()}
+        return joined(super().release_for(site, public, private), bank)
 
 
 def _empty(name: str, found: Array) -> Array:

@@ -276,7 +276,7 @@ def test_scales_that_no_honest_round_comes_to_allow_nothing(tmp_path: Path) -> N
     state = rig.start()
     assert ask(rig, state, 1).header.kind == UPDATE
     # As large as scales may ever be, and far larger than what such steps come to: their rounding would excuse the move.
-    huge = replace(state, scales=rig.coordinator._scales.capped(dict.fromkeys(state.scales, 1e9), state.public))
+    huge = replace(state, scales=rig.coordinator._commits.scales.capped(dict.fromkeys(state.scales, 1e9), state.public))
     assert ask(rig, huge, 10).header.kind == UPDATE
     assert "2.weight moved by" in ask(rig, planted(rig, state, moved), 11).header.meta["reason"]
 

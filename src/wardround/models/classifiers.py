@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from wardround.study.models import ClassifierSettings, Layer, Preset
 
@@ -17,6 +17,7 @@ class DenseNetSettings(ClassifierSettings):
     """DenseNet (Huang et al., CVPR 2017); `paper` is DenseNet-121."""
 
     kind: Literal["densenet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("class_layers.*",)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network."""
@@ -42,6 +43,7 @@ class ResNetSettings(ClassifierSettings):
     """ResNet (He et al., CVPR 2016); `paper` is ResNet-18."""
 
     kind: Literal["resnet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("fc.*",)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network."""
@@ -65,6 +67,7 @@ class EfficientNetSettings(ClassifierSettings):
     """EfficientNet (Tan and Le, ICML 2019): B0, or B4 as `paper`."""
 
     kind: Literal["efficientnet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("_fc.*",)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network, without pretrained weights: those come from a file of the study's `start`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ class EfficientNetLiteSettings(ClassifierSettings):
     """EfficientNet-lite0, 4.7 million weights with 1,000 classes; `tiny` has a block a group and an eighth the head."""
 
     kind: Literal["efficientnet_lite"]
+    head_parts: ClassVar[tuple[str, ...]] = ("classifier.*",)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network, without pretrained weights: those come from a file of the study's `start`."""

@@ -37,6 +37,7 @@ class MonaiUNetSettings(NetworkSettings):
     """MONAI's residual U-Net (Kerfoot et al., STACOM 2018)."""
 
     kind: Literal["monai_unet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("model.2.*",)
 
     def build_network(self, dimensions: int, channels: int, outputs: int) -> Any:
         """The network; each level halves the image."""
@@ -65,6 +66,7 @@ class SegResNetSettings(NetworkSettings):
     """SegResNet (Myronenko, BrainLes 2018) without its autoencoder."""
 
     kind: Literal["segresnet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("conv_final.*",)
     norm: Literal["batch", "instance", "group"] = "group"
 
     def build_network(self, dimensions: int, channels: int, outputs: int) -> Any:
@@ -93,6 +95,7 @@ class DynUNetSettings(NetworkSettings):
     """A U-Net of nnU-Net's design (Isensee et al., Nature Methods 18, 2021), without deep supervision."""
 
     kind: Literal["dynunet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("output_block.*",)
     norm: Literal["batch", "instance", "group"] = "instance"
 
     def build_network(self, dimensions: int, channels: int, outputs: int) -> Any:
@@ -119,6 +122,7 @@ class SwinUNETRSettings(NetworkSettings):
     """Swin UNETR (Hatamizadeh et al., BrainLes 2021); sides of a patch are multiples of 32."""
 
     kind: Literal["swin_unetr"]
+    head_parts: ClassVar[tuple[str, ...]] = ("out.*",)
     norm: Literal["batch", "instance", "group"] = "instance"
 
     def build_network(self, dimensions: int, channels: int, outputs: int) -> Any:

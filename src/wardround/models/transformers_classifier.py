@@ -36,6 +36,7 @@ class TransformersSettings(ModelSettings):
     """
 
     kind: Literal["transformers"]
+    head_parts: ClassVar[tuple[str, ...]] = ("head.*",)
     modalities: ClassVar[frozenset[Modality] | None] = frozenset()
     folder: str | None = Field(None, description="with the model's `config.json`; or give `config`")
     config: AnyArchitecture = Field(description="what of a `config.json` decides the network")

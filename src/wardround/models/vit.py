@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ class ViTSettings(ClassifierSettings, EncoderSettings):
     """Vision transformer (Dosovitskiy et al., ICLR 2021) with the mean of its tokens; `paper` is ViT-B."""
 
     kind: Literal["vit"]
+    head_parts: ClassVar[tuple[str, ...]] = ("head.*",)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network."""

@@ -252,6 +252,10 @@ class Restored(Aggregate):
         self._infos = {(g.name, info.name): info for g in layout.groups for info in g.tensors}
         self._whole = whole
 
+    def steps(self, group: str) -> int:
+        """The sum of the sites' weights, in whole steps."""
+        return self._sent.steps(group)
+
     def weight(self, group: str) -> float:
         """The sum of the sites' weights."""
         return self._sent.weight(group)

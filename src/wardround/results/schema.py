@@ -407,3 +407,13 @@ class RoundLine(Config):
     notes: tuple[str, ...] = ()
     validated: tuple[str, ...] = ()
     bill: Bill = Field(Bill(), description="`bytes_up` and `bytes_down` by kind")
+    staleness: dict[str, int] = Field(
+        {},
+        description="of asynchronous rounds: by participant, how many rounds older than the newest the state was that "
+        "its update trained from",
+    )
+    at_work: dict[str, int] = Field(
+        {},
+        description="of asynchronous rounds: by site that was still at work when the round was committed, the round "
+        "that it was asked for",
+    )

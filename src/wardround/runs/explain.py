@@ -11,6 +11,8 @@ from wardround.federation.measuring import REFERENCE
 from wardround.learning.training import patients_in
 from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.sums import LOSS
+from wardround.results.gate import margins_of
+from wardround.results.metrics import MetricInfo
 from wardround.results.units import human_bytes, protocol
 from wardround.runs.columns import WIDTH, entry, table, wrapped
 from wardround.runs.explain_given import given_traffic, measuring_lines
@@ -95,6 +97,7 @@ def study_lines(host: Machine, arm_spec: ArmSpec) -> str:
         entry("method", f"{study.method.describe()}: {roles}"),
         entry("start", study.start.describe()),
         *([entry("adapters", said)] if (said := study.adapters.describe()) else []),
+        *([entry("forgets", study.forget.describe())] if study.forget is not None else []),
     ]
     if study.description:
         entries.insert(0, entry("about", study.description))
@@ -174,7 +177,9 @@ def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
     return "\n".join(
         (
             entry("a round", f"{_length(local)} of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
+            *_passes(arm_spec),
             entry("rounds", f"{schedule.rounds}; released is {released}"),
+            *(entry("asynchronous" if not i else "", line) for i, line in enumerate(late_lines(study))),
             *(entry("phase", stint.describe()) for stint in arm_spec.curriculum.stints),
             entry("an update", _update(study)),
         )
@@ -188,6 +193,27 @@ def _length(local: Local) -> str:
     return f"{local.passes:g} pass{'' if local.passes == 1 else 'es'} over a site's own examples, in steps"
 
 
+def _passes(arm_spec: ArmSpec) -> Iterator[str]:
+    """The passes of a round, where there are several."""
+    passes = arm_spec.method.passes()
+    for number, one in enumerate(passes if len(passes) > 1 else (), start=1):
+        yield entry(f"pass {number}", one.describe(arm_spec.arm.local.steps))
+
+
+def late_lines(study: Study) -> tuple[str, ...]:
+    """What rounds wait for, and what an update counts that comes late; nothing where they wait for all sites."""
+    rules = study.schedule.asynchronous
+    if rules is None:
+        return ()
+    count = len(study.training_sites)
+    return (
+        f"a round is committed with the first {rules.buffer} updates of {count} sites",
+        f"one whose state is t rounds older counts (1 + t)^-{rules.exponent:g} of a fresh one (public), at most "
+        f"{rules.max_staleness}",
+        f"each site believes in up to {rules.max_staleness} rounds without it when it looks at a model",
+    )
+
+
 def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
     """What the values of the model and its updates weigh; `wardround plan` counts whole messages."""
     study = host.study
@@ -196,7 +222,8 @@ def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
     nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
     sent = arm_spec.codec.sent(arm_spec.layout)
     down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
-    total = study.schedule.rounds * len(study.training_sites) * (down + up)
+    late = study.schedule.asynchronous
+    total = study.schedule.rounds * (len(study.training_sites) if late is None else late.buffer) * (down + up)
     return "\n".join(
         (
             entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
@@ -233,7 +260,7 @@ def arms_lines(host: Machine) -> str:
     rounds = host.study.schedule.rounds
     rows = []
     for name, arm in host.arms.items():
-        steps = arm.local.steps * rounds
+        steps = host.arm_spec(name).steps * rounds
         passes = arm.local.passes and arm.local.passes * rounds
         data = ", ".join(arm.members) if len(arm.sites) == len(arm.members) else f"all of {', '.join(arm.members)}"
         counted = f"{steps:,}", f"{steps * arm.local.batch * len(arm.sites):,}"
@@ -242,11 +269,25 @@ def arms_lines(host: Machine) -> str:
     baselines = host.study.baselines
     if baselines:
         notes.append(f"Compared with, nothing learned: {', '.join(baselines)}.")
+    notes += list(continued_lines(host))
     if len(rows) == 1:
         notes.append("Add --compare local,pooled to learn whether training together is worth it.")
     return "\n".join(
         [table(("arm", "steps a site", "examples in all", "data"), rows), *(f"  {note}" for note in notes)]
     )
+
+
+def continued_lines(host: Machine) -> Iterator[str]:
+    """What a study does that continues a release: with what it compares, and when the new model takes its place."""
+    update, release = host.study.update, host.study.continues
+    if update is None or release is None:
+        return
+    yield f"Continues the release {release}: every site measures it beside the new model, on the same test patients."
+    metrics = [MetricInfo(**spec.to_json()) for spec in host.task.metrics]
+    margins = margins_of(update.margins, metrics)
+    units = {metric.name: f" {metric.unit}" if metric.unit else "" for metric in metrics}
+    each = ", ".join(f"{name} {margin:g}{units[name]}" for name, margin in margins.items())
+    yield f"The new model takes its place only where no site loses more than the margin: {each}."
 
 
 def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:

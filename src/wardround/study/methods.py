@@ -44,6 +44,9 @@ class MethodSettings(Settings):
     adds_up: ClassVar[bool] = False
     #: Whether it folds low-rank products into weights, for which the layers that have them need room.
     folds: ClassVar[bool] = False
+    #: Whether an update that trained from an older state can enter the mean of a later round: nothing pairs what site
+    #: and coordinator keep by round, and changes mean the same from whichever state (`schedule.asynchronous`).
+    late: ClassVar[bool] = False
 
     @property
     def spectrum(self) -> Spectrum | None:

@@ -30,6 +30,8 @@ class ModelSettings(Settings):
 
     #: What scans it works on; `None`: on any, by their operator.
     modalities: ClassVar[frozenset[Modality] | None] = None
+    #: Patterns of the parameters that are its head (methods that keep it at each site); empty where it has none.
+    head_parts: ClassVar[tuple[str, ...]] = ()
 
     def build(self, modality: Modality) -> Any:
         """The network (`torch.nn.Module`), freshly initialised from torch's global generator.

@@ -146,6 +146,36 @@ def optional_contrasts(study: Study) -> frozenset[int]:
     return frozenset(number for number, contrast in enumerate(images) if contrast in missing)
 
 
+def check_forgetting(study: Study) -> None:
+    """Refuse a study without a hospital that still has it, or that not everyone concerned approved."""
+    forget, unlearns = study.forget, study.method.kind == "unlearn"
+    if unlearns != (forget is not None and forget.how == "unlearn"):
+        raise ValueError("method.kind: `unlearn` belongs to `forget.how: unlearn`, and that to it; set both or neither")
+    if forget is None:
+        return
+    if unlearns:
+        if forget.site not in study.training_sites or getattr(study.method, "site", None) != forget.site:
+            raise ValueError(
+                f"forget.site: {forget.site} takes back what it taught, so it must be a site of `role: train`, and "
+                "`method.site`; make it so, or retrain without it (`how: retrain`)"
+            )
+    elif forget.site in study.sites:
+        raise ValueError(f"forget.site: {forget.site} left, so it is no site of the study; take it out of `sites`")
+    start = study.start.sha256 if isinstance(study.start, FromRelease) else ""
+    if forget.how == "retrain" and start == forget.release:
+        raise ValueError(
+            "forget.how: `retrain` cannot start from the model that is to be forgotten; start from an ancestor that "
+            f"{forget.site} never trained, or fresh"
+        )
+    concerned = [*study.sites, *([] if forget.site in study.sites else [forget.site])]
+    lacking = [name for name in concerned if name not in forget.approved_by]
+    if lacking:
+        raise ValueError(
+            f"forget.approved_by: lacks {', '.join(lacking)}. The new model and the released one together reveal what "
+            f"{forget.site} contributed, so each of them must approve; ask them and name them"
+        )
+
+
 def check_privacy(study: Study) -> None:
     """Refuse whatever would say something of a patient beside the noised gradients."""
     if study.protection.privacy is None:

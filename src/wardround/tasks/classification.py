@@ -18,6 +18,7 @@ from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import ClassSettings, DropShare, each_a_channel
 from wardround.study.teacher import TaughtBy
+from wardround.tasks import confidence
 from wardround.tasks.charts import Charts
 from wardround.tasks.classes import Classes, Floats
 from wardround.tasks.diagnosed import DiagnosedBatch, DiagnosedDataset, check_shape
@@ -144,6 +145,11 @@ class Classification(ImageTask[ClassificationTask]):
         with evaluating(model), torch.no_grad():
             found: Tensor = model(batch.images).float()
         return found
+
+    def said(self, model: nn.Module, batch: DiagnosedBatch) -> confidence.Said:
+        """See `wardround.tasks.confidence.Confident`: each class of each patient."""
+        probabilities = self.classes.probabilities(self.logits(model, batch))
+        return confidence.Said(probabilities, batch.labels, not self.config.multi_label)
 
     def score(self, model: nn.Module, batch: DiagnosedBatch) -> dict[str, Tensor]:
         """What one patient adds to the histograms; see `Classes.measured`."""

@@ -21,6 +21,7 @@ from wardround.imaging.readers.labelled import LabelledImage
 from wardround.models.outliner import build_outliner
 from wardround.study.images import DrawnSettings, DropShare, OverlapLoss, UsedLabels, each_a_channel
 from wardround.study.teacher import TaughtBy
+from wardround.tasks import confidence
 from wardround.tasks.contrasts import first_with_anything
 from wardround.tasks.distillation import (
     Distillation,
@@ -177,6 +178,12 @@ class Segmentation(ImageTask[SegmentationTask]):
     def logits(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
         """Logits (B, K, *shape of the masks) by windows of the size of a patch, in evaluation mode."""
         return self.outlined(model, batch.images, batch.masks.shape[2:])
+
+    def said(self, model: nn.Module, batch: LabelledBatch) -> confidence.Said:
+        """See `wardround.tasks.confidence.Confident`: each voxel of each structure."""
+        known = batch.known.reshape(*batch.known.shape, *[1] * (batch.masks.ndim - 2)) > 0.5
+        truth = torch.where(known, batch.masks, torch.nan)
+        return confidence.Said(torch.sigmoid(self.logits(model, batch)), truth, exclusive=False)
 
     def outlined(self, model: nn.Module, images: Tensor, shape: Sequence[int]) -> Tensor:
         """The same of images (B, C, *grid), on the grid `shape`."""

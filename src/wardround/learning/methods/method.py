@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import StudyError
+from wardround.learning.passes import WHOLE_ROUND, Pass
 from wardround.learning.policy import Parameter, Policy, Role
 from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.wire.tensors import Chosen, TensorInfo
@@ -36,7 +37,7 @@ BUFFERS = "buffers"
 # exp(-loss) is clamped to this, so that one site can neither vanish nor outweigh the others a thousandfold.
 SMALLEST_VALIDATION_WEIGHT = 1e-3
 # Hooks that decide how far a round moves the model; what happens before a site's optimiser is bounded by the optimiser.
-_MOVING = ("changes", "apply", "apply_group", "server_step")
+_MOVING = ("changes", "apply", "apply_group", "server_step", "passes")
 
 
 def state_name(group: str, tensor: str) -> str:
@@ -74,7 +75,8 @@ class LocalRound:
     tensors of this method: what a hook leaves there is kept for the next round and never sent. `private` are the live
     tensors that stay at the site, `initial` the initial values of the whole model; `step` counts from 0, and with
     `seed` names public randomness. `rate` is the learning rate of the step; what a hook puts into `scratch` is gone
-    after the round. `survey` shows the site's training images.
+    after the round. `survey` shows the site's training images. `taken` is the pass under way (`Method.passes`),
+    `choice` which of its choices.
     """
 
     site: str
@@ -94,6 +96,8 @@ class LocalRound:
     rate: float = 0.0
     scratch: dict[str, Any] = field(default_factory=dict)
     survey: Survey | None = None
+    taken: Pass = WHOLE_ROUND[0]
+    choice: float | None = None
 
     def received(self, name: str) -> Tensor:
         """A tensor of `public` on the device of the model, to be read and not changed."""
@@ -195,7 +199,20 @@ class Method:
         """What a round of that number of sites adds to the public state, beside what that begins with (`lasting`)."""
         return ()
 
+    def asks_held_out(self, site: str) -> bool:
+        """Whether a site needs the loss of its validation patients before its first step (`LocalRound.facts`)."""
+        return False
+
     # At the site ---------------------------------------------------------------------------------------------------
+
+    def passes(self) -> tuple[Pass, ...]:
+        """What a site's round is made of: one pass over everything, unless a method says otherwise."""
+        return WHOLE_ROUND
+
+    @property
+    def keeps_model(self) -> bool:
+        """Whether each site has values of its own for what is shared, with which it validates and tests."""
+        return any(one.own for one in self.passes())
 
     def begin(self, local: LocalRound) -> None:
         """Called once the model is loaded and before the first step."""
@@ -212,6 +229,15 @@ class Method:
     def flat_step(self) -> float:
         """How far along its gradient a step looks for the gradient that it follows (`learning.flat_step`); 0: not."""
         return 0.0
+
+    def begin_pass(self, local: LocalRound) -> None:
+        """Called before the first step of each of several `passes`, with the values that it begins with loaded."""
+
+    def begin_step(self, local: LocalRound) -> None:
+        """Called before the gradient of a step is taken; may put other values into the model."""
+
+    def end_pass(self, local: LocalRound) -> None:
+        """Called after the last step of each of several `passes`; of an own one, what is in the model then is kept."""
 
     def objective(self, local: LocalRound, loss: Tensor) -> Tensor:
         """The loss of a step, with whatever the method adds."""
@@ -337,6 +363,10 @@ class Method:
                 if name.startswith(state_name(group, ""))
             }
         )
+
+    def also_released(self, public: Mapping[str, Array]) -> Mapping[str, Mapping[str, Array]]:
+        """What else a run releases of its last state: the tensors of each further file of `models`, by its name."""
+        return {}
 
     # At a hospital that did not train ------------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ class HarmoFL(Method):
     first step, and begins as the plain mean: of few batches, the first one would be most of it.
     """
 
+    # The values that a step is taken from, while it looks further.
+    holds = 1
     alpha: float = 0.05
     amplitude: bool = False
     momentum: float = 0.1

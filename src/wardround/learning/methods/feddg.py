@@ -49,6 +49,8 @@ class FedDG(Method):
 
     rate: float = 1e-3
     side_channels: ClassVar[frozenset[str]] = frozenset({BANK})
+    # The values that a step is taken from, while its second loss is looked at.
+    holds = 1
 
     @property
     def discloses(self) -> str:

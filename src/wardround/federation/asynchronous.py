@@ -273,7 +273,7 @@ class AsynchronousCoordinator:
     def _resumed(self, number: int) -> _Buffer:
         """The round that was under way when the coordinator ended, its requests asked again; else an empty one."""
         fact = self._journal.fact(_UNDER_WAY)
-        value = {"round": 0, "asked": {}, "came": {}} if fact is None else json.loads(fact)
+        value: dict[str, Any] = {"round": 0, "asked": {}, "came": {}} if fact is None else json.loads(fact)
         # Between a round's commit and the next note its updates are still noted as what came.
         asked, came = value["asked"], value["came"] if value["round"] == number else {}
         known: dict[str, int] = {site: base for site, base in asked.items() if site in self._plan.sites}

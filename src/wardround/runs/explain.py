@@ -11,6 +11,8 @@ from wardround.federation.measuring import REFERENCE
 from wardround.learning.training import patients_in
 from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.sums import LOSS
+from wardround.results.gate import margins_of
+from wardround.results.metrics import MetricInfo
 from wardround.results.units import human_bytes, protocol
 from wardround.runs.columns import WIDTH, entry, table, wrapped
 from wardround.runs.explain_given import given_traffic, measuring_lines
@@ -267,11 +269,25 @@ def arms_lines(host: Machine) -> str:
     baselines = host.study.baselines
     if baselines:
         notes.append(f"Compared with, nothing learned: {', '.join(baselines)}.")
+    notes += list(continued_lines(host))
     if len(rows) == 1:
         notes.append("Add --compare local,pooled to learn whether training together is worth it.")
     return "\n".join(
         [table(("arm", "steps a site", "examples in all", "data"), rows), *(f"  {note}" for note in notes)]
     )
+
+
+def continued_lines(host: Machine) -> Iterator[str]:
+    """What a study does that continues a release: with what it compares, and when the new model takes its place."""
+    update, release = host.study.update, host.study.continues
+    if update is None or release is None:
+        return
+    yield f"Continues the release {release}: every site measures it beside the new model, on the same test patients."
+    metrics = [MetricInfo(**spec.to_json()) for spec in host.task.metrics]
+    margins = margins_of(update.margins, metrics)
+    units = {metric.name: f" {metric.unit}" if metric.unit else "" for metric in metrics}
+    each = ", ".join(f"{name} {margin:g}{units[name]}" for name, margin in margins.items())
+    yield f"The new model takes its place only where no site loses more than the margin: {each}."
 
 
 def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from wardround.imaging.readers.volume import Volume, space_of, write_nifti
 from wardround.imaging.writers.dicom_seg import highdicom, write_seg
 from wardround.runs.inputs import Input, Inputs, Opened, find_inputs
 from wardround.runs.overlays import write_overlay
+from wardround.runs.releases import ReleaseUsed
 from wardround.study.base import at
 from wardround.tasks.contrasts import lacking
 from wardround.tasks.predictions import Masks, Prediction, Probabilities
@@ -33,6 +35,8 @@ from wardround.tasks.task import Predicts, PredictsScans
 from wardround.wire.files import reason, write_text, written
 
 VOLUMES, PROBABILITIES, PATIENTS, OVERLAYS = "volumes.csv", "probabilities.csv", "patients.csv", "overlays"
+# Which release was used.
+MODEL = "model.json"
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class ImagePredictor:
 
     task: Predicts
     network: nn.Module
-    study: str
+    release: ReleaseUsed
     out: Path
     tell: Callable[[Outline | Diagnosis], None] = lambda _: None
     coils: tuple[int, ...] = ()
@@ -147,7 +151,18 @@ class ImagePredictor:
             self.done += results
             for result in results:
                 self.tell(result)
-        return self._table()
+        table = self._table()
+        if table is not None:
+            self._say_release()
+        return table
+
+    def _say_release(self) -> None:
+        """Write beside the table which release it came of."""
+        path = self.out / MODEL
+        try:
+            write_text(path, json.dumps(self.release.to_json(), indent=2) + "\n")
+        except OSError as error:
+            raise DataError(f"the output cannot be written ({reason(error)})", detail=str(path)) from error
 
     def _inputs(self, source: Path, patterns: Patterns) -> Inputs:
         if isinstance(self.task, PredictsScans) and _raw(source):
@@ -213,7 +228,13 @@ class ImagePredictor:
                 output = self.out / f"{name}.dcm"
                 minds = (f"Mind: slices may be missing: {opened.series.gaps}.",) if opened.series.gaps else ()
                 frames = opened.image.space.restored(masks.marked)
-                write_seg(opened.series.headers, frames, masks.names, output, f"Study {self.study}")
+                write_seg(
+                    opened.series.headers,
+                    frames,
+                    masks.names,
+                    output,
+                    f"{self.release.short}, study {self.release.study}",
+                )
             else:
                 output = _write_labels(masks, opened.image, image.source, self.out / name)
             if masks.images is not None:

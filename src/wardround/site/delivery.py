@@ -20,9 +20,10 @@ from wardround.imaging.datasets.split import SPLIT_NAMES, SplitName
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import FEDERATED
 from wardround.site.lineage import Digests, Lineage
-from wardround.site.own_parts import OwnParts
+from wardround.site.own_parts import OwnParts, second_name
 from wardround.storage.blobs import disk_error
 from wardround.storage.store import SiteStore
+from wardround.study.places import release_in
 from wardround.study.start import FromRelease
 from wardround.tasks.task import Dataset, Named
 from wardround.wire.files import written
@@ -82,6 +83,7 @@ class Deliveries:
                 with written(self.folder / CARD) as file:
                     file.write(text)
             self._record(shared_sha256(model))
+            self._keep(shared_sha256(model), model)
         except OSError as error:
             raise disk_error(error) from error
 
@@ -99,6 +101,13 @@ class Deliveries:
         # First the part, then the word that there is one.
         own = OwnParts(self.history).keep(release, self._own_part(parent))
         Lineage(self.history).record_digests(release, parent, self.arm_specs.study_sha256, parts, own)
+
+    def _keep(self, release: str, model: Path) -> None:
+        """Keep the release under its hash, with its frozen part: a study that continues it finds it there."""
+        second_name(model, release_in(self.history, release))
+        if (frozen := self.arm_specs.frozen_sha256) is not None:
+            part = Path("weights") / f"{frozen}.safetensors"
+            second_name(self.folder / part, release_in(self.history, release).parent / part)
 
     def _own_part(self, parent: str | None) -> Path:
         """The site's private part of the released model: of one that it did not train, what it had of the parent."""

@@ -25,6 +25,25 @@ Array = npt.NDArray[Any]
 FOLDER = "own_parts"
 
 
+def second_name(file: Path, path: Path) -> None:
+    """Give a file that is replaced as a whole and never changed a second name, or where that cannot be, copy it.
+
+    What was at `path` is replaced. Raises `OSError` where the disk is full.
+    """
+    if path.exists() and path.samefile(file):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".draft")
+    draft.unlink(missing_ok=True)
+    try:
+        os.link(file, draft)
+    except OSError:
+        with written(path, durable=True) as copy, file.open("rb") as source:
+            shutil.copyfileobj(source, copy)
+        return
+    draft.rename(path)
+
+
 @dataclass(frozen=True)
 class OwnParts:
     """The private parts in a site's history folder. They are in no message and leave the site in no other way."""
@@ -44,20 +63,8 @@ class OwnParts:
         path = self.path(release)
         if not part.exists():
             return None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not (path.exists() and path.samefile(part)):
-            path.unlink(missing_ok=True)
-            self._put(part, path)
+        second_name(part, path)
         return tensors_sha256(self.of(release))
-
-    @staticmethod
-    def _put(part: Path, path: Path) -> None:
-        try:
-            # The file is never written again, only replaced: a second name for it costs no room.
-            os.link(part, path)
-        except OSError:
-            with written(path, durable=True) as file, part.open("rb") as source:
-                shutil.copyfileobj(source, file)
 
     def of(self, release: str) -> dict[str, Array]:
         """The values by model name; none where the site kept nothing. Raises `DataError` for a damaged file."""

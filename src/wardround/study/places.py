@@ -26,6 +26,16 @@ class OwnFiles(Protocol):
         """Folders with weights."""
         ...
 
+    @property
+    def history(self) -> Path | None:
+        """Where the site keeps, beside its records, the releases that reached it (`release_in`)."""
+        ...
+
+
+def release_in(history: Path, release: str) -> Path:
+    """Where a site keeps a release (`model_sha256`) that reached it: a study that continues it needs no other copy."""
+    return history / "releases" / f"{release}.safetensors"
+
 
 def given(paths: Iterable[Path | None]) -> tuple[Path, ...]:
     """The paths that are any, each once."""

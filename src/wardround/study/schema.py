@@ -30,7 +30,7 @@ from wardround.study.forget import Forget
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
-from wardround.study.places import OwnFiles, Places, given
+from wardround.study.places import OwnFiles, Places, given, release_in
 from wardround.study.protection import Protection
 from wardround.study.registry import (
     BASELINES,
@@ -396,8 +396,11 @@ class Study(Config):
         ) -> tuple[Path, ...]:
             return () if named is None else others or ((near / named.file).absolute(),)
 
+        kept: tuple[Path, ...] = ()
+        if isinstance(start, FromRelease) and start.sha256:
+            kept = given(entry.history and release_in(entry.history, start.sha256) for entry in entries)
         retain = None if self.update is None else self.update.retain
-        begun = below(start, given(entry.start for entry in entries))
+        begun = (*below(start, given(entry.start for entry in entries)), *kept)
         taught = below(self.task.taught_by, given(entry.teacher for entry in entries))
         return Places(
             start=begun,

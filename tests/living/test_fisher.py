@@ -12,10 +12,14 @@ from safetensors.numpy import load_file
 from tests.living.ward import admit, ward_sites, ward_study
 from wardround.errors import DataError, StudyError
 from wardround.living.fisher import fisher_study, trained_at, with_fisher
+from wardround.living.release import Release
+from wardround.living.update import FISHER_FILE, STUDY_FILE, prepare, update
 from wardround.plan.weights import file_sha256
 from wardround.results.schema import Result
 from wardround.runs.session import open_host, run
 from wardround.site.lineage import Lineage
+from wardround.study.hashes import written
+from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 
@@ -123,3 +127,32 @@ def test_what_cannot_be_measured_is_one_clear_error(ward: Ward, tmp_path: Path) 
         fisher_study(study, ("A", "B"))
     with pytest.raises(StudyError, match="no Fisher information is needed"):
         fisher_study(update_of(parent, {"C": {}}, update={}), ("A",))
+
+
+def test_the_update_command_measures_it_first_and_writes_the_whole_study(ward: Ward, tmp_path: Path) -> None:
+    parent, sites = ward
+    away = {name: entry.model_copy(update={"history": None}) for name, entry in sites.sites.items()}
+    history = tmp_path / "parent" / "work" / "sites" / "A" / "history"
+    assert sites.sites["A"].history is not None
+    history.parent.mkdir(parents=True, exist_ok=True)
+    sites.sites["A"].history.rename(history)
+    retain = {"retain": {"kind": "ewc", "weight": 50.0}}
+    study = ward_study({"A": {}}, update=None, protection=ROOM, schedule={"rounds": 1})
+    given = {**written(study), "update": retain}
+    one = sites.model_copy(update={"sites": {"A": away["A"]}})
+    result = update(Release.at(parent.out), given, one, tmp_path / "two", engine="local", quiet=True)
+    whole = load_study(tmp_path / "two" / STUDY_FILE)
+    assert whole.update is not None
+    assert whole.update.retain.fisher is not None  # type: ignore[union-attr]
+    assert (tmp_path / "two" / whole.update.retain.fisher.file).is_file()  # type: ignore[union-attr]
+    again = update(Release.at(parent.out), given, one, tmp_path / "two", engine="local", quiet=True)
+    assert again.model_sha256 == result.model_sha256
+    # For hospitals elsewhere both studies are written, to be handed out one after the other.
+    prepared = prepare(Release.at(parent.out), given, tmp_path / "three", train=["A"])
+    assert prepared.study.update == study_with(given).update
+    assert load_study(tmp_path / "three" / FISHER_FILE).method.kind == "fisher"
+
+
+def study_with(given: dict[str, Any]) -> Study:
+    start = {"kind": "release", "file": "parent.safetensors", "sha256": "ab" * 32}
+    return load_study({**given, "start": start})

@@ -110,6 +110,14 @@ def with_fisher(
     return named(study, place.name, sha256)
 
 
+def needed_fisher(study: Study, near: Path) -> Study | None:
+    """The study that measures the Fisher information which a study lacks; `None` where it lacks none."""
+    retain = elastic_of(study)
+    if retain is None or retain.fisher is not None:
+        return None
+    return fisher_study(study, trained_at(study, near))
+
+
 def named(study: Study, file: str, sha256: str) -> Study:
     """The study with its Fisher information named."""
     said = written(study)

@@ -261,7 +261,7 @@ def test_the_approximate_way(chain: Path, tmp_path: Path, ascent: int) -> None:
     result = forget_approximately(plan, sites, tmp_path / "out", engine="local")
     recovered = load_study(result.out / "study.yaml")
     assert recovered.training_sites == ("A", "B")
-    assert recovered.schedule.rounds == 2
+    assert recovered.schedule.rounds == 3
     assert left_by(open_model(model_in(result.out))[1]) == {"C"}
     if ascent:
         assert left_by(open_model(model_in(tmp_path / "out" / "unlearned"))[1]) == frozenset()

@@ -38,7 +38,7 @@ from wardround.wire.files import written as file_written
 Array = npt.NDArray[Any]
 UNLEARNED, RECOVERED, SHRUNK = "unlearned", "recovered", "shrunk.safetensors"
 # Of what a model learned, and of the study's rounds: what the approximate way keeps, and how long it recovers.
-KEEP, RECOVER_SHARE = 0.2, 0.2
+KEEP, RECOVER_SHARE = 0.2, 0.3
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A source of skin pictures leaves: is it forgotten, what does that cost, and what is it worth beside training anew?
 
 Four sources train a classifier on features of a frozen encoder (ImageNet's EfficientNet-Lite0, as examples/skin.yaml
-has it): 1250 steps of Adam at ten times the example's rate on the same unchanged pictures, without weight decay, and the
+has it): 1250 steps of Adam at ten times the example's rate on the same pictures, without weight decay, and the
 last round is released. So it knows its training patients, and the attack has something to find. Then one source,
 --leaving, is forgotten in both ways of `wardround forget`. The attack (`wardround.audit.remains`) asks of each
 of its patients whether the loss is that of one who trained; its AUROC is compared on the same patients with the one on

@@ -27,7 +27,7 @@ def parent_of(tmp_path: Path, sites: SitesFile, **changes: Any) -> Result:
 
 def child_study(parent: Result, **changes: Any) -> Study:
     start = {"kind": "release", "file": "parent", "sha256": parent.model_sha256, **changes.pop("start", {})}
-    return ward_study(changes.pop("sites", ("A", "B")), **{"start": start, "update": {}, **changes})
+    return ward_study(changes.pop("sites", ("A", "B")), **{"start": start, "update": {"train_on": "all"}, **changes})
 
 
 def child_of(tmp_path: Path, parent: Result, ward: SitesFile, name: str = "child", **changes: Any) -> Result:

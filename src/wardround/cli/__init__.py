@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from wardround import __version__
-from wardround.cli import audit, convert, living, logs, models, plan, study, submit, watch, weights
+from wardround.cli import audit, convert, forgetting, joining, living, logs, models, plan, study, submit, watch, weights
 from wardround.cli.federation import federation_app
 from wardround.cli.shared import Commands, say
 from wardround.cli.site import site_app
@@ -75,6 +75,7 @@ for command in (
     plan.plan,
     study.partition,
     models.inspect,
+    joining.join,
 ):
     app.command()(command)
 # The older name of the same command.
@@ -82,6 +83,7 @@ app.command("reconstruct", hidden=True)(models.predict)
 app.command()(audit.audit)
 app.command("verify-audit")(audit.verify_audit)
 app.command()(submit.submit)
+app.command()(forgetting.forget)
 app.command()(watch.watch)
 app.command()(version)
 log_app.command("verify")(logs.verify_log)

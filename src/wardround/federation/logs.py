@@ -70,9 +70,12 @@ class CoordinatorLog:
                 "shortened or restored from an older copy. Restore the newest one of both",
                 detail=str(self._record.path),
             )
+        after = -1 if committed is None else committed.seq
         for number in behind:
             for entry in self._record.entries():
-                if entry.event == "accepted" and entry.round == number and entry.payload["kind"] == TRAIN:
+                # An asynchronous round has updates that were asked for in earlier rounds.
+                new = entry.seq > after and entry.round <= number
+                if new and entry.event == "accepted" and entry.payload["kind"] == TRAIN:
                     self._heads[entry.payload["site"]] = entry.payload["head"]
             self.committed(number)
         if self._record.last(VOID) is not None:

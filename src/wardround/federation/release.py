@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -18,6 +19,7 @@ from wardround.federation.coordinator import Release
 from wardround.learning.methods.build import build_method
 from wardround.plan.arm_specs import ArmSpec, ArmSpecs, protocols_of
 from wardround.plan.arms import FEDERATED, Arm, every_arm
+from wardround.plan.leaving import LEFT
 from wardround.plan.weights import FORMAT as FORMAT
 from wardround.plan.weights import FROZEN, FROZEN_SHA256, model_sha256, place_of, save_frozen
 from wardround.plan.weights import load_model as load_model
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 PROTOCOLS = "protocols"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 CARD = "model_card.md"
 
 
@@ -76,28 +79,66 @@ def save_release(
     Its frozen part is not in the file, which names its hash (`save_frozen_part`). Whole or not at all; raises `OSError`
     where the disk is full.
     """
-    model_context, frozen = arm_specs.model_context, arm_specs.frozen_sha256
     shared = arm_spec.method.release_for(None, release.state.public, release.state.private)
-    aside = model_context.frozen.union(shared)
+    return save_model(arm_specs, arm_spec, shared, release.number, scanners, path)
+
+
+def save_model(
+    arm_specs: ArmSpecs,
+    arm_spec: ArmSpec,
+    values: Mapping[str, Array],
+    number: int,
+    scanners: ModelProtocols,
+    path: Path,
+    more: Mapping[str, str] = NOTHING,
+) -> Path:
+    """Write values of an arm's model in round `number`, by model name, as `save_release` does; all others are initial.
+
+    `more` is further metadata.
+    """
+    model_context, frozen = arm_specs.model_context, arm_specs.frozen_sha256
+    aside = model_context.frozen.union(values)
     rest = {name: array for name, array in model_context.initial_values().items() if name not in aside}
     metadata = {
+        **more,
         "format": FORMAT,
         "study": arm_specs.study.model_dump_json(),
         "study_sha256": arm_specs.study_sha256,
         "plan_sha256": arm_specs.plan_sha256,
         "arm": arm_spec.arm.name,
-        "round": str(release.number),
+        "round": str(number),
         "shared": " ".join(sorted(arm_spec.policy.names("shared"))),
         PROTOCOLS: scanners.model_dump_json(),
+        **_left(arm_specs),
         **({} if frozen is None else {FROZEN: " ".join(sorted(model_context.frozen)), FROZEN_SHA256: frozen}),
     }
     # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
-    tensors = joined(shared, rest)
+    tensors = joined(values, rest)
     with written(path) as file:
         order = _begin(file, tensors, metadata)
         for name in order:
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
     return path
+
+
+def save_beside(arm_specs: ArmSpecs, arm_spec: ArmSpec, release: Release, folder: Path) -> None:
+    """Write what the method releases beside the model, a file each in `folder`, with whose it is."""
+    metadata = {
+        "study_sha256": arm_specs.study_sha256,
+        "plan_sha256": arm_specs.plan_sha256,
+        "of": getattr(arm_specs.study.start, "sha256", ""),
+    }
+    for name, tensors in arm_spec.method.also_released(release.state.public).items():
+        with written(folder / f"{name}.safetensors") as file:
+            for entry in _begin(file, tensors, {"format": f"wardround-{name}-1", **metadata}):
+                file.write(np.ascontiguousarray(tensors[entry]).reshape(-1).view(np.uint8).data)
+
+
+def _left(arm_specs: ArmSpecs) -> dict[str, str]:
+    """Who left the model, where anybody did."""
+    forget = arm_specs.study.forget
+    left = arm_specs.left | ({forget.site} if forget is not None and forget.how != "unlearn" else set())
+    return {LEFT: " ".join(sorted(left))} if left else {}
 
 
 def save_frozen_part(arm_specs: ArmSpecs, folder: Path) -> None:

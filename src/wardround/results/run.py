@@ -52,6 +52,13 @@ class ShownArm:
 _TRAINED = (
     ShownArm("local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"),
     ShownArm("federated", "Together", "federated", "federated", "federated: scans stay, sums of updates travel"),
+    ShownArm(
+        "finetuned",
+        "Fine-tuned",
+        "other",
+        "other-1",
+        "each site goes on alone from the model trained together, and keeps what comes of it",
+    ),
     ShownArm("pooled", "Pooled", "pooled", "pooled", "all data in one place: the ideal that privacy forbids"),
 )
 # What stands in place of the federation's model where nothing was trained.

@@ -329,8 +329,12 @@ class Result(Measured):
     traffic: Traffic
     seconds: Seconds
     privacy: PrivacyStatement | None = Field(description="`null` where updates were neither noised nor masked")
-    steps: dict[str, _Count] = Field(description="by arm: optimiser steps of a site, all rounds")
-    examples: dict[str, _Count] = Field(description="by arm: training examples, all rounds and sites")
+    steps: dict[str, _Count] = Field(
+        description="by arm: optimiser steps of a site, all rounds; not where a round is `local.passes`"
+    )
+    examples: dict[str, _Count] = Field(
+        description="by arm: training examples, all rounds and sites; not where a round is `local.passes`"
+    )
     selected_round: dict[str, _Count] = Field(
         description="by arm: the round whose model was released; `0`: as it was given"
     )
@@ -403,3 +407,13 @@ class RoundLine(Config):
     notes: tuple[str, ...] = ()
     validated: tuple[str, ...] = ()
     bill: Bill = Field(Bill(), description="`bytes_up` and `bytes_down` by kind")
+    staleness: dict[str, int] = Field(
+        {},
+        description="of asynchronous rounds: by participant, how many rounds older than the newest the state was that "
+        "its update trained from",
+    )
+    at_work: dict[str, int] = Field(
+        {},
+        description="of asynchronous rounds: by site that was still at work when the round was committed, the round "
+        "that it was asked for",
+    )

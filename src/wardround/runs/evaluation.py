@@ -14,7 +14,7 @@ from typing import Any
 
 from wardround.errors import DataError
 from wardround.federation.exchange import EVALUATE, Call, Engine, ask_one
-from wardround.federation.measuring import BASELINE, CONTINUED, OWN, REFERENCE, RELEASED
+from wardround.federation.measuring import BASELINE, CONTINUED, FINETUNED, OWN, REFERENCE, RELEASED
 from wardround.federation.refusals import is_withheld
 from wardround.federation.release import as_tensor_file, model_of_study, model_path
 from wardround.plan.arms import FEDERATED, POOLED
@@ -146,6 +146,11 @@ def _jobs(host: Context) -> Iterator[_Job]:
                 "model": body[1],
             }
             yield _Job(name, site, _call(host, name, site, meta, body))
+    if study.update is not None and study.update.finetune is not None and study.trains:
+        # Each made its own when it tested the released one, which comes before.
+        for site in host.remaining(study.training_sites):
+            meta = {"evaluator": FINETUNED, "split": "test"}
+            yield _Job(FINETUNED, site, _call(host, FEDERATED, site, meta, None))
 
 
 def _call(host: Context, arm: str, site: str, meta: Mapping[str, Any], body: tuple[TensorFile, str] | None) -> Call:
@@ -179,7 +184,7 @@ def tables(host: Context, measurements: Sequence[SiteMeasurement]) -> Measured:
         return None if measurement is None else measurement.results
 
     # In the study's order, and not in that of measuring.
-    order = (*host.study.compared_rows, *host.arms)
+    order = (*host.study.compared_rows, *host.arms, FINETUNED)
     rows = sorted({m.row for m in measurements if "/" not in m.row}, key=order.index)
     compared = {row: {site: results(row, site) for site in host.study.sites} for row in rows}
     alone = {site: results(f"local/{site}", site) for site in training}

@@ -29,6 +29,7 @@ from wardround.runs.inputs import Input, Inputs, Opened, find_inputs
 from wardround.runs.overlays import write_overlay
 from wardround.runs.releases import ReleaseUsed
 from wardround.study.base import at
+from wardround.tasks.contrasts import lacking
 from wardround.tasks.predictions import Masks, Prediction, Probabilities
 from wardround.tasks.task import Predicts, PredictsScans
 from wardround.wire.files import reason, write_text, written
@@ -215,7 +216,9 @@ class ImagePredictor:
             return [self._outline(source, image, opened, masks) for image, opened, masks in outlines]
         named = {image.id: said for image, _, said in found if isinstance(said, Probabilities)}
         simulated = isinstance(self.task, PredictsScans) and any(opened.scans is None for _, opened, _ in found)
-        return [_diagnosis(source, patient, named, (f"{self._scanned}.",) if simulated else ())]
+        minds = (f"{self._scanned}.",) if simulated else ()
+        without = dict.fromkeys(mind for _, opened, _ in found for mind in self._lacking(opened))
+        return [_diagnosis(source, patient, named, (*minds, *without))]
 
     def _outline(self, source: Path, image: Input, opened: Opened, masks: Masks) -> Outline:
         name, overlay = _safe(image.name), self.out / OVERLAYS / f"{_safe(image.name)}.png"
@@ -236,10 +239,16 @@ class ImagePredictor:
                 output = _write_labels(masks, opened.image, image.source, self.out / name)
             if masks.images is not None:
                 minds = (*minds, self._reconstructed(opened, image, name))
+            minds = (*minds, *self._lacking(opened))
             write_overlay(opened.image, masks.marked, masks.names, overlay)
         except OSError as error:
             raise DataError(f"the output cannot be written ({reason(error)})", detail=str(self.out)) from error
         return Outline(source, image.patient, image.id, output, overlay, _measured(masks, opened.image), minds)
+
+    def _lacking(self, opened: Opened) -> tuple[str, ...]:
+        """What is said of an image that lacks contrasts; nothing of a whole one."""
+        lacks = lacking(opened.image, self.task.patterns().images)
+        return (f"Mind: the image has no {', no '.join(lacks)}; the model did without.",) if lacks else ()
 
     def _reconstructed(self, opened: Opened, image: Input, name: str) -> str:
         """Write what a chain reconstructed, a file a channel; returns what is said of it."""

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from wardround.errors import DataError, WireError
-from wardround.federation.measuring import BASELINE, CONTINUED, OWN, RELEASED
+from wardround.federation.measuring import BASELINE, CONTINUED, FINETUNED, OWN, RELEASED
 from wardround.learning.training import Learner
+from wardround.site.finetuned import FineTuned
 from wardround.site.pictures import write_illustrations, write_images
 from wardround.site.protocol import Evaluator
 from wardround.tasks.states import value_of
@@ -39,17 +40,27 @@ class Continued:
 
 
 def evaluators_of(
-    models: Path, pictures: Path, least: int = 1, *, labels: bool = False, continued: Continued | None = None
+    models: Path,
+    pictures: Path,
+    least: int = 1,
+    *,
+    labels: bool = False,
+    continued: Continued | None = None,
+    tuned: FineTuned | None = None,
 ) -> dict[str, Evaluator]:
     """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file.
+
+    `tuned` is what it fine-tunes from the released model, where the study says so.
 
     What leaves depends on no fewer than `least` validation patients' labels. With `labels` those choose thresholds and
     temperature at a site that the model does not serve as its own, too. `continued` is of a study that continues a
     release: a site that does not train then completes the new model, too, with the part that it has.
     """
     carried = None if continued is None or continued.trains else continued.part
-    released = Released(models, pictures, least, labels=labels, carried=carried)
+    released = Released(models, pictures, least, labels=labels, carried=carried, tuned=tuned)
     found: dict[str, Evaluator] = {RELEASED: released, BASELINE: Baseline(pictures), OWN: Own(models, released)}
+    if tuned is not None:
+        found[FINETUNED] = tuned
     return found if continued is None else {**found, CONTINUED: Parent(continued, released)}
 
 
@@ -86,10 +97,18 @@ class Released:
     """
 
     def __init__(
-        self, models: Path, pictures: Path, least: int, *, labels: bool = False, carried: PrivatePart | None = None
+        self,
+        models: Path,
+        pictures: Path,
+        least: int,
+        *,
+        labels: bool = False,
+        carried: PrivatePart | None = None,
+        tuned: FineTuned | None = None,
     ) -> None:
         self._models, self._pictures, self._least, self._labels = models, pictures, least, labels
         self._carried = carried
+        self._tuned = tuned
 
     def __call__(
         self, learner: Learner, tensors: Mapping[str, Array] | None, meta: Mapping[str, Any], split: Split
@@ -114,6 +133,8 @@ class Released:
             if meta.get("picture") and isinstance(task, Imaging):
                 model = learner.model
                 write_images(self._pictures, str(meta["picture"]), learner, lambda b: task.reconstruct(model, b))
+        if self._tuned is not None and split == "test" and not unseen:
+            self._tuned.make(learner, {**tensors, **private})
         return values
 
     def serving(self, learner: Learner, private: Mapping[str, Array], *, unseen: bool) -> AbstractContextManager[Any]:

@@ -71,6 +71,8 @@ class Site:
         folder: Path | None = None,
         rows: PatientRows | None = None,
         sets: MeasuredSets | None = None,
+        withdrawals: Callable[[], int] = lambda: 0,
+        follows: Callable[[str, str], bool] = lambda before, now: False,
         carried: Callable[[], Mapping[str, Array]] | None = None,
     ) -> None:
         self.name = name
@@ -83,6 +85,9 @@ class Site:
         self._parts = KeptParts(store.root / "parts", store.cipher)
         self._make_learner = learner
         self._learner: Learner | None = None
+        # How many patients withdrew so far, and whether data of one fingerprint became those of another by that alone.
+        self._withdrawals, self._follows = withdrawals, follows
+        self._gone = 0
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
         self._carried = carried
@@ -144,14 +149,19 @@ class Site:
 
     @property
     def learner(self) -> Learner:
-        """The learner, made when it is first needed: its data must be those the run began with."""
-        if self._learner is None:
+        """The learner, made when it is first needed: its data must be those the run began with.
+
+        Less those of patients who withdrew since: they are gone from the next message on.
+        """
+        gone = self._withdrawals()
+        if self._learner is None or self._gone != gone:
+            self._learner, self._gone = None, gone
             learner = self._make_learner()
             found = learner.dataset.fingerprint()
             known = self.store.fact("fingerprint")
             if known is None:
                 self.store.set_fact("fingerprint", found)
-            elif known != found:
+            elif known != found and not self._follows(known, found):
                 raise DataError(
                     f"the data of site {self.name} changed since the run began; restore them, or start a new run in "
                     "another folder"
@@ -204,6 +214,7 @@ class Site:
             inspector.remember(seen, scales, trained.weights, trained.changes.get(MODEL, {}))
         largest = limits(layout, scales, trained.weights)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
+        kept = learner.kept(trained, self.rules.codec.lost(largest, residual))
         chunks = encode(
             layout,
             scales,
@@ -213,7 +224,7 @@ class Site:
             rounding(self._rounding_root, self.name, header.round, scales, header.body_sha256),
         )
         keep = frozenset(int(n) for n in header.meta.get("keep", ()))
-        return chunks, Memory({**trained.memory, **residual}, {}), keep
+        return chunks, Memory({**kept, **residual}, {}), keep
 
     def _memory(self, number: int, aborted: Collection[int] = ()) -> Memory:
         """The private state after a round; before the first, the site's part of the release that is continued."""

@@ -44,12 +44,13 @@ def given(paths: Iterable[Path | None]) -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class Places:
-    """Places of the file that a study starts from, of its adapter's folder and of the released model that teaches, and
-    folders to search by content."""
+    """Places of the file that a study starts from, of its adapter's folder, of the released model that teaches and of
+    Fisher information, and folders to search by content."""
 
     start: tuple[Path, ...] = ()
     adapter: tuple[Path, ...] = ()
     teacher: tuple[Path, ...] = ()
+    fisher: tuple[Path, ...] = ()
     stores: tuple[Path, ...] = ()
 
     def to_json(self) -> dict[str, list[str]]:

@@ -261,15 +261,21 @@ class Aggregate:
         self.scales = scales
         integers = iter(layout.from_digits(total.segment(len(layout.groups))))
         self.contributors = next(integers)
+        self._steps: dict[str, int] = {}
         self._shares: dict[str, float] = {}
         self.saturated: dict[str, int] = {}
         for group in layout.groups:
-            self._shares[group.name] = next(integers) / (1 << WEIGHT_BITS)
+            self._steps[group.name] = next(integers)
+            self._shares[group.name] = self._steps[group.name] / (1 << WEIGHT_BITS)
             for info in group.tensors:
                 self.saturated[scale_key(group.name, info.name)] = next(integers)
         self.metrics: dict[str, Floats] = {
             m.name: m.decode([next(integers) for _ in range(m.size)], self.contributors) for m in layout.metrics
         }
+
+    def steps(self, group: str) -> int:
+        """The sum of the sites' weights, in whole steps of 2^-30 of the largest."""
+        return self._steps[group]
 
     def weight(self, group: str) -> float:
         """The sum of the sites' weights."""

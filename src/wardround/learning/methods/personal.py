@@ -136,6 +136,7 @@ def _told(groups: tuple[Group, ...]) -> tuple[str, ...]:
 class PersonalSettings(MethodSettings):
     """A method that keeps a part of the model at the site."""
 
+    late = True
     weights: Literal["samples", "equal", "validation"] = Field(
         "equal", description="`validation` is exp(-validation loss), clamped"
     )

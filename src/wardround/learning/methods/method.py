@@ -154,7 +154,7 @@ class Method:
         return ""
 
     def within(self, study: Study, sites: int, model: nn.Module) -> Method:
-        """The method as it works in an arm of a study with so many training sites; the same unless it depends on them.
+        """The method as it works in an arm of a study with `sites` training sites; the same unless it depends on them.
 
         Raises `StudyError` for a model that it cannot work with.
         """

@@ -328,6 +328,13 @@ def test_a_network_that_has_no_place_for_it_is_refused(tmp_path: Path, method: d
         Rig(picture_study(method, {}), tmp_path)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("part", ["frozen", "local"])
+def test_a_study_that_keeps_it_from_the_sum_is_refused(tmp_path: Path, name: str, part: str) -> None:
+    with pytest.raises(StudyError, match=r"parts: amplitude\S* is measured at the sites and shared"):
+        Rig(picture_study(*OPTIONS[name], parts={part: ["amplitude*"]}), tmp_path)
+
+
 def test_studies_that_cannot_have_it_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"feddg uses the spectra .* task.kind reconstruction has"):
         picture_study(FEDDG, {}, task={"kind": "reconstruction"})

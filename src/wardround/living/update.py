@@ -12,6 +12,7 @@ import yaml
 
 from wardround.errors import DataError, StudyError
 from wardround.living.chain import Chain
+from wardround.living.fisher import needed_fisher, with_fisher
 from wardround.living.release import Release, short
 from wardround.results.schema import Result
 from wardround.runs.folder import reserve
@@ -33,6 +34,8 @@ from wardround.wire.files import write_text
 PARENT_FILE = "parent.safetensors"
 # Not `study.yaml`: that is of a run that has begun.
 STUDY_FILE = "update.yaml"
+# The study that is run before it, where hospitals measure what the release must not lose (`update.retain: ewc`).
+FISHER_FILE = "fisher.yaml"
 _MORE = "to train more rounds with the same patients, give --more-rounds N"
 
 
@@ -101,7 +104,9 @@ def prepare(
             )
         changes = _with_roles(draft, changes, chosen)
     found = validate(Study, changes, "study")
-    write_text(out / STUDY_FILE, yaml.safe_dump(stated(found), sort_keys=False, allow_unicode=True))
+    _write(found, out)
+    if sites is None and (needed := needed_fisher(found, out)) is not None:
+        write_text(out / FISHER_FILE, yaml.safe_dump(stated(needed), sort_keys=False, allow_unicode=True))
     return Prepared(found, out, release.sha256, new)
 
 
@@ -137,8 +142,9 @@ def update(
         chain.add(release)
     prepared = prepare(release, study, out, overrides=overrides, sites=sites, train=train, more_rounds=more_rounds)
     said(prepared.said)
+    held = _held(prepared, sites, engine=engine, watcher=watcher, quiet=quiet)
     result = run(
-        prepared.study,
+        held,
         sites,
         out,
         compare=compare,
@@ -151,6 +157,31 @@ def update(
     if chain is not None:
         chain.add(Release.at(out))
     return result
+
+
+def _held(prepared: Prepared, sites: SitesFile, *, engine: str | None, watcher: Watcher | None, quiet: bool) -> Study:
+    """The prepared study with the Fisher information that `update.retain: ewc` needs, measured where it has none."""
+    out = prepared.folder
+    own = {
+        name: entry if entry.history else entry.model_copy(update={"history": history_of(sites, out, name)})
+        for name, entry in sites.sites.items()
+    }
+    study = with_fisher(
+        prepared.study,
+        sites.model_copy(update={"sites": own}),
+        out / "fisher",
+        out,
+        engine=engine,
+        watcher=watcher,
+        quiet=quiet,
+    )
+    if study is not prepared.study:
+        _write(study, out)
+    return study
+
+
+def _write(study: Study, out: Path) -> None:
+    write_text(out / STUDY_FILE, yaml.safe_dump(stated(study), sort_keys=False, allow_unicode=True))
 
 
 def check_same_task(release: Release, study: Study) -> None:

@@ -121,8 +121,8 @@ def list_releases(folder: ChainFolder, as_json: JsonOption = False) -> None:
         _print_json([_told(entry, current) for entry in entries])
         return
     table = Table(title="Releases")
-    for name in ("", "", "release", "came of", "study", "trained at", "when", "what"):
-        table.add_column(name, overflow="fold")
+    for name in ("", "", "release", "of", "study", "trained at", "when", "what"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("release", "when", "what"))
     for entry in entries:
         parent = "–" if entry.parent is None else _name(entries, entry.parent)
         mark = "in use" if current is not None and entry.number == current.number else ""
@@ -133,7 +133,7 @@ def list_releases(folder: ChainFolder, as_json: JsonOption = False) -> None:
             parent,
             entry.study,
             ", ".join(entry.sites),
-            entry.time[:16].replace("T", " "),
+            entry.time[:10],
             entry.kind,
         )
     console.print(table)

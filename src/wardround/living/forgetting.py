@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import shared_sha256
+from wardround.living.chain import Chain
 from wardround.plan.found import file_sha256
 from wardround.plan.leaving import left_by
 from wardround.plan.weights import load_model, open_model, study_of
@@ -58,11 +59,12 @@ def model_in(release: Path) -> Path:
     return path
 
 
-def lineage(release: Path) -> tuple[tuple[Ancestor, ...], bool]:
+def lineage(release: Path, chain: Chain | None = None) -> tuple[tuple[Ancestor, ...], bool]:
     """A release and those that it came of, the newest first, and whether the way back to the first is known whole.
 
     Each model file carries its study, which names the hash of what it began with; the file is looked for where the run
-    found it. Raises `DataError` for a release that is none, and for an ancestor that is another than the study says.
+    found it, and in a chain of releases where there is one. Raises `DataError` for a release that is none, and for an
+    ancestor that is another than the study says.
     """
     found: list[Ancestor] = []
     path, expected = model_in(release), ""
@@ -77,7 +79,7 @@ def lineage(release: Path) -> tuple[tuple[Ancestor, ...], bool]:
         found.append(Ancestor(path, sha256, study))
         if not isinstance(study.start, FromRelease):
             return tuple(found), True
-        before = _start_file(path, study.start)
+        before = _start_file(path, study.start) or _in_chain(chain, study.start.sha256)
         if before is None or any(one.sha256 == study.start.sha256 for one in found):
             return tuple(found), False
         path, expected = before, study.start.sha256
@@ -92,6 +94,13 @@ def _start_file(path: Path, start: FromRelease) -> Path | None:
         if file.is_file():
             return file
     return None
+
+
+def _in_chain(chain: Chain | None, sha256: str) -> Path | None:
+    """The file of a model of a chain; nothing where that has it not."""
+    entries = () if chain is None else chain.entries()
+    entry = next((one for one in entries if one.release == sha256), None)
+    return None if chain is None or entry is None else chain.model(entry)
 
 
 def last_without(site: str, ancestors: Sequence[Ancestor], *, whole: bool) -> Ancestor | None:
@@ -121,11 +130,19 @@ class Way:
     near: Path
 
 
-def exact(study: Study, near: Path, site: str, release: Path, approved_by: Sequence[str]) -> Way:
-    """The study that trains anew without a site; raises `StudyError` where it cannot be done or is not approved."""
-    ancestors, whole = lineage(release)
+def exact(
+    study: Study, near: Path, site: str, release: Path, approved_by: Sequence[str], *, chain: Chain | None = None
+) -> Way:
+    """The study that trains anew without a site; raises `StudyError` where it cannot be done or is not approved.
+
+    It begins with the last release in whose ancestry the site never trained: of the `chain` where there is one, else of
+    the release's own ancestors, as far as their files are still where they were.
+    """
+    ancestors, whole = lineage(release, chain)
     _check_took_part(site, ancestors)
     clean = last_without(site, ancestors, whole=whole)
+    if chain is not None and (entry := chain.last_without(site)) is not None:
+        clean = lineage(chain.model(entry), chain)[0][0]
     said = _without(study, site)
     if clean is not None:
         near = clean.path.parent
@@ -161,6 +178,7 @@ def approximate(
     keep: float = KEEP,
     rounds: int | None = None,
     ascent: int = 0,
+    chain: Chain | None = None,
 ) -> Approximately:
     """Shrink what a released model learned towards values that the site never touched, and train on without it.
 
@@ -173,8 +191,8 @@ def approximate(
     """
     if not 0.0 < keep < 1.0:
         raise StudyError("--keep: a share between 0 and 1; with 0 it is the exact way, with 1 nothing is forgotten")
-    never = exact(study, near, site, release, approved_by)
-    first = lineage(release)[0][0]
+    never = exact(study, near, site, release, approved_by, chain=chain)
+    first = lineage(release, chain)[0][0]
     after = written(never.study)
     after["forget"]["how"] = "recover"
     number = rounds or max(1, round(RECOVER_SHARE * study.schedule.rounds))
@@ -231,12 +249,12 @@ def mixed(
     return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
-def study_that_had(site: str, release: Path) -> tuple[Study, Path]:
+def study_that_had(site: str, release: Path, chain: Chain | None = None) -> tuple[Study, Path]:
     """The study of the newest release in which a site trained, and the folder that its files are relative to.
 
     Its patients are dealt as they were then. Raises `StudyError` where it trained none of them.
     """
-    for one in lineage(release)[0]:
+    for one in lineage(release, chain)[0]:
         if site in one.study.training_sites:
             return one.study, near_in(one.path.parent.parent)
     raise StudyError(f"site {site} trained neither this release nor one before it")

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from wardround.living.chain import Chain
-    from wardround.study.schema import Study
     from wardround.study.sites import SitesFile
 
 
@@ -68,6 +67,7 @@ def forget(
         exact,
         forget_approximately,
         forget_exactly,
+        hand_over,
         model_in,
         nowhere,
         shrunk,
@@ -87,7 +87,7 @@ def forget(
         plan = approximate(asked, study.parent, site, named, names, keep=keep, ascent=ascent, chain=kept)
         if write:
             way = plan.ascent or shrunk(plan, plan.model, known, out)
-            _write(way.study, out / ("unlearn.yaml" if plan.ascent else "recover.yaml"))
+            say(str(hand_over(way, out / ("unlearn.yaml" if plan.ascent else "recover.yaml"))))
             return
         with watching(quiet) as watcher:
             result = forget_approximately(plan, known, out, watcher=watcher)
@@ -95,7 +95,7 @@ def forget(
     else:
         way = exact(asked, study.parent, site, named, names, chain=kept)
         if write:
-            _write(way.study, out / "retrain.yaml")
+            say(str(hand_over(way, out / "retrain.yaml")))
             return
         with watching(quiet) as watcher:
             result = forget_exactly(way, known, out, watcher=watcher)
@@ -105,18 +105,6 @@ def forget(
         models["retrained"] = model_in(beside)
     _measure(site, known, models, out, kept)
     say(f"Delete the old model where it is no longer needed: beside the new one it reveals what {site} contributed.")
-
-
-def _write(study: Study, path: Path) -> None:
-    import yaml
-
-    from wardround.study.hashes import written
-    from wardround.wire.files import write_text
-
-    if path.exists():
-        raise StudyError("--out: holds such a study already; choose another folder", detail=str(path))
-    write_text(path, yaml.safe_dump(written(study), sort_keys=False, allow_unicode=True))
-    say(str(path))
 
 
 def _measure(site: str, sites: SitesFile, models: Mapping[str, Path], out: Path, chain: Chain | None) -> None:

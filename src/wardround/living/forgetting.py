@@ -9,6 +9,7 @@ left after either is measured (`audit.remains`).
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 from safetensors.numpy import save
 
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import shared_sha256
 from wardround.living.chain import Chain
+from wardround.living.release import Release
 from wardround.plan.found import file_sha256
 from wardround.plan.leaving import left_by
 from wardround.plan.weights import load_model, open_model, study_of
@@ -34,10 +37,11 @@ from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile
 from wardround.study.start import FromRelease
+from wardround.wire.files import write_text
 from wardround.wire.files import written as file_written
 
 Array = npt.NDArray[Any]
-UNLEARNED, RECOVERED, SHRUNK = "unlearned", "recovered", "shrunk.safetensors"
+UNLEARNED, RECOVERED, SHRUNK, START = "unlearned", "recovered", "shrunk.safetensors", "start.safetensors"
 # Of what a model learned, and of the study's rounds: what the approximate way keeps, and how long it recovers.
 KEEP, RECOVER_SHARE = 0.2, 0.3
 
@@ -139,7 +143,7 @@ def exact(
     the release's own ancestors, as far as their files are still where they were.
     """
     ancestors, whole = lineage(release, chain)
-    _check_took_part(site, ancestors)
+    _check_took_part(site, ancestors, whole)
     clean = last_without(site, ancestors, whole=whole)
     if chain is not None and (entry := chain.last_without(site)) is not None:
         clean = lineage(chain.model(entry), chain)[0][0]
@@ -249,6 +253,25 @@ def mixed(
     return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
+def hand_over(way: Way, path: Path) -> Path:
+    """Write a study for `wardround submit`, with the release that it starts from beside it; its path.
+
+    Raises `StudyError` where there is such a study already.
+    """
+    if path.exists():
+        raise StudyError("--out: holds such a study already; choose another folder", detail=str(path))
+    said = written(way.study)
+    if isinstance(way.study.start, FromRelease):
+        release = Release.at(way.near / way.study.start.file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(release.model, path.parent / START)
+        if (frozen := release.frozen_part) is not None:
+            shutil.copyfile(frozen, path.parent / frozen.name)
+        said["start"]["file"] = START
+    write_text(path, yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
+    return path
+
+
 def study_that_had(site: str, release: Path, chain: Chain | None = None) -> tuple[Study, Path]:
     """The study of the newest release in which a site trained, and the folder that its files are relative to.
 
@@ -297,12 +320,18 @@ def _without_start(sites: SitesFile) -> SitesFile:
     return found.with_code() if sites.allows_code else found
 
 
-def _check_took_part(site: str, ancestors: Sequence[Ancestor]) -> None:
+def _check_took_part(site: str, ancestors: Sequence[Ancestor], whole: bool) -> None:
     if site in left_by(open_model(ancestors[0].path)[1]):
         raise StudyError(f"site {site} left this release, or one before it, already: there is nothing to forget")
     if not any(site in one.study.training_sites for one in ancestors):
-        known = sorted({name for one in ancestors for name in one.study.training_sites})
-        raise StudyError(f"site {site} trained neither this release nor one before it; known are {', '.join(known)}")
+        known = ", ".join(sorted({name for one in ancestors for name in one.study.training_sites}))
+        if not whole:
+            raise StudyError(
+                f"site {site} trained none of the releases whose files were found (trained by {known}), and the model "
+                "that the oldest of them began with is no longer where it was: name the release that the site trained, "
+                "or the chain of releases (--chain)"
+            )
+        raise StudyError(f"site {site} trained neither this release nor one before it; those who did are {known}")
 
 
 def _section(site: str, release: str, how: str, approved_by: Sequence[str]) -> dict[str, Any]:
@@ -316,7 +345,7 @@ def _section(site: str, release: str, how: str, approved_by: Sequence[str]) -> d
 
 def _without(study: Study, site: str) -> dict[str, Any]:
     """What a study says, without a site. Raises `StudyError` where it is nothing without it."""
-    said = json.loads(json.dumps(written(study)))
+    said: dict[str, Any] = json.loads(json.dumps(written(study)))
     said["sites"].pop(site, None)
     left = [name for name, one in study.sites.items() if one.role == "train" and name != site]
     if not left:

@@ -24,7 +24,7 @@ from wardround.site.shelf import FOLDER, clear_shelves, shelf_folder
 from wardround.site.splits import SPLITS, KnownParts
 from wardround.site.withdrawn import KEY, WITHDRAWN, Begun, Withdrawn
 from wardround.storage.journal import RoundReport
-from wardround.study.sites import SiteData, SitesFile
+from wardround.study.sites import Egress, SiteData, SitesFile
 from wardround.study.tasks import Split
 
 RULE = Split(validation=0.2, test=0.3)
@@ -202,6 +202,19 @@ def test_the_weight_of_a_site_stays_what_it_was(hospitals: SitesFile, finished: 
     assert len(learner.dataset) < learner.least_weights["model"]
     assert learner.least_weights["model"] == len(Datasets(host, hospitals, folder=out).before("A", 0).of("A"))
     host.close()
+
+
+def test_of_a_test_set_that_lost_one_patient_nothing_leaves(hospitals: SitesFile, tmp_path: Path) -> None:
+    """Two means, over n and n - 1 patients, would be the value of the one who withdrew."""
+    rule = Egress(minimum_cohort=2)
+    entries = {name: entry.model_copy(update={"egress": rule}) for name, entry in hospitals.sites.items()}
+    sites, out = SitesFile(sites=entries), tmp_path / "out"
+    result = run(STUDY, sites, out, engine="local", quiet=True)
+    assert result.metrics["federated"]["A"] is not None
+    withdraw_from_runs("A", [parts_of(sites, out)["test"][0]], sites, [out])
+    again = evaluate(out, sites, engine="local", quiet=True)
+    assert again.metrics["federated"]["A"] is None
+    assert again.metrics["federated"]["B"] == result.metrics["federated"]["B"]
 
 
 def copied(hospitals: SitesFile, tmp_path: Path) -> SitesFile:

@@ -307,6 +307,8 @@ class Agent:
 
     def _begun(self, dataset: Dataset) -> Begun | None:
         """What the run began with, where patients withdrew since."""
+        if not self._datasets.withdrawals(self.name):
+            return None
         first = self._store.written_value("facts")
         return None if first is None else self._same_data.begun(first, dataset.fingerprint())
 

@@ -101,6 +101,7 @@ class Joined:
     pull: float | None
     metric: str
     validation: dict[Chosen, float]
+    validation_patients: int
     test: dict[str, Compared]
     model: Path
 
@@ -308,6 +309,7 @@ def _join(
         pull=best.pull,
         metric=first.name,
         validation={"joined": best.value, "release": before},
+        validation_patients=host.dataset(site).patients("validation"),
         test=_rows(host, site, joined, reference),
         model=path,
     )

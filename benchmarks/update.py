@@ -27,9 +27,9 @@ SEED = 2026
 PLAIN: Mapping[str, Any] = {"kind": "none"}
 SETTINGS: Sequence[Mapping[str, Any]] = (
     {"kind": "ewc", "weight": 100.0},
-    {"kind": "ewc", "weight": 300.0},
     {"kind": "ewc", "weight": 1000.0},
-    {"kind": "lwf", "weight": 30.0},
+    {"kind": "lwf", "weight": 5.0},
+    {"kind": "lwf", "weight": 20.0},
 )
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     folder = options.out or Path(tempfile.mkdtemp(prefix="update-"))
     state = conditions(size="64x64", seed=SEED, repeats=1, quick=options.quick, first=FIRST, second=SECOND)
     began = time.perf_counter()
-    rounds, more, settings = (10, 6, SETTINGS[1:2]) if options.quick else (30, 15, SETTINGS)
+    rounds, more, settings = (10, 6, SETTINGS[2:3]) if options.quick else (30, 25, SETTINGS)
     parent = first_release(folder / "parent", rounds)
     print(f"parent: {FIRST} alone, {parent.patients[FIRST]}")
     plain = update(parent, folder, "plain", PLAIN, more)
@@ -150,14 +150,14 @@ def first_release(out: Path, rounds: int) -> Result:
 
 
 def update(
-    parent: Result, folder: Path, name: str, retain: Mapping[str, Any], rounds: int, lr: float = 0.002
+    parent: Result, folder: Path, name: str, retain: Mapping[str, Any], rounds: int, lr: float = 0.005
 ) -> Candidate:
     """A candidate of the second institution's training patients."""
     from wardround.living.release import Release
     from wardround.living.update import update as go_on
     from wardround.results.files import read_rounds
 
-    given = study({FIRST: {}, SECOND: {}}, rounds, lr, 3)
+    given = study({FIRST: {}, SECOND: {}}, rounds, lr, 12)
     out = folder / name.replace(" ", "-")
     result = go_on(
         Release.at(parent.out),

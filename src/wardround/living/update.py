@@ -12,7 +12,9 @@ import yaml
 
 from wardround.errors import DataError, StudyError
 from wardround.living.chain import Chain
+from wardround.living.fisher import with_fisher
 from wardround.living.release import Release, short
+from wardround.plan.retention import elastic_of
 from wardround.results.schema import Result
 from wardround.runs.folder import reserve
 from wardround.runs.session import open_host, run
@@ -25,7 +27,6 @@ from wardround.study.load import load_study, read_yaml, validate
 from wardround.study.load import written as stated
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
-from wardround.study.update import Update
 from wardround.tasks.task import Named
 from wardround.wire.files import write_text
 
@@ -33,6 +34,8 @@ from wardround.wire.files import write_text
 PARENT_FILE = "parent.safetensors"
 # Not `study.yaml`: that is of a run that has begun.
 STUDY_FILE = "update.yaml"
+# The run that measures Fisher information, in the new study's folder.
+_FISHER = "fisher"
 _MORE = "to train more rounds with the same patients, give --more-rounds N"
 
 
@@ -72,9 +75,10 @@ def prepare(
     """Write the study that continues a release into `out`, with the release beside it.
 
     Only sites with training patients that the release did not see train; the others measure. On one machine each is
-    asked (`sites`); across hospitals people say who has some (`train`). With `more_rounds` all train as before, for so
-    many rounds. A study that was prepared in `out` before stands. Raises `StudyError` for a release of another task or
-    model, and where no site has anything new; `DataError` where a site does not know what it must.
+    asked (`sites`); across hospitals people say who has some (`train`). With `more_rounds`, that number of rounds, or
+    where the study says `update.train_on: all`, all train. A study that was prepared in `out` before stands. Raises
+    `StudyError` for a release of another task or model, and where no site has anything new; `DataError` where a site
+    does not know what it must.
     """
     draft = _draft(release, study, overrides, more_rounds)
     check_same_task(release, draft)
@@ -89,7 +93,7 @@ def prepare(
     if sites is not None:
         _carry_histories(release, draft, sites, out)
     new: dict[str, int] = {}
-    if more_rounds is None:
+    if draft.update is not None and draft.update.train_on == "new":
         if unknown := sorted(set(train) - set(draft.training_sites)):
             raise StudyError(f"--train {unknown[0]}: the study has no such site that trains")
         new = {} if sites is None or train else new_patients(release, draft, sites, out)
@@ -137,20 +141,33 @@ def update(
         chain.add(release)
     prepared = prepare(release, study, out, overrides=overrides, sites=sites, train=train, more_rounds=more_rounds)
     said(prepared.said)
+    how: dict[str, Any] = {"engine": engine, "watcher": watcher, "quiet": quiet}
+    found = _with_fisher(release, prepared.study, sites, out, how)
     result = run(
-        prepared.study,
+        found,
         sites,
         out,
         compare=compare,
-        engine=engine,
         processes=processes,
-        watcher=watcher,
-        quiet=quiet,
         near=out,
+        **how,
     )
     if chain is not None:
         chain.add(Release.at(out))
     return result
+
+
+def _with_fisher(release: Release, study: Study, sites: SitesFile, out: Path, how: Mapping[str, Any]) -> Study:
+    """The study with the Fisher information that it is held by, measured in a run of its own where it lacks it."""
+    retain = elastic_of(study)
+    if retain is None or retain.fisher is not None:
+        return study
+    folder = out / _FISHER
+    reserve(folder)
+    _carry_histories(release, study, sites, folder)
+    found = with_fisher(study, sites, folder, out, **how)
+    write_text(out / STUDY_FILE, yaml.safe_dump(stated(found), sort_keys=False, allow_unicode=True))
+    return found
 
 
 def check_same_task(release: Release, study: Study) -> None:
@@ -240,7 +257,7 @@ def _draft(
     told = [*overrides]
     if more_rounds is not None:
         told.append(f"schedule.rounds={more_rounds}")
-        told += ["update.train_on=all"] if "train_on" in Update.model_fields else []
+        told.append("update.train_on=all")
     return load_study({**given, "start": start, "update": given.get("update") or {}}, told, near=near)
 
 

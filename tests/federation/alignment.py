@@ -138,6 +138,9 @@ class Sum:
         total = sum(weights[group] * changes[group][tensor].double().numpy() for changes, weights in self.said)
         return np.asarray(total / self.weight(group))
 
+    def moved(self, group: str, tensor: str, old: Array) -> Array:
+        return self.mean(group, tensor) + old
+
 
 @dataclass
 class Quadratics:

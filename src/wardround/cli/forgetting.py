@@ -23,11 +23,21 @@ def forget(
         Path, typer.Option("--release", help="The released model that it trained, or the folder of its run.")
     ],
     study: Annotated[Path, typer.Option("--study", help="The study to train by, with the hospital or without.")],
-    sites: Annotated[Path, typer.Option("--sites", help="Where each site's data lie (YAML).")],
     out: Annotated[Path, typer.Option("--out", help="Where to write the runs and forget.json.")],
-    approximate: Annotated[
-        bool, typer.Option("--approximate", help="Unlearn and recover, in which the hospital takes part once more.")
+    sites: Annotated[
+        Path | None, typer.Option("--sites", help="Where each site's data lie (YAML); --write does without.")
+    ] = None,
+    approximately: Annotated[
+        bool,
+        typer.Option("--approximate", help="Shrink what was learned and train on, instead of training anew."),
     ] = False,
+    keep: Annotated[
+        float, typer.Option("--keep", help="With --approximate: the share of what was learned that is kept.")
+    ] = 0.2,
+    ascent: Annotated[
+        int,
+        typer.Option("--ascent", min=0, help="With --approximate: rounds before, in which SITE unlearns."),
+    ] = 0,
     approved_by: Annotated[
         str, typer.Option("--approved-by", help="Who approves of what both models together reveal: A,B,C.")
     ] = "",
@@ -46,23 +56,33 @@ def forget(
     The exact way trains anew, from the last release that the hospital never trained. Both models together reveal what
     it contributed, so every hospital is asked first: --approved-by names those that approve.
     """
-    from wardround.living.forgetting import approximate as two_ways
-    from wardround.living.forgetting import exact, forget_approximately, forget_exactly, model_in
+    from wardround.living.forgetting import (
+        RECOVERED,
+        approximate,
+        exact,
+        forget_approximately,
+        forget_exactly,
+        model_in,
+        nowhere,
+        shrunk,
+    )
     from wardround.study.load import load_study
     from wardround.study.sites import load_sites
 
-    asked = load_study(study, overrides or [])
-    names = words(approved_by)
-    known = load_sites(sites)
-    if approximate:
-        both = two_ways(asked, site, release, out, names)
+    if sites is None and not write:
+        raise StudyError("--sites: is missing; it says where each site's data lie")
+    asked, names = load_study(study, overrides or []), words(approved_by)
+    known = load_sites(sites) if sites is not None else nowhere(asked)
+    after = out
+    if approximately:
+        plan = approximate(asked, study.parent, site, release, names, keep=keep, ascent=ascent)
         if write:
-            _write(both[0].study, out / "unlearn.yaml")
-            _write(both[1].study, out / "recover.yaml")
+            way = plan.ascent or shrunk(plan, plan.model, known, out)
+            _write(way.study, out / ("unlearn.yaml" if plan.ascent else "recover.yaml"))
             return
         with watching(quiet) as watcher:
-            _, result = forget_approximately(both, known, out, watcher=watcher)
-        after = out / "recovered"
+            result = forget_approximately(plan, known, out, watcher=watcher)
+        after = out / RECOVERED
     else:
         way = exact(asked, study.parent, site, release, names)
         if write:
@@ -70,10 +90,9 @@ def forget(
             return
         with watching(quiet) as watcher:
             result = forget_exactly(way, known, out, watcher=watcher)
-        after = out
     say(f"The model without {site}: {result.model_sha256}, in {after}")
-    models = {"before": model_in(release), "after" if approximate else "retrained": model_in(after)}
-    if beside is not None and approximate:
+    models = {"before": model_in(release), "after" if approximately else "retrained": model_in(after)}
+    if beside is not None and approximately:
         models["retrained"] = model_in(beside)
     _measure(site, known, models, out)
     say(f"Delete the old model where it is no longer needed: beside the new one it reveals what {site} contributed.")

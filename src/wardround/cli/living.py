@@ -72,7 +72,7 @@ def update(
     `wardround submit`. Exit code 1 where the new model is not promoted.
     """
     from wardround.living.chain import Chain
-    from wardround.living.update import STUDY_FILE, prepare, release_named
+    from wardround.living.update import FISHER_FILE, STUDY_FILE, prepare, release_named
     from wardround.living.update import update as go_on
 
     kept = None if chain is None else Chain(chain)
@@ -82,6 +82,10 @@ def update(
             raise StudyError("--chain: nothing runs without --sites; add the run when it is finished: releases add")
         prepared = prepare(found, study, out, overrides=overrides or [], train=words(train), more_rounds=more_rounds)
         say(prepared.said)
+        if (out / FISHER_FILE).exists():
+            say(f"Wrote {out / FISHER_FILE}, which measures what the release must not lose. Hand it to the hospitals:")
+            say(f"  wardround submit {out / FISHER_FILE} --federation FOLDER")
+            say(f"Put its models/fisher.safetensors into {out}, and name it in {STUDY_FILE} (update.retain.fisher).")
         say(f"Wrote {out / STUDY_FILE}. Hand it to the hospitals:")
         say(f"  wardround submit {out / STUDY_FILE} --federation FOLDER")
         return

@@ -1,9 +1,9 @@
 """A hospital leaves: the studies that make a model without it, and the runs that carry them out.
 
 The exact way trains anew, from the last release in whose ancestry the hospital never trained, else from where the study
-begins by itself. The approximate way takes two studies: rounds in which the hospital takes back what it taught
-(`learning.methods.unlearn`) while the others go on training, then rounds without it. What is left after either is
-measured (`audit.remains`).
+begins by itself. The approximate way shrinks what the model learned towards those same values, and lets the others
+train on for a few rounds; before that the hospital may take back what it taught (`learning.methods.unlearn`). What is
+left after either is measured (`audit.remains`).
 """
 
 from __future__ import annotations
@@ -14,23 +14,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import shared_sha256
+from wardround.plan.found import file_sha256
 from wardround.plan.leaving import left_by
-from wardround.plan.weights import open_model, study_of
+from wardround.plan.weights import load_model, open_model, study_of
 from wardround.results.schema import Result
 from wardround.runs.folder import near_in
-from wardround.runs.session import run
+from wardround.runs.machine import NOWHERE
+from wardround.runs.session import open_host, run
 from wardround.runs.watching import Watcher
 from wardround.study.hashes import written
 from wardround.study.load import load_study
 from wardround.study.schema import Study
-from wardround.study.sites import SitesFile
+from wardround.study.sites import SiteData, SitesFile
 from wardround.study.start import FromRelease
+from wardround.wire.files import written as file_written
 
-UNLEARNED = "unlearned"
-# Rounds of the approximate way, as shares of the study's.
-UNLEARN_SHARE, RECOVER_SHARE = 0.1, 0.2
+Array = npt.NDArray[Any]
+UNLEARNED, RECOVERED, SHRUNK = "unlearned", "recovered", "shrunk.safetensors"
+# Of what a model learned, and of the study's rounds: what the approximate way keeps, and how long it recovers.
+KEEP, RECOVER_SHARE = 0.2, 0.3
 
 
 @dataclass(frozen=True)
@@ -129,55 +137,98 @@ def exact(study: Study, near: Path, site: str, release: Path, approved_by: Seque
     return Way(load_study(said, near=near), "", near)
 
 
+@dataclass(frozen=True)
+class Approximately:
+    """How a hospital is forgotten approximately: `ascent` first where it takes back what it taught, then `recover`.
+
+    Recovery begins with `keep` of what `model` learned beyond the values of `never`, the start of the exact way.
+    """
+
+    ascent: Way | None
+    never: Way
+    model: Path
+    recover: Mapping[str, Any]
+    keep: float
+
+
 def approximate(
     study: Study,
+    near: Path,
     site: str,
     release: Path,
-    out: Path,
     approved_by: Sequence[str],
     *,
-    unlearn: int | None = None,
-    recover: int | None = None,
-    mu: float = 0.0,
-) -> tuple[Way, Way]:
-    """The two studies of the approximate way: `unlearn` rounds with the site, then `recover` rounds without it.
+    keep: float = KEEP,
+    rounds: int | None = None,
+    ascent: int = 0,
+) -> Approximately:
+    """Shrink what a released model learned towards values that the site never touched, and train on without it.
 
-    The second names the hash of what the first gives, which is known once that has run: until then it is empty. Raises
-    `StudyError` where it cannot be done or is not approved.
+    The values are w = w_never + keep (w_release - w_never), where w_never is what the exact way starts from (after Ash
+    & Adams, "On warm-starting neural network training", NeurIPS 2020, who shrink towards zero; Deng et al., MICCAI
+    2024, mix with a model of before as well). What the model remembers of single patients shrinks with them, and the
+    other sites' rounds bring back what they teach; the site that leaves need not be there. `ascent` rounds before that
+    have it take back what it taught (`learning.methods.unlearn`). Raises `StudyError` where it cannot be done or is not
+    approved.
     """
-    ancestors, _ = lineage(release)
-    _check_took_part(site, ancestors)
+    if not 0.0 < keep < 1.0:
+        raise StudyError("--keep: a share between 0 and 1; with 0 it is the exact way, with 1 nothing is forgotten")
+    never = exact(study, near, site, release, approved_by)
+    first = lineage(release)[0][0]
+    after = written(never.study)
+    after["forget"]["how"] = "recover"
+    number = rounds or max(1, round(RECOVER_SHARE * study.schedule.rounds))
+    after["schedule"] = {**after.get("schedule", {}), "rounds": number, "phases": []}
+    way = _ascent(study, site, first, approved_by, ascent) if ascent else None
+    return Approximately(way, never, first.path, after, keep)
+
+
+def _ascent(study: Study, site: str, first: Ancestor, approved_by: Sequence[str], rounds: int) -> Way:
     if site not in study.training_sites:
         raise StudyError(
-            f"--approximate: site {site} takes back what it taught, so the study must have it as a site that trains; "
-            "retrain without it, or add it to the study file for these rounds"
+            f"--ascent: site {site} takes back what it taught, so the study must have it as a site that trains; leave "
+            "--ascent out, or add it to the study file for these rounds"
         )
     if study.method.kind != "fedavg":
         raise StudyError(
-            f"--approximate: works for method.kind fedavg, and the study's is {study.method.kind}, which keeps more at "
-            "sites or coordinator than a model; retrain without the site"
+            f"--ascent: works for method.kind fedavg, and the study's is {study.method.kind}, which keeps more at "
+            "sites or coordinator than a model; leave --ascent out"
         )
-    first = ancestors[0]
-    rounds = study.schedule.rounds
     said = written(study)
-    weights = getattr(study.method, "weights", "samples")
     said |= {
-        "method": {"kind": "unlearn", "site": site, "mu": mu, "weights": weights},
+        "method": {"kind": "unlearn", "site": site, "weights": getattr(study.method, "weights", "samples")},
         "start": {"kind": "release", "file": first.path.name, "sha256": first.sha256},
         "forget": _section(site, first.sha256, "unlearn", approved_by),
     }
-    number = unlearn or max(1, round(UNLEARN_SHARE * rounds))
-    said["schedule"] = {**said.get("schedule", {}), "rounds": number, "release": "last", "phases": []}
-    near = first.path.parent
-    before = Way(load_study(said, near=near), UNLEARNED, near)
-    after = _without(study, site)
-    after |= {
-        "start": {"kind": "release", "file": UNLEARNED, "sha256": ""},
-        "forget": _section(site, first.sha256, "recover", approved_by),
-    }
-    number = recover or max(1, round(RECOVER_SHARE * rounds))
-    after["schedule"] = {**after.get("schedule", {}), "rounds": number, "phases": []}
-    return before, Way(load_study(after, near=out), "", out)
+    said["schedule"] = {**said.get("schedule", {}), "rounds": rounds, "release": "last", "phases": []}
+    return Way(load_study(said, near=first.path.parent), UNLEARNED, first.path.parent)
+
+
+def shrunk(plan: Approximately, model: Path, sites: SitesFile, out: Path) -> Way:
+    """The study of the recovery; what it begins with is written to `out`, and the study names its hash."""
+    never = open_host(
+        plan.never.study, _other_start(plan.never.study, sites), NOWHERE, (), (), None, near=plan.never.near
+    )
+    tensors, metadata = load_model(model)
+    values = mixed(never.model_context.initial_values(), tensors, metadata["shared"].split(), plan.keep)
+    with file_written(out / SHRUNK) as file:
+        file.write(save(values))
+    said = {**plan.recover, "start": {"kind": "weights", "file": SHRUNK, "sha256": file_sha256(out / SHRUNK)}}
+    return Way(load_study(said, near=out), RECOVERED, out)
+
+
+def mixed(
+    never: Mapping[str, Array], learned: Mapping[str, Array], shared: Sequence[str], keep: float
+) -> dict[str, Array]:
+    """never + keep (learned - never) of the `shared` values, in double precision and rounded once; others as `never`.
+
+    Whole numbers, which count and mean nothing without what they counted, are left out.
+    """
+    found = {name: array for name, array in never.items() if np.issubdtype(array.dtype, np.floating)}
+    for name in shared:
+        start = found[name].astype(np.float64)
+        found[name] = (start + keep * (learned[name].astype(np.float64) - start)).astype(never[name].dtype)
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
 def study_that_had(site: str, release: Path) -> tuple[Study, Path]:
@@ -199,22 +250,29 @@ def forget_exactly(
 
 
 def forget_approximately(
-    ways: tuple[Way, Way], sites: SitesFile, out: Path, *, watcher: Watcher | None = None, engine: str | None = None
-) -> tuple[Result, Result]:
-    """Carry out what `approximate` gives, one study after the other; raises as `run`. Stopped, it goes on by itself."""
-    before, after = ways
-    sites = _other_start(before.study, sites)
-    unlearned = run(before.study, sites, out / UNLEARNED, near=before.near, watcher=watcher, engine=engine)
-    said = written(after.study)
-    said["start"]["sha256"] = unlearned.model_sha256
-    recovered = run(load_study(said, near=out), sites, out / "recovered", near=out, watcher=watcher, engine=engine)
-    return unlearned, recovered
+    plan: Approximately, sites: SitesFile, out: Path, *, watcher: Watcher | None = None, engine: str | None = None
+) -> Result:
+    """Carry out what `approximate` gives, into folders of `out`; raises as `run`. Stopped, it goes on by itself."""
+    model = plan.model
+    if plan.ascent is not None:
+        asked = _other_start(plan.ascent.study, sites)
+        run(plan.ascent.study, asked, out / UNLEARNED, near=plan.ascent.near, watcher=watcher, engine=engine)
+        model = model_in(out / UNLEARNED)
+    way = shrunk(plan, model, sites, out)
+    return run(way.study, _without_start(sites), out / RECOVERED, near=out, watcher=watcher, engine=engine)
+
+
+def nowhere(study: Study) -> SitesFile:
+    """A sites file of a coordinator, who has nobody's data."""
+    return SitesFile(sites={name: SiteData(data=(Path(),)) for name in study.sites})
 
 
 def _other_start(study: Study, sites: SitesFile) -> SitesFile:
     """The sites, without their own copies of the file that the study started from, where it starts from a release."""
-    if not isinstance(study.start, FromRelease):
-        return sites
+    return _without_start(sites) if isinstance(study.start, FromRelease) else sites
+
+
+def _without_start(sites: SitesFile) -> SitesFile:
     found = sites.model_copy(
         update={"sites": {name: entry.model_copy(update={"start": None}) for name, entry in sites.sites.items()}}
     )

@@ -12,9 +12,8 @@ import yaml
 
 from wardround.errors import DataError, StudyError
 from wardround.living.chain import Chain
-from wardround.living.fisher import with_fisher
+from wardround.living.fisher import needed_fisher, with_fisher
 from wardround.living.release import Release, short
-from wardround.plan.retention import elastic_of
 from wardround.results.schema import Result
 from wardround.runs.folder import reserve
 from wardround.runs.session import open_host, run
@@ -34,8 +33,8 @@ from wardround.wire.files import write_text
 PARENT_FILE = "parent.safetensors"
 # Not `study.yaml`: that is of a run that has begun.
 STUDY_FILE = "update.yaml"
-# The run that measures Fisher information, in the new study's folder.
-_FISHER = "fisher"
+# The study that is run before it, where hospitals measure what the release must not lose (`update.retain: ewc`).
+FISHER_FILE = "fisher.yaml"
 _MORE = "to train more rounds with the same patients, give --more-rounds N"
 
 
@@ -105,7 +104,9 @@ def prepare(
             )
         changes = _with_roles(draft, changes, chosen)
     found = validate(Study, changes, "study")
-    write_text(out / STUDY_FILE, yaml.safe_dump(stated(found), sort_keys=False, allow_unicode=True))
+    _write(found, out)
+    if sites is None and (needed := needed_fisher(found, out)) is not None:
+        write_text(out / FISHER_FILE, yaml.safe_dump(stated(needed), sort_keys=False, allow_unicode=True))
     return Prepared(found, out, release.sha256, new)
 
 
@@ -141,33 +142,46 @@ def update(
         chain.add(release)
     prepared = prepare(release, study, out, overrides=overrides, sites=sites, train=train, more_rounds=more_rounds)
     said(prepared.said)
-    how: dict[str, Any] = {"engine": engine, "watcher": watcher, "quiet": quiet}
-    found = _with_fisher(release, prepared.study, sites, out, how)
+    held = _held(prepared, sites, engine=engine, watcher=watcher, quiet=quiet)
     result = run(
-        found,
+        held,
         sites,
         out,
         compare=compare,
+        engine=engine,
         processes=processes,
+        watcher=watcher,
+        quiet=quiet,
         near=out,
-        **how,
     )
     if chain is not None:
         chain.add(Release.at(out))
     return result
 
 
-def _with_fisher(release: Release, study: Study, sites: SitesFile, out: Path, how: Mapping[str, Any]) -> Study:
-    """The study with the Fisher information that it is held by, measured in a run of its own where it lacks it."""
-    retain = elastic_of(study)
-    if retain is None or retain.fisher is not None:
-        return study
-    folder = out / _FISHER
-    reserve(folder)
-    _carry_histories(release, study, sites, folder)
-    found = with_fisher(study, sites, folder, out, **how)
-    write_text(out / STUDY_FILE, yaml.safe_dump(stated(found), sort_keys=False, allow_unicode=True))
-    return found
+def _held(prepared: Prepared, sites: SitesFile, *, engine: str | None, watcher: Watcher | None, quiet: bool) -> Study:
+    """The prepared study with the Fisher information that `update.retain: ewc` needs, measured where it has none."""
+    out = prepared.folder
+    own = {
+        name: entry if entry.history else entry.model_copy(update={"history": history_of(sites, out, name)})
+        for name, entry in sites.sites.items()
+    }
+    study = with_fisher(
+        prepared.study,
+        sites.model_copy(update={"sites": own}),
+        out / "fisher",
+        out,
+        engine=engine,
+        watcher=watcher,
+        quiet=quiet,
+    )
+    if study is not prepared.study:
+        _write(study, out)
+    return study
+
+
+def _write(study: Study, out: Path) -> None:
+    write_text(out / STUDY_FILE, yaml.safe_dump(stated(study), sort_keys=False, allow_unicode=True))
 
 
 def check_same_task(release: Release, study: Study) -> None:
@@ -188,8 +202,11 @@ def check_same_task(release: Release, study: Study) -> None:
 
 def check_known(release: Release, study: Study, sites: SitesFile) -> None:
     """Raise `DataError` where a site that trained the release has no record of it: its test patients may have."""
+    before = release.study
+    # Of a release that came of another, sites that only measured may have trained that.
+    trained = (*before.training_sites, *(() if before.update is None else before.sites))
     for site in study.sites:
-        if site not in release.study.training_sites or study.sites[site].scans:
+        if site not in trained or study.sites[site].scans:
             continue
         history = _history(release, sites, site)
         if history is None:

@@ -195,9 +195,10 @@ def _length(local: Local) -> str:
 
 def _passes(arm_spec: ArmSpec) -> Iterator[str]:
     """The passes of a round, where there are several."""
-    passes = arm_spec.method.passes()
+    passes, local = arm_spec.method.passes(), arm_spec.arm.local
+    steps = local.steps if local.passes is None else None
     for number, one in enumerate(passes if len(passes) > 1 else (), start=1):
-        yield entry(f"pass {number}", one.describe(arm_spec.arm.local.steps))
+        yield entry(f"pass {number}", one.describe(steps))
 
 
 def late_lines(study: Study) -> tuple[str, ...]:

@@ -141,6 +141,10 @@ class Method:
     #: `sum`: works on the sum of updates. `updates`: `apply` gets an aggregate that is `Updates` as well, so
     #: `protection.secure`, `compression` and `robust` are refused.
     needs: ClassVar[Literal["sum", "updates"]] = "sum"
+    #: Copies of the shared values that a round at a site holds beside those that every method does, and how many of
+    #: them its store keeps for the next one.
+    holds: ClassVar[int] = 0
+    stores: ClassVar[int] = 0
     #: Groups of shared tensors that tell of data, and not of what was learned: billed as a side channel.
     side_channels: ClassVar[frozenset[str]] = frozenset()
 

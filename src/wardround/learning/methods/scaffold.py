@@ -47,6 +47,9 @@ class Scaffold(Method):
     coarse as the model's. Buffers are averaged. A hospital that did not train gets the model alone.
     """
 
+    # Its control variate, what is added to gradients, and their sum.
+    holds = 3
+    stores = 1
     server_lr: float = 1.0
     #: N; 0 where the method stands alone, and all that answer are taken to be all.
     sites: int = 0

@@ -8,26 +8,34 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from tests.federation.rig import Rig
 from tests.federation.test_methods import told
 from tests.toys import Regression, toy_sites, toy_study
 from wardround.audit.remains import RETRAINED, Losses, compare, remains
+from wardround.cli import app
 from wardround.errors import DataError, StudyError
 from wardround.learning.methods.method import Facts, LocalRound
 from wardround.learning.methods.unlearn import Unlearn
+from wardround.living.chain import Chain
 from wardround.living.forgetting import (
+    SHRUNK,
     approximate,
     exact,
     forget_approximately,
     forget_exactly,
     last_without,
     lineage,
+    mixed,
     model_in,
     study_that_had,
 )
+from wardround.living.release import Release
 from wardround.plan.leaving import left_by
-from wardround.plan.weights import open_model
+from wardround.plan.weights import load_model, open_model
 from wardround.results.schema import Result
 from wardround.runs.session import run
 from wardround.study.hashes import study_sha256, written
@@ -231,7 +239,11 @@ def test_what_cannot_be_forgotten(chain: Path, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="only one to delete"):
         exact(toy_study(("C",)), tmp_path, "C", chain / "three", ALL)
     with pytest.raises(StudyError, match="works for method"):
-        approximate(toy_study(method={"kind": "fedprox"}), "C", chain / "two", tmp_path, ALL)
+        approximate(toy_study(method={"kind": "fedprox"}), tmp_path, "C", chain / "two", ALL, ascent=1)
+    with pytest.raises(StudyError, match="must have it as a site that trains"):
+        approximate(toy_study(("A", "B")), tmp_path, "C", chain / "two", ALL, ascent=1)
+    with pytest.raises(StudyError, match="a share between 0 and 1"):
+        approximate(toy_study(), tmp_path, "C", chain / "two", ALL, keep=1.0)
     with pytest.raises(DataError, match="no released model"):
         lineage(tmp_path)
 
@@ -247,19 +259,64 @@ def test_an_ancestor_that_is_another_now_breaks_the_chain(chain: Path, tmp_path:
         lineage(tmp_path / "chain" / "three")
 
 
-def test_the_approximate_way(chain: Path, tmp_path: Path) -> None:
-    study = toy_study(schedule={"rounds": 20})
-    ways = approximate(study, "C", chain / "two", tmp_path / "out", ALL)
-    assert [way.study.schedule.rounds for way in ways] == [2, 4]
-    assert [way.study.training_sites for way in ways] == [ALL, ("A", "B")]
-    unlearned, recovered = forget_approximately(ways, toy_sites(tmp_path), tmp_path / "out", engine="local")
-    assert left_by(open_model(model_in(unlearned.out))[1]) == frozenset()
-    assert left_by(open_model(model_in(recovered.out))[1]) == {"C"}
+@pytest.mark.parametrize("ascent", [0, 1])
+def test_the_approximate_way(chain: Path, tmp_path: Path, ascent: int) -> None:
+    study, sites = toy_study(schedule={"rounds": 10}), toy_sites(tmp_path)
+    plan = approximate(study, tmp_path, "C", chain / "two", ALL, keep=0.25, ascent=ascent)
+    result = forget_approximately(plan, sites, tmp_path / "out", engine="local")
+    recovered = load_study(result.out / "study.yaml")
+    assert recovered.training_sites == ("A", "B")
+    assert recovered.schedule.rounds == 3
+    assert left_by(open_model(model_in(result.out))[1]) == {"C"}
+    if ascent:
+        assert left_by(open_model(model_in(tmp_path / "out" / "unlearned"))[1]) == frozenset()
+    # A quarter of the way from what C never touched: here the first release.
+    learned = model_in(tmp_path / "out" / "unlearned") if ascent else model_in(chain / "two")
+    never, after = (load_model(path)[0] for path in (model_in(chain / "one"), learned))
+    for name, value in load_file(tmp_path / "out" / SHRUNK).items():
+        assert np.allclose(value, 0.75 * never[name] + 0.25 * after[name], atol=1e-7)
+        assert not np.allclose(value, never[name], atol=1e-7)
     # Done again it is the same, from what is there.
-    assert (
-        forget_approximately(ways, toy_sites(tmp_path), tmp_path / "out", engine="local")[1].model_sha256
-        == recovered.model_sha256
-    )
+    assert forget_approximately(plan, sites, tmp_path / "out", engine="local").model_sha256 == result.model_sha256
+
+
+def test_what_is_mixed_by_hand() -> None:
+    never = {"w": np.float32([1, 2]), "own": np.float32([5]), "count": np.array(7)}
+    learned = {"w": np.float32([3, 0]), "own": np.float32([9]), "count": np.array(9)}
+    found = mixed(never, learned, ["w"], 0.25)
+    assert {name: value.tolist() for name, value in found.items()} == {"w": [1.5, 1.5], "own": [5]}
+
+
+def test_the_command(chain: Path, tmp_path: Path) -> None:
+    study, sites = tmp_path / "study.yaml", tmp_path / "sites.yaml"
+    study.write_text(yaml.safe_dump(written(toy_study(schedule={"rounds": 2}))))
+    runner, asked = CliRunner(), ["forget", "C", "--release", str(chain / "two"), "--study", str(study)]
+    told = [*asked, "--out", str(tmp_path / "out"), "--approved-by", "A,B,C", "--write"]
+    done = runner.invoke(app, told)
+    assert done.exit_code == 0, done.output
+    said = load_study(tmp_path / "out" / "retrain.yaml")
+    assert said.forget is not None
+    assert (tmp_path / "out" / said.start.file).read_bytes() == model_in(chain / "one").read_bytes()  # type: ignore[union-attr]
+    assert runner.invoke(app, told).exit_code == 2
+    sites.write_text("sites: {}\n")
+    refused = runner.invoke(app, [*asked, "--out", str(tmp_path / "other"), "--sites", str(sites)])
+    assert refused.exit_code == 2
+    assert "--approved-by: nobody is named" in " ".join(refused.output.split())
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_chain_knows_the_last_release_without_the_hospital(chain: Path, tmp_path: Path) -> None:
+    kept = Chain(tmp_path / "releases")
+    for name in ("one", "two", "three"):
+        kept.add(Release.at(chain / name))
+    current = kept.current()
+    assert current is not None
+    way = exact(toy_study(), tmp_path, "C", kept.model(current), ALL, chain=kept)
+    assert way.study.start.sha256 == lineage(chain / "one")[0][0].sha256  # type: ignore[union-attr]
+    # A model's file alone does not say where its ancestors are. One that may have been of C counts as one.
+    with pytest.raises(StudyError, match=r"trained none of the releases whose files were found .*--chain"):
+        exact(toy_study(), tmp_path, "C", kept.model(current), ALL)
+    assert exact(toy_study(), tmp_path, "A", kept.model(current), ALL).study.start.kind == "fresh"
 
 
 # What is left --------------------------------------------------------------------------------------------------------
@@ -290,8 +347,6 @@ def test_what_is_left_in_released_models(chain: Path, tmp_path: Path) -> None:
     assert (found.members, found.outsiders) == (4, 4)
     assert set(found.to_retrained) == {"before"}
     task = Regression()
-    from wardround.federation.release import load_model
-
     network = task.build_model()
     network.load_state_dict({n: torch.from_numpy(t) for n, t in load_model(models["before"])[0].items()})
     data = task.dataset("C", (tmp_path,))

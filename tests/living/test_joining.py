@@ -124,11 +124,7 @@ def test_ditto_s_pull_holds_a_model_at_the_release(released: Released, tmp_path:
 def test_the_pull_is_lambda_over_2_times_the_square_of_the_distance() -> None:
     w, release = torch.tensor([3.0, 1.0], requires_grad=True), torch.tensor([1.0, 0.0])
     local = LocalRound("A", torch.nn.Module(), {"w": w}, {}, {}, {}, 1, 1, 0.1, initial={"w": release})
-<<<<<<< HEAD
-    assert float(AtHome("equal", pull=3.0).objective(local, torch.zeros(())).detach()) == 0.5 * 3.0 * (4.0 + 1.0)
-=======
     assert AtHome("equal", pull=3.0).objective(local, torch.zeros(())).item() == 0.5 * 3.0 * (4.0 + 1.0)
->>>>>>> living
     assert float(AtHome("equal").objective(local, torch.zeros(()))) == 0.0
 
 

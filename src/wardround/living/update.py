@@ -26,7 +26,6 @@ from wardround.study.load import load_study, read_yaml, validate
 from wardround.study.load import written as stated
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
-from wardround.study.update import Update
 from wardround.tasks.task import Named
 from wardround.wire.files import write_text
 
@@ -75,9 +74,10 @@ def prepare(
     """Write the study that continues a release into `out`, with the release beside it.
 
     Only sites with training patients that the release did not see train; the others measure. On one machine each is
-    asked (`sites`); across hospitals people say who has some (`train`). With `more_rounds` all train as before, for so
-    many rounds. A study that was prepared in `out` before stands. Raises `StudyError` for a release of another task or
-    model, and where no site has anything new; `DataError` where a site does not know what it must.
+    asked (`sites`); across hospitals people say who has some (`train`). With `more_rounds`, that number of rounds, or
+    where the study says `update.train_on: all`, all train. A study that was prepared in `out` before stands. Raises
+    `StudyError` for a release of another task or model, and where no site has anything new; `DataError` where a site
+    does not know what it must.
     """
     draft = _draft(release, study, overrides, more_rounds)
     check_same_task(release, draft)
@@ -92,7 +92,7 @@ def prepare(
     if sites is not None:
         _carry_histories(release, draft, sites, out)
     new: dict[str, int] = {}
-    if more_rounds is None:
+    if draft.update is not None and draft.update.train_on == "new":
         if unknown := sorted(set(train) - set(draft.training_sites)):
             raise StudyError(f"--train {unknown[0]}: the study has no such site that trains")
         new = {} if sites is None or train else new_patients(release, draft, sites, out)
@@ -202,8 +202,11 @@ def check_same_task(release: Release, study: Study) -> None:
 
 def check_known(release: Release, study: Study, sites: SitesFile) -> None:
     """Raise `DataError` where a site that trained the release has no record of it: its test patients may have."""
+    before = release.study
+    # Of a release that came of another, sites that only measured may have trained that.
+    trained = (*before.training_sites, *(() if before.update is None else before.sites))
     for site in study.sites:
-        if site not in release.study.training_sites or study.sites[site].scans:
+        if site not in trained or study.sites[site].scans:
             continue
         history = _history(release, sites, site)
         if history is None:
@@ -271,7 +274,7 @@ def _draft(
     told = [*overrides]
     if more_rounds is not None:
         told.append(f"schedule.rounds={more_rounds}")
-        told += ["update.train_on=all"] if "train_on" in Update.model_fields else []
+        told.append("update.train_on=all")
     return load_study({**given, "start": start, "update": given.get("update") or {}}, told, near=near)
 
 

@@ -160,7 +160,8 @@ def _results_leave(host: Machine, site: str, patients: int) -> bool:
 def _role(study: Study, site: str) -> str:
     if study.sites[site].scans:
         return "unseen: others' test patients"
-    return roles_of(study)[study.sites[site].role]
+    lacks = study.sites[site].missing
+    return roles_of(study)[study.sites[site].role] + (f", has no {', no '.join(lacks)}" if lacks else "")
 
 
 def training_lines(host: Machine, arm_spec: ArmSpec) -> str:

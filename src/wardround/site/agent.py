@@ -307,6 +307,8 @@ class Agent:
 
     def _begun(self, dataset: Dataset) -> Begun | None:
         """What the run began with, where patients withdrew since."""
+        if not self._datasets.withdrawals(self.name):
+            return None
         first = self._store.written_value("facts")
         return None if first is None else self._same_data.begun(first, dataset.fingerprint())
 
@@ -343,7 +345,9 @@ class Agent:
 
     @property
     def _deliveries(self) -> Deliveries:
-        return Deliveries(self.name, self._arm_specs, self._folder, self._store, self._history)
+        entry = self._sites.sites.get(self.name)
+        lasts = entry is not None and entry.history is not None
+        return Deliveries(self.name, self._arm_specs, self._folder, self._store, self._history, lasts)
 
     @property
     def _egress(self) -> EgressRules:

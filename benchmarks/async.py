@@ -30,8 +30,8 @@ from typing import Any
 from common import arguments, conditions, finish, median, need_images, table
 
 #: Seconds that a site sleeps in a step, and how many times longer the slow one does.
-PAUSE, TIMES = 0.5, 10
-ROUNDS, BUFFER = 14, 9
+PAUSE, TIMES = 1.0, 10
+ROUNDS, BUFFER = 24, 9
 
 
 @dataclass(frozen=True)

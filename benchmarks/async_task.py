@@ -27,7 +27,7 @@ from wardround.wire.message import Header, Message
 PARTS = {"CS": 2, "DU": 3, "FG": 2, "HT": 3}
 SITES = tuple(f"{name}{part}" for name, count in PARTS.items() for part in range(1, count + 1))
 SLOW = "HT3"
-STEPS, BATCH = 8, 8
+STEPS, BATCH = 4, 8
 
 
 def study_of(rounds: int, seed: int, **schedule: Any) -> Study:

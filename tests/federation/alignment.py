@@ -117,6 +117,16 @@ class Away:
         return getattr(self._site, name)
 
 
+class Lost(Away):
+    """A site that trains in every round, and whose updates of some rounds never arrive."""
+
+    def handle(self, request: Message) -> Message:
+        reply: Message = self._site.handle(request)
+        if request.header.kind == TRAIN and request.header.round in self._rounds:
+            return refusal(request, WardroundError("lost"))
+        return reply
+
+
 # Without messages: quadratic losses, whose optimum is known -----------------------------------------------------------
 
 
@@ -137,6 +147,9 @@ class Sum:
     def mean(self, group: str, tensor: str) -> Array:
         total = sum(weights[group] * changes[group][tensor].double().numpy() for changes, weights in self.said)
         return np.asarray(total / self.weight(group))
+
+    def moved(self, group: str, tensor: str, old: Array) -> Array:
+        return self.mean(group, tensor) + old
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
 from tests.examples import quickly
 from tests.federation.alignment import Away, shared_in, unlike_study
 from tests.federation.rig import Rig, assert_billed, recorded_sessions
 from tests.toys import toy_sites
+from wardround.learning.device import CPU
 from wardround.runs.explain import explain
 from wardround.runs.session import run
+from wardround.storage.store import NOTHING, Memory
 from wardround.study.hashes import written
 
 SGD = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.5}
@@ -121,3 +125,49 @@ def test_check_says_what_leaves_beside_the_model(name: str, said: str, tmp_path:
     text = " ".join(explain(tmp_path / "study.yaml", None, (), (), allow_code=True).split())
     assert said in text
     assert ("0.5 passes over a site's own examples" in text) == (name == "fednova")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_round_is_the_same_on_any_device(
+    name: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On torch's `meta` device a number that is read past `on_host`, or a constant of the CPU, is an error."""
+    changes = {}
+    for compute in (CPU, device_named(device, monkeypatch)):
+        plans = arm_specs_of(study_of(name))
+        learner, memory = learner_of(plans, tmp_path, compute), NOTHING
+        public, _ = plans.initial(plans.arm_spec("federated"))
+        for number in (1, 2):
+            learner.load(public, memory)
+            trained = learner.train(number, public, memory)
+            memory = Memory(trained.memory, {})
+        changes[str(compute.device)] = trained.changes
+    here, there = changes.values()
+    assert {g: {n: t.shape for n, t in part.items()} for g, part in here.items()} == {
+        g: {n: t.shape for n, t in part.items()} for g, part in there.items()
+    }
+    if device == "cuda":
+        for group, part in here.items():
+            for key, tensor in part.items():
+                assert np.allclose(tensor, there[group][key], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["scaffold", "moon", "harmofl"])
+def test_layers_of_fewer_bits_give_nearly_the_same(name: str, precision: Any, tmp_path: Path) -> None:
+    """fp16 has a scaler: gradients are scaled up when a method sees the loss, and are not when it sees them."""
+    method, _ = METHODS[name]
+    ends = []
+    for compute in (CPU, replace(CPU, precision=precision)):
+        plans = arm_specs_of(unlike_study(method, {"steps": 3, "lr": 0.1}, options=NORM))
+        learner, memory = learner_of(plans, tmp_path, compute), NOTHING
+        public, _ = plans.initial(plans.arm_spec("federated"))
+        for number in (1, 2):
+            learner.load(public, memory)
+            trained = learner.train(number, public, memory)
+            memory = Memory(trained.memory, {})
+        ends.append(np.concatenate([t.ravel() for part in trained.changes.values() for t in part.values()]))
+    # Layers have 8 bits and 11; a few steps of them, and normalisation, add some up.
+    assert np.linalg.norm(ends[1] - ends[0]) < 0.1 * np.linalg.norm(ends[0])
+    assert np.any(ends[1] != ends[0])

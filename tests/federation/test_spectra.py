@@ -20,21 +20,24 @@ from tests.outlines import outline_study
 from tests.toys import toy_sites
 from wardround.errors import StudyError, WardroundError, Withheld
 from wardround.learning.examples import ExampleStream, SiteExamples
-from wardround.learning.methods.feddg import BANK
+from wardround.learning.methods.apart import APART
 from wardround.learning.methods.harmofl import running_weights
 from wardround.learning.survey import Survey
 from wardround.models.spectrum import Amplitude, spectrum_of
 from wardround.plan.arm_specs import ArmSpecs
+from wardround.plan.weights import load_model
 from wardround.runs.explain import explain
 from wardround.runs.session import run
 from wardround.study.hashes import written
-from wardround.study.methods import UNKNOWN_AMPLITUDE
+from wardround.study.methods import AMPLITUDE_BANK, UNKNOWN_AMPLITUDE
+from wardround.study.plugins import Plugins
 from wardround.study.sites import Egress, SiteData, SitesFile
 from wardround.wire.random import public_generator
 
 HARMOFL = {"kind": "harmofl", "alpha": 0.05, "amplitude": True}
 FEDDG = {"kind": "feddg", "rate": 0.05, "spectra": 2, "window": 0.2}
 BANKED = {"bank": 2}
+FINE = {"max_sites": 4, "max_weight": 64.0, "initial_scale": 4.0}
 
 
 def harmofl(tmp_path: Path, **changes: Any) -> Rig:
@@ -57,13 +60,14 @@ def first_batches(rig: Rig, site: str) -> list[torch.Tensor]:
 
 
 def test_the_amplitude_is_the_mean_of_the_sites_running_means_and_then_stays(tmp_path: Path) -> None:
-    rig = harmofl(tmp_path, method={"momentum": 0.4})
+    """It is said in 32 bits, also where changes of the model are not."""
+    rig = harmofl(tmp_path, method={"momentum": 0.4}, protection={**FINE, "ring_bits": 16})
     expected = []
     for site in "ABC":
         each = [np.abs(np.fft.rfft2(images.double().numpy())).mean(0) / 64 for images in first_batches(rig, site)]
         # The first two are a plain mean.
         expected.append(0.6 * (each[0] + each[1]) / 2 + 0.4 * each[2])
-    states = [state.public["buffers/amplitude.mean"].copy() for state in rig.states()]
+    states = [state.public["apart/amplitude.mean"].copy() for state in rig.states()]
     assert (states[0] == UNKNOWN_AMPLITUDE).all()
     part = deepcopy(rig.host.model_context.model.amplitude)
     part.mean.copy_(torch.from_numpy(states[1]))
@@ -77,7 +81,7 @@ def test_a_site_weighs_in_the_amplitude_as_in_the_model(tmp_path: Path) -> None:
     rig = harmofl(tmp_path, method={"weights": "samples"}, schedule={"rounds": 1, "keep": 2})
     own = [Amplitude.running(first_batches(rig, site), 0.1).numpy() for site in "ABC"]
     part = deepcopy(rig.host.model_context.model.amplitude)
-    part.mean.copy_(torch.from_numpy(rig.train().public["buffers/amplitude.mean"]))
+    part.mean.copy_(torch.from_numpy(rig.train().public["apart/amplitude.mean"]))
     assert np.allclose(part.amplitude.numpy(), np.average(own, axis=0, weights=[5, 7, 9]), atol=2e-6)
 
 
@@ -113,7 +117,7 @@ def test_it_measures_in_the_first_round_that_comes_to_something_and_always_the_s
     told = []
     for number in (1, 2, 7):
         learner.load(state.public, rig.sites["A"].store.memory(0))
-        told.append(learner.train(number, state.public, rig.sites["A"].store.memory(0)).changes["buffers"])
+        told.append(learner.train(number, state.public, rig.sites["A"].store.memory(0)).changes[APART])
     assert all(np.array_equal(each["amplitude.mean"], told[0]["amplitude.mean"]) for each in told)
 
 
@@ -163,8 +167,8 @@ def test_a_bank_holds_means_over_patients_of_whom_none_is_in_two(tmp_path: Path)
     rig = feddg(tmp_path, schedule={"rounds": 1, "keep": 2})
     state = rig.train()
     bank = deepcopy(rig.host.model_context.model.amplitude_bank)
-    bank.spectra.copy_(torch.from_numpy(state.public[f"{BANK}/amplitude_bank.spectra"]))
-    bank.filled.copy_(torch.from_numpy(state.public[f"{BANK}/amplitude_bank.filled"]))
+    bank.spectra.copy_(torch.from_numpy(state.public[f"{APART}/amplitude_bank.spectra"]))
+    bank.filled.copy_(torch.from_numpy(state.public[f"{APART}/amplitude_bank.filled"]))
     # A has 5 training patients: two groups, of 3 and of 2. All banks count alike, whatever their sites weigh.
     assert np.allclose(bank.filled.numpy(), 1 / 3, atol=1e-6)
     for site, rest in (("A", "BC"), ("B", "AC")):
@@ -198,10 +202,11 @@ def test_a_step_lowers_both_losses_the_second_after_a_step_on_the_first(tmp_path
     model = deepcopy(learner.model)
     trained = learner.train(2, state.public, memory)
     batch = learner.dataset.batch(ExampleStream(len(learner.dataset), 3, "C").take(4, 4), np.random.default_rng())
-    bank, random = model.amplitude_bank, public_generator(3, "C", 2, 0, 0, BANK)
+    bank, random = model.amplitude_bank, public_generator(3, "C", 2, 0, AMPLITUDE_BANK)
     others = bank.given_by_others("C")
     assert len(others) == 4
-    chosen, share = random.integers(4, size=4), torch.from_numpy(random.random(4).astype("f4"))
+    which, share = random.random((4, 2)).T
+    chosen, share = (4 * which).astype(int), torch.from_numpy(share.astype("f4"))
     swapped = Shown(bank.swapped(batch.images, others[torch.from_numpy(chosen)], share), batch.y)
     assert not torch.allclose(swapped.images, batch.images, atol=1e-2)
 
@@ -217,15 +222,35 @@ def test_a_step_lowers_both_losses_the_second_after_a_step_on_the_first(tmp_path
         assert np.allclose(trained.changes["model"][name], (-0.1 * (one + other)).numpy(), atol=1e-6)
 
 
+def test_an_episode_of_pieces_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    local = {"steps": 2, "batch": 4, "lr": 0.1, "optimizer": "sgd"}
+    public = [feddg(tmp_path / str(pieces), local={**local, "accumulate": pieces}).train().public for pieces in (1, 3)]
+    for name, one in public[0].items():
+        assert np.allclose(one, public[1][name], atol=1e-5), name
+
+
 def test_the_bank_is_a_side_channel_and_the_released_model_has_none(tmp_path: Path) -> None:
     rig = feddg(tmp_path)
     public = rig.train().public
-    assert rig.arm_spec.kinds.side_channels == {BANK}
+    assert rig.arm_spec.kinds.side_channels == {APART}
     for site, there in (("A", True), (None, False)):
         found = rig.method.release_for(site, public, {})
-        assert found.keys() == set(rig.arm_spec.policy.names("shared"))
+        assert set(found) == set(rig.arm_spec.policy.names("shared"))
         assert (found["amplitude_bank.spectra"] > UNKNOWN_AMPLITUDE).any() == there
         assert found["amplitude_bank.filled"].any() == there
+
+
+def test_a_release_with_a_bank_starts_any_study_of_its_network(tmp_path: Path) -> None:
+    """The bank is of the run: another has other sites, and its own method."""
+    first = run(picture_study(FEDDG, BANKED), toy_sites(tmp_path), tmp_path / "out", engine="local", quiet=True)
+    start = {"kind": "release", "file": "out/models/federated.safetensors", "sha256": first.model_sha256}
+    values = load_model(tmp_path / "out" / "models" / "federated.safetensors")[0]
+    for method, options in (({"kind": "fedavg"}, {}), (FEDDG, {"bank": 3, "sites": ["A", "B"]})):
+        study = picture_study(method, options, start=start)
+        specs = ArmSpecs(study, (), plugins=Plugins(code=True), places=study.places(tmp_path))
+        begun = specs.model_context.initial_values()
+        assert np.array_equal(begun["layer.weight"], values["layer.weight"])
+        assert not begun.get("amplitude_bank.filled", np.zeros(1)).any()
 
 
 def test_where_no_site_has_enough_patients_it_says_so(tmp_path: Path) -> None:
@@ -234,7 +259,7 @@ def test_where_no_site_has_enough_patients_it_says_so(tmp_path: Path) -> None:
     learner._least = 6
     learner.load(state.public, rig.sites["A"].store.memory(0))
     trained = learner.train(1, state.public, rig.sites["A"].store.memory(0))
-    assert not trained.changes[BANK]["amplitude_bank.filled"].any()
+    assert not trained.changes[APART]["amplitude_bank.filled"].any()
     with pytest.raises(StudyError, match="no site has enough training patients to give an amplitude"):
         learner.train(2, state.public, rig.sites["A"].store.memory(0))
 
@@ -243,7 +268,6 @@ def test_where_no_site_has_enough_patients_it_says_so(tmp_path: Path) -> None:
 
 
 OPTIONS = {"harmofl": (HARMOFL, {"mean": True}), "feddg": (FEDDG, BANKED)}
-FINE = {"max_sites": 4, "max_weight": 64.0, "initial_scale": 4.0}
 
 
 @pytest.mark.parametrize("name", quickly(OPTIONS, 0))
@@ -255,7 +279,7 @@ def test_masks_change_nothing_and_a_hospital_that_did_not_train_is_measured(tmp_
             *OPTIONS[name],
             sites={"A": {}, "B": {}, "C": {}, "D": {"role": "unseen"}},
             schedule={"rounds": 2, "release": "last"},
-            protection={**FINE, "secure": secure},
+            protection={**FINE, "secure": secure, "ring_bits": 16},
         )
         folder = tmp_path / str(secure)
         results.append(run(study, toy_sites(folder, "ABCD"), folder / "out", engine="local", quiet=True))
@@ -283,11 +307,11 @@ def test_a_site_that_was_away_in_the_first_round_trains_with_what_others_gave(na
     state = rig.train()
     assert [len(report.participants) for report in rig.journal.reports()] == [2, 3, 3]
     if name == "feddg":
-        assert state.public[f"{BANK}/amplitude_bank.filled"].tolist() == pytest.approx([0.5, 0.5, 0, 0, 0.5, 0.5])
+        assert state.public[f"{APART}/amplitude_bank.filled"].tolist() == pytest.approx([0.5, 0.5, 0, 0, 0.5, 0.5])
     else:
         own = [Amplitude.running(first_batches(rig, site), 0.1).numpy() for site in "AC"]
         part = deepcopy(rig.host.model_context.model.amplitude)
-        part.mean.copy_(torch.from_numpy(state.public["buffers/amplitude.mean"]))
+        part.mean.copy_(torch.from_numpy(state.public["apart/amplitude.mean"]))
         assert np.allclose(part.amplitude.numpy(), np.mean(own, axis=0), atol=2e-6)
 
 
@@ -310,6 +334,13 @@ def test_the_rules_of_a_site_s_own_file_count(tmp_path: Path) -> None:
 def test_a_network_that_has_no_place_for_it_is_refused(tmp_path: Path, method: dict[str, Any], said: str) -> None:
     with pytest.raises(StudyError, match=said):
         Rig(picture_study(method, {}), tmp_path)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("part", ["frozen", "local"])
+def test_a_study_that_keeps_it_from_the_sum_is_refused(tmp_path: Path, name: str, part: str) -> None:
+    with pytest.raises(StudyError, match=r"parts: amplitude\S* is measured at the sites and shared"):
+        Rig(picture_study(*OPTIONS[name], parts={part: ["amplitude*"]}), tmp_path)
 
 
 def test_studies_that_cannot_have_it_are_refused() -> None:

@@ -104,7 +104,6 @@ SLOW = {
         },
         ("local",),
     ),
-    "weights by losses": Case({**ROUNDS, "method": {"kind": "fedpidavg"}, "protection": {"secure": True}}),
     "evaluate with a mean part": Case(
         {
             **ROUNDS,

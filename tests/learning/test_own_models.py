@@ -14,11 +14,13 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+from tests.examples import quickly
 from tests.federation.rig import Rig
 from tests.protection.test_secure_rounds import SecureRig
 from tests.toys import Regression, toy_sites, toy_study
 from wardround.errors import StudyError
 from wardround.federation.release import own_folder
+from wardround.learning.footprint import footprint
 from wardround.learning.methods.apfl import APFL
 from wardround.learning.methods.ditto import Ditto
 from wardround.learning.methods.fedper import FedPer
@@ -28,6 +30,7 @@ from wardround.learning.model_context import parameters_of
 from wardround.learning.passes import Pass, parted, steps_in
 from wardround.learning.training import Learner
 from wardround.protection.drift import UNKNOWN, UpdateBound
+from wardround.runs.explain import training_lines
 from wardround.runs.releases import ReleasedModel
 from wardround.runs.session import run
 from wardround.storage.store import NOTHING, Memory
@@ -231,8 +234,7 @@ def test_the_head_stays_and_the_body_is_sent(tmp_path: Path, kind: str) -> None:
         same(plain.kept(), head)
 
 
-@pytest.mark.parametrize("kind", OWN)
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(("kind", "optimizer"), [("ditto", "adam"), ("apfl", "sgd")])
 def test_a_model_of_its_own_moves_no_bit_of_the_common_one(tmp_path: Path, kind: str, optimizer: str) -> None:
     """With running statistics, counters, layers that stay at the sites, and moments that are kept."""
     local = {"steps": 2, "batch": 4, "optimizer": optimizer, "lr": 0.02, "optimizer_state": "keep"}
@@ -256,7 +258,7 @@ def test_a_model_of_its_own_moves_no_bit_of_the_common_one(tmp_path: Path, kind:
     assert all(np.array_equal(plain_layer[name], own_layer[name]) for name in plain_layer)
 
 
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", quickly(METHODS, 0, 3))
 def test_a_stopped_run_ends_with_the_same_own_models(tmp_path: Path, kind: str) -> None:
     study = study_of(METHODS[kind], local={"steps": 2, "batch": 4, "optimizer": "adam", "optimizer_state": "keep"})
     whole = Rig(study, tmp_path / "whole")
@@ -273,7 +275,7 @@ def test_a_stopped_run_ends_with_the_same_own_models(tmp_path: Path, kind: str) 
         assert all(np.array_equal(mine[n], other[n]) for n in mine)
 
 
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", quickly(METHODS, 0))
 def test_masks_change_nothing(tmp_path: Path, kind: str) -> None:
     study = study_of(METHODS[kind], protection={"max_sites": 4}, sites={name: {} for name in "ABCD"})
     plain, masked = Rig(study, tmp_path / "plain"), SecureRig(study, tmp_path / "masked")
@@ -292,7 +294,7 @@ def mse(rig: Rig, site: str, values: Mapping[str, Array], split: Any) -> float:
     )
 
 
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", quickly(METHODS, 0, 3))
 def test_each_site_uses_its_own_model_and_a_stranger_the_common_one(tmp_path: Path, kind: str) -> None:
     """In validations that choose the round, in tests, and in what is released."""
     study = study_of(METHODS[kind], sites={"A": {}, "B": {}, "D": {"role": "unseen"}}, schedule={"rounds": 2})
@@ -312,7 +314,7 @@ def test_each_site_uses_its_own_model_and_a_stranger_the_common_one(tmp_path: Pa
     assert result.metric("federated", "D", "mse") == pytest.approx(mse(rig, "D", common, "test"), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", quickly(OWN, 0))
 def test_the_released_round_is_chosen_by_the_models_that_sites_use(tmp_path: Path, kind: str) -> None:
     rig = Rig(study_of(METHODS[kind], schedule={"rounds": 2, "keep": 3}), tmp_path)
     found: dict[int, list[float]] = {1: [], 2: []}
@@ -371,6 +373,24 @@ def test_passes_that_make_no_round(passes: tuple[Pass, ...]) -> None:
 )
 def test_a_round_has_the_steps_of_all_passes(method: Method, steps: int) -> None:
     assert steps_in(method.passes(), 5) == steps
+
+
+def test_check_and_plan_say_what_a_second_model_costs(tmp_path: Path) -> None:
+    plain, own = (
+        Rig(study_of(m, norm=True), tmp_path / str(m["kind"])) for m in ({"kind": "fedavg"}, METHODS["ditto"])
+    )
+    said = " ".join(training_lines(own.host, own.arm_spec).split())
+    assert "pass 2 2 steps of the site's own copy of the model, which is never sent, once for each of 0.1, 2" in said
+    assert "pass" not in training_lines(plain.host, plain.arm_spec)
+    assert (plain.arm_spec.steps, own.arm_spec.steps) == (STEPS, 3 * STEPS)
+    sizes = {p.name: p.info.nbytes for p in own.host.model_context.parameters}
+    assert plain.arm_spec.own == ()
+    assert sorted(own.arm_spec.own) == sorted(sizes)
+    shared = own.arm_spec.policy.names("shared")
+    one, other = (
+        footprint(own.host.model_context, shared, own.study.local, None, own=n) for n in ((), own.arm_spec.own)
+    )
+    assert other.total - one.total == 3 * sum(sizes.values())
 
 
 @pytest.mark.parametrize("method", [Ditto(), APFL(), FedRep(), FedPer()])

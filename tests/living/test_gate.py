@@ -107,8 +107,8 @@ def test_a_run_says_whether_its_model_is_promoted(tmp_path: Path) -> None:
     parent = parent_of(tmp_path, sites)
     for lr, promoted in ((0.1, True), (4.0, False)):
         local = {"steps": 3, "batch": 2, "optimizer": "sgd", "lr": lr}
-        margins = {"r": 0.0, "mse": 50.0}
-        child = child_of(tmp_path, parent, sites, f"by{lr}", update={"margins": margins}, local=local)
+        section = {"margins": {"r": 0.0, "mse": 50.0}, "train_on": "all"}
+        child = child_of(tmp_path, parent, sites, f"by{lr}", update=section, local=local)
         assert child.gate is not None
         assert child.gate.promoted == promoted
         assert child.values["gate"]["sites"]["A"]["mse"]["margin"] == 50.0

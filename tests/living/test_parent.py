@@ -113,6 +113,10 @@ def test_a_private_part_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -
     theirs = load_file(tmp_path / "parent/models/A/federated/local.safetensors")
     assert np.allclose(mine["1.weight"], theirs["1.weight"], atol=1e-6)
     assert not np.allclose(mine["1.weight"], 1.0, atol=1e-6)
+    # A site that did not train finds its part beside the new model, where it is applied.
+    beside = load_file(tmp_path / "still/models/B/federated/local.safetensors")
+    before = load_file(tmp_path / "parent/models/B/federated/local.safetensors")
+    assert all(np.array_equal(beside[name], before[name]) for name in before)
     kept = OwnParts(tmp_path / "history-B")
     assert kept.of(same.model_sha256).keys() == kept.of(parent.model_sha256).keys()
 

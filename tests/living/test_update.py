@@ -93,6 +93,23 @@ def test_nothing_new_names_the_flag_and_more_rounds_train_all(tmp_path: Path) ->
     assert child.start.sha256 == parent.model_sha256
 
 
+def test_fisher_information_is_measured_where_the_study_asks_for_it(tmp_path: Path) -> None:
+    """By a run in the new study's folder, with the copy of the history that lies in the old one's."""
+    _, sites = first(tmp_path, history=False)
+    admit(tmp_path / "A", NEW)
+    ward = ward_study()
+    told = {**ward.model_dump(exclude_unset=True, mode="json"), "update": {"retain": {"kind": "ewc", "weight": 10.0}}}
+    told |= {"sites": {"A": {}}, "protection": {"initial_scale": 100.0}}
+    child = update(Release.at(tmp_path / "one"), told, sites, tmp_path / "two", engine="local", quiet=True)
+    study = load_study(tmp_path / "two" / "study.yaml")
+    assert study.update is not None
+    assert getattr(study.update.retain, "fisher", None) is not None
+    assert list((tmp_path / "two").glob("fisher-*.safetensors"))
+    again = update(Release.at(tmp_path / "one"), told, sites, tmp_path / "two", engine="local", quiet=True)
+    assert again.model_sha256 == child.model_sha256
+    assert load_study(tmp_path / "two" / STUDY_FILE) == study
+
+
 def test_under_masks_and_without_validation_others_only_test(tmp_path: Path) -> None:
     sites = ward_sites(tmp_path, {**FEW, "C": 12, "D": 12})
     names = ("A", "B", "C", "D")
@@ -176,6 +193,7 @@ def test_the_commands_from_a_first_run_to_a_rollback(tmp_path: Path, monkeypatch
     said = say("update", tmp_path / "one", study, "--out", tmp_path / "two", *run_options, *roomy)
     assert "A (2 new) train; B only measures" in said
     assert "Promoted: the new model takes the place of the release" in said
+    monkeypatch.delitem(ROLES, "B")
     worse = ("--set", "local.lr=9.0")
     said = say("update", "current", study, "--out", tmp_path / "bad", *run_options, "--more-rounds", 1, *worse, code=1)
     assert "Not promoted: the release stays" in said

@@ -72,7 +72,7 @@ def update(
     `wardround submit`. Exit code 1 where the new model is not promoted.
     """
     from wardround.living.chain import Chain
-    from wardround.living.update import STUDY_FILE, prepare, release_named
+    from wardround.living.update import FISHER_FILE, STUDY_FILE, prepare, release_named
     from wardround.living.update import update as go_on
 
     kept = None if chain is None else Chain(chain)
@@ -82,6 +82,10 @@ def update(
             raise StudyError("--chain: nothing runs without --sites; add the run when it is finished: releases add")
         prepared = prepare(found, study, out, overrides=overrides or [], train=words(train), more_rounds=more_rounds)
         say(prepared.said)
+        if (out / FISHER_FILE).exists():
+            say(f"Wrote {out / FISHER_FILE}, which measures what the release must not lose. Hand it to the hospitals:")
+            say(f"  wardround submit {out / FISHER_FILE} --federation FOLDER")
+            say(f"Put its models/fisher.safetensors into {out}, and name it in {STUDY_FILE} (update.retain.fisher).")
         say(f"Wrote {out / STUDY_FILE}. Hand it to the hospitals:")
         say(f"  wardround submit {out / STUDY_FILE} --federation FOLDER")
         return
@@ -117,8 +121,8 @@ def list_releases(folder: ChainFolder, as_json: JsonOption = False) -> None:
         _print_json([_told(entry, current) for entry in entries])
         return
     table = Table(title="Releases")
-    for name in ("", "", "release", "came of", "study", "trained at", "when", "what"):
-        table.add_column(name, overflow="fold")
+    for name in ("", "", "release", "of", "study", "trained at", "when", "what"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("release", "when", "what"))
     for entry in entries:
         parent = "–" if entry.parent is None else _name(entries, entry.parent)
         mark = "in use" if current is not None and entry.number == current.number else ""
@@ -129,7 +133,7 @@ def list_releases(folder: ChainFolder, as_json: JsonOption = False) -> None:
             parent,
             entry.study,
             ", ".join(entry.sites),
-            entry.time[:16].replace("T", " "),
+            entry.time[:10],
             entry.kind,
         )
     console.print(table)

@@ -77,8 +77,8 @@ class AsynchronousCoordinator:
         self._patience = patience
         self._commits = Commits(plan, method, engine, journal, patience)
         self._staleness: Staleness = plan.staleness
-        self._meter = Meter(plan.kinds, self._commits.sent, plan.codec.form)
-        self._flight = Flight(Metered(engine, {}, self._meter))
+        self._metered = Metered(engine, {}, Meter(plan.kinds, self._commits.sent, plan.codec.form))
+        self._flight = Flight(self._metered)
         self._calls: dict[int, Call] = {}
         # Replies that came before those that a killed coordinator had: these go first.
         self._later: deque[Message] = deque()
@@ -119,7 +119,8 @@ class AsynchronousCoordinator:
         idle = [site for site in plan.sites if site not in buffer.asked and site not in buffer.came]
         self._ask(buffer, dict.fromkeys(idle, number))
         again = self._fill(buffer)
-        bases = sorted(buffer.sums)
+        # Of some all updates were refused.
+        bases = sorted(base for base, each in buffer.sums.items() if each.receipts)
         sums = {base: buffer.sums[base].aggregate() for base in bases}
         weights = {base: self._staleness.multiplier(number - base) for base in bases}
         aggregate = mixed(commits.sent, [Part(weights[base], sums[base]) for base in bases], state.scales)
@@ -136,7 +137,7 @@ class AsynchronousCoordinator:
             at_work=dict(sorted(buffer.asked.items())),
         )
         self._note_sums(buffer, sums)
-        bill, self._meter.bill = self._meter.bill, NO_BILL
+        bill = self._metered.settle()
         following, report = commits.commit(state, number, aggregate, restored, answered, bill, began)
         self._revalidate(number)
         # Requests that are with sites are read from their state's file, and later ones may ask for the same base.
@@ -254,8 +255,7 @@ class AsynchronousCoordinator:
             if base is not None:
                 self._commits.log.refused(self._call(base), 0, reply, "it came after the last round")
         self._note(buffer)
-        bill, self._meter.bill = self._meter.bill, NO_BILL
-        self._commits.add_to_bill(buffer.number - 1, bill)
+        self._commits.add_to_bill(buffer.number - 1, self._metered.settle())
 
     # What is noted, and a coordinator that was started again ----------------------------------------------------------
 
@@ -273,7 +273,7 @@ class AsynchronousCoordinator:
     def _resumed(self, number: int) -> _Buffer:
         """The round that was under way when the coordinator ended, its requests asked again; else an empty one."""
         fact = self._journal.fact(_UNDER_WAY)
-        value = {"round": 0, "asked": {}, "came": {}} if fact is None else json.loads(fact)
+        value: dict[str, Any] = {"round": 0, "asked": {}, "came": {}} if fact is None else json.loads(fact)
         # Between a round's commit and the next note its updates are still noted as what came.
         asked, came = value["asked"], value["came"] if value["round"] == number else {}
         known: dict[str, int] = {site: base for site, base in asked.items() if site in self._plan.sites}

@@ -67,11 +67,13 @@ def footprint(
     step: Step | None,
     device: torch.device | None = None,
     own: Collection[str] = (),
+    holds: int = 0,
 ) -> Footprint:
     """What training takes at a site.
 
     `shared` are the names that a round keeps as they came, to tell what changed; of `own` ones the site has values of
-    its own. `device` is a CUDA device to measure on. Raises whatever the step raises on the CPU.
+    its own, and of shared ones a method `holds` further copies. `device` is a CUDA device to measure on. Raises
+    whatever the step raises on the CPU.
     """
     state = context.model.state_dict()
     sizes = {name: tensor.nbytes for name, tensor in state.items()}
@@ -83,7 +85,7 @@ def footprint(
         # The initial values of what may change, and the shared ones at the start of the round. A site's own ones are
         # there as they were before the round, as they are after it, and as another choice or part left them.
         copies=sum(sizes[name] for name in sizes if name not in context.frozen)
-        + sum(sizes[name] for name in shared)
+        + (1 + holds) * sum(sizes[name] for name in shared)
         + 3 * sum(sizes[name] for name in own),
         gradients=sum(p.nbytes for p in trained),
         optimizer=_slots(local) * sum(p.nbytes for p in trained),

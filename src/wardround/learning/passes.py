@@ -60,12 +60,13 @@ class Pass:
             case "shared":
                 return policy.names("local")
 
-    def describe(self, steps: int) -> str:
-        """What `check` prints of it."""
+    def describe(self, steps: int | None) -> str:
+        """What `check` prints of it; without `steps`, where a site's own number of examples says how many there are."""
+        count = self.steps if steps is None else self.steps_of(steps)
         what = {"all": "the model", "private": "what stays at the site", "shared": "what is shared"}[self.trains]
         whose = "the site's own copy of the model, which is never sent" if self.own else what
         often = f", once for each of {', '.join(f'{c:g}' for c in self.choices)}" if len(self.choices) > 1 else ""
-        return f"{self.steps_of(steps)} steps of {whose}{often}"
+        return f"{'as many' if count is None else count} steps of {whose}{often}"
 
 
 #: A round of most methods.

@@ -34,7 +34,7 @@ from wardround.learning.optimizer import (
 )
 from wardround.learning.own_passes import take_own
 from wardround.learning.passes import RECEIVED, Pass, held, parted, steps_in
-from wardround.learning.policy import Policy, Role
+from wardround.learning.policy import Policy
 from wardround.learning.private_training import PrivateTraining
 from wardround.learning.survey import Survey
 from wardround.models.adapters import folded_scale, with_folded
@@ -244,12 +244,14 @@ class Learner:
         """What the site has of its own, by model name: the private part, and own values of what is shared."""
         return self._kept(("shared", "local"), memory)
 
-    def _kept(self, roles: Collection[Role], memory: Memory, prefix: str = LOCAL) -> dict[str, Array]:
+    def _kept(self, roles: Collection[str], memory: Memory, prefix: str = LOCAL) -> dict[str, Array]:
         names = (name for name, role in self._policy.roles.items() if role in roles)
         return {name: memory.tensors[prefix + name] for name in names if prefix + name in memory.tensors}
 
-    def train(self, number: int, public: Mapping[str, Array], memory: Memory) -> Trained:
+    def train(self, number: int, public: Mapping[str, Array], memory: Memory, heard: int | None = None) -> Trained:
         """One round of training from a loaded model; raises `TrainingFailed` when the loss is not finite.
+
+        `heard` is the last round of which the coordinator says that the site's update is in the sum, where it says so.
 
         Stages that do not learn in the round are held still: no gradient, no step, no new running statistics.
         """
@@ -288,6 +290,7 @@ class Learner:
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
+            heard=heard,
             survey=Survey(self.site, self.dataset, self._examples, local, self._seed, self._least),
         )
         self._method.begin(context)
@@ -420,8 +423,8 @@ class Learner:
         values = context.anchor | {n: self._model_context.initial[n] for n in self._policy.names("local")}
         values |= {name: self.compute.tensor(array) for name, array in self.local_tensors(memory).items()}
         loss = partial(self._validation_loss, losses) if self.dataset.patients("validation") else None
-        values, kept = take_own(context, passes, state, values, take, loss)
-        return kept | {LOCAL + name: on_host(tensor) for name, tensor in values.items()}
+        own, kept = take_own(context, passes, state, values, take, loss)
+        return kept | {LOCAL + name: on_host(tensor) for name, tensor in own.items()}
 
     def kept(self, trained: Trained, limits: Mapping[str, float]) -> dict[str, Array]:
         """What the site keeps of a round whose update loses what lies beyond `limits` (`Method.heard`)."""

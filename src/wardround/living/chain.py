@@ -2,7 +2,7 @@
 
 A folder with a log that can be added to and not changed unnoticed (`storage.hash_log`), signed after every entry, and
 each model once, by its hash. Nothing in it is of a patient: it holds hashes, names of sites and means over patients.
-The key lies beside the log: signatures show that nobody else wrote it, and who has the folder has the key too.
+The key lies beside the log: a signature shows that its writer had the key, and a person who has the folder has it.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Chain:
         for record in log.entries:
             if record.event in KINDS:
                 found.append(self._entry(record, found))
-        # Whoever cuts the end off takes the last signature with it; one that is missing says so.
+        # What was added without the key has no signature.
         if log.entries and log.entries[-1].event in KINDS:
             raise self._broken("its last entry is not signed")
         return tuple(found)

@@ -19,18 +19,22 @@ from wardround.study.load import load_study, written
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 from wardround.study.start import FromRelease
+from wardround.wire.scales import GROWTH, SATURATED
 
 #: The most examples that a site squares gradients of.
 EXAMPLES = 256
-_SATURATED = 1e-4
+_ATTEMPTS = 3
 
 
-def fisher_study(study: Study, trained_at: tuple[str, ...], examples: int = EXAMPLES) -> Study:
+def fisher_study(
+    study: Study, trained_at: tuple[str, ...], examples: int = EXAMPLES, scale: float | None = None
+) -> Study:
     """The study of one round that measures the Fisher information which an update needs.
 
     It starts from the same release, under the same protection, at those of the study's sites where the release trained
     (`trained_at`), and looks at the patients from whom the release learned, at `examples` of their examples at most.
-    Raises `StudyError` where the study is not held by Fisher information, and where none of its sites has trained.
+    `scale` is the largest square that is said whole, by default the study's `protection.initial_scale`. Raises
+    `StudyError` where the study is not held by Fisher information, and where none of its sites has trained.
     """
     if elastic_of(study) is None:
         raise StudyError("update.retain: no Fisher information is needed unless it says `kind: ewc`")
@@ -44,6 +48,7 @@ def fisher_study(study: Study, trained_at: tuple[str, ...], examples: int = EXAM
     protection = {
         k: v for k, v in said.get("protection", {}).items() if k not in ("compression", "robust", "threshold")
     }
+    protection |= {"initial_scale": study.protection.initial_scale if scale is None else scale}
     local = {"steps": examples, "batch": 1}
     return load_study(
         {
@@ -75,26 +80,42 @@ def with_fisher(
 ) -> Study:
     """The same study with the Fisher information that it needs, measured by a run in `out` where it lacks that.
 
-    The file is put beside the study, in `near`, by its hash. A run that was stopped goes on where it was. Raises what
-    `run` raises, and `StudyError` where squares were cut off.
+    The file is put beside the study, in `near`, by its hash. Where squares are larger than the fixed point of a round
+    can say, the same sites measure again with a scale 16 times as large. A run that was stopped goes on where it was.
+    Raises what `run` raises, and `StudyError` where the third scale is too small as well.
     """
     retain = elastic_of(study)
     if retain is None or retain.fisher is not None:
         return study
-    measuring = fisher_study(study, trained_at(study, near), examples)
-    result = run(measuring, sites, out, engine=engine, watcher=watcher, quiet=quiet, allow_code=allow_code, near=near)
-    share = max(line.saturated for line in read_rounds(result.out) if line.arm == FEDERATED)
-    if share > _SATURATED:
+    where = trained_at(study, near)
+    scale = study.protection.initial_scale
+    for attempt in range(_ATTEMPTS):
+        measuring = fisher_study(study, where, examples, scale)
+        folder = out / f"scale-{attempt}"
+        result = run(
+            measuring, sites, folder, engine=engine, watcher=watcher, quiet=quiet, allow_code=allow_code, near=near
+        )
+        if max(line.saturated for line in read_rounds(result.out) if line.arm == FEDERATED) <= SATURATED:
+            break
+        scale *= GROWTH
+    else:
         raise StudyError(
-            f"{share:.2%} of the squared gradients are larger than protection.initial_scale "
-            f"({measuring.protection.initial_scale:g}) and were cut off; raise it tenfold and run again in another "
-            "folder"
+            f"squared gradients are larger than {scale / GROWTH:g}: the release does not fit this study's data or "
+            "loss; lower what the loss weighs, or take `update.retain: lwf`"
         )
     measured = result.out / "models" / "fisher.safetensors"
     sha256 = file_sha256(measured)
     place = near / f"fisher-{sha256[:12]}.safetensors"
     shutil.copyfile(measured, place)
     return named(study, place.name, sha256)
+
+
+def needed_fisher(study: Study, near: Path) -> Study | None:
+    """The study that measures the Fisher information which a study lacks; `None` where it lacks none."""
+    retain = elastic_of(study)
+    if retain is None or retain.fisher is not None:
+        return None
+    return fisher_study(study, trained_at(study, near))
 
 
 def named(study: Study, file: str, sha256: str) -> Study:

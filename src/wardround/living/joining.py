@@ -34,6 +34,7 @@ from wardround.learning.methods.ditto import DittoSettings
 from wardround.learning.methods.method import LocalRound, Method
 from wardround.learning.methods.personal import Personal
 from wardround.learning.model_context import parameters_of
+from wardround.learning.policy import listed
 from wardround.learning.training import Learner
 from wardround.models.low_rank import LORA_LOCAL
 from wardround.plan.arm_specs import ArmSpec, protocols_of
@@ -101,6 +102,7 @@ class Joined:
     pull: float | None
     metric: str
     validation: dict[Chosen, float]
+    validation_patients: int
     test: dict[str, Compared]
     model: Path
 
@@ -302,12 +304,13 @@ def _join(
     result = Joined(
         site=site,
         release=model_sha256(released.tensors, released.metadata),
-        trained=", ".join(sorted(own)) if own else "adapters" if host.study.adapters.kind != "none" else "all",
+        trained=listed(sorted(own)) if own else "adapters" if host.study.adapters.kind != "none" else "all",
         chosen=chosen,
         round=best.round if chosen == "joined" else 0,
         pull=best.pull,
         metric=first.name,
         validation={"joined": best.value, "release": before},
+        validation_patients=host.dataset(site).patients("validation"),
         test=_rows(host, site, joined, reference),
         model=path,
     )

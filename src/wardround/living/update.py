@@ -12,6 +12,7 @@ import yaml
 
 from wardround.errors import DataError, StudyError
 from wardround.living.chain import Chain
+from wardround.living.fisher import needed_fisher, with_fisher
 from wardround.living.release import Release, short
 from wardround.results.schema import Result
 from wardround.runs.folder import reserve
@@ -25,7 +26,6 @@ from wardround.study.load import load_study, read_yaml, validate
 from wardround.study.load import written as stated
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
-from wardround.study.update import Update
 from wardround.tasks.task import Named
 from wardround.wire.files import write_text
 
@@ -33,6 +33,8 @@ from wardround.wire.files import write_text
 PARENT_FILE = "parent.safetensors"
 # Not `study.yaml`: that is of a run that has begun.
 STUDY_FILE = "update.yaml"
+# The study that is run before it, where hospitals measure what the release must not lose (`update.retain: ewc`).
+FISHER_FILE = "fisher.yaml"
 _MORE = "to train more rounds with the same patients, give --more-rounds N"
 
 
@@ -72,9 +74,10 @@ def prepare(
     """Write the study that continues a release into `out`, with the release beside it.
 
     Only sites with training patients that the release did not see train; the others measure. On one machine each is
-    asked (`sites`); across hospitals people say who has some (`train`). With `more_rounds` all train as before, for so
-    many rounds. A study that was prepared in `out` before stands. Raises `StudyError` for a release of another task or
-    model, and where no site has anything new; `DataError` where a site does not know what it must.
+    asked (`sites`); across hospitals people say who has some (`train`). With `more_rounds`, that number of rounds, or
+    where the study says `update.train_on: all`, all train. A study that was prepared in `out` before stands. Raises
+    `StudyError` for a release of another task or model, and where no site has anything new; `DataError` where a site
+    does not know what it must.
     """
     draft = _draft(release, study, overrides, more_rounds)
     check_same_task(release, draft)
@@ -89,7 +92,7 @@ def prepare(
     if sites is not None:
         _carry_histories(release, draft, sites, out)
     new: dict[str, int] = {}
-    if more_rounds is None:
+    if draft.update is not None and draft.update.train_on == "new":
         if unknown := sorted(set(train) - set(draft.training_sites)):
             raise StudyError(f"--train {unknown[0]}: the study has no such site that trains")
         new = {} if sites is None or train else new_patients(release, draft, sites, out)
@@ -101,7 +104,9 @@ def prepare(
             )
         changes = _with_roles(draft, changes, chosen)
     found = validate(Study, changes, "study")
-    write_text(out / STUDY_FILE, yaml.safe_dump(stated(found), sort_keys=False, allow_unicode=True))
+    _write(found, out)
+    if sites is None and (needed := needed_fisher(found, out)) is not None:
+        write_text(out / FISHER_FILE, yaml.safe_dump(stated(needed), sort_keys=False, allow_unicode=True))
     return Prepared(found, out, release.sha256, new)
 
 
@@ -137,8 +142,9 @@ def update(
         chain.add(release)
     prepared = prepare(release, study, out, overrides=overrides, sites=sites, train=train, more_rounds=more_rounds)
     said(prepared.said)
+    held = _held(prepared, sites, engine=engine, watcher=watcher, quiet=quiet)
     result = run(
-        prepared.study,
+        held,
         sites,
         out,
         compare=compare,
@@ -151,6 +157,31 @@ def update(
     if chain is not None:
         chain.add(Release.at(out))
     return result
+
+
+def _held(prepared: Prepared, sites: SitesFile, *, engine: str | None, watcher: Watcher | None, quiet: bool) -> Study:
+    """The prepared study with the Fisher information that `update.retain: ewc` needs, measured where it has none."""
+    out = prepared.folder
+    own = {
+        name: entry if entry.history else entry.model_copy(update={"history": history_of(sites, out, name)})
+        for name, entry in sites.sites.items()
+    }
+    study = with_fisher(
+        prepared.study,
+        sites.model_copy(update={"sites": own}),
+        out / "fisher",
+        out,
+        engine=engine,
+        watcher=watcher,
+        quiet=quiet,
+    )
+    if study is not prepared.study:
+        _write(study, out)
+    return study
+
+
+def _write(study: Study, out: Path) -> None:
+    write_text(out / STUDY_FILE, yaml.safe_dump(stated(study), sort_keys=False, allow_unicode=True))
 
 
 def check_same_task(release: Release, study: Study) -> None:
@@ -171,8 +202,11 @@ def check_same_task(release: Release, study: Study) -> None:
 
 def check_known(release: Release, study: Study, sites: SitesFile) -> None:
     """Raise `DataError` where a site that trained the release has no record of it: its test patients may have."""
+    before = release.study
+    # Of a release that came of another, sites that only measured may have trained that.
+    trained = (*before.training_sites, *(() if before.update is None else before.sites))
     for site in study.sites:
-        if site not in release.study.training_sites or study.sites[site].scans:
+        if site not in trained or study.sites[site].scans:
             continue
         history = _history(release, sites, site)
         if history is None:
@@ -240,7 +274,7 @@ def _draft(
     told = [*overrides]
     if more_rounds is not None:
         told.append(f"schedule.rounds={more_rounds}")
-        told += ["update.train_on=all"] if "train_on" in Update.model_fields else []
+        told.append("update.train_on=all")
     return load_study({**given, "start": start, "update": given.get("update") or {}}, told, near=near)
 
 

@@ -158,7 +158,7 @@ class AmplitudeBank(nn.Module):
     `spectra` (S, C, *kept) + 8 over `filled` (S,) are those of a slot where `filled` is above 0. The slots of a site
     lie together, in the order of `sites`, `each` a site. What a site does not fill stays 0 in its change, so the mean
     of the sites' changes is each one's spectra over the number of sites, and `filled` the same of ones: their ratio is
-    exact whoever took part. The network does not use it: sites do, in training.
+    exact, whichever sites took part. The network does not use it: sites do, in training.
     """
 
     spectra: Tensor

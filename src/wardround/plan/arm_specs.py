@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from wardround.errors import StudyError
 from wardround.learning.elastic import Pull
+from wardround.learning.methods.apart import APART
 from wardround.learning.methods.build import build_method
-from wardround.learning.methods.feddg import BANK
 from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import UNSEEN
 from wardround.learning.model_context import ModelContext
@@ -218,7 +218,7 @@ class ArmSpecs:
 
     def _codec(self, arm: Arm) -> Codec:
         """How an arm's changes are written in whole numbers."""
-        study, whole = self.study, frozenset({BUFFERS, UNSEEN, BANK})
+        study, whole = self.study, frozenset({BUFFERS, UNSEEN, APART})
         if self.lattice is None:
             return build_codec(arm.compression(study), study.seed, whole)
         assert study.protection.privacy is not None

@@ -163,7 +163,7 @@ _LABELS = {
 def rows_of(found: Drift) -> list[tuple[str, ...]]:
     """The cells of the table, measure by measure: label, before, now, p, patients, verdict."""
     labels = {spec.name: spec.label or spec.name for spec in found.metrics}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for moved in found.moved:
         label = labels.get(moved.measure) or _LABELS.get(moved.measure, moved.measure)
         verdict = "too few patients" if moved.drifted is None else "drifted" if moved.drifted else "no drift seen"

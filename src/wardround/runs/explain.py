@@ -160,7 +160,8 @@ def _results_leave(host: Machine, site: str, patients: int) -> bool:
 def _role(study: Study, site: str) -> str:
     if study.sites[site].scans:
         return "unseen: others' test patients"
-    return roles_of(study)[study.sites[site].role]
+    lacks = study.sites[site].missing
+    return roles_of(study)[study.sites[site].role] + (f", has no {', no '.join(lacks)}" if lacks else "")
 
 
 def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
@@ -195,9 +196,10 @@ def _length(local: Local) -> str:
 
 def _passes(arm_spec: ArmSpec) -> Iterator[str]:
     """The passes of a round, where there are several."""
-    passes = arm_spec.method.passes()
+    passes, local = arm_spec.method.passes(), arm_spec.arm.local
+    steps = local.steps if local.passes is None else None
     for number, one in enumerate(passes if len(passes) > 1 else (), start=1):
-        yield entry(f"pass {number}", one.describe(arm_spec.arm.local.steps))
+        yield entry(f"pass {number}", one.describe(steps))
 
 
 def late_lines(study: Study) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ def left_out(lines: Sequence[RoundLine], training: Mapping[str, int | None]) -> 
         late = [line.staleness[site] for line in lines if line.staleness.get(site)]
         if late:
             notes.append(
-                f"{lines[0].arm}: {len(late)} updates of {site} came late, {max(late)} "
+                f"{lines[0].arm}: {len(late)} update{'s' if len(late) > 1 else ''} of {site} came late, by {max(late)} "
                 f"round{'s' if max(late) > 1 else ''} at most, and counted less for it; it is in "
                 f"{sum(site in line.participants for line in lines)} of {len(lines)} rounds"
             )

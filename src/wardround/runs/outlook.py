@@ -164,14 +164,14 @@ def _memory_by_study(host: Machine) -> Footprint:
     arm_spec, task = host.arm_spec(FEDERATED), host.task
     local, shared = arm_spec.arm.local, arm_spec.policy.names("shared")
     if not isinstance(task, Predicts) or isinstance(task, PredictsScans):
-        return footprint(host.model_context, shared, local, None, own=arm_spec.own)
+        return footprint(host.model_context, shared, local, None, own=arm_spec.own, holds=arm_spec.method.holds)
     shape = (local.pieces[0], *task.input_shape())
 
     def step(model: nn.Module, device: torch.device) -> Tensor:
         found: Tensor = model(torch.zeros(shape, device=device))
         return found.float().square().mean()
 
-    return footprint(host.model_context, shared, local, step, own=arm_spec.own)
+    return footprint(host.model_context, shared, local, step, own=arm_spec.own, holds=arm_spec.method.holds)
 
 
 def _memories(memory: Mapping[str, Footprint], local: Local) -> str:
@@ -234,6 +234,7 @@ def _disk(host: Machine, bill: Expected, start: Start) -> str:
     trained = sum(p.info.nbytes for p in host.model_context.parameters if p.trainable)
     slots = 2 if study.local.optimizer != "sgd" else int(study.local.momentum > 0)
     kept = slots * trained if study.local.optimizer_state == "keep" else 0
+    kept += spec.method.stores * public
     private = sum(sizes[name] for name in (*spec.policy.names("local"), *spec.own))
     arms = [arm for arm in host.arms.values() if not arm.inside(study)]
     # The states of the last rounds and the best one, the released model and what sites are sent of it.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wardround.errors import DataError, StudyError
-from wardround.federation.release import load_model, personal_part, serve, study_of
+from wardround.federation.release import load_model, own_folder, personal_part, serve, study_of
 from wardround.learning.frozen import freeze
 from wardround.models.adapters import attach
 from wardround.models.build import build_model
@@ -111,8 +111,15 @@ class ReleasedModel:
         for a site that the study does not have, and `DataError` for values that do not fit.
         """
         made = self.loaded(build, site, weights)
-        serve(made, self.study, self.metadata, site)
+        if not self._has_part(site):
+            serve(made, self.study, self.metadata, site)
         return made.eval()
+
+    def _has_part(self, site: str | None) -> bool:
+        """Whether a site that did not train completes the model with its part of the release that it came of."""
+        if site is None or self.study.update is None:
+            return False
+        return (own_folder(self.path, site) / "local.safetensors").exists()
 
     def loaded(self, build: Callable[[], nn.Module], site: str | None, weights: Path | None) -> nn.Module:
         """The same with its adapters and its values alone; the part of a site that trained it is that site's own."""

@@ -345,7 +345,9 @@ class Agent:
 
     @property
     def _deliveries(self) -> Deliveries:
-        return Deliveries(self.name, self._arm_specs, self._folder, self._store, self._history)
+        entry = self._sites.sites.get(self.name)
+        lasts = entry is not None and entry.history is not None
+        return Deliveries(self.name, self._arm_specs, self._folder, self._store, self._history, lasts)
 
     @property
     def _egress(self) -> EgressRules:

@@ -35,13 +35,17 @@ _TRAIN: SplitName = "train"
 
 @dataclass(frozen=True)
 class Deliveries:
-    """Where a site keeps released models: the folder of a study's run, the agent's store, and the site's history."""
+    """Where a site keeps released models: the folder of a study's run, the agent's store, and the site's history.
+
+    `lasts`: whether the history outlives the run, so that the model is kept there too.
+    """
 
     site: str
     arm_specs: ArmSpecs
     folder: Path
     store: SiteStore
     history: Path
+    lasts: bool = False
 
     def note_patients(self, dataset: Dataset) -> None:
         """Keep who trains, validates and tests in this run, as digests, until there is a release; the first stands.
@@ -83,7 +87,8 @@ class Deliveries:
                 with written(self.folder / CARD) as file:
                     file.write(text)
             self._record(shared_sha256(model))
-            self._keep(shared_sha256(model), model)
+            if self.lasts:
+                self._keep(shared_sha256(model), model)
         except OSError as error:
             raise disk_error(error) from error
 
@@ -99,7 +104,11 @@ class Deliveries:
             # A model that was only measured here did not train here in this study.
             parts = {part: found for part, found in parts.items() if part != _TRAIN}
         # First the part, then the word that there is one.
-        own = OwnParts(self.history).keep(release, self._own_part(parent))
+        kept, part = OwnParts(self.history), self._own_part(parent)
+        own = kept.keep(release, part)
+        if own is not None and part != self._trained_part:
+            # Beside the model, where it is looked for when the model is applied at this site.
+            second_name(kept.path(release), self._trained_part)
         Lineage(self.history).record_digests(release, parent, self.arm_specs.study_sha256, parts, own)
 
     def _keep(self, release: str, model: Path) -> None:
@@ -111,10 +120,14 @@ class Deliveries:
 
     def _own_part(self, parent: str | None) -> Path:
         """The site's private part of the released model: of one that it did not train, what it had of the parent."""
-        trained = own_folder(model_path(self.folder, FEDERATED), self.site) / "local.safetensors"
-        if trained.exists() or parent is None or self.arm_specs.study.continues is None:
-            return trained
+        if self._trained_part.exists() or parent is None or self.arm_specs.study.continues is None:
+            return self._trained_part
         return OwnParts(self.history).path(parent)
+
+    @property
+    def _trained_part(self) -> Path:
+        """Where a site that trains writes its private part of the released model."""
+        return own_folder(model_path(self.folder, FEDERATED), self.site) / "local.safetensors"
 
     def _check(self, request: Message) -> None:
         """Raise for a body that is not a released model of this study; see `take`."""

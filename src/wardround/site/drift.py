@@ -144,7 +144,7 @@ def _spectrum(image: Floats) -> Floats:
     radius = np.hypot(rows[:, None], columns[None]) / 0.5
     bands = np.minimum((radius * _BANDS).astype(int), _BANDS - 1)
     summed = np.bincount(bands.ravel(), weights=power.ravel(), minlength=_BANDS)
-    return np.log10(summed / summed.sum() + 1e-9)
+    return np.asarray(np.log10(summed / summed.sum() + 1e-9))
 
 
 def _of_said(said: Said) -> dict[str, Floats]:
@@ -195,7 +195,8 @@ class Reference:
     def keep(self, release: str, looked: Looked) -> None:
         """Write it, over what was kept before. Raises `DataError` where the folder cannot be written."""
         packed = io.BytesIO()
-        np.savez_compressed(packed, **{f"rows/{name}": rows for name, rows in looked.rows.items()}, edges=looked.edges)
+        arrays: dict[str, Any] = {f"rows/{name}": rows for name, rows in looked.rows.items()}
+        np.savez_compressed(packed, edges=looked.edges, **arrays)
         plain = json.dumps({"release": release, "looked": base64.b64encode(packed.getvalue()).decode()})
         try:
             self.path(release).parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +270,7 @@ def compare(reference: Looked, recent: Looked, specs: Sequence[MetricSpec]) -> t
     for name in (*_PLAIN, CALIBRATION, *kinds):
         if name in reference.rows and name in recent.rows:
             # A patient without a value, or of whom the network made no number, has no part in it.
-            found.append((name, *(_having(r.rows[name]) for r in (reference, recent))))
+            found.append((name, _having(reference.rows[name]), _having(recent.rows[name])))
     tested = [_tested(name, old, new, kinds.get(name)) for name, old, new in found]
     return tuple(_adjusted(tested))
 

@@ -1,7 +1,7 @@
 """Which patients of a site were in which released model, and which release came of which.
 
-A site keeps it in its history folder, over all studies: without it no one could say which models a patient who
-withdraws was in, and a patient who trained a release could test its successor. Names of patients are in it as
+A site keeps it in its history folder, over all studies: without it the models that a patient was in are not known when
+the patient withdraws, and a patient who trained a release could test its successor. Names of patients are in it as
 HMAC-SHA256 under a secret beside it, and nothing of it leaves the site.
 """
 

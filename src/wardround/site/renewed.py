@@ -37,7 +37,7 @@ def renewed(
 
 def check_some(site: str, examples: int, update: Update | None) -> None:
     """Raise `DataError` where a site is to train in an update and has no examples for it."""
-    if update is None or examples:
+    if update is None or update.train_on == "all" or examples:
         return
     which = "learned from" if update.train_on == "old" else "has not learned from yet"
     raise DataError(

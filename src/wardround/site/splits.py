@@ -103,7 +103,7 @@ class KnownParts:
         if not (parts["validation"] if role == "evaluate" else parts["test"]):
             raise DataError(
                 f"site {site} does not train in this study, and all of its patients trained the release that the study "
-                "continues, so there is nobody left to measure on; add patients, or take the site out of the study"
+                "continues, so none is left to measure on; add patients, or take the site out of the study"
             )
         return parts
 

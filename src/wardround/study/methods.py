@@ -27,7 +27,7 @@ AMPLITUDE, AMPLITUDE_BANK = "amplitude", "amplitude_bank"
 class Spectrum:
     """What a method needs of the amplitudes of images (`wardround.models.spectrum`), as parts of the network.
 
-    `mean`: the network sees all images with one amplitude. `bank`: so many of each site, of a `window`.
+    `mean`: the network sees all images with one amplitude. `bank`: the number that each site gives, of a `window`.
     """
 
     mean: bool = False

@@ -146,7 +146,7 @@ class Local(Config):
         return (size + 1,) * larger + (size,) * (self.accumulate - larger)
 
     def steps_of(self, examples: int) -> int:
-        """Optimiser steps in a round of a party with so many training examples.
+        """Optimiser steps in a round of a party with a number of training examples.
 
         Passes end with a whole batch, for which the next pass begins.
         """

@@ -132,7 +132,7 @@ class ChainBase(ImageTask[SettingsT], ABC):
             pieces = parts_of(batch.scans, batch.channels, TOGETHER)
             there = there_of(batch)
             whole: Iterable[tuple[Tensor, ...]] = repeat(())
-            given = whole if there is None else ((part,) for part in there.split(TOGETHER))
+            given = whole if there is None else ((part,) for part in torch.split(there, TOGETHER))
             parts = [model(scans, batch.channels, *part) for scans, part in zip(pieces, given, strict=False)]
         images, logits = (torch.cat(each) for each in zip(*parts, strict=True))
         return images, logits.float()

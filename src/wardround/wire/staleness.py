@@ -47,7 +47,8 @@ def multiplier(age: int, exponent: float) -> int:
     >>> multiplier(0, 0.5), multiplier(3, 0.5), multiplier(9, 0.0)
     (65536, 32768, 65536)
     """
-    return round(FRESH * (1.0 + age) ** -exponent)
+    share: float = (1.0 + age) ** -exponent
+    return round(FRESH * share)
 
 
 @dataclass(frozen=True)

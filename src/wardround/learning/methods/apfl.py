@@ -52,7 +52,8 @@ class APFL(Method):
         """From the gradient at v_bar to that of v, with v in the model again; alpha takes its step."""
         if not local.taken.own:
             return
-        alpha, slope = local.memory[_ALPHA], 0.0
+        alpha = local.memory[_ALPHA]
+        slope = alpha.new_zeros(())
         for name, tensor in local.trainable().items():
             own = local.memory[_OWN + name]
             if tensor.grad is not None:

@@ -10,12 +10,11 @@ import numpy as np
 from pydantic import Field
 
 from wardround.errors import StudyError
-from wardround.learning.methods.method import BUFFERS, Array, Changes, Episode, Facts, LocalRound, Method, state_name
-from wardround.learning.policy import Parameter
-from wardround.protection.drift import UNKNOWN, UpdateBound
+from wardround.learning.methods.apart import APART, Apart
+from wardround.learning.methods.method import Array, Episode, Facts, LocalRound
 from wardround.study.methods import AMPLITUDE_BANK, UNKNOWN_AMPLITUDE, Spectrum, WeightedSettings
 from wardround.wire.random import public_generator
-from wardround.wire.update import Group
+from wardround.wire.tensors import joined
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,15 +22,13 @@ if TYPE_CHECKING:
     from wardround.models.spectrum import AmplitudeBank
     from wardround.study.schema import Study
 
-# The group in which the bank travels.
-BANK = "bank"
 _SPECTRA, _FILLED = f"{AMPLITUDE_BANK}.spectra", f"{AMPLITUDE_BANK}.filled"
 # Of a patient, examples that its amplitudes are the mean of.
 EXAMPLES = 8
 
 
 @dataclass(frozen=True)
-class FedDG(Method):
+class FedDG(Apart):
     """Episodic learning in continuous frequency space (Liu et al., CVPR 2021) without its boundary term.
 
     Once, each site gives a bank of low-frequency amplitudes A_n of its training images. In a step, every image of a
@@ -47,7 +44,9 @@ class FedDG(Method):
     """
 
     rate: float = 1e-3
-    side_channels: ClassVar[frozenset[str]] = frozenset({BANK})
+    apart: ClassVar[tuple[str, ...]] = (_SPECTRA, _FILLED)
+    # The values that a step is taken from, while its second loss is looked at.
+    holds = 1
 
     @property
     def discloses(self) -> str:
@@ -64,15 +63,9 @@ class FedDG(Method):
             raise StudyError("method.kind=feddg: the task's network has no bank of amplitudes of the images it sees")
         return self
 
-    def groups(self, shared: tuple[Parameter, ...], ring_bits: int) -> tuple[Group, ...]:
-        """The bank is a group of its own, with a weight of its own."""
-        own = tuple(p.info for p in shared if p.name in (_SPECTRA, _FILLED))
-        rest = tuple(p for p in shared if p.name not in (_SPECTRA, _FILLED))
-        return (*super().groups(rest, ring_bits), *((Group(BANK, own, ring_bits),) if own else ()))
-
     def group_weights(self, facts: Facts, groups: tuple[str, ...]) -> dict[str, float]:
         """Every bank counts once, whatever its site weighs: how its share of the sum compares would tell its size."""
-        return {name: 1.0 if name == BANK else weight for name, weight in super().group_weights(facts, groups).items()}
+        return {name: 1.0 if name == APART else weight for name, weight in super().group_weights(facts, groups).items()}
 
     def begin(self, local: LocalRound) -> None:
         """Fill the site's places where no site's are filled yet: in the first round that comes to something.
@@ -104,26 +97,14 @@ class FedDG(Method):
         others = _bank(local).given_by_others(local.site)
         return Episode(self.rate, lambda batch, start: _changed(local, others, batch, start)) if len(others) else None
 
-    def changes(self, local: LocalRound) -> Changes:
-        """The bank apart from other buffers."""
-        changes = super().changes(local)
-        changes[BANK] = {name: changes[BUFFERS].pop(name) for name in (_SPECTRA, _FILLED) if name in changes[BUFFERS]}
-        return changes
-
-    def update_bound(self, local: UpdateBound) -> UpdateBound:
-        """What gradients reach is averaged, after steps that the optimiser bounds."""
-        return local if self.moves_as(FedDG) else UNKNOWN
-
     def release_for(
         self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        """The network; to sites that train with the bank."""
+    ) -> Mapping[str, Array]:
+        """The network; to sites that train with the bank, to all others with an empty one."""
         released = super().release_for(site, public, private)
-        for name in (_SPECTRA, _FILLED):
-            if (place := state_name(BANK, name)) in public:
-                found = public[place]
-                released[name] = found if site is not None else _empty(name, found)
-        return released
+        if site is not None:
+            return released
+        return joined(released, {name: _empty(name, released[name]) for name in self.apart if name in released})
 
 
 def _empty(name: str, found: Array) -> Array:
@@ -146,9 +127,11 @@ def _changed(local: LocalRound, others: Tensor, batch: Any, start: int) -> Any:
     import torch
 
     count = len(batch.images)
-    random = public_generator(local.seed, local.site, local.number, local.step, start, BANK)
-    chosen = torch.from_numpy(random.integers(len(others), size=count)).to(others.device)
-    share = torch.from_numpy(random.random(count).astype("f4")).to(others.device)
+    random = public_generator(local.seed, local.site, local.number, local.step, AMPLITUDE_BANK)
+    # An image's numbers go by its place in the batch, in whichever pieces that comes.
+    which, how_far = random.random((start + count, 2))[start:].T
+    chosen = torch.from_numpy((which * len(others)).astype(int)).to(others.device)
+    share = torch.from_numpy(how_far.astype("f4")).to(others.device)
     return replace(batch, images=_bank(local).swapped(batch.images.to(others), others[chosen], share))
 
 

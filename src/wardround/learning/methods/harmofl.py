@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from wardround.errors import StudyError
-from wardround.learning.methods.method import LocalRound, Method
+from wardround.learning.methods.apart import Apart
+from wardround.learning.methods.method import LocalRound
 from wardround.study.methods import AMPLITUDE, AveragingSettings, Spectrum
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HarmoFL(Method):
+class HarmoFL(Apart):
     """Weight perturbation (Jiang et al., AAAI 2022, equation 6): a step follows the gradient at w + alpha g / |g|.
 
     g is the gradient of the same batch at w, over all that learns at the site; the step is taken from w. A step costs
@@ -33,9 +34,12 @@ class HarmoFL(Method):
     first step, and begins as the plain mean: of few batches, the first one would be most of it.
     """
 
+    # The values that a step is taken from, while it looks further.
+    holds = 1
     alpha: float = 0.05
     amplitude: bool = False
     momentum: float = 0.1
+    apart: ClassVar[tuple[str, ...]] = (f"{AMPLITUDE}.mean",)
 
     @property
     def discloses(self) -> str:
@@ -72,6 +76,11 @@ class HarmoFL(Method):
             "raise local.steps or local.batch, give the site more training patients, or leave method.amplitude out",
         )
         part.take(Amplitude.running((images.to(part.mean) for images in local.survey.batches()), self.momentum))
+
+    @property
+    def tells(self) -> bool:
+        """Where there is an amplitude."""
+        return self.amplitude
 
     @property
     def flat_step(self) -> float:

@@ -75,8 +75,9 @@ class LocalRound:
     tensors of this method: what a hook leaves there is kept for the next round and never sent. `private` are the live
     tensors that stay at the site, `initial` the initial values of the whole model; `step` counts from 0, and with
     `seed` names public randomness. `rate` is the learning rate of the step; what a hook puts into `scratch` is gone
-    after the round. `survey` shows the site's training images. `taken` is the pass under way (`Method.passes`),
-    `choice` which of its choices.
+    after the round. `heard` is the last round of which the coordinator says that the site's update is in the sum, 0 for
+    none so far, and `None` where it says nothing of it. `survey` shows the site's training
+    images. `taken` is the pass under way (`Method.passes`), `choice` which of its choices.
     """
 
     site: str
@@ -94,6 +95,7 @@ class LocalRound:
     seed: int = 0
     step: int = 0
     rate: float = 0.0
+    heard: int | None = None
     scratch: dict[str, Any] = field(default_factory=dict)
     survey: Survey | None = None
     taken: Pass = WHOLE_ROUND[0]
@@ -141,6 +143,10 @@ class Method:
     #: `sum`: works on the sum of updates. `updates`: `apply` gets an aggregate that is `Updates` as well, so
     #: `protection.secure`, `compression` and `robust` are refused.
     needs: ClassVar[Literal["sum", "updates"]] = "sum"
+    #: Copies of the shared values that a round at a site holds beside those that every method does, and how many of
+    #: them its store keeps for the next one.
+    holds: ClassVar[int] = 0
+    stores: ClassVar[int] = 0
     #: Groups of shared tensors that tell of data, and not of what was learned: billed as a side channel.
     side_channels: ClassVar[frozenset[str]] = frozenset()
 
@@ -150,7 +156,7 @@ class Method:
         return ""
 
     def within(self, study: Study, sites: int, model: nn.Module) -> Method:
-        """The method as it works in an arm of a study with so many training sites; the same unless it depends on them.
+        """The method as it works in an arm of a study with `sites` training sites; the same unless it depends on them.
 
         Raises `StudyError` for a model that it cannot work with.
         """

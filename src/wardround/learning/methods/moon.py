@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +38,8 @@ class MOON(Method):
     two forward passes more. Nothing more is sent. A hospital that did not train gets the same model.
     """
 
+    holds = 1
+    stores = 1
     mu: float = 1.0
     tau: float = 0.5
     layer: Layer | None = None
@@ -124,11 +126,15 @@ def _values(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 @dataclass
 class _Call:
-    """One time that the network was called with gradients: with what, in which precision, and what its layer said."""
+    """One time that the network was called with gradients: with what, where, and what its layer said.
+
+    `precision` is the type that its layers computed in, where that is lower than theirs.
+    """
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
-    precision: tuple[str, Any, bool]
+    device: str
+    precision: Any
     said: Any = None
 
     def again(self, watch: _Watch, values: Mapping[str, Tensor]) -> Tensor:
@@ -136,13 +142,11 @@ class _Call:
         import torch
         from torch.func import functional_call
 
-        device, dtype, enabled = self.precision
-        devices = [torch.cuda.current_device()] if device == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
-            watch.other = None
+        devices = [torch.cuda.current_device()] if self.device == "cuda" else []
+        lower = nullcontext() if self.precision is None else torch.autocast(self.device, dtype=self.precision)
+        with torch.random.fork_rng(devices), torch.no_grad(), lower:
             functional_call(watch.model, dict(values), self.arguments, dict(self.keywords))
-            assert watch.other is not None
-            return watch.other
+            return watch.others_said.pop()
 
 
 @dataclass
@@ -152,8 +156,8 @@ class _Watch:
     model: nn.Module
     others: tuple[dict[str, Tensor], ...] = ()
     seen: list[_Call] = field(default_factory=list)
-    #: What the layer said last without gradients.
-    other: Tensor | None = None
+    #: What the layer said without gradients.
+    others_said: list[Tensor] = field(default_factory=list)
 
 
 @contextmanager
@@ -166,12 +170,12 @@ def _watching(model: nn.Module, layer: Layer) -> Iterator[_Watch]:
     def called(module: nn.Module, arguments: Any, keywords: Any) -> None:
         if torch.is_grad_enabled():
             device = next(model.parameters()).device.type
-            precision = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-            watch.seen.append(_Call(arguments, keywords, precision))
+            lower = device != "meta" and torch.is_autocast_enabled(device)
+            watch.seen.append(_Call(arguments, keywords, device, torch.get_autocast_dtype(device) if lower else None))
 
     def said(found: Any) -> None:
         if not torch.is_grad_enabled():
-            watch.other = pooled(found, layer.name)
+            watch.others_said = [pooled(found, layer.name)]
         # Blocks that are computed once more for the gradient (local.checkpoint) say nothing new.
         elif watch.seen and watch.seen[-1].said is None:
             watch.seen[-1].said = pooled(found, layer.name)

@@ -76,7 +76,9 @@ def test_sites_that_do_not_train_measure_it_and_hold_out_who_trained(tmp_path: P
     assert child.gains["federated"]["parent"].keys() == {"A", "B", "C", "mean"}
 
 
-@pytest.mark.parametrize("how", [{"engine": "workers", "processes": 2}, {"engine": "local"}])
+@pytest.mark.parametrize(
+    "how", [pytest.param({"engine": "workers", "processes": 2}, marks=pytest.mark.slow), {"engine": "local"}]
+)
 def test_it_is_the_same_under_masks_in_workers_and_after_a_stop(tmp_path: Path, how: dict[str, Any]) -> None:
     sites = ward_sites(tmp_path, {**FEW, "C": 12})
     names = ("A", "B", "C")

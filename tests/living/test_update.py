@@ -198,6 +198,11 @@ def test_the_commands_from_a_first_run_to_a_rollback(tmp_path: Path, monkeypatch
     said = say("update", "current", study, "--out", tmp_path / "bad", *run_options, "--more-rounds", 1, *worse, code=1)
     assert "Not promoted: the release stays" in said
 
+    explained = say("check", tmp_path / "two" / "update.yaml", "--sites", site_file, "--allow-code")
+    assert f"Continues the release {parent.model_sha256}" in explained
+    assert "The new model takes its place only where no site loses more than the margin: r 50." in explained
+    assert "of the release that the study continues, too" in " ".join(explained.split())
+
     listed = json.loads(say("releases", "list", chain, "--json"))
     assert [entry["kind"] for entry in listed] == ["released", "released", "refused"]
     assert [entry["current"] for entry in listed] == [False, True, False]

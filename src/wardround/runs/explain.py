@@ -353,8 +353,13 @@ def _at_the_end(host: Machine, *, with_data: bool) -> str:
     metrics = "the same metrics" if host.study.trains else ", ".join(spec.name for spec in host.task.metrics)
     return (
         f"number of test patients; mean and standard error of {metrics}, and the standard error of their "
-        f"difference to {REFERENCE}{some}{bare}"
+        f"difference to {REFERENCE}{some}{bare}{also_of_parent(host)}"
     )
+
+
+def also_of_parent(host: Machine) -> str:
+    """That a site gives the same numbers of the release that the study continues, where it does."""
+    return "" if host.study.continues is None else "; of the release that the study continues, too"
 
 
 def beside_words(host: Machine) -> str:

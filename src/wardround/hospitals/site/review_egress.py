@@ -10,7 +10,7 @@ from wardround.learning.training import patients_in
 from wardround.plan.arm_specs import ArmSpec
 from wardround.results.units import human_bytes, human_seconds
 from wardround.runs.columns import entry, table, wrapped
-from wardround.runs.explain import beside_words, early_end, facts_words, unmasked_lines
+from wardround.runs.explain import also_of_parent, beside_words, early_end, facts_words, unmasked_lines
 from wardround.runs.explain_groups import group_lines
 from wardround.runs.machine import Machine
 from wardround.runs.outlook import BANDWIDTHS, bits_of
@@ -113,7 +113,7 @@ def _at_the_end(host: Machine, site: str, dataset: Dataset | None) -> str:
     return (
         f"the number of test patients; of {names} the mean, its standard error, and that of the difference to "
         f"{REFERENCE}, rounded to the metric's step; of every model that is "
-        f"{'trained' if host.study.trains else 'measured'}"
+        f"{'trained' if host.study.trains else 'measured'}{also_of_parent(host)}"
     )
 
 

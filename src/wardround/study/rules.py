@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from wardround.study.methods import MethodSettings
 from wardround.study.protection import NoCompression
-from wardround.study.registry import builtins
+from wardround.study.registry import UNLEARNING, builtins
 from wardround.study.start import Fresh, FromRelease
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def optional_contrasts(study: Study) -> frozenset[int]:
 
 def check_forgetting(study: Study) -> None:
     """Refuse a study without a hospital that still has it, or that not everyone concerned approved."""
-    forget, unlearns = study.forget, study.method.kind == "unlearn"
+    forget, unlearns = study.forget, study.method.kind == UNLEARNING
     if unlearns != (forget is not None and forget.how == "unlearn"):
         raise ValueError("method.kind: `unlearn` belongs to `forget.how: unlearn`, and that to it; set both or neither")
     if forget is None:

@@ -255,9 +255,7 @@ def _home(
         "description": f"{site} joins a release of {before.name}",
         "sites": {site: {key: known[key] for key in ("acquisition",) if key in known}},
         # An amplitude is a part of the network, which the release has.
-        "method": {"kind": default_kind("method"), "weights": "equal"}
-        if before.method.spectrum is None
-        else values["method"],
+        "method": values["method"] if before.method.spectrum else {"kind": default_kind("method"), "weights": "equal"},
         "start": {"kind": "release", "file": START, "sha256": start},
         "parts": {"frozen": [*before.parts.frozen, *sorted(learns)]},
         "schedule": {"rounds": rounds},

@@ -101,7 +101,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "ct": "wardround.study.ct:CTAcquisition",
     },
 }
-#: The methods of studies that other commands write: what a release may lose, measured; and what a hospital taught, undone.
+#: Methods of studies that commands write: what a release may lose is measured, and what a hospital taught undone.
 MEASURING, UNLEARNING = "fisher", "unlearn"
 # The model of a study that names none, by its task; every other task builds its network itself.
 MODELS: Mapping[str, str] = {

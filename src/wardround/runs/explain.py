@@ -98,6 +98,7 @@ def study_lines(host: Machine, arm_spec: ArmSpec) -> str:
         entry("start", study.start.describe()),
         *([entry("adapters", said)] if (said := study.adapters.describe()) else []),
         *([entry("forgets", study.forget.describe())] if study.forget is not None else []),
+        *([entry("goes on", study.update.describe())] if study.update is not None else []),
     ]
     if study.description:
         entries.insert(0, entry("about", study.description))

@@ -97,6 +97,7 @@ PUBLIC = {
     "Studies": (
         "wardround:run",
         "wardround:evaluate",
+        "wardround:join",
         "wardround:predict",
         "wardround:reconstruct",
         "wardround:load_study",

@@ -119,7 +119,7 @@ def chain_study(**changes: Any) -> Study:
 
 def stage_of(name: str) -> str:
     """The stage of a tensor, by its name in the model or in the global state."""
-    return name.removeprefix("model/").removeprefix("buffers/").split(".")[0]
+    return name.rpartition("/")[2].split(".")[0]
 
 
 def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, set[bool]]:

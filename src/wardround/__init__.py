@@ -21,6 +21,7 @@ __all__ = [
     "WardroundError",
     "__version__",
     "evaluate",
+    "join",
     "load_sites",
     "load_study",
     "predict",
@@ -32,6 +33,7 @@ _HOMES = {
     "Result": "wardround.results.schema",
     "run": "wardround.runs.session",
     "evaluate": "wardround.runs.session",
+    "join": "wardround.living.joining",
     "predict": "wardround.runs.predict",
     "reconstruct": "wardround.runs.reconstruct",
     "Study": "wardround.study",
@@ -42,6 +44,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from wardround.errors import WardroundError
+    from wardround.living.joining import join
     from wardround.results.schema import Result
     from wardround.runs.predict import predict
     from wardround.runs.reconstruct import reconstruct

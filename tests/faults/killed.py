@@ -202,6 +202,15 @@ CASES = {
             "schedule": {**ALL_SITES, "release": "last"},
         }
     ),
+    # Rounds of all sites, so that it does not depend on which is quick; what is under way is noted as it comes.
+    "asynchronous": Case(
+        {
+            "method": {"kind": "fedbn"},
+            "task": _toy(norm=True),
+            "local": KEEPING_ADAM,
+            "schedule": {**ALL_SITES, "asynchronous": {"buffer": 3, "max_staleness": 1}},
+        }
+    ),
     "private": Case(
         {
             "task": _toy(patients=12),

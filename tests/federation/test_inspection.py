@@ -20,11 +20,15 @@ from hypothesis import strategies as st
 from tests.federation.rig import Rig
 from tests.toys import toy_sites, toy_study
 from wardround.federation.exchange import ERROR, TRAIN, UPDATE
+from wardround.learning.methods.cost_weighted import CostWeighted
 from wardround.learning.methods.fedadam import FedAdam
 from wardround.learning.methods.fedavgm import FedAvgM
 from wardround.learning.methods.fedbn import FedBN
+from wardround.learning.methods.harmofl import HarmoFL
 from wardround.learning.methods.hyperfed import HyperFed
 from wardround.learning.methods.method import Method
+from wardround.learning.methods.moon import MOON
+from wardround.learning.methods.scaffold import Scaffold
 from wardround.learning.optimizer import build_optimizer
 from wardround.protection.drift import UNKNOWN, Seen, Sketcher, UpdateBound, adam_ratio, drift, local_bound
 from wardround.protection.lint import lint_against
@@ -272,7 +276,7 @@ def test_scales_that_no_honest_round_comes_to_allow_nothing(tmp_path: Path) -> N
     state = rig.start()
     assert ask(rig, state, 1).header.kind == UPDATE
     # As large as scales may ever be, and far larger than what such steps come to: their rounding would excuse the move.
-    huge = replace(state, scales=rig.coordinator._scales.capped(dict.fromkeys(state.scales, 1e9), state.public))
+    huge = replace(state, scales=rig.coordinator._commits.scales.capped(dict.fromkeys(state.scales, 1e9), state.public))
     assert ask(rig, huge, 10).header.kind == UPDATE
     assert "2.weight moved by" in ask(rig, planted(rig, state, moved), 11).header.meta["reason"]
 
@@ -428,7 +432,8 @@ def test_a_method_that_cannot_say_is_not_asked() -> None:
     assert FedAvgM(momentum=0.5).update_bound(one) == one.times(2.0)
     assert FedAdam(server_lr=0.1).update_bound(UNKNOWN).value == pytest.approx(0.1 * adam_ratio(None, 0.9, 0.99))
     assert Own().update_bound(one) == UNKNOWN
-    for method in (FedBN, HyperFed, FedAvgM, FedAdam):
+    assert Scaffold(server_lr=0.5).update_bound(one) == one.times(0.5)
+    for method in (FedBN, HyperFed, FedAvgM, FedAdam, Scaffold, CostWeighted, MOON, HarmoFL):
         assert method().update_bound(one) != UNKNOWN
         for hook in ("server_step", "apply", "apply_group", "changes"):
             plugged = type("Plugged", (method,), {hook: lambda *_: None})

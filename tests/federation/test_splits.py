@@ -8,6 +8,7 @@ import pytest
 
 from tests.outlines import make_outlines, outline_study
 from wardround.errors import DataError
+from wardround.imaging.datasets.split import Role
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.site.datasets import Datasets
 from wardround.site.splits import KEY, SPLITS, KnownParts
@@ -98,3 +99,31 @@ def test_a_later_study_at_a_site_tests_whom_the_first_tested(tmp_path: Path) -> 
     # A run in a folder of its own, without a history, is as it always was.
     alone = SitesFile(sites={"A": SiteData(data=tmp_path / "data" / "A")})
     assert names_of(alone, tmp_path / "three") == names_of(alone, tmp_path / "four")
+
+
+@pytest.mark.parametrize("role", ["train", "evaluate", "unseen"])
+def test_who_was_in_a_release_keeps_the_part_whatever_the_study_says(tmp_path: Path, role: Role) -> None:
+    """With another seed, other shares and another role; who trained tests in none of them."""
+    before = dealt(tmp_path, NAMES)
+    names = [*NAMES, *(f"ROE-{number:02d}" for number in range(5))]
+    record = KnownParts(tmp_path)
+    parts = record.deal("A", names, Split(validation=0.3, test=0.3), 77, role, before)  # type: ignore[arg-type]
+    record.settle()
+    now = {names[number]: part for part, numbers in parts.items() for number in numbers}
+    for name, part in before.items():
+        if role == "train" or (role == "evaluate" and part != "train"):
+            assert now[name] == part
+        else:
+            assert now.get(name) == ("test" if part == "test" else None)
+    assert (not parts["train"]) == (role != "train")
+    assert set(now) >= {name for name in names if name.startswith("ROE")} or role == "evaluate"
+    # Again: what was settled stands, and those of the release are dealt by it alone.
+    again = KnownParts(tmp_path).deal("A", names, Split(validation=0.3, test=0.3), 77, role, before)  # type: ignore[arg-type]
+    assert again == parts
+
+
+def test_a_site_whose_patients_all_trained_can_measure_nothing(tmp_path: Path) -> None:
+    everyone = dict.fromkeys(NAMES, "train")
+    for role in ("evaluate", "unseen"):
+        with pytest.raises(DataError, match=r"all of its patients trained the release|was held out before|now tested"):
+            KnownParts(tmp_path).deal("A", NAMES, RULE, 1, role, everyone)  # type: ignore[arg-type]

@@ -15,8 +15,9 @@ from tests.federation.rig import Rig
 from tests.protection.test_secure_rounds import SecureRig, clear, study_of
 from wardround.errors import Rejected
 from wardround.federation.asking import Patience
+from wardround.federation.asynchronous import AsynchronousCoordinator
 from wardround.federation.coordinator import Coordinator
-from wardround.federation.exchange import Engine
+from wardround.federation.exchange import TRAIN, Engine
 from wardround.hospitals.coordinator.hub import Hub
 from wardround.hospitals.federation import Deadlines
 from wardround.hospitals.signing import signed
@@ -77,8 +78,8 @@ class Line:
 
 
 @contextmanager
-def lines(rig: Rig, folder: Path) -> Iterator[Engine]:
-    """The engine of a study whose sites are behind bad lines."""
+def lines(rig: Rig, folder: Path, wait: Callable[[Message], object] = lambda message: None) -> Iterator[Engine]:
+    """The engine of a study whose sites are behind bad lines, and `wait` before they are at work on a message."""
     keys = {site: Identity.generate() for site in SITES}
 
     def public(site: str) -> bytes | None:
@@ -89,6 +90,7 @@ def lines(rig: Rig, folder: Path) -> Iterator[Engine]:
     turn = threading.Lock()
 
     def handle(message: Message) -> Message:
+        wait(message)
         # One model serves all sites of this process.
         with turn:
             return handles[message.header.site](message)
@@ -123,3 +125,24 @@ def test_a_study_over_bad_lines_comes_to_the_same_model(tmp_path: Path, expected
         reports = rig.journal.reports()
         del engine
     assert [("".join(r.participants), dict(r.missing)) for r in reports] == [(SITES, {})] * 3
+
+
+def test_rounds_go_on_over_bad_lines_while_a_site_is_at_work(tmp_path: Path) -> None:
+    study = study_of(schedule={"rounds": 4, "asynchronous": {"buffer": 3}})
+    rig, slow = clear(study, tmp_path), threading.Event()
+
+    def wait(message: Message) -> None:
+        if message.header.site == "D" and message.header.kind == TRAIN:
+            assert slow.wait(60.0)
+
+    with lines(rig, tmp_path / "spool", wait) as engine:
+        coordinator = AsynchronousCoordinator(rig.host.plan("federated"), rig.method, engine, rig.journal)
+        for report in coordinator.rounds(coordinator.start(lambda: rig.host.initial(rig.arm_spec))):
+            if report.round == 2:
+                slow.set()
+        reports = rig.journal.reports()
+        del engine, coordinator
+    assert [(r.participants, dict(r.at_work)) for r in reports[:2]] == [(("A", "B", "C"), {"D": 1})] * 2
+    assert len(reports) == 4
+    assert all(len(r.participants) == 3 for r in reports)
+    assert reports[-1].validated == ("A", "B", "C", "D")

@@ -95,6 +95,15 @@ SLOW = {
         }
     ),
     "evaluate": Case({**ROUNDS, "sites": {"A": {}, "B": {}, "C": {"role": "evaluate"}}}, ("local",)),
+    "control variates": Case({**ROUNDS, **UNSEEN_OF_THREE, "method": {"kind": "scaffold"}}),
+    "passes": Case(
+        {
+            **ROUNDS,
+            "method": {"kind": "fednova"},
+            "local": {"passes": 1.5, "batch": 2, "optimizer": "sgd", "lr": 0.1},
+        },
+        ("local",),
+    ),
     "evaluate with a mean part": Case(
         {
             **ROUNDS,

@@ -65,6 +65,9 @@ class Changes:
         found: Floats = np.tensordot(self.shares, self.changed[tensor], axes=1)
         return found
 
+    def moved(self, group: str, tensor: str, old: Floats) -> Floats:
+        return (self.mean(group, tensor) + old).astype(old.dtype)
+
 
 def effective(public: dict[str, Any], method: Method) -> Floats:
     """What the layer's weight differs by from its base: product and what is folded."""

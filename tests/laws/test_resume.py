@@ -31,13 +31,17 @@ def whole(request: pytest.FixtureRequest, undisturbed: Undisturbed) -> Whole:
     return undisturbed[request.param]
 
 
-_SLOW = [pytest.param(act, marks=pytest.mark.slow) for act in ("before rename", "after loss")]
-
-
-@pytest.mark.parametrize("act", ["before commit", *_SLOW])
-def test_killed_in_the_middle_of_the_run(undisturbed: Undisturbed, tmp_path: Path, act: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "act"),
+    [
+        ("personal", "before commit"),
+        pytest.param("asynchronous", "before commit", marks=pytest.mark.slow),
+        *(pytest.param("personal", act, marks=pytest.mark.slow) for act in ("before rename", "after loss")),
+    ],
+)
+def test_killed_in_the_middle_of_the_run(undisturbed: Undisturbed, tmp_path: Path, case: str, act: str) -> None:
     """Of the matrix below, an act of each kind."""
-    whole = undisturbed["personal"]
+    whole = undisturbed[case]
     acts = [number for number, heard in enumerate(whole.heard, 1) if heard == act]
     assert whole.killed(tmp_path / "out", acts[len(acts) // 2]) == act
     whole.resume(tmp_path / "out")

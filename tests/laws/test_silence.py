@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ META = {
 SITES = ("Alpha", "Beta", "Gamma")
 # A window of 8 bytes with fewer different ones is a pair of zeros, ones or small counters: it says nothing.
 TELLING = 6
+FEDBN = {"kind": "fedbn"}
 
 
-def private_study(optimizer: str = "adam", **changes: Any) -> Study:
+def private_study(optimizer: str = "adam", method: Mapping[str, Any] = FEDBN, **changes: Any) -> Study:
     return toy_study(
         SITES,
-        method={"kind": "fedbn"},
+        method=dict(method),
         task={"kind": "custom", "factory": "tests.toys:make_task", "options": {"norm": True}},
         local={"steps": 3, "batch": 4, "optimizer": optimizer, "lr": 0.05, "optimizer_state": "keep"}
         | ({"momentum": 0.9} if optimizer == "sgd" else {}),
@@ -80,20 +81,33 @@ def memories(out: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+# By method: what a site keeps.
+KEPT: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "fedbn": ({"kind": "fedbn"}, {"local", "optimizer"}),
+    "ditto": ({"kind": "ditto", "pull": [0.1, 1.0]}, {"local", "optimizer", "own", "received"}),
+    "apfl": ({"kind": "apfl"}, {"local", "optimizer", "mixture", "received", "method"}),
+    "fedrep": ({"kind": "fedrep", "head": ["3.*"], "head_steps": 2}, {"local", "optimizer"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [("sgd", "fedbn"), ("adam", "fedbn"), ("adam", "ditto"), ("adam", "apfl"), ("adam", "fedrep")],
+)
 def test_no_private_tensor_and_no_example_is_in_any_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, kind: str
 ) -> None:
     sent = recorded_sessions(monkeypatch)
     folder = tmp_path / "Archive-Doe-Jane"
     sites = toy_sites(folder, SITES)
-    study = private_study(optimizer)
+    method, stays = KEPT[kind]
+    study = private_study(optimizer, method)
     result = run(study, sites, tmp_path / "out", engine="local")
     evaluate(tmp_path / "out", sites, engine="local")
     assert {s.message.header.kind for s in sent} == {*ROUNDS, "facts", "groups", "deliver"}
 
     kept = memories(tmp_path / "out")
-    assert {name.split("/")[2] for name in kept} == {"local", "optimizer"}
+    assert {name.split("/")[2] for name in kept} == stays
     local = [w for name, data in kept.items() for w in windows(data)]
     assert len(local) > 50
     rig = Rig(study, tmp_path / "rig")

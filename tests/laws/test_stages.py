@@ -60,6 +60,11 @@ AT_WORK: dict[str, dict[str, Any]] = {
     "momentum at the coordinator": {"method": {"kind": "fedavgm", "momentum": 0.9}},
     "adam at the coordinator": {"method": {"kind": "fedadam", "server_lr": 0.05}},
     "private layers": {"method": {"kind": "fedbn"}},
+    "a head that is fitted first": {
+        "method": {"kind": "fedrep", "head": ["segment.3.*"], "head_steps": 2},
+        "local": KEEPING,
+    },
+    "a model of each site's own": {"method": {"kind": "ditto", "pull": [0.1, 1.0]}, "local": KEEPING},
     "what waits at the sites": {"protection": {"compression": {"kind": "top_k", "ratio": 0.1}}},
     "momentum at the sites": {
         "protection": {"robust": {"rule": "median", "momentum": 0.5}},
@@ -67,10 +72,17 @@ AT_WORK: dict[str, dict[str, Any]] = {
         "sites": "ABC",
     },
     "gradients of a hook": {"method": {"kind": "custom", "factory": "tests.laws.test_stages:make_pushing"}},
+    "control variates": {"method": {"kind": "scaffold"}, "local": KEEPING},
+    "changes a step": {
+        "method": {"kind": "fednova"},
+        "local": {"passes": 1, "batch": 4, "optimizer": "sgd", "lr": 0.1},
+    },
+    "weights by losses": {"method": {"kind": "fedpidavg"}},
+    "flat steps": {"method": {"kind": "harmofl"}, "local": KEEPING},
 }
 
 
-@pytest.mark.parametrize("name", quickly(AT_WORK, 0, 3, 5, 7))
+@pytest.mark.parametrize("name", quickly(AT_WORK, 0, 3, 5, 6, 7, 9, 11))
 def test_only_what_a_phase_trains_moves(name: str, tmp_path: Path) -> None:
     """Bit for bit: weights, running statistics, and what stays at the sites."""
     rig = Rig(chain_study(**AT_WORK[name]), tmp_path)

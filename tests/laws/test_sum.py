@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wardround.errors import Rejected, StudyError, WireError
+from wardround.wire import update as wire_update
 from wardround.wire.message import FileBody
 from wardround.wire.ring import ExactSum, Ring, dequantise, levels, quantise, value_bits
 from wardround.wire.tensors import TensorInfo
@@ -274,6 +275,23 @@ def test_the_weighted_mean_is_within_the_stated_error(seed: int, weights: list[f
     loss = sum(said["metrics"]["loss"] for _, said in told)
     assert aggregate.metrics["loss"][0] == pytest.approx(loss, abs=len(weights) * 1e-7)
     assert np.array_equal(aggregate.metrics["draws"], sum(said["metrics"]["draws"] for _, said in told))
+
+
+@pytest.mark.parametrize("size", [1, 4, 1 << 20])
+@given(seed=SEEDS)
+def test_a_tensor_moves_by_the_mean_whatever_the_pieces(size: int, seed: int) -> None:
+    layout = layout_of(first=24)
+    told = [update_of(layout, seed + i, weight=1.0 + i)[0] for i in range(3)]
+    aggregate = Aggregate(layout, total_of(layout, told), scales_of(layout))
+    for group in layout.groups:
+        for info in group.tensors:
+            old = np.random.default_rng(seed).normal(size=info.shape).astype(np.float32)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(wire_update, "_PIECE", size)
+                moved = aggregate.moved(group.name, info.name, old)
+            whole = (old + aggregate.mean(group.name, info.name)).astype(np.float32)
+            assert moved.dtype == np.float32
+            assert moved.tobytes() == whole.tobytes()
 
 
 def test_a_site_without_weight_changes_nothing_but_the_count() -> None:

@@ -24,6 +24,7 @@ from wardround.runs.outlook import outlook
 from wardround.study.plugins import Plugins
 from wardround.study.schema import Local, Study
 
+IN_PIECES = ["fedavg", "fedprox", "feddyn", "scaffold", "moon", "harmofl"]
 # A sum of some ten terms of order one in another order, in each of the steps of a round, and divided by the rate.
 CLOSE = 100 * torch.finfo(torch.float32).eps
 
@@ -44,12 +45,12 @@ def changes(study: Study, folder: Path) -> tuple[dict[str, Any], float]:
 
 
 @settings(deadline=None, max_examples=examples(6))
-@given(batch=st.integers(2, 7), pieces=st.integers(2, 7), method=st.sampled_from(["fedavg", "fedprox", "feddyn"]))
+@given(batch=st.integers(2, 7), pieces=st.integers(2, 7), method=st.sampled_from(IN_PIECES))
 def test_a_step_in_pieces_is_a_step(
     batch: int, pieces: int, method: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Pieces of unlike sizes too, and with what a method adds to the loss."""
-    kind = {"kind": method}
+    kind = {"kind": method, **({"layer": "1"} if method == "moon" else {})}
     whole, loss = changes(study(batch, 1, method=kind), tmp_path_factory.mktemp("whole"))
     found, mean = changes(study(batch, min(pieces, batch), method=kind), tmp_path_factory.mktemp("pieces"))
     assert mean == pytest.approx(loss, rel=CLOSE)

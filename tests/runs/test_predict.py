@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ def test_a_folder_of_patients_gives_masks_where_the_images_lie(tmp_path: Path) -
     done = run(model, folders, tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "Research use only" in done.output
+    # What came of it says which release it was.
+    used = json.loads((tmp_path / "out" / "model.json").read_text())
+    known = ReleasedModel.opened(model).used
+    assert used == {"model_sha256": known.sha256, "release": known.short, "study": study.name, "number": None}
+    assert f"By release {used['release']} of study {study.name}" in done.output
     task: Any = build_task(study)
     data = task.dataset("A", (folders,))
     network = ReleasedModel.opened(model).network(task.build_model, None, None)
@@ -209,6 +215,7 @@ def test_a_dicom_series_gives_a_seg_that_lies_on_it(tmp_path: Path) -> None:
     assert one.output == tmp_path / "out" / "scan.dcm"
     seg = highdicom.seg.segread(one.output)
     assert seg.FrameOfReferenceUID == slices[0].FrameOfReferenceUID
+    assert seg.ContentDescription == f"{found.release.short}, study {study.name}"
     assert (seg.StudyInstanceUID, seg.PatientID) == (slices[0].StudyInstanceUID, "PAT-7731")
     assert seg.SeriesInstanceUID != slices[0].SeriesInstanceUID
     assert [seg.get_segment_description(number).segment_label for number in (1, 2)] == list(STRUCTURES)

@@ -16,7 +16,9 @@ SPECS = (MetricSpec("mse", 0.0, 10.0, 1e-6, False), MetricSpec("dice", 0.0, 1.0,
 
 
 def measured(*measurements: SiteMeasurement) -> Measured:
-    study = SimpleNamespace(sites={"A": {}, "B": {}}, baselines=(), averaged_sites=("A", "B"))
+    study = SimpleNamespace(
+        sites={"A": {}, "B": {}}, baselines=(), compared_rows=(), averaged_sites=("A", "B"), update=None
+    )
     host: Any = SimpleNamespace(
         task=SimpleNamespace(metrics=SPECS),
         study=study,

@@ -26,6 +26,7 @@ from wardround.errors import DataError, StudyError
 from wardround.federation.release import model_of_study, personal_part
 from wardround.learning.examples import ExampleStream, SiteExamples
 from wardround.learning.frozen import train_mode
+from wardround.learning.methods.method import MODEL
 from wardround.learning.optimizer import build_optimizer
 from wardround.plan.arms import FEDERATED
 from wardround.protection.lint import Finding, architecture_sha256, lint_against
@@ -291,7 +292,7 @@ class Auditor:
     @property
     def _own_words(self) -> str:
         local = self.study.local
-        return f"{local.steps} steps of {local.optimizer}, batch {local.batch}"
+        return f"{local.steps_of(len(self._dataset))} steps of {local.optimizer}, batch {local.batch}"
 
     def _victim(self, groups: Sequence[int | Sequence[int]], noise: Noise | None = None, seed: int = 0) -> Victim:
         """An update of one step for each group of examples."""
@@ -308,18 +309,20 @@ class Auditor:
         public, _ = arm_spec.method.initial(arm_spec.layout.groups, self.tensors)
         learner.load(public, NOTHING)
         changes = learner.train(1, public, NOTHING).changes
-        merged = {name: change for group in changes.values() for name, change in group.items()}
+        # Further groups may speak of the same tensors, such as control variates: the model's own count.
+        groups = sorted(changes, key=lambda group: group == MODEL)
+        merged = {name: change for group in groups for name, change in changes[group].items()}
         names = [n for n, p in self._network.named_parameters() if p.requires_grad and n in self._shared]
         sent = tuple(-torch.from_numpy(np.asarray(merged[name])) for name in names)
         self._load()
         stream = ExampleStream(len(self._dataset), self.study.seed, self.site)
-        indices = SiteExamples(stream).of_round(1, local.steps * local.batch)
+        indices = SiteExamples(stream).of_round(1, local.steps_of(len(self._dataset)) * local.batch)
         batches = [
             self._dataset.batch(
                 indices[step * local.batch : (step + 1) * local.batch],
                 public_generator(self.study.seed, self.site, 1, step, "augmentation"),
             )
-            for step in range(min(local.steps, self.effort.local_steps))
+            for step in range(min(local.steps_of(len(self._dataset)), self.effort.local_steps))
         ]
         return victim_of(self._host.task, self._network, batches, self._shared, sent=sent)
 

@@ -37,6 +37,6 @@ def claimed(study: Study, site: str, dataset: Dataset) -> Claim | None:
     privacy = study.protection.privacy
     if privacy is None or privacy.noise == "distributed":
         return None
-    steps = study.schedule.rounds * study.local.steps
+    steps = study.schedule.rounds * study.local.steps_of(len(dataset))
     terms = terms_of(privacy, site, training_patients(dataset), steps)
     return Claim(terms.noise, terms.clip, steps, terms.rate, terms.delta)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from wardround import __version__
-from wardround.cli import audit, convert, logs, models, plan, study, submit, watch, weights
+from wardround.cli import audit, convert, forgetting, joining, living, logs, models, plan, study, submit, watch, weights
 from wardround.cli.federation import federation_app
 from wardround.cli.shared import Commands, say
 from wardround.cli.site import site_app
@@ -67,6 +67,7 @@ for command in (
     study.run,
     study.demo,
     study.evaluate,
+    living.update,
     models.predict,
     models.export,
     study.init,
@@ -74,6 +75,7 @@ for command in (
     plan.plan,
     study.partition,
     models.inspect,
+    joining.join,
 ):
     app.command()(command)
 # The older name of the same command.
@@ -81,6 +83,7 @@ app.command("reconstruct", hidden=True)(models.predict)
 app.command()(audit.audit)
 app.command("verify-audit")(audit.verify_audit)
 app.command()(submit.submit)
+app.command()(forgetting.forget)
 app.command()(watch.watch)
 app.command()(version)
 log_app.command("verify")(logs.verify_log)
@@ -91,5 +94,6 @@ weights_app.command("adapter")(weights.write_adapter)
 app.add_typer(weights_app, name="weights")
 app.add_typer(convert_app, name="convert")
 app.add_typer(log_app, name="log")
+app.add_typer(living.releases_app, name="releases")
 app.add_typer(federation_app, name="federation")
 app.add_typer(site_app, name="site")

@@ -69,6 +69,7 @@ def predict(
         weights=weights,
         told=lambda one: say(f"{one.source}\n{one.said}"),
     )
+    say(f"By {found.release.said} (model_sha256 {found.release.sha256}).")
     if found.temperature is not None:
         say(f"Probabilities are over the temperature of {site}, {found.temperature:.3g}.")
     if found.table is not None:

@@ -152,9 +152,9 @@ def summary(result: Result) -> None:
 
 def results(measured: Measured) -> None:
     """Print the table of the results, and which sites are lacking in it and why."""
-    from wardround.results.terminal import lacking_in, tables_of
+    from wardround.results.terminal import gate_lines, lacking_in, tables_of
 
     for table in tables_of(measured, console.width):
         console.print(table)
-    for line in lacking_in(measured):
+    for line in (*lacking_in(measured), *gate_lines(measured)):
         say(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from wardround.cli import site_agent, site_fetch, site_joining, site_lint
+from wardround.cli import site_agent, site_drift, site_fetch, site_joining, site_lint, site_withdraw
 
 site_app = typer.Typer(help="Take part in a federation: what a hospital does.", no_args_is_help=True)
 
@@ -13,6 +13,8 @@ for command in (
     site_joining.doctor,
     site_lint.lint,
     site_fetch.fetch,
+    site_drift.drift,
+    site_withdraw.withdraw,
     site_agent.start,
     site_agent.stop,
     site_agent.resume,

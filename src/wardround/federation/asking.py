@@ -17,11 +17,11 @@ from wardround.wire.bill import NO_BILL, Bill
 from wardround.wire.message import Message
 
 if TYPE_CHECKING:
-    from wardround.federation.coordinator import Plan
+    from wardround.federation.commits import Plan
 
 log = logging.getLogger(__name__)
 # Characters of what a site says of itself that go into a report: its own words are shorter, and another's may not be.
-_LONGEST_REASON = 2000
+LONGEST_REASON = 2000
 # Seconds between two looks at whether the engine was closed.
 _LOOK = 0.25
 
@@ -97,7 +97,7 @@ class Asking:
             for reply in self._waiting(engine.exchange(messages)):
                 site = reply.header.site
                 if reply.header.kind == ERROR:
-                    missing[site] = str(reply.header.meta.get("reason", "no reason given"))[:_LONGEST_REASON]
+                    missing[site] = str(reply.header.meta.get("reason", "no reason given"))[:LONGEST_REASON]
                     self._log.refused(call, exchange.attempt, reply, missing[site])
                     continue
                 try:
@@ -128,13 +128,16 @@ class Asking:
                 return
             yield reply
 
+    def few(self, present: int, missing: Mapping[str, str]) -> NotEnoughSites:
+        """The error of a round that too few sites answered."""
+        return NotEnoughSites(
+            f"{self._plan.arm}: {present} of {len(self._plan.sites)} sites answered and schedule.min_sites is "
+            f"{self._plan.min_sites} ({_reasons(missing)}). Mend the cause and run again with --resume"
+        )
+
     def _require(self, exchange: Exchange, missing: Mapping[str, str]) -> None:
-        present = len(exchange.present)
-        if present < self._plan.min_sites:
-            raise NotEnoughSites(
-                f"{self._plan.arm}: {present} of {len(self._plan.sites)} sites answered and schedule.min_sites is "
-                f"{self._plan.min_sites} ({_reasons(missing)}). Mend the cause and run again with --resume"
-            )
+        if len(exchange.present) < self._plan.min_sites:
+            raise self.few(len(exchange.present), missing)
 
 
 def _reasons(missing: Mapping[str, str]) -> str:

@@ -70,9 +70,12 @@ class CoordinatorLog:
                 "shortened or restored from an older copy. Restore the newest one of both",
                 detail=str(self._record.path),
             )
+        after = -1 if committed is None else committed.seq
         for number in behind:
             for entry in self._record.entries():
-                if entry.event == "accepted" and entry.round == number and entry.payload["kind"] == TRAIN:
+                # An asynchronous round has updates that were asked for in earlier rounds.
+                new = entry.seq > after and entry.round <= number
+                if new and entry.event == "accepted" and entry.payload["kind"] == TRAIN:
                     self._heads[entry.payload["site"]] = entry.payload["head"]
             self.committed(number)
         if self._record.last(VOID) is not None:
@@ -161,6 +164,16 @@ class SiteLog:
                     "restored from an older copy. Restore the newest one"
                 )
         self.record.note("anchored", {"round": header.round, "anchor": meta[ANCHOR], "heads": digest(heads)})
+
+    def heard(self, header: Header) -> int | None:
+        """The last round of which the coordinator says that this site's update is in the sum; 0 for none so far.
+
+        `None` where a request says nothing of it. A later update came too late, or was lost.
+        """
+        if ANCHOR not in header.meta:
+            return None
+        own = header.meta[HEADS].get(self._site)
+        return 0 if own is None else self.record.round_of(own)
 
     def sent(self, request: Message, reply: Message, *, sync: bool = True) -> Message:
         """Note an answer before it leaves; an update shows the log's head from then on.

@@ -78,6 +78,12 @@ class Metered:
                 self._arms.get(reply.header.study, self._rest).came(reply)
             yield reply
 
+    def settle(self) -> Bill:
+        """The bill of the study as a whole, which begins anew: messages may be under way meanwhile."""
+        with self._lock:
+            bill, self._rest.bill = self._rest.bill, NO_BILL
+        return bill
+
     def close(self) -> None:
         """Close the engine."""
         self._engine.close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from wardround.federation.coordinator import Plan
+from wardround.federation.commits import Plan
 from wardround.plan.arm_specs import ArmSpecs
+from wardround.plan.arms import Arm
+from wardround.study.schema import Study
+from wardround.wire.staleness import Staleness
 
 
 def plan_of(arm_specs: ArmSpecs, name: str) -> Plan:
@@ -32,4 +35,13 @@ def plan_of(arm_specs: ArmSpecs, name: str) -> Plan:
         initial=arm_specs.start(arm_spec),
         curriculum=arm_spec.curriculum,
         kinds=arm_spec.kinds,
+        staleness=staleness_of(study, arm_spec.arm),
     )
+
+
+def staleness_of(study: Study, arm: Arm) -> Staleness | None:
+    """How late updates of an arm count; `None` where rounds wait for all, as those of one site do."""
+    rules = study.schedule.asynchronous
+    if rules is None or len(arm.sites) == 1:
+        return None
+    return Staleness(min(rules.buffer, len(arm.sites)), rules.exponent, rules.max_staleness)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -18,6 +19,7 @@ from wardround.federation.coordinator import Release
 from wardround.learning.methods.build import build_method
 from wardround.plan.arm_specs import ArmSpec, ArmSpecs, protocols_of
 from wardround.plan.arms import FEDERATED, Arm, every_arm
+from wardround.plan.leaving import LEFT
 from wardround.plan.weights import FORMAT as FORMAT
 from wardround.plan.weights import FROZEN, FROZEN_SHA256, model_sha256, place_of, save_frozen
 from wardround.plan.weights import load_model as load_model
@@ -29,13 +31,14 @@ from wardround.study.protocols import HeaderFacts, ModelProtocols
 from wardround.study.schema import Study
 from wardround.study.start import FromRelease, Start
 from wardround.wire.files import written
-from wardround.wire.tensors import TensorFile, TensorWriter
+from wardround.wire.tensors import TensorFile, TensorInfo, TensorWriter, joined
 
 if TYPE_CHECKING:
     from torch import nn
 
 Array = npt.NDArray[Any]
 PROTOCOLS = "protocols"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 CARD = "model_card.md"
 
 
@@ -76,28 +79,66 @@ def save_release(
     Its frozen part is not in the file, which names its hash (`save_frozen_part`). Whole or not at all; raises `OSError`
     where the disk is full.
     """
-    model_context, frozen = arm_specs.model_context, arm_specs.frozen_sha256
     shared = arm_spec.method.release_for(None, release.state.public, release.state.private)
-    aside = model_context.frozen.union(shared)
+    return save_model(arm_specs, arm_spec, shared, release.number, scanners, path)
+
+
+def save_model(
+    arm_specs: ArmSpecs,
+    arm_spec: ArmSpec,
+    values: Mapping[str, Array],
+    number: int,
+    scanners: ModelProtocols,
+    path: Path,
+    more: Mapping[str, str] = NOTHING,
+) -> Path:
+    """Write values of an arm's model in round `number`, by model name, as `save_release` does; all others are initial.
+
+    `more` is further metadata.
+    """
+    model_context, frozen = arm_specs.model_context, arm_specs.frozen_sha256
+    aside = model_context.frozen.union(values)
     rest = {name: array for name, array in model_context.initial_values().items() if name not in aside}
     metadata = {
+        **more,
         "format": FORMAT,
         "study": arm_specs.study.model_dump_json(),
         "study_sha256": arm_specs.study_sha256,
         "plan_sha256": arm_specs.plan_sha256,
         "arm": arm_spec.arm.name,
-        "round": str(release.number),
+        "round": str(number),
         "shared": " ".join(sorted(arm_spec.policy.names("shared"))),
         PROTOCOLS: scanners.model_dump_json(),
+        **_left(arm_specs),
         **({} if frozen is None else {FROZEN: " ".join(sorted(model_context.frozen)), FROZEN_SHA256: frozen}),
     }
     # Not `save_file`: it writes to the disk itself, and its error does not say that the disk is full.
-    tensors = {**shared, **rest}
+    tensors = joined(values, rest)
     with written(path) as file:
         order = _begin(file, tensors, metadata)
         for name in order:
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
     return path
+
+
+def save_beside(arm_specs: ArmSpecs, arm_spec: ArmSpec, release: Release, folder: Path) -> None:
+    """Write what the method releases beside the model, a file each in `folder`, with whose it is."""
+    metadata = {
+        "study_sha256": arm_specs.study_sha256,
+        "plan_sha256": arm_specs.plan_sha256,
+        "of": getattr(arm_specs.study.start, "sha256", ""),
+    }
+    for name, tensors in arm_spec.method.also_released(release.state.public).items():
+        with written(folder / f"{name}.safetensors") as file:
+            for entry in _begin(file, tensors, {"format": f"wardround-{name}-1", **metadata}):
+                file.write(np.ascontiguousarray(tensors[entry]).reshape(-1).view(np.uint8).data)
+
+
+def _left(arm_specs: ArmSpecs) -> dict[str, str]:
+    """Who left the model, where anybody did."""
+    forget = arm_specs.study.forget
+    left = arm_specs.left | ({forget.site} if forget is not None and forget.how != "unlearn" else set())
+    return {LEFT: " ".join(sorted(left))} if left else {}
 
 
 def save_frozen_part(arm_specs: ArmSpecs, folder: Path) -> None:
@@ -113,14 +154,15 @@ def _begin(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, 
     The names of the tensors in the order in which their values follow: the library's own. Nothing but a header is made
     in memory.
     """
-    data = save({name: np.zeros(1, tensor.dtype) for name, tensor in tensors.items()}, metadata=dict(metadata))
+    table = {name: TensorInfo(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    data = save({name: np.zeros(1, info.dtype) for name, info in table.items()}, metadata=dict(metadata))
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    order = sorted(tensors, key=lambda name: header[name]["data_offsets"][0])
+    order = sorted(table, key=lambda name: header[name]["data_offsets"][0])
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        header[name] |= {"shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
+        info = table[name]
+        header[name] |= {"shape": list(info.shape), "data_offsets": [offset, offset + info.nbytes]}
+        offset += info.nbytes
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little"))
@@ -133,9 +175,12 @@ def model_path(out: Path, folder: str) -> Path:
     return out / "models" / f"{folder}.safetensors"
 
 
-def model_of_study(path: Path, study_sha256: str, plan_sha256: str) -> dict[str, Array]:
-    """The tensors of a model of this very study and its defaults; raises `StudyError` for a model of another one."""
-    tensors, metadata = load_model(path)
+def model_of_study(path: Path, study_sha256: str, plan_sha256: str) -> Mapping[str, Array]:
+    """The tensors of a model of this very study and its defaults; raises `StudyError` for a model of another one.
+
+    Those of a large one are read when they are asked for.
+    """
+    tensors, metadata = open_model(path)
     if metadata.get("study_sha256") != study_sha256:
         raise StudyError(
             f"models/{path.name} belongs to another study; evaluate it with the study it was trained by, or train again"
@@ -195,10 +240,11 @@ def shared_sha256(path: Path) -> str:
     return model_sha256(*open_model(path))
 
 
-def as_tensor_file(tensors: Mapping[str, Array], path: Path) -> tuple[TensorFile, str]:
-    """The tensors as a message's body, and its hash."""
+def as_tensor_file(tensors: Mapping[str, Array], path: Path, without: Collection[str] = ()) -> tuple[TensorFile, str]:
+    """The tensors as a message's body, `without` some of them, and its hash."""
     with written(path) as file:
         writer = TensorWriter(file)
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
+        for name in tensors:
+            if name not in without:
+                writer.add(name, tensors[name])
     return TensorFile(path, writer.table), writer.sha256

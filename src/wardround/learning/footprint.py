@@ -61,12 +61,19 @@ class Footprint:
 
 
 def footprint(
-    context: ModelContext, shared: Collection[str], local: Local, step: Step | None, device: torch.device | None = None
+    context: ModelContext,
+    shared: Collection[str],
+    local: Local,
+    step: Step | None,
+    device: torch.device | None = None,
+    own: Collection[str] = (),
+    holds: int = 0,
 ) -> Footprint:
     """What training takes at a site.
 
-    `shared` are the names that a round keeps as they came, to tell what changed; `device` is a CUDA device to measure
-    on. Raises whatever the step raises on the CPU.
+    `shared` are the names that a round keeps as they came, to tell what changed; of `own` ones the site has values of
+    its own, and of shared ones a method `holds` further copies. `device` is a CUDA device to measure on. Raises
+    whatever the step raises on the CPU.
     """
     state = context.model.state_dict()
     sizes = {name: tensor.nbytes for name, tensor in state.items()}
@@ -75,8 +82,11 @@ def footprint(
     return Footprint(
         model=sum(sizes.values()),
         frozen=sum(sizes[name] for name in context.frozen),
-        # The initial values of what may change, and the shared ones at the start of the round.
-        copies=sum(sizes[name] for name in sizes if name not in context.frozen) + sum(sizes[name] for name in shared),
+        # The initial values of what may change, and the shared ones at the start of the round. A site's own ones are
+        # there as they were before the round, as they are after it, and as another choice or part left them.
+        copies=sum(sizes[name] for name in sizes if name not in context.frozen)
+        + (1 + holds) * sum(sizes[name] for name in shared)
+        + 3 * sum(sizes[name] for name in own),
         gradients=sum(p.nbytes for p in trained),
         optimizer=_slots(local) * sum(p.nbytes for p in trained),
         step=taken,

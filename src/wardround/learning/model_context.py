@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from wardround.wire.tensors import TensorInfo
 Array = npt.NDArray[Any]
 
 
-def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
-    """Every parameter and persistent buffer of a model, in the order of its state."""
+def parameters_of(model: nn.Module, head: Sequence[str] = ()) -> tuple[Parameter, ...]:
+    """Every parameter and persistent buffer of a model, in the order of its state; `head` are patterns of its head."""
     owners = {
         f"{prefix}.{name}" if prefix else name: type(module).__name__
-        for prefix, module in model.named_modules()
+        # A part that stands in two places has two names in the state.
+        for prefix, module in model.named_modules(remove_duplicate=False)
         for name in (*module._parameters, *module._buffers)
     }
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
@@ -42,6 +44,7 @@ def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
             trainable=trainable.get(name, False),
             buffer=name not in trainable,
             layer=owners[name],
+            head=any(fnmatchcase(name, pattern) for pattern in head),
         )
         for name, tensor in model.state_dict().items()
     )
@@ -59,8 +62,8 @@ class ModelContext:
     `frozen` matches, and what adapters leave as it is, is in `initial` once, as the model's own tensors, and never
     written again. Sites that compute on another device share another, which `on` makes of it.
 
-    With a folder `aside` the initial values lie in a file there. Where the process `trains` nothing, the model has no
-    others.
+    `head` are patterns of what is its head. With a folder `aside` the initial values lie in a file there. Where the
+    process `trains` nothing, the model has no others.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class ModelContext:
         checkpoint: bool = False,
         aside: Path | None = None,
         trains: bool = True,
+        head: Sequence[str] = (),
     ) -> None:
         self.task = task
         self.compute = CPU
@@ -95,7 +99,7 @@ class ModelContext:
         self.local = attached.local
         if isinstance(task, Repeating) and task.repeats:
             remember(self.model)
-        self.parameters = parameters_of(self.model)
+        self.parameters = parameters_of(self.model, head)
         state = self.model.state_dict()
         moving = {name: tensor for name, tensor in state.items() if name not in self.frozen or not trains}
         self._aside = LaidAside(moving, aside)

@@ -42,22 +42,22 @@ def build_optimizer(parts: Sequence[nn.Module], local: Local) -> torch.optim.Opt
             return torch.optim.AdamW(parameters, **common)
 
 
-def saved_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Array]:
+def saved_optimizer(optimizer: torch.optim.Optimizer, prefix: str = OPTIMIZER) -> dict[str, Array]:
     """The optimiser's tensors, by parameter number and slot."""
     return {
-        f"{OPTIMIZER}{index}/{slot}": on_host(value).copy()
+        f"{prefix}{index}/{slot}": on_host(value).copy()
         for index, slots in optimizer.state_dict()["state"].items()
         for slot, value in slots.items()
         if isinstance(value, Tensor)
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Array]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Array], prefix: str = OPTIMIZER) -> None:
     """Put back what `saved_optimizer` saved; does nothing in the first round."""
     state: dict[int, dict[str, Tensor]] = {}
     for name in tensors:
-        if name.startswith(OPTIMIZER):
-            index, slot = name.removeprefix(OPTIMIZER).split("/")
+        if name.startswith(prefix):
+            index, slot = name.removeprefix(prefix).split("/")
             state.setdefault(int(index), {})[slot] = torch.from_numpy(tensors[name])
     if state:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

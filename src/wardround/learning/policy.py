@@ -16,12 +16,16 @@ _LISTED = 5
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter or buffer as a policy sees it; `layer` is the class name of the module that owns it."""
+    """A parameter or buffer as a policy sees it; `layer` is the class name of the module that owns it.
+
+    `head`: the model's settings count it to the head, which says what the features of the body mean.
+    """
 
     info: TensorInfo
     trainable: bool
     buffer: bool
     layer: str
+    head: bool = False
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ of noise alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from wardround.errors import StudyError
 from wardround.learning.device import CPU, Compute, Losses
 from wardround.learning.frozen import is_frozen
 from wardround.learning.gradients import BatchedGradients, Drawn, ExactGradients, Gradients, autograd
-from wardround.learning.methods.method import MODEL, LocalRound, Method
+from wardround.learning.methods.method import MODEL, LocalRound
 from wardround.protection.compression import Codec
 from wardround.protection.discrete_gaussian import discrete_gaussians, rounded
 from wardround.protection.lattice import Lattice
@@ -36,6 +36,7 @@ from wardround.wire.random import public_generator
 from wardround.wire.tensors import tensors_sha256
 
 Array = npt.NDArray[Any]
+Objective = Callable[[LocalRound, Tensor], Tensor]
 # Float32 sums of squares may round a norm down: nobody's contribution exceeds the bound by that much.
 _ROUNDING = 1.0 - 1e-6
 
@@ -96,10 +97,11 @@ class PrivateTraining:
 
     @contextmanager
     def round(
-        self, context: LocalRound, method: Method, memory: Mapping[str, Array], task: Losses | None = None
+        self, context: LocalRound, added: Objective, memory: Mapping[str, Array], task: Losses | None = None
     ) -> Iterator[PrivateRound]:
         """Charge a round to the ledger, then make its steps possible; `task` where the round has losses of its own.
 
+        `added` is what the method and the study add to a loss.
         Clip and noise are those of the parameters that learn in the round.
         Raises `BudgetSpent`, `JournalError` for a lost ledger, and `StudyError` for a model whose gradients cannot be
         told apart by patient.
@@ -113,13 +115,13 @@ class PrivateTraining:
             secret = self._budget.pay(*self._named, context.number, context.steps, self._fingerprint, inputs)
             gradients: Gradients = ExactGradients(task, context.model)
             if self.terms.gradients == "exact":
-                yield PrivateRound(self, context, method, gradients, secret)
+                yield PrivateRound(self, context, added, gradients, secret)
                 return
             with BatchedGradients.attached(task, context.model) as batched:
                 if (learning := _learning(context.model)) not in self._tested:
                     batched.self_test(self._dataset)
                     self._tested.add(learning)
-                yield PrivateRound(self, context, method, batched, secret)
+                yield PrivateRound(self, context, added, batched, secret)
 
     def _try(self, task: Losses, model: nn.Module) -> None:
         """One gradient before anything is paid: an operation that a repeated round may not have is refused for free."""
@@ -194,7 +196,7 @@ class PrivateRound:
 
     training: PrivateTraining
     context: LocalRound
-    method: Method
+    added: Objective
     gradients: Gradients
     secret: SecretRound
     told: dict[str, dict[str, Array]] | None = None
@@ -215,7 +217,7 @@ class PrivateRound:
         for parameter, part in zip(parameters, torch.split(mean, [p.numel() for p in parameters]), strict=True):
             parameter.grad = part.reshape(parameter.shape).to(parameter)
         # What a method adds to the loss (a proximal term, say) knows no data: it comes on top, without noise.
-        extra = self.method.objective(self.context, torch.zeros((), device=parameters[0].device))
+        extra = self.added(self.context, torch.zeros((), device=parameters[0].device))
         if extra.requires_grad:
             extra.backward()  # type: ignore[no-untyped-call]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
@@ -16,14 +17,26 @@ from torch import Tensor, nn
 from wardround.errors import WardroundError
 from wardround.learning.device import Compute, Losses, Placed, as_arrays
 from wardround.learning.divergence import watched
+from wardround.learning.elastic import Pull
+from wardround.learning.episodes import learned
 from wardround.learning.examples import Examples
+from wardround.learning.flat_step import stepped
 from wardround.learning.frozen import train_mode
-from wardround.learning.methods.method import Facts, LocalRound, Method
+from wardround.learning.methods.method import Episode, Facts, LocalRound, Method
 from wardround.learning.model_context import ModelContext
 from wardround.learning.momentum import averaged
-from wardround.learning.optimizer import build_optimizer, learning_rate, restore_optimizer, saved_optimizer
+from wardround.learning.optimizer import (
+    OPTIMIZER,
+    build_optimizer,
+    learning_rate,
+    restore_optimizer,
+    saved_optimizer,
+)
+from wardround.learning.own_passes import take_own
+from wardround.learning.passes import RECEIVED, Pass, held, parted, steps_in
 from wardround.learning.policy import Policy
 from wardround.learning.private_training import PrivateTraining
+from wardround.learning.survey import Survey
 from wardround.models.adapters import folded_scale, with_folded
 from wardround.models.lead import Keeping, Layered
 from wardround.models.low_rank import is_first_factor, is_folded
@@ -77,7 +90,12 @@ class Learner:
         private: PrivateTraining | None = None,
         curriculum: Curriculum = WHOLE,
         shelf: Keeping | None = None,
+        least: int = 1,
+        pull: Pull | None = None,
+        samples: int | None = None,
     ) -> None:
+        # A run goes on by the number of examples that it began with: its weight tells of no withdrawal.
+        self._samples = len(dataset) if samples is None else samples
         self.site = site
         self.dataset = dataset
         self.task = model_context.task
@@ -95,6 +113,9 @@ class Learner:
         self._private = private
         self._curriculum = curriculum
         self._shelf = shelf
+        self._steps_taken = 0
+        self._least = least
+        self._pull = pull
         self._composed: tuple[Mapping[str, Array], dict[str, Array]] | None = None
 
     @property
@@ -103,25 +124,31 @@ class Learner:
         return self._model_context.model
 
     @property
+    def local(self) -> Local:
+        """What the site does in a round."""
+        return self._local
+
+    @property
+    def examples(self) -> Examples:
+        """Which training examples it takes, in order."""
+        return self._examples
+
+    @property
+    def seed(self) -> int:
+        """Of what is random and public."""
+        return self._seed
+
+    @property
     def compute(self) -> Compute:
         """Where the site computes."""
         return self._model_context.compute
 
     def load(self, public: Mapping[str, Array], memory: Memory) -> None:
-        """Put the shared, local and frozen tensors into the model."""
+        """Put the shared, local and frozen tensors into the model: what the site uses itself, its own values first."""
         shared = self._release(public)
         # They are needed once more at most.
         self._composed = None
-        self.load_tensors(
-            {
-                **{name: shared[name] for name in self._policy.names("shared")},
-                **{
-                    name: memory.tensors[LOCAL + name]
-                    for name in self._policy.names("local")
-                    if LOCAL + name in memory.tensors
-                },
-            }
-        )
+        self.load_tensors({name: shared[name] for name in self._policy.names("shared")} | self.local_tensors(memory))
 
     def received(self, public: Mapping[str, Array]) -> dict[str, Array]:
         """The shared tensors of a global state, by model name, as far as it holds them.
@@ -138,7 +165,7 @@ class Learner:
     def _release(self, public: Mapping[str, Array]) -> dict[str, Array]:
         """The shared tensors as the site gets them: composed once of a state that is looked at and then loaded."""
         if self._composed is None or self._composed[0] is not public:
-            self._composed = public, self._method.release_for(self.site, public, {})
+            self._composed = public, dict(self._method.release_for(self.site, public, {}))
         return self._composed[1]
 
     def approved(self) -> dict[str, Array]:
@@ -190,7 +217,7 @@ class Learner:
     def least_weights(self) -> dict[str, float]:
         """The smallest weights that the site can have in a round, known before it trains."""
         worst = math.inf if self._method.weights == "validation" else None
-        return self._method.group_weights(Facts(len(self.dataset), worst), self._groups)
+        return self._method.group_weights(Facts(self._samples, worst), self._groups)
 
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
         """Put tensors into the model by name; all others get their initial values, and what is frozen has them."""
@@ -214,22 +241,36 @@ class Learner:
         return self._method.serving_unseen(self._model_context.model)
 
     def local_tensors(self, memory: Memory) -> dict[str, Array]:
-        """The private part of the model, by model name."""
-        return {
-            name: memory.tensors[LOCAL + name] for name in self._policy.names("local") if LOCAL + name in memory.tensors
-        }
+        """What the site has of its own, by model name: the private part, and own values of what is shared."""
+        return self._kept(("shared", "local"), memory)
 
-    def train(self, number: int, public: Mapping[str, Array], memory: Memory) -> Trained:
+    def _kept(self, roles: Collection[str], memory: Memory, prefix: str = LOCAL) -> dict[str, Array]:
+        names = (name for name, role in self._policy.roles.items() if role in roles)
+        return {name: memory.tensors[prefix + name] for name in names if prefix + name in memory.tensors}
+
+    def train(self, number: int, public: Mapping[str, Array], memory: Memory, heard: int | None = None) -> Trained:
         """One round of training from a loaded model; raises `TrainingFailed` when the loss is not finite.
+
+        `heard` is the last round of which the coordinator says that the site's update is in the sum, where it says so.
 
         Stages that do not learn in the round are held still: no gradient, no step, no new running statistics.
         """
         began = time.perf_counter()
         local, model = self._local, self._model_context.model
+        steps = self._examples.steps(local)
+        held_out = self._held_out(number) if self._method.asks_held_out(self.site) else None
         torch.set_num_threads(self.compute.threads)
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         train_mode(model)
         state = model.state_dict(keep_vars=True)
+        sent, own = parted(self._method.passes())
+        if own:
+            # What is loaded is the site's own model, with which it validates.
+            received = self._release(public)
+            self._composed = None
+            self.load_tensors(
+                {n: received[n] for n in self._policy.names("shared")} | self._kept(("local",), memory, RECEIVED)
+            )
         shared = {name: state[name] for name in self._policy.names("shared")}
         context = LocalRound(
             site=self.site,
@@ -243,61 +284,39 @@ class Learner:
                 if name.startswith(METHOD)
             },
             number=number,
-            steps=local.steps,
+            steps=steps,
             learning_rate=local.lr,
-            facts=Facts(len(self.dataset)),
+            facts=Facts(self._samples, held_out),
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
+            heard=heard,
+            survey=Survey(self.site, self.dataset, self._examples, local, self._seed, self._least),
         )
         self._method.begin(context)
+        episode = self._method.episode(context)
         optimizer = build_optimizer(self._curriculum.rated_parts(model), local)
         if local.optimizer_state == "keep":
             restore_optimizer(optimizer, memory.tensors)
-        scaler = self.compute.scaler()
-        total = torch.zeros((), device=self.compute.device)
-        indices = self._examples.of_round(number, local.steps * local.batch)
-        private, stint = self._private, self._curriculum.at(number)
-        losses = Placed(self._curriculum.task(number, self.task), self.compute)
-        # The optimiser knows all parameters, so that what it keeps has its place whichever of them learn.
-        with (
-            nullcontext() if stint is None else stint.holding(model),
-            nullcontext() if private is None else private.round(context, self._method, memory.tensors, losses) as paid,
-        ):
-            for step in range(local.steps):
-                self._set_rates(optimizer, number, step)
-                optimizer.zero_grad(set_to_none=True)
-                context.step = step
-                if paid is None:
-                    part = indices[step * local.batch : (step + 1) * local.batch]
-                    total += self._backward(context, part, step, scaler, losses)
-                    scaler.unscale_(optimizer)
-                else:
-                    paid.backward(step)
-                self._method.gradients(context)
-                if stint is not None:
-                    stint.forget_gradients(model)
-                if local.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), local.clip_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                if self._progress is not None:
-                    self._progress(number, step + 1, local.steps)
-        mean = float(on_host(total)) / local.steps
-        if not math.isfinite(mean):
-            raise TrainingFailed(
-                f"site {self.site}: the training loss of round {number} is not finite; lower local.lr or set "
-                "local.clip_norm"
-            )
-        facts = Facts(len(self.dataset), self._validation_loss(losses))
-        kept = {LOCAL + name: on_host(state[name]).copy() for name in self._policy.names("local")}
-        told = None if paid is None else paid.told
+        stint, losses = self._curriculum.at(number), Placed(self._curriculum.task(number, self.task), self.compute)
+        self._steps_taken = 0
+        mean, told = 0.0, None
+        for taken in sent:
+            mean, told = self._walk(context, taken, state, optimizer, losses, memory, episode) or (mean, told)
+        validated = self._validation_loss(losses) if self.weighs_by_validation else None
+        context.facts = Facts(self._samples, validated, mean)
+        # Beside its own values, a site keeps what stays there of the received model apart.
+        prefix = RECEIVED if own else LOCAL
+        kept = {prefix + name: on_host(state[name]).copy() for name in self._policy.names("local")}
         live = list(state.values())
         changes = (
             {group: as_arrays(part, live) for group, part in self._method.changes(context).items()}
             if told is None
             else told
         )
+        weights = self._method.round_weights(context, self._groups)
+        if own:
+            kept |= self._walk_own(context, own, state, losses, memory)
         kept |= {METHOD + name: array for name, array in as_arrays(context.memory, live).items()}
         if self._momentum > 0.0:
             changes, running = averaged(changes, memory.tensors, self._momentum)
@@ -308,27 +327,137 @@ class Learner:
             kept |= saved_optimizer(optimizer)
         return Trained(
             changes=changes,
-            weights=self._method.group_weights(facts, self._groups),
+            weights=weights,
             memory=kept,
             loss=mean,
             seconds=time.perf_counter() - began,
         )
 
+    def _walk(
+        self,
+        context: LocalRound,
+        taken: Pass,
+        state: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        losses: Losses,
+        memory: Memory,
+        episode: Episode | None = None,
+    ) -> tuple[float, dict[str, dict[str, Array]] | None] | None:
+        """A pass: the mean loss of its steps, and what a site with privacy tells in whole numbers.
+
+        `None` for a pass of a part in which nothing learns in this round.
+        """
+        local, model, number = self._local, self._model_context.model, context.number
+        steps = self._examples.steps(local)
+        context.taken, context.steps = taken, taken.steps_of(steps)
+        scaler = self.compute.scaler()
+        total = torch.zeros((), device=self.compute.device)
+        indices = self._examples.of_round(number, context.steps * local.batch)
+        private, stint = self._private, self._curriculum.at(number)
+        # The optimiser knows all parameters, so that what it keeps has its place whichever of them learn.
+        with (
+            nullcontext() if stint is None else stint.holding(model),
+            held(state, taken.held(self._policy)),
+            nullcontext() if private is None else private.round(context, self._added, memory.tensors, losses) as paid,
+            self._method.during(context),
+        ):
+            if taken.trains != "all" and not any(p.requires_grad for p in model.parameters()):
+                return None
+            self._method.begin_pass(context)
+            for step in range(context.steps):
+                context.rate = self._set_rates(optimizer, number, step, context.steps)
+                optimizer.zero_grad(set_to_none=True)
+                context.step = step
+                self._method.begin_step(context)
+                if paid is None:
+                    part = indices[step * local.batch : (step + 1) * local.batch]
+                    backward = partial(self._backward, context, part, step, scaler, losses)
+                    if episode is None:
+                        total += stepped(model, self._method.flat_step, backward, self.compute)
+                    else:
+                        again = partial(backward, changed=episode.changed)
+                        total += learned(model, episode.rate, backward, again, scaler.get_scale())
+                    scaler.unscale_(optimizer)
+                else:
+                    paid.backward(step)
+                self._method.gradients(context)
+                if stint is not None:
+                    stint.forget_gradients(model)
+                if local.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), local.clip_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                self._steps_taken += 1
+                if self._progress is not None:
+                    self._progress(number, self._steps_taken, steps_in(self._method.passes(), steps))
+            self._method.end_pass(context)
+        mean = float(on_host(total)) / context.steps
+        if not math.isfinite(mean):
+            raise TrainingFailed(
+                f"site {self.site}: the training loss of round {number} is not finite; lower local.lr or set "
+                "local.clip_norm"
+            )
+        return mean, None if paid is None else paid.told
+
+    def _walk_own(
+        self,
+        context: LocalRound,
+        passes: Sequence[Pass],
+        state: Mapping[str, Tensor],
+        losses: Losses,
+        memory: Memory,
+    ) -> dict[str, Array]:
+        """Take the passes of the site's own values; what it keeps of them."""
+        local, model = self._local, self._model_context.model
+
+        def take(taken: Pass) -> dict[str, Array]:
+            torch.manual_seed(public_seed(self._seed, self.site, context.number, "torch", taken.name) % 2**63)
+            train_mode(model)
+            optimizer, prefix = build_optimizer(self._curriculum.rated_parts(model), local), f"{taken.name}/{OPTIMIZER}"
+            if local.optimizer_state == "keep":
+                restore_optimizer(optimizer, memory.tensors, prefix)
+            self._walk(context, taken, state, optimizer, losses, memory)
+            return saved_optimizer(optimizer, prefix) if local.optimizer_state == "keep" else {}
+
+        # Where it has none yet, the values of the model that it received.
+        values = context.anchor | {n: self._model_context.initial[n] for n in self._policy.names("local")}
+        values |= {name: self.compute.tensor(array) for name, array in self.local_tensors(memory).items()}
+        loss = partial(self._validation_loss, losses) if self.dataset.patients("validation") else None
+        own, kept = take_own(context, passes, state, values, take, loss)
+        return kept | {LOCAL + name: on_host(tensor) for name, tensor in own.items()}
+
+    def kept(self, trained: Trained, limits: Mapping[str, float]) -> dict[str, Array]:
+        """What the site keeps of a round whose update loses what lies beyond `limits` (`Method.heard`)."""
+        own = {n.removeprefix(METHOD): t for n, t in trained.memory.items() if n.startswith(METHOD)}
+        heard = self._method.heard(own, trained.changes, limits)
+        return {**trained.memory, **{METHOD + name: array for name, array in heard.items()}}
+
     def _backward(
-        self, context: LocalRound, indices: Sequence[int], step: int, scaler: torch.amp.GradScaler, losses: Losses
+        self,
+        context: LocalRound,
+        indices: Sequence[int],
+        step: int,
+        scaler: torch.amp.GradScaler,
+        losses: Losses,
+        changed: Callable[[Batch, int], Batch] = lambda batch, _: batch,
     ) -> Tensor:
         """The gradients of one batch, in place; its loss. Pieces of it go through the network one after another."""
         random = public_generator(self._seed, self.site, context.number, step, "augmentation")
         total, start = torch.zeros((), device=self.compute.device), 0
         for size in self._local.pieces:
-            batch = self.dataset.batch(indices[start : start + size], random)
-            loss = self._method.objective(context, losses.loss(context.model, batch))
+            batch = changed(self.dataset.batch(indices[start : start + size], random), start)
+            loss = self._added(context, losses.loss(context.model, batch))
             if size != len(indices):
                 loss = loss * (size / len(indices))
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             start += size
         return total
+
+    def _added(self, context: LocalRound, loss: Tensor) -> Tensor:
+        """The loss of a step with what the method and the study add to it."""
+        loss = self._method.objective(context, loss)
+        return loss if self._pull is None else self._pull.on(context, loss)
 
     @torch.no_grad()
     def evaluate(self, split: Split, calibration: Calibration | None = None) -> dict[str, Array]:
@@ -363,20 +492,26 @@ class Learner:
         batches = ((patient, self.compute.moved(batch)) for patient, batch in self.dataset.evaluation(split))
         return patient_rows(self.task.metrics, batches, score, diverged)
 
-    @torch.no_grad()
-    def _validation_loss(self, task: Losses) -> float | None:
-        if not self.weighs_by_validation:
+    def _held_out(self, number: int) -> float | None:
+        """The loss of the model as it came, over validation patients; it stays in the round."""
+        if not self.dataset.patients("validation"):
             return None
+        torch.set_num_threads(self.compute.threads)
+        return self._validation_loss(Placed(self._curriculum.task(number, self.task), self.compute))
+
+    @torch.no_grad()
+    def _validation_loss(self, task: Losses) -> float:
+        """The mean over the site's validation patients, of whom there are some."""
         self._model_context.model.eval()
         batches = self.dataset.evaluation("validation")
         losses = [float(on_host(task.loss(self._model_context.model, batch))) for _, batch in batches]
         return sum(losses) / len(losses)
 
-    def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int) -> None:
-        steps = self._local.steps
+    def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int, steps: int) -> float:
         rate = learning_rate(self._local, (number - 1) * steps + step, self._rounds * steps)
         for group, share in zip(optimizer.param_groups, self._curriculum.rates(number), strict=True):
             group["lr"] = share * rate
+        return rate
 
 
 def patients_in(dataset: Dataset, splits: Sequence[Split] = ("train", "validation", "test")) -> dict[str, int]:

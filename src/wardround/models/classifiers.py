@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from wardround.study.models import ClassifierSettings, Preset
+from wardround.study.models import ClassifierSettings, Layer, Preset
 
 _DENSE: dict[Preset, tuple[int, int, tuple[int, ...]]] = {
     "tiny": (8, 4, (2, 2)),
@@ -17,6 +17,7 @@ class DenseNetSettings(ClassifierSettings):
     """DenseNet (Huang et al., CVPR 2017); `paper` is DenseNet-121."""
 
     kind: Literal["densenet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("class_layers.*",)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network."""
@@ -24,6 +25,11 @@ class DenseNetSettings(ClassifierSettings):
 
         first, growth, blocks = _DENSE[self.preset]
         return DenseNet(dimensions, channels, classes, first, growth, blocks)
+
+    @property
+    def represents(self) -> Layer:
+        """What the last layer makes classes of."""
+        return Layer("class_layers.out", "input")
 
 
 _RESNET: dict[Preset, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
@@ -37,6 +43,7 @@ class ResNetSettings(ClassifierSettings):
     """ResNet (He et al., CVPR 2016); `paper` is ResNet-18."""
 
     kind: Literal["resnet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("fc.*",)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network."""
@@ -47,6 +54,11 @@ class ResNetSettings(ClassifierSettings):
             block, list(layers), list(planes), spatial_dims=dimensions, n_input_channels=channels, num_classes=classes
         )
 
+    @property
+    def represents(self) -> Layer:
+        """What the last layer makes classes of."""
+        return Layer("fc", "input")
+
 
 _EFFICIENT: dict[Preset, str] = {"tiny": "efficientnet-b0", "small": "efficientnet-b0", "paper": "efficientnet-b4"}
 
@@ -55,9 +67,15 @@ class EfficientNetSettings(ClassifierSettings):
     """EfficientNet (Tan and Le, ICML 2019): B0, or B4 as `paper`."""
 
     kind: Literal["efficientnet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("_fc.*",)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network, without pretrained weights: those come from a file of the study's `start`."""
         from monai.networks.nets import EfficientNetBN
 
         return EfficientNetBN(_EFFICIENT[self.preset], False, True, dimensions, channels, classes)
+
+    @property
+    def represents(self) -> Layer:
+        """What the last layer makes classes of, before any is dropped out."""
+        return Layer("_avg_pooling")

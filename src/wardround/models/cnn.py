@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -109,6 +109,7 @@ class UNetSettings(ConditionedSettings):
     """Post-processing U-Net on the zero-filled image or, for CT (FBPConvNet), on the filtered back projection."""
 
     kind: Literal["unet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("network.final_conv.*",)
     norm: Literal["none", "batch", "instance"] | None = None
 
     def build(self, modality: Modality) -> PostUNet:

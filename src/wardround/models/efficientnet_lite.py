@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
 from wardround.models.lead import Lead
-from wardround.study.models import ClassifierSettings
+from wardround.study.models import ClassifierSettings, Layer
 
 # Of each group of blocks: expansion, channels, blocks, stride of the first, kernel (Tan and Le, ICML 2019, table 1).
 _GROUPS = (
@@ -27,12 +27,18 @@ class EfficientNetLiteSettings(ClassifierSettings):
     """EfficientNet-lite0, 4.7 million weights with 1,000 classes; `tiny` has a block a group and an eighth the head."""
 
     kind: Literal["efficientnet_lite"]
+    head_parts: ClassVar[tuple[str, ...]] = ("classifier.*",)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network, without pretrained weights: those come from a file of the study's `start`."""
         if dimensions != 2:
             raise StudyError("model.kind: efficientnet_lite is for pictures; give task.dimensions 2, or take densenet")
         return EfficientNetLite(channels, classes, tiny=self.preset == "tiny")
+
+    @property
+    def represents(self) -> Layer:
+        """What the last layer makes classes of."""
+        return Layer("classifier", "input")
 
 
 class EfficientNetLite(nn.Module):

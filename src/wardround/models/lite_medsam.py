@@ -33,6 +33,7 @@ class LiteMedSAMSettings(PresetSettings):
     modalities: ClassVar[frozenset[Modality] | None] = frozenset()
 
     kind: Literal["lite_medsam"]
+    head_parts: ClassVar[tuple[str, ...]] = ("mask_decoder.*",)
     size: int | None = Field(
         None,
         ge=32,

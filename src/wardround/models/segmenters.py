@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from wardround.errors import StudyError
-from wardround.study.models import Preset, PresetSettings
+from wardround.study.models import Layer, Preset, PresetSettings
 from wardround.study.tasks import Modality
 
 
@@ -37,6 +37,7 @@ class MonaiUNetSettings(NetworkSettings):
     """MONAI's residual U-Net (Kerfoot et al., STACOM 2018)."""
 
     kind: Literal["monai_unet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("model.2.*",)
 
     def build_network(self, dimensions: int, channels: int, outputs: int) -> Any:
         """The network; each level halves the image."""
@@ -47,6 +48,11 @@ class MonaiUNetSettings(NetworkSettings):
             dimensions, channels, outputs, features, (2,) * (len(features) - 1), num_res_units=units,
             norm=self.normalisation(),
         )  # fmt: skip
+
+    @property
+    def represents(self) -> Layer:
+        """The deepest level."""
+        return Layer("model" + ".1.submodule" * (len(_UNET[self.preset][0]) - 1))
 
 
 _SEGRESNET: dict[Preset, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
@@ -60,6 +66,7 @@ class SegResNetSettings(NetworkSettings):
     """SegResNet (Myronenko, BrainLes 2018) without its autoencoder."""
 
     kind: Literal["segresnet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("conv_final.*",)
     norm: Literal["batch", "instance", "group"] = "group"
 
     def build_network(self, dimensions: int, channels: int, outputs: int) -> Any:
@@ -70,6 +77,11 @@ class SegResNetSettings(NetworkSettings):
         return SegResNet(
             dimensions, first, channels, outputs, norm=self.normalisation(), blocks_down=down, blocks_up=up
         )
+
+    @property
+    def represents(self) -> Layer:
+        """The deepest level."""
+        return Layer(f"down_layers.{len(_SEGRESNET[self.preset][1]) - 1}")
 
 
 _DYNUNET: dict[Preset, tuple[int, ...]] = {
@@ -83,6 +95,7 @@ class DynUNetSettings(NetworkSettings):
     """A U-Net of nnU-Net's design (Isensee et al., Nature Methods 18, 2021), without deep supervision."""
 
     kind: Literal["dynunet"]
+    head_parts: ClassVar[tuple[str, ...]] = ("output_block.*",)
     norm: Literal["batch", "instance", "group"] = "instance"
 
     def build_network(self, dimensions: int, channels: int, outputs: int) -> Any:
@@ -96,6 +109,11 @@ class DynUNetSettings(NetworkSettings):
             norm_name=self.normalisation(),
         )  # fmt: skip
 
+    @property
+    def represents(self) -> Layer:
+        """The deepest level."""
+        return Layer("bottleneck")
+
 
 _SWIN: dict[Preset, int] = {"tiny": 12, "small": 24, "paper": 48}
 
@@ -104,6 +122,7 @@ class SwinUNETRSettings(NetworkSettings):
     """Swin UNETR (Hatamizadeh et al., BrainLes 2021); sides of a patch are multiples of 32."""
 
     kind: Literal["swin_unetr"]
+    head_parts: ClassVar[tuple[str, ...]] = ("out.*",)
     norm: Literal["batch", "instance", "group"] = "instance"
 
     def build_network(self, dimensions: int, channels: int, outputs: int) -> Any:
@@ -119,3 +138,8 @@ class SwinUNETRSettings(NetworkSettings):
             raise StudyError(
                 "model.kind: swin_unetr needs the package einops: pip install 'wardround[swin]'"
             ) from error
+
+    @property
+    def represents(self) -> Layer:
+        """The deepest level."""
+        return Layer("encoder10")

@@ -18,7 +18,7 @@ from wardround.errors import MissingExtra, StudyError
 from wardround.models.lead import Lead
 from wardround.models.transformers_config import AnyArchitecture, Architecture, SwinConfig, deciding
 from wardround.study.beside import first_beside
-from wardround.study.models import ModelSettings
+from wardround.study.models import Layer, ModelSettings
 from wardround.study.tasks import Modality
 
 _CONFIG = "config.json"
@@ -36,6 +36,7 @@ class TransformersSettings(ModelSettings):
     """
 
     kind: Literal["transformers"]
+    head_parts: ClassVar[tuple[str, ...]] = ("head.*",)
     modalities: ClassVar[frozenset[Modality] | None] = frozenset()
     folder: str | None = Field(None, description="with the model's `config.json`; or give `config`")
     config: AnyArchitecture = Field(description="what of a `config.json` decides the network")
@@ -69,6 +70,11 @@ class TransformersSettings(ModelSettings):
                 f"task.channels: {channels}, and the network sees {config.num_channels}; give as many, or 1"
             )
         return TransformersClassifier(config, classes)
+
+    @property
+    def represents(self) -> Layer:
+        """What the head makes classes of."""
+        return Layer("head", "input")
 
 
 class TransformersClassifier(nn.Module):

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from wardround.models.transformer import Encoder, EncoderSettings, Sizes
-from wardround.study.models import ClassifierSettings
+from wardround.study.models import ClassifierSettings, Layer
 
 
 class ViTSettings(ClassifierSettings, EncoderSettings):
     """Vision transformer (Dosovitskiy et al., ICLR 2021) with the mean of its tokens; `paper` is ViT-B."""
 
     kind: Literal["vit"]
+    head_parts: ClassVar[tuple[str, ...]] = ("head.*",)
 
     def build_classifier(self, dimensions: int, channels: int, classes: int) -> Any:
         """The network."""
         return ViT(dimensions, channels, classes, self.sizes)
+
+    @property
+    def represents(self) -> Layer:
+        """What the head makes classes of."""
+        return Layer("head", "input")
 
 
 class ViT(nn.Module):

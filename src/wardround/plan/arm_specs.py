@@ -13,13 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import StudyError
+from wardround.learning.elastic import Pull
+from wardround.learning.methods.apart import APART
 from wardround.learning.methods.build import build_method
 from wardround.learning.methods.method import BUFFERS, Method
 from wardround.learning.methods.personal import UNSEEN
 from wardround.learning.model_context import ModelContext
+from wardround.learning.passes import parted, steps_in
 from wardround.learning.policy import Policy, listed, matching
 from wardround.models.adapters import added_values
 from wardround.plan.arms import Arm, arms_of
+from wardround.plan.leaving import left_before
+from wardround.plan.retention import elastic_of, fisher_of, pull_of
 from wardround.plan.sums import evaluation_metrics, round_metrics, validation_metrics
 from wardround.plan.teachers import teacher_of
 from wardround.plan.weights import begin
@@ -60,6 +65,16 @@ class ArmSpec:
     curriculum: Curriculum
     kinds: Kinds
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The names of which each site has values of its own, beside those that it receives; none with most methods."""
+        return (*self.policy.names("shared"), *self.policy.names("local")) if self.method.keeps_model else ()
+
+    @property
+    def steps(self) -> int:
+        """The steps that a site takes in a round, in all passes."""
+        return steps_in(self.method.passes(), self.arm.local.steps)
+
 
 class ArmSpecs:
     """Everything that follows from a study alone, each part made once and only when it is needed.
@@ -96,10 +111,18 @@ class ArmSpecs:
         for why in self.plugins.refused(self.study):
             raise StudyError(why)
         task = build_task(self.study, self._embeddings, self.plugins)
+        self._check_margins(task)
         if isinstance(task, Student):
             # Found when a loss is asked for: who trains nothing needs none.
             task.learn_from(lambda: self.teacher)
         return task
+
+    def _check_margins(self, task: Task) -> None:
+        """Raise `StudyError` for a margin of a metric that the task does not have."""
+        known = [spec.name for spec in task.metrics]
+        for name in () if self.study.update is None else self.study.update.margins:
+            if name not in known:
+                raise StudyError(f"update.margins: the task has no metric {name!r}; choose from {', '.join(known)}")
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -107,6 +130,22 @@ class ArmSpecs:
         named = self.study.task.taught_by
         assert named is not None
         return teacher_of(named, self.places, self.plugins)
+
+    @cached_property
+    def fisher(self) -> Mapping[str, Array]:
+        """The Fisher information of the release that the study continues; see `plan.retention`. Raises `StudyError`."""
+        return fisher_of(self.study, self.places)
+
+    def pull(self, arm_spec: ArmSpec) -> Pull | None:
+        """What holds an arm to the release (`update.retain: ewc`); `None` where nothing does. Raises `StudyError`."""
+        if elastic_of(self.study) is None:
+            return None
+        return pull_of(self.study, self.fisher, self.model_context, arm_spec.policy)
+
+    @cached_property
+    def left(self) -> frozenset[str]:
+        """Sites that left what the study starts from. Raises `StudyError` where one is back without a word of it."""
+        return left_before(self.study, self.places)
 
     def check_teacher(self) -> None:
         """Raise `StudyError` where the study's teacher is not there, is another, or does not fit; nothing for none."""
@@ -117,6 +156,7 @@ class ArmSpecs:
     def model_context(self) -> ModelContext:
         """The model of this process, with what the study starts from in it."""
         study = self.study
+        _ = self.left
         begins = partial(begin, study.start, self.places, study.adapters, whole=not study.trains)
         return ModelContext(
             self.task,
@@ -128,6 +168,7 @@ class ArmSpecs:
             checkpoint=study.local.checkpoint,
             aside=self.aside,
             trains=self.trains,
+            head=study.model.head_parts,
         )
 
     @cached_property
@@ -177,7 +218,7 @@ class ArmSpecs:
 
     def _codec(self, arm: Arm) -> Codec:
         """How an arm's changes are written in whole numbers."""
-        study, whole = self.study, frozenset({BUFFERS, UNSEEN})
+        study, whole = self.study, frozenset({BUFFERS, UNSEEN, APART})
         if self.lattice is None:
             return build_codec(arm.compression(study), study.seed, whole)
         assert study.protection.privacy is not None
@@ -190,7 +231,9 @@ class ArmSpecs:
         if name not in self._arm_specs:
             arm, specs = self.arms[name], self.task.metrics
             method = build_method(arm.method, protocols_of(self.study, arm.members), self.plugins)
+            method = method.within(self.study, len(arm.sites), self.model_context.model)
             arm.check_needs(method, self.study)
+            self._check_passes(arm, method)
             policy = self._policy(arm, method)
             shared = tuple(p for p in self.model_context.parameters if policy.roles[p.name] == "shared")
             private = tuple(p for p in self.model_context.parameters if policy.roles[p.name] == "local")
@@ -212,7 +255,7 @@ class ArmSpecs:
                 curriculum=self.curriculum,
                 kinds=Kinds(
                     frozenset(policy.names("frozen")),
-                    frozenset(group.name for group in declared),
+                    method.side_channels.union(group.name for group in declared),
                     added_values(self.model_context.model),
                 ),
             )
@@ -241,6 +284,15 @@ class ArmSpecs:
                 "less at the sites"
             )
         return method.policy(parameters).with_parts(frozen, local)
+
+    def _check_passes(self, arm: Arm, method: Method) -> None:
+        """Raise `StudyError` for passes that make no round, or that a privacy budget does not cover."""
+        parted(method.passes())
+        if len(method.passes()) > 1 and self.study.protection.privacy is not None:
+            raise StudyError(
+                f"method.kind={arm.method.kind} passes over the patients more than once in a round, and "
+                "protection.privacy counts one pass; choose another method, or leave out protection.privacy"
+            )
 
     def _check_shares_all(self, arm: Arm, method: Method, frozen: Collection[str]) -> None:
         """Raise `StudyError` where a part of a model that is measured as it is would be of each site."""

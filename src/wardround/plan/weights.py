@@ -20,6 +20,7 @@ from wardround.plan.found import VARIABLE, by_content, hub_cache, searched
 from wardround.plan.found import file_sha256 as file_sha256
 from wardround.storage.hash_log import is_hash
 from wardround.study.load import FOREIGN, load_study
+from wardround.study.methods import AMPLITUDE_BANK
 from wardround.study.patterns import matched
 from wardround.study.places import Places
 from wardround.study.schema import Study
@@ -318,7 +319,7 @@ def _begin_with_release(start: FromRelease, path: Path, model: nn.Module, *, who
     import torch
 
     tensors, _, covered = whole_release(start, path, "start")
-    shapes = {name: tensors[name].shape for name in _taken(start, covered)}
+    shapes = {name: tensors[name].shape for name in _taken(start, covered) if not _of_a_run(name)}
     _fill(model, start, shapes, lambda name: torch.from_numpy(tensors[name]), whole=whole)
     return frozenset(shapes)
 
@@ -350,6 +351,11 @@ def _check_hash(named: FromWeights | FromRelease | TaughtBy, found: str, section
             f"{section}.file: {named.file} is another file than the study's, or it changed: its sha256 is {found}, and "
             f"the study says {named.sha256}; restore it, or start a new run with the new hash"
         )
+
+
+def _of_a_run(name: str) -> bool:
+    """Whether a value is of a run and its sites, and not of the model: every run begins with an empty bank."""
+    return name.startswith(f"{AMPLITUDE_BANK}.")
 
 
 def _taken(start: FromWeights | FromRelease, names: Sequence[str]) -> Sequence[str]:
@@ -393,7 +399,7 @@ def _fill(
                 f"{list(state[name].shape)}; choose the model that it is of"
             )
     # Counters say nothing of what was learned, and a release does not share them. Adapters begin with the study.
-    fresh = added_values(model)
+    fresh = added_values(model).union(filter(_of_a_run, state))
     floats = [n for n in state if n.startswith(within) and n not in fresh and state[n].is_floating_point()]
     lacking = [name for name in floats if name not in shapes]
     if whole:
@@ -425,7 +431,7 @@ def _check_whole(start: FromWeights | FromRelease, given: Collection[str], model
     from wardround.models.adapters import added_values
 
     added = added_values(model)
-    floats = (name for name, tensor in model.state_dict().items() if tensor.is_floating_point())
+    floats = (n for n, tensor in model.state_dict().items() if tensor.is_floating_point() and not _of_a_run(n))
     if fresh := [name for name in floats if name not in added and name not in given]:
         raise StudyError(
             f"start.file: {start.file} has no values for {listed(fresh)}, and with schedule.rounds 0 they would be "

@@ -65,6 +65,13 @@ class Codec:
         """
         return changes, {}
 
+    def lost(self, limits: Mapping[str, float], residual: Mapping[str, Array]) -> Mapping[str, float]:
+        """Of the `limits` of what is encoded, those beyond which a value of the method's change is lost for good.
+
+        `residual` is what the site keeps of the round's changes.
+        """
+        return limits
+
     def restore(self, number: int, layout: Layout, aggregate: Aggregate) -> Aggregate:
         """The sum of the sites' changes in the method's layout, from the sum of what they sent."""
         return aggregate
@@ -96,6 +103,10 @@ class RotationCodec(Codec):
             return rotate(change, self.signs(number, group, name)).astype(change.dtype).reshape(change.shape)
 
         return _each(changes, self.whole, turned), {}
+
+    def lost(self, limits: Mapping[str, float], residual: Mapping[str, Array]) -> Mapping[str, float]:
+        """Of groups that are sent as they are: of a rotated tensor, what is cut off is spread over all of it."""
+        return {key: limit for key, limit in limits.items() if key.partition("/")[0] in self.whole}
 
     def restore(self, number: int, layout: Layout, aggregate: Aggregate) -> Aggregate:
         """The sum, rotated back."""
@@ -129,6 +140,10 @@ class _Feedback(Codec):
             return sent
 
         return _each(changes, self.whole, part), residual
+
+    def lost(self, limits: Mapping[str, float], residual: Mapping[str, Array]) -> Mapping[str, float]:
+        """Of tensors of which nothing waits: the others keep what is cut off."""
+        return {key: limit for key, limit in limits.items() if RESIDUAL + key not in residual}
 
     def _split(self, number: int, group: str, name: str, whole: Array, limit: float) -> tuple[Array, Array]:
         """What is sent of a tensor, and the rest of it in its own shape, with what the limit will cut off."""
@@ -236,6 +251,10 @@ class Restored(Aggregate):
         self._decode = decode
         self._infos = {(g.name, info.name): info for g in layout.groups for info in g.tensors}
         self._whole = whole
+
+    def steps(self, group: str) -> int:
+        """The sum of the sites' weights, in whole steps."""
+        return self._sent.steps(group)
 
     def weight(self, group: str) -> float:
         """The sum of the sites' weights."""

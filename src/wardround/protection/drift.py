@@ -65,8 +65,11 @@ def local_bound(local: Local) -> UpdateBound:
     """How far a site's own steps of one round can move the model.
 
     A step of Adam moves no value by more than lr |m| / sqrt(v), and m and v are means of the same gradients
-    (`adam_ratio`); a clipped gradient moves the whole model by its clip. SGD without a clip has no limit.
+    (`adam_ratio`); a clipped gradient moves the whole model by its clip. SGD without a clip has no limit, and neither
+    have passes: a site does not know how many steps those of the others are.
     """
+    if local.passes is not None:
+        return UNKNOWN
     steps = local.lr * local.steps
     if local.optimizer == "sgd":
         if local.clip_norm is None:

@@ -54,6 +54,7 @@ def card(run: Run) -> str:
         escape(run.study.description),
         escape(found.headline),
         _bullets(found.details),
+        *_gate(run),
         "## Intended use",
         _bullets(_intended(run)),
         "## Data",
@@ -74,6 +75,21 @@ def card(run: Run) -> str:
         _table(["what", "value"], [*run.hashes, *run.result.fingerprint.items()]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _gate(run: Run) -> Iterator[str]:
+    """Whether the model takes the place of the release that its study continues."""
+    gate = run.result.gate
+    if gate is None:
+        return
+    yield "## Release"
+    verdict = "It takes the release's place" if gate.promoted else "NOT PROMOTED: the release stays in use"
+    yield _bullets(
+        [
+            f"This model continues {run.study.start.describe()}.",
+            f"{verdict}: {gate.reason}.",
+        ]
+    )
 
 
 def _intended(run: Run) -> list[str]:

@@ -123,6 +123,22 @@ def bar(scale: Scale, value: float, interval: tuple[float, float] | None = None)
     return _lane(parts, "gain-up" if value >= 0 else "gain-down")
 
 
+def against_margin(scale: Scale, gain: float | None, interval: tuple[float, float] | None, margin: float) -> Markup:
+    """One row of a gate's chart: what lies beyond the margin is shaded; the interval must stay clear of it."""
+    edge, zero = scale.percent(-margin), scale.percent(0.0)
+    parts = [
+        Markup('<rect class="beyond" x="0" width="{}%" y="0" height="{}"/>').format(edge, LANE),
+        _grid(scale, LANE),
+        Markup('<line class="zero" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>').format(zero, LANE),
+        Markup('<line class="margin" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>').format(edge, LANE),
+        *_interval(scale, interval, "interval"),
+    ]
+    if gain is not None:
+        shape = Markup('<svg x="{}%" y="{}" overflow="visible">{}</svg>')
+        parts.append(shape.format(scale.percent(gain), LANE / 2, _MARKS["federated"]))
+    return _lane(parts, "arm-federated")
+
+
 def _interval(scale: Scale, ends: tuple[float, float] | None, style: str) -> list[Markup]:
     """A line between the ends of an interval, and a short one across at each."""
     if ends is None:
@@ -233,7 +249,10 @@ def curves(title: str, lines: Sequence[Curve]) -> Curves | None:
 
 
 def attendance(site: str, history: Sequence[RoundLine]) -> Markup:
-    """A strip of rounds for one site: filled where it took part, crossed where it was missing."""
+    """A strip of rounds for one site: filled where it took part, crossed where it was missing.
+
+    Of asynchronous rounds it is paler where the update was late, and empty where the site was at work on an older one.
+    """
     width = 100 / max(len(history), 1)
     cell = Markup('<rect class="{}" x="{:.3f}%" y="6" width="{:.3f}%" height="12" rx="1.5"><title>{}</title></rect>')
     cross = Markup('<svg x="{:.3f}%" y="12" overflow="visible"><path class="cross" d="M-3-3 3 3M-3 3 3-3"/></svg>')
@@ -241,10 +260,16 @@ def attendance(site: str, history: Sequence[RoundLine]) -> Markup:
     parts = []
     for index, entry in enumerate(history):
         here = site in entry.participants
-        reason = "" if here else f": missing, {entry.missing.get(site, 'no reason recorded')}"
-        title = f"Round {entry.round}{reason or ': took part'}"
-        parts.append(cell.format("here" if here else "away", index * width, width - gap, title))
-        if not here and len(history) <= _CROSSED_ROUNDS:
+        busy = not here and site in entry.at_work and site not in entry.missing
+        look, said = ("here", "took part") if here else ("away", "missing, no reason recorded")
+        if not here and site in entry.missing:
+            said = f"missing, {entry.missing[site]}"
+        elif busy:
+            look, said = "busy", f"at work on round {entry.at_work[site]}"
+        elif late := entry.staleness.get(site):
+            look, said = "late", f"took part, {late} round{'s' if late > 1 else ''} late"
+        parts.append(cell.format(look, index * width, width - gap, f"Round {entry.round}: {said}"))
+        if look == "away" and len(history) <= _CROSSED_ROUNDS:
             parts.append(cross.format(index * width + (width - gap) / 2))
     return Markup('<svg class="strip" width="100%" height="{}" aria-hidden="true">{}</svg>').format(
         LANE, Markup("").join(parts)

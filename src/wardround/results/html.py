@@ -64,6 +64,7 @@ def render(run: Run) -> str:
         gains=views.gains_over_alone(run, metric) if metric else None,
         left_out=views.gains_at_left_out(run, metric) if metric else None,
         crossings=[(each, matrix_table(each)) for each in crossings(run.result)],
+        gate=views.gate_tables(run),
         groups=grouped_columns(run),
         paired=paired_charts(run, metric) if metric else (),
         mark=figures.mark,
@@ -130,6 +131,10 @@ def _rounds_sentence(run: Run) -> str:
     full = sum(set(run.training) <= set(entry.participants) for entry in history)
     repeated = sorted(entry.round for entry in history if entry.attempt > 0)
     text = f"{len(run.training)} training sites, {len(history)} rounds; all sites took part in {full} of them."
+    if ages := [age for entry in history for age in entry.staleness.values()]:
+        late = [age for age in ages if age]
+        text += f" Rounds did not wait for slow sites: {len(late)} of {len(ages)} updates came late"
+        text += f", by {max(late)} round{'s' if max(late) > 1 else ''} at most." if late else "."
     return text + (f" More than one attempt was needed in {in_rounds(repeated)}." if repeated else "")
 
 
@@ -167,5 +172,10 @@ def _training(run: Run) -> tuple[tuple[str, str, str], ...]:
         return ()
     steps, released = run.result.steps, run.result.selected_round
     return tuple(
-        (arm_words(run, arm), f"{steps[arm]:,}", f"{released[arm]:,}" if arm in released else "–") for arm in steps
+        (
+            arm_words(run, arm),
+            f"{steps[arm]:,}" if arm in steps else "by passes",
+            f"{released[arm]:,}" if arm in released else "–",
+        )
+        for arm in dict.fromkeys((*steps, *released))
     )

@@ -16,6 +16,7 @@ from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.load import UNREAD, load_study
 from wardround.study.registry import BASELINES, baseline
 from wardround.study.schema import Study
+from wardround.study.update import PARENT
 
 SMALL_N = 10
 SATURATION_LIMIT = 1e-4
@@ -51,11 +52,22 @@ class ShownArm:
 _TRAINED = (
     ShownArm("local", "Alone", "local", "local", "each site trains on its own patients, evaluated at that site"),
     ShownArm("federated", "Together", "federated", "federated", "federated: scans stay, sums of updates travel"),
+    ShownArm(
+        "finetuned",
+        "Fine-tuned",
+        "other",
+        "other-1",
+        "each site goes on alone from the model trained together, and keeps what comes of it",
+    ),
     ShownArm("pooled", "Pooled", "pooled", "pooled", "all data in one place: the ideal that privacy forbids"),
 )
 # What stands in place of the federation's model where nothing was trained.
 _GIVEN = ShownArm(
     "federated", "Given model", "federated", "federated", "the model that the study starts from: nothing was trained"
+)
+# The release that a study continues, as it was.
+_PARENT = ShownArm(
+    PARENT, "Release before", "other", "other-1", "the release that the study continues, on the same test patients"
 )
 _ARM_ORDER: tuple[Kind, ...] = ("baseline", "local", "federated", "other", "pooled")
 
@@ -63,7 +75,7 @@ _ARM_ORDER: tuple[Kind, ...] = ("baseline", "local", "federated", "other", "pool
 @cache
 def _known_arms() -> tuple[ShownArm, ...]:
     own = ((name, baseline(name)) for name in BASELINES)
-    return (*(ShownArm(name, b.label, "baseline", b.style, b.description) for name, b in own), *_TRAINED)
+    return (*(ShownArm(name, b.label, "baseline", b.style, b.description) for name, b in own), *_TRAINED, _PARENT)
 
 
 def arm_of(key: str, unknown_index: int = 0, outside: Compared | None = None) -> ShownArm:

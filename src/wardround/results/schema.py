@@ -120,11 +120,36 @@ def _text(cell: Cell) -> str:
     return "–" if cell is None else cell if isinstance(cell, str) else f"{cell:.6g}"
 
 
+class GateEntry(Config):
+    """What a site says of the new model by a metric, against the release that the study continues."""
+
+    gain: _Rounded | None = Field(None, description="paired difference in the metric's unit, positive for better")
+    ci_low: _Rounded | None = Field(None, description="lower end of its 95% interval")
+    ci_high: _Rounded | None = Field(None, description="upper end of its 95% interval")
+    n: _Count = Field(0, description="test patients of the site that both models were measured on")
+    margin: float = Field(description="how much worse the new model may be, in the metric's unit")
+    verdict: Literal["not worse", "worse", "insufficient evidence"] = Field(
+        description="`not worse`: `ci_low` lies above minus the margin; `worse`: `ci_high` lies below it"
+    )
+    why: str = Field("", description="where evidence is insufficient: why")
+
+
+class Gate(Config):
+    """Whether the new model takes the place of the release that the study continues: only where no site loses."""
+
+    promoted: bool = Field(description="whether every entry is `not worse`")
+    sites: dict[str, dict[str, GateEntry]] = Field(description="by site and metric")
+    reason: str = Field(description="which sites stand against it, and why; or that none does")
+
+
 class Measured(Config):
     """What the models of a run gave on test patients."""
 
     metric_specs: tuple[MetricInfo, ...] = Field(description="in the task's order; the first answers the question")
-    metrics: dict[str, Table] = Field(description="by arm: `federated`, `local`, `pooled`, `baseline`, each baseline")
+    metrics: dict[str, Table] = Field(
+        description="by arm: `federated`, `local`, `pooled`, `baseline`, each baseline, and `parent`, the release "
+        "that a study with `update` continues"
+    )
     baselines: dict[str, Compared] = Field({}, description="by arm: what each baseline is; it learns nothing")
     gains: dict[str, dict[str, Table]] = Field(
         description="by arm and reference arm: paired differences, positive where the arm is better"
@@ -139,6 +164,11 @@ class Measured(Config):
     withheld: dict[str, str] = Field(description="by site: the rule of the site that keeps its numbers")
     failed: dict[str, str] = Field(description="by site: why it could not be measured")
     parts: tuple[Part, ...] = Field((), description="what the task itself says of these numbers")
+    gate: Gate | None = Field(
+        None,
+        exclude_if=lambda gate: gate is None,
+        description="of a study with `update`: whether the new model takes the place of the release",
+    )
     groups: tuple[GroupTables, ...] = Field((), description="by column and group, where sites declare columns")
     groups_missing: dict[str, str] = Field(
         {}, description="by site: why results by a column that it declares are not in `groups`"
@@ -310,8 +340,12 @@ class Result(Measured):
     traffic: Traffic
     seconds: Seconds
     privacy: PrivacyStatement | None = Field(description="`null` where updates were neither noised nor masked")
-    steps: dict[str, _Count] = Field(description="by arm: optimiser steps of a site, all rounds")
-    examples: dict[str, _Count] = Field(description="by arm: training examples, all rounds and sites")
+    steps: dict[str, _Count] = Field(
+        description="by arm: optimiser steps of a site, all rounds; not where a round is `local.passes`"
+    )
+    examples: dict[str, _Count] = Field(
+        description="by arm: training examples, all rounds and sites; not where a round is `local.passes`"
+    )
     selected_round: dict[str, _Count] = Field(
         description="by arm: the round whose model was released; `0`: as it was given"
     )
@@ -384,3 +418,13 @@ class RoundLine(Config):
     notes: tuple[str, ...] = ()
     validated: tuple[str, ...] = ()
     bill: Bill = Field(Bill(), description="`bytes_up` and `bytes_down` by kind")
+    staleness: dict[str, int] = Field(
+        {},
+        description="of asynchronous rounds: by participant, how many rounds older than the newest the state was that "
+        "its update trained from",
+    )
+    at_work: dict[str, int] = Field(
+        {},
+        description="of asynchronous rounds: by site that was still at work when the round was committed, the round "
+        "that it was asked for",
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.table import Table
 
+from wardround.results.gate import entry_words
 from wardround.results.metrics import MetricInfo
 from wardround.results.run import FAILED, WITHHELD, arms_in, leading, site_title, trained
 from wardround.results.schema import AGGREGATES, Estimate, Measured
@@ -131,4 +132,20 @@ def lacking_in(measured: Measured) -> list[str]:
         f"{site}: {text} ({reason})"
         for text, reasons in ((WITHHELD, measured.withheld), (FAILED, measured.failed))
         for site, reason in reasons.items()
+    ]
+
+
+def gate_lines(measured: Measured) -> list[str]:
+    """What the gate says: whether the new model takes the release's place, and a line for each site and metric."""
+    gate = measured.gate
+    if gate is None:
+        return []
+    metrics = {metric.name: metric for metric in measured.metric_specs}
+    head = (
+        "Promoted: the new model takes the place of the release" if gate.promoted else "Not promoted: the release stays"
+    )
+    return [f"{head} ({gate.reason})"] + [
+        f"  {site}, {metrics[name].label}: {entry_words(metrics[name], entry)}"
+        for site, of_site in gate.sites.items()
+        for name, entry in of_site.items()
     ]

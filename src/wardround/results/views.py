@@ -198,6 +198,60 @@ def gains_at_left_out(run: Run, metric: MetricInfo) -> GainTable | None:
     return _gain_table(metric, list(left_out_gains(run, metric)), {})
 
 
+@dataclass(frozen=True)
+class GateRow:
+    """A site in the gate: its number of patients, difference, interval, verdict with what is to say of it, picture."""
+
+    site: str
+    n: str
+    difference: str
+    interval: str
+    verdict: str
+    why: str
+    lane: Markup
+
+
+@dataclass(frozen=True)
+class GateTable:
+    """The gate by one metric; differences are positive where the new model is better."""
+
+    metric: MetricInfo
+    margin: str
+    rows: tuple[GateRow, ...]
+    axis: Markup
+
+
+def gate_tables(run: Run) -> tuple[GateTable, ...]:
+    """What the gate says by each of its metrics; nothing of a study that continues no release."""
+    gate = run.result.gate
+    names = {name for of_site in gate.sites.values() for name in of_site} if gate else set()
+    return tuple(_gate_table(run, metric) for metric in run.result.metric_specs if metric.name in names)
+
+
+def _gate_table(run: Run, metric: MetricInfo) -> GateTable:
+    gate = run.result.gate
+    assert gate is not None
+    entries = {site: of_site[metric.name] for site, of_site in gate.sites.items()}
+    margin = next(iter(entries.values())).margin
+    known = [one for entry in entries.values() for one in (entry.gain, entry.ci_low, entry.ci_high) if one is not None]
+    scale = figures.scale_for([*known, -1.5 * margin, margin], include_zero=True)
+    rows = []
+    for site, entry in entries.items():
+        ends = None if entry.ci_low is None or entry.ci_high is None else (entry.ci_low, entry.ci_high)
+        rows.append(
+            GateRow(
+                site,
+                str(entry.n) if entry.n else "–",
+                "–" if entry.gain is None else metric.difference(entry.gain),
+                "" if ends is None else " to ".join(metric.difference(end) for end in ends),
+                entry.verdict,
+                entry.why,
+                figures.against_margin(scale, entry.gain, ends, margin),
+            )
+        )
+    return GateTable(metric, metric.show(margin), tuple(rows), figures.axis(scale))
+
+
 def learning_curves(run: Run, metric: MetricInfo | None) -> tuple[Curves, ...]:
     """Loss and validation of the shared models, of each site alone, and of the models without one site."""
     names = list(dict.fromkeys(entry.arm for entry in run.rounds))

@@ -109,7 +109,7 @@ def ask_release(
 
     Raises `WardroundError` where a site could not.
     """
-    if not arm_spec.policy.names("local"):
+    if not arm_spec.policy.names("local") and not arm_spec.own:
         return {}
     sites = [site for site in context.remaining(arm_spec.arm.sites) if site != POOLED]
     # Rounds that took the place of aborted ones come after the study's last.

@@ -14,13 +14,16 @@ from pathlib import Path
 from wardround.engines.local import STOPPED
 from wardround.errors import Interrupted, StudyError
 from wardround.federation.asking import IMPATIENT, Patience
-from wardround.federation.coordinator import Coordinator, Release
+from wardround.federation.asynchronous import coordinator_of
+from wardround.federation.coordinator import Release
 from wardround.federation.exchange import Engine
 from wardround.federation.facts import SiteFacts, SiteSpending
+from wardround.federation.plans import staleness_of
 from wardround.federation.release import (
     CARD,
     model_path,
     open_model,
+    save_beside,
     save_frozen_part,
     save_release,
     scanners_of_arm,
@@ -42,7 +45,7 @@ from wardround.runs.folder import add_devices, alone, claim, mixed, without_in
 from wardround.runs.grouped import measured
 from wardround.runs.notes import left_out, notes_of
 from wardround.runs.protocols import read_protocols
-from wardround.runs.remarks import remarks_on_given
+from wardround.runs.remarks import remarks_on_given, remarks_on_missing
 from wardround.runs.rounds import RoundsFile
 from wardround.runs.shift import ask_shift
 from wardround.runs.statement import statement
@@ -135,14 +138,16 @@ def _train(
         with closing(Journal(host.out / "work" / "arms" / arm_spec.arm.folder, arm_spec.identity)) as journal:
             roster = agree_on_roster(host, beside, arm_spec.arm, facts)
             protocol = host.exchange(arm_spec.arm, journal, roster)
-            coordinator = Coordinator(plan, arm_spec.method, engine, journal, protocol, patience)
+            coordinator = coordinator_of(plan, arm_spec.method, engine, journal, protocol, patience)
+            # The new round, and the one before where it now has its validation; further back where rounds are not in
+            # step.
+            recent = 2 if plan.staleness is None else 2 + plan.staleness.most
             state = coordinator.start(lambda: host.initial(arm_spec))
             host.model_context.rest()
             for report in journal.reports()[-1:]:
                 watcher.round(_by_importance(host, report))
             for _ in coordinator.rounds(state):
-                # The new round, and the one before where it now has its validation.
-                for report in rounds.put(journal.reports()[-2:]):
+                for report in rounds.put(journal.reports()[-recent:]):
                     watcher.round(_by_importance(host, report))
                 if stop.is_set():
                     raise Interrupted(STOPPED)
@@ -199,6 +204,7 @@ def _release(
         found = ask_release(host, engine, arm_spec, release.number, release.aborted)
         if name == FEDERATED:
             private = found
+            save_beside(host, arm_spec, release, model_path(host.out, arm_spec.arm.folder).parent)
     return private
 
 
@@ -283,10 +289,15 @@ def _conclude(
             overhead=round(sum(line.coordinator_seconds for line in lines), 3),
         ),
         privacy=statement(host.study, spendings),
-        steps={name: arm.local.steps * host.study.schedule.rounds for name, arm in host.arms.items()},
-        examples={
-            name: arm.local.steps * batch * host.study.schedule.rounds * len(arm.sites)
+        steps={
+            name: host.arm_spec(name).steps * host.study.schedule.rounds
             for name, arm in host.arms.items()
+            if arm.local.passes is None
+        },
+        examples={
+            name: host.arm_spec(name).steps * batch * _updates(host, name, lines)
+            for name, arm in host.arms.items()
+            if arm.local.passes is None
         },
         selected_round={name: release.number for name, release in releases.items()},
         fingerprint=fingerprints[-1],
@@ -295,10 +306,19 @@ def _conclude(
             *left_out(federated, _training(host, facts)),
             *mixed(fingerprints),
             *notes_of(lines),
+            *(f"{remark}." for remark in remarks_on_missing(host.study)),
             *remarks_on_given(host.study, host.places),
         ),
     )
     return write_result(out, result)
+
+
+def _updates(host: Context, name: str, lines: Sequence[RoundLine]) -> int:
+    """How many updates an arm's rounds have: as many as the study says, or as came where they wait for no site."""
+    arm = host.arms[name]
+    if staleness_of(host.study, arm) is None:
+        return host.study.schedule.rounds * len(arm.sites)
+    return sum(len(line.participants) for line in lines if line.arm == name)
 
 
 def _patients(host: Context, site: str, facts: Mapping[str, SiteFacts]) -> dict[str, int | None] | None:

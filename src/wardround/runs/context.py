@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wardround.errors import StudyError
-from wardround.federation.coordinator import Plan
+from wardround.federation.commits import Plan
 from wardround.federation.exchange import ExchangeFactory, PlainSum
 from wardround.federation.plans import plan_of
 from wardround.federation.robust import robust_mean

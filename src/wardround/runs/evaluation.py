@@ -14,11 +14,12 @@ from typing import Any
 
 from wardround.errors import DataError
 from wardround.federation.exchange import EVALUATE, Call, Engine, ask_one
-from wardround.federation.measuring import BASELINE, OWN, REFERENCE, RELEASED
+from wardround.federation.measuring import BASELINE, CONTINUED, FINETUNED, OWN, REFERENCE, RELEASED
 from wardround.federation.refusals import is_withheld
 from wardround.federation.release import as_tensor_file, model_of_study, model_path
 from wardround.plan.arms import FEDERATED, LOCAL, POOLED
 from wardround.plan.sums import PairedMean, results_in
+from wardround.results.gate import gate_of, margins_of
 from wardround.results.metrics import MetricInfo
 from wardround.results.schema import ALIAS, Compared, Estimate, LeftOut, Measured, Row, Table
 from wardround.runs.context import Context
@@ -116,6 +117,9 @@ def _jobs(host: Context) -> Iterator[_Job]:
         for site in everywhere:
             meta: dict[str, Any] = {"evaluator": BASELINE, BASELINE: name, "split": "test", "picture": name}
             yield _Job(name, site, _call(host, FEDERATED, site, meta, None))
+    if study.continues is not None:
+        for site in everywhere:
+            yield _Job(CONTINUED, site, _call(host, FEDERATED, site, {"evaluator": CONTINUED, "split": "test"}, None))
     for name, arm in host.arms.items():
         if arm.inside(study):
             (site,) = arm.sites
@@ -127,10 +131,9 @@ def _jobs(host: Context) -> Iterator[_Job]:
         if not path.exists():
             raise DataError(f"models/{path.name} is missing: the run is not finished; run it again to resume")
         # Sites have what never changes.
-        frozen = host.arm_spec(name).policy.names("frozen")
-        whole = model_of_study(path, host.study_sha256, host.plan_sha256)
-        model = {name: tensor for name, tensor in whole.items() if name not in frozen}
-        body = as_tensor_file(model, host.out / "work" / "released" / folder)
+        frozen = frozenset(host.arm_spec(name).policy.names("frozen"))
+        model = model_of_study(path, host.study_sha256, host.plan_sha256)
+        body = as_tensor_file(model, host.out / "work" / "released" / folder, frozen)
         left_out = name.removeprefix("without/") if name.startswith("without/") else None
         for site in everywhere if left_out is None else (left_out,):
             trained_here = site in arm.members
@@ -143,6 +146,11 @@ def _jobs(host: Context) -> Iterator[_Job]:
                 "model": body[1],
             }
             yield _Job(name, site, _call(host, name, site, meta, body))
+    if study.update is not None and study.update.finetune is not None and study.trains:
+        # Each made its own when it tested the released one, which comes before.
+        for site in host.remaining(study.training_sites):
+            meta = {"evaluator": FINETUNED, "split": "test"}
+            yield _Job(FINETUNED, site, _call(host, FEDERATED, site, meta, None))
 
 
 def _call(host: Context, arm: str, site: str, meta: Mapping[str, Any], body: tuple[TensorFile, str] | None) -> Call:
@@ -176,7 +184,7 @@ def tables(host: Context, measurements: Sequence[SiteMeasurement]) -> Measured:
         return None if measurement is None else measurement.results
 
     # In the study's order, and not in that of measuring.
-    order = (*host.study.baselines, *host.arms)
+    order = (*host.study.compared_rows, *host.arms, FINETUNED)
     rows = sorted({m.row for m in measurements if "/" not in m.row}, key=order.index)
     compared = {row: {site: results(row, site) for site in host.study.sites} for row in rows}
     alone = {site: results(f"local/{site}", site) for site in training}
@@ -191,11 +199,11 @@ def tables(host: Context, measurements: Sequence[SiteMeasurement]) -> Measured:
         sites = [_means(entry[key]) for entry in left_out.values() if key in entry]
         if sites and row in metrics:
             metrics[row][UNSEEN] = over_sites(specs, sites)
-    return Measured(
+    found_in_all = Measured(
         metric_specs=tuple(MetricInfo(**spec.to_json()) for spec in specs),
         metrics=metrics,
         baselines=baselines,
-        gains={FEDERATED: _gains(specs, compared, training)},
+        gains={FEDERATED: _gains(specs, compared, training, everywhere=tuple(host.study.sites))},
         left_out={
             site: LeftOut(**{key: at_site(specs, _means(results)) for key, results in entry.items()})
             for site, entry in left_out.items()
@@ -208,6 +216,17 @@ def tables(host: Context, measurements: Sequence[SiteMeasurement]) -> Measured:
         },
         parts=parts_of(host.task, metrics),
     )
+    return _gated(host, found_in_all)
+
+
+def _gated(host: Context, measured: Measured) -> Measured:
+    """The same with what the gate says, in a study that continues a release."""
+    update = host.study.update
+    if update is None:
+        return measured
+    margins = margins_of(update.margins, measured.metric_specs)
+    # A site that the run went on without cannot say that it does not lose.
+    return measured.model_copy(update={"gate": gate_of(measured, tuple(host.study.sites), margins)})
 
 
 def _compared(host: Context, name: str) -> Compared:
@@ -231,22 +250,28 @@ def _row(specs: Sequence[MetricSpec], training: Sequence[str], sites: Mapping[st
 
 
 def _gains(
-    specs: Sequence[MetricSpec], rows: Mapping[str, Mapping[str, Results | None]], training: Sequence[str]
+    specs: Sequence[MetricSpec],
+    rows: Mapping[str, Mapping[str, Results | None]],
+    training: Sequence[str],
+    everywhere: Sequence[str],
 ) -> dict[str, Table]:
-    """The federation against every other row, paired by patient: positive where the federation is better."""
+    """The federation against every other row, paired by patient: positive where the federation is better.
+
+    Of training sites; against the release that the study continues, which no site may lose, of all sites.
+    """
     ours = rows.get(FEDERATED, {})
     gains: dict[str, Table] = {}
     for row, theirs in rows.items():
         if row == FEDERATED:
             continue
         sites: dict[str, Means] = {}
-        for site in training:
+        for site in everywhere if row == CONTINUED else training:
             mine, other = ours.get(site), theirs.get(site)
             if mine is not None and other is not None:
                 sites[site] = {s.name: _gain(s, mine[s.name], other[s.name]) for s in specs}
         table: Table = {site: at_site(specs, means) for site, means in sites.items()}
-        if len(sites) == len(training):
-            table[MEAN] = over_sites(specs, list(sites.values()))
+        if sites.keys() >= set(training):
+            table[MEAN] = over_sites(specs, [sites[site] for site in training])
         gains[row] = table
     return gains
 

@@ -11,6 +11,8 @@ from wardround.federation.measuring import REFERENCE
 from wardround.learning.training import patients_in
 from wardround.plan.arm_specs import ArmSpec
 from wardround.plan.sums import LOSS
+from wardround.results.gate import margins_of
+from wardround.results.metrics import MetricInfo
 from wardround.results.units import human_bytes, protocol
 from wardround.runs.columns import WIDTH, entry, table, wrapped
 from wardround.runs.explain_given import given_traffic, measuring_lines
@@ -26,7 +28,7 @@ from wardround.site.quarantine import summary
 from wardround.study.base import at
 from wardround.study.load import load_study
 from wardround.study.protection import Rotation, Subspace, TopK
-from wardround.study.schema import Study
+from wardround.study.schema import Local, Study
 from wardround.study.sites import SiteData, SitesFile, load_sites
 from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.estimates import LEAST_PATIENTS
@@ -96,6 +98,7 @@ def study_lines(host: Machine, arm_spec: ArmSpec) -> str:
         entry("method", f"{study.method.describe()}: {roles}"),
         entry("start", study.start.describe()),
         *([entry("adapters", said)] if (said := study.adapters.describe()) else []),
+        *([entry("forgets", study.forget.describe())] if study.forget is not None else []),
     ]
     if study.description:
         entries.insert(0, entry("about", study.description))
@@ -158,7 +161,8 @@ def _results_leave(host: Machine, site: str, patients: int) -> bool:
 def _role(study: Study, site: str) -> str:
     if study.sites[site].scans:
         return "unseen: others' test patients"
-    return roles_of(study)[study.sites[site].role]
+    lacks = study.sites[site].missing
+    return roles_of(study)[study.sites[site].role] + (f", has no {', no '.join(lacks)}" if lacks else "")
 
 
 def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
@@ -174,11 +178,42 @@ def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
             released += f", over the patients of {', '.join(study.evaluating_sites)} too"
     return "\n".join(
         (
-            entry("a round", f"{local.steps} steps of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
+            entry("a round", f"{_length(local)} of {examples} at every site; {local.optimizer}, lr {local.lr:g}"),
+            *_passes(arm_spec),
             entry("rounds", f"{schedule.rounds}; released is {released}"),
+            *(entry("asynchronous" if not i else "", line) for i, line in enumerate(late_lines(study))),
             *(entry("phase", stint.describe()) for stint in arm_spec.curriculum.stints),
             entry("an update", _update(study)),
         )
+    )
+
+
+def _length(local: Local) -> str:
+    """How long a round is."""
+    if local.passes is None:
+        return f"{local.steps} steps"
+    return f"{local.passes:g} pass{'' if local.passes == 1 else 'es'} over a site's own examples, in steps"
+
+
+def _passes(arm_spec: ArmSpec) -> Iterator[str]:
+    """The passes of a round, where there are several."""
+    passes, local = arm_spec.method.passes(), arm_spec.arm.local
+    steps = local.steps if local.passes is None else None
+    for number, one in enumerate(passes if len(passes) > 1 else (), start=1):
+        yield entry(f"pass {number}", one.describe(steps))
+
+
+def late_lines(study: Study) -> tuple[str, ...]:
+    """What rounds wait for, and what an update counts that comes late; nothing where they wait for all sites."""
+    rules = study.schedule.asynchronous
+    if rules is None:
+        return ()
+    count = len(study.training_sites)
+    return (
+        f"a round is committed with the first {rules.buffer} updates of {count} sites",
+        f"one whose state is t rounds older counts (1 + t)^-{rules.exponent:g} of a fresh one (public), at most "
+        f"{rules.max_staleness}",
+        f"each site believes in up to {rules.max_staleness} rounds without it when it looks at a model",
     )
 
 
@@ -190,7 +225,8 @@ def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
     nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
     sent = arm_spec.codec.sent(arm_spec.layout)
     down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
-    total = study.schedule.rounds * len(study.training_sites) * (down + up)
+    late = study.schedule.asynchronous
+    total = study.schedule.rounds * (len(study.training_sites) if late is None else late.buffer) * (down + up)
     return "\n".join(
         (
             entry("traffic", f"a round, a site: {human_bytes(down)} down, {human_bytes(up)} up"),
@@ -227,18 +263,34 @@ def arms_lines(host: Machine) -> str:
     rounds = host.study.schedule.rounds
     rows = []
     for name, arm in host.arms.items():
-        steps = arm.local.steps * rounds
+        steps = host.arm_spec(name).steps * rounds
+        passes = arm.local.passes and arm.local.passes * rounds
         data = ", ".join(arm.members) if len(arm.sites) == len(arm.members) else f"all of {', '.join(arm.members)}"
-        rows.append((name, f"{steps:,}", f"{steps * arm.local.batch * len(arm.sites):,}", data))
+        counted = f"{steps:,}", f"{steps * arm.local.batch * len(arm.sites):,}"
+        rows.append((name, *(counted if passes is None else (f"of {passes:g} passes",) * 2), data))
     notes = []
     baselines = host.study.baselines
     if baselines:
         notes.append(f"Compared with, nothing learned: {', '.join(baselines)}.")
+    notes += list(continued_lines(host))
     if len(rows) == 1:
         notes.append("Add --compare local,pooled to learn whether training together is worth it.")
     return "\n".join(
         [table(("arm", "steps a site", "examples in all", "data"), rows), *(f"  {note}" for note in notes)]
     )
+
+
+def continued_lines(host: Machine) -> Iterator[str]:
+    """What a study does that continues a release: with what it compares, and when the new model takes its place."""
+    update, release = host.study.update, host.study.continues
+    if update is None or release is None:
+        return
+    yield f"Continues the release {release}: every site measures it beside the new model, on the same test patients."
+    metrics = [MetricInfo(**spec.to_json()) for spec in host.task.metrics]
+    margins = margins_of(update.margins, metrics)
+    units = {metric.name: f" {metric.unit}" if metric.unit else "" for metric in metrics}
+    each = ", ".join(f"{name} {margin:g}{units[name]}" for name, margin in margins.items())
+    yield f"The new model takes its place only where no site loses more than the margin: {each}."
 
 
 def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:

@@ -54,7 +54,7 @@ def ask_groups(host: Context, engine: Engine) -> tuple[dict[str, Given], dict[st
 
 def _known(host: Context, site: str, said: SiteGroups) -> SiteGroups:
     """The same; raises `WireError` for a row or metric that the study does not have."""
-    rows = {*host.study.baselines, *(name for name in host.arms if "/" not in name), f"local/{site}"}
+    rows = {*host.study.compared_rows, *(name for name in host.arms if "/" not in name), f"local/{site}"}
     metrics = {spec.name for spec in host.task.metrics}
     for column in said.columns:
         for group in column.groups:
@@ -66,7 +66,7 @@ def _known(host: Context, site: str, said: SiteGroups) -> SiteGroups:
 def group_tables(host: Context, given: Mapping[str, Given]) -> tuple[GroupTables, ...]:
     """Tables by column and group, `other` last; of an arm, a row for each site, and the mean where all that train gave
     the group."""
-    order = [*(name for name in (*host.study.baselines, *host.arms) if "/" not in name), "local"]
+    order = [*(name for name in (*host.study.compared_rows, *host.arms) if "/" not in name), "local"]
     found = []
     for column in dict.fromkeys(column for columns in given.values() for column in columns):
         of_column = {site: columns[column] for site, columns in given.items() if column in columns}

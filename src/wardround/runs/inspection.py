@@ -16,7 +16,10 @@ from wardround.results.files import RESULT_FILE, read_result, read_rounds
 from wardround.runs.columns import entry, table
 from wardround.runs.folder import plan_of_run
 from wardround.runs.protocols import lines, read_protocols
+from wardround.runs.remarks import remarks_on_missing
 from wardround.study.load import UNREAD, load_study, study_sha256
+from wardround.study.rules import optional_contrasts
+from wardround.study.schema import Study
 from wardround.wire.canonical import digest
 
 
@@ -34,9 +37,18 @@ def inspect_model(path: Path) -> str:
         f"{subject}, {kind}: {sum(tensor.size for tensor in tensors.values()):,} values; {study.method.kind}",
         f"started from {study.start.describe()}",
         *([] if (teacher := study.task.taught_by) is None else [f"taught by {teacher.describe()}"]),
+        *remarks_on_missing(study),
+        *_does_without(study),
         *_frozen(metadata),
     )
     return "\n  ".join((*heading, *lines(read_protocols(metadata, study))))
+
+
+def _does_without(study: Study) -> tuple[str, ...]:
+    """Which contrasts a patient may lack in `wardround predict`; nothing where none."""
+    images = study.task.may_lack
+    spare = [images[number] for number in sorted(optional_contrasts(study))]
+    return (f"predicts for patients without {' or '.join(spare)}, too; one contrast must be there",) if spare else ()
 
 
 def _frozen(metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from wardround.site.datasets import Datasets
 from wardround.site.egress import EgressRules
 from wardround.site.groups import labels_of
 from wardround.site.memory import GIGABYTE, check_memory, footprint_of, processes_that_fit
+from wardround.site.renewed import check_some
 from wardround.site.shelf import Shelf, check_disk
 from wardround.study.hashes import written
 from wardround.study.places import NO_PLACES, Places
@@ -109,14 +110,17 @@ class Machine(Context):
         study or the data; whatever else goes wrong at a site is left to the round.
         """
         for name in self.arms:
-            self.arm_spec(name)
+            self.pull(self.arm_spec(name))
         self.check_teacher()
         sites = self.remaining(self.study.sites)
         for number, site in enumerate(sites):
             phase(READING, number, len(sites))
             try:
                 _ = self.agent(site).compute
+                self.agent(site).check_continued()
                 dataset, budgets = self.dataset(site), self.agent(site).budgets
+                if site in self.study.training_sites:
+                    check_some(site, len(dataset), self.study.update)
                 entry = self.sites.sites.get(site)
                 if entry is not None and entry.groups is not None and isinstance(dataset, Named):
                     labels_of(entry.groups, dataset.names("test"), site)
@@ -194,7 +198,7 @@ class Machine(Context):
         for site in (POOLED, *self.remaining(self.study.sites)):
             known = self.agent(site).earlier_fingerprints()
             found = self.datasets.fingerprint(site) if known and site != POOLED else None
-            if found is not None and known != {found}:
+            if found is not None and any(one != found and not self.agent(site).follows(one, found) for one in known):
                 changed.append(site)
         if changed:
             raise data_changed(changed)

@@ -25,11 +25,21 @@ def notes_of(lines: Sequence[RoundLine]) -> list[str]:
 def left_out(lines: Sequence[RoundLine], training: Mapping[str, int | None]) -> list[str]:
     """Of each site that rounds of an arm went without: of how many, and what share of the training patients it holds.
 
+    And of asynchronous rounds, whose updates came late.
+
     `lines` are those of one arm; `training` has the numbers of patients of all its sites, where they gave them.
     """
     notes = []
     for site in sorted(training):
-        numbers = [line.round for line in lines if site not in line.participants]
+        late = [line.staleness[site] for line in lines if line.staleness.get(site)]
+        if late:
+            notes.append(
+                f"{lines[0].arm}: {len(late)} update{'s' if len(late) > 1 else ''} of {site} came late, by {max(late)} "
+                f"round{'s' if max(late) > 1 else ''} at most, and counted less for it; it is in "
+                f"{sum(site in line.participants for line in lines)} of {len(lines)} rounds"
+            )
+        # A site that is at work on an older round is not left out: rounds do not wait for it.
+        numbers = [line.round for line in lines if site not in line.participants and site not in line.at_work]
         if numbers:
             notes.append(
                 f"{lines[0].arm}: {site} was left out of {len(numbers)} of {len(lines)} rounds ({in_rounds(numbers)}); "

@@ -123,10 +123,16 @@ def _all(host: Machine, bill: Expected, speeds: Mapping[str, float]) -> str:
     """What every site, and the coordinator's own line, carries in the whole run."""
     rounds, every = host.study.schedule.rounds, host.study.schedule.validate_every
     rows, total = [], 0
+    late, training = host.study.schedule.asynchronous, len(host.study.training_sites)
     for name, site in host.study.sites.items():
         count = bill.in_all(site.role, rounds, every)
         total += count
         rows.append((name, human_bytes(count), *(_seconds(count, bits) for bits in speeds.values())))
+    if late is not None:
+        # A site may be in every round, and all together are in as many as rounds have updates; those that are left out
+        # come on top.
+        of_round = bill.of_round("train")
+        total -= rounds * (training - late.buffer) * (of_round.down.total + of_round.up.total)
     rows.append(("coordinator", human_bytes(total), *(_seconds(total, bits) for bits in speeds.values())))
     arms = f" {len(host.arms)} arms: each other's rounds are as those of the federation." if len(host.arms) > 1 else ""
     tests = "the tests of every arm's model"
@@ -136,6 +142,11 @@ def _all(host: Machine, bill: Expected, speeds: Mapping[str, float]) -> str:
         f"({human_bytes(bill.tests.down.total)} to each site). A line with one site's bandwidth carries all messages "
         f"of the coordinator one after another.{arms}"
     )
+    if late is not None:
+        note += (
+            f" Rounds are asynchronous: each has {late.buffer} updates of {training} sites. A site's row is of one "
+            "that is in every round; a slow one carries less. Updates that come too late are on top."
+        )
     return "\n".join([table(("party", "in all", *(f"at {text}" for text in speeds)), rows), wrapped(note, "  ")])
 
 
@@ -153,14 +164,14 @@ def _memory_by_study(host: Machine) -> Footprint:
     arm_spec, task = host.arm_spec(FEDERATED), host.task
     local, shared = arm_spec.arm.local, arm_spec.policy.names("shared")
     if not isinstance(task, Predicts) or isinstance(task, PredictsScans):
-        return footprint(host.model_context, shared, local, None)
+        return footprint(host.model_context, shared, local, None, own=arm_spec.own, holds=arm_spec.method.holds)
     shape = (local.pieces[0], *task.input_shape())
 
     def step(model: nn.Module, device: torch.device) -> Tensor:
         found: Tensor = model(torch.zeros(shape, device=device))
         return found.float().square().mean()
 
-    return footprint(host.model_context, shared, local, step)
+    return footprint(host.model_context, shared, local, step, own=arm_spec.own, holds=arm_spec.method.holds)
 
 
 def _memories(memory: Mapping[str, Footprint], local: Local) -> str:
@@ -223,10 +234,14 @@ def _disk(host: Machine, bill: Expected, start: Start) -> str:
     trained = sum(p.info.nbytes for p in host.model_context.parameters if p.trainable)
     slots = 2 if study.local.optimizer != "sgd" else int(study.local.momentum > 0)
     kept = slots * trained if study.local.optimizer_state == "keep" else 0
-    private = sum(sizes[name] for name in spec.policy.names("local"))
+    kept += spec.method.stores * public
+    private = sum(sizes[name] for name in (*spec.policy.names("local"), *spec.own))
     arms = [arm for arm in host.arms.values() if not arm.inside(study)]
     # The states of the last rounds and the best one, the released model and what sites are sent of it.
-    coordinator = frozen + len(arms) * ((study.schedule.keep + 1) * public + 2 * whole)
+    late = study.schedule.asynchronous
+    # Late updates may come to as many of the last ones, and sites be at work on older ones still.
+    states = study.schedule.keep if late is None else max(study.schedule.keep, late.max_staleness + 1)
+    coordinator = frozen + len(arms) * ((states + 1) * public + 2 * whole)
     site = frozen + whole + bill.training.up.total + private + kept
     base = "" if isinstance(start, Fresh) else " Its copy of what the study starts from comes on top."
     return "\n".join(

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from wardround.imaging.readers.labelled import LabelledImage
+from wardround.tasks.contrasts import first_shown
 from wardround.tasks.overlays import fullest, levels, square_pixels, upright
 from wardround.wire.files import written
 
@@ -52,11 +53,12 @@ def _slice(
     if marked.ndim == 3:
         channels = image.channels
         colour = len(channels) == 3 and channels.dtype == np.uint8
-        shown = np.moveaxis(channels, 0, -1) if colour else levels(channels[0].astype(np.float32))
+        grey = channels[first_shown(image.absent)].astype(np.float32)
+        shown = np.moveaxis(channels, 0, -1) if colour and not image.absent else levels(grey)
         return np.ascontiguousarray(shown), marked, _size(marked.shape[1:], (1.0, 1.0))
     number, spacing = fullest(marked), image.space.spacing or (1.0, 1.0, 1.0)
     masks = np.ascontiguousarray(upright(marked[..., number]))
-    shown = levels(upright(image.channels[0][..., number]).astype(np.float32))
+    shown = levels(upright(image.channels[first_shown(image.absent)][..., number]).astype(np.float32))
     return np.ascontiguousarray(shown), masks, _size(masks.shape[1:], (spacing[1], spacing[0]))
 
 

@@ -11,7 +11,7 @@ from wardround.federation.release import own_folder
 from wardround.runs.apply import Reconstruction, Reconstructor, trained_coils
 from wardround.runs.predict_images import Diagnosis, Failure, ImagePredictor, Outline
 from wardround.runs.reconstruct import Fallback, PathLike, paths_of, reconstruct_all
-from wardround.runs.releases import ReleasedModel
+from wardround.runs.releases import ReleasedModel, ReleaseUsed
 from wardround.tasks.build import build_task
 from wardround.tasks.task import Calibrated, Predicts, PredictsScans
 from wardround.tasks.temperature import kept_calibration
@@ -23,11 +23,13 @@ Predicted = Reconstruction | Outline | Diagnosis
 class Predictions:
     """What became of all inputs: `done` in their order, `failed` those that cannot be used, `table` the CSV if any.
 
-    `temperature` is the site's own, over which its probabilities are; None without one.
+    `release` is the model that was used. `temperature` is the site's own, over which its probabilities are; None
+    without one.
     """
 
     done: tuple[Predicted, ...]
     failed: tuple[Failure, ...]
+    release: ReleaseUsed
     table: Path | None = None
     temperature: float | None = None
 
@@ -62,7 +64,8 @@ def predict(
     writes into the folder `out`. A segmentation writes for each image the structures as numbers 1, 2, ... in the order
     of the study, the later one where they overlap (NIfTI on the input's grid and place; PNG for a picture; for DICOM a
     SEG, in which they stay apart), a picture in `overlays`, and `volumes.csv`. A classification writes
-    `probabilities.csv`, a row an image, and `patients.csv` where a patient has several. A chain takes
+    `probabilities.csv`, a row an image, and `patients.csv` where a patient has several. Both write `model.json`: which
+    release it was. A chain takes
     k-space (`.npy`), or images, which the simulated scanner of the study or of `site` scans first, and writes what a
     segmentation does and the image that it reconstructed; one that ends in a class writes what a classification does.
     `site` serves the model as one of its training sites has it; `plugins` and `weights` are as for
@@ -87,7 +90,8 @@ def predict(
             weights=place,
         )
         images, failed = reconstruct_all(reconstructor, inputs, out, told)
-        return Predictions(tuple(images), tuple(Failure(source, "", str(e), e.detail) for source, e in failed))
+        failures = tuple(Failure(source, "", str(e), e.detail) for source, e in failed)
+        return Predictions(tuple(images), failures, released.used)
     for option, value in (("embedding", embedding), ("dose", dose), ("fallback", fallback)):
         if value is not None:
             raise StudyError(f"--{option}: this model does not reconstruct ({released.study.task.kind}); leave it out")
@@ -102,10 +106,10 @@ def predict(
     coils: tuple[int, ...] = ()
     if isinstance(task, PredictsScans):
         task, coils = task.scanned_by(site), trained_coils(released.study, site)
-    predictor = ImagePredictor(task, network, released.study.name, Path(out), told, coils)
+    predictor = ImagePredictor(task, network, released.used, Path(out), told, coils)
     table = predictor(paths_of(inputs))
     if not predictor.done and len(predictor.failed) == 1:
         alone = predictor.failed[0]
         raise DataError(alone.reason, detail=": ".join(part for part in (alone.patient, alone.detail) if part))
     temperature = None if calibration is None else calibration.temperature
-    return Predictions(tuple(predictor.done), tuple(predictor.failed), table, temperature)
+    return Predictions(tuple(predictor.done), tuple(predictor.failed), released.used, table, temperature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,12 +27,16 @@ from wardround.imaging.readers.volume import Volume, space_of, write_nifti
 from wardround.imaging.writers.dicom_seg import highdicom, write_seg
 from wardround.runs.inputs import Input, Inputs, Opened, find_inputs
 from wardround.runs.overlays import write_overlay
+from wardround.runs.releases import ReleaseUsed
 from wardround.study.base import at
+from wardround.tasks.contrasts import lacking
 from wardround.tasks.predictions import Masks, Prediction, Probabilities
 from wardround.tasks.task import Predicts, PredictsScans
 from wardround.wire.files import reason, write_text, written
 
 VOLUMES, PROBABILITIES, PATIENTS, OVERLAYS = "volumes.csv", "probabilities.csv", "patients.csv", "overlays"
+# Which release was used.
+MODEL = "model.json"
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class ImagePredictor:
 
     task: Predicts
     network: nn.Module
-    study: str
+    release: ReleaseUsed
     out: Path
     tell: Callable[[Outline | Diagnosis], None] = lambda _: None
     coils: tuple[int, ...] = ()
@@ -146,7 +151,18 @@ class ImagePredictor:
             self.done += results
             for result in results:
                 self.tell(result)
-        return self._table()
+        table = self._table()
+        if table is not None:
+            self._say_release()
+        return table
+
+    def _say_release(self) -> None:
+        """Write beside the table which release it came of."""
+        path = self.out / MODEL
+        try:
+            write_text(path, json.dumps(self.release.to_json(), indent=2) + "\n")
+        except OSError as error:
+            raise DataError(f"the output cannot be written ({reason(error)})", detail=str(path)) from error
 
     def _inputs(self, source: Path, patterns: Patterns) -> Inputs:
         if isinstance(self.task, PredictsScans) and _raw(source):
@@ -200,7 +216,9 @@ class ImagePredictor:
             return [self._outline(source, image, opened, masks) for image, opened, masks in outlines]
         named = {image.id: said for image, _, said in found if isinstance(said, Probabilities)}
         simulated = isinstance(self.task, PredictsScans) and any(opened.scans is None for _, opened, _ in found)
-        return [_diagnosis(source, patient, named, (f"{self._scanned}.",) if simulated else ())]
+        minds = (f"{self._scanned}.",) if simulated else ()
+        without = dict.fromkeys(mind for _, opened, _ in found for mind in self._lacking(opened))
+        return [_diagnosis(source, patient, named, (*minds, *without))]
 
     def _outline(self, source: Path, image: Input, opened: Opened, masks: Masks) -> Outline:
         name, overlay = _safe(image.name), self.out / OVERLAYS / f"{_safe(image.name)}.png"
@@ -210,15 +228,27 @@ class ImagePredictor:
                 output = self.out / f"{name}.dcm"
                 minds = (f"Mind: slices may be missing: {opened.series.gaps}.",) if opened.series.gaps else ()
                 frames = opened.image.space.restored(masks.marked)
-                write_seg(opened.series.headers, frames, masks.names, output, f"Study {self.study}")
+                write_seg(
+                    opened.series.headers,
+                    frames,
+                    masks.names,
+                    output,
+                    f"{self.release.short}, study {self.release.study}",
+                )
             else:
                 output = _write_labels(masks, opened.image, image.source, self.out / name)
             if masks.images is not None:
                 minds = (*minds, self._reconstructed(opened, image, name))
+            minds = (*minds, *self._lacking(opened))
             write_overlay(opened.image, masks.marked, masks.names, overlay)
         except OSError as error:
             raise DataError(f"the output cannot be written ({reason(error)})", detail=str(self.out)) from error
         return Outline(source, image.patient, image.id, output, overlay, _measured(masks, opened.image), minds)
+
+    def _lacking(self, opened: Opened) -> tuple[str, ...]:
+        """What is said of an image that lacks contrasts; nothing of a whole one."""
+        lacks = lacking(opened.image, self.task.patterns().images)
+        return (f"Mind: the image has no {', no '.join(lacks)}; the model did without.",) if lacks else ()
 
     def _reconstructed(self, opened: Opened, image: Input, name: str) -> str:
         """Write what a chain reconstructed, a file a channel; returns what is said of it."""

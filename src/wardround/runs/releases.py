@@ -12,17 +12,57 @@ import torch
 from torch import nn
 
 from wardround.errors import DataError, StudyError
-from wardround.federation.release import load_model, personal_part, serve, study_of
+from wardround.federation.release import load_model, own_folder, personal_part, serve, study_of
 from wardround.learning.frozen import freeze
 from wardround.models.adapters import attach
 from wardround.models.build import build_model
-from wardround.plan.weights import frozen_part
+from wardround.plan.weights import frozen_part, model_sha256
 from wardround.runs.protocols import read_protocols
+from wardround.storage.hash_log import LOG
+from wardround.storage.verify import read_log
 from wardround.study.plugins import Plugins
 from wardround.study.protocols import ModelProtocols
 from wardround.study.registry import Reading
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
+from wardround.wire.tensors import tensors_sha256
+
+# A chain of releases has its models in a folder of this name, beside its log.
+_MODELS, _SHORT = "models", 12
+
+
+@dataclass(frozen=True)
+class ReleaseUsed:
+    """Which release a result came of: its `model_sha256`, its study, and its number where it lies in a chain."""
+
+    sha256: str
+    study: str
+    number: int | None = None
+
+    @property
+    def short(self) -> str:
+        """The name by which people call it."""
+        return self.sha256[:_SHORT]
+
+    @property
+    def said(self) -> str:
+        """For people, and for what a file says of itself."""
+        place = "" if self.number is None else f" (number {self.number} of its chain)"
+        return f"release {self.short}{place} of study {self.study}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {"model_sha256": self.sha256, "release": self.short, "study": self.study, "number": self.number}
+
+
+def number_in_chain(path: Path, sha256: str) -> int | None:
+    """The number of a release in the chain that its file lies in; `None` where it lies in none."""
+    log = path.absolute().parent.parent / LOG
+    if path.absolute().parent.name != _MODELS or not log.is_file():
+        return None
+    entries = (entry.payload for entry in read_log(log, LOG).entries)
+    found = next((told.get("number") for told in entries if told.get("release") == sha256), None)
+    return found if isinstance(found, int) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +93,13 @@ class ReleasedModel:
         return cls(path, tensors, metadata, study, allowed, reading)
 
     @property
+    def used(self) -> ReleaseUsed:
+        """What its results say of it."""
+        known = "shared" in self.metadata
+        sha256 = model_sha256(self.tensors, self.metadata) if known else tensors_sha256(self.tensors)
+        return ReleaseUsed(sha256, self.study.name, number_in_chain(self.path, sha256))
+
+    @property
     def trained_on(self) -> ModelProtocols:
         """The scanners that it was trained on."""
         return read_protocols(self.metadata, self.study, self.reading)
@@ -64,8 +111,15 @@ class ReleasedModel:
         for a site that the study does not have, and `DataError` for values that do not fit.
         """
         made = self.loaded(build, site, weights)
-        serve(made, self.study, self.metadata, site)
+        if not self._has_part(site):
+            serve(made, self.study, self.metadata, site)
         return made.eval()
+
+    def _has_part(self, site: str | None) -> bool:
+        """Whether a site that did not train completes the model with its part of the release that it came of."""
+        if site is None or self.study.update is None:
+            return False
+        return (own_folder(self.path, site) / "local.safetensors").exists()
 
     def loaded(self, build: Callable[[], nn.Module], site: str | None, weights: Path | None) -> nn.Module:
         """The same with its adapters and its values alone; the part of a site that trained it is that site's own."""

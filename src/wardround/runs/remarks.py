@@ -36,8 +36,22 @@ def remarks_on_given(study: Study, places: Places) -> Iterator[str]:
         )
 
 
+def remarks_on_missing(study: Study) -> Iterator[str]:
+    """Which site lacks which contrasts: for `check` and the report."""
+    lacking = {name: site.missing for name, site in study.sites.items() if site.missing}
+    for name, missing in lacking.items():
+        has = [contrast for contrast in study.task.may_lack if contrast not in missing]
+        yield f"{name} has no {' and no '.join(missing)}: there the network sees {', '.join(has)} alone"
+
+
 def remarks_on(study: Study, sites: SitesFile) -> Iterator[str]:
     """Sentences for `check` and the start of a run; they name sites, never folders."""
+    yield from remarks_on_missing(study)
+    if any(site.missing for site in study.sites.values()) and not getattr(study.task, "drop_contrasts", 0.0):
+        yield (
+            "sites that have all contrasts never train without one (task.drop_contrasts is 0), so what they learn may "
+            "not serve the sites that lack one; set it, to 0.3 say"
+        )
     if len(study.training_sites) == 1:
         yield (
             f"{study.training_sites[0]} is the only site that trains: this is a federation of one, and its model is "

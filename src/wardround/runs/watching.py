@@ -108,6 +108,7 @@ class Lines:
             parts = [] if report.loss is None else [f"loss {report.loss:.4g}"]
             parts += [self._validated[report.arm]] if report.arm in self._validated else []
             parts += [f"without {', '.join(report.missing)}"] if report.missing else []
+            parts += [f"at work: {', '.join(report.at_work)}"] if report.at_work else []
             parts += [left] if (left := self._left(report)) else []
         said = f"{report.arm}, round {report.round} of {self._rounds}"
         self._say(f"{said}: {', '.join(parts)}" if parts else said)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from wardround.deidentify import describe_error
-from wardround.errors import DataError, JournalError, Rejected, StudyError, WardroundError, WireError
+from wardround.errors import DataError, JournalError, StudyError, WardroundError, WireError
 from wardround.federation.exchange import DONE, Party
 from wardround.federation.facts import DELIVER, FACTS, PLAN, SPENT, SiteFacts, SiteSpending, meta_of
 from wardround.federation.grouped import GROUPS, SiteGroups
 from wardround.federation.plans import plan_of
 from wardround.federation.refusals import refusal
 from wardround.federation.release import (
-    CARD,
-    model_of_study,
-    model_path,
-    save_frozen_part,
+    save_model,
     save_release,
     scanners_of_arm,
 )
 from wardround.federation.statistics import STATISTICS, SiteStatistics
+from wardround.imaging.datasets.split import SPLIT_NAMES
 from wardround.learning.device import CPU, Compute, Placed, compute_of
 from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
 from wardround.learning.private_training import PrivateTraining
@@ -35,39 +32,47 @@ from wardround.plan.arm_specs import ArmSpec, ArmSpecs
 from wardround.plan.arms import FEDERATED, POOLED, Arm
 from wardround.plan.versions import fingerprint
 from wardround.protection.identity import Identity
+from wardround.protection.privacy import PrivacyBudget
 from wardround.protection.rounding import kept_root
 from wardround.protection.secret import SecretRoot
 from wardround.site.alone import OnlyTests, OwnArm, TrainsAlone
 from wardround.site.budgets import PrivacyBudgets, spending_of
 from wardround.site.datasets import Datasets, history_of
+from wardround.site.delivery import Deliveries
 from wardround.site.egress import OPEN, EgressRules
-from wardround.site.evaluators import evaluators_of, own_model
+from wardround.site.evaluators import Continued, PrivatePart, evaluators_of, own_model
+from wardround.site.finetuned import OF, FineTuned
 from wardround.site.groups import OwnGroups
 from wardround.site.measured import MeasuredSets
+from wardround.site.own_parts import carried_part
 from wardround.site.patients import PatientRows
 from wardround.site.protocol import SiteProtocol
-from wardround.site.quarantine import counted, keep_list
+from wardround.site.quarantine import LIST, counted, keep_list
+from wardround.site.renewed import check_some
 from wardround.site.rules import rules_of
 from wardround.site.secure import SecureUpload
-from wardround.site.shelf import Shelf, check_disk, shelf_of
+from wardround.site.shelf import Shelf, check_disk, clear_shelves, shelf_folder, shelf_of
 from wardround.site.site import Site
 from wardround.site.statistics import OwnStatistics
 from wardround.site.validating import Validates
-from wardround.storage.blobs import disk_error
+from wardround.site.withdrawal import Said, SameData
+from wardround.site.withdrawn import Begun
 from wardround.storage.cipher import StoreCipher
 from wardround.storage.hash_log import LOG, HashLog, begun_by
 from wardround.storage.store import SiteStore
 from wardround.study.protocols import HeaderFacts
 from wardround.study.sites import SitesFile
 from wardround.tasks.looks import subject_of
-from wardround.tasks.task import Dataset, Headed
+from wardround.tasks.task import Dataset, Headed, Named
 from wardround.wire.canonical import digest
-from wardround.wire.files import written
-from wardround.wire.message import MAX_HEADER, FileBody, Header, Message, body_sha256
+from wardround.wire.message import Header, Message
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, str, int, int, int], None]
 _SENT = "sent"
+# What the site first said of its data, to be said again after withdrawals.
+_SAID = "facts/said"
+PICTURES = "pictures.npz"
 # As much of a kind that nothing knows is kept in a log.
 _SHOWN = 40
 
@@ -101,8 +106,10 @@ class Agent:
         self._datasets = datasets
         self._progress = progress
         self._rounding_root = rounding_root
+        self._same_data = SameData(name, datasets, self._first_of)
         self.budgets = PrivacyBudgets(arm_specs.study, sites, folder, arm_specs.arms, lambda: arm_specs.lattice)
         self._arms: dict[str, Site] = {}
+        self._shelf: tuple[int, Shelf | None] | None = None
         hashes = arm_specs.study_sha256, arm_specs.plan_sha256
         self._by_identity = {arm.identity(*hashes): arm for arm in arm_specs.arms.values()}
 
@@ -168,7 +175,7 @@ class Agent:
         if header.kind == STATISTICS:
             return request.reply(STATISTICS, meta=meta_of(self.statistics()))
         if header.kind == DELIVER:
-            self._take(request)
+            self._deliveries.take(request)
             return request.reply(DONE)
         raise WireError(f"site {self.name} does not know messages of kind {header.kind[:_SHOWN]!r}")
 
@@ -184,14 +191,24 @@ class Agent:
         try:
             dataset = self._datasets.of(self.name)
             self._datasets.settle(self.name)
+            self._deliveries.note_patients(dataset)
             own = dataset.fingerprint()
-            found = SecretRoot.of(self._store).key("fingerprint", self._arm_specs.study_sha256, own).hex()
+            first = self._store.write_once("facts", 0, own)
+            less = first != own and self.follows(first, own)
+            # Of data that only patients who withdrew left, the site says what it said of them before, so that nothing
+            # is known of those.
+            now = first if less else own
+            found = SecretRoot.of(self._store).key("fingerprint", self._arm_specs.study_sha256, now).hex()
             # Of other data than the first answer was of, only that they are others: two answers, before and after one
             # patient, would be that patient's.
-            same = self._store.write_once("facts", 0, own) == own
-            if same:
+            if first == own:
                 patients, set_aside = counted(dataset, egress)
                 headers = self.header_facts()
+                if self._store.fact(_SAID) is None:
+                    self._store.set_fact(_SAID, Said(patients, set_aside, headers).to_json())
+            elif less and (fact := self._store.fact(_SAID)) is not None:
+                before = Said.from_json(fact)
+                patients, set_aside, headers = before.patients, before.set_aside, before.headers
         except Exception as error:
             # The run may survive it; whoever asks sees that nothing came.
             log.warning("the data of site %s cannot be counted: %s", self.name, describe_error(error))
@@ -209,7 +226,7 @@ class Agent:
         """What the ledger says; raises `StudyError` where the study or the site spends nothing."""
         if self.budgets.rules is None or self.name not in self._arm_specs.study.training_sites:
             raise StudyError(f"site {self.name} spends no privacy in this study")
-        return spending_of(self.budgets.of(self.name, self._datasets.of(self.name)), self._arm_specs.study_sha256)
+        return spending_of(self._budget(self._datasets.of(self.name)), self._arm_specs.study_sha256)
 
     def groups(self) -> SiteGroups:
         """Its results by the columns that its own file declares, of the rows that it has measured in this run.
@@ -220,8 +237,7 @@ class Agent:
         if entry is None or entry.groups is None:
             return SiteGroups()
         dataset = self._unchanged()
-        arms = [name for name in self._arm_specs.arms if "/" not in name or name == f"local/{self.name}"]
-        rows = {row: values for row in (*study.baselines, *arms) if (values := self._rows.of(row)) is not None}
+        rows = {row: values for row in self._row_names if (values := self._rows.of(row)) is not None}
         root = self._rounding_root or kept_root(self._store)
         specs, private = self._arm_specs.task.metrics, study.protection.privacy is not None
         groups = OwnGroups(self.name, specs, self._egress, MeasuredSets(self._history), root, private)
@@ -247,55 +263,83 @@ class Agent:
         return found
 
     def _unchanged(self) -> Dataset:
-        """Its data; raises `DataError` where they are others than the run began with."""
+        """Its data; raises `DataError` where they became others than the run began with, other than by withdrawals."""
         dataset = self._datasets.of(self.name)
         own = dataset.fingerprint()
-        if self._store.write_once("facts", 0, own) != own:
+        first = self._store.write_once("facts", 0, own)
+        if first != own and not self.follows(first, own):
             raise DataError(f"the data of site {self.name} changed since the run began; restore them")
         return dataset
 
-    def _take(self, request: Message) -> None:
-        """Keep a released model and its card.
+    def follows(self, before: str, now: str) -> bool:
+        """Whether its data of one fingerprint became those of another by withdrawals alone."""
+        return self._same_data.follows(before, now)
 
-        Raises `Rejected` for a body that is larger than the study's model or not what the header says, `DataError` for
-        one that is no released model, and `StudyError` for one of another study.
-        """
-        header = request.header
-        card = header.meta.get("card")
-        if header.meta.keys() != {"card"} or not isinstance(card, str):
-            raise WireError("a delivery needs a card, and nothing else")
-        model, text = model_path(self._folder, FEDERATED), card.encode()
-        # On one machine the coordinator's own files lie where every site's would: there is nothing to read or write.
-        there = _holds(model, header.body_sha256)
-        if not there:
-            self._check_delivered(request)
-        if self._store.write_once("delivered", 0, header.body_sha256) != header.body_sha256:
-            raise Rejected(f"site {self.name} has the study's released model; another one is not kept in its place")
+    def _first_of(self, owner: str) -> str | None:
+        """What the data of a site were that it first spoke of in this run; also while another process is at work."""
+        root = self._folder / "work" / "sites" / owner / "agent"
+        if not root.is_dir():
+            return None
+        store = SiteStore(root, StoreCipher.of(self._sites.key(owner)), tidy=False)
         try:
-            if not there:
-                save_frozen_part(self._arm_specs, self._folder)
-                with written(model) as file:
-                    for chunk in request.body.chunks():
-                        file.write(chunk)
-            if not _holds(self._folder / CARD, hashlib.sha256(text).hexdigest()):
-                with written(self._folder / CARD) as file:
-                    file.write(text)
-        except OSError as error:
-            raise disk_error(error) from error
+            return store.written_value("facts")
+        finally:
+            store.close()
 
-    def _check_delivered(self, request: Message) -> None:
-        """Raise for a body that is not a released model of this study; see `_take`."""
-        header, model_context = request.header, self._arm_specs.model_context
-        initial = {name: tensor for name, tensor in model_context.initial.items() if name not in model_context.frozen}
-        values = sum(tensor.numel() * tensor.element_size() for tensor in initial.values())
-        if not isinstance(request.body, FileBody) or header.body_nbytes > values + MAX_HEADER:
-            raise Rejected("a delivery that is larger than the study's model")
-        if body_sha256(request.body) != header.body_sha256 or request.body.nbytes != header.body_nbytes:
-            raise Rejected("the released model that arrived is not the one that was sent")
-        # Read as what a clinic will read: nothing else is kept under the name of the study's model.
-        tensors = model_of_study(request.body.path, self._arm_specs.study_sha256, self._arm_specs.plan_sha256)
-        if {name: tensor.shape for name, tensor in tensors.items()} != {n: tuple(t.shape) for n, t in initial.items()}:
-            raise Rejected("a delivery of another network than the study's")
+    def names(self) -> frozenset[str]:
+        """The site's patients whom the study's task finds and who did not withdraw. Raises as opening data does."""
+        dataset = self._datasets.of(self.name)
+        if not isinstance(dataset, Named):
+            return frozenset()
+        return frozenset(name for part in SPLIT_NAMES for name in dataset.names(part))
+
+    def withdraw(self, names: Sequence[str]) -> bool:
+        """Delete what the site's folder of this run holds of patients who are on record as withdrawn.
+
+        Returns whether the run can go on without them. What models learned of them stays in these, and so in what the
+        site keeps of rounds: private parts, answers that were sent.
+        """
+        goes_on, tests = self._without(names)
+        # One who is not known to have tested may have.
+        places = None if tests is None else [tests.index(name) for name in names if name in tests]
+        if places is None or places:
+            self._rows.drop(self._row_names, places, len(tests or ()), names)
+            (self._folder / "sites" / self.name / PICTURES).unlink(missing_ok=True)
+        (self._folder / "sites" / self.name / LIST).unlink(missing_ok=True)
+        clear_shelves(self._kept)
+        return goes_on
+
+    def _without(self, names: Sequence[str]) -> tuple[bool, list[str] | None]:
+        """Whether the run goes on without some patients, and who tested while they did; nothing where none can say."""
+        first = self._first_of(self.name)
+        try:
+            now = self._datasets.of(self.name).fingerprint()
+            goes_on = first in (None, now) or (first is not None and self.follows(first, now))
+        except WardroundError:
+            goes_on = False
+        try:
+            return goes_on, self._same_data.tests_with(names)
+        except Exception:
+            # Their files may be gone already.
+            log.debug("data of before a withdrawal cannot be opened", exc_info=True)
+            return goes_on, None
+
+    @property
+    def _row_names(self) -> tuple[str, ...]:
+        """What a site measures on its test patients."""
+        arms = [name for name in self._arm_specs.arms if "/" not in name or name == f"local/{self.name}"]
+        return (*self._arm_specs.study.compared_rows, *arms)
+
+    def _begun(self, dataset: Dataset) -> Begun | None:
+        """What the run began with, where patients withdrew since."""
+        if not self._datasets.withdrawals(self.name):
+            return None
+        first = self._store.written_value("facts")
+        return None if first is None else self._same_data.begun(first, dataset.fingerprint())
+
+    def _budget(self, dataset: Dataset) -> PrivacyBudget:
+        begun = self._begun(dataset)
+        return self.budgets.of(self.name, dataset, None if begun is None else begun.patients)
 
     # What it holds ---------------------------------------------------------------------------------------------------
 
@@ -323,6 +367,12 @@ class Agent:
     def _record(self) -> HashLog:
         begun = begun_by(self.identity, (_SENT,), study=self._arm_specs.study_sha256, site=self.name)
         return HashLog(self._store.root / LOG, f"site {self.name}", begun, lambda: self._store.identity)
+
+    @property
+    def _deliveries(self) -> Deliveries:
+        entry = self._sites.sites.get(self.name)
+        lasts = entry is not None and entry.history is not None
+        return Deliveries(self.name, self._arm_specs, self._folder, self._store, self._history, lasts)
 
     @property
     def _egress(self) -> EgressRules:
@@ -369,6 +419,12 @@ class Agent:
             log.debug("the headers of a site cannot be read", exc_info=True)
             return HeaderFacts()
 
+    def check_continued(self) -> None:
+        """Raise `DataError` where the site's part of the release that the study continues is not what it was."""
+        carried = self._carried(self._arm_specs.arms[FEDERATED])
+        if carried is not None:
+            carried()
+
     def earlier_fingerprints(self) -> set[str]:
         """What the site's data were in every arm of an earlier process; another key is an error."""
         known: set[str] = set()
@@ -412,20 +468,54 @@ class Agent:
             catch_up=0 if entry is None else entry.catch_up,
         )
         models = self._folder / "models" / name / arm_spec.arm.folder
-        pictures = self._folder / "sites" / name / "pictures.npz"
+        pictures = self._folder / "sites" / name / PICTURES
         store = self._store_of(arm_spec.arm)
         enrolled(store, self.identity)
+        carried = self._carried(arm_spec.arm)
         return Site(
             name,
             rules,
             lambda: self.learner(arm_spec),
             store,
             protocol=self._protocol(arm_spec, models),
-            evaluators=evaluators_of(models, pictures, self._egress.least, labels=self._labels),
+            evaluators=evaluators_of(
+                models,
+                pictures,
+                self._egress.least,
+                labels=self._labels,
+                continued=None if carried is None else Continued(carried, name in arm_spec.arm.sites),
+                tuned=self._finetuned(arm_spec, models),
+            ),
+            carried=carried,
             folder=models,
             rows=None if name == POOLED else self._rows,
             sets=None if name == POOLED else MeasuredSets(self._history),
+            withdrawals=lambda: self._datasets.withdrawals(name),
+            follows=self.follows,
         )
+
+    def _finetuned(self, arm_spec: ArmSpec, models: Path) -> FineTuned | None:
+        """How the site fine-tunes what the federation releases; `None` where it does not."""
+        arm, arm_specs = arm_spec.arm, self._arm_specs
+        update = arm_specs.study.update
+        if update is None or update.finetune is None or arm.name != FEDERATED or self.name not in arm.sites:
+            return None
+
+        def save(values: Mapping[str, Any], of: str) -> None:
+            scanners = scanners_of_arm(arm_specs, arm, {self.name: self.header_facts()})
+            own = {name: tensor for name, tensor in values.items() if name not in arm_specs.model_context.frozen}
+            rounds = arm_specs.study.schedule.rounds
+            save_model(arm_specs, arm_spec, own, rounds, scanners, own_model(models), {OF: of})
+
+        return FineTuned(update.finetune, own_model(models), save)
+
+    def _carried(self, arm: Arm) -> PrivatePart | None:
+        """What the site has of the release that the study continues; an arm of one party shares all with itself."""
+        release = self._arm_specs.study.continues
+        if release is None or arm.alone:
+            return None
+        initial = self._arm_specs.model_context.initial
+        return cache(partial(carried_part, self.name, release, self._history, initial))
 
     @property
     def _labels(self) -> bool:
@@ -473,16 +563,29 @@ class Agent:
             )
         )
 
-    @cached_property
+    @property
     def shelf(self) -> Shelf | None:
-        """Where the site keeps what a frozen encoder gives of its images, if the study has one; see `shelf_of`."""
+        """Where the site keeps what a frozen encoder gives of its images, if the study has one; see `shelf_of`.
+
+        Another one after each withdrawal: what was kept of the images of before is deleted.
+        """
+        gone = self._datasets.withdrawals(self.name)
+        if self._shelf is None or self._shelf[0] != gone:
+            self._shelf = gone, self._shelf_after()
+        return self._shelf[1]
+
+    def _shelf_after(self) -> Shelf | None:
         owners = self._datasets.owners(self.name)
         # Where data are pooled, the sites may have it already.
-        folders = [self._folder / "work" / "sites" / name for name in dict.fromkeys((self.name, *owners))]
-        ciphers = [StoreCipher.of(self._sites.key(folder.name)) for folder in folders]
+        places = []
+        for name in dict.fromkeys((self.name, *owners)):
+            folder, gone = self._folder / "work" / "sites" / name, self._datasets.withdrawals(name)
+            if gone:
+                clear_shelves(folder, gone)
+            places.append((shelf_folder(folder, gone), StoreCipher.of(self._sites.key(name))))
         datasets = (self._datasets.of(name) for name in (owners if self.name == POOLED else (self.name,)))
         model = self._arm_specs.model_context.on(self.compute).model
-        return shelf_of(self.name, model, datasets, list(zip(folders, ciphers, strict=True)))
+        return shelf_of(self.name, model, datasets, places)
 
     def learner(self, arm_spec: ArmSpec) -> Learner:
         """What trains and evaluates in an arm; all learners of a process on one device share one model."""
@@ -492,15 +595,22 @@ class Agent:
             dataset = self._arm_specs.task.pooled(parts)
             offsets = tuple(sum(len(p) for p in parts[:i]) for i in range(len(parts)))
             streams = tuple(ExampleStream(len(p), study.seed, m) for p, m in zip(parts, arm.members, strict=True))
-            examples: SiteExamples | UnionExamples = UnionExamples(streams, offsets, study.seed)
+            each = () if study.local.passes is None else tuple(map(study.local.steps_of, map(len, parts)))
+            stretches = tuple(steps * study.local.batch for steps in each)
+            examples: SiteExamples | UnionExamples = UnionExamples(streams, offsets, study.seed, stretches)
         else:
             dataset = self._datasets.of(name)
+            if name in arm.sites:
+                check_some(name, len(dataset), study.update)
             examples = SiteExamples(ExampleStream(len(dataset), study.seed, name))
+        # Another process may have taken a patient out since.
+        self._rows.reread()
+        begun = None if name == POOLED else self._begun(dataset)
         report, robust = self._progress, arm.robust(study)
         private = None
         # A site that only evaluates an arm's model spends nothing, and may have no training patients at all.
         if self.budgets.rules is not None and name in arm.sites:
-            budget = self.budgets.of(name, dataset)
+            budget = self._budget(dataset)
             task = Placed(self._arm_specs.task, self.compute)
             private = PrivateTraining(task, dataset, budget, self._arm_specs.study_sha256, arm.name, self.compute)
         if self.shelf is not None:
@@ -521,6 +631,9 @@ class Agent:
             private=private,
             curriculum=arm_spec.curriculum,
             shelf=self.shelf,
+            least=self._egress.least,
+            pull=self._arm_specs.pull(arm_spec) if name in arm.sites else None,
+            samples=None if begun is None else begun.examples,
         )
 
 
@@ -536,8 +649,3 @@ def enrolled(store: SiteStore, identity: Identity | None) -> Identity:
             "store that belongs to it"
         )
     return found
-
-
-def _holds(path: Path, sha256: str) -> bool:
-    """Whether a file has these very bytes."""
-    return path.is_file() and body_sha256(FileBody(path, path.stat().st_size)) == sha256

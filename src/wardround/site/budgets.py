@@ -63,11 +63,15 @@ class PrivacyBudgets:
         """What the study asks for."""
         return self._study.protection.privacy
 
-    def terms(self, site: str, dataset: Dataset) -> Terms:
-        """The terms of a site: every arm in which it trains spends of the same budget. Raises `StudyError`."""
+    def terms(self, site: str, dataset: Dataset, patients: int | None = None) -> Terms:
+        """The terms of a site: every arm in which it trains spends of the same budget. Raises `StudyError`.
+
+        `patients` is how many trained when the run began, where some withdrew since: the rate at which each is drawn,
+        and with it noise and cost, stay what they were.
+        """
         assert self.rules is not None
         steps = self._study.schedule.rounds * self._steps(site)
-        return terms_of(self.rules, site, training_patients(dataset), steps, self._lattice())
+        return terms_of(self.rules, site, patients or training_patients(dataset), steps, self._lattice())
 
     def outlook(self, site: str, dataset: Dataset) -> Outlook:
         """What the study would cost, found without writing anything.
@@ -96,14 +100,17 @@ class PrivacyBudgets:
         """A site's steps in a round of all arms."""
         return sum(arm.local.steps for arm in self._arms.values() if site in arm.sites)
 
-    def of(self, site: str, dataset: Dataset) -> PrivacyBudget:
-        """A site's privacy budget; its ledger is where the sites file says, or beside the site's stores."""
+    def of(self, site: str, dataset: Dataset, patients: int | None = None) -> PrivacyBudget:
+        """A site's privacy budget; its ledger is where the sites file says, or beside the site's stores.
+
+        `patients` as in `terms`.
+        """
         if site not in self._budgets:
             store = SiteStore(self._out / "work" / "sites" / site / "privacy", StoreCipher.of(self._sites.key(site)))
             self._stores.append(store)
             path = self._sites.of(site).ledger or self._out / "work" / "sites" / site / "ledger.jsonl"
             self._budgets[site] = PrivacyBudget(
-                site, self.terms(site, dataset), Ledger(path, store), SecretRoot.of(store)
+                site, self.terms(site, dataset, patients), Ledger(path, store), SecretRoot.of(store)
             )
         return self._budgets[site]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from wardround.errors import DataError, StudyError, WardroundError
@@ -13,8 +13,11 @@ from wardround.plan.arm_specs import ArmSpecs
 from wardround.plan.arms import POOLED
 from wardround.site.egress import EgressRules, strictest
 from wardround.site.identifiers import check_identifiers
+from wardround.site.lineage import Lineage
 from wardround.site.quarantine import check_share
+from wardround.site.renewed import renewed
 from wardround.site.splits import KnownParts
+from wardround.site.withdrawn import Withdrawn
 from wardround.study.sites import Egress, SitesFile
 from wardround.study.tasks import Split
 from wardround.tasks.task import Dataset, Dealing, Prepared, SettingAside, Visited
@@ -28,13 +31,25 @@ class Datasets:
 
     Nothing measured on fewer than `floor` patients leaves, whatever a site's own rules say. Who trains and who tests is
     remembered in a site's history, which is in `folder` where its file names none; without a folder it is not.
+    Patients who withdrew are in no part, from the moment they are on record; with `first`, by site, as it was when no
+    more than that many had withdrawn.
     """
 
-    def __init__(self, arm_specs: ArmSpecs, sites: SitesFile, floor: int = 1, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        arm_specs: ArmSpecs,
+        sites: SitesFile,
+        floor: int = 1,
+        folder: Path | None = None,
+        first: Mapping[str, int] | None = None,
+    ) -> None:
         self._arm_specs = arm_specs
         self._sites = sites
         self._floor = floor
         self._folder = folder
+        self._first = first or {}
+        self._gone: dict[str, Withdrawn] = {}
+        self._seen: dict[str, int] = {}
         self._opened: dict[str, Dataset] = {}
         self._parts: dict[str, KnownParts] = {}
         self._aside: dict[str, tuple[Aside, ...]] = {}
@@ -46,12 +61,18 @@ class Datasets:
         A site that scans the patients of others has no folder: it gets their test patients and theirs alone.
         """
         self.check_identifiers(site)
+        self._look_for_withdrawals(site)
         if site not in self._opened:
             task, members = self._arm_specs.task, self._scanned_by(site)
             if isinstance(task, Dealing):
                 task.deal_by(self._deal)
             elif site in self._sites.sites and self._sites.of(site).patients is not None:
                 raise StudyError(f"sites.{site}.patients: the study's task parts its patients by itself; remove it")
+            elif self.withdrawals(site):
+                raise StudyError(
+                    f"site {site}: patients withdrew, and the study's task parts its patients by itself and cannot go "
+                    "on without them; take their files out of the data folder and start another run"
+                )
             if isinstance(task, SettingAside):
                 task.set_aside_by(self._set_aside)
             if not members:
@@ -61,6 +82,28 @@ class Datasets:
             else:
                 raise StudyError(f"sites.{site}.scans: the study's task cannot show one site's patients to another")
         return self._opened[site]
+
+    def withdrawals(self, site: str) -> int:
+        """How many patients of whoever's data a site has withdrew so far; it is quickly found."""
+        return sum(record.count() for owner in self.owners(site) if (record := self.withdrawn(owner)) is not None)
+
+    def withdrawn(self, site: str) -> Withdrawn | None:
+        """A site's record of who withdrew; none where it has no history."""
+        history = history_of(self._sites, self._folder, site)
+        return None if history is None else self._gone.setdefault(site, Withdrawn(history))
+
+    def before(self, site: str, first: int) -> Datasets:
+        """The same, as it was when no more than `first` patients of a site had withdrawn; it settles nothing."""
+        return Datasets(self._arm_specs, self._sites, self._floor, self._folder, {site: first})
+
+    def _look_for_withdrawals(self, site: str) -> None:
+        """Let go of data of which a patient withdrew since they were opened."""
+        now = self.withdrawals(site)
+        if self._seen.setdefault(site, now) != now:
+            self._seen[site] = now
+            self._opened.pop(site, None)
+            for owner in self.owners(site):
+                self._parts.pop(owner, None)
 
     def check_identifiers(self, site: str) -> None:
         """Raises `DataError` where files that the site would open tell who patients are and their rule refuses that."""
@@ -76,11 +119,23 @@ class Datasets:
             self._parts[site].settle()
 
     def _deal(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
+        parts = self._deal_listed(site, names, split, seed, role)
+        study, history = self._arm_specs.study, history_of(self._sites, self._folder, site)
+        if study.update is None or not study.trains:
+            return parts
+        release = study.continues
+        known = Lineage(history).trained(release, names) if release and history else frozenset[str]()
+        return renewed(site, names, parts, role, study.update, known, history or Path())
+
+    def _deal_listed(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
+        """The parts of the patients whom the site's list names, or of all."""
         entry = self._sites.sites.get(site)
         if entry is None or entry.patients is None:
             return self._deal_all(site, names, split, seed, role)
         listed = patients_of(entry.patients, site)
-        if strangers := listed - set(names):
+        record = self.withdrawn(site)
+        gone = frozenset() if record is None else record.of(tuple(listed))
+        if strangers := listed - set(names) - gone:
             raise DataError(
                 f"sites.{site}.patients: {len(strangers)} of {len(listed)} names are of no patient in the data folder",
                 detail=", ".join(sorted(strangers)[:20]),
@@ -93,15 +148,21 @@ class Datasets:
         history = history_of(self._sites, self._folder, site)
         if history is None:
             return by_seed(site, names, split, seed, role)
-        return self._parts.setdefault(site, KnownParts(history)).deal(site, names, split, seed, role)
+        release = self._arm_specs.study.continues
+        fixed = {} if release is None else Lineage(history).parts(release, names)
+        if site not in self._parts:
+            self._parts[site] = KnownParts(history, self._first.get(site))
+        return self._parts[site].deal(site, names, split, seed, role, fixed)
 
     def aside(self, site: str) -> tuple[Aside, ...]:
         """The patients of a site who cannot be used, also where they were too many for its data set to be opened."""
         return self._aside.get(site, ())
 
     def _set_aside(self, site: str, total: int, aside: Sequence[Aside]) -> None:
-        self._aside[site] = tuple(aside)
-        check_share(site, total, aside, self._sites.of(site).quarantine)
+        record = self.withdrawn(site)
+        gone = frozenset() if record is None else record.of([one.patient for one in aside])
+        self._aside[site] = here = tuple(one for one in aside if one.patient not in gone)
+        check_share(site, total, here, self._sites.of(site).quarantine)
 
     def owners(self, site: str) -> tuple[str, ...]:
         """Whose data a site has: its own, those of the sites whose patients it scans, or where data are pooled all."""

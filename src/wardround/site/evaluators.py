@@ -1,9 +1,10 @@
-"""What a site can evaluate besides the model of a round: a released model, and baselines, which learned nothing."""
+"""What a site can evaluate besides the model of a round: released models, and baselines, which learned nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,52 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from wardround.errors import DataError, WireError
-from wardround.federation.measuring import BASELINE, OWN, RELEASED
+from wardround.federation.measuring import BASELINE, CONTINUED, FINETUNED, OWN, RELEASED
 from wardround.learning.training import Learner
+from wardround.site.finetuned import FineTuned
 from wardround.site.pictures import write_illustrations, write_images
 from wardround.site.protocol import Evaluator
 from wardround.tasks.states import value_of
 from wardround.tasks.task import Calibrated, ComparesUntrained, Illustrated, Imaging, Split
-from wardround.tasks.temperature import keep_calibration
+from wardround.tasks.temperature import Calibration, keep_calibration
 from wardround.wire.tensors import TensorFile
 
 Array = npt.NDArray[Any]
+#: The values of a site's private part of a model, by name; none where it has none.
+PrivatePart = Callable[[], Mapping[str, Array]]
 
 
-def evaluators_of(models: Path, pictures: Path, least: int = 1, *, labels: bool = False) -> dict[str, Evaluator]:
+@dataclass(frozen=True)
+class Continued:
+    """What a site has of the release that the study continues: its private part, and whether it trains it further."""
+
+    part: PrivatePart
+    trains: bool
+
+
+def evaluators_of(
+    models: Path,
+    pictures: Path,
+    least: int = 1,
+    *,
+    labels: bool = False,
+    continued: Continued | None = None,
+    tuned: FineTuned | None = None,
+) -> dict[str, Evaluator]:
     """The evaluators of a site; `models` holds its private parts, `pictures` is its own picture file.
 
+    `tuned` is what it fine-tunes from the released model, where the study says so.
+
     What leaves depends on no fewer than `least` validation patients' labels. With `labels` those choose thresholds and
-    temperature at a site that the model does not serve as its own, too.
+    temperature at a site that the model does not serve as its own, too. `continued` is of a study that continues a
+    release: a site that does not train then completes the new model, too, with the part that it has.
     """
-    released = Released(models, pictures, least, labels=labels)
-    return {RELEASED: released, BASELINE: Baseline(pictures), OWN: Own(models, released)}
+    carried = None if continued is None or continued.trains else continued.part
+    released = Released(models, pictures, least, labels=labels, carried=carried, tuned=tuned)
+    found: dict[str, Evaluator] = {RELEASED: released, BASELINE: Baseline(pictures), OWN: Own(models, released)}
+    if tuned is not None:
+        found[FINETUNED] = tuned
+    return found if continued is None else {**found, CONTINUED: Parent(continued, released)}
 
 
 def own_model(models: Path) -> Path:
@@ -64,10 +91,24 @@ class Own:
 
 
 class Released:
-    """The released model that the request carries, completed by the site's private part of it."""
+    """The released model that the request carries, completed by the site's private part of it.
 
-    def __init__(self, models: Path, pictures: Path, least: int, *, labels: bool = False) -> None:
+    A site that did not train it has none, or the one of the release that the model came of (`carried`).
+    """
+
+    def __init__(
+        self,
+        models: Path,
+        pictures: Path,
+        least: int,
+        *,
+        labels: bool = False,
+        carried: PrivatePart | None = None,
+        tuned: FineTuned | None = None,
+    ) -> None:
         self._models, self._pictures, self._least, self._labels = models, pictures, least, labels
+        self._carried = carried
+        self._tuned = tuned
 
     def __call__(
         self, learner: Learner, tensors: Mapping[str, Array] | None, meta: Mapping[str, Any], split: Split
@@ -77,14 +118,13 @@ class Released:
             raise WireError("an evaluation of a released model needs the model")
         own = self._models / "local.safetensors"
         unseen = bool(meta.get("unseen_site"))
-        private = load_file(own) if own.exists() and not unseen else {}
+        private: Mapping[str, Array] = load_file(own) if own.exists() and not unseen else {}
+        if self._carried is not None:
+            private = self._carried()
         learner.load_tensors({**tensors, **private})
         task = learner.task
-        with learner.serving_unseen() if unseen else nullcontext():
-            # An unseen hospital labels no patient for the model.
-            labels = self._labels or not unseen
-            fits = split == "test" and labels and learner.dataset.patients("validation") >= self._least
-            calibration = learner.calibration() if fits else None
+        with self.serving(learner, private, unseen=unseen):
+            calibration = self.calibration(learner, split, unseen=unseen)
             values = learner.evaluate(split, calibration)
             if isinstance(task, Calibrated) and split == "test":
                 keep_calibration(self._models, calibration)
@@ -93,7 +133,43 @@ class Released:
             if meta.get("picture") and isinstance(task, Imaging):
                 model = learner.model
                 write_images(self._pictures, str(meta["picture"]), learner, lambda b: task.reconstruct(model, b))
+        if self._tuned is not None and split == "test" and not unseen:
+            self._tuned.make(learner, {**tensors, **private})
         return values
+
+    def serving(self, learner: Learner, private: Mapping[str, Array], *, unseen: bool) -> AbstractContextManager[Any]:
+        """What a hospital that did not train gets; one that has a private part of the model is no stranger to it."""
+        return learner.serving_unseen() if unseen and not (self._carried and private) else nullcontext()
+
+    def calibration(self, learner: Learner, split: Split, *, unseen: bool) -> Calibration | None:
+        """What the site's validation patients choose for the loaded model; nothing where there are too few."""
+        # An unseen hospital labels no patient for the model.
+        labels = self._labels or not unseen
+        fits = split == "test" and labels and learner.dataset.patients("validation") >= self._least
+        return learner.calibration() if fits else None
+
+
+class Parent:
+    """The release that the study continues, by the rules of the new model: no request carries it.
+
+    Its values are those that the study starts from, completed by the site's private part of the release.
+    """
+
+    def __init__(self, continued: Continued, released: Released) -> None:
+        self._continued, self._released = continued, released
+
+    def __call__(
+        self, learner: Learner, tensors: Mapping[str, Array] | None, meta: Mapping[str, Any], split: Split
+    ) -> dict[str, Array]:
+        """What every test patient adds to each metric. The site knows itself whether it trains: there is one answer."""
+        if tensors is not None or split != "test":
+            raise WireError(
+                "the release that a study continues is measured on test patients, and no request carries it"
+            )
+        private, unseen = self._continued.part(), not self._continued.trains
+        learner.load_tensors(private)
+        with self._released.serving(learner, private, unseen=unseen):
+            return learner.evaluate(split, self._released.calibration(learner, split, unseen=unseen))
 
 
 class Baseline:

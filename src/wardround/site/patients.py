@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import DataError, JournalError, Rejected, Withheld
-from wardround.federation.measuring import BASELINE, REFERENCE
+from wardround.federation.measuring import BASELINE, CONTINUED, FINETUNED, REFERENCE
 from wardround.plan.sums import PairedMean, evaluation_entries
 from wardround.protection.secret import SecretRoot, SecretStream
 from wardround.site.cohorts import kept_back
@@ -76,9 +76,7 @@ class PatientRows:
         self._rows[row] = dict(values)
         self._kinds |= {spec.name: spec.kind for spec in specs}
         if self._folder is not None:
-            plain = json.dumps({name: _packed(per_patient) for name, per_patient in values.items()})
-            # On disk before the answer: one that outlived its row would leave the others nothing to compare with.
-            write_text(self._path(row), plain if self._cipher is None else self._cipher.seal(plain, row), durable=True)
+            self._write(row, values)
         if self._table is not None:
             self._write_table(self._table, names)
             if charted is not None:
@@ -92,6 +90,44 @@ class PatientRows:
             plain = json.loads(text if self._cipher is None else self._cipher.open(text, row))
             self._rows[row] = {name: _unpacked(per_patient) for name, per_patient in plain.items()}
         return self._rows.get(row)
+
+    def reread(self) -> None:
+        """Forget what is in memory of rows that are on the disk: another process changed them."""
+        if self._folder is not None:
+            self._rows.clear()
+
+    def drop(self, rows: Sequence[str], places: Sequence[int] | None, patients: int, names: Sequence[str]) -> None:
+        """Take patients out of rows of so many patients: those at some `places`, in their order.
+
+        Without places whole rows go, for none says whose its values are. Out of the table go lines of these `names`.
+        """
+        for row in rows:
+            values = self.of(row)
+            if values is None:
+                continue
+            left = {
+                metric: np.delete(own, places, axis=0) if places is not None and len(own) == patients else own
+                for metric, own in values.items()
+            }
+            if places is None:
+                del self._rows[row]
+            else:
+                self._rows[row] = left
+            if self._folder is not None and places is None:
+                self._path(row).unlink(missing_ok=True)
+            elif self._folder is not None:
+                self._write(row, left)
+        if self._table is not None and self._table.exists():
+            self._table.with_name(CHARTS).unlink(missing_ok=True)
+            text = io.StringIO()
+            lines = csv.reader(io.StringIO(self._table.read_text(encoding="utf-8")))
+            csv.writer(text, lineterminator="\n").writerows(line for line in lines if line[1] not in names)
+            write_text(self._table, text.getvalue())
+
+    def _write(self, row: str, values: Mapping[str, Array]) -> None:
+        plain = json.dumps({name: _packed(per_patient) for name, per_patient in values.items()})
+        # On disk before the answer: one that outlived its row would leave the others nothing to compare with.
+        write_text(self._path(row), plain if self._cipher is None else self._cipher.seal(plain, row), durable=True)
 
     def _path(self, row: str) -> Path:
         assert self._folder is not None
@@ -147,9 +183,13 @@ class OwnResults:
 
     def row(self, header: Header) -> str:
         """The row that a request asks for; raises `Rejected` for one that the study does not have."""
-        if header.meta.get("evaluator") != BASELINE:
+        evaluator = header.meta.get("evaluator")
+        if evaluator == FINETUNED:
+            return FINETUNED
+        if evaluator not in (BASELINE, CONTINUED):
             return self._arm
-        name = header.meta.get(BASELINE)
+        # The release that a study continues is a row of its own, which no request may give another name.
+        name = CONTINUED if evaluator == CONTINUED else header.meta.get(BASELINE)
         if name not in self._baselines:
             raise Rejected(f"site {self._site} is asked for a baseline that the study does not have")
         return str(name)

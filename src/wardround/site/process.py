@@ -40,8 +40,8 @@ def agent_finder(spec: dict[str, Any], progress: Progress | None = None) -> Call
     return find
 
 
-def _finder(spec: dict[str, Any], progress: Progress | None) -> Callable[[Header], Party]:
-    """The agents of a specification; raises `StudyError` as `agent_finder` says."""
+def agents_of(spec: dict[str, Any], progress: Progress | None = None) -> list[Agent]:
+    """The agents of a specification, one a study; raises `StudyError` as `agent_finder` says."""
     if spec["package"] not in (None, __version__):
         raise StudyError(
             f"Wardround {spec['package']} was at work here, and {__version__} is installed now: end the site's process "
@@ -53,7 +53,7 @@ def _finder(spec: dict[str, Any], progress: Progress | None) -> Callable[[Header
     embeddings = {} if entry.embeddings is None else {name: entry.embeddings}
     root = None if spec["rounding_root"] is None else bytes.fromhex(spec["rounding_root"])
     identity = None if spec["identity"] is None else _key(Path(spec["identity"]))
-    agents: dict[str, Agent] = {}
+    agents: list[Agent] = []
     for agreed in spec["studies"]:
         study = load_study(agreed["study"])
         folder = Path(agreed["folder"])
@@ -67,7 +67,13 @@ def _finder(spec: dict[str, Any], progress: Progress | None) -> Callable[[Header
         agent = Agent(
             name, arm_specs, sites, folder, datasets, progress=progress, rounding_root=root, identity=identity
         )
-        agents |= dict.fromkeys(agent.identities, agent)
+        agents.append(agent)
+    return agents
+
+
+def _finder(spec: dict[str, Any], progress: Progress | None) -> Callable[[Header], Party]:
+    name = str(spec["site"])
+    agents = {identity: agent for agent in agents_of(spec, progress) for identity in agent.identities}
 
     def find(header: Header) -> Party:
         if header.site != name:

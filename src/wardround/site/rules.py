@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from wardround.federation.parts import Lasting
+from wardround.federation.plans import staleness_of
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.protection.compression import PLAIN, Codec
 from wardround.site.egress import OPEN, EgressRules
@@ -22,12 +23,12 @@ class Rules:
     """What a site has agreed to: the study and arm it answers for, and what may leave; `layout` is after `codec`.
 
     With `lint` it looks at every model before it trains on it (`Inspector`), and lets up to `catch_up` rounds that it
-    missed explain a move. `rounds` is how many there are, where that is known, with one more for each aborted one where
-    that `extends` the study; there are aborted ones only where updates are summed `masked`. It measures the model of
-    the `arm`, and the `baselines`. Scales start at `initial_scale`, or higher where the state before round 1, `initial`
-    by group and tensor, says so. Updates are rounded from `rounding_root`; without one, from a root that the operating
-    system gives and that stays in the site's store. Its validation sums are `hidden` where they leave under masks, or
-    not at all.
+    missed explain a move: those of its operator, or of a study with asynchronous rounds where these are more. `rounds`
+    is how many there are, where that is known, with one more for each aborted one where that `extends` the study; there
+    are aborted ones only where updates are summed `masked`. It measures the model of the `arm`, and the `baselines`.
+    Scales start at `initial_scale`, or higher where the state before round 1, `initial` by group and tensor, says so.
+    Updates are rounded from `rounding_root`; without one, from a root that the operating system gives and that stays in
+    the site's store. Its validation sums are `hidden` where they leave under masks, or not at all.
     """
 
     identity: str
@@ -77,6 +78,7 @@ def rules_of(
     Without a `rounding_root` the site draws a secret one, from which its updates are rounded.
     """
     arm_spec, study = arm_specs.arm_spec(name), arm_specs.study
+    late = staleness_of(study, arm_spec.arm)
     return Rules(
         identity=arm_spec.identity,
         layout=arm_spec.codec.sent(arm_spec.layout),
@@ -87,13 +89,14 @@ def rules_of(
         egress=egress,
         codec=arm_spec.codec,
         lint=lint,
-        catch_up=catch_up,
+        # In asynchronous rounds a site is without some as a rule: as many as its update may be late.
+        catch_up=max(catch_up, 0 if late is None else late.most),
         initial_scale=study.protection.initial_scale,
         rounds=study.schedule.rounds,
         extends=arm_specs.extends(arm_spec.arm),
         masked=arm_spec.arm.masked(study),
         arm=name,
-        baselines=frozenset(study.baselines),
+        baselines=frozenset(study.compared_rows),
         initial=arm_specs.start(arm_spec),
         rounding_root=rounding_root,
         hidden=arm_spec.arm.threshold(study) is not None or arm_spec.arm.inside(study),

@@ -30,6 +30,8 @@ FOLDER = "embeddings"
 _DIGEST = 32
 # What a disk keeps free for everything else that a run writes.
 _SPARE = 2**28
+# Where they are once patients withdrew: a folder for each number of them.
+_AFTER = "after-withdrawal-"
 # A folder of a site's run, and what seals its files.
 Place = tuple[Path, StoreCipher | None]
 
@@ -105,6 +107,25 @@ def shelf_of(site: str, model: nn.Module, datasets: Iterable[Dataset], places: S
     if not counted or next(model.parameters()).device.type != "cpu":
         return None
     return Shelf(site, model.given_shape, model.lead.base, sum(d.pictures() for d in counted), places)
+
+
+def shelf_folder(folder: Path, withdrawals: int) -> Path:
+    """The folder of a site's run in which its shelf is, after so many patients withdrew."""
+    return folder / f"{_AFTER}{withdrawals}" if withdrawals else folder
+
+
+def clear_shelves(folder: Path, withdrawals: int | None = None) -> None:
+    """Delete what a frozen encoder gave of images of before the last withdrawal, or all of it without a number.
+
+    No file says whose image it is of, so all go: they are made again when they are needed. A process that was at work
+    while a patient withdrew may still have written some, so a site looks whenever it opens its shelf.
+    """
+    kept = None if withdrawals is None else shelf_folder(folder, withdrawals)
+    for place in (folder, *folder.glob(f"{_AFTER}*")):
+        if place != kept:
+            shutil.rmtree(place / FOLDER, ignore_errors=True)
+            if place != folder:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def check_disk(shelves: Sequence[Shelf]) -> None:

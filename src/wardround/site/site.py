@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ from wardround.federation.logs import SENT, SiteLog
 from wardround.federation.parts import LACKS
 from wardround.federation.refusals import refusal
 from wardround.learning.methods.method import MODEL
-from wardround.learning.training import Learner
+from wardround.learning.training import LOCAL, Learner
 from wardround.plan.sums import LOSS, SECONDS, validation_sums
 from wardround.protection.gates import check_body
 from wardround.protection.rounding import kept_root, rounding
@@ -40,7 +40,7 @@ from wardround.site.protocol import ClearUpload, Evaluator, SiteProtocol, SiteRe
 from wardround.site.rules import Rules
 from wardround.storage.blobs import disk_error
 from wardround.storage.hash_log import LOG, HashLog, begun_by
-from wardround.storage.store import Memory, SiteStore
+from wardround.storage.store import NOTHING, Memory, SiteStore
 from wardround.wire.canonical import digest
 from wardround.wire.files import written
 from wardround.wire.message import SMALL, FileBody, Header, HeldBody, Message, held, write_chunks
@@ -71,6 +71,9 @@ class Site:
         folder: Path | None = None,
         rows: PatientRows | None = None,
         sets: MeasuredSets | None = None,
+        withdrawals: Callable[[], int] = lambda: 0,
+        follows: Callable[[str, str], bool] = lambda before, now: False,
+        carried: Callable[[], Mapping[str, Array]] | None = None,
     ) -> None:
         self.name = name
         self.rules = rules
@@ -82,8 +85,12 @@ class Site:
         self._parts = KeptParts(store.root / "parts", store.cipher)
         self._make_learner = learner
         self._learner: Learner | None = None
+        # How many patients withdrew so far, and whether data of one fingerprint became those of another by that alone.
+        self._withdrawals, self._follows = withdrawals, follows
+        self._gone = 0
         self._protocol: SiteProtocol = protocol or ClearUpload()
         self._evaluators = evaluators or {}
+        self._carried = carried
         own, note = rows or PatientRows(), self.minutes.note
         self._own = OwnResults(name, rules.arm, rules.baselines, rules.egress, own, sets, note)
         inspector = Inspector(
@@ -142,14 +149,19 @@ class Site:
 
     @property
     def learner(self) -> Learner:
-        """The learner, made when it is first needed: its data must be those the run began with."""
-        if self._learner is None:
+        """The learner, made when it is first needed: its data must be those the run began with.
+
+        Less those of patients who withdrew since: they are gone from the next message on.
+        """
+        gone = self._withdrawals()
+        if self._learner is None or self._gone != gone:
+            self._learner, self._gone = None, gone
             learner = self._make_learner()
             found = learner.dataset.fingerprint()
             known = self.store.fact("fingerprint")
             if known is None:
                 self.store.set_fact("fingerprint", found)
-            elif known != found:
+            elif known != found and not self._follows(known, found):
                 raise DataError(
                     f"the data of site {self.name} changed since the run began; restore them, or start a new run in "
                     "another folder"
@@ -179,7 +191,7 @@ class Site:
             raise Rejected("the global state holds other tensors than the study's, or in another order")
         layout, scales = self.rules.layout, scales_in(header.meta)
         self._check_scales(header.round, scales, public)
-        memory = self.store.memory(header.round - 1, without=aborted_numbers(header))
+        memory = self._memory(header.round - 1, aborted_numbers(header))
         learner = self.learner
         inspector = self._inspector
         seen = None if inspector is None else inspector.check(header.round, public, learner)
@@ -192,7 +204,7 @@ class Site:
             self._measure_once("validation", header.round - 1, header.body_sha256, header)
             metrics |= self._validation_sums(header.round, learner.evaluate("validation"))
         try:
-            trained = learner.train(header.round, public, memory)
+            trained = learner.train(header.round, public, memory, self.minutes.heard(header))
         except Exception:
             if inspector is not None and seen is not None:
                 inspector.remember(seen, {}, {}, {})
@@ -202,6 +214,7 @@ class Site:
             inspector.remember(seen, scales, trained.weights, trained.changes.get(MODEL, {}))
         largest = limits(layout, scales, trained.weights)
         changes, residual = self.rules.codec.compress(header.round, trained.changes, memory.tensors, largest)
+        kept = learner.kept(trained, self.rules.codec.lost(largest, residual))
         chunks = encode(
             layout,
             scales,
@@ -211,7 +224,14 @@ class Site:
             rounding(self._rounding_root, self.name, header.round, scales, header.body_sha256),
         )
         keep = frozenset(int(n) for n in header.meta.get("keep", ()))
-        return chunks, Memory({**trained.memory, **residual}, {}), keep
+        return chunks, Memory({**kept, **residual}, {}), keep
+
+    def _memory(self, number: int, aborted: Collection[int] = ()) -> Memory:
+        """The private state after a round; before the first, the site's part of the release that is continued."""
+        found = self.store.memory(number, without=aborted)
+        if found is not NOTHING or self._carried is None:
+            return found
+        return Memory({LOCAL + name: values for name, values in self._carried().items()}, {})
 
     @cached_property
     def _rounding_root(self) -> bytes:
@@ -262,7 +282,7 @@ class Site:
         learner = self.learner
         which = header.meta.get("evaluator")
         if which is None:
-            learner.load(self._to_measure(request), self.store.memory(header.round))
+            learner.load(self._to_measure(request), self._memory(header.round))
             values = learner.evaluate(split)
         elif which in self._evaluators:
             self._own.row(header)
@@ -343,7 +363,7 @@ class Site:
         word = digest([request.header.round, sorted(aborted_numbers(request.header))])
         if self.store.written_value("released") not in (None, word):
             raise Rejected(f"site {self.name} has written its part of the released model of another round")
-        memory = self.store.memory(request.header.round)
+        memory = self._memory(request.header.round)
         tensors = self.learner.local_tensors(memory)
         if not tensors:
             return SiteReply(request.reply(DONE))

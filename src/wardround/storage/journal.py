@@ -83,6 +83,10 @@ class RoundReport:
     validated: tuple[str, ...] = field(default=())
     #: Of the messages that `bytes_up` and `bytes_down` count.
     bill: Bill = NO_BILL
+    #: Of asynchronous rounds: by participant, how many rounds older than the newest the state was that it trained from.
+    staleness: Mapping[str, int] = field(default_factory=dict)
+    #: Of asynchronous rounds: by site that was still at work when the round was committed, the round that it was asked.
+    at_work: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The line as JSON values."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,6 +36,24 @@ class ImageSettings(TaskSettings):
         "standard", description="or a list of MONAI's random dictionary transforms: `{name: RandFlipd, prob: 0.5}`"
     )
     leave_one_out: bool = Field(False, description="train once without each training site for the `unseen` figures")
+
+
+def each_a_channel(images: Sequence[str], channels: int) -> tuple[str, ...]:
+    """The files of an image where there are several and each is a channel, so that one may be missing; else none."""
+    return tuple(images) if len(images) > 1 and channels == len(images) else ()
+
+
+#: Modality dropout; see `wardround.tasks.contrasts`.
+DropShare = Annotated[
+    float,
+    Field(
+        ge=0.0,
+        lt=1.0,
+        description="how often a training example comes without one of its contrasts (its channel is 0), each by "
+        "itself and at least one staying: so the network learns to do without, for sites with `missing` and for "
+        "patients in `wardround predict`",
+    ),
+]
 
 
 class DrawnSettings(ImageSettings):

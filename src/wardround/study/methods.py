@@ -6,11 +6,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from wardround.study.base import Factory, Settings
+
+if TYPE_CHECKING:
+    from wardround.study.schema import Study
+
+#: What an amplitude holds before it is measured: none is negative. So far from 0 that the fixed point of the first
+#: round, which begins at four times a buffer's largest value, has room for amplitudes of any normalised image.
+UNKNOWN_AMPLITUDE = -8.0
+#: The parts of a network that hold amplitudes.
+AMPLITUDE, AMPLITUDE_BANK = "amplitude", "amplitude_bank"
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What a method needs of the amplitudes of images (`wardround.models.spectrum`), as parts of the network.
+
+    `mean`: the network sees all images with one amplitude. `bank`: the number that each site gives, of a `window`.
+    """
+
+    mean: bool = False
+    bank: int = 0
+    window: float = 0.003
 
 
 class MethodSettings(Settings):
@@ -22,6 +44,17 @@ class MethodSettings(Settings):
     adds_up: ClassVar[bool] = False
     #: Whether it folds low-rank products into weights, for which the layers that have them need room.
     folds: ClassVar[bool] = False
+    #: Whether an update that trained from an older state can enter the mean of a later round: nothing pairs what site
+    #: and coordinator keep by round, and changes mean the same from whichever state (`schedule.asynchronous`).
+    late: ClassVar[bool] = False
+
+    @property
+    def spectrum(self) -> Spectrum | None:
+        """What it needs of the amplitudes of images; `None` for nothing."""
+        return None
+
+    def check(self, study: Study) -> None:
+        """Raise `ValueError` where the method means nothing with what else the study says."""
 
     def build(self, protocols: Mapping[str, Any]) -> Any:
         """The `wardround.learning.methods.Method`. `protocols`: the features (7,) of the training sites' scanners."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
@@ -16,11 +17,21 @@ from wardround.study.tasks import Modality
 Preset = Literal["tiny", "small", "paper"]
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A module of a network by its name, and whether what goes into it or what comes out of it is meant."""
+
+    name: str
+    side: Literal["input", "output"] = "output"
+
+
 class ModelSettings(Settings):
     """The base of every model's section: `build` makes the network."""
 
     #: What scans it works on; `None`: on any, by their operator.
     modalities: ClassVar[frozenset[Modality] | None] = None
+    #: Patterns of the parameters that are its head (methods that keep it at each site); empty where it has none.
+    head_parts: ClassVar[tuple[str, ...]] = ()
 
     def build(self, modality: Modality) -> Any:
         """The network (`torch.nn.Module`), freshly initialised from torch's global generator.
@@ -38,6 +49,14 @@ class ModelSettings(Settings):
     @property
     def prompt_dimension(self) -> int | None:
         """Values of the embedding of a patient that it takes; `None` for a network that takes none."""
+        return None
+
+    @property
+    def represents(self) -> Layer | None:
+        """Where the network has what it says of an image as a whole: (B, F), tokens (B, T, F) or (B, F, *places).
+
+        `None` for a network that has no such layer.
+        """
         return None
 
     @property

@@ -26,6 +26,16 @@ class OwnFiles(Protocol):
         """Folders with weights."""
         ...
 
+    @property
+    def history(self) -> Path | None:
+        """Where the site keeps, beside its records, the releases that reached it (`release_in`)."""
+        ...
+
+
+def release_in(history: Path, release: str) -> Path:
+    """Where a site keeps a release (`model_sha256`) that reached it: a study that continues it needs no other copy."""
+    return history / "releases" / f"{release}.safetensors"
+
 
 def given(paths: Iterable[Path | None]) -> tuple[Path, ...]:
     """The paths that are any, each once."""
@@ -34,12 +44,13 @@ def given(paths: Iterable[Path | None]) -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class Places:
-    """Places of the file that a study starts from, of its adapter's folder and of the released model that teaches, and
-    folders to search by content."""
+    """Places of the file that a study starts from, of its adapter's folder, of the released model that teaches and of
+    Fisher information, and folders to search by content."""
 
     start: tuple[Path, ...] = ()
     adapter: tuple[Path, ...] = ()
     teacher: tuple[Path, ...] = ()
+    fisher: tuple[Path, ...] = ()
     stores: tuple[Path, ...] = ()
 
     def to_json(self) -> dict[str, list[str]]:

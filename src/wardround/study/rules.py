@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from wardround.study.methods import MethodSettings
 from wardround.study.protection import NoCompression
 from wardround.study.registry import builtins
-from wardround.study.start import Fresh
+from wardround.study.start import Fresh, FromRelease
 
 if TYPE_CHECKING:
     from wardround.study.schema import Study
@@ -50,6 +50,28 @@ def check_given(study: Study) -> None:
             raise ValueError(f"{key}: {said}, {why}; leave it out")
 
 
+def check_update(study: Study) -> None:
+    """Refuse a section `update` where there is no release to continue, or it would not be measured as it is."""
+    if study.update is None:
+        return
+    if not isinstance(study.start, FromRelease):
+        raise ValueError(
+            "update: the study continues a release, and `start` names none; set `start: {kind: release, file: ..., "
+            "sha256: ...}` (`wardround update` fills it in), or leave `update` out"
+        )
+    if not study.trains:
+        raise ValueError(
+            "update: with schedule.rounds 0 nothing is trained, so there is no new model to compare with the release; "
+            "set schedule.rounds to 1 or more, or leave `update` out"
+        )
+    for key, given in (("only", bool(study.start.only)), ("adapter", study.start.adapter is not None)):
+        if given:
+            raise ValueError(
+                f"start.{key}: with `update` the release is measured as it is, beside the new model; leave `{key}` or "
+                "`update` out"
+            )
+
+
 def check_evaluating_sites(study: Study) -> None:
     """Refuse sites of `role: evaluate` where their validation sums could not be merged, or would never be asked."""
     for name in study.evaluating_sites if study.trains else ():
@@ -64,6 +86,94 @@ def check_evaluating_sites(study: Study) -> None:
                 f"sites.{name}.role: `evaluate` needs validated rounds, and schedule.validate_every is 0; raise "
                 "it, or set the role to `unseen`"
             )
+
+
+def check_spectrum(study: Study) -> None:
+    """Refuse a method that uses amplitudes of images where there are none, or where their sum is none."""
+    asked, kind = study.method.spectrum, study.method.kind
+    if asked is None:
+        return
+    if not (study.task.spectral or study.task.closed):
+        raise ValueError(
+            f"method.kind={kind} uses the spectra of images that a network sees, and task.kind {study.task.kind} has "
+            "none of one shape; choose segmentation or classification, or another method"
+        )
+    if getattr(study.task, "imbalance", "none") == "balanced":
+        raise ValueError(
+            f"task.imbalance: balanced draws other examples than those asked for, so it is not known of how many "
+            f"patients the amplitudes of method.kind={kind} are; take weighted or logit_adjusted"
+        )
+    if asked.bank and study.protection.robust is not None:
+        raise ValueError(
+            f"method.kind={kind} cannot be combined with protection.robust: each site fills places of the bank that "
+            "no other fills, which a robust rule takes for outliers"
+        )
+
+
+def check_missing(study: Study) -> None:
+    """Refuse contrasts that no image of the task has, sites without any, and tasks in which none can be missing."""
+    images = study.task.may_lack
+    if getattr(study.task, "drop_contrasts", 0.0) and not images:
+        raise ValueError(
+            "task.drop_contrasts: needs at least two of task.images, and as many task.channels, a file a channel"
+        )
+    for name, site in study.sites.items():
+        key = f"sites.{name}.missing"
+        if not site.missing or study.task.closed:
+            continue
+        if not images:
+            raise ValueError(
+                f"{key}: the images of task.kind {study.task.kind} are not of several files, each a channel, of "
+                "which a site could lack one; leave it out"
+            )
+        if site.scans:
+            raise ValueError(f"{key}: its patients are those of {', '.join(site.scans)}, which lack what they lack")
+        if unknown := [contrast for contrast in site.missing if contrast not in images]:
+            raise ValueError(f"{key}: {unknown[0]!r} is none of task.images ({', '.join(images)})")
+        if set(site.missing) == set(images):
+            raise ValueError(f"{key}: the site would have no image at all; leave one contrast")
+
+
+def optional_contrasts(study: Study) -> frozenset[int]:
+    """The places in `task.images` that a released model does without.
+
+    All with `task.drop_contrasts`; else those that a site which trained it lacks.
+    """
+    images = study.task.may_lack
+    if getattr(study.task, "drop_contrasts", 0.0) > 0.0:
+        return frozenset(range(len(images)))
+    missing = {contrast for site in study.training_sites for contrast in study.sites[site].missing}
+    return frozenset(number for number, contrast in enumerate(images) if contrast in missing)
+
+
+def check_forgetting(study: Study) -> None:
+    """Refuse a study without a hospital that still has it, or that not everyone concerned approved."""
+    forget, unlearns = study.forget, study.method.kind == "unlearn"
+    if unlearns != (forget is not None and forget.how == "unlearn"):
+        raise ValueError("method.kind: `unlearn` belongs to `forget.how: unlearn`, and that to it; set both or neither")
+    if forget is None:
+        return
+    if unlearns:
+        if forget.site not in study.training_sites or getattr(study.method, "site", None) != forget.site:
+            raise ValueError(
+                f"forget.site: {forget.site} takes back what it taught, so it must be a site of `role: train`, and "
+                "`method.site`; make it so, or retrain without it (`how: retrain`)"
+            )
+    elif forget.site in study.sites:
+        raise ValueError(f"forget.site: {forget.site} left, so it is no site of the study; take it out of `sites`")
+    start = study.start.sha256 if isinstance(study.start, FromRelease) else ""
+    if forget.how == "retrain" and start == forget.release:
+        raise ValueError(
+            "forget.how: `retrain` cannot start from the model that is to be forgotten; start from an ancestor that "
+            f"{forget.site} never trained, or fresh"
+        )
+    concerned = [*study.sites, *([] if forget.site in study.sites else [forget.site])]
+    lacking = [name for name in concerned if name not in forget.approved_by]
+    if lacking:
+        raise ValueError(
+            f"forget.approved_by: lacks {', '.join(lacking)}. The new model and the released one together reveal what "
+            f"{forget.site} contributed, so each of them must approve; ask them and name them"
+        )
 
 
 def check_privacy(study: Study) -> None:
@@ -94,6 +204,11 @@ def check_privacy(study: Study) -> None:
     if study.local.clip_norm is not None:
         raise ValueError("local.clip_norm: with protection.privacy, set protection.privacy.clip instead, and "
                          "remove this one (--set local.clip_norm=null)")  # fmt: skip
+    if study.local.passes is not None:
+        raise ValueError(
+            "local.passes: with protection.privacy the number of a site's steps must be a public constant, and passes "
+            "say how many examples it has; leave it out, and set local.steps"
+        )
     if study.local.accumulate > 1:
         raise ValueError(
             "local.accumulate: with protection.privacy gradients are those of single patients, which pass the network "

@@ -5,6 +5,7 @@ Where a site's data lie is never in it: the sites file (`wardround.study.sites`)
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,13 @@ from wardround.errors import StudyError
 from wardround.study.acquisition import MRIAcquisition
 from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.adapters import Adapters, NoAdapters
+from wardround.study.asynchronous import Asynchronous, check_asynchronous
 from wardround.study.base import Config, Settings
+from wardround.study.forget import Forget
 from wardround.study.methods import MethodSettings
 from wardround.study.models import ModelSettings
 from wardround.study.phases import Phase, check_phases
-from wardround.study.places import OwnFiles, Places, given
+from wardround.study.places import OwnFiles, Places, given, release_in
 from wardround.study.protection import Protection
 from wardround.study.registry import (
     BASELINES,
@@ -43,11 +46,20 @@ from wardround.study.registry import (
     installed_baselines,
     read,
 )
-from wardround.study.rules import check_evaluating_sites, check_given, check_privacy
+from wardround.study.retention import check_fisher, check_retention, taught_by_release
+from wardround.study.rules import (
+    check_evaluating_sites,
+    check_forgetting,
+    check_given,
+    check_missing,
+    check_privacy,
+    check_spectrum,
+    check_update,
+)
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 from wardround.study.teacher import TaughtBy
-from wardround.study.update import Update
+from wardround.study.update import PARENT, Distilled, Elastic, FisherFile, Update
 
 # Letters and digits of any script, in one of the ways to write them: the study's and the sites file's must be equal.
 SiteName = Annotated[
@@ -81,12 +93,30 @@ class StudySite(Config):
         description="unseen sites only: instead of patients of its own, its scanner sees the test patients of these "
         "sites (on one machine; the sites file then has no entry for it)",
     )
+    missing: tuple[str, ...] = Field(
+        (),
+        description="contrasts of `task.images`, as they stand there, that the site has of no patient: their files are "
+        "not looked for and their channels are 0. Segmentation, classification and chains of MRI; see "
+        "`task.drop_contrasts`",
+    )
+    returns: bool = Field(
+        False,
+        description="whether the site had left the model that the study starts from (`forget`) and is back; without it "
+        "such a site is refused",
+    )
 
 
 class Local(Config):
     """What a site does in one round."""
 
     steps: int = Field(20, ge=1, description="optimiser steps in a round")
+    passes: float | None = Field(
+        None,
+        gt=0.0,
+        le=1000.0,
+        description="in place of `steps`: passes over a site's own examples in a round, so that sites of more patients "
+        "take more steps (method.kind fednova weighs for it)",
+    )
     batch: int = Field(1, ge=1, description="examples in a step")
     accumulate: int = Field(
         1,
@@ -114,6 +144,21 @@ class Local(Config):
         """Numbers of examples that pass the network at once, in a step; the largest first."""
         size, larger = divmod(self.batch, self.accumulate)
         return (size + 1,) * larger + (size,) * (self.accumulate - larger)
+
+    def steps_of(self, examples: int) -> int:
+        """Optimiser steps in a round of a party with a number of training examples.
+
+        Passes end with a whole batch, for which the next pass begins.
+        """
+        if self.passes is None:
+            return self.steps
+        return max(1, math.ceil(self.passes * examples / self.batch - 1e-9))
+
+    @model_validator(mode="after")
+    def _steps_or_passes(self) -> Local:
+        if self.passes is not None and "steps" in self.model_fields_set:
+            raise ValueError("`steps` and `passes` both say how long a round is; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _no_empty_piece(self) -> Local:
@@ -158,6 +203,10 @@ class Schedule(Config):
         "weighted; without phases all learn in every round, each loss with weight 1",
     )
 
+    asynchronous: Asynchronous | None = Field(
+        None, description="rounds that do not wait for a slow site; without it a round waits for all sites"
+    )
+
     @field_validator("phases")
     @classmethod
     def _phases_fit(cls, phases: tuple[Phase, ...], info: ValidationInfo) -> tuple[Phase, ...]:
@@ -196,6 +245,9 @@ class Study(Config):
         "resolution, outlines and classes over its training patients, which the coordinator reads (docs/shift.md); "
         "excludes `protection.privacy`",
     )
+    forget: Forget | None = Field(
+        None, description="for a study that makes a model without a hospital which left: who, and who approved of it"
+    )
     parts: Parts = Parts()
     adapters: Adapters = Field(NoAdapters(), description="what of a large network is trained beside frozen layers")
     local: Local = Local()
@@ -229,6 +281,15 @@ class Study(Config):
         if self.task.scanner == "none" or (self.task.scanner == "optional" and not stated and not own):
             # What was written stays what it is: only the default goes.
             self.__dict__["acquisition"] = None
+        return self
+
+    @model_validator(mode="after")
+    def _continues(self) -> Study:
+        """What an `update` means for the other sections, before those are looked at."""
+        if (taught := taught_by_release(self)) is not None:
+            self.__dict__["task"] = taught
+        check_retention(self)
+        check_fisher(self)
         return self
 
     @model_validator(mode="after")
@@ -271,6 +332,11 @@ class Study(Config):
                     f"sites.{name}.scans: " + (f"{wrong[0]!r} {lacks}" if wrong else "only for `role: unseen`")
                 )
         check_evaluating_sites(self)
+        check_missing(self)
+        check_spectrum(self)
+        check_forgetting(self)
+        check_update(self)
+        check_asynchronous(self)
         if self.protection.robust is not None:
             try:
                 self.protection.robust.tolerated(len(training))
@@ -286,6 +352,13 @@ class Study(Config):
                 self.protection.threshold_for(len(training))
             except StudyError as error:
                 raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Study:
+        """Refuse what the method has no answer to; of a plug-in's once its settings are known."""
+        if self.trains and not self.method.closed:
+            self.method.check(self)
         return self
 
     @model_validator(mode="after")
@@ -306,7 +379,7 @@ class Study(Config):
         """Raises StudyError for a classical method that is none, or not for what the sites' scanners measure."""
         scanner = self.scanner
         for name in named:
-            if name in RESERVED_NAMES:
+            if name in RESERVED_NAMES or name == PARENT:
                 raise StudyError(f"task.evaluation.baselines: {name!r} is a reserved name")
             if name in BASELINES and not scanner.closed:
                 check_baseline(name, baseline(name), self.modality)
@@ -325,14 +398,22 @@ class Study(Config):
         start = self.start if isinstance(self.start, FromWeights | FromRelease) else None
 
         def below(
-            named: FromWeights | FromRelease | FromAdapter | TaughtBy | None, others: tuple[Path, ...] = ()
+            named: FromWeights | FromRelease | FromAdapter | TaughtBy | FisherFile | None, others: tuple[Path, ...] = ()
         ) -> tuple[Path, ...]:
             return () if named is None else others or ((near / named.file).absolute(),)
 
+        kept: tuple[Path, ...] = ()
+        if isinstance(start, FromRelease) and start.sha256:
+            kept = given(entry.history and release_in(entry.history, start.sha256) for entry in entries)
+        retain = None if self.update is None else self.update.retain
+        begun = (*below(start, given(entry.start for entry in entries)), *kept)
+        taught = below(self.task.taught_by, given(entry.teacher for entry in entries))
         return Places(
-            start=below(start, given(entry.start for entry in entries)),
+            start=begun,
             adapter=below(start and start.adapter),
-            teacher=below(self.task.taught_by, given(entry.teacher for entry in entries)),
+            # What is to be remembered is what the study starts from, wherever that lies.
+            teacher=begun if isinstance(retain, Distilled) else taught,
+            fisher=below(retain.fisher if isinstance(retain, Elastic) else None),
             stores=given(folder for entry in entries for folder in entry.weights),
         )
 
@@ -361,6 +442,16 @@ class Study(Config):
     def trains(self) -> bool:
         """Whether anything is trained; else the model that the study starts from is measured."""
         return self.schedule.rounds > 0
+
+    @property
+    def continues(self) -> str | None:
+        """The release (`model_sha256`) that the study continues, with a section `update`; `None` for other studies."""
+        return self.start.sha256 if self.update is not None and isinstance(self.start, FromRelease) else None
+
+    @property
+    def compared_rows(self) -> tuple[str, ...]:
+        """The rows of the results that no arm trains: baselines, and the release that the study continues."""
+        return self.baselines if self.update is None else (*self.baselines, PARENT)
 
     @property
     def training_sites(self) -> tuple[str, ...]:

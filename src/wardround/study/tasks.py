@@ -85,6 +85,8 @@ class TaskSettings(Settings):
     scanner: ClassVar[Literal["needed", "optional", "none"]] = "optional"
     #: The method that settings of a model must have to serve it; empty where any, or none, does.
     network: ClassVar[str] = ""
+    #: Whether its network may see images of one shape, whose amplitudes a method uses (`MethodSettings.spectrum`).
+    spectral: ClassVar[bool] = False
     #: How many of the classical methods that an acquisition comes with are compared, the first ones; `None` for all.
     compared: ClassVar[int | None] = None
     #: Where in a study its arms without one site are asked for.
@@ -106,6 +108,11 @@ class TaskSettings(Settings):
         teacher = getattr(self, "teacher", None)
         # A plug-in's task may have a key of that name, which means what it says.
         return teacher if isinstance(teacher, TaughtBy) and teacher.teaches else None
+
+    @property
+    def may_lack(self) -> tuple[str, ...]:
+        """The files of an image, each a channel, of which a site may lack some; none where that means nothing."""
+        return ()
 
     @property
     def classical(self) -> ClassicalSettings | None:
@@ -159,6 +166,8 @@ class CustomTask(TaskSettings):
     It is an entry point of the group `wardround.tasks` that the site allows in `plugins`, or `package.module:callable`
     with `--allow-code`.
     """
+
+    spectral = True
 
     kind: Literal["custom"]
     factory: Factory

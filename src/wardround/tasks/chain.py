@@ -18,11 +18,12 @@ from wardround.imaging.orientation import Turn
 from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.models.outliner import build_outliner
-from wardround.study.images import DrawnSettings, OverlapLoss
+from wardround.study.images import DrawnSettings, DropShare, OverlapLoss, each_a_channel
 from wardround.study.models import ModelSettings
 from wardround.tasks.chain_base import ChainBase
 from wardround.tasks.chain_settings import ChainSettings, ImageLosses, default_second, second_network
 from wardround.tasks.chained import ChainBatch, ChainDataset
+from wardround.tasks.contrasts import first_with_anything
 from wardround.tasks.images import resampled
 from wardround.tasks.labelled import LabelledDataset, Sampling
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
@@ -60,6 +61,12 @@ class ChainTask(ChainSettings, DrawnSettings):
         description="the network that outlines structures in reconstructed images, one of those for segmentation",
     )
     losses: ChainLosses = ChainLosses()
+    drop_contrasts: DropShare = 0.0
+
+    @property
+    def may_lack(self) -> tuple[str, ...]:
+        """The files of an image, where each is a channel and is scanned by itself."""
+        return each_a_channel(self.images, self.channels)
 
     def describe(self) -> str:
         """From what to what."""
@@ -103,6 +110,7 @@ class Chain(ChainBase[ChainTask]):
             self._augmentation,
             physical=config.distances == "mm",
             frame=scanner.frame,
+            drop=config.drop_contrasts,
         )
         return ChainDataset(drawn, scanner)
 
@@ -125,7 +133,7 @@ class Chain(ChainBase[ChainTask]):
         """All metrics of one whole image: name -> (1,)."""
         images, logits = self.both(model, batch)
         marked = as_one(resampled(logits, batch.masks.shape[2:]) > 0)
-        return self._overlap(marked, batch) | self.image_scores(images.flatten(0, 1), batch.scans)
+        return self._overlap(marked, batch) | self.image_scores(images.flatten(0, 1), batch)
 
     def _overlap(self, marked: Tensor, batch: ChainBatch) -> dict[str, Tensor]:
         known = [bool(each) for each in on_host(batch.known[0]) > 0.5]
@@ -184,11 +192,13 @@ class Chain(ChainBase[ChainTask]):
         yield from (dataset.tested(place) for place in places)
 
     def illustrate(self, model: nn.Module | None, batch: ChainBatch) -> Illustration:
-        """Outlines in the first channel as the first stage reconstructed it; without a network as it was scanned."""
+        """Outlines in the first channel that is there, as reconstructed; without a network as it was scanned."""
         shape, images, marked = batch.masks.shape[2:], batch.scans.target[None], None
+        first = 0 if batch.there is None else first_with_anything(batch.there)
         if model is not None:
             images, logits = self.both(model, batch)
             marked = on_host(resampled(logits, shape) > 0)[0]
-        image, drawn = on_host(resampled(images[:, :1], shape))[0, 0], on_host(batch.masks > 0.5)[0]
+        shown = resampled(images[:, first : first + 1], shape)
+        image, drawn = on_host(shown)[0, 0], on_host(batch.masks > 0.5)[0]
         spacing = batch.spacing[-2:] if self.scans.upright else batch.spacing
         return Illustration(slice_overlay(image, drawn, marked, spacing))

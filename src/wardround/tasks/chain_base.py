@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from wardround.tasks.chain_network import DIAGNOSIS, RECONSTRUCTION, ChainNetwor
 from wardround.tasks.chain_settings import ChainSettings
 from wardround.tasks.chained import joined, parts_of
 from wardround.tasks.classical import ClassicalMethods
+from wardround.tasks.contrasts import without
 from wardround.tasks.images import ImageTask, resampled, scaled
 from wardround.tasks.labelled import Sampling, check_image, whole_image
 from wardround.tasks.losses import build_loss
@@ -111,7 +113,9 @@ class ChainBase(ImageTask[SettingsT], ABC):
 
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Of the images against those that were scanned, and of the diagnosis."""
-        images, logits = model(batch.scans, batch.channels)
+        # A contrast that is not there is 0 in both: it adds nothing.
+        there = there_of(batch)
+        images, logits = model(batch.scans, batch.channels, *(() if there is None else (there,)))
         found = {
             RECONSTRUCTION: self._image_loss(images.flatten(0, 1), batch.scans.target, batch.scans.body),
             DIAGNOSIS: self.diagnosis_loss(logits.float(), batch),
@@ -125,15 +129,27 @@ class ChainBase(ImageTask[SettingsT], ABC):
     def both(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) and logits of a batch of any length, in evaluation mode and without gradients."""
         with evaluating(model), torch.no_grad():
-            parts = [model(scans, batch.channels) for scans in parts_of(batch.scans, batch.channels, TOGETHER)]
+            pieces = parts_of(batch.scans, batch.channels, TOGETHER)
+            there = there_of(batch)
+            whole: Iterable[tuple[Tensor, ...]] = repeat(())
+            given = whole if there is None else ((part,) for part in torch.split(there, TOGETHER))
+            parts = [model(scans, batch.channels, *part) for scans, part in zip(pieces, given, strict=False)]
         images, logits = (torch.cat(each) for each in zip(*parts, strict=True))
         return images, logits.float()
 
-    def image_scores(self, images: Tensor, scans: ScanBatch) -> dict[str, Tensor]:
-        """Means of images (B * C, H, W) over the slices that show enough of a body, or over all: name -> (1,)."""
-        counted = (scans.body.mean((-2, -1)) >= _LEAST_BODY).to(images.dtype)
-        weights = torch.where(counted.sum() > 0, counted, torch.ones_like(counted))
+    def image_scores(self, images: Tensor, batch: Any) -> dict[str, Tensor]:
+        """Means of images (B * C, H, W) over the slices that show enough of a body, or over all: name -> (1,).
+
+        Of contrasts that an image lacks there is nothing to score.
+        """
+        scans, there = batch.scans, there_of(batch)
+        every = torch.ones_like(images[:, 0, 0]) if there is None else there.flatten().to(images.dtype)
+        counted = (scans.body.mean((-2, -1)) >= _LEAST_BODY).to(images.dtype) * every
+        weights = torch.where(counted.sum() > 0, counted, every)
         scores = self.scans.scores(images, scans)
+        if there is not None:
+            nothing = torch.zeros_like(every)
+            scores = {name: torch.where(every > 0.0, values, nothing.to(values)) for name, values in scores.items()}
         return {name: ((values * weights).sum() / weights.sum())[None] for name, values in scores.items()}
 
     # A clinic's images and raw data ----------------------------------------------------------------------------------
@@ -167,16 +183,26 @@ class ChainBase(ImageTask[SettingsT], ABC):
             for part, of_slice in enumerate(channels)
             for number, channel in enumerate(of_slice)
         ]
-        images, logits = self.from_scans(model, joined(scans), len(placed.channels))
+        there = None
+        if placed.absent:
+            there = without(torch.ones(len(placed.channels), len(channels)), placed.absent).T
+        images, logits = self.from_scans(model, joined(scans), len(placed.channels), there)
         return Looked(images, logits, frame, image, placed)
 
-    def from_scans(self, model: nn.Module, scans: ScanBatch, channels: int) -> tuple[Tensor, Tensor]:
-        """Images (slices, C, h, w) on the grid of the scans, and logits by a network that sees the study's size."""
+    def from_scans(
+        self, model: nn.Module, scans: ScanBatch, channels: int, there: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images (slices, C, h, w) on the grid of the scans, and logits by a network that sees the study's size.
+
+        there: (slices, C), 0 for a contrast that the image lacks (`ChainNetwork.forward`).
+        """
         assert isinstance(model, ChainNetwork)
         images, logits = [], []
-        for part in parts_of(scans, channels, TOGETHER):
+        for number, part in enumerate(parts_of(scans, channels, TOGETHER)):
             with evaluating(model), torch.no_grad():
                 images.append(model.images(part).reshape(-1, channels, *part.target.shape[1:]))
+                if there is not None:
+                    images[-1] *= there[number * TOGETHER : (number + 1) * TOGETHER, :, None, None].to(images[-1])
                 logits.append(model.diagnosed(resampled(images[-1], self.config.size)).float())
         return torch.cat(images), torch.cat(logits)
 
@@ -213,7 +239,7 @@ class ChainBase(ImageTask[SettingsT], ABC):
 
     def score_images(self, images: Tensor, batch: Any) -> dict[str, Tensor]:
         """Metrics of images alone: name -> (1,). There is no diagnosis of them, so its metrics have no value."""
-        return self.without_diagnosis() | self.image_scores(images, batch.scans)
+        return self.without_diagnosis() | self.image_scores(images, batch)
 
     @abstractmethod
     def without_diagnosis(self) -> dict[str, Tensor]:
@@ -232,6 +258,12 @@ class ChainBase(ImageTask[SettingsT], ABC):
         """Images (B * C, H, W) of a method that learns nothing; `parameter` is its weight, if any."""
         method = self._classical.method(name, parameter)
         return torch.cat([scans.images(method) for scans in parts_of(batch.scans, batch.channels, TOGETHER)])
+
+
+def there_of(batch: Any) -> Tensor | None:
+    """Which channels of a batch's slices show anything (B, C); `None` where all do, as in a task that can lack none."""
+    found: Tensor | None = getattr(batch, "there", None)
+    return found
 
 
 def _check_size(network: nn.Module, channels: int, size: tuple[int, int]) -> None:

@@ -186,7 +186,7 @@ class ChainToClass(ChainBase[ChainToClassTask]):
     def score(self, model: nn.Module, batch: ClassedScans) -> dict[str, Tensor]:
         """What one patient adds to all metrics; see `Classes.measured` and `image_scores`."""
         images, logits = self.both(model, batch)
-        return self.classes.measured(logits, batch.labels) | self.image_scores(images.flatten(0, 1), batch.scans)
+        return self.classes.measured(logits, batch.labels) | self.image_scores(images.flatten(0, 1), batch)
 
     def without_diagnosis(self) -> dict[str, Tensor]:
         """No class is known."""

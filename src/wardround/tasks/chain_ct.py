@@ -97,7 +97,7 @@ class Hounsfield:
             labels,
             VoxelSpace((pixel, pixel, space.spacing[2])),
             image.combined,
-            middle,
+            middle=middle,
         )
 
     def scales(self, channels: NDArray[np.generic]) -> tuple[Scale | None, ...]:

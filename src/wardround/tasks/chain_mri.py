@@ -68,7 +68,9 @@ class Magnitudes:
 
 def check_magnitudes(image: LabelledImage, place: str) -> None:
     """Raises DataError, with `place` in its detail, for an image of which no scan can be simulated."""
-    for channel in image.channels:
+    for number, channel in enumerate(image.channels):
+        if number in image.absent:
+            continue
         low, high = float(channel.min()), float(channel.max())
         if high <= 0.0 or low < -_UNDERSHOOT * high:
             raise DataError(

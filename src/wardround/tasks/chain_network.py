@@ -33,9 +33,14 @@ class ChainNetwork(nn.Module):
         self.diagnosis = diagnosis
         self._begin, self._seen, self._full = begin, seen, full
 
-    def forward(self, scans: ScanBatch, channels: int) -> tuple[Tensor, Tensor]:
-        """`scans` are of B * C images, the channels of a slice one after the other."""
+    def forward(self, scans: ScanBatch, channels: int, there: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`scans` are of B * C images, the channels of a slice one after the other.
+
+        there: (B, C), 0 for a scan of nothing, of which no image is seen: it is 0 (`None`: all show something).
+        """
         images = self.images(scans).reshape(-1, channels, *scans.target.shape[1:])
+        if there is not None:
+            images = images * there[:, :, None, None]
         return images, self.diagnosed(images)
 
     def images(self, scans: ScanBatch) -> Tensor:

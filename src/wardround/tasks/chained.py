@@ -26,13 +26,15 @@ class ChainBatch:
 
     scans: of B slices with C channels each, B * C images: the channels of a slice follow each other. masks: float32
     (B, K, *shape), in evaluation on the grid of what was scanned. known: float32 (B, K), 1 where the site draws it.
-    spacing: the size of a voxel of the masks along their axes, slices first where B counts them.
+    spacing: the size of a voxel of the masks along their axes, slices first where B counts them. there: float32 (B, C),
+    0 for a contrast that an image lacks or that was dropped, whose scan shows nothing; `None` where all are there.
     """
 
     scans: ScanBatch
     masks: Tensor
     known: Tensor
     spacing: tuple[float, ...] = ()
+    there: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -45,10 +47,14 @@ class ChainBatch:
     @classmethod
     def joined(cls, batches: Sequence[ChainBatch]) -> ChainBatch:
         """One batch of all slices, in order."""
+        there = [batch.there for batch in batches]
+        given = [part if part is not None else batch.masks.new_ones(len(batch), batch.channels)
+                 for part, batch in zip(there, batches, strict=True)]  # fmt: skip
         return cls(
             joined([batch.scans for batch in batches]),
             torch.cat([batch.masks for batch in batches]),
             torch.cat([batch.known for batch in batches]),
+            there=None if all(part is None for part in there) else torch.cat(given),
         )
 
 
@@ -155,6 +161,8 @@ class ChainDataset(ScannedDataset[LabelledDataset]):
             chosen = int(image.masks.flatten(1).sum(1).argmax())
             batch, turn = self._scanned(image, patient, number, (chosen,)), self._drawn.turn(patient, number)
             for channel in range(batch.channels):
+                if batch.there is not None and not batch.there[0, channel]:
+                    continue
                 yield ChainBatch(batch.scans.part(channel, channel + 1), batch.masks, batch.known), turn
             return
 
@@ -174,7 +182,11 @@ class ChainDataset(ScannedDataset[LabelledDataset]):
     def _training(self, index: int, random: np.random.Generator) -> ChainBatch:
         drawn, patient = self._drawn.batch([index], random), self._owners[index]
         scans = joined([self._scanner.scan(image, patient, random) for image in drawn.images[0]])
-        return ChainBatch(scans, _on_grid(drawn.masks, scans), drawn.known)
+        return ChainBatch(scans, _on_grid(drawn.masks, scans), drawn.known, there=self._there(drawn.images))
+
+    def _there(self, images: Tensor) -> Tensor | None:
+        """Which channels of images (B, C, H, W) show anything, at a site where some may not; else `None`."""
+        return images.flatten(2).ne(0.0).any(2).float() if self._drawn.lacks else None
 
     def _scanned(self, image: LabelledBatch, patient: int, number: int, slices: Sequence[int]) -> ChainBatch:
         chosen = list(slices)
@@ -183,7 +195,8 @@ class ChainDataset(ScannedDataset[LabelledDataset]):
             for part in chosen
             for channel, values in enumerate(image.images[part])
         ]
-        return ChainBatch(joined(scans), image.masks[chosen], image.known[chosen], image.spacing)
+        there = self._there(image.images[chosen])
+        return ChainBatch(joined(scans), image.masks[chosen], image.known[chosen], image.spacing, there)
 
 
 def _on_grid(masks: Tensor, scans: ScanBatch) -> Tensor:

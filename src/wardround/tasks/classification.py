@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
-from wardround.study.images import ClassSettings
+from wardround.study.images import ClassSettings, DropShare, each_a_channel
 from wardround.study.normalise import Normalise, ZScore, check_normalise
 from wardround.study.teacher import TaughtBy
+from wardround.tasks import confidence
 from wardround.tasks.charts import Charts
 from wardround.tasks.classes import Classes, Floats
 from wardround.tasks.diagnosed import DiagnosedBatch, DiagnosedDataset, check_shape
@@ -48,6 +49,7 @@ class ClassificationTask(ClassSettings):
     """Which of several classes a patient's images show."""
 
     network = "build_classifier"
+    spectral = True
 
     kind: Literal["classification"]
     size: tuple[int, ...] = Field((128, 128), description="voxels that images are resampled to")
@@ -57,6 +59,7 @@ class ClassificationTask(ClassSettings):
         "draws examples of all its classes alike, `logit_adjusted` adds log frequencies to the logits in training",
     )
     normalise: Normalise = ZScore()
+    drop_contrasts: DropShare = 0.0
     teacher: TaughtBy | None = Field(
         None,
         description="a released model of a classification that teaches the network; where `labels.share` is below 1, "
@@ -74,6 +77,11 @@ class ClassificationTask(ClassSettings):
             )
         check_normalise(self)
         return self
+
+    @property
+    def may_lack(self) -> tuple[str, ...]:
+        """The files of an image, where each is a channel."""
+        return each_a_channel(self.images, self.channels)
 
     def describe(self) -> str:
         """How many classes."""
@@ -125,12 +133,14 @@ class Classification(ImageTask[ClassificationTask]):
     def build_model(self) -> nn.Module:
         """The network: images (B, C, *size) -> logits (B, K)."""
         self.study.model.check_size(self.config.size)
-        return self._network(self.config.channels, len(self.config.classes))
+        network = self._network(self.config.channels, len(self.config.classes))
+        return self._with_spectrum(network, self.config.channels, self.config.size)
 
     def dataset(self, site: str, source: Source) -> DiagnosedDataset:
         """The images and classes of a site."""
         patients = self._patients(site, source, self.config.images, None, self.config.table, self.config.labels)
-        return DiagnosedDataset(patients, self.config, self._augmentation, self.frame)
+        drop = self.config.drop_contrasts
+        return DiagnosedDataset(patients, self.config, self._augmentation, self.frame, drop=drop)
 
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
         """The union of several sites' data sets."""
@@ -150,6 +160,11 @@ class Classification(ImageTask[ClassificationTask]):
         with evaluating(model), torch.no_grad():
             found: Tensor = model(batch.images).float()
         return found
+
+    def said(self, model: nn.Module, batch: DiagnosedBatch) -> confidence.Said:
+        """See `wardround.tasks.confidence.Confident`: each class of each patient."""
+        probabilities = self.classes.probabilities(self.logits(model, batch))
+        return confidence.Said(probabilities, batch.labels, not self.config.multi_label)
 
     def score(self, model: nn.Module, batch: DiagnosedBatch) -> dict[str, Tensor]:
         """What one patient adds to the histograms; see `Classes.measured`."""

@@ -18,6 +18,7 @@ from wardround.imaging.readers.cases import Case
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import ClassSettings
 from wardround.tasks.augmentation import Augmentation
+from wardround.tasks.contrasts import dropped, first_shown
 from wardround.tasks.images import CONTENT, Frame, PatientImages, SitePatients, resampled
 from wardround.tasks.task import Split
 
@@ -48,7 +49,8 @@ class DiagnosedDataset(PatientImages):
     """One site's images with their classes; see `wardround.tasks.task.Dataset`. Raises DataError.
 
     `frame` says what the images' numbers are, `size` on which grid they are seen. With `slices` an image may be a
-    volume, of which each slice that shows something is an example.
+    volume, of which each slice that shows something is an example. `drop` is the share of training examples without a
+    contrast (`wardround.tasks.contrasts.dropped`).
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class DiagnosedDataset(PatientImages):
         *,
         size: tuple[int, ...] | None = None,
         slices: bool = False,
+        drop: float = 0.0,
     ) -> None:
+        self._drop = drop
         self._config, self._augmentation, self._slices = config, augmentation, slices
         self._size = config.size if size is None else size
         self._unlabelled = patients.unlabelled
@@ -129,6 +133,7 @@ class DiagnosedDataset(PatientImages):
         pixels = resampled(self._normalised(patient, number, part), self._size)
         if random is not None:
             pixels = self._augmentation.of_image(pixels, random)
+            pixels = dropped(pixels, self._cases[patient][number].absent, self._drop, random)
         known = self._labels.get((patient, number))
         labels = torch.full_like(self._prior, torch.nan) if known is None else torch.from_numpy(known.astype("f4"))
         return DiagnosedBatch(pixels[None], labels[None], self._prior[None])
@@ -184,7 +189,7 @@ def shown_parts(image: LabelledImage, frame: Frame) -> tuple[int | None, ...]:
     """The slices of a volume that show something, or all where none does; `None` for the whole of a picture."""
     if image.channels.ndim == 3:
         return (None,)
-    shares = frame.shows(image.channels[0].astype(np.float32)).mean(axis=(0, 1))
+    shares = frame.shows(image.channels[first_shown(image.absent)].astype(np.float32)).mean(axis=(0, 1))
     found = np.flatnonzero(shares > CONTENT)
     return tuple(int(part) for part in (found if len(found) else range(len(shares))))
 

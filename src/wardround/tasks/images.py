@@ -20,9 +20,11 @@ from wardround.imaging.orientation import Turn, turn_for
 from wardround.imaging.readers.aside import Aside, refuse
 from wardround.imaging.readers.cases import Case, Patterns, Reader, sort_cases
 from wardround.imaging.readers.labelled import LabelledImage, read_image
+from wardround.models.spectrum import with_spectrum
 from wardround.study.images import CaseTable, ImageSettings, UsedLabels
 from wardround.study.normalise import STANDARD, Normalise, PercentileScale, ZScore
 from wardround.study.plugins import NO_PLUGINS
+from wardround.study.rules import optional_contrasts
 from wardround.tasks.augmentation import Augmentation, standard
 from wardround.tasks.curves import Curve, curve_through
 from wardround.tasks.looks import Look, planes_of
@@ -227,9 +229,12 @@ class ImageTask(Generic[SettingsT]):
     ) -> SitePatients:
         """A site's images by patient, and who is in which part; of those who train, as many as `labels` says.
 
+        Contrasts that the study says the site lacks are not looked for.
+
         With a teacher the others train, too, without labels.
         """
-        found = sort_cases(source, site, Patterns(images, mask, table, self._readers(site)))
+        missing = frozenset(map(images.index, self.study.sites[site].missing))
+        found = sort_cases(source, site, Patterns(images, mask, table, self._readers(site), absent=missing))
         names = tuple(sorted({*found.cases, *(one.patient for one in found.aside if one.patient)}))
         if not found.cases:
             self._quarantine(site, len(found.aside), found.aside)
@@ -244,7 +249,18 @@ class ImageTask(Generic[SettingsT]):
     def _patterns(self, images: tuple[str, ...], table: CaseTable | None) -> Patterns:
         """How the files of images without masks or labels are named."""
         whose = None if table is None else CaseTable(file=table.file, id=table.id, patient=table.patient)
-        return Patterns(images, None, whose, self._readers(""))
+        return Patterns(
+            images,
+            None,
+            whose,
+            self._readers(""),
+            optional=optional_contrasts(self.study),
+            remedy="complete it; this model was not trained to do without (task.drop_contrasts, sites.NAME.missing)",
+        )
+
+    def _with_spectrum(self, network: nn.Module, channels: int, shape: Sequence[int]) -> nn.Module:
+        """The network of images (B, channels, *shape) with what the study's method asks for of their amplitudes."""
+        return with_spectrum(network, self.study.method.spectrum, channels, shape, self.study.training_sites)
 
     def _network(self, channels: int, outputs: int) -> nn.Module:
         """The study's model; one that does not serve the task was refused with the study."""

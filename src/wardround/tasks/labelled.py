@@ -16,6 +16,7 @@ from wardround.errors import DataError
 from wardround.imaging.readers.cases import Case
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.tasks.augmentation import Augmentation
+from wardround.tasks.contrasts import dropped, first_shown
 from wardround.tasks.images import CONTENT, NORMALISED, Frame, PatientImages, SitePatients, resampled
 from wardround.tasks.task import Split
 from wardround.wire.canonical import canonical_json
@@ -76,7 +77,8 @@ class Sampling:
 class LabelledDataset(PatientImages):
     """One site's images and masks; see `wardround.tasks.task.Dataset`.
 
-    `frame` says what the images' numbers are and on which grid they lie; by default they are normalised. See
+    `frame` says what the images' numbers are and on which grid they lie; by default they are normalised. `drop` is the
+    share of training examples without a contrast (`wardround.tasks.contrasts.dropped`). See
     `wardround.tasks.images.PatientImages` for patients who cannot be used. Raises DataError.
     """
 
@@ -90,12 +92,14 @@ class LabelledDataset(PatientImages):
         *,
         physical: bool,
         frame: Frame = NORMALISED,
+        drop: float = 0.0,
     ) -> None:
         self._structures = structures
         self._known = torch.tensor(known, dtype=torch.float32)
         self._sampling = sampling
         self._augmentation = augmentation
         self._physical = physical
+        self._drop = drop
         self._training = frozenset(patients.split["train"])
         self._unlabelled = patients.unlabelled
         self._content: dict[int, Any] = {}
@@ -129,6 +133,11 @@ class LabelledDataset(PatientImages):
         for patient in self._split[split]:
             for number in range(len(self._cases[patient])):
                 yield patient, self._whole(patient, number)
+
+    @property
+    def lacks(self) -> bool:
+        """Whether an example may come without one of its contrasts."""
+        return self._drop > 0.0 or any(case.absent for of_patient in self._cases for case in of_patient)
 
     def tested(self, place: int) -> LabelledBatch:
         """The first image of the test patient at a place in the order of `evaluation`."""
@@ -176,7 +185,8 @@ class LabelledDataset(PatientImages):
             yield from (LabelledExample(patient, number, part) for part in range(sampling.per_image))
             return
         drawn = self._drawn(image, patient).any(axis=(0, 1, 2))
-        content = self._frame.shows(image.channels[0].astype(np.float32)).mean(axis=(0, 1)) > CONTENT
+        shown = image.channels[first_shown(image.absent)].astype(np.float32)
+        content = self._frame.shows(shown).mean(axis=(0, 1)) > CONTENT
         rest = np.flatnonzero(content & ~drawn)[:: sampling.empty_every]
         yield from (LabelledExample(patient, number, int(part)) for part in sorted([*np.flatnonzero(drawn), *rest]))
 
@@ -212,6 +222,7 @@ class LabelledDataset(PatientImages):
         channels, masks = resampled(channels, grid), resampled(masks, grid, nearest=True)
         channels, masks = self._cropped(channels, masks, random)
         channels, masks = self._augmentation(channels, masks, random)
+        channels = dropped(channels, image.absent, self._drop, random)
         known = torch.zeros_like(self._known) if example.patient in self._unlabelled else self._known
         return LabelledBatch(channels[None], masks[None], known[None])
 

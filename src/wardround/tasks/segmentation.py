@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.models.outliner import build_outliner
-from wardround.study.images import DrawnSettings, OverlapLoss, UsedLabels
+from wardround.study.images import DrawnSettings, DropShare, OverlapLoss, UsedLabels, each_a_channel
 from wardround.study.normalise import Normalise, ZScore, check_normalise
 from wardround.study.teacher import TaughtBy
+from wardround.tasks import confidence
+from wardround.tasks.contrasts import first_with_anything
 from wardround.tasks.distillation import (
     Distillation,
     Lesson,
@@ -53,6 +55,7 @@ class SegmentationTask(DrawnSettings):
     """Outlines of structures in images, 2-D or 3-D."""
 
     network = "build_network"
+    spectral = True
 
     kind: Literal["segmentation"]
     patch: tuple[int, ...] = Field((128, 128), description="voxels of an example, and of a window in evaluation")
@@ -63,6 +66,7 @@ class SegmentationTask(DrawnSettings):
     loss: OverlapLoss = OverlapLoss()
     normalise: Normalise = ZScore()
     labels: UsedLabels = UsedLabels()
+    drop_contrasts: DropShare = 0.0
     teacher: TaughtBy | None = Field(
         None,
         description="a released model of a segmentation or prompted segmentation that teaches the network; where "
@@ -79,6 +83,11 @@ class SegmentationTask(DrawnSettings):
             raise ValueError(f"task.spacing needs {self.dimensions} positive numbers, as task.dimensions says")
         check_normalise(self)
         return self
+
+    @property
+    def may_lack(self) -> tuple[str, ...]:
+        """The files of an image, where each is a channel."""
+        return each_a_channel(self.images, self.channels)
 
     def describe(self) -> str:
         """What is outlined, in how many dimensions."""
@@ -129,7 +138,9 @@ class Segmentation(ImageTask[SegmentationTask]):
     def build_model(self) -> nn.Module:
         """The network: images (B, C, *shape) -> logits (B, K, *shape)."""
         self.study.model.check_size(self.config.patch)
-        return build_outliner(self.study.model, self.config.dimensions, self.config.channels, len(self.structures))
+        config = self.config
+        network = build_outliner(self.study.model, config.dimensions, config.channels, len(self.structures))
+        return self._with_spectrum(network, config.channels, config.patch)
 
     def dataset(self, site: str, source: Source) -> LabelledDataset:
         """The images and masks of a site."""
@@ -142,6 +153,7 @@ class Segmentation(ImageTask[SegmentationTask]):
             self._augmentation,
             physical=config.distances == "mm",
             frame=self.frame,
+            drop=config.drop_contrasts,
         )
 
     @property
@@ -174,6 +186,12 @@ class Segmentation(ImageTask[SegmentationTask]):
     def logits(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
         """Logits (B, K, *shape of the masks) by windows of the size of a patch, in evaluation mode."""
         return self.outlined(model, batch.images, batch.masks.shape[2:])
+
+    def said(self, model: nn.Module, batch: LabelledBatch) -> confidence.Said:
+        """See `wardround.tasks.confidence.Confident`: each voxel of each structure."""
+        known = batch.known.reshape(*batch.known.shape, *[1] * (batch.masks.ndim - 2)) > 0.5
+        truth = torch.where(known, batch.masks, torch.nan)
+        return confidence.Said(torch.sigmoid(self.logits(model, batch)), truth, exclusive=False)
 
     def outlined(self, model: nn.Module, images: Tensor, shape: Sequence[int]) -> Tensor:
         """The same of images (B, C, *grid), on the grid `shape`."""
@@ -219,8 +237,8 @@ class Segmentation(ImageTask[SegmentationTask]):
         yield from (dataset.tested(place) for place in places)
 
     def illustrate(self, model: nn.Module | None, batch: LabelledBatch) -> Illustration:
-        """Outlines in the first channel; of a volume, in the slice that shows most of what is drawn."""
-        volume, at = len(batch.spacing) == 3, None
+        """Outlines in the first channel that is there; of a volume, in the slice that shows most of what is drawn."""
+        volume, at, first = len(batch.spacing) == 3, None, first_with_anything(batch.images)
         if volume:
             drawn = on_host(batch.masks) > 0.5
             at = fullest(np.moveaxis(drawn, 0, -1) if self.config.dimensions == 2 else drawn[0])
@@ -235,7 +253,7 @@ class Segmentation(ImageTask[SegmentationTask]):
 
         return Illustration(
             slice_overlay(
-                shown(resampled(batch.images[:, :1], batch.masks.shape[2:]))[0],
+                shown(resampled(batch.images[:, first : first + 1], batch.masks.shape[2:]))[0],
                 shown(batch.masks > 0.5),
                 None if model is None else shown(self.logits(model, batch) > 0),
                 batch.spacing if self.config.dimensions == 2 else (batch.spacing[2], *batch.spacing[:2]),

@@ -109,6 +109,31 @@ class TensorFile(Mapping[str, Array]):
         return len(self._where)
 
 
+class Chosen(Mapping[str, Array]):
+    """Tensors of other mappings by names of their own, each read when it is asked for.
+
+    `places` says of each name which mapping it is in, and under which name.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[Mapping[str, Array], str]]) -> None:
+        self._places = dict(places)
+
+    def __getitem__(self, name: str) -> Array:
+        source, own = self._places[name]
+        return source[own]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def joined(*parts: Mapping[str, Array]) -> Mapping[str, Array]:
+    """The tensors of several mappings, each read when it is asked for; of one name, the last mapping's."""
+    return Chosen({name: (part, name) for part in parts for name in part})
+
+
 def tensors_in(data: bytearray, table: Iterable[TensorInfo]) -> dict[str, Array]:
     """The tensors of a stream that is in memory, as views of it; raises `WireError` when it is too short."""
     tensors, offset = {}, 0

@@ -248,6 +248,10 @@ def limits(layout: Layout, scales: Scales, weights: Mapping[str, float]) -> dict
     return found
 
 
+# Values of a tensor that are doubles at once.
+_PIECE = 1 << 20
+
+
 class Aggregate:
     """What the sum of updates says: counts, weights, metrics, and tensors one at a time."""
 
@@ -257,15 +261,21 @@ class Aggregate:
         self.scales = scales
         integers = iter(layout.from_digits(total.segment(len(layout.groups))))
         self.contributors = next(integers)
+        self._steps: dict[str, int] = {}
         self._shares: dict[str, float] = {}
         self.saturated: dict[str, int] = {}
         for group in layout.groups:
-            self._shares[group.name] = next(integers) / (1 << WEIGHT_BITS)
+            self._steps[group.name] = next(integers)
+            self._shares[group.name] = self._steps[group.name] / (1 << WEIGHT_BITS)
             for info in group.tensors:
                 self.saturated[scale_key(group.name, info.name)] = next(integers)
         self.metrics: dict[str, Floats] = {
             m.name: m.decode([next(integers) for _ in range(m.size)], self.contributors) for m in layout.metrics
         }
+
+    def steps(self, group: str) -> int:
+        """The sum of the sites' weights, in whole steps of 2^-30 of the largest."""
+        return self._steps[group]
 
     def weight(self, group: str) -> float:
         """The sum of the sites' weights."""
@@ -287,12 +297,34 @@ class Aggregate:
 
     def mean(self, group: str, tensor: str) -> Floats:
         """The weighted mean of the sites' changes; raises `Rejected` when all weights are zero."""
-        share = self._shares[group]
-        if share <= 0.0:
-            raise Rejected(f"the weights of group {group!r} sum to zero; no site had anything to learn from")
+        share = self._share(group)
         mean = self.total(group, tensor)
         mean /= share
         return mean
+
+    def moved(self, group: str, tensor: str, old: Array) -> Array:
+        """A tensor that was `old`, by `mean`: added in double precision and rounded once. Raises as `mean`.
+
+        A large one a piece at a time, so that no array of doubles of its size is in memory.
+        """
+        if type(self).mean is not Aggregate.mean or old.size <= _PIECE:
+            return (self.mean(group, tensor) + old).astype(old.dtype)
+        share, (elements, _, found) = self._share(group), self._elements(group, tensor)
+        scale, bits, ring = self.scales[scale_key(group, tensor)], self.layout.bits_of(found), Ring(found.ring_bits)
+        new, before = np.empty_like(old), old.reshape(-1)
+        for start in range(0, old.size, _PIECE):
+            piece = slice(start, start + _PIECE)
+            step = dequantise(elements[piece], scale, bits, ring)
+            step /= share
+            step += before[piece]
+            new.reshape(-1)[piece] = step
+        return new
+
+    def _share(self, group: str) -> float:
+        share = self._shares[group]
+        if share <= 0.0:
+            raise Rejected(f"the weights of group {group!r} sum to zero; no site had anything to learn from")
+        return share
 
     def _elements(self, group: str, tensor: str) -> tuple[Array, TensorInfo, Group]:
         index, offset, info, found = self._places[scale_key(group, tensor)]

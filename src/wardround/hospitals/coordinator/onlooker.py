@@ -114,6 +114,7 @@ def _of_rounds(lines: Sequence[RoundLine]) -> dict[str, Any]:
         "arms": arms,
         "participants": federated[-1].participants if federated else (),
         "missing": federated[-1].missing if federated else {},
+        "at_work": federated[-1].at_work if federated else {},
         "left_out": {site: LeftOut(rounds=count, reason=reasons[site]) for site, count in sorted(counts.items())},
         "seconds_a_round": statistics.median(recent) if recent else None,
         "bytes_up": sum(line.bytes_up for line in lines),

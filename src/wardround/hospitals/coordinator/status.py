@@ -99,6 +99,8 @@ class StudyStatus(Config):
     participants: tuple[str, ...] = ()
     #: Who was left out of the last round, and why.
     missing: dict[str, str] = Field({})
+    #: Who was at work on an older round when the last one was committed, and on which: rounds did not wait for them.
+    at_work: dict[str, int] = Field({})
     left_out: dict[str, LeftOut] = Field({})
     working: dict[str, Heard] = Field({})
     seconds_a_round: float | None = None

@@ -107,6 +107,8 @@ def details(study: StudyStatus) -> Iterator[str]:
         yield f"{site}: {heard.arm}, round {heard.round}, step {heard.step} of {heard.steps}"
     for site, why in study.missing.items():
         yield f"the last round went on without {site}: {why}"
+    for site, number in study.at_work.items():
+        yield f"the last round did not wait for {site}, which was at work on round {number}"
     for site, left in study.left_out.items():
         if site not in study.missing:
             yield f"{site} was left out of {left.rounds} round{'s' if left.rounds > 1 else ''}"

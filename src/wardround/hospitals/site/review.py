@@ -130,6 +130,7 @@ def _body(decisions: Decisions, found: Proposed, host: Machine, study: Study) ->
             "What will run",
             f"  learns{said}",
             entry("start", study.start.describe()),
+            *([entry("forgets", study.forget.describe())] if study.forget is not None else []),
             training_lines(host, arm_spec),
             entry("time", "of computing: not known before it runs; see how long the messages take below"),
             entry("memory", _memory(host, site, dataset)),

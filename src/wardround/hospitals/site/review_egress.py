@@ -33,7 +33,8 @@ def leaves(host: Machine, arm_spec: ArmSpec, site: str, dataset: Dataset | None)
     if dataset is not None:
         lines += [entry("by group", line) for line in group_lines(host)]
     lines += [entry("scanners", _scanners(host, site)), entry("beside these", beside_words(host))]
-    stays = "; what the table calls local" if arm_spec.policy.names("local") and trains else ""
+    kinds = ["local"] * bool(arm_spec.policy.names("local")) + ["own"] * bool(arm_spec.own)
+    stays = f"; what the table calls {' and '.join(kinds)}" if kinds and trains else ""
     lines += [entry("never", f"images, raw data, pictures, names, paths, dates{stays}")]
     least = host.egress(site).least
     whatever = "; an update leaves whatever their number" if trains else ""
@@ -70,6 +71,7 @@ def _rounds(host: Machine, arm_spec: ArmSpec) -> Iterator[str]:
     for kind, held, stays in (
         ("local", policy.names("local"), "stay at this hospital"),
         ("frozen", policy.names("frozen"), "never change, and are in no message"),
+        ("own", arm_spec.own, "of this hospital's own model, beside the shared one: stay at this hospital"),
     ):
         if held:
             rows.append((kind, str(len(held)), f"{sum(sizes[name] for name in held):,}", stays))

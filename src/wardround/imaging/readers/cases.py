@@ -32,7 +32,10 @@ _PLACE = re.compile(r"(\{patient\}|\{id\}|\*)")
 
 @dataclass(frozen=True)
 class Case:
-    """An image of a patient: a file for each channel or contrast, its mask's file where there is one, its label."""
+    """An image of a patient: a file for each channel or contrast, its mask's file where there is one, its label.
+
+    `absent`: the places among the study's contrasts of which there is no file.
+    """
 
     patient: str
     id: str
@@ -40,6 +43,7 @@ class Case:
     mask: Path | None = None
     label: str = ""
     readers: Mapping[str, Reader] = field(default_factory=dict, compare=False)
+    absent: tuple[int, ...] = ()
 
 
 class NothingMatches(DataError):
@@ -50,7 +54,8 @@ class NothingMatches(DataError):
 class Patterns:
     """How a site's files are named; `readers` by ending (".raw") read what the package itself does not.
 
-    `only`: look for this patient and no other.
+    `only`: look for this patient and no other. `absent`: places in `images` that are not looked for; `optional`: places
+    that may be missing of an image, as long as one is there. `remedy` ends the error of an image that lacks a file.
     """
 
     images: tuple[str, ...]
@@ -58,6 +63,9 @@ class Patterns:
     table: CaseTable | None = None
     readers: Mapping[str, Reader] = field(default_factory=dict, compare=False)
     only: str | None = None
+    absent: frozenset[int] = frozenset()
+    optional: frozenset[int] = frozenset()
+    remedy: str = "complete it, move the patient away, or change `{setting}`"
 
     @property
     def endings(self) -> tuple[str, ...]:
@@ -123,6 +131,8 @@ def _in(folder: Path, site: str, patterns: Patterns) -> tuple[list[Case], list[A
     rows = None if patterns.table is None else _rows(folder, site, patterns.table)
     found: dict[tuple[str, str], _Found] = {}
     for number, pattern in enumerate(patterns.images):
+        if number in patterns.absent:
+            continue
         for key, path in _matches(folder, site, patterns.whole(pattern), patterns):
             case = found.setdefault(key, _Found())
             case.doubled = pattern if number in case.images else case.doubled
@@ -142,21 +152,23 @@ def _in(folder: Path, site: str, patterns: Patterns) -> tuple[list[Case], list[A
         if lack := _lacking(case, patterns):
             aside.append(Aside(whose, lack, name))
             continue
-        images = tuple(case.images[n] for n in range(len(patterns.images)))
-        cases.append(Case(whose, name, images, case.mask, label, patterns.readers))
+        images = tuple(case.images[n] for n in sorted(case.images))
+        absent = tuple(n for n in range(len(patterns.images)) if n not in case.images)
+        cases.append(Case(whose, name, images, case.mask, label, patterns.readers, absent))
     return cases, aside
 
 
 def _lacking(case: _Found, patterns: Patterns) -> str:
     """Why an image is not complete; nothing where it is."""
-    absent = [("task.images", p) for n, p in enumerate(patterns.images) if n not in case.images]
+    spared = patterns.absent | (patterns.optional if case.images else frozenset())
+    absent = [("task.images", p) for n, p in enumerate(patterns.images) if n not in case.images and n not in spared]
     absent += [("task.mask", patterns.mask)] if patterns.mask is not None and case.mask is None else []
     if case.doubled:
         return f"several files of an image match {case.doubled!r}; keep one of them, or make the pattern narrower"
     if not absent:
         return ""
     setting, pattern = absent[0]
-    return f"an image lacks the file {pattern!r}; complete it, move the patient away, or change `{setting}`"
+    return f"an image lacks the file {pattern!r}; {patterns.remedy.format(setting=setting)}"
 
 
 def _expression(pattern: str) -> re.Pattern[str]:

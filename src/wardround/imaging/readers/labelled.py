@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,16 @@ class LabelledImage:
     """An image and what was drawn on it.
 
     `channels` (C, *shape), uint8 or float32; `labels` (*shape), the whole numbers of the mask's file, `None` without
-    one. `combined`: values of it that stand for several numbers at once, where segments of a DICOM SEG overlap. A
-    volume's axes run to the patient's right, front and head (RAS) as far as its header says how the patient lies; a
-    picture's are rows and columns.
+    one. `combined`: values of it that stand for several numbers at once, where segments of a DICOM SEG overlap.
+    `absent`: channels of which there is no file; they are 0. A volume's axes run to the patient's right, front and head
+    (RAS) as far as its header says how the patient lies; a picture's are rows and columns.
     """
 
     channels: Array
     labels: Array | None
     space: VoxelSpace
     combined: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    absent: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +94,8 @@ def read_image(case: Case) -> LabelledImage:
     for path, (channels, space) in zip(case.images[1:], others, strict=True):
         _same(first, (channels, space), "two channels of an image", path)
         parts.append(channels)
+    if case.absent:
+        parts = _with_absent(parts, case)
     channels = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if channels.dtype != np.uint8:
         channels = channels.astype(np.float32)
@@ -101,9 +104,25 @@ def read_image(case: Case) -> LabelledImage:
                 "an image holds NaN or infinite values; replace them at the source", detail=str(case.images[0])
             )
     if case.mask is not None and _is_seg(case.mask, case.readers):
-        return LabelledImage(channels, *_segments(first, case.mask))
+        return LabelledImage(channels, *_segments(first, case.mask), absent=case.absent)
     labels = None if case.mask is None else _labels(first, case.mask, case.readers)
-    return LabelledImage(channels, labels, first[1])
+    return LabelledImage(channels, labels, first[1], absent=case.absent)
+
+
+def _with_absent(parts: Sequence[Array], case: Case) -> list[Array]:
+    """The channels with zeros where a file is missing; raises DataError where a file has several channels."""
+    for path, part in zip(case.images, parts, strict=True):
+        if len(part) != 1:
+            raise DataError(
+                f"a file has {len(part)} channels, and of an image that lacks a contrast each file is one channel; "
+                "store them one by one",
+                detail=str(path),
+            )
+    there = iter(parts)
+    return [
+        np.zeros_like(parts[0]) if number in case.absent else next(there)
+        for number in range(len(parts) + len(case.absent))
+    ]
 
 
 def placed_image(channels: Array, spacing: tuple[float, ...], affine: NDArray[np.float64]) -> LabelledImage:

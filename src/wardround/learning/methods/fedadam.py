@@ -55,6 +55,7 @@ class FedAdamSettings(AveragingSettings):
     beta2: float = Field(0.99, ge=0.0, lt=1.0)
     tau: float = Field(1e-3, gt=0.0)
     noised = True
+    late = True
 
     def build(self, protocols: Mapping[str, Any]) -> FedAdam:
         """The method."""

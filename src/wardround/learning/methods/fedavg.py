@@ -14,6 +14,7 @@ class FedAvgSettings(AveragingSettings):
 
     kind: Literal["fedavg"] = "fedavg"
     noised = True
+    late = True
     adds_up = True
 
     def build(self, protocols: Mapping[str, Any]) -> Method:

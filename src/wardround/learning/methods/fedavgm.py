@@ -43,6 +43,7 @@ class FedAvgMSettings(AveragingSettings):
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     server_lr: float = Field(1.0, gt=0.0)
     noised = True
+    late = True
 
     def build(self, protocols: Mapping[str, Any]) -> FedAvgM:
         """The method."""

@@ -27,6 +27,8 @@ class FedDyn(Method):
     being of the sites of the round.
     """
 
+    holds = 1
+    stores = 1
     alpha: float = 0.1
 
     def objective(self, local: LocalRound, loss: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class FedProxSettings(AveragingSettings):
     kind: Literal["fedprox"]
     mu: float = Field(0.01, ge=0.0)
     noised = True
+    late = True
 
     def build(self, protocols: Mapping[str, Any]) -> FedProx:
         """The method."""

@@ -24,7 +24,7 @@ from wardround.learning.methods.method import (
 from wardround.learning.policy import Parameter, Policy
 from wardround.models.low_rank import folded_of, is_first_factor, is_folded, second_of
 from wardround.study.methods import MethodSettings
-from wardround.wire.tensors import TensorInfo
+from wardround.wire.tensors import TensorInfo, joined
 from wardround.wire.update import Aggregate, Group
 
 
@@ -167,13 +167,13 @@ class Folding(Method):
 
     def release_for(
         self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
-    ) -> dict[str, Array]:
+    ) -> Mapping[str, Array]:
         """With what is folded into every layer, as a whole weight. Raises `Rejected` for what no round folds."""
         folded = Folded.of(public)
         folded.check()
         weights = zip(folded.layers, folded.weights(), strict=True)
         released = super().release_for(site, public, private)
-        return released | {folded_of(layer.first): weight.astype(np.float32) for layer, weight in weights}
+        return joined(released, {folded_of(layer.first): weight.astype(np.float32) for layer, weight in weights})
 
 
 class FoldingSettings(MethodSettings):

@@ -15,13 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import StudyError
+from wardround.learning.passes import WHOLE_ROUND, Pass
 from wardround.learning.policy import Parameter, Policy, Role
 from wardround.protection.drift import UNKNOWN, UpdateBound
-from wardround.wire.tensors import TensorInfo
+from wardround.wire.tensors import Chosen, TensorInfo
 from wardround.wire.update import Aggregate, Group
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from wardround.learning.survey import Survey
+    from wardround.study.schema import Study
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -33,7 +37,7 @@ BUFFERS = "buffers"
 # exp(-loss) is clamped to this, so that one site can neither vanish nor outweigh the others a thousandfold.
 SMALLEST_VALIDATION_WEIGHT = 1e-3
 # Hooks that decide how far a round moves the model; what happens before a site's optimiser is bounded by the optimiser.
-_MOVING = ("changes", "apply", "apply_group", "server_step")
+_MOVING = ("changes", "apply", "apply_group", "server_step", "passes")
 
 
 def state_name(group: str, tensor: str) -> str:
@@ -43,10 +47,22 @@ def state_name(group: str, tensor: str) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a site knows of itself when it is weighed; only the weight leaves, inside the update."""
+    """What a site knows of itself when it is weighed; only the weight leaves, inside the update.
+
+    `loss` is the mean training loss of the round, once it is trained.
+    """
 
     samples: int
     validation_loss: float | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Episode:
+    """How far the inner step goes, and what a piece of a batch, which begins at a place of it, is changed to."""
+
+    rate: float
+    changed: Callable[[Any, int], Any]
 
 
 @dataclass
@@ -58,7 +74,10 @@ class LocalRound:
     everything the coordinator broadcast, as arrays that `received` makes tensors of, `memory` the site's private
     tensors of this method: what a hook leaves there is kept for the next round and never sent. `private` are the live
     tensors that stay at the site, `initial` the initial values of the whole model; `step` counts from 0, and with
-    `seed` names public randomness.
+    `seed` names public randomness. `rate` is the learning rate of the step; what a hook puts into `scratch` is gone
+    after the round. `heard` is the last round of which the coordinator says that the site's update is in the sum, 0 for
+    none so far, and `None` where it says nothing of it. `survey` shows the site's training
+    images. `taken` is the pass under way (`Method.passes`), `choice` which of its choices.
     """
 
     site: str
@@ -75,6 +94,12 @@ class LocalRound:
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     step: int = 0
+    rate: float = 0.0
+    heard: int | None = None
+    scratch: dict[str, Any] = field(default_factory=dict)
+    survey: Survey | None = None
+    taken: Pass = WHOLE_ROUND[0]
+    choice: float | None = None
 
     def received(self, name: str) -> Tensor:
         """A tensor of `public` on the device of the model, to be read and not changed."""
@@ -118,11 +143,24 @@ class Method:
     #: `sum`: works on the sum of updates. `updates`: `apply` gets an aggregate that is `Updates` as well, so
     #: `protection.secure`, `compression` and `robust` are refused.
     needs: ClassVar[Literal["sum", "updates"]] = "sum"
+    #: Copies of the shared values that a round at a site holds beside those that every method does, and how many of
+    #: them its store keeps for the next one.
+    holds: ClassVar[int] = 0
+    stores: ClassVar[int] = 0
+    #: Groups of shared tensors that tell of data, and not of what was learned: billed as a side channel.
+    side_channels: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def discloses(self) -> str:
-        """What leaves a site by `side_channel`, for people to read; empty when nothing does."""
+        """What leaves a site beside its change of the model, for people to read; empty when nothing does."""
         return ""
+
+    def within(self, study: Study, sites: int, model: nn.Module) -> Method:
+        """The method as it works in an arm of a study with `sites` training sites; the same unless it depends on them.
+
+        Raises `StudyError` for a model that it cannot work with.
+        """
+        return self
 
     # What belongs to whom ------------------------------------------------------------------------------------------
 
@@ -167,10 +205,45 @@ class Method:
         """What a round of that number of sites adds to the public state, beside what that begins with (`lasting`)."""
         return ()
 
+    def asks_held_out(self, site: str) -> bool:
+        """Whether a site needs the loss of its validation patients before its first step (`LocalRound.facts`)."""
+        return False
+
     # At the site ---------------------------------------------------------------------------------------------------
+
+    def passes(self) -> tuple[Pass, ...]:
+        """What a site's round is made of: one pass over everything, unless a method says otherwise."""
+        return WHOLE_ROUND
+
+    @property
+    def keeps_model(self) -> bool:
+        """Whether each site has values of its own for what is shared, with which it validates and tests."""
+        return any(one.own for one in self.passes())
 
     def begin(self, local: LocalRound) -> None:
         """Called once the model is loaded and before the first step."""
+
+    def during(self, local: LocalRound) -> AbstractContextManager[Any]:
+        """A context that all steps of the round are taken in: hooks on layers, say, that are gone afterwards."""
+        return nullcontext()
+
+    def episode(self, local: LocalRound) -> Episode | None:
+        """What a step lowers beside the loss of its batch (`learning.episodes`); `None`: nothing."""
+        return None
+
+    @property
+    def flat_step(self) -> float:
+        """How far along its gradient a step looks for the gradient that it follows (`learning.flat_step`); 0: not."""
+        return 0.0
+
+    def begin_pass(self, local: LocalRound) -> None:
+        """Called before the first step of each of several `passes`, with the values that it begins with loaded."""
+
+    def begin_step(self, local: LocalRound) -> None:
+        """Called before the gradient of a step is taken; may put other values into the model."""
+
+    def end_pass(self, local: LocalRound) -> None:
+        """Called after the last step of each of several `passes`; of an own one, what is in the model then is kept."""
 
     def objective(self, local: LocalRound, loss: Tensor) -> Tensor:
         """The loss of a step, with whatever the method adds."""
@@ -203,6 +276,19 @@ class Method:
     def group_weights(self, facts: Facts, groups: tuple[str, ...]) -> dict[str, float]:
         """The weight of every group; one and the same unless a method says otherwise."""
         return dict.fromkeys(groups, self.weight(facts))
+
+    def round_weights(self, local: LocalRound, groups: tuple[str, ...]) -> dict[str, float]:
+        """The weights of a round that was trained, of which `local.facts` now say the losses."""
+        return self.group_weights(local.facts, groups)
+
+    def heard(
+        self, memory: Mapping[str, Array], changes: Mapping[str, Mapping[str, Array]], limits: Mapping[str, float]
+    ) -> Mapping[str, Array]:
+        """What the site keeps of `memory`, once it is known what its update says of its `changes`.
+
+        What lies beyond `limits`, by group and tensor, is lost; of tensors without one nothing is (`Codec.lost`).
+        """
+        return memory
 
     # What a site may expect ----------------------------------------------------------------------------------------
 
@@ -249,6 +335,9 @@ class Method:
         """Write the next state of one group."""
         for info in group.tensors:
             name = state_name(group.name, info.name)
+            if type(self).server_step is Method.server_step:
+                write.public(name, aggregate.moved(group.name, info.name, public[name]))
+                continue
             old = public[name]
             step = self.server_step(name, aggregate.mean(group.name, info.name), private, write.private)
             # The step is applied in double precision and rounded once.
@@ -267,14 +356,23 @@ class Method:
 
     def release_for(
         self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        """The shared tensors released for a site, or for an unknown one (`None`), by model name."""
-        return {
-            name.removeprefix(state_name(group, "")): public[name]
-            for name in public
-            for group in (MODEL, BUFFERS)
-            if name.startswith(state_name(group, ""))
-        }
+    ) -> Mapping[str, Array]:
+        """The shared tensors released for a site, or for an unknown one (`None`), by model name.
+
+        Each is read when it is asked for, so that memory holds one tensor and not the model.
+        """
+        return Chosen(
+            {
+                name.removeprefix(state_name(group, "")): (public, name)
+                for name in public
+                for group in (MODEL, BUFFERS)
+                if name.startswith(state_name(group, ""))
+            }
+        )
+
+    def also_released(self, public: Mapping[str, Array]) -> Mapping[str, Mapping[str, Array]]:
+        """What else a run releases of its last state: the tensors of each further file of `models`, by its name."""
+        return {}
 
     # At a hospital that did not train ------------------------------------------------------------------------------
 

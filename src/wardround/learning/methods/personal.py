@@ -13,6 +13,7 @@ from wardround.learning.methods.method import Array, Changes, LocalRound, Method
 from wardround.learning.policy import Parameter, Policy, Role
 from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.study.methods import MethodSettings
+from wardround.wire.tensors import Chosen, joined
 from wardround.wire.update import Aggregate, Group
 
 # The group in which private parts travel, and names in the coordinator's state; only with `unseen: mean`.
@@ -118,12 +119,13 @@ class Personal(Method):
 
     def release_for(
         self, site: str | None, public: Mapping[str, Array], private: Mapping[str, Array]
-    ) -> dict[str, Array]:
+    ) -> Mapping[str, Array]:
         """The shared part; for a hospital that did not train, with the mean private part where there is one."""
         released = super().release_for(site, public, private)
         if site is None:
             prefix = state_name(UNSEEN, "")
-            released |= {n.removeprefix(prefix): private[n] for n in private if n.startswith(prefix)}
+            mean = {n.removeprefix(prefix): (private, n) for n in private if n.startswith(prefix)}
+            released = joined(released, Chosen(mean))
         return released
 
 
@@ -134,6 +136,7 @@ def _told(groups: tuple[Group, ...]) -> tuple[str, ...]:
 class PersonalSettings(MethodSettings):
     """A method that keeps a part of the model at the site."""
 
+    late = True
     weights: Literal["samples", "equal", "validation"] = Field(
         "equal", description="`validation` is exp(-validation loss), clamped"
     )

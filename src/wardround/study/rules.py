@@ -180,6 +180,11 @@ def check_privacy(study: Study) -> None:
     """Refuse whatever would say something of a patient beside the noised gradients."""
     if study.protection.privacy is None:
         return
+    if study.site_statistics:
+        raise ValueError(
+            "site_statistics: with protection.privacy nothing of a site's images leaves without noise, and these sums "
+            "have none; set it to false"
+        )
     if study.method.closed:
         return  # A plug-in's section is looked at once its settings are known; without them, nothing runs.
     if not study.method.noised:

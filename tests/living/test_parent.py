@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.apart import apart, comparable
 from tests.living.ward import ROLES, admit, ward_sites, ward_study
-from wardround.errors import DataError
+from wardround.errors import DataError, Interrupted
 from wardround.results.schema import Result
 from wardround.runs.session import evaluate, run
 from wardround.site.own_parts import OwnParts
@@ -76,7 +77,9 @@ def test_sites_that_do_not_train_measure_it_and_hold_out_who_trained(tmp_path: P
     assert child.gains["federated"]["parent"].keys() == {"A", "B", "C", "mean"}
 
 
-@pytest.mark.parametrize("how", [{"engine": "workers", "processes": 2}, {"engine": "local"}])
+@pytest.mark.parametrize(
+    "how", [pytest.param({"engine": "workers", "processes": 2}, marks=pytest.mark.slow), {"engine": "local"}]
+)
 def test_it_is_the_same_under_masks_in_workers_and_after_a_stop(tmp_path: Path, how: dict[str, Any]) -> None:
     sites = ward_sites(tmp_path, {**FEW, "C": 12})
     names = ("A", "B", "C")
@@ -155,3 +158,38 @@ def test_an_update_of_nothing_is_refused(changes: dict[str, Any], reason: str) -
         start = {"kind": "fresh"}
     with pytest.raises(ValueError, match=reason):
         ward_study(**{**changes, "start": start, "update": {}})
+
+
+class Stops:
+    """A watcher that stops a run after its first round."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+    def round(self, report: Any) -> None:
+        """Called with each round."""
+        raise KeyboardInterrupt
+
+
+def test_a_resumed_child_is_the_whole_one(tmp_path: Path) -> None:
+    """What a site carries over stands before its first round, and not before those after a stop."""
+    sites = ward_sites(tmp_path, FEW)
+    parent = parent_of(tmp_path, sites, **PERSONAL)
+    whole = child_of(tmp_path, parent, sites, "whole", start={"partial": True}, **PERSONAL)
+    with pytest.raises(Interrupted):
+        child_of(tmp_path, parent, sites, "resumed", start={"partial": True}, how={"watcher": Stops()}, **PERSONAL)
+    resumed = child_of(tmp_path, parent, sites, "resumed", start={"partial": True}, **PERSONAL)
+    assert (resumed.model_sha256, resumed.local_sha256) == (whole.model_sha256, whole.local_sha256)
+    assert (resumed.metrics, resumed.gate) == (whole.metrics, whole.gate)
+
+
+@pytest.mark.slow
+def test_parties_apart_come_to_the_same(tmp_path: Path) -> None:
+    """Each site has its own history alone, and finds the release and its part of it there."""
+    sites = ward_sites(tmp_path, FEW)
+    parent = parent_of(tmp_path, sites, **PERSONAL)
+    study = child_study(parent, start={"partial": True}, **PERSONAL)
+    together = run(study, sites, tmp_path / "together", near=tmp_path, quiet=True, engine="local")
+    parted = apart(study, sites, tmp_path / "apart", near=tmp_path)
+    assert comparable(parted.values) == comparable(together.values)
+    assert parted.gate is not None

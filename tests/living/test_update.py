@@ -81,6 +81,30 @@ def test_a_new_hospital_trains(tmp_path: Path) -> None:
     assert sites.sites.keys() == {"A", "B"}
 
 
+def test_a_site_that_was_away_comes_back(tmp_path: Path, monkeypatch: Any) -> None:
+    """It trained the first release and was not in the second: who trained tests in none, and its new patients train."""
+    parent, sites = first(tmp_path)
+    admit(tmp_path / "A", NEW)
+    only = ward_study(("A",))
+    second = update(Release.at(tmp_path / "one"), only, sites, tmp_path / "two", engine="local", quiet=True)
+    release = Release.at(tmp_path / "two")
+    assert release.ancestors == (parent.model_sha256,)
+    admit(tmp_path / "B", [name.replace("A-", "B-") for name in NEW])
+    away = Lineage(tmp_path / "history-B")
+    assert not away.knows(second.model_sha256)
+    everyone = [f"B-DOE-{number:02d}" for number in range(12)]
+    before = away.parts(parent.model_sha256, everyone)
+    third = prepare(release, ward_study(), tmp_path / "three", sites=sites)
+    assert third.new == {"A": 0, "B": 2}
+    assert third.study.update is not None
+    assert third.study.update.ancestors == (parent.model_sha256,)
+    monkeypatch.setitem(ROLES, "A", "evaluate")
+    child = run(third.study, sites, tmp_path / "three", engine="local", quiet=True, near=tmp_path / "three")
+    assert child.participants == ("B",)
+    assert dict(away.parts(child.model_sha256, everyone, (parent.model_sha256,)).items()) == before
+    assert Release.at(tmp_path / "three").ancestors == (second.model_sha256, parent.model_sha256)
+
+
 def test_nothing_new_names_the_flag_and_more_rounds_train_all(tmp_path: Path) -> None:
     parent, sites = first(tmp_path)
     release = Release.at(tmp_path / "one")
@@ -197,6 +221,11 @@ def test_the_commands_from_a_first_run_to_a_rollback(tmp_path: Path, monkeypatch
     worse = ("--set", "local.lr=9.0")
     said = say("update", "current", study, "--out", tmp_path / "bad", *run_options, "--more-rounds", 1, *worse, code=1)
     assert "Not promoted: the release stays" in said
+
+    explained = say("check", tmp_path / "two" / "update.yaml", "--sites", site_file, "--allow-code")
+    assert f"Continues the release {parent.model_sha256}" in explained
+    assert "The new model takes its place only where no site loses more than the margin: r 50." in explained
+    assert "of the release that the study continues, too" in " ".join(explained.split())
 
     listed = json.loads(say("releases", "list", chain, "--json"))
     assert [entry["kind"] for entry in listed] == ["released", "released", "refused"]

@@ -34,6 +34,7 @@ from wardround.runs.session import open_host, run
 from wardround.runs.watching import Watcher
 from wardround.study.hashes import written
 from wardround.study.load import load_study
+from wardround.study.registry import UNLEARNING, default_kind
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile
 from wardround.study.start import FromRelease
@@ -211,14 +212,14 @@ def _ascent(study: Study, site: str, first: Ancestor, approved_by: Sequence[str]
             f"--ascent: site {site} takes back what it taught, so the study must have it as a site that trains; leave "
             "--ascent out, or add it to the study file for these rounds"
         )
-    if study.method.kind != "fedavg":
+    if study.method.kind != default_kind("method"):
         raise StudyError(
-            f"--ascent: works for method.kind fedavg, and the study's is {study.method.kind}, which keeps more at "
-            "sites or coordinator than a model; leave --ascent out"
+            f"--ascent: works for method.kind {default_kind('method')}, and the study's is {study.method.kind}, which "
+            "keeps more at sites or coordinator than a model; leave --ascent out"
         )
     said = written(study)
     said |= {
-        "method": {"kind": "unlearn", "site": site, "weights": getattr(study.method, "weights", "samples")},
+        "method": {"kind": UNLEARNING, "site": site, "weights": getattr(study.method, "weights", "samples")},
         "start": {"kind": "release", "file": first.path.name, "sha256": first.sha256},
         "forget": _section(site, first.sha256, "unlearn", approved_by),
     }

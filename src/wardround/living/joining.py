@@ -30,7 +30,6 @@ from wardround.federation.release import (
 )
 from wardround.imaging.datasets.split import SPLIT_NAMES
 from wardround.learning.methods.build import build_method
-from wardround.learning.methods.ditto import DittoSettings
 from wardround.learning.methods.method import LocalRound, Method
 from wardround.learning.methods.personal import Personal
 from wardround.learning.model_context import parameters_of
@@ -53,6 +52,7 @@ from wardround.study.hashes import written
 from wardround.study.load import load_study
 from wardround.study.methods import CustomMethod
 from wardround.study.plugins import Plugins
+from wardround.study.registry import default_kind
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
 from wardround.tasks.build import build_task
@@ -255,7 +255,7 @@ def _home(
         "description": f"{site} joins a release of {before.name}",
         "sites": {site: {key: known[key] for key in ("acquisition",) if key in known}},
         # An amplitude is a part of the network, which the release has.
-        "method": {"kind": "fedavg", "weights": "equal"} if before.method.spectrum is None else values["method"],
+        "method": values["method"] if before.method.spectrum else {"kind": default_kind("method"), "weights": "equal"},
         "start": {"kind": "release", "file": START, "sha256": start},
         "parts": {"frozen": [*before.parts.frozen, *sorted(learns)]},
         "schedule": {"rounds": rounds},
@@ -286,7 +286,7 @@ def _join(
     before = value_of(first, evaluator(stranger, {}, as_stranger, "validation")[first.name])
     told(f"the release: {first.name} {before:.4g} of validation patients")
     settings = released.study.method
-    pulls = settings.pulls if isinstance(settings, DittoSettings) else (None,)
+    pulls = settings.pulls or (None,)
     best: _Candidate | None = None
     for pull in pulls:
         for found in _rounds(host, arm_spec, site, pull):

@@ -72,6 +72,13 @@ class Release:
         start = self.study.start
         return start.sha256 if isinstance(start, FromRelease) and start.sha256 != self.sha256 else None
 
+    @property
+    def ancestors(self) -> tuple[str, ...]:
+        """The releases that it came of, the nearest first, as its file says."""
+        update = self.study.update
+        further = () if update is None else update.ancestors
+        return () if self.parent is None else (self.parent, *further)
+
     @cached_property
     def result(self) -> Result | None:
         """What its run wrote; `None` for a file alone."""

@@ -239,7 +239,7 @@ def new_patients(release: Release, study: Study, sites: SitesFile, out: Path) ->
             )
         names = dataset.names("train")
         history = history_of(sites, out, site)
-        known = frozenset() if history is None else Lineage(history).trained(release.sha256, names)
+        known = frozenset() if history is None else Lineage(history).trained(release.sha256, names, release.ancestors)
         found[site] = len(set(names) - known)
     host.close()
     return found
@@ -275,7 +275,8 @@ def _draft(
     if more_rounds is not None:
         told.append(f"schedule.rounds={more_rounds}")
         told.append("update.train_on=all")
-    return load_study({**given, "start": start, "update": given.get("update") or {}}, told, near=near)
+    section = dict(given.get("update") or {}) | ({"ancestors": list(release.ancestors)} if release.ancestors else {})
+    return load_study({**given, "start": start, "update": section}, told, near=near)
 
 
 def _with_roles(study: Study, changes: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:

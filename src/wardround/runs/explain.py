@@ -18,6 +18,7 @@ from wardround.runs.columns import WIDTH, entry, table, wrapped
 from wardround.runs.explain_given import given_traffic, measuring_lines
 from wardround.runs.explain_groups import group_lines
 from wardround.runs.explain_plugins import roles_of, uncalled
+from wardround.runs.explain_shift import statistics_words
 from wardround.runs.machine import NOWHERE, Machine
 from wardround.runs.remarks import remarks_on, remarks_on_given
 from wardround.runs.session import open_host
@@ -316,6 +317,7 @@ def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:
     return "\n".join(
         (
             entry("at the start", facts_words(host)),
+            *([entry("before round 1", said)] if (said := statistics_words(host)) else ()),
             *(rounds if host.study.trains else ()),
             entry("at the end", _at_the_end(host, with_data=with_data)),
             *(entry("by group", line) for line in (group_lines(host) if with_data else ())),
@@ -354,8 +356,13 @@ def _at_the_end(host: Machine, *, with_data: bool) -> str:
     metrics = "the same metrics" if host.study.trains else ", ".join(spec.name for spec in host.task.metrics)
     return (
         f"number of test patients; mean and standard error of {metrics}, and the standard error of their "
-        f"difference to {REFERENCE}{some}{bare}"
+        f"difference to {REFERENCE}{some}{bare}{also_of_parent(host)}"
     )
+
+
+def also_of_parent(host: Machine) -> str:
+    """That a site gives the same numbers of the release that the study continues, where it does."""
+    return "" if host.study.continues is None else "; of the release that the study continues, too"
 
 
 def beside_words(host: Machine) -> str:

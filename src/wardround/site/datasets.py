@@ -124,7 +124,8 @@ class Datasets:
         if study.update is None or not study.trains:
             return parts
         release = study.continues
-        known = Lineage(history).trained(release, names) if release and history else frozenset[str]()
+        came_of = study.update.ancestors
+        known = Lineage(history).trained(release, names, came_of) if release and history else frozenset[str]()
         return renewed(site, names, parts, role, study.update, known, history or Path())
 
     def _deal_listed(self, site: str, names: Sequence[str], split: Split, seed: int, role: Role) -> Parts:
@@ -148,8 +149,9 @@ class Datasets:
         history = history_of(self._sites, self._folder, site)
         if history is None:
             return by_seed(site, names, split, seed, role)
-        release = self._arm_specs.study.continues
-        fixed = {} if release is None else Lineage(history).parts(release, names)
+        release, update = self._arm_specs.study.continues, self._arm_specs.study.update
+        came_of = () if update is None else update.ancestors
+        fixed = {} if release is None else Lineage(history).parts(release, names, came_of)
         if site not in self._parts:
             self._parts[site] = KnownParts(history, self._first.get(site))
         return self._parts[site].deal(site, names, split, seed, role, fixed)

@@ -142,13 +142,15 @@ class Lineage:
         """The hash of the private part that the site has of a release; `None` where it has none."""
         return next((line.own for line in reversed(self._lines()) if line.release == release and line.own), None)
 
-    def parts(self, release: str, names: Sequence[str]) -> dict[str, SplitName]:
+    def parts(self, release: str, names: Sequence[str], further: Sequence[str] = ()) -> dict[str, SplitName]:
         """Of `names`, those who were in the release or an ancestor of it, each with the part.
+
+        `further` are ancestors of which the site may not know: it was away when one came of the other.
 
         Of a patient who was in several parts over the years it is the one that a model saw most of: training, then
         validation, then test.
         """
-        lineage = {release, *self.ancestors(release)}
+        lineage = {one for each in (release, *further) for one in (each, *self.ancestors(each))}
         lines = [line for line in self._lines() if line.release in lineage]
         if not lines:
             return {}
@@ -159,9 +161,9 @@ class Lineage:
         known = ((name, by_digest.get(keyed(secret, name))) for name in names)
         return {name: part for name, part in known if part is not None}
 
-    def trained(self, release: str, names: Sequence[str]) -> frozenset[str]:
-        """Of `names`, those who trained the release or an ancestor of it."""
-        return frozenset(name for name, part in self.parts(release, names).items() if part == "train")
+    def trained(self, release: str, names: Sequence[str], further: Sequence[str] = ()) -> frozenset[str]:
+        """Of `names`, those who trained the release or an ancestor of it; `further` as in `parts`."""
+        return frozenset(name for name, part in self.parts(release, names, further).items() if part == "train")
 
     def uses_of(self, name: str) -> tuple[Use, ...]:
         """The releases that a patient was in, and in which part, in the order in which they reached the site."""

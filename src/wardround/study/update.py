@@ -106,6 +106,11 @@ class Update(Config):
         "the lower end of the 95 % interval of the paired difference must lie above minus this. Default: the task's "
         "first metric, 0.02 of Dice, 0.1 dB, 0.01 of AUROC",
     )
+    ancestors: tuple[Hash, ...] = Field(
+        (),
+        description="the releases that the release came of, by `model_sha256`, the nearest first: a site that was away "
+        "for some of them still knows who of its patients trained one. `wardround update` fills it in",
+    )
     train_on: Literal["new", "all", "old"] = Field(
         "new",
         description="which of a training site's training patients train: those that no release before learned from, "

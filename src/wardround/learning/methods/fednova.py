@@ -20,7 +20,7 @@ from wardround.learning.methods.method import (
     Writers,
     state_name,
 )
-from wardround.learning.methods.scaffold import refuse_robust
+from wardround.learning.methods.server import refuse_robust
 from wardround.learning.policy import Parameter
 from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.study.methods import MethodSettings

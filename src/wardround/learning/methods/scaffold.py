@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from wardround.learning.methods.method import MODEL, Array, Changes, LocalRound, Method, Writers, state_name
-from wardround.learning.methods.server import Floats, Keep, is_trained
+from wardround.learning.methods.server import Floats, Keep, is_trained, refuse_robust
 from wardround.learning.policy import Parameter
 from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.study.methods import MethodSettings
@@ -190,12 +190,3 @@ class ScaffoldSettings(MethodSettings):
     def describe(self) -> str:
         """With the coordinator's rate."""
         return f"{self.kind}, server_lr {self.server_lr:g}"
-
-
-def refuse_robust(kind: str, study: Study) -> None:
-    """Raise `ValueError` where a robust mean takes the place of the sums that a method is made of."""
-    if study.protection.robust is not None:
-        raise ValueError(
-            f"method.kind={kind} is made of sums over sites, and protection.robust leaves parts of them out; leave out "
-            "protection.robust"
-        )

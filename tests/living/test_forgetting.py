@@ -23,6 +23,7 @@ from wardround.learning.methods.unlearn import Unlearn
 from wardround.living.chain import Chain
 from wardround.living.forgetting import (
     SHRUNK,
+    Ancestor,
     approximate,
     exact,
     forget_approximately,
@@ -187,6 +188,13 @@ def test_it_begins_with_the_last_release_in_whose_ancestry_the_hospital_never_tr
     assert last_without("A", ancestors, whole=whole) is None
     assert last_without("C", ancestors, whole=False) is None
     assert study_that_had("C", model_in(chain / "three"))[0].training_sites == ALL
+
+
+def test_of_several_releases_without_it_the_last_counts() -> None:
+    members = (ALL, ("A", "B"), ("A",))
+    newest_first = [Ancestor(Path(str(n)), OLD, toy_study(sites)) for n, sites in enumerate(members)]
+    assert last_without("C", newest_first, whole=True) is newest_first[1]
+    assert last_without("B", newest_first, whole=True) is newest_first[2]
 
 
 def test_the_exact_way(chain: Path, tmp_path: Path) -> None:

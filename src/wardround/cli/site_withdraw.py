@@ -56,6 +56,8 @@ def withdraw(
         for use in uses:
             say(f"  {use.release[:12]} of study {use.study[:12]}: {use.part}, {use.time}")
     say("Models trained before hold what they learned of it (`wardround forget`); reports written before may show it.")
+    if not sites.is_dir() and not out:
+        complain("No run was named: what the folders of runs hold of the patient stays. Name them with --out")
     for folder in found.stuck:
         complain(
             f"{folder}: this run cannot go on: its data changed otherwise too, or the study has too few patients left"

@@ -70,7 +70,7 @@ def sites_file(folder: Path) -> SitesFile:
 
 
 def engine_of(study: Study, sites: SitesFile, folder: Path, pauses: Mapping[str, float]) -> ApartEngine:
-    """A process for each site, which sleeps so many seconds in each of its steps."""
+    """A process for each site, which sleeps for its pause, in seconds, in each of its steps."""
     os.environ["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parent), *filter(None, sys.path)))
     specs = {}
     for site in study.sites:

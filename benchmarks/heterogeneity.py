@@ -94,7 +94,7 @@ class Data:
             **({} if self.model is None else {"model": self.model}),
             "method": method,
             "local": {**self.local, "lr": self.local["lr"] * rate},
-            "schedule": {"rounds": rounds, "validate_every": max(1, rounds // 5)},
+            "schedule": {"rounds": rounds, "validate_every": max(1, rounds // 4)},
         }
 
 
@@ -112,7 +112,7 @@ DATA = (
         },
         {"kind": "monai_unet", "preset": "tiny", "norm": "batch"},
         {**_LOCAL, "batch": 8, "lr": 0.01},
-        20,
+        40,
         "lgg",
     ),
     Data(
@@ -133,7 +133,7 @@ DATA = (
         "STARE",
         {
             "kind": "segmentation", "images": ["{patient}/{id}.jpg"], "mask": "{patient}/{id}_vessels", "channels": 3,
-            "structures": {"vessels": "any"}, "resize": [256, 256], "patch": [128, 128], "patches_per_image": 2,
+            "structures": {"vessels": "any"}, "resize": [224, 224], "patch": [128, 128], "patches_per_image": 2,
             "distances": "pixels", "augment": _FLIPS, "split": {"validation": 0.15, "test": 0.35},
         },
         {"kind": "segresnet", "preset": "tiny", "norm": "batch"},
@@ -146,9 +146,10 @@ DATA = (
 
 @dataclass(frozen=True)
 class Bench:
-    """What a call runs: `out` holds finished runs, `quick` is a smoke of few rounds."""
+    """What a call runs: `out` holds finished runs, `features` those of skin, `quick` is a smoke of few rounds."""
 
     out: Path
+    features: Path
     weights: Path | None
     quick: bool
     ends: float
@@ -165,13 +166,11 @@ class Bench:
             return load_sites(EXAMPLES / f"{data.folder}-sites.yaml")
         from heterogeneity_task import extract
 
-        if self.weights is None and not (self.out / "features" / data.unseen).exists():
+        if self.weights is None and not (self.features / data.unseen).exists():
             raise SystemExit("give --weights FILE, made by examples/efficientnet_lite_weights.py, or leave skin out")
         if self.weights is not None:
-            extract(
-                EXAMPLES / "skin.yaml", EXAMPLES / "skin-sites.yaml", self.weights.absolute(), self.out / "features"
-            )
-        folders = {site: SiteData(data=self.out / "features" / site) for site in (*data.training, data.unseen)}
+            extract(EXAMPLES / "skin.yaml", EXAMPLES / "skin-sites.yaml", self.weights.absolute(), self.features)
+        folders = {site: SiteData(data=self.features / site) for site in (*data.training, data.unseen)}
         return SitesFile(sites=folders).with_code()
 
     def run(self, data: Data, name: str, setting: Values, rate: float, seed: int) -> Values:
@@ -339,8 +338,9 @@ def main() -> None:
     names, sets = _chosen(options)
     out = options.out or Path(tempfile.mkdtemp(prefix="heterogeneity-"))
     out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(out / ("quick" if options.quick else "full"), options.weights, options.quick, 0.0)
-    bench = Bench(bench.out, bench.weights, bench.quick, time.monotonic() + 60.0 * options.minutes)
+    finished = out / ("quick" if options.quick else "full")
+    ends = time.monotonic() + 60.0 * options.minutes
+    bench = Bench(finished, (out / "features").absolute(), options.weights, options.quick, ends)
     state = conditions(seeds=SEEDS, rounds={data.name: bench.rounds(data) for data in sets}, quick=options.quick)
     found: dict[str, Values] = {}
     complete = True

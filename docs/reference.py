@@ -65,12 +65,12 @@ result.privacy.epsilon if result.privacy else None
 ```
 
 `wardround.evaluate` returns the part of it that is measured again (the keys `metric_specs`,
-`metrics`, `baselines`, `gains`, `left_out`, `withheld`, `failed`, `parts`, `groups`, `groups_missing`).
+`metrics`, `baselines`, `gains`, `left_out`, `elsewhere`, `withheld`, `failed`, `parts`, `groups`, `groups_missing`).
 
 For a spreadsheet, `wardround inspect OUT --csv numbers.csv` writes a row for every number: arm, site (or `mean`,
 `unseen`), metric, value, se, ci_low, ci_high, n, absent. Numbers that are withheld have no row, and `baseline`, which
-holds the first baseline once more, has none either. Where there are results by group, rows of them follow, with
-`column` and `group` at their end.
+holds the first baseline once more, has none either. A site's own model at another site is the arm `local/SITE`. Where
+there are results by group, rows of them follow, with `column` and `group` at their end.
 
 Numbers are finite; values, standard errors and intervals are rounded to 6 decimals. Where a site's numbers are `null`,
 `withheld` or `failed` says why ([the report](report.md#numbers-that-are-not-there)).
@@ -97,6 +97,7 @@ PUBLIC = {
     "Studies": (
         "wardround:run",
         "wardround:evaluate",
+        "wardround:join",
         "wardround:predict",
         "wardround:reconstruct",
         "wardround:load_study",

@@ -189,7 +189,13 @@ def test_inspect_writes_the_numbers_of_a_finished_run_as_a_table(
     out, file = finished[0], tmp_path / "new" / "numbers.csv"
     assert "Wrote" in _ok("inspect", out, "--csv", file)
     rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-    written = json.loads((out / "result.json").read_text(encoding="utf-8"))["metrics"]
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    # A site's own model at itself is in `metrics`.
+    others = {
+        f"local/{trained}": {site: row for site, row in table.items() if site != trained}
+        for trained, table in result["elsewhere"].items()
+    }
+    written = {**result["metrics"], **others}
     # A row for every number, and the alias of the first baseline not again.
     cells = [cell for arm, table in written.items() if arm != "baseline" for cell in table.values() if cell]
     assert len(rows) == sum(map(len, cells))

@@ -117,6 +117,16 @@ class Away:
         return getattr(self._site, name)
 
 
+class Lost(Away):
+    """A site that trains in every round, and whose updates of some rounds never arrive."""
+
+    def handle(self, request: Message) -> Message:
+        reply: Message = self._site.handle(request)
+        if request.header.kind == TRAIN and request.header.round in self._rounds:
+            return refusal(request, WardroundError("lost"))
+        return reply
+
+
 # Without messages: quadratic losses, whose optimum is known -----------------------------------------------------------
 
 

@@ -30,8 +30,8 @@ def asynchronous(buffer: int, *, rounds: int = 6, sites: Sequence[str] = SITES, 
 class Ordered:
     """Sites answer a request to train when they are next in `order`, and in any order once that is at its end.
 
-    With a `limit` the engine is closed once so many of `order` have answered, as for a run that is stopped. `asked` has
-    every request to train: site, and the number of its round.
+    With a `limit` the engine is closed once that many of `order` have answered, as for a run that is stopped. `asked`
+    has every request to train: site, and the number of its round.
     """
 
     def __init__(self, engine: Engine, order: Sequence[str], limit: int | None = None) -> None:

@@ -134,7 +134,7 @@ def test_killed_with_some_updates_in_it_ends_the_same(tmp_path: Path, whole: tup
         assert {n: t.tobytes() for n, t in kept.items()} == {n: t.tobytes() for n, t in other.items()}
 
 
-def test_updates_that_had_come_are_in_the_round_whoever_is_quicker_now(tmp_path: Path) -> None:
+def test_updates_that_had_come_are_in_the_round_whichever_site_is_quicker_now(tmp_path: Path) -> None:
     rig = AsyncRig(STUDY, tmp_path, ORDER, limit=2)
     with pytest.raises(Interrupted):
         rig.train()
@@ -260,7 +260,7 @@ def test_a_whole_run_on_one_machine(tmp_path: Path) -> None:
     lines = [line for line in read_rounds(tmp_path / "out") if line.arm == "federated"]
     assert all(len(line.staleness) == len(line.participants) == 2 for line in lines)
     assert result.examples["federated"] == 3 * 2 * 2 * 3
-    # An arm of one site has nobody to wait for.
+    # An arm of one site waits for no other.
     assert all(not line.staleness for line in read_rounds(tmp_path / "out") if line.arm != "federated")
     assert "U" in result.metrics["federated"]
     assert evaluate(tmp_path / "out", sites, engine="local", quiet=True).metrics == result.metrics

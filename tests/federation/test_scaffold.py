@@ -12,7 +12,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.federation.alignment import Away, Quadratics, descend, floats, gradients, plain, shared_in, unlike_study
+from tests.federation.alignment import (
+    Away,
+    Lost,
+    Quadratics,
+    descend,
+    floats,
+    gradients,
+    plain,
+    shared_in,
+    unlike_study,
+)
 from tests.federation.rig import Rig
 from tests.toys import toy_study
 from wardround.federation.expected import expected
@@ -125,6 +135,21 @@ def test_the_control_variates_of_all_sites_add_up_to_n_times_c(tmp_path: Path, s
 
 
 #: Rate, rounds, and how near they come: steps of Adam are as long as the rate however near it is, here three of them.
+def test_a_site_whose_update_was_lost_goes_on_with_what_the_sum_knows(tmp_path: Path) -> None:
+    """Twice in a row, and from the first round on: else the corrections of all sites would have a common error."""
+    study = unlike_study({"kind": "scaffold"}, {"steps": 2}, 6, schedule={"min_sites": 2})
+    rig = Rig(study, tmp_path)
+    rig.sites["A"] = Lost(rig.sites["A"], (1, 3, 4))  # type: ignore[assignment]
+    states = list(rig.states())
+    names = rig.learner("A").trained
+    own = {site: {n: rig.sites[site].store.memory(6).tensors[f"method/own/{n}"] for n in names} for site in rig.sites}
+    assert [len(report.participants) for report in rig.journal.reports()] == [2, 3, 2, 2, 3, 3]
+    for name in names:
+        added = sum(own[site][name].astype(np.float64) for site in rig.sites)
+        assert np.allclose(added, 3.0 * states[-1].public[f"control/{name}"], rtol=0, atol=1e-5), name
+    assert max(float(np.abs(own["A"][n]).max()) for n in names) > 1e-2
+
+
 OPTIMIZERS: dict[str, tuple[Any, float, int, float]] = {
     "sgd": (torch.optim.SGD, 0.3, 25, 1e-3),
     "momentum": (partial(torch.optim.SGD, momentum=0.5), 0.15, 25, 1e-3),

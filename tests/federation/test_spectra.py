@@ -202,10 +202,11 @@ def test_a_step_lowers_both_losses_the_second_after_a_step_on_the_first(tmp_path
     model = deepcopy(learner.model)
     trained = learner.train(2, state.public, memory)
     batch = learner.dataset.batch(ExampleStream(len(learner.dataset), 3, "C").take(4, 4), np.random.default_rng())
-    bank, random = model.amplitude_bank, public_generator(3, "C", 2, 0, 0, AMPLITUDE_BANK)
+    bank, random = model.amplitude_bank, public_generator(3, "C", 2, 0, AMPLITUDE_BANK)
     others = bank.given_by_others("C")
     assert len(others) == 4
-    chosen, share = random.integers(4, size=4), torch.from_numpy(random.random(4).astype("f4"))
+    which, share = random.random((4, 2)).T
+    chosen, share = (4 * which).astype(int), torch.from_numpy(share.astype("f4"))
     swapped = Shown(bank.swapped(batch.images, others[torch.from_numpy(chosen)], share), batch.y)
     assert not torch.allclose(swapped.images, batch.images, atol=1e-2)
 
@@ -219,6 +220,13 @@ def test_a_step_lowers_both_losses_the_second_after_a_step_on_the_first(tmp_path
     second = gradient(swapped)
     for (name, _), one, other in zip(model.named_parameters(), first, second, strict=True):
         assert np.allclose(trained.changes["model"][name], (-0.1 * (one + other)).numpy(), atol=1e-6)
+
+
+def test_an_episode_of_pieces_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    local = {"steps": 2, "batch": 4, "lr": 0.1, "optimizer": "sgd"}
+    public = [feddg(tmp_path / str(pieces), local={**local, "accumulate": pieces}).train().public for pieces in (1, 3)]
+    for name, one in public[0].items():
+        assert np.allclose(one, public[1][name], atol=1e-5), name
 
 
 def test_the_bank_is_a_side_channel_and_the_released_model_has_none(tmp_path: Path) -> None:
@@ -326,6 +334,13 @@ def test_the_rules_of_a_site_s_own_file_count(tmp_path: Path) -> None:
 def test_a_network_that_has_no_place_for_it_is_refused(tmp_path: Path, method: dict[str, Any], said: str) -> None:
     with pytest.raises(StudyError, match=said):
         Rig(picture_study(method, {}), tmp_path)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("part", ["frozen", "local"])
+def test_a_study_that_keeps_it_from_the_sum_is_refused(tmp_path: Path, name: str, part: str) -> None:
+    with pytest.raises(StudyError, match=r"parts: amplitude\S* is measured at the sites and shared"):
+        Rig(picture_study(*OPTIONS[name], parts={part: ["amplitude*"]}), tmp_path)
 
 
 def test_studies_that_cannot_have_it_are_refused() -> None:

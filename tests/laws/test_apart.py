@@ -304,6 +304,8 @@ def test_a_site_keeps_a_model_of_its_study_and_nothing_else(tmp_path: Path) -> N
 
     values = {name: tensor.numpy() for name, tensor in machine.model_context.initial.items()}
     ours = {"format": FORMAT, "study_sha256": machine.study_sha256, "plan_sha256": machine.plan_sha256}
+    nameless = save(values, ours)
+    ours["shared"] = " ".join(values)
     own, again = save(values, ours), save(values, {**ours, "round": "2"})
     other = save(values, {**ours, "study_sha256": "0" * 64})
     elsewhere = save(values, {**ours, "plan_sha256": "0" * 64})
@@ -313,6 +315,7 @@ def test_a_site_keeps_a_model_of_its_study_and_nothing_else(tmp_path: Path) -> N
         (other, {}, "belongs to another study"),
         (elsewhere, {}, "fills in other defaults"),
         (foreign, {}, "another network than the study's"),
+        (nameless, {}, "does not say which of its values are shared"),
         (own, {"body_sha256": "0" * 64}, "not the one that was sent"),
         (own + bytes(1 << 23), {}, "larger than the study's model"),
         (own, {"meta": {"card": "# Card", "also": 1}}, "a delivery needs a card, and nothing else"),

@@ -389,6 +389,14 @@ KINDS = [(section, kind) for section in ("model", "method") for kind in BUILTIN[
 HOMONYMS = {
     ("unet", SOURCE / "models" / "learn.py"),
     ("vit", SOURCE / "models" / "transformers_config.py"),
+    # A head that stays, trained in another order.
+    ("fedper", SOURCE / "learning" / "methods" / "fedrep.py"),
+    # Fisher information has a file, and a hospital may be forgotten by taking back what it taught.
+    *(("fisher", SOURCE / "living" / f"{name}.py") for name in ("fisher", "update")),
+    *(("unlearn", SOURCE / "living" / f"{name}.py") for name in ("forgetting",)),
+    *(("unlearn", SOURCE / "study" / f"{name}.py") for name in ("forget", "rules")),
+    ("unlearn", SOURCE / "plan" / "leaving.py"),
+    ("unlearn", SOURCE / "federation" / "release.py"),
 }
 
 

@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from tests.federation.rig import Rig
 from tests.federation.test_methods import told
 from tests.toys import Regression, toy_sites, toy_study
 from wardround.audit.remains import RETRAINED, Losses, compare, remains
+from wardround.cli import app
 from wardround.errors import DataError, StudyError
 from wardround.learning.methods.method import Facts, LocalRound
 from wardround.learning.methods.unlearn import Unlearn
+from wardround.living.chain import Chain
 from wardround.living.forgetting import (
     SHRUNK,
     approximate,
@@ -29,6 +33,7 @@ from wardround.living.forgetting import (
     model_in,
     study_that_had,
 )
+from wardround.living.release import Release
 from wardround.plan.leaving import left_by
 from wardround.plan.weights import load_model, open_model
 from wardround.results.schema import Result
@@ -280,6 +285,38 @@ def test_what_is_mixed_by_hand() -> None:
     learned = {"w": np.float32([3, 0]), "own": np.float32([9]), "count": np.array(9)}
     found = mixed(never, learned, ["w"], 0.25)
     assert {name: value.tolist() for name, value in found.items()} == {"w": [1.5, 1.5], "own": [5]}
+
+
+def test_the_command(chain: Path, tmp_path: Path) -> None:
+    study, sites = tmp_path / "study.yaml", tmp_path / "sites.yaml"
+    study.write_text(yaml.safe_dump(written(toy_study(schedule={"rounds": 2}))))
+    runner, asked = CliRunner(), ["forget", "C", "--release", str(chain / "two"), "--study", str(study)]
+    told = [*asked, "--out", str(tmp_path / "out"), "--approved-by", "A,B,C", "--write"]
+    done = runner.invoke(app, told)
+    assert done.exit_code == 0, done.output
+    said = load_study(tmp_path / "out" / "retrain.yaml")
+    assert said.forget is not None
+    assert (tmp_path / "out" / said.start.file).read_bytes() == model_in(chain / "one").read_bytes()  # type: ignore[union-attr]
+    assert runner.invoke(app, told).exit_code == 2
+    sites.write_text("sites: {}\n")
+    refused = runner.invoke(app, [*asked, "--out", str(tmp_path / "other"), "--sites", str(sites)])
+    assert refused.exit_code == 2
+    assert "--approved-by: nobody is named" in " ".join(refused.output.split())
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_chain_knows_the_last_release_without_the_hospital(chain: Path, tmp_path: Path) -> None:
+    kept = Chain(tmp_path / "releases")
+    for name in ("one", "two", "three"):
+        kept.add(Release.at(chain / name))
+    current = kept.current()
+    assert current is not None
+    way = exact(toy_study(), tmp_path, "C", kept.model(current), ALL, chain=kept)
+    assert way.study.start.sha256 == lineage(chain / "one")[0][0].sha256  # type: ignore[union-attr]
+    # A model's file alone does not say where its ancestors are. One that may have been of C counts as one.
+    with pytest.raises(StudyError, match=r"trained none of the releases whose files were found .*--chain"):
+        exact(toy_study(), tmp_path, "C", kept.model(current), ALL)
+    assert exact(toy_study(), tmp_path, "A", kept.model(current), ALL).study.start.kind == "fresh"
 
 
 # What is left --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from tests.toys import Regression, toy_sites, toy_study
 from wardround.cli import app
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import shared_sha256
-from wardround.living.joining import join
+from wardround.learning.methods.method import LocalRound
+from wardround.living.joining import AtHome, join
 from wardround.runs.machine import Machine
 from wardround.runs.releases import ReleasedModel
 from wardround.runs.session import run
@@ -118,6 +119,13 @@ def test_ditto_s_pull_holds_a_model_at_the_release(released: Released, tmp_path:
         start, joined = load_file(before / "models" / "federated.safetensors"), load_file(found.model)
         ends.append(sum(float(np.square(joined[n] - start[n]).sum()) for n in ("0.weight", "3.weight")))
     assert ends[1] < 0.3 * ends[0]
+
+
+def test_the_pull_is_lambda_over_2_times_the_square_of_the_distance() -> None:
+    w, release = torch.tensor([3.0, 1.0], requires_grad=True), torch.tensor([1.0, 0.0])
+    local = LocalRound("A", torch.nn.Module(), {"w": w}, {}, {}, {}, 1, 1, 0.1, initial={"w": release})
+    assert AtHome("equal", pull=3.0).objective(local, torch.zeros(())).item() == 0.5 * 3.0 * (4.0 + 1.0)
+    assert float(AtHome("equal").objective(local, torch.zeros(()))) == 0.0
 
 
 def test_all_of_a_personal_release_learns_where_the_hospital_says_so(released: Released, tmp_path: Path) -> None:

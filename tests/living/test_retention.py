@@ -232,6 +232,10 @@ def test_what_leaves_is_said(parent: Result, tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(written(study)))
     text = " ".join(explain(file, None, (), (), allow_code=True).split())
     assert "the mean square of the loss's gradients over its training examples" in text
+    held_by = {"retain": {"kind": "lwf"}, "memory": 0.25, "finetune": {"steps": 5}}
+    said = Update.model_validate(held_by).describe()
+    assert said.startswith("on patients from whom no release before learned and 0.25 of the others; lwf, weight 1, ")
+    assert said.endswith("then 5 steps at each site, lr 0.0001; the site's own, and sent nowhere")
     with pytest.raises(ValidationError, match=r"method.kind=fisher cannot be combined with protection.privacy"):
         toy_study("AB", **{**FISHER, "protection": {"privacy": {"preset": "moderate"}}})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from tests.outlines import make_outlines, outline_study
 from wardround.cli import app
 from wardround.errors import DataError, StudyError
 from wardround.plan.arm_specs import ArmSpecs
-from wardround.runs.session import evaluate, run
+from wardround.results.files import read_result
+from wardround.runs.session import evaluate, open_host, run
 from wardround.runs.watching import Silent
 from wardround.runs.withdrawing import withdraw_from_runs
 from wardround.site.datasets import Datasets
@@ -22,7 +24,7 @@ from wardround.site.shelf import FOLDER, clear_shelves, shelf_folder
 from wardround.site.splits import SPLITS, KnownParts
 from wardround.site.withdrawn import KEY, WITHDRAWN, Begun, Withdrawn
 from wardround.storage.journal import RoundReport
-from wardround.study.sites import SiteData, SitesFile
+from wardround.study.sites import Egress, SiteData, SitesFile
 from wardround.study.tasks import Split
 
 RULE = Split(validation=0.2, test=0.3)
@@ -157,6 +159,14 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> SitesFile:
     return make_outlines(tmp_path_factory.mktemp("data"), {"A": 8, "B": 6}, slices=1)
 
 
+@pytest.fixture(scope="module")
+def finished(hospitals: SitesFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run; tests take copies."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run(STUDY, hospitals, out, engine="local", quiet=True)
+    return out
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_running_study_goes_on_without_him(hospitals: SitesFile, tmp_path: Path, part: str) -> None:
     out = tmp_path / "out"
@@ -182,12 +192,9 @@ def test_a_running_study_goes_on_without_him(hospitals: SitesFile, tmp_path: Pat
     evaluate(out, hospitals, engine="local", quiet=True)
 
 
-def test_the_weight_of_a_site_stays_what_it_was(hospitals: SitesFile, tmp_path: Path) -> None:
+def test_the_weight_of_a_site_stays_what_it_was(hospitals: SitesFile, finished: Path, tmp_path: Path) -> None:
     """Else the coordinator sees the round in which somebody withdrew, and how many images were his."""
-    from wardround.runs.session import open_host
-
-    out = tmp_path / "out"
-    run(STUDY, hospitals, out, engine="local", quiet=True)
+    out = shutil.copytree(finished, tmp_path / "out")
     name = parts_of(hospitals, out)["train"][0]
     withdraw_from_runs("A", [name], hospitals, [out])
     host = open_host(STUDY, hospitals, out, (), (), None)
@@ -197,10 +204,28 @@ def test_the_weight_of_a_site_stays_what_it_was(hospitals: SitesFile, tmp_path: 
     host.close()
 
 
-def test_data_that_changed_otherwise_too_stop_the_run(tmp_path: Path) -> None:
-    sites = make_outlines(tmp_path / "data", {"A": 8, "B": 6}, slices=1)
-    out = tmp_path / "out"
-    run(STUDY, sites, out, engine="local", quiet=True)
+def test_of_a_test_set_that_lost_one_patient_nothing_leaves(hospitals: SitesFile, tmp_path: Path) -> None:
+    """Two means, over n and n - 1 patients, would be the value of the one who withdrew."""
+    rule = Egress(minimum_cohort=2)
+    entries = {name: entry.model_copy(update={"egress": rule}) for name, entry in hospitals.sites.items()}
+    sites, out = SitesFile(sites=entries), tmp_path / "out"
+    result = run(STUDY, sites, out, engine="local", quiet=True)
+    assert result.metrics["federated"]["A"] is not None
+    withdraw_from_runs("A", [parts_of(sites, out)["test"][0]], sites, [out])
+    again = evaluate(out, sites, engine="local", quiet=True)
+    assert again.metrics["federated"]["A"] is None
+    assert again.metrics["federated"]["B"] == result.metrics["federated"]["B"]
+
+
+def copied(hospitals: SitesFile, tmp_path: Path) -> SitesFile:
+    """The same data in folders of a test's own."""
+    for name, entry in hospitals.sites.items():
+        shutil.copytree(entry.data[0], tmp_path / "data" / name)
+    return SitesFile(sites={name: SiteData(data=tmp_path / "data" / name) for name in hospitals.sites})
+
+
+def test_data_that_changed_otherwise_too_stop_the_run(hospitals: SitesFile, finished: Path, tmp_path: Path) -> None:
+    sites, out = copied(hospitals, tmp_path), shutil.copytree(finished, tmp_path / "out")
     parts = parts_of(sites, out)
     other = tmp_path / "data" / "A" / parts["train"][1]
     other.rename(tmp_path / "aside")
@@ -212,10 +237,9 @@ def test_data_that_changed_otherwise_too_stop_the_run(tmp_path: Path) -> None:
     run(STUDY, sites, out, engine="local", quiet=True)
 
 
-def test_files_may_go_after_he_withdrew(tmp_path: Path) -> None:
-    sites = make_outlines(tmp_path / "data", {"A": 8, "B": 6}, slices=1)
-    out = tmp_path / "out"
-    result = run(STUDY, sites, out, engine="local", quiet=True)
+def test_files_may_go_after_he_withdrew(hospitals: SitesFile, finished: Path, tmp_path: Path) -> None:
+    sites, out = copied(hospitals, tmp_path), shutil.copytree(finished, tmp_path / "out")
+    result = read_result(out)
     name = parts_of(sites, out)["train"][0]
     found = withdraw_from_runs("A", [name], sites, [out])
     assert found.stuck == ()
@@ -227,9 +251,8 @@ def test_files_may_go_after_he_withdrew(tmp_path: Path) -> None:
     assert (again.new, again.stuck) == (0, ())
 
 
-def test_a_name_that_is_not_there_changes_nothing(hospitals: SitesFile, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(STUDY, hospitals, out, engine="local", quiet=True)
+def test_a_name_that_is_not_there_changes_nothing(hospitals: SitesFile, finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
     history = out / "work" / "sites" / "A" / "history"
     before = {path.name for path in history.iterdir()}
     said = []

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from tests.diagnoses import diagnosis_study
 from tests.outlines import SIZE, blob, image_study, outline_study
@@ -19,7 +20,9 @@ import wardround
 from wardround.errors import DataError
 from wardround.imaging.readers.cases import sort_cases
 from wardround.imaging.readers.labelled import read_image
+from wardround.runs.explain import explain
 from wardround.runs.inputs import find_inputs
+from wardround.study.hashes import written
 from wardround.study.sites import SiteData, SitesFile
 from wardround.tasks.build import build_task
 from wardround.tasks.contrasts import dropped, without
@@ -210,6 +213,12 @@ def test_a_model_that_never_did_without_refuses_a_patient_without(tmp_path: Path
     assert not reason(study_of({"A": {}}, drop_contrasts=0.2))
     assert not reason(study_of(LACKING))
     assert len(reason(study_of({"A": {}, "B": {"missing": ["flair"]}}))) == 6
+
+
+def test_check_says_which_site_lacks_what(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(written(study_of(LACKING))))
+    text = explain(tmp_path / "study.yaml", None, (), ())
+    assert "trains, has no t1ce" in text
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

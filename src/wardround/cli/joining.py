@@ -64,16 +64,22 @@ def join(
 
 def lines_of(found: Joined) -> list[str]:
     """What is printed of a joining."""
+    from wardround.tasks.estimates import LEAST_PATIENTS
+
     learned = "all that the release trained" if found.trained == "all" else found.trained
     chosen = (
         f"chosen by validation patients: the model after round {found.round}"
         if found.chosen == "joined"
         else "no round was better than the release on validation patients: the release is the hospital's model"
     )
+    few = (
+        f"it is the choice of {found.validation_patients} validation patients: look at test patients before you use it"
+    )
     site = f" --site {found.site}" if found.chosen == "joined" else ""
     return [
         f"{found.site} joined release {found.release[:12]}; learned at home: {learned}",
         f"{chosen} ({found.metric} {found.validation['joined']:.4g}, release {found.validation['release']:.4g})",
+        *([few] if found.validation_patients < LEAST_PATIENTS else []),
         *(
             f"  test {name}: release {_text(row.release)}, joined {_text(row.joined)}, better by {_text(row.gain)}"
             for name, row in found.test.items()

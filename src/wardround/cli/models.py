@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wardround.cli.shared import complain, explain, say
+from wardround.cli.shared import AllowCodeOption, complain, explain, say
 from wardround.errors import StudyError
 
 PluginOption = Annotated[
@@ -96,15 +96,45 @@ def export(
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A file, a folder, a released model, or the folder of a run.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="PATH", help="A file, a folder, a released model, the folder of a run; with --across a study."
+        ),
+    ] = None,
     csv: Annotated[
         Path | None, typer.Option("--csv", help="Of a finished run: write its numbers into this file, a row for each.")
     ] = None,
+    across: Annotated[
+        Path | None,
+        typer.Option("--across", metavar="SITES", help="How unlike the images of these sites are, before training."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="With --across: a folder for the page (default: runs/STUDY-shift).")
+    ] = None,
+    landmarks: Annotated[
+        Path | None,
+        typer.Option("--landmarks", help="With --across: write task.normalise of a study, the mean of all sites."),
+    ] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Of a run with --compare local: each site's own model at each other site.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --across or --matrix: JSON instead of tables.")] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
-    """Say what a file or folder holds, without naming a patient; of a run, how far it has come."""
-    from wardround.imaging.convert import inspect_path
+    """Say what a file or folder holds, without naming a patient; of a run, how far it has come.
 
+    With --across, describe the images of several sites in sums and say how unlike they are.
+    """
+    from wardround.cli.shift import describe_sites, show_matrix
+
+    if across is not None:
+        describe_sites(across, path, out, landmarks, as_json=as_json, allow_code=allow_code)
+        return
+    if path is None:
+        raise StudyError("give a path, or --across with a sites file")
+    if matrix:
+        show_matrix(path, as_json=as_json)
+        return
     if csv is not None:
         write_numbers(path, csv)
         return
@@ -113,6 +143,8 @@ def inspect(
 
         say(inspect_run(path) if path.is_dir() else inspect_model(path))
         return
+    from wardround.imaging.convert import inspect_path
+
     say(str(inspect_path(path)))
 
 

@@ -165,6 +165,16 @@ class SiteLog:
                 )
         self.record.note("anchored", {"round": header.round, "anchor": meta[ANCHOR], "heads": digest(heads)})
 
+    def heard(self, header: Header) -> int | None:
+        """The last round of which the coordinator says that this site's update is in the sum; 0 for none so far.
+
+        `None` where a request says nothing of it. A later update came too late, or was lost.
+        """
+        if ANCHOR not in header.meta:
+            return None
+        own = header.meta[HEADS].get(self._site)
+        return 0 if own is None else self.record.round_of(own)
+
     def sent(self, request: Message, reply: Message, *, sync: bool = True) -> Message:
         """Note an answer before it leaves; an update shows the log's head from then on.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from wardround.federation.exchange import UPDATE, Engine
 from wardround.federation.facts import DELIVER
 from wardround.federation.grouped import GROUPS
+from wardround.federation.statistics import STATISTICS
 from wardround.wire.bill import NO_BILL, NOTHING, Bill, Kinds, Sizes
 from wardround.wire.message import FileBody, Message
 from wardround.wire.sparse import DENSE, Encoding
@@ -38,8 +39,8 @@ class Meter:
         if reply.header.kind == UPDATE:
             self._of_update = self._of_update or self.kinds.of_update(self.layout, self.form)
             body = self._of_update
-        # What a site gives by group stands in the header.
-        said = len(reply.header.to_bytes()) if reply.header.kind == GROUPS else 0
+        # What a site gives by group, and of its images, stands in the header.
+        said = len(reply.header.to_bytes()) if reply.header.kind in (GROUPS, STATISTICS) else 0
         self.bill += Bill(up=_whole(reply, body, Sizes(metrics=said)))
 
     def _down(self, message: Message) -> Sizes:

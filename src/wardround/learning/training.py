@@ -248,8 +248,10 @@ class Learner:
         names = (name for name, role in self._policy.roles.items() if role in roles)
         return {name: memory.tensors[prefix + name] for name in names if prefix + name in memory.tensors}
 
-    def train(self, number: int, public: Mapping[str, Array], memory: Memory) -> Trained:
+    def train(self, number: int, public: Mapping[str, Array], memory: Memory, heard: int | None = None) -> Trained:
         """One round of training from a loaded model; raises `TrainingFailed` when the loss is not finite.
+
+        `heard` is the last round of which the coordinator says that the site's update is in the sum, where it says so.
 
         Stages that do not learn in the round are held still: no gradient, no step, no new running statistics.
         """
@@ -288,6 +290,7 @@ class Learner:
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
+            heard=heard,
             survey=Survey(self.site, self.dataset, self._examples, local, self._seed, self._least),
         )
         self._method.begin(context)

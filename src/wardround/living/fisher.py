@@ -16,6 +16,7 @@ from wardround.results.files import read_rounds
 from wardround.runs.session import run
 from wardround.runs.watching import Watcher
 from wardround.study.load import load_study, written
+from wardround.study.registry import MEASURING
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 from wardround.study.start import FromRelease
@@ -57,7 +58,7 @@ def fisher_study(
             "description": f"Fisher information of a release, for {study.name}",
             "sites": {name: {**(said["sites"][name] or {}), "role": "train"} for name in sites},
             "task": _untaught(said["task"]),
-            "method": {"kind": "fisher"},
+            "method": {"kind": MEASURING},
             "update": {"train_on": "old"},
             "local": local,
             "schedule": {"rounds": 1, "validate_every": 0, "release": "last"},

@@ -9,6 +9,7 @@ left after either is measured (`audit.remains`).
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 from safetensors.numpy import save
 
 from wardround.errors import DataError, StudyError
 from wardround.federation.release import shared_sha256
+from wardround.living.chain import Chain
+from wardround.living.release import Release
 from wardround.plan.found import file_sha256
 from wardround.plan.leaving import left_by
 from wardround.plan.weights import load_model, open_model, study_of
@@ -30,13 +34,15 @@ from wardround.runs.session import open_host, run
 from wardround.runs.watching import Watcher
 from wardround.study.hashes import written
 from wardround.study.load import load_study
+from wardround.study.registry import UNLEARNING, default_kind
 from wardround.study.schema import Study
 from wardround.study.sites import SiteData, SitesFile
 from wardround.study.start import FromRelease
+from wardround.wire.files import write_text
 from wardround.wire.files import written as file_written
 
 Array = npt.NDArray[Any]
-UNLEARNED, RECOVERED, SHRUNK = "unlearned", "recovered", "shrunk.safetensors"
+UNLEARNED, RECOVERED, SHRUNK, START = "unlearned", "recovered", "shrunk.safetensors", "start.safetensors"
 # Of what a model learned, and of the study's rounds: what the approximate way keeps, and how long it recovers.
 KEEP, RECOVER_SHARE = 0.2, 0.3
 
@@ -58,11 +64,12 @@ def model_in(release: Path) -> Path:
     return path
 
 
-def lineage(release: Path) -> tuple[tuple[Ancestor, ...], bool]:
+def lineage(release: Path, chain: Chain | None = None) -> tuple[tuple[Ancestor, ...], bool]:
     """A release and those that it came of, the newest first, and whether the way back to the first is known whole.
 
     Each model file carries its study, which names the hash of what it began with; the file is looked for where the run
-    found it. Raises `DataError` for a release that is none, and for an ancestor that is another than the study says.
+    found it, and in a chain of releases where there is one. Raises `DataError` for a release that is none, and for an
+    ancestor that is another than the study says.
     """
     found: list[Ancestor] = []
     path, expected = model_in(release), ""
@@ -77,7 +84,7 @@ def lineage(release: Path) -> tuple[tuple[Ancestor, ...], bool]:
         found.append(Ancestor(path, sha256, study))
         if not isinstance(study.start, FromRelease):
             return tuple(found), True
-        before = _start_file(path, study.start)
+        before = _start_file(path, study.start) or _in_chain(chain, study.start.sha256)
         if before is None or any(one.sha256 == study.start.sha256 for one in found):
             return tuple(found), False
         path, expected = before, study.start.sha256
@@ -92,6 +99,13 @@ def _start_file(path: Path, start: FromRelease) -> Path | None:
         if file.is_file():
             return file
     return None
+
+
+def _in_chain(chain: Chain | None, sha256: str) -> Path | None:
+    """The file of a model of a chain; nothing where that has it not."""
+    entries = () if chain is None else chain.entries()
+    entry = next((one for one in entries if one.release == sha256), None)
+    return None if chain is None or entry is None else chain.model(entry)
 
 
 def last_without(site: str, ancestors: Sequence[Ancestor], *, whole: bool) -> Ancestor | None:
@@ -121,11 +135,19 @@ class Way:
     near: Path
 
 
-def exact(study: Study, near: Path, site: str, release: Path, approved_by: Sequence[str]) -> Way:
-    """The study that trains anew without a site; raises `StudyError` where it cannot be done or is not approved."""
-    ancestors, whole = lineage(release)
-    _check_took_part(site, ancestors)
+def exact(
+    study: Study, near: Path, site: str, release: Path, approved_by: Sequence[str], *, chain: Chain | None = None
+) -> Way:
+    """The study that trains anew without a site; raises `StudyError` where it cannot be done or is not approved.
+
+    It begins with the last release in whose ancestry the site never trained: of the `chain` where there is one, else of
+    the release's own ancestors, as far as their files are still where they were.
+    """
+    ancestors, whole = lineage(release, chain)
+    _check_took_part(site, ancestors, whole)
     clean = last_without(site, ancestors, whole=whole)
+    if chain is not None and (entry := chain.last_without(site)) is not None:
+        clean = lineage(chain.model(entry), chain)[0][0]
     said = _without(study, site)
     if clean is not None:
         near = clean.path.parent
@@ -161,6 +183,7 @@ def approximate(
     keep: float = KEEP,
     rounds: int | None = None,
     ascent: int = 0,
+    chain: Chain | None = None,
 ) -> Approximately:
     """Shrink what a released model learned towards values that the site never touched, and train on without it.
 
@@ -173,8 +196,8 @@ def approximate(
     """
     if not 0.0 < keep < 1.0:
         raise StudyError("--keep: a share between 0 and 1; with 0 it is the exact way, with 1 nothing is forgotten")
-    never = exact(study, near, site, release, approved_by)
-    first = lineage(release)[0][0]
+    never = exact(study, near, site, release, approved_by, chain=chain)
+    first = lineage(release, chain)[0][0]
     after = written(never.study)
     after["forget"]["how"] = "recover"
     number = rounds or max(1, round(RECOVER_SHARE * study.schedule.rounds))
@@ -189,14 +212,14 @@ def _ascent(study: Study, site: str, first: Ancestor, approved_by: Sequence[str]
             f"--ascent: site {site} takes back what it taught, so the study must have it as a site that trains; leave "
             "--ascent out, or add it to the study file for these rounds"
         )
-    if study.method.kind != "fedavg":
+    if study.method.kind != default_kind("method"):
         raise StudyError(
-            f"--ascent: works for method.kind fedavg, and the study's is {study.method.kind}, which keeps more at "
-            "sites or coordinator than a model; leave --ascent out"
+            f"--ascent: works for method.kind {default_kind('method')}, and the study's is {study.method.kind}, which "
+            "keeps more at sites or coordinator than a model; leave --ascent out"
         )
     said = written(study)
     said |= {
-        "method": {"kind": "unlearn", "site": site, "weights": getattr(study.method, "weights", "samples")},
+        "method": {"kind": UNLEARNING, "site": site, "weights": getattr(study.method, "weights", "samples")},
         "start": {"kind": "release", "file": first.path.name, "sha256": first.sha256},
         "forget": _section(site, first.sha256, "unlearn", approved_by),
     }
@@ -231,12 +254,31 @@ def mixed(
     return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
-def study_that_had(site: str, release: Path) -> tuple[Study, Path]:
+def hand_over(way: Way, path: Path) -> Path:
+    """Write a study for `wardround submit`, with the release that it starts from beside it; its path.
+
+    Raises `StudyError` where there is such a study already.
+    """
+    if path.exists():
+        raise StudyError("--out: holds such a study already; choose another folder", detail=str(path))
+    said = written(way.study)
+    if isinstance(way.study.start, FromRelease):
+        release = Release.at(way.near / way.study.start.file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(release.model, path.parent / START)
+        if (frozen := release.frozen_part) is not None:
+            shutil.copyfile(frozen, path.parent / frozen.name)
+        said["start"]["file"] = START
+    write_text(path, yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
+    return path
+
+
+def study_that_had(site: str, release: Path, chain: Chain | None = None) -> tuple[Study, Path]:
     """The study of the newest release in which a site trained, and the folder that its files are relative to.
 
     Its patients are dealt as they were then. Raises `StudyError` where it trained none of them.
     """
-    for one in lineage(release)[0]:
+    for one in lineage(release, chain)[0]:
         if site in one.study.training_sites:
             return one.study, near_in(one.path.parent.parent)
     raise StudyError(f"site {site} trained neither this release nor one before it")
@@ -279,12 +321,18 @@ def _without_start(sites: SitesFile) -> SitesFile:
     return found.with_code() if sites.allows_code else found
 
 
-def _check_took_part(site: str, ancestors: Sequence[Ancestor]) -> None:
+def _check_took_part(site: str, ancestors: Sequence[Ancestor], whole: bool) -> None:
     if site in left_by(open_model(ancestors[0].path)[1]):
         raise StudyError(f"site {site} left this release, or one before it, already: there is nothing to forget")
     if not any(site in one.study.training_sites for one in ancestors):
-        known = sorted({name for one in ancestors for name in one.study.training_sites})
-        raise StudyError(f"site {site} trained neither this release nor one before it; known are {', '.join(known)}")
+        known = ", ".join(sorted({name for one in ancestors for name in one.study.training_sites}))
+        if not whole:
+            raise StudyError(
+                f"site {site} trained none of the releases whose files were found (trained by {known}), and the model "
+                "that the oldest of them began with is no longer where it was: name the release that the site trained, "
+                "or the chain of releases (--chain)"
+            )
+        raise StudyError(f"site {site} trained neither this release nor one before it; those who did are {known}")
 
 
 def _section(site: str, release: str, how: str, approved_by: Sequence[str]) -> dict[str, Any]:
@@ -298,7 +346,7 @@ def _section(site: str, release: str, how: str, approved_by: Sequence[str]) -> d
 
 def _without(study: Study, site: str) -> dict[str, Any]:
     """What a study says, without a site. Raises `StudyError` where it is nothing without it."""
-    said = json.loads(json.dumps(written(study)))
+    said: dict[str, Any] = json.loads(json.dumps(written(study)))
     said["sites"].pop(site, None)
     left = [name for name, one in study.sites.items() if one.role == "train" and name != site]
     if not left:

@@ -30,10 +30,10 @@ from wardround.federation.release import (
 )
 from wardround.imaging.datasets.split import SPLIT_NAMES
 from wardround.learning.methods.build import build_method
-from wardround.learning.methods.ditto import DittoSettings
 from wardround.learning.methods.method import LocalRound, Method
 from wardround.learning.methods.personal import Personal
 from wardround.learning.model_context import parameters_of
+from wardround.learning.policy import listed
 from wardround.learning.training import Learner
 from wardround.models.low_rank import LORA_LOCAL
 from wardround.plan.arm_specs import ArmSpec, protocols_of
@@ -52,6 +52,7 @@ from wardround.study.hashes import written
 from wardround.study.load import load_study
 from wardround.study.methods import CustomMethod
 from wardround.study.plugins import Plugins
+from wardround.study.registry import default_kind
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile, load_sites
 from wardround.tasks.build import build_task
@@ -101,6 +102,7 @@ class Joined:
     pull: float | None
     metric: str
     validation: dict[Chosen, float]
+    validation_patients: int
     test: dict[str, Compared]
     model: Path
 
@@ -253,7 +255,7 @@ def _home(
         "description": f"{site} joins a release of {before.name}",
         "sites": {site: {key: known[key] for key in ("acquisition",) if key in known}},
         # An amplitude is a part of the network, which the release has.
-        "method": {"kind": "fedavg", "weights": "equal"} if before.method.spectrum is None else values["method"],
+        "method": values["method"] if before.method.spectrum else {"kind": default_kind("method"), "weights": "equal"},
         "start": {"kind": "release", "file": START, "sha256": start},
         "parts": {"frozen": [*before.parts.frozen, *sorted(learns)]},
         "schedule": {"rounds": rounds},
@@ -284,7 +286,7 @@ def _join(
     before = value_of(first, evaluator(stranger, {}, as_stranger, "validation")[first.name])
     told(f"the release: {first.name} {before:.4g} of validation patients")
     settings = released.study.method
-    pulls = settings.pulls if isinstance(settings, DittoSettings) else (None,)
+    pulls = settings.pulls or (None,)
     best: _Candidate | None = None
     for pull in pulls:
         for found in _rounds(host, arm_spec, site, pull):
@@ -302,12 +304,13 @@ def _join(
     result = Joined(
         site=site,
         release=model_sha256(released.tensors, released.metadata),
-        trained=", ".join(sorted(own)) if own else "adapters" if host.study.adapters.kind != "none" else "all",
+        trained=listed(sorted(own)) if own else "adapters" if host.study.adapters.kind != "none" else "all",
         chosen=chosen,
         round=best.round if chosen == "joined" else 0,
         pull=best.pull,
         metric=first.name,
         validation={"joined": best.value, "release": before},
+        validation_patients=host.dataset(site).patients("validation"),
         test=_rows(host, site, joined, reference),
         model=path,
     )

@@ -14,6 +14,7 @@ from wardround.results import figures, views
 from wardround.results.answer import answer, arm_words, unseen_result
 from wardround.results.bill import bill_of
 from wardround.results.classes import class_charts
+from wardround.results.cost import crossings, matrix_table
 from wardround.results.groups import grouped_columns
 from wardround.results.paired import paired_charts
 from wardround.results.pictures import ERROR_GAIN, gallery
@@ -49,7 +50,7 @@ def render(run: Run) -> str:
     """The page of a run."""
     metrics = run.result.measured
     metric = metrics[0] if metrics else None
-    return template("pictures.html", "template.html").render(
+    return template("pictures.html", "heat.html", "template.html").render(
         css=Markup(resource("style.css")),  # ours, not a result's
         run=run,
         model="shared model" if run.trained else "given model",
@@ -62,6 +63,7 @@ def render(run: Run) -> str:
         comparisons=[(each, views.comparison(run, each)) for each in metrics],
         gains=views.gains_over_alone(run, metric) if metric else None,
         left_out=views.gains_at_left_out(run, metric) if metric else None,
+        crossings=[(each, matrix_table(each)) for each in crossings(run.result)],
         gate=views.gate_tables(run),
         groups=grouped_columns(run),
         paired=paired_charts(run, metric) if metric else (),

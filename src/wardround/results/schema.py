@@ -155,6 +155,12 @@ class Measured(Config):
         description="by arm and reference arm: paired differences, positive where the arm is better"
     )
     left_out: dict[str, LeftOut] = Field(description="by training site, where each was left out once")
+    elsewhere: dict[str, Table] = Field(
+        {},
+        exclude_if=lambda tables: not tables,
+        description="by training site: its own model (arm `local/SITE`) at every site, itself included; not written "
+        "where no site was trained alone, and under `protection.secure`, where such a model stays at its site",
+    )
     withheld: dict[str, str] = Field(description="by site: the rule of the site that keeps its numbers")
     failed: dict[str, str] = Field(description="by site: why it could not be measured")
     parts: tuple[Part, ...] = Field((), description="what the task itself says of these numbers")
@@ -191,6 +197,11 @@ class Measured(Config):
         """Arm, site, metric and estimate of every number, in the order of the tables."""
         for arm in self.arms:
             yield from _of_arm(arm, self.metrics[arm])
+
+    def crossed(self) -> Iterator[tuple[str, str, str, Estimate]]:
+        """The site whose own model it is, the site that tested it, metric and estimate of every number."""
+        for trained, table in self.elsewhere.items():
+            yield from _of_arm(trained, table)
 
     @property
     def measured(self) -> tuple[MetricInfo, ...]:

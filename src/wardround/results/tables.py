@@ -13,7 +13,8 @@ _COLUMNS = ("value", "se", "ci_low", "ci_high", "n", "absent")
 def csv_of(measured: Measured) -> str:
     """A tidy table as CSV: a row for each arm, site (or `mean`, `unseen`) and metric; what there is not is empty.
 
-    Where there are results by group, rows of their own follow, with `column` and `group` at their end.
+    Where a site's own model was tested at other sites, it stands as the arm `local/SITE`. Where there are results by
+    group, rows of their own follow, with `column` and `group` at their end.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -21,6 +22,9 @@ def csv_of(measured: Measured) -> str:
     writer.writerow(("arm", "site", "metric", *_COLUMNS, *(("column", "group") if grouped else ())))
     for *where, found in measured.estimates():
         writer.writerow((*where, *_numbers(found), *(("", "") if grouped else ())))
+    for trained, *where, found in measured.crossed():
+        if trained != where[0]:
+            writer.writerow((f"local/{trained}", *where, *_numbers(found), *(("", "") if grouped else ())))
     for tables in measured.groups:
         for *where, found in tables.estimates():
             writer.writerow((*where, *_numbers(found), tables.column, tables.group))
@@ -36,7 +40,7 @@ def numbers_of(measured: Measured) -> dict[str, float]:
     groups = ((f"{t.column}.{t.group}.", t.estimates()) for t in measured.groups)
     return {
         f"{before}{arm}.{site}.{metric}.{column}": value
-        for before, estimates in (("", measured.estimates()), *groups)
+        for before, estimates in (("", measured.estimates()), ("elsewhere.", measured.crossed()), *groups)
         for arm, site, metric, found in estimates
         for column, value in found.model_dump(exclude_none=True).items()
     }

@@ -36,6 +36,7 @@ from wardround.results.card import write_card
 from wardround.results.files import read_rounds, write_result
 from wardround.results.html import write_report
 from wardround.results.schema import Measured, Result, RoundLine, Seconds, Started
+from wardround.results.shift import SHIFT_FILE, write_shift
 from wardround.runs.alone import train_alone
 from wardround.runs.asking import agree_on_roster, ask_facts, ask_release, ask_spending, deliver, deliveries
 from wardround.runs.bills import Bills
@@ -46,6 +47,7 @@ from wardround.runs.notes import left_out, notes_of
 from wardround.runs.protocols import read_protocols
 from wardround.runs.remarks import remarks_on_given, remarks_on_missing
 from wardround.runs.rounds import RoundsFile
+from wardround.runs.shift import ask_shift
 from wardround.runs.statement import statement
 from wardround.runs.watching import Lines, Shielded, Watcher
 from wardround.storage.blobs import disk_error
@@ -225,6 +227,8 @@ def conduct(
     facts = ask_facts(host, beside)
     machines = {site: facts[site].machine for site in host.remaining(host.study.sites) if site in facts}
     fingerprints = add_devices(host.out, fingerprints, placed(machines))
+    if host.study.site_statistics and not (host.out / SHIFT_FILE).exists():
+        write_shift(host.out, ask_shift(host, beside))
     releases = _train(host, engine, beside, parallel, watcher, facts, patience)
     private = _release(host, beside, releases, facts)
     numbers = measured(host, beside, watcher.phase)

@@ -17,7 +17,7 @@ from wardround.federation.exchange import EVALUATE, Call, Engine, ask_one
 from wardround.federation.measuring import BASELINE, CONTINUED, FINETUNED, OWN, REFERENCE, RELEASED
 from wardround.federation.refusals import is_withheld
 from wardround.federation.release import as_tensor_file, model_of_study, model_path
-from wardround.plan.arms import FEDERATED, POOLED
+from wardround.plan.arms import FEDERATED, LOCAL, POOLED
 from wardround.plan.sums import PairedMean, results_in
 from wardround.results.gate import gate_of, margins_of
 from wardround.results.metrics import MetricInfo
@@ -208,6 +208,7 @@ def tables(host: Context, measurements: Sequence[SiteMeasurement]) -> Measured:
             site: LeftOut(**{key: at_site(specs, _means(results)) for key, results in entry.items()})
             for site, entry in left_out.items()
         },
+        elsewhere=_elsewhere(host, results),
         withheld={m.site: m.reason for m in measurements if m.results is None and m.withheld},
         failed={
             **dict.fromkeys(sorted(host.without), "the run went on without it (--without)"),
@@ -277,6 +278,18 @@ def _gains(
 
 def _gain(spec: MetricSpec, mine: PairedMean, other: PairedMean) -> Mean:
     return difference(mine.mean, other.mean, other.paired, larger_is_better=spec.larger_is_better)
+
+
+def _elsewhere(host: Context, results: Callable[[str, str], Results | None]) -> dict[str, Table]:
+    """Each site's own model at every site; nothing of those that never left their site."""
+    specs, found = host.task.metrics, dict[str, Table]()
+    for name, arm in host.arms.items():
+        if name.startswith(LOCAL) and not arm.inside(host.study):
+            sites = {site: results(name, site) for site in host.study.sites}
+            rows = {site: at_site(specs, _means(one)) for site, one in sites.items() if one is not None}
+            if rows:
+                found[name.removeprefix(LOCAL)] = {site: row for site, row in rows.items() if row is not None}
+    return found
 
 
 def _left_out(

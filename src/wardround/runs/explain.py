@@ -18,6 +18,7 @@ from wardround.runs.columns import WIDTH, entry, table, wrapped
 from wardround.runs.explain_given import given_traffic, measuring_lines
 from wardround.runs.explain_groups import group_lines
 from wardround.runs.explain_plugins import roles_of, uncalled
+from wardround.runs.explain_shift import statistics_words
 from wardround.runs.machine import NOWHERE, Machine
 from wardround.runs.remarks import remarks_on, remarks_on_given
 from wardround.runs.session import open_host
@@ -98,6 +99,7 @@ def study_lines(host: Machine, arm_spec: ArmSpec) -> str:
         entry("start", study.start.describe()),
         *([entry("adapters", said)] if (said := study.adapters.describe()) else []),
         *([entry("forgets", study.forget.describe())] if study.forget is not None else []),
+        *([entry("goes on", study.update.describe())] if study.update is not None else []),
     ]
     if study.description:
         entries.insert(0, entry("about", study.description))
@@ -160,7 +162,8 @@ def _results_leave(host: Machine, site: str, patients: int) -> bool:
 def _role(study: Study, site: str) -> str:
     if study.sites[site].scans:
         return "unseen: others' test patients"
-    return roles_of(study)[study.sites[site].role]
+    lacks = study.sites[site].missing
+    return roles_of(study)[study.sites[site].role] + (f", has no {', no '.join(lacks)}" if lacks else "")
 
 
 def training_lines(host: Machine, arm_spec: ArmSpec) -> str:
@@ -314,6 +317,7 @@ def _egress(host: Machine, arm_spec: ArmSpec, *, with_data: bool) -> str:
     return "\n".join(
         (
             entry("at the start", facts_words(host)),
+            *([entry("before round 1", said)] if (said := statistics_words(host)) else ()),
             *(rounds if host.study.trains else ()),
             entry("at the end", _at_the_end(host, with_data=with_data)),
             *(entry("by group", line) for line in (group_lines(host) if with_data else ())),

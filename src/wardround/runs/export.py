@@ -19,6 +19,7 @@ from wardround.errors import DataError, MissingExtra, StudyError
 from wardround.plan.weights import model_sha256
 from wardround.runs.reconstruct import PathLike
 from wardround.runs.releases import ReleasedModel
+from wardround.study.normalise import ZScore
 from wardround.tasks.build import build_task
 from wardround.tasks.task import Predicts
 from wardround.wire.files import written
@@ -33,19 +34,20 @@ INPUT, OUTPUT = "image", "logits"
 class Exported:
     """What was written: the shape of an example, and the largest difference to torch, as a share of the largest output.
 
-    `shape` is (channels, *grid); the number of examples of a batch is free.
+    `shape` is (channels, *grid); the number of examples of a batch is free; `formula` says how a channel is normalised.
     """
 
     output: Path
     shape: tuple[int, ...]
     difference: float
+    formula: str = ZScore().formula()
 
     @property
     def said(self) -> str:
         """For people."""
         shape = " x ".join(map(str, self.shape))
         return (
-            f"Wrote {self.output}: `{INPUT}` (batch x {shape}, each channel less its mean over its deviation) to "
+            f"Wrote {self.output}: `{INPUT}` (batch x {shape}, {self.formula}) to "
             f"`{OUTPUT}`; largest difference to torch {self.difference:.1e} of the largest output. Research use only."
         )
 
@@ -86,7 +88,8 @@ def export(
         )
     with written(Path(output)) as file:
         file.write(data)
-    return Exported(Path(output), shape, difference)
+    normalise = getattr(released.study.task, "normalise", ZScore())
+    return Exported(Path(output), shape, difference, normalise.formula())
 
 
 def _exported(network: nn.Module, shape: tuple[int, ...], about: dict[str, str]) -> bytes:

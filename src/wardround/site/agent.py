@@ -22,6 +22,7 @@ from wardround.federation.release import (
     save_release,
     scanners_of_arm,
 )
+from wardround.federation.statistics import STATISTICS, SiteStatistics
 from wardround.imaging.datasets.split import SPLIT_NAMES
 from wardround.learning.device import CPU, Compute, Placed, compute_of
 from wardround.learning.examples import ExampleStream, SiteExamples, UnionExamples
@@ -52,6 +53,7 @@ from wardround.site.rules import rules_of
 from wardround.site.secure import SecureUpload
 from wardround.site.shelf import Shelf, check_disk, clear_shelves, shelf_folder, shelf_of
 from wardround.site.site import Site
+from wardround.site.statistics import OwnStatistics
 from wardround.site.validating import Validates
 from wardround.site.withdrawal import Said, SameData
 from wardround.site.withdrawn import Begun
@@ -60,6 +62,7 @@ from wardround.storage.hash_log import LOG, HashLog, begun_by
 from wardround.storage.store import SiteStore
 from wardround.study.protocols import HeaderFacts
 from wardround.study.sites import SitesFile
+from wardround.tasks.looks import subject_of
 from wardround.tasks.task import Dataset, Headed, Named
 from wardround.wire.canonical import digest
 from wardround.wire.message import Header, Message
@@ -136,7 +139,7 @@ class Agent:
         return self._arms[arm]
 
     def handle(self, request: Message) -> Message:
-        """Answer what is asked of the study as a whole: `facts`, `groups`, `spent`, `deliver`.
+        """Answer what is asked of the study as a whole: `facts`, `statistics`, `groups`, `spent`, `deliver`.
 
         All can be asked again and are answered anew. Exceptions become `error` replies with scrubbed reasons.
         """
@@ -158,7 +161,7 @@ class Agent:
         header = request.header
         if header.site != self.name or header.study != self._arm_specs.study_sha256:
             raise WireError(f"a message for another site or study reached {self.name}")
-        if header.kind in (FACTS, SPENT, GROUPS) and header.meta != {PLAN: self._arm_specs.plan_sha256}:
+        if header.kind in (FACTS, SPENT, GROUPS, STATISTICS) and header.meta != {PLAN: self._arm_specs.plan_sha256}:
             raise StudyError(
                 f"site {self.name} and the coordinator fill in different defaults of the study: install the same "
                 "version of Wardround, and of the study's plug-ins, at both"
@@ -169,6 +172,8 @@ class Agent:
             return request.reply(SPENT, meta=meta_of(self.spent()))
         if header.kind == GROUPS:
             return request.reply(GROUPS, meta=meta_of(self.groups()))
+        if header.kind == STATISTICS:
+            return request.reply(STATISTICS, meta=meta_of(self.statistics()))
         if header.kind == DELIVER:
             self._deliveries.take(request)
             return request.reply(DONE)
@@ -231,11 +236,7 @@ class Agent:
         entry, study = self._sites.sites.get(self.name), self._arm_specs.study
         if entry is None or entry.groups is None:
             return SiteGroups()
-        dataset = self._datasets.of(self.name)
-        own = dataset.fingerprint()
-        first = self._store.write_once("facts", 0, own)
-        if first != own and not self.follows(first, own):
-            raise DataError(f"the data of site {self.name} changed since the run began; restore them")
+        dataset = self._unchanged()
         rows = {row: values for row in self._row_names if (values := self._rows.of(row)) is not None}
         root = self._rounding_root or kept_root(self._store)
         specs, private = self._arm_specs.task.metrics, study.protection.privacy is not None
@@ -245,6 +246,30 @@ class Agent:
             if column.reason:
                 self._record.note("blocked", {"kind": GROUPS, "column": column.name, "reason": column.reason})
         return found
+
+    def statistics(self) -> SiteStatistics:
+        """Sums over its images, as far as its rules let out; see `wardround.site.statistics`.
+
+        Raises `StudyError` where the study does not ask for them, and `DataError` for other data than the run began
+        with.
+        """
+        study, task = self._arm_specs.study, self._arm_specs.task
+        if not study.site_statistics:
+            raise StudyError("the study asks for no statistics of sites (site_statistics is false)")
+        own = OwnStatistics(self.name, self._egress, MeasuredSets(self._history), study.protection.privacy is not None)
+        found = own.answer(task, subject_of(task), self._unchanged())
+        for what, reason in found.withheld.items():
+            self._record.note("blocked", {"kind": STATISTICS, "what": what, "reason": reason})
+        return found
+
+    def _unchanged(self) -> Dataset:
+        """Its data; raises `DataError` where they became others than the run began with, other than by withdrawals."""
+        dataset = self._datasets.of(self.name)
+        own = dataset.fingerprint()
+        first = self._store.write_once("facts", 0, own)
+        if first != own and not self.follows(first, own):
+            raise DataError(f"the data of site {self.name} changed since the run began; restore them")
+        return dataset
 
     def follows(self, before: str, now: str) -> bool:
         """Whether its data of one fingerprint became those of another by withdrawals alone."""
@@ -307,6 +332,8 @@ class Agent:
 
     def _begun(self, dataset: Dataset) -> Begun | None:
         """What the run began with, where patients withdrew since."""
+        if not self._datasets.withdrawals(self.name):
+            return None
         first = self._store.written_value("facts")
         return None if first is None else self._same_data.begun(first, dataset.fingerprint())
 

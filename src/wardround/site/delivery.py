@@ -12,6 +12,7 @@ from wardround.federation.release import (
     CARD,
     model_of_study,
     model_path,
+    open_model,
     own_folder,
     save_frozen_part,
     shared_sha256,
@@ -142,6 +143,10 @@ class Deliveries:
         tensors = model_of_study(request.body.path, self.arm_specs.study_sha256, self.arm_specs.plan_sha256)
         if {name: tensor.shape for name, tensor in tensors.items()} != {n: tuple(t.shape) for n, t in initial.items()}:
             raise Rejected("a delivery of another network than the study's")
+        # Its hash, by which it goes on record, is over those.
+        said = open_model(request.body.path)[1].get("shared", "").split()
+        if set(said) != set(self.arm_specs.arm_spec(FEDERATED).policy.names("shared")):
+            raise Rejected("a delivery that does not say which of its values are shared, as the study has them")
 
 
 def _holds(path: Path, sha256: str) -> bool:

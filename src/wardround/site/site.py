@@ -204,7 +204,7 @@ class Site:
             self._measure_once("validation", header.round - 1, header.body_sha256, header)
             metrics |= self._validation_sums(header.round, learner.evaluate("validation"))
         try:
-            trained = learner.train(header.round, public, memory)
+            trained = learner.train(header.round, public, memory, self.minutes.heard(header))
         except Exception:
             if inspector is not None and seen is not None:
                 inspector.remember(seen, {}, {}, {})

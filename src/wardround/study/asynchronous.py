@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Asynchronous(Config):
-    """A round is committed as soon as so many updates are in; a late one enters a later round, by its age.
+    """A round is committed as soon as `buffer` updates are in; a late one enters a later round, by its age.
 
     An update whose state is t rounds older than the newest counts (1 + t)^-exponent of a fresh one, in steps of 2^-16.
     """

@@ -56,6 +56,11 @@ class MethodSettings(Settings):
     def check(self, study: Study) -> None:
         """Raise `ValueError` where the method means nothing with what else the study says."""
 
+    @property
+    def pulls(self) -> tuple[float, ...]:
+        """How strongly a site's own model may be held near the common one, where it has one to choose for."""
+        return ()
+
     def build(self, protocols: Mapping[str, Any]) -> Any:
         """The `wardround.learning.methods.Method`. `protocols`: the features (7,) of the training sites' scanners."""
         raise NotImplementedError

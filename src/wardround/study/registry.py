@@ -101,6 +101,8 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "ct": "wardround.study.ct:CTAcquisition",
     },
 }
+#: Methods of studies that commands write: what a release may lose is measured, and what a hospital taught undone.
+MEASURING, UNLEARNING = "fisher", "unlearn"
 # The model of a study that names none, by its task; every other task builds its network itself.
 MODELS: Mapping[str, str] = {
     "reconstruction": "modl",

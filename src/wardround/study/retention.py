@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from wardround.study.adapters import NoAdapters
 from wardround.study.protection import NoCompression
+from wardround.study.registry import MEASURING
 from wardround.study.start import FromRelease
 from wardround.study.teacher import TaughtBy
 from wardround.study.update import Distilled, Elastic, ForgetAsItMay
@@ -79,7 +80,7 @@ def _check_elastic(study: Study) -> None:
 
 def check_fisher(study: Study) -> None:
     """Refuse a study that measures Fisher information in a way that would not be it. Raises ValueError."""
-    if study.method.kind != "fisher" or study.method.closed:
+    if study.method.kind != MEASURING or study.method.closed:
         return
     said = "method.kind=fisher squares the gradient of one example after another, once, as they are"
     refused = {

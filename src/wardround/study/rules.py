@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from wardround.study.methods import MethodSettings
 from wardround.study.protection import NoCompression
-from wardround.study.registry import builtins
+from wardround.study.registry import UNLEARNING, builtins
 from wardround.study.start import Fresh, FromRelease
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def optional_contrasts(study: Study) -> frozenset[int]:
 
 def check_forgetting(study: Study) -> None:
     """Refuse a study without a hospital that still has it, or that not everyone concerned approved."""
-    forget, unlearns = study.forget, study.method.kind == "unlearn"
+    forget, unlearns = study.forget, study.method.kind == UNLEARNING
     if unlearns != (forget is not None and forget.how == "unlearn"):
         raise ValueError("method.kind: `unlearn` belongs to `forget.how: unlearn`, and that to it; set both or neither")
     if forget is None:
@@ -180,6 +180,11 @@ def check_privacy(study: Study) -> None:
     """Refuse whatever would say something of a patient beside the noised gradients."""
     if study.protection.privacy is None:
         return
+    if study.site_statistics:
+        raise ValueError(
+            "site_statistics: with protection.privacy nothing of a site's images leaves without noise, and these sums "
+            "have none; set it to false"
+        )
     if study.method.closed:
         return  # A plug-in's section is looked at once its settings are known; without them, nothing runs.
     if not study.method.noised:

@@ -146,7 +146,7 @@ class Local(Config):
         return (size + 1,) * larger + (size,) * (self.accumulate - larger)
 
     def steps_of(self, examples: int) -> int:
-        """Optimiser steps in a round of a party with so many training examples.
+        """Optimiser steps in a round of a party with a number of training examples.
 
         Passes end with a whole batch, for which the next pass begins.
         """
@@ -239,6 +239,12 @@ class Study(Config):
     ] = Field(default_factory=lambda: default("method"))
     start: Start = Field(Fresh(), description="what the model begins with, in every arm")
     update: Update | None = Field(None, description="for a study that continues a release: what it must not lose")
+    site_statistics: bool = Field(
+        False,
+        description="whether each site says before round 1 how its images look: sums of histograms, spectra, noise, "
+        "resolution, outlines and classes over its training patients, which the coordinator reads (docs/shift.md); "
+        "excludes `protection.privacy`",
+    )
     forget: Forget | None = Field(
         None, description="for a study that makes a model without a hospital which left: who, and who approved of it"
     )

@@ -27,7 +27,10 @@ class Egress(Config):
 
     per_site_results: bool = Field(True, description="whether sums over its own test patients leave the site")
     metrics: Literal["all"] | tuple[str, ...] = Field(
-        "all", description="metrics that may leave; a study that asks for another gets none of them"
+        "all",
+        description="metrics that may leave; a study that asks for another gets none of them. Of statistics of images "
+        "(`site_statistics`) those that it lists leave: intensity, landmarks, spectrum, noise, matrix, spacing, masks, "
+        "classes",
     )
     minimum_cohort: int = Field(
         1, ge=1, description="counts and sums over fewer patients are withheld; across hospitals use 11"
@@ -36,7 +39,8 @@ class Egress(Config):
         True,
         description="whether a released model's file may list which scanners, tube voltages, slice thicknesses and "
         "kernels the headers of the training images name: as sets, of values that at least `minimum_cohort` patients "
-        "have. The site gives them once, in its answer to `facts`, and no update holds them",
+        "have. The site gives them once, in its answer to `facts`, and no update holds them. Also whether statistics "
+        "of images hold their resolution",
     )
 
 

@@ -125,3 +125,14 @@ class Update(Config):
     )
     retain: Retain = Field(ForgetAsItMay(), description="what keeps the model from forgetting what the release knows")
     finetune: FineTune | None = Field(None, description="what each site does for itself after the last round")
+
+    def describe(self) -> str:
+        """What `check` prints of it: who trains, what holds the model to the release, what sites do by themselves."""
+        who = {
+            "new": "patients from whom no release before learned",
+            "all": "all training patients",
+            "old": "training patients from whom a release before learned",
+        }[self.train_on]
+        some = f" and {self.memory:.3g} of the others" if self.memory else ""
+        tuned = "" if self.finetune is None else f"; then {self.finetune.describe()}"
+        return f"on {who}{some}; {self.retain.describe()}{tuned}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from wardround.imaging.orientation import Turn
 from wardround.tasks.images import resampled
 from wardround.tasks.labelled import LabelledBatch, LabelledDataset
+from wardround.tasks.looks import Look
 from wardround.tasks.overlays import fullest
 from wardround.tasks.scanning import ScanBatch, SiteScanner
 from wardround.tasks.task import Prepared, Split
@@ -84,6 +85,8 @@ class Drawn(Protocol):
 
     def names(self, split: Split) -> tuple[str, ...]: ...
 
+    def looks(self, split: Split) -> Iterator[tuple[int, Look]]: ...
+
     def set_aside(self) -> dict[Split, int]: ...
 
     def set_aside_unknown(self) -> int: ...
@@ -126,6 +129,10 @@ class ScannedDataset(Generic[DrawnT]):
     def names(self, split: Split) -> tuple[str, ...]:
         """The names of the patients of a split, in the order of `evaluation`: they stay at the site."""
         return self._drawn.names(split)
+
+    def looks(self, split: Split) -> Iterator[tuple[int, Look]]:
+        """What is scanned, before it is; see `wardround.tasks.looks.Looked`."""
+        return self._drawn.looks(split)
 
     def set_aside(self) -> dict[Split, int]:
         """How many patients of each part are set aside; see `wardround.tasks.task.SetsAside`."""

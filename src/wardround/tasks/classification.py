@@ -17,13 +17,23 @@ from torch import Tensor, nn
 from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import ClassSettings, DropShare, each_a_channel
+from wardround.study.normalise import Normalise, ZScore, check_normalise
 from wardround.study.teacher import TaughtBy
 from wardround.tasks import confidence
 from wardround.tasks.charts import Charts
 from wardround.tasks.classes import Classes, Floats
 from wardround.tasks.diagnosed import DiagnosedBatch, DiagnosedDataset, check_shape
-from wardround.tasks.distillation import Distillation, Lesson, Said, Teacher, channels_of, order_of, unfit_kind
-from wardround.tasks.images import ImageTask, resampled, scaled, scales_of
+from wardround.tasks.distillation import (
+    Distillation,
+    Lesson,
+    Said,
+    Teacher,
+    channels_of,
+    check_scale,
+    order_of,
+    unfit_kind,
+)
+from wardround.tasks.images import ImageTask, resampled, scaled
 from wardround.tasks.overlays import coloured
 from wardround.tasks.predictions import Probabilities
 from wardround.tasks.reconstruction import PooledDataset, evaluating
@@ -48,6 +58,7 @@ class ClassificationTask(ClassSettings):
         description="against classes that are rare at a site: `weighted` weighs the loss by 1 / frequency, `balanced` "
         "draws examples of all its classes alike, `logit_adjusted` adds log frequencies to the logits in training",
     )
+    normalise: Normalise = ZScore()
     drop_contrasts: DropShare = 0.0
     teacher: TaughtBy | None = Field(
         None,
@@ -64,6 +75,7 @@ class ClassificationTask(ClassSettings):
                 "task.imbalance: balanced draws examples by their labels, and with task.teacher those without one "
                 "train too; take logit_adjusted or weighted"
             )
+        check_normalise(self)
         return self
 
     @property
@@ -75,7 +87,8 @@ class ClassificationTask(ClassSettings):
         """How many classes."""
         several = ", several a patient" if self.multi_label else ""
         taught = "" if self.teacher is None else f", taught by {self.teacher.describe()}"
-        return f"classification in {len(self.classes)} classes{several}{self.labels.describe()}{taught}"
+        scaled = f", {said}" if (said := self.normalise.describe()) else ""
+        return f"classification in {len(self.classes)} classes{several}{self.labels.describe()}{scaled}{taught}"
 
     def build(self, study: Study, embeddings: Any = None) -> Classification:
         """The task."""
@@ -103,6 +116,7 @@ class Classification(ImageTask[ClassificationTask]):
         own = self.config
         if not isinstance(student, ClassificationTask) or student.multi_label != own.multi_label:
             raise unfit_kind(student, own)
+        check_scale(student, own)
         order = order_of(student.classes, own.classes, "task.classes")
         return ClassLesson(channels_of(student, own), own.size, order)
 
@@ -125,7 +139,8 @@ class Classification(ImageTask[ClassificationTask]):
     def dataset(self, site: str, source: Source) -> DiagnosedDataset:
         """The images and classes of a site."""
         patients = self._patients(site, source, self.config.images, None, self.config.table, self.config.labels)
-        return DiagnosedDataset(patients, self.config, self._augmentation, drop=self.config.drop_contrasts)
+        drop = self.config.drop_contrasts
+        return DiagnosedDataset(patients, self.config, self._augmentation, self.frame, drop=drop)
 
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
         """The union of several sites' data sets."""
@@ -204,7 +219,7 @@ class Classification(ImageTask[ClassificationTask]):
     def predict(self, model: nn.Module, image: LabelledImage) -> Probabilities:
         """How likely each class is of an image. Raises DataError for one that the network cannot see."""
         check_shape(image, self.config, "")
-        pixels = resampled(scaled(image.channels, scales_of(image.channels)), self.config.size)[None]
+        pixels = resampled(scaled(image.channels, self.frame.scales(image.channels)), self.config.size)[None]
         nothing = pixels.new_zeros(1, len(self.config.classes))
         return self.classes.said(self.logits(model, DiagnosedBatch(pixels, nothing, nothing)))
 

@@ -138,6 +138,13 @@ class DiagnosedDataset(PatientImages):
         labels = torch.full_like(self._prior, torch.nan) if known is None else torch.from_numpy(known.astype("f4"))
         return DiagnosedBatch(pixels[None], labels[None], self._prior[None])
 
+    def _seen_as(self, image: LabelledImage, channels: Tensor) -> Tensor:
+        slices = self._slices and channels.ndim == 4
+        return resampled(channels.permute(3, 0, 1, 2) if slices else channels[None], self._size)
+
+    def _classes_of(self, patient: int, number: int) -> npt.NDArray[np.bool_] | None:
+        return self._labels.get((patient, number))
+
     def _digest(self, patient: int) -> str:
         found = hashlib.sha256()
         for number, case in enumerate(self._cases[patient]):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
+from wardround.study.normalise import ZScore
 from wardround.study.teacher import TaughtBy
 from wardround.tasks.task import Task
 from wardround.wire.host import on_host
@@ -250,6 +251,16 @@ def grid_scale(student: Any, teacher: Any) -> tuple[float, ...]:
 def task_kind(task: Any) -> str:
     """The kind of a task, for people."""
     return str(getattr(getattr(task, "config", None), "kind", type(task).__name__))
+
+
+def check_scale(student: Any, teacher: Any) -> None:
+    """Raise `StudyError` where two tasks' settings normalise images differently: the teacher sees the student's."""
+    plain = ZScore()
+    if getattr(student, "normalise", plain) != getattr(teacher, "normalise", plain):
+        raise StudyError(
+            "task.teacher: it learned from images that were normalised otherwise (task.normalise) and would see this "
+            "study's; give both studies one `task.normalise`, or take another teacher"
+        )
 
 
 def unfit_kind(student: Any, teacher: Any) -> StudyError:

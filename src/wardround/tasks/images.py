@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -21,11 +22,15 @@ from wardround.imaging.readers.cases import Case, Patterns, Reader, sort_cases
 from wardround.imaging.readers.labelled import LabelledImage, read_image
 from wardround.models.spectrum import with_spectrum
 from wardround.study.images import CaseTable, ImageSettings, UsedLabels
+from wardround.study.normalise import STANDARD, Normalise, PercentileScale, ZScore
 from wardround.study.plugins import NO_PLUGINS
 from wardround.study.rules import optional_contrasts
 from wardround.tasks.augmentation import Augmentation, standard
+from wardround.tasks.curves import Curve, curve_through
+from wardround.tasks.looks import Look, planes_of
 from wardround.tasks.task import Source, Split
 from wardround.wire.canonical import canonical_json, digest
+from wardround.wire.host import on_host
 
 if TYPE_CHECKING:
     from wardround.study.schema import Study
@@ -135,6 +140,41 @@ class PatientImages:
             self._scales[key] = self._frame.scales(channels)
         return scaled(channels if part is None else channels[..., part], self._scales[key])
 
+    def looks(self, split: Split) -> Iterator[tuple[int, Look]]:
+        """(patient number, an image as the network would see it), patient by patient; see `wardround.tasks.looks`."""
+        for patient in self._split[split]:
+            for number in range(len(self._cases[patient])):
+                yield patient, self._look(patient, number)
+
+    def _look(self, patient: int, number: int) -> Look:
+        image, channels = self._read(patient, number), self._normalised(patient, number)
+        shown = np.stack([self._frame.shows(channel.astype(np.float32)) for channel in image.channels])
+        return Look(
+            [on_host(channel)[inside] for channel, inside in zip(channels, shown, strict=True)],
+            planes_of(self._seen_as(image, channels)),
+            planes_of(self._seen_as(image, torch.from_numpy(shown.astype(np.float32)))) > 0.5,
+            image.channels.shape[1:],
+            self._spacing_of(image),
+            self._structures_of(patient, image),
+            self._classes_of(patient, number),
+        )
+
+    def _seen_as(self, image: LabelledImage, channels: Tensor) -> Tensor:
+        """Channels (C, *shape) of an image on the grid of the network: (B, C, *grid)."""
+        raise NotImplementedError
+
+    def _spacing_of(self, image: LabelledImage) -> tuple[float, ...] | None:
+        """The size of a voxel in mm, where the study believes what the files say of it."""
+        return image.space.spacing
+
+    def _structures_of(self, patient: int, image: LabelledImage) -> tuple[NDArray[np.bool_] | None, ...]:
+        """What is drawn of each structure (*shape); `None` of one that is not drawn here, or not of this patient."""
+        return ()
+
+    def _classes_of(self, patient: int, number: int) -> NDArray[np.bool_] | None:
+        """Which classes an image shows (K,); `None` where nothing is known of it."""
+        return None
+
     def turn(self, patient: int, number: int) -> Turn | None:
         """How slices of an image are shown to people; `None` where its file does not say how the patient lies."""
         affine = self._read(patient, number).space.affine
@@ -156,6 +196,11 @@ class ImageTask(Generic[SettingsT]):
         self._readers: Callable[[str], Mapping[str, Reader]] = NO_PLUGINS.readers
         chain = self._standard() if config.augment == "standard" else config.augment
         self._augmentation = Augmentation(() if isinstance(chain, str) else chain)
+
+    @cached_property
+    def frame(self) -> Normalised:
+        """How images are normalised, at a site and at a clinic."""
+        return frame_of(getattr(self.config, "normalise", ZScore()))
 
     def _standard(self) -> Sequence[Mapping[str, Any]]:
         """The changes of training images where the study says `standard`."""
@@ -235,7 +280,8 @@ def _labelled(
     return tuple(sorted(ranked[:count]))
 
 
-Scale = tuple[Tensor, Tensor]
+# What is subtracted and by what is divided, or a curve.
+Scale = tuple[Tensor, Tensor] | Curve
 
 
 class Frame(Protocol):
@@ -273,6 +319,38 @@ class Normalised:
 NORMALISED = Normalised()
 
 
+@dataclass(frozen=True)
+class Harmonised(Normalised):
+    """Images of any numbers, each channel with `percentiles` of what it shows at `values` (C, L); see `curves`.
+
+    A single row of values is of all channels.
+    """
+
+    percentiles: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+
+    def scales(self, channels: NDArray[np.generic]) -> tuple[Scale | None, ...]:
+        """A curve for each channel; `None` for one that shows nothing."""
+        rows = self.values if len(self.values) == len(channels) else self.values[:1] * len(channels)
+        return tuple(self._curve(channel, row) for channel, row in zip(channels, rows, strict=True))
+
+    def _curve(self, channel: NDArray[np.generic], wanted: tuple[float, ...]) -> Scale | None:
+        image = channel.astype(np.float32)
+        inside = image[self.shows(image)]
+        if len(inside) < 2:
+            return None
+        return curve_through(np.percentile(inside.astype(np.float64), self.percentiles), wanted)
+
+
+def frame_of(normalise: Normalise) -> Normalised:
+    """How a study's section `task.normalise` changes images."""
+    if isinstance(normalise, ZScore):
+        return NORMALISED
+    if isinstance(normalise, PercentileScale):
+        return Harmonised((normalise.low, normalise.high), (STANDARD,))
+    return Harmonised(normalise.percentiles, normalise.values)
+
+
 def scales_of(channels: NDArray[np.generic]) -> tuple[Scale | None, ...]:
     """Mean and deviation of each channel (*shape) over what it shows; `None` for one that shows nothing."""
     return tuple(map(_scale, torch.from_numpy(channels.astype(np.float32))))
@@ -290,10 +368,12 @@ def _scale(channel: Tensor) -> Scale | None:
 
 
 def scaled(channels: NDArray[np.generic], scales: Sequence[Scale | None]) -> Tensor:
-    """Each channel (*shape) minus its mean, over its deviation: float32."""
+    """Each channel (*shape) minus its mean, over its deviation, or as its curve says: float32."""
     values = torch.from_numpy(channels.astype(np.float32))
     for channel, scale in zip(values, scales, strict=True):
-        if scale is not None:
+        if isinstance(scale, Curve):
+            channel.copy_(scale(channel))
+        elif scale is not None:
             channel.sub_(scale[0]).div_(scale[1])
     return values
 

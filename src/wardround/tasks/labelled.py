@@ -190,6 +190,17 @@ class LabelledDataset(PatientImages):
         rest = np.flatnonzero(content & ~drawn)[:: sampling.empty_every]
         yield from (LabelledExample(patient, number, int(part)) for part in sorted([*np.flatnonzero(drawn), *rest]))
 
+    def _seen_as(self, image: LabelledImage, channels: Tensor) -> Tensor:
+        return whole_image(image, channels, self._sampling)
+
+    def _spacing_of(self, image: LabelledImage) -> tuple[float, ...] | None:
+        return image.space.spacing if self._physical else None
+
+    def _structures_of(self, patient: int, image: LabelledImage) -> tuple[NDArray[np.bool_] | None, ...]:
+        if patient in self._unlabelled:
+            return (None,) * len(self._structures)
+        return tuple(mask if known else None for mask, known in zip(self._masks(image), self._known, strict=True))
+
     def _masks(self, image: LabelledImage, part: int | None = None) -> NDArray[np.bool_]:
         """See `masks_of`."""
         return masks_of(image, self._structures, part)

@@ -14,7 +14,7 @@ from wardround.imaging.readers.cases import Case
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.tasks.augmentation import Augmentation
 from wardround.tasks.diagnosed import Shape, check_shape, content_sha256
-from wardround.tasks.images import PatientImages, SitePatients, resampled
+from wardround.tasks.images import Frame, PatientImages, SitePatients, resampled
 from wardround.tasks.task import Split
 from wardround.wire.random import public_generator
 
@@ -59,10 +59,16 @@ class MaskedDataset(PatientImages):
     """One site's images without labels; see `wardround.tasks.task.Dataset`. Raises DataError."""
 
     def __init__(
-        self, patients: SitePatients, shape: Shape, size: tuple[int, ...], augmentation: Augmentation, masks: Masks
+        self,
+        patients: SitePatients,
+        shape: Shape,
+        size: tuple[int, ...],
+        augmentation: Augmentation,
+        masks: Masks,
+        frame: Frame | None = None,
     ) -> None:
         self._shape, self._size, self._augmentation, self._masks = shape, size, augmentation, masks
-        super().__init__(patients)
+        super().__init__(patients, frame)
         self._train = [(patient, n) for patient in self._split["train"] for n in range(len(self._cases[patient]))]
         used = [patient for part in self._split.values() for patient in part]
         self._digests = {patient: self._digest(patient) for patient in used}
@@ -101,6 +107,9 @@ class MaskedDataset(PatientImages):
         if random is None:
             return MaskedBatch(pixels[None], self._masks.fixed(self._digests[patient], number))
         return MaskedBatch(self._augmentation.of_image(pixels, random)[None], self._masks.drawn(random))
+
+    def _seen_as(self, image: LabelledImage, channels: Tensor) -> Tensor:
+        return resampled(channels, self._size)[None]
 
     def _digest(self, patient: int) -> str:
         contents = (content_sha256(path) for case in self._cases[patient] for path in case.images)

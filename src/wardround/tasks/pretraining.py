@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wardround.errors import StudyError
 from wardround.models.transformer import grid_of, image_of, patches_of
 from wardround.study.images import CaseTable, ImageSettings
+from wardround.study.normalise import Normalise, ZScore, check_normalise
 from wardround.tasks.images import ImageTask
 from wardround.tasks.masked import MaskedBatch, MaskedDataset, Masks
 from wardround.tasks.overlays import coloured
@@ -53,12 +54,14 @@ class PretrainingTask(ImageSettings):
     table: CaseTable | None = Field(None, description="needed where `images` do not say whose they are")
     channels: int = Field(1, ge=1, description="channels of all files of an image together; 3 for a colour picture")
     size: tuple[int, ...] = Field((128, 128), description="voxels that images are resampled to, whole patches")
+    normalise: Normalise = ZScore()
     hidden: float = Field(0.75, gt=0.0, lt=1.0, description="share of an image's patches that are not seen")
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainingTask:
         if len(self.size) != self.dimensions:
             raise ValueError(f"task.size needs {self.dimensions} numbers, as task.dimensions says")
+        check_normalise(self)
         whose = any("{patient}" in one or not set(one) & set("{/") for one in self.images)
         if self.table is None and not whose:
             raise ValueError(
@@ -69,7 +72,8 @@ class PretrainingTask(ImageSettings):
 
     def describe(self) -> str:
         """What share is hidden."""
-        return f"pretraining without labels, {self.hidden:.0%} of each image hidden"
+        scaled = f", {said}" if (said := self.normalise.describe()) else ""
+        return f"pretraining without labels, {self.hidden:.0%} of each image hidden{scaled}"
 
     def build(self, study: Study, embeddings: Any = None) -> Pretraining:
         """The task."""
@@ -101,7 +105,7 @@ class Pretraining(ImageTask[PretrainingTask]):
     def dataset(self, site: str, source: Source) -> MaskedDataset:
         """The images of a site."""
         patients = self._patients(site, source, self.config.images, None, self.config.table)
-        return MaskedDataset(patients, self.config, self.config.size, self._augmentation, self._masks)
+        return MaskedDataset(patients, self.config, self.config.size, self._augmentation, self._masks, self.frame)
 
     def pooled(self, parts: Sequence[Dataset]) -> PooledDataset[Any]:
         """The union of several sites' data sets."""

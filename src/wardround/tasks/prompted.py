@@ -21,7 +21,7 @@ from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.study.images import DrawnSettings, OverlapLoss
 from wardround.study.prompts import AutomaticPrompt, BoxPrompt, PointPrompt, Prompt
-from wardround.tasks.distillation import Lesson, Said, channels_of, order_of, unfit_kind
+from wardround.tasks.distillation import Lesson, Said, channels_of, check_scale, order_of, unfit_kind
 from wardround.tasks.images import ImageTask
 from wardround.tasks.labelled import Sampling, check_image, masks_of
 from wardround.tasks.overlap import hd95, overlap_metrics, overlap_scores
@@ -159,6 +159,7 @@ class PromptedSegmentation(ImageTask[PromptedTask]):
         own = self.config
         if getattr(student, "kind", "") != "segmentation":
             raise unfit_kind(student, own)
+        check_scale(student, own)
         if student.labels.share < 1.0:
             raise StudyError(
                 "task.labels.share: the study's teacher outlines what a box marks, and a patient without a mask has "

@@ -135,6 +135,10 @@ class PromptedDataset(LabelledDataset):
 
     # Images ----------------------------------------------------------------------------------------------------------
 
+    def _seen_as(self, image: LabelledImage, channels: Tensor) -> Tensor:
+        slices = channels.permute(3, 0, 1, 2) if channels.ndim == 4 else channels[None]
+        return torch.stack([squared(part, self._prompting.size) for part in slices])
+
     def _parts(self, image: LabelledImage, patient: int, number: int) -> Iterator[LabelledExample]:
         for part in self._shown[patient, number]:
             yield LabelledExample(patient, number, 0 if part is None else part)

@@ -20,6 +20,7 @@ from wardround.imaging.readers.cases import Patterns
 from wardround.imaging.readers.labelled import LabelledImage
 from wardround.models.outliner import build_outliner
 from wardround.study.images import DrawnSettings, DropShare, OverlapLoss, UsedLabels, each_a_channel
+from wardround.study.normalise import Normalise, ZScore, check_normalise
 from wardround.study.teacher import TaughtBy
 from wardround.tasks import confidence
 from wardround.tasks.contrasts import first_with_anything
@@ -29,11 +30,12 @@ from wardround.tasks.distillation import (
     Said,
     Teacher,
     channels_of,
+    check_scale,
     grid_scale,
     order_of,
     unfit_kind,
 )
-from wardround.tasks.images import ImageTask, resampled, scaled, scales_of
+from wardround.tasks.images import ImageTask, resampled, scaled
 from wardround.tasks.labelled import LabelledBatch, LabelledDataset, Sampling, check_image, whole_image
 from wardround.tasks.overlap import overlap_metrics, overlap_scores
 from wardround.tasks.overlays import OUTLINES, fullest, slice_overlay
@@ -62,6 +64,7 @@ class SegmentationTask(DrawnSettings):
     patches_per_image: int = Field(1, ge=1, description="examples of a volume (3-D) or picture")
     foreground: float = Field(0.5, ge=0.0, le=1.0, description="share of patches around a voxel of a structure")
     loss: OverlapLoss = OverlapLoss()
+    normalise: Normalise = ZScore()
     labels: UsedLabels = UsedLabels()
     drop_contrasts: DropShare = 0.0
     teacher: TaughtBy | None = Field(
@@ -78,6 +81,7 @@ class SegmentationTask(DrawnSettings):
             raise ValueError("task.resize is for 2-D, and not with task.spacing")
         if self.spacing is not None and (len(self.spacing) != self.dimensions or min(self.spacing) <= 0):
             raise ValueError(f"task.spacing needs {self.dimensions} positive numbers, as task.dimensions says")
+        check_normalise(self)
         return self
 
     @property
@@ -88,7 +92,9 @@ class SegmentationTask(DrawnSettings):
     def describe(self) -> str:
         """What is outlined, in how many dimensions."""
         taught = "" if self.teacher is None else f", taught by {self.teacher.describe()}"
-        return f"segmentation of {', '.join(self.structures)} in {self.dimensions}-D{self.labels.describe()}{taught}"
+        scaled = f", {said}" if (said := self.normalise.describe()) else ""
+        what = f"segmentation of {', '.join(self.structures)} in {self.dimensions}-D"
+        return f"{what}{self.labels.describe()}{scaled}{taught}"
 
     def build(self, study: Study, embeddings: Any = None) -> Segmentation:
         """The task."""
@@ -115,6 +121,7 @@ class Segmentation(ImageTask[SegmentationTask]):
         own = self.config
         if not isinstance(student, SegmentationTask):
             raise unfit_kind(student, own)
+        check_scale(student, own)
         order = order_of(tuple(student.structures), self.structures, "task.structures")
         return OutlineLesson(self, channels_of(student, own), grid_scale(student, own), order)
 
@@ -145,6 +152,7 @@ class Segmentation(ImageTask[SegmentationTask]):
             self._sampling,
             self._augmentation,
             physical=config.distances == "mm",
+            frame=self.frame,
             drop=config.drop_contrasts,
         )
 
@@ -269,7 +277,7 @@ class Segmentation(ImageTask[SegmentationTask]):
         """
         check_image(image, self._sampling, "")
         shape = image.channels.shape[1:]
-        channels = whole_image(image, scaled(image.channels, scales_of(image.channels)), self._sampling)
+        channels = whole_image(image, scaled(image.channels, self.frame.scales(image.channels)), self._sampling)
         logits = self.outlined(model, channels, shape[: self.config.dimensions])
         slices = self.config.dimensions == 2 and len(shape) == 3
         marked = (logits > 0).permute(1, 2, 3, 0) if slices else (logits > 0)[0]

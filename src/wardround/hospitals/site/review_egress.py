@@ -12,6 +12,7 @@ from wardround.results.units import human_bytes, human_seconds
 from wardround.runs.columns import entry, table, wrapped
 from wardround.runs.explain import also_of_parent, beside_words, early_end, facts_words, unmasked_lines
 from wardround.runs.explain_groups import group_lines
+from wardround.runs.explain_shift import statistics_words
 from wardround.runs.machine import Machine
 from wardround.runs.outlook import BANDWIDTHS, bits_of
 from wardround.runs.statement import words
@@ -23,6 +24,7 @@ def leaves(host: Machine, arm_spec: ArmSpec, site: str, dataset: Dataset | None)
     """When what leaves, to the coordinator alone."""
     trains, role = site in host.study.training_sites, host.study.sites[site].role
     lines = [entry("at the start", facts_words(host))]
+    lines += [entry("before round 1", said)] if (said := statistics_words(host, site)) else []
     if trains:
         lines += _rounds(host, arm_spec)
     if host.study.trains and role in ("train", "evaluate"):

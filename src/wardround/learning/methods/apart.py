@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from wardround.errors import StudyError
 from wardround.learning.methods.method import BUFFERS, Array, Changes, LocalRound, Method, state_name
 from wardround.learning.policy import Parameter
 from wardround.protection.drift import UNKNOWN, UpdateBound
@@ -24,9 +25,23 @@ class Apart(Method):
     apart: ClassVar[tuple[str, ...]] = ()
     side_channels: ClassVar[frozenset[str]] = frozenset({APART})
 
+    @property
+    def tells(self) -> bool:
+        """Whether the method is nothing without them."""
+        return True
+
     def groups(self, shared: tuple[Parameter, ...], ring_bits: int) -> tuple[Group, ...]:
-        """A group more, where the network has any of them."""
+        """A group more, where the network has any of them.
+
+        Raises `StudyError` where the study's own roles keep one from the sum.
+        """
         own = tuple(p.info for p in shared if p.name in self.apart)
+        if self.tells and len(own) < len(self.apart):
+            lost = next(name for name in self.apart if name not in [info.name for info in own])
+            raise StudyError(
+                f"parts: {lost} is measured at the sites and shared, or the method is another one; let no pattern of "
+                "parts.frozen or parts.local match it"
+            )
         rest = tuple(p for p in shared if p.name not in self.apart)
         return (*super().groups(rest, ring_bits), *((Group(APART, own, _BITS),) if own else ()))
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from wardround.learning.methods.method import MODEL, Array, Changes, Facts, LocalRound, Method, Writers, state_name
-from wardround.learning.methods.scaffold import refuse_robust
+from wardround.learning.methods.server import refuse_robust
 from wardround.learning.policy import Parameter
 from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.study.methods import MethodSettings

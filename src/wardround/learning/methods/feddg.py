@@ -127,9 +127,11 @@ def _changed(local: LocalRound, others: Tensor, batch: Any, start: int) -> Any:
     import torch
 
     count = len(batch.images)
-    random = public_generator(local.seed, local.site, local.number, local.step, start, AMPLITUDE_BANK)
-    chosen = torch.from_numpy(random.integers(len(others), size=count)).to(others.device)
-    share = torch.from_numpy(random.random(count).astype("f4")).to(others.device)
+    random = public_generator(local.seed, local.site, local.number, local.step, AMPLITUDE_BANK)
+    # An image's numbers go by its place in the batch, in whichever pieces that comes.
+    which, how_far = random.random((start + count, 2))[start:].T
+    chosen = torch.from_numpy((which * len(others)).astype(int)).to(others.device)
+    share = torch.from_numpy(how_far.astype("f4")).to(others.device)
     return replace(batch, images=_bank(local).swapped(batch.images.to(others), others[chosen], share))
 
 

@@ -20,7 +20,7 @@ from wardround.learning.methods.method import (
     Writers,
     state_name,
 )
-from wardround.learning.methods.scaffold import refuse_robust
+from wardround.learning.methods.server import refuse_robust
 from wardround.learning.policy import Parameter
 from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.study.methods import MethodSettings
@@ -130,7 +130,7 @@ class FedNova(Method):
 
 
 def _moved(steps: int, momentum: float) -> float:
-    """How far so many steps from rest, with the same gradient and rate in each, move the model, in plain steps."""
+    """How far steps from rest, with the same gradient and rate in each, move the model, in plain steps."""
     return (steps - momentum * (1.0 - momentum**steps) / (1.0 - momentum)) / (1.0 - momentum)
 
 

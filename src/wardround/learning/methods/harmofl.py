@@ -78,6 +78,11 @@ class HarmoFL(Apart):
         part.take(Amplitude.running((images.to(part.mean) for images in local.survey.batches()), self.momentum))
 
     @property
+    def tells(self) -> bool:
+        """Where there is an amplitude."""
+        return self.amplitude
+
+    @property
     def flat_step(self) -> float:
         """How far a step looks."""
         return self.alpha

@@ -75,8 +75,9 @@ class LocalRound:
     tensors of this method: what a hook leaves there is kept for the next round and never sent. `private` are the live
     tensors that stay at the site, `initial` the initial values of the whole model; `step` counts from 0, and with
     `seed` names public randomness. `rate` is the learning rate of the step; what a hook puts into `scratch` is gone
-    after the round. `survey` shows the site's training images. `taken` is the pass under way (`Method.passes`),
-    `choice` which of its choices.
+    after the round. `heard` is the last round of which the coordinator says that the site's update is in the sum, 0 for
+    none so far, and `None` where it says nothing of it. `survey` shows the site's training
+    images. `taken` is the pass under way (`Method.passes`), `choice` which of its choices.
     """
 
     site: str
@@ -94,6 +95,7 @@ class LocalRound:
     seed: int = 0
     step: int = 0
     rate: float = 0.0
+    heard: int | None = None
     scratch: dict[str, Any] = field(default_factory=dict)
     survey: Survey | None = None
     taken: Pass = WHOLE_ROUND[0]
@@ -154,7 +156,7 @@ class Method:
         return ""
 
     def within(self, study: Study, sites: int, model: nn.Module) -> Method:
-        """The method as it works in an arm of a study with so many training sites; the same unless it depends on them.
+        """The method as it works in an arm of a study with `sites` training sites; the same unless it depends on them.
 
         Raises `StudyError` for a model that it cannot work with.
         """

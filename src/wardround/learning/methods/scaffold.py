@@ -10,10 +10,11 @@ import numpy as np
 from pydantic import Field
 
 from wardround.learning.methods.method import MODEL, Array, Changes, LocalRound, Method, Writers, state_name
-from wardround.learning.methods.server import Floats, Keep, is_trained
+from wardround.learning.methods.server import Floats, Keep, is_trained, refuse_robust
 from wardround.learning.policy import Parameter
 from wardround.protection.drift import UNKNOWN, UpdateBound
 from wardround.study.methods import MethodSettings
+from wardround.wire.host import on_host
 from wardround.wire.update import Aggregate, Group
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 # The group, and what is broadcast of it: the control variates.
 CONTROL = "control"
-# In the site's memory, and for a round: correction and sum of gradients of a tensor.
-_OWN, _CORRECTION, _SUM = "own/", "correction/", "sum/"
-_RATES = "rates"
+# Of each tensor, in the site's memory: c_i, and c_i before the round; for a round: correction and sum of gradients.
+_OWN, _BEFORE, _CORRECTION, _SUM = "own/", "before/", "correction/", "sum/"
+_ROUND, _RATES = "round", "rates"
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,15 @@ class Scaffold(Method):
     come to the common optimum, the corrected gradient is 0 at each of them with every optimiser. Weight decay, which is
     the optimiser's, is no part of it.
 
+    A site remembers c_i of before its last round as well, for the case that its update came too late to be in the sum.
+
     Control variates are said as what they move the model in `unit` = lr x steps: their fixed point then begins as
     coarse as the model's. Buffers are averaged. A hospital that did not train gets the model alone.
     """
 
-    # Its control variate, what is added to gradients, and their sum.
-    holds = 3
-    stores = 1
+    # Its control variate, that of before, what is added to gradients, and their sum.
+    holds = 4
+    stores = 2
     server_lr: float = 1.0
     #: N; 0 where the method stands alone, and all that answer are taken to be all.
     sites: int = 0
@@ -78,7 +81,15 @@ class Scaffold(Method):
         return {n: np.zeros_like(t) if n.startswith(prefix) else t for n, t in public.items()}, private
 
     def begin(self, local: LocalRound) -> None:
-        """What every step of the round adds to its gradient."""
+        """What every step of the round adds to its gradient.
+
+        Where the site's last update came to no sum (it was late, or lost), c_i is what it was before: c knows no other.
+        """
+        last = local.memory.pop(_ROUND, None)
+        if last is not None and local.heard is not None and int(on_host(last)) > local.heard:
+            for name in local.trainable():
+                if _BEFORE + name in local.memory:
+                    local.memory[_OWN + name] = local.memory[_BEFORE + name]
         for name in local.trainable():
             correction = local.received(state_name(CONTROL, name)) / self.unit
             if _OWN + name in local.memory:
@@ -111,13 +122,14 @@ class Scaffold(Method):
         changes = super().changes(local)
         changes[CONTROL] = {}
         rates = local.scratch.get(_RATES, 0.0)
+        local.memory[_ROUND] = torch.tensor(local.number)
         for name, tensor in local.trainable().items():
             before = local.memory.get(_OWN + name, torch.zeros_like(tensor))
             after = before
             if _SUM + name in local.scratch:
                 # Every step left out: the site has seen no gradient.
                 after = torch.where(rates > 0.0, self.unit * local.scratch[_SUM + name] / rates, before)
-            local.memory[_OWN + name] = after.detach()
+            local.memory[_BEFORE + name], local.memory[_OWN + name] = before, after.detach()
             changes[CONTROL][name] = (after - before).detach()
         return changes
 
@@ -178,12 +190,3 @@ class ScaffoldSettings(MethodSettings):
     def describe(self) -> str:
         """With the coordinator's rate."""
         return f"{self.kind}, server_lr {self.server_lr:g}"
-
-
-def refuse_robust(kind: str, study: Study) -> None:
-    """Raise `ValueError` where a robust mean takes the place of the sums that a method is made of."""
-    if study.protection.robust is not None:
-        raise ValueError(
-            f"method.kind={kind} is made of sums over sites, and protection.robust leaves parts of them out; leave out "
-            "protection.robust"
-        )

@@ -28,8 +28,9 @@ class Unlearn(Method):
     """FedAvg whose `site` lowers |h - loss| + mu/2 |w - w_global|^2, h the mean loss of its own held-out patients.
 
     Where its loss is below h it climbs, and where it is above it descends. h is found anew in each round, from the
-    model as it comes, and never leaves the site. An unseen hospital gets the mean model. Raises `StudyError` in a round
-    where the site has no validation patient.
+    model as it comes, and never leaves the site. The loss is that of a batch, or of a piece of it where a batch passes
+    in pieces (`local.accumulate`). An unseen hospital gets the mean model. Raises `StudyError` in a round where the
+    site has no validation patient.
     """
 
     site: str = ""

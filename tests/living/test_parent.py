@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.apart import apart, comparable
@@ -15,7 +16,8 @@ from tests.living.ward import ROLES, admit, ward_sites, ward_study
 from wardround.errors import DataError, Interrupted
 from wardround.results.schema import Result
 from wardround.runs.session import evaluate, run
-from wardround.site.own_parts import OwnParts
+from wardround.site.lineage import Lineage
+from wardround.site.own_parts import OwnParts, carried_part
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 
@@ -193,3 +195,14 @@ def test_parties_apart_come_to_the_same(tmp_path: Path) -> None:
     parted = apart(study, sites, tmp_path / "apart", near=tmp_path)
     assert comparable(parted.values) == comparable(together.values)
     assert parted.gate is not None
+
+
+def test_a_site_that_was_away_has_its_part_of_an_earlier_release(tmp_path: Path) -> None:
+    values = {"w": np.arange(3, dtype=np.float32)}
+    save_file(values, tmp_path / "local.safetensors")
+    own = OwnParts(tmp_path).keep("a" * 64, tmp_path / "local.safetensors")
+    Lineage(tmp_path).record_digests("a" * 64, None, "s" * 64, {}, own)
+    initial = {"w": torch.zeros(3)}
+    found = carried_part("A", ("b" * 64, "a" * 64), tmp_path, initial)
+    assert np.array_equal(found["w"], values["w"])
+    assert carried_part("A", ("b" * 64,), tmp_path, initial) == {}

@@ -514,8 +514,9 @@ class Agent:
         release = self._arm_specs.study.continues
         if release is None or arm.alone:
             return None
-        initial = self._arm_specs.model_context.initial
-        return cache(partial(carried_part, self.name, release, self._history, initial))
+        update, initial = self._arm_specs.study.update, self._arm_specs.model_context.initial
+        releases = (release, *(() if update is None else update.ancestors))
+        return cache(partial(carried_part, self.name, releases, self._history, initial))
 
     @property
     def _labels(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,14 +81,18 @@ class OwnParts:
             ) from error
 
 
-def carried_part(site: str, release: str, history: Path, initial: Mapping[str, Tensor]) -> dict[str, Array]:
+def carried_part(site: str, releases: Sequence[str], history: Path, initial: Mapping[str, Tensor]) -> dict[str, Array]:
     """A site's private part of the release that its study continues; none where it did not train that.
 
+    `releases` are that release and those that it came of: a site that was away has the part of an earlier one.
     `initial` are the study's values by name. Raises `DataError` where the part is gone, is another or does not fit.
     """
-    kept, found = Lineage(history).own_part(release), OwnParts(history).of(release)
-    if kept is None:
+    record = Lineage(history)
+    held = next(((one, kept) for one in releases if (kept := record.own_part(one)) is not None), None)
+    if held is None:
         return {}
+    release, kept = held
+    found = OwnParts(history).of(release)
     if not found or tensors_sha256(found) != kept:
         raise DataError(
             f"site {site} trained the release that the study continues, and its private part of it is "

@@ -20,6 +20,7 @@ from wardround.runs.session import evaluate, open_host, run
 from wardround.runs.watching import Silent
 from wardround.runs.withdrawing import withdraw_from_runs
 from wardround.site.datasets import Datasets
+from wardround.site.drift import Reference
 from wardround.site.shelf import FOLDER, clear_shelves, shelf_folder
 from wardround.site.splits import SPLITS, KnownParts
 from wardround.site.withdrawn import KEY, WITHDRAWN, Begun, Withdrawn
@@ -281,12 +282,16 @@ def test_the_command(hospitals: SitesFile, tmp_path: Path) -> None:
     entry = {"data": str(hospitals.of("A").data[0]), "history": str(tmp_path / "history")}
     sites.write_text(yaml.safe_dump({"sites": {"A": entry}}))
     (tmp_path / "names.txt").write_text("DOE-01\n\nDOE-02\n")
+    kept = Reference(tmp_path / "history").path("0" * 64)
+    kept.parent.mkdir(parents=True)
+    kept.write_text("rows of patients without names")
     runner = CliRunner()
     done = runner.invoke(
         app, ["site", "withdraw", "DOE-00", "--file", str(tmp_path / "names.txt"), "--sites", str(sites)]
     )
     assert done.exit_code == 0, done.output
     assert "Withdrawn." in done.output
+    assert not kept.exists()
     assert Withdrawn(tmp_path / "history").of(NAMES) == frozenset(NAMES[:3])
     again = runner.invoke(app, ["site", "withdraw", "DOE-00", "--sites", str(sites)])
     assert "Was withdrawn before" in again.output

@@ -192,6 +192,14 @@ class Reference:
         """The file of a release."""
         return self.folder / "drift" / f"{release}.json"
 
+    def clear(self) -> None:
+        """Delete what is kept of all releases: no row says whose it is. The data give it again. Raises `DataError`."""
+        try:
+            for path in (self.folder / "drift").glob("*.json"):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError("the site's history folder cannot be written", detail=str(error)) from error
+
     def keep(self, release: str, looked: Looked) -> None:
         """Write it, over what was kept before. Raises `DataError` where the folder cannot be written."""
         packed = io.BytesIO()

@@ -10,6 +10,7 @@ from pathlib import Path
 from wardround.errors import DataError, StudyError
 from wardround.site.agent import Agent
 from wardround.site.datasets import patients_of
+from wardround.site.drift import Reference
 from wardround.site.lineage import Lineage, Use
 from wardround.site.splits import KnownParts
 from wardround.site.withdrawn import Withdrawn
@@ -58,6 +59,8 @@ def withdraw(
             "them; names from a table need a run's folder too (--out)"
         )
     new = {name for folder in histories for name in names if KnownParts(folder).withdraw(name)}
+    for folder in histories:
+        Reference(folder).clear()
     stuck = [out for out, agent in runs if not agent.withdraw(names)]
     return Withdrew(len(new), tuple(stuck), {name: _uses(histories, name) for name in names})
 

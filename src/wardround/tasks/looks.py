@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from wardround.study.normalise import PERCENTILES, STANDARD
 from wardround.tasks.curves import standardised
 from wardround.tasks.task import Dataset, Imaging, Split
 from wardround.wire.host import on_host
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]

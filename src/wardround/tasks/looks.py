@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.study.normalise import PERCENTILES, STANDARD
-from wardround.tasks.curves import standardised
 from wardround.tasks.task import Dataset, Imaging, Split
 from wardround.wire.host import on_host
 
@@ -107,6 +106,9 @@ def landmarks(values: Array) -> Floats:
     """
     if len(values) < 2:
         return np.full(len(PERCENTILES), np.nan)
+    # Late: a coordinator reads what may be said without torch.
+    from wardround.tasks.curves import standardised
+
     found = standardised(np.percentile(np.asarray(values, np.float64), PERCENTILES), STANDARD)
     return np.full(len(PERCENTILES), np.nan) if found is None else found
 

@@ -54,6 +54,7 @@ def test_a_secure_sum_comes_to_the_same_bits(name: str, tmp_path: Path) -> None:
     assert all(np.array_equal(clear[key], masked[key]) for key in clear)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quickly(METHODS, 0, 2, 4))
 def test_a_run_that_goes_on_after_a_stop_comes_to_the_same_bits(name: str, tmp_path: Path) -> None:
     whole = Rig(study_of(name), tmp_path / "whole").train()
@@ -87,6 +88,7 @@ CODECS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "codec"), quickly([(n, c) for n in METHODS for c in CODECS], 1, 4, 9, 13))
 def test_it_learns_through_every_codec_or_says_why_not(name: str, codec: str, tmp_path: Path) -> None:
     def study() -> Any:

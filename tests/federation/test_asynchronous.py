@@ -238,6 +238,7 @@ def test_what_needs_updates_of_one_round_is_refused(changes: dict[str, Any], mes
         asynchronous(3, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fedprox", "fedavgm", "fedadam"])
 def test_methods_of_sums_resume(tmp_path: Path, kind: str) -> None:
     study = asynchronous(

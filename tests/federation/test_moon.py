@@ -130,6 +130,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_every_network_says_where_it_has_what_it_makes_of_an_image(kind: str) -> None:
     """One value or more for each image, which depend on it, and reach a gradient."""

@@ -287,6 +287,7 @@ def test_masks_change_nothing_and_a_hospital_that_did_not_train_is_measured(tmp_
     assert results[0].estimate("federated", "D", "r") is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_run_that_goes_on_after_a_stop_comes_to_the_same_bits(name: str, tmp_path: Path) -> None:
     whole = Rig(picture_study(*OPTIONS[name]), tmp_path / "whole").train()

@@ -359,6 +359,7 @@ def test_landmarks_are_the_mean_over_all_training_patients_and_go_into_a_study(
         inspect_across(hospitals, study, landmarks=file)
 
 
+@pytest.mark.slow
 def test_a_site_that_keeps_its_landmarks_lets_none_be_written(hospitals: SitesFile, tmp_path: Path) -> None:
     rules = Egress(metrics=("intensity",))
     entries = {**hospitals.sites, "B": hospitals.sites["B"].model_copy(update={"egress": rules})}

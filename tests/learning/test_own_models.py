@@ -258,6 +258,7 @@ def test_a_model_of_its_own_moves_no_bit_of_the_common_one(tmp_path: Path, kind:
     assert all(np.array_equal(plain_layer[name], own_layer[name]) for name in plain_layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", quickly(METHODS, 0, 3))
 def test_a_stopped_run_ends_with_the_same_own_models(tmp_path: Path, kind: str) -> None:
     study = study_of(METHODS[kind], local={"steps": 2, "batch": 4, "optimizer": "adam", "optimizer_state": "keep"})

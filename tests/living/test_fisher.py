@@ -104,6 +104,7 @@ def test_an_update_is_held_by_the_sites_that_do_not_train(ward: Ward, tmp_path: 
     assert moved["held"] < 0.9 * moved["free"]
 
 
+@pytest.mark.slow
 def test_squares_that_a_round_cannot_say_are_measured_again(ward: Ward, tmp_path: Path) -> None:
     parent, sites = ward
     retain = {"retain": {"kind": "ewc"}}

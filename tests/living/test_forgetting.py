@@ -118,6 +118,7 @@ def test_a_round_is_that_of_a_plain_loop(tmp_path: Path) -> None:
             assert np.allclose(trained.changes["model"][key], (p - public[key]).numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_masks_hide_who_takes_back(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path)
     clear = run(unlearning(), sites, tmp_path / "clear", engine="local", quiet=True)

@@ -24,6 +24,7 @@ from wardround.study.hashes import study_sha256
 from wardround.wire.message import Header, Message
 
 
+@pytest.mark.slow
 def test_a_patient_withdraws_at_a_hospital_whose_worker_is_at_work(tmp_path: Path) -> None:
     consortium, study = Consortium(tmp_path), outline_study({"A": {}, "B": {}})
     folder = consortium.of("A")

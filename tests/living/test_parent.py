@@ -79,6 +79,7 @@ def test_sites_that_do_not_train_measure_it_and_hold_out_who_trained(tmp_path: P
     assert child.gains["federated"]["parent"].keys() == {"A", "B", "C", "mean"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [pytest.param({"engine": "workers", "processes": 2}, marks=pytest.mark.slow), {"engine": "local"}]
 )

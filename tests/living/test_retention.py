@@ -202,6 +202,7 @@ def test_the_pull_is_that_of_the_paper_beside_any_method(
     assert (moved > 1e-4) == (weight > 0.0)
 
 
+@pytest.mark.slow
 def test_a_pull_of_weight_zero_computes_the_bits_of_none_and_a_resumed_run_those_of_a_whole_one(
     parent: Result, fisher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

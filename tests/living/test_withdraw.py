@@ -168,7 +168,7 @@ def finished(hospitals: SitesFile, tmp_path_factory: pytest.TempPathFactory) -> 
     return out
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("part", ["train", pytest.param("test", marks=pytest.mark.slow)])
 def test_a_running_study_goes_on_without_him(hospitals: SitesFile, tmp_path: Path, part: str) -> None:
     out = tmp_path / "out"
     before = parts_of(hospitals, out)
@@ -238,6 +238,7 @@ def test_data_that_changed_otherwise_too_stop_the_run(hospitals: SitesFile, fini
     run(STUDY, sites, out, engine="local", quiet=True)
 
 
+@pytest.mark.slow
 def test_files_may_go_after_he_withdrew(hospitals: SitesFile, finished: Path, tmp_path: Path) -> None:
     sites, out = copied(hospitals, tmp_path), shutil.copytree(finished, tmp_path / "out")
     result = read_result(out)

@@ -137,6 +137,7 @@ def crossed(value: dict[tuple[str, str], float]) -> dict[str, Any]:
     return tables
 
 
+@pytest.mark.slow
 def test_what_a_site_loses_is_against_its_own_model(tmp_path: Path) -> None:
     table = metrics()
     values = {("CS", "CS"): 33.0, ("CS", "DU"): 30.0, ("DU", "CS"): 31.5, ("DU", "DU"): 32.0, ("CS", "EZ"): 29.0}

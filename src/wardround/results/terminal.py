@@ -144,7 +144,7 @@ def gate_lines(measured: Measured) -> list[str]:
     head = (
         "Promoted: the new model takes the place of the release" if gate.promoted else "Not promoted: the release stays"
     )
-    return [f"{head} ({gate.reason})"] + [
+    return [f"{head}:"] + [
         f"  {site}, {metrics[name].label}: {entry_words(metrics[name], entry)}"
         for site, of_site in gate.sites.items()
         for name, entry in of_site.items()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wardround.errors import DataError
 from wardround.imaging.identifiers.findings import Level
-from wardround.imaging.identifiers.lint import Looked, lint_folders
 from wardround.site.egress import ACROSS_HOSPITALS
 from wardround.study.sites import Identifiers, SiteData
+
+if TYPE_CHECKING:
+    from wardround.imaging.identifiers.lint import Looked
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +24,9 @@ def rule_of(entry: SiteData, floor: int) -> Identifiers:
 
 def lint_site(entry: SiteData, *, everything: bool = False) -> Looked:
     """Look through a site's data folders and tables. Raises DataError for a folder that cannot be read."""
+    # Late: every process of a run imports this, and few look into files.
+    from wardround.imaging.identifiers.lint import lint_folders
+
     tables: list[Path] = [] if entry.groups is None else [entry.groups.file]
     return lint_folders(entry.data, tables, everything=everything)
 

@@ -95,8 +95,11 @@ def test_a_twin_with_the_same_kit_answers_nothing(stand: Stand, tmp_path: Path) 
         echo.close()
 
 
-def test_a_site_refuses_code_and_classes_of_others_from_a_server_that_allows_them(tmp_path: Path) -> None:
-    stand = Stand(tmp_path / "fl", ("Aachen",))
+def test_a_site_refuses_code_and_classes_of_others_from_a_server_that_allows_them(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # The path of a unix socket is short, and this test's name is not.
+    stand = Stand(tmp_path_factory.mktemp("fl"), ("Aachen",))
     local = server_workspace(stand.folder) / "local"
     for name, change in (
         ("resources.json", {"class_list_enforcement_mode": "warn"}),

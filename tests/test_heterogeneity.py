@@ -10,6 +10,9 @@ import pytest
 
 from wardround.study.load import load_study
 
+# Whole runs: `make test-all` has them.
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 

@@ -39,6 +39,9 @@ from wardround.study.sites import Egress, SitesFile
 from wardround.tasks.looks import BINS, Look, Quantity, Subject
 from wardround.wire.message import Header, Message
 
+# Whole runs: `make test-all` has them.
+pytestmark = pytest.mark.slow
+
 LEAST = 5
 SUBJECT = Subject(1, ("tumour",), ("a", "b", "c"))
 

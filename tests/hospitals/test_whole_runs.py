@@ -58,6 +58,7 @@ def assert_same(made: Whole, study: Study, alone: Result, together: Result) -> N
     assert (together.out / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_two_studies_at_once_come_to_the_models_of_one_machine(tmp_path: Path) -> None:
     """In the clear with a hospital that is only tested, and under masks: at the same time, in one federation."""
     cases = {name: QUICK[name] for name in ("clear", "secure")}

@@ -276,6 +276,7 @@ def test_a_stopped_run_ends_with_the_same_own_models(tmp_path: Path, kind: str) 
         assert all(np.array_equal(mine[n], other[n]) for n in mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", quickly(METHODS, 0))
 def test_masks_change_nothing(tmp_path: Path, kind: str) -> None:
     study = study_of(METHODS[kind], protection={"max_sites": 4}, sites={name: {} for name in "ABCD"})

@@ -27,6 +27,9 @@ from wardround.study.sites import SitesFile
 from wardround.tasks.confidence import Said
 from wardround.tasks.task import MetricSpec
 
+# Whole runs: `make test-all` has them.
+pytestmark = pytest.mark.slow
+
 DICE = MetricSpec("dice", 0.0, 1.0, 1e-6, True, "Dice", may_be_absent=True)
 NO_EDGES = np.zeros(0)
 

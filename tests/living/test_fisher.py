@@ -72,6 +72,7 @@ def test_new_patients_train_by_the_sites_own_record(ward: Ward, tmp_path: Path) 
     assert len(trains(update_of(parent, {"C": {}}, update={}), sites, tmp_path / "out", "C")) == 4
 
 
+@pytest.mark.slow
 def test_an_update_is_held_by_the_sites_that_do_not_train(ward: Ward, tmp_path: Path) -> None:
     parent, sites = ward
     # A custom task is not told roles: what an evaluating site would train on is never asked for.

@@ -43,6 +43,9 @@ from wardround.study.hashes import study_sha256, written
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 
+# Whole runs: `make test-all` has them.
+pytestmark = pytest.mark.slow
+
 OLD = "a" * 64
 ALL = ("A", "B", "C")
 

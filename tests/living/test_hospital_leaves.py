@@ -23,6 +23,9 @@ from wardround.site.process import agents_of
 from wardround.study.hashes import study_sha256
 from wardround.wire.message import Header, Message
 
+# Whole runs: `make test-all` has them.
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 def test_a_patient_withdraws_at_a_hospital_whose_worker_is_at_work(tmp_path: Path) -> None:

@@ -174,6 +174,7 @@ class Stops:
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_resumed_child_is_the_whole_one(tmp_path: Path) -> None:
     """What a site carries over stands before its first round, and not before those after a stop."""
     sites = ward_sites(tmp_path, FEW)

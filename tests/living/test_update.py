@@ -117,6 +117,7 @@ def test_nothing_new_names_the_flag_and_more_rounds_train_all(tmp_path: Path) ->
     assert child.start.sha256 == parent.model_sha256
 
 
+@pytest.mark.slow
 def test_fisher_information_is_measured_where_the_study_asks_for_it(tmp_path: Path) -> None:
     """By a run in the new study's folder, with the copy of the history that lies in the old one's."""
     _, sites = first(tmp_path, history=False)

@@ -205,6 +205,7 @@ def test_the_weight_of_a_site_stays_what_it_was(hospitals: SitesFile, finished: 
     host.close()
 
 
+@pytest.mark.slow
 def test_of_a_test_set_that_lost_one_patient_nothing_leaves(hospitals: SitesFile, tmp_path: Path) -> None:
     """Two means, over n and n - 1 patients, would be the value of the one who withdrew."""
     rule = Egress(minimum_cohort=2)
@@ -225,6 +226,7 @@ def copied(hospitals: SitesFile, tmp_path: Path) -> SitesFile:
     return SitesFile(sites={name: SiteData(data=tmp_path / "data" / name) for name in hospitals.sites})
 
 
+@pytest.mark.slow
 def test_data_that_changed_otherwise_too_stop_the_run(hospitals: SitesFile, finished: Path, tmp_path: Path) -> None:
     sites, out = copied(hospitals, tmp_path), shutil.copytree(finished, tmp_path / "out")
     parts = parts_of(sites, out)

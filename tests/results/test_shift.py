@@ -25,6 +25,9 @@ from wardround.results.shift_page import class_table, number_table, render
 from wardround.results.tables import csv_of, numbers_of
 from wardround.runs.session import evaluate, run
 
+# Whole runs: `make test-all` has them.
+pytestmark = pytest.mark.slow
+
 # Distances ------------------------------------------------------------------------------------------------------------
 
 

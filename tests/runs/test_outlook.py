@@ -90,6 +90,7 @@ def test_images_of_the_studys_size_need_no_data(tmp_path: Path) -> None:
     assert "counted in two steps on torch's meta device" in " ".join(found.text.split())
 
 
+@pytest.mark.slow
 def test_a_site_too_small_learns_it_before_it_starts(tmp_path: Path) -> None:
     toy_sites(tmp_path / "data", tuple(SITES))
     entries: dict[str, Any] = {"A": {"memory": 1e-6}, "B": {"memory": 1.0}}

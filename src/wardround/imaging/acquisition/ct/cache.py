@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from wardround.wire.canonical import digest
 _LOG = logging.getLogger(__name__)
 #: Names another folder than the user's cache folder, or none: `off`.
 VARIABLE = "WARDROUND_CACHE"
+# A header is parsed as Python, and CPython 3.11 counts how deep it is in all threads together.
+_READING = threading.Lock()
 _ABANDONED = 24 * 3600.0  # seconds after which a file that nobody finished writing is nobody's
 
 
@@ -147,7 +150,7 @@ def _builder() -> list[str]:
 def _read(path: Path) -> sparse.csr_matrix | None:
     try:
         # Opened here, since numpy leaves a damaged archive open.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with _READING, path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             parts = (file["data"], file["indices"], file["indptr"])
             matrix = sparse.csr_matrix(parts, tuple(file["shape"].tolist()))
         matrix.check_format(full_check=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from outlines import small_tumours
 from wardround.engines.apart import ApartEngine
 from wardround.federation.exchange import TRAIN, Engine, Party
 from wardround.learning.training import Learner
@@ -37,17 +38,7 @@ def study_of(rounds: int, seed: int, **schedule: Any) -> Study:
             "name": "async",
             "seed": seed,
             "sites": {site: {} for site in SITES},
-            "task": {
-                "kind": "segmentation",
-                "images": ["flair", "t1ce"],
-                "mask": "seg",
-                "channels": 2,
-                "structures": {"tumour": "any"},
-                "resize": [64, 64],
-                "patch": [64, 64],
-                "distances": "pixels",
-                "split": {"validation": 0.15, "test": 0.35},
-            },
+            "task": small_tumours(0.35),
             "model": {"kind": "monai_unet", "preset": "tiny", "norm": "batch"},
             "method": {"kind": "fedavg", "weights": "equal"},
             "local": {"steps": STEPS, "batch": BATCH, "optimizer": "adam", "lr": 0.005, "optimizer_state": "keep"},

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, conditions, cpu_seconds, finish, need_images, table
+from outlines import small_tumours
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -105,11 +106,7 @@ DATA = (
         "tumours",
         ("CS", "DU", "HT"),
         "FG",
-        {
-            "kind": "segmentation", "images": ["flair", "t1ce"], "mask": "seg", "channels": 2,
-            "structures": {"tumour": "any"}, "resize": [64, 64], "patch": [64, 64], "distances": "pixels",
-            "augment": _FLIPS, "split": {"validation": 0.15, "test": 0.35},
-        },
+        {**small_tumours(0.35), "augment": _FLIPS},
         {"kind": "monai_unet", "preset": "tiny", "norm": "batch"},
         {**_LOCAL, "batch": 8, "lr": 0.01},
         40,

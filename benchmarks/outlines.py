@@ -1,11 +1,27 @@
-"""What the benchmarks of outlines share: tables of a run's arms and of the sites that were left out."""
+"""What the benchmarks of outlines share: a task, and tables of a run's arms and of the sites that were left out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import wardround
 from common import table
+
+
+def small_tumours(test: float) -> dict[str, Any]:
+    """The task of a small study of TCGA-LGG: 64 x 64, FLAIR and post-contrast T1; `test` is the share that tests."""
+    return {
+        "kind": "segmentation",
+        "images": ["flair", "t1ce"],
+        "mask": "seg",
+        "channels": 2,
+        "structures": {"tumour": "any"},
+        "resize": [64, 64],
+        "patch": [64, 64],
+        "distances": "pixels",
+        "split": {"validation": 0.15, "test": test},
+    }
 
 
 def print_arms(

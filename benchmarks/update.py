@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import arguments, conditions, finish, need_images, table
+from outlines import small_tumours
 
 if TYPE_CHECKING:
     from wardround import Result
@@ -114,17 +115,7 @@ def study(sites: Mapping[str, Any], rounds: int, lr: float, every: int) -> dict[
         "name": "lgg-update",
         "seed": SEED,
         "sites": dict(sites),
-        "task": {
-            "kind": "segmentation",
-            "images": ["flair", "t1ce"],
-            "mask": "seg",
-            "channels": 2,
-            "structures": {"tumour": "any"},
-            "patch": [64, 64],
-            "resize": [64, 64],
-            "distances": "pixels",
-            "split": {"validation": 0.15, "test": 0.4},
-        },
+        "task": small_tumours(0.4),
         "model": {"kind": "monai_unet", "preset": "tiny", "norm": "instance"},
         "method": {"kind": "fedavg", "weights": "equal"},
         "local": {

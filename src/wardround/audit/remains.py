@@ -132,7 +132,7 @@ def remains(study: Study, sites: SitesFile, site: str, models: Mapping[str, Path
     """The attack on released models, with a hospital's own patients as a study deals them. Nothing leaves the hospital.
 
     `study` is one in which the hospital trained, `models` files by name. Raises `StudyError` and `DataError` where the
-    study, the data or a model cannot be read, and where the hospital has nobody who trained, or nobody who did not.
+    study, the data or a model cannot be read, and where no patient of the hospital trained, or all of them did.
     """
     host = open_host(study, sites, NOWHERE, (), (), None, near=near)
     return compare(site, {name: losses_of(host, site, path) for name, path in models.items()}, study.seed)

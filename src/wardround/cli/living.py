@@ -118,7 +118,7 @@ def list_releases(folder: ChainFolder, as_json: JsonOption = False) -> None:
 
     _, entries, current = _chain(folder)
     if as_json:
-        _print_json([_told(entry, current) for entry in entries])
+        _print_json([_as_json(entry, current) for entry in entries])
         return
     table = Table(title="Releases")
     for name in ("", "", "release", "of", "study", "trained at", "when", "what"):
@@ -150,7 +150,7 @@ def show_release(folder: ChainFolder, release: EntryArgument = "current", as_jso
     line = chain.ancestry(entry)
     model = chain.model(entry)
     if as_json:
-        _print_json({**_told(entry, current), "ancestors": [one.release for one in line[1:]], "model": str(model)})
+        _print_json({**_as_json(entry, current), "ancestors": [one.release for one in line[1:]], "model": str(model)})
         return
     say(f"Release {entry.short}, entry {entry.number}: {entry.kind}{f' ({entry.reason})' if entry.reason else ''}")
     say(f"model_sha256 {entry.release}")
@@ -177,8 +177,8 @@ def diff_releases(
         for name in dict.fromkeys((*first.get(site, {}), *second.get(site, {})))
     ]
     if as_json:
-        told = [{"site": s, "metric": m, "before": was, "after": now} for s, m, was, now in rows]
-        _print_json({"before": one.to_json(), "after": other.to_json(), "metrics": told})
+        metrics = [{"site": s, "metric": m, "before": was, "after": now} for s, m, was, now in rows]
+        _print_json({"before": one.to_json(), "after": other.to_json(), "metrics": metrics})
         return
     for name, then, later in (
         ("study", one.study_sha256[:12], other.study_sha256[:12]),
@@ -234,7 +234,7 @@ def _chain(folder: Path) -> tuple[Chain, tuple[Entry, ...], Entry | None]:
     return chain, chain.check(), chain.current()
 
 
-def _told(entry: Entry, current: Entry | None) -> dict[str, object]:
+def _as_json(entry: Entry, current: Entry | None) -> dict[str, object]:
     return {**entry.to_json(), "current": current is not None and entry.number == current.number}
 
 

@@ -295,7 +295,7 @@ class AsynchronousCoordinator:
     def _note_sums(self, buffer: _Buffer, sums: Mapping[int, Sums]) -> None:
         """Keep the validation sums of a round's updates by base round: those of later rounds are added to them."""
         names = [metric.name for metric in self._plan.metrics_layout.metrics]
-        told = {
+        said = {
             str(base): {
                 "sites": sorted(buffer.sums[base].receipts),
                 "sums": {name: np.asarray(sums[base].metrics[name]).tolist() for name in names},
@@ -305,7 +305,7 @@ class AsynchronousCoordinator:
         }
         # No update of this round, or of a later one, goes further back.
         open_rounds = {n: one for n, one in self._sums().items() if self._settled(buffer.number) <= int(n)}
-        self._journal.set_fact(_SUMS, json.dumps({**open_rounds, str(buffer.number): told}))
+        self._journal.set_fact(_SUMS, json.dumps({**open_rounds, str(buffer.number): said}))
 
     def _sums(self) -> dict[str, dict[str, Any]]:
         """By round and by base round, both as text: the sites of its updates and their validation sums."""
@@ -320,10 +320,10 @@ class AsynchronousCoordinator:
         """
         found = self._sums()
         for base in found.get(str(number), {}):
-            told = [found[n][base] for n in sorted(found, key=int) if int(n) <= number and base in found[n]]
-            parts = [MergedSums({name: np.array(values) for name, values in one["sums"].items()}) for one in told]
+            said = [found[n][base] for n in sorted(found, key=int) if int(n) <= number and base in found[n]]
+            parts = [MergedSums({name: np.array(values) for name, values in one["sums"].items()}) for one in said]
             sums = parts[0] if len(parts) == 1 else merged(self._plan.metrics, parts)
-            sites = {site for one in told for site in one["sites"]}
+            sites = {site for one in said for site in one["sites"]}
             self._commits.amend(int(base) - 1, sums, sites, {}, NO_BILL)
 
 

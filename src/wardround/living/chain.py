@@ -66,15 +66,15 @@ class Entry:
     @staticmethod
     def of(record: Record) -> Entry:
         """The entry of a record; raises `KeyError` and the like for a record that no version wrote."""
-        told = dict(record.payload)
-        return Entry(**{**told, "sites": tuple(told["sites"])}, time=record.time)
+        payload = dict(record.payload)
+        return Entry(**{**payload, "sites": tuple(payload["sites"])}, time=record.time)
 
     @property
     def payload(self) -> dict[str, Any]:
         """What the log keeps of it; the log itself says when."""
-        told = self.to_json()
-        del told["time"]
-        return told
+        fields = self.to_json()
+        del fields["time"]
+        return fields
 
 
 class Chain:
@@ -142,8 +142,8 @@ class Chain:
         path = self._model(entry.release)
         if not path.is_file():
             raise self._broken(f"the model of release {entry.short} is gone")
-        told = next(one for one in self.entries() if one.release == entry.release and one.kind != "rollback")
-        if file_sha256(path) != told.file_sha256 or model_sha256(*open_model(path)) != entry.release:
+        recorded = next(one for one in self.entries() if one.release == entry.release and one.kind != "rollback")
+        if file_sha256(path) != recorded.file_sha256 or model_sha256(*open_model(path)) != entry.release:
             raise self._broken(f"the model of release {entry.short} was changed")
         return path
 

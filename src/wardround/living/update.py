@@ -271,12 +271,12 @@ def _draft(
     start: dict[str, Any] = {"kind": "release", "file": PARENT_FILE, "sha256": release.sha256}
     # A personal part begins with what each site has of the release, and at a new site fresh.
     start |= {"partial": True} if release.personal else {}
-    told = [*overrides]
+    changes = [*overrides]
     if more_rounds is not None:
-        told.append(f"schedule.rounds={more_rounds}")
-        told.append("update.train_on=all")
+        changes.append(f"schedule.rounds={more_rounds}")
+        changes.append("update.train_on=all")
     section = dict(given.get("update") or {}) | ({"ancestors": list(release.ancestors)} if release.ancestors else {})
-    return load_study({**given, "start": start, "update": section}, told, near=near)
+    return load_study({**given, "start": start, "update": section}, changes, near=near)
 
 
 def _with_roles(study: Study, changes: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:

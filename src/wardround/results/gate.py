@@ -65,19 +65,19 @@ def _entry(measured: Measured, site: str, name: str, margin: float) -> GateEntry
         why = "the site gave no value of one of the two models"
     if why or mine is None or theirs is None or gain is None:
         return GateEntry(margin=margin, verdict=INSUFFICIENT, why=why)
-    told = GateEntry(gain=gain.value, n=gain.n, margin=margin, verdict=INSUFFICIENT)
+    found = GateEntry(gain=gain.value, n=gain.n, margin=margin, verdict=INSUFFICIENT)
     if mine.n + mine.absent != theirs.n + theirs.absent:
         why = f"the new model was measured on {mine.n + mine.absent} patients and the release on other patients"
-        return told.model_copy(update={"why": f"{why} ({theirs.n + theirs.absent})"})
+        return found.model_copy(update={"why": f"{why} ({theirs.n + theirs.absent})"})
     interval = gain.interval
     if interval is None:
         few = gain.n < LEAST_PATIENTS
         why = f"fewer than {LEAST_PATIENTS} test patients" if few else "the site gave no interval"
-        return told.model_copy(update={"why": why})
+        return found.model_copy(update={"why": why})
     low, high = interval
     verdict = NOT_WORSE if low > -margin else WORSE if high < -margin else INSUFFICIENT
     why = "the interval holds differences on both sides of the margin" if verdict == INSUFFICIENT else ""
-    return told.model_copy(update={"ci_low": low, "ci_high": high, "verdict": verdict, "why": why})
+    return found.model_copy(update={"ci_low": low, "ci_high": high, "verdict": verdict, "why": why})
 
 
 def _missing(measured: Measured, site: str) -> str:

@@ -87,9 +87,10 @@ class Deliveries:
             if not _holds(self.folder / CARD, hashlib.sha256(text).hexdigest()):
                 with written(self.folder / CARD) as file:
                     file.write(text)
-            self._record(shared_sha256(model))
+            release = shared_sha256(model)
+            self._record(release)
             if self.lasts:
-                self._keep(shared_sha256(model), model)
+                self._keep(release, model)
         except OSError as error:
             raise disk_error(error) from error
 

@@ -123,9 +123,9 @@ class FedNova(Method):
         if group.name != MODEL:
             super().apply_group(group, public, private, aggregate, write)
             return
+        effective = self.most * aggregate.weight(STEPS) / aggregate.weight(MODEL)
         for info in group.tensors:
             name, mean = state_name(MODEL, info.name), aggregate.mean(MODEL, info.name)
-            effective = self.most * aggregate.weight(STEPS) / aggregate.weight(MODEL)
             write.public(name, np.asarray(public[name] + effective * mean, public[name].dtype))
 
 

@@ -40,13 +40,11 @@ class SocketServer:
         """Begin to answer. The socket of a process that was killed is replaced: keep a second process out by a lock."""
         self._path.unlink(missing_ok=True)
         listening = socket.socket(socket.AF_UNIX)
-        # Made closed to others from its first moment on.
-        before = os.umask(0o177)
-        try:
-            with reachable(self._path) as address:
-                listening.bind(address)
-        finally:
-            os.umask(before)
+        with reachable(self._path) as address:
+            listening.bind(address)
+        # Closed to others before it answers anybody. Not by the umask: that is of the whole process, and of two threads
+        # that set it and set it back one can leave it at the other's.
+        self._path.chmod(0o600)
         listening.listen(_BACKLOG)
         self._listening = listening
         threading.Thread(target=self._accept, args=(listening,), daemon=True, name="socket").start()

@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 LOG    := $(VENV)/install.log
-EXTRAS := demo,dev,privacy,compressed,seg,onnx,dicomweb
+EXTRAS := demo,dev,privacy,compressed,seg,onnx,dicomweb,raw,nufft
 # Named apart: a comma between brackets of a $(call ...) would end its argument.
 CARRIERS := hospitals,page
 EVERYTHING := foundation,$(CARRIERS)

@@ -156,6 +156,4 @@ def write_ismrmrd(path: Path, header: str, readouts: Sequence[Any]) -> Path:
 def scanned(kspace: np.ndarray, lines: Sequence[int] | None = None, **places: int) -> list[Any]:
     """The readouts of k-space (slices, coils, H, W), slices interleaved, lines in the order of `lines`."""
     chosen = range(kspace.shape[-1]) if lines is None else lines
-    return [
-        readout(kspace[z, :, :, line], line=line, slice=z, **places) for line in chosen for z in range(len(kspace))
-    ]
+    return [readout(kspace[z, :, :, line], line=line, slice=z, **places) for line in chosen for z in range(len(kspace))]

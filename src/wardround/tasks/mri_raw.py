@@ -151,4 +151,3 @@ def combined(kspace: Tensor, maps: Tensor) -> Tensor:
     squares of the coil images. Roemer et al., Magn. Reson. Med. 16 (1990), 192.
     """
     return (maps.conj() * ifft2c(kspace)).sum(0).abs()
-

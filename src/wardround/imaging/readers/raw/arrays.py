@@ -46,7 +46,14 @@ def read_npy(path: Path) -> RawSlices:
             f"this is {array.dtype} of shape {array.shape}",
             path,
         )
-    return _of(array if array.ndim == 4 else array[None], "NumPy", path)
+    whole = array if array.ndim == 4 else array[None]
+    if whole.shape[1] > min(whole.shape[2:]):
+        raise raw_error(
+            f"k-space of shape {array.shape} has more coils ({whole.shape[1]}) than lines; its axes must be (coils, H, "
+            "W) or (slices, coils, H, W)",
+            path,
+        )
+    return _of(whole, "NumPy", path)
 
 
 def read_mat(path: Path) -> RawSlices:

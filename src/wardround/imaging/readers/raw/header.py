@@ -118,6 +118,8 @@ def common(values: Sequence[int], what: str, path: Path) -> int:
     found = sorted({int(value) for value in values})
     if len(found) != 1:
         raise raw_error(
-            f"the readouts of a raw data file differ in {what}; several scans lie in one file: split it", path, str(found)
+            f"the readouts of a raw data file differ in {what}; several scans lie in one file: split it",
+            path,
+            str(found),
         )
     return found[0]

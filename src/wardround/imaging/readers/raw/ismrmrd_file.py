@@ -283,4 +283,3 @@ def _start(readouts: _Readouts, size: int) -> int:
 def _flagged(heads: Any, flag: int) -> Any:
     bit = np.uint64(1) << np.uint64(flag - 1)
     return (heads["flags"].astype(np.uint64) & bit) != 0
-

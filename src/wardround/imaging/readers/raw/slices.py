@@ -104,7 +104,10 @@ class RawSlices:
             raise self.error("a slice of raw data has another shape than the file's header says")
         if not np.isfinite(found.view(np.float32)).all():
             raise self.error("the k-space holds NaN or infinite values; replace them at the source")
-        return found if self.noise is None else self._whitened(found)
+        if self.noise is not None:
+            return self._whitened(found)
+        # A mapped file cannot be written to, which torch does not take.
+        return found if found.flags.writeable else found.copy()
 
     def mask(self, number: int, kspace: ComplexArray) -> FloatArray:
         """1 where a slice was measured, float32 (H, W); `kspace` is the slice's, for a file that does not say it."""

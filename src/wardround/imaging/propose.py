@@ -106,8 +106,8 @@ def _propose_mri(folder: Path) -> tuple[str, str]:
         what = f" (this is {found.kind})" if "DICOM" in found.kind or "CT" in found.kind else ""
         raise DataError(
             f"no study can be proposed{what}: the folder must hold SITE/PATIENT/CONTRAST.nii.gz, or for CT "
-            "SITE/PATIENT/ct.nii.gz or SITE/PATIENT/*.dcm, or raw data in SITE. A segmentation, classification or chain of MR in DICOM is "
-            "written by hand (docs/data.md)",
+            "SITE/PATIENT/ct.nii.gz or SITE/PATIENT/*.dcm, or raw data in SITE. A segmentation, "
+            "classification or chain of MR in DICOM is written by hand (docs/data.md)",
             detail=str(folder),
         )
     summaries = list(found.sites.values())

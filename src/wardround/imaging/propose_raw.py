@@ -71,8 +71,8 @@ def propose_raw(name: str, sites: Mapping[str, Path]) -> str:
         raise DataError("no raw data file can be read; `wardround inspect` lists what is wrong")
     if not full and references < files:
         raise DataError(
-            "no raw data file is fully sampled, and some hold no reference image, so nothing says how good an image is; "
-            "`wardround inspect` lists what there is"
+            "no raw data file is fully sampled, and some hold no reference image, so nothing says how good an image "
+            "is; `wardround inspect` lists what there is"
         )
     sizes: Counter[tuple[int, int]] = Counter()
     for one in summaries:

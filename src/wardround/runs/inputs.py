@@ -21,8 +21,8 @@ from wardround.tasks.scanning import ScanBatch
 class Opened:
     """An image in memory; `series` where it came as DICOM.
 
-    Of raw data it is the zero-filled one; `scans` are those of its slices, over `scale`. `minds` is what whoever uses the
-    results must know.
+    Of raw data it is the zero-filled one; `scans` are those of its slices, over `scale`. `minds` is what
+    whoever uses the results must know.
     """
 
     image: LabelledImage

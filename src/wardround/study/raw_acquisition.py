@@ -1,4 +1,4 @@
-"""Raw data that a site's own scanner measured, as data: what is done with them, part of the study and of every model."""
+"""Raw data that a site's own scanner measured: what a study does with them, part of it and of every model."""
 
 from __future__ import annotations
 

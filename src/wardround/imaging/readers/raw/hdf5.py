@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 from wardround.errors import DataError, MissingExtra
 from wardround.imaging.readers.raw.slices import raw_error
-from wardround.wire.files import reason
 
 DAMAGED = "a raw data file is damaged or cut short; copy it again from its source"
 
@@ -25,7 +25,9 @@ def opened(path: Path) -> Iterator[Any]:
     except DataError:
         raise
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise raw_error(f"a raw data file cannot be read ({reason(error)})", path) from error
+        # h5py's own words name the file.
+        said = type(error).__name__ if error.errno is None else os.strerror(error.errno)
+        raise raw_error(f"a raw data file cannot be read ({said})", path) from error
     # h5py raises these for damaged trees, chunks and names.
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise raw_error(DAMAGED, path, str(error)) from error

@@ -274,7 +274,7 @@ def _start(readouts: _Readouts, size: int) -> int:
     start = 0 if readouts.samples == size else size // 2 - centre
     if start < 0 or start + readouts.samples > size:
         raise raw_error(
-            f"a readout of {readouts.samples} samples with its centre at {centre} does not fit the {size} of the header",
+            f"a readout of {readouts.samples} samples with its centre at {centre} does not fit {size} of the header",
             readouts.path,
         )
     return start

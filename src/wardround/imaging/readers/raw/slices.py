@@ -1,9 +1,8 @@
 """Raw data of MRI as every reader gives them, whatever wrote the file: slice by slice, read when asked for.
 
-K-space is centred (its middle is index n // 2 of each axis), as `wardround.imaging.acquisition.mri.operator.fft2c` gives
-it. H is the readout, W the phase encode of a two-dimensional scan. Of a three-dimensional one the readout is transformed
-into positions, which are the slices: H and W are its two phase encodes. That is exact whatever lines were measured, for
-a scanner measures every readout whole.
+K-space is centred (its middle is index n // 2 of each axis), as the operator's `fft2c` gives it. H is the readout, W
+the phase encode of a two-dimensional scan. Of a three-dimensional one the readout is transformed into positions, which are
+the slices: H and W are its two phase encodes. That is exact whatever lines were measured, for every readout is whole.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from tests.real_images import root_folder
 
 from wardround.errors import DataError
 from wardround.imaging.datasets.raw import mirrored
+from wardround.imaging.identifiers.lint import lint_folders
 from wardround.imaging.raw_inspect import raw_sites, summarise_raw
 from wardround.imaging.readers.raw import RawSlices, open_raw
 from wardround.imaging.readers.raw.folder import RawFolder
@@ -348,6 +349,21 @@ def test_a_header_of_bart_alone_is_refused(tmp_path: Path) -> None:
     base.with_suffix(".hdr").unlink()
     with pytest.raises(DataError, match=r"header \(\.hdr\) of a BART file"):
         open_raw(base)
+
+
+def test_a_header_that_names_its_patient_is_found(tmp_path: Path) -> None:
+    named = HEADER.replace("<patientID>", "<patientName>Doe^John</patientName><patientID>")
+    write_ismrmrd(tmp_path / "a.mrd", named, scanned(RAW[:1]))
+    write_fastmri(tmp_path / "b.h5", IMAGES, patient="P1")
+    (tmp_path / "c.h5").write_bytes(b"cut")
+    found = lint_folders([tmp_path]).findings
+    assert {(one.level.value, one.what) for one in found.counts} >= {
+        ("refuse", "raw data: patientName is filled"),
+        ("warn", "raw data: patientID is filled"),
+        ("note", "raw data: patient_id is filled"),
+        ("warn", "raw data: a file cannot be read, so it was not looked through"),
+    }
+    assert "Doe" not in "".join(found.lines())
 
 
 # Sampling, sites

@@ -68,9 +68,9 @@ class Reconstructor:
     has one; a model of CT takes other files, see `wardround.runs.apply_ct.reconstruct_ct`, and one of an acquisition
     outside the raw data that it reads. `embedding` is a file with the patient's, for a model with anatomy; without it
     that model's map is neutral. `dose` is a share of the dose of measured projections to be simulated. With `fallback`,
-    where the network is out of its depth (`wardround.runs.depth`) total variation's image is written instead of the network's.
-    `weights` is the file with its frozen part, where that does not lie where the run put it. Raises `DataError` and
-    `StudyError`.
+    where the network is out of its depth (`wardround.runs.depth`) total variation's image is written instead of the
+    network's. `weights` is the file with its frozen part, where that does not lie where the run put it. Raises
+    `DataError` and `StudyError`.
     """
 
     def __init__(

@@ -109,7 +109,7 @@ def _scans(study: Study) -> bool:
     return study.task.scanner == "needed"
 
 
-def _scanners(study: Study) -> tuple[str, ...]:
+def _scanner_head(study: Study) -> tuple[str, ...]:
     """How the table of sites calls their protocols; nothing where there are none."""
     return (("raw data" if study.scanner.measured else "simulated scanner"),) if _scans(study) else ()
 
@@ -135,7 +135,7 @@ def _task(study: Study) -> str:
 def _sites(host: Machine) -> str:
     study = host.study
     rows = [(name, _role(study, name), *_scanner(study, name)) for name in study.sites]
-    return table(("site", "role", *_scanners(study)), rows)
+    return table(("site", "role", *_scanner_head(study)), rows)
 
 
 def _sites_with_data(host: Machine) -> str:
@@ -145,7 +145,7 @@ def _sites_with_data(host: Machine) -> str:
         counts = [str(count) for count in patients_in(dataset).values()]
         own = "leave the site" if _results_leave(host, name, dataset.patients("test")) else "stay there"
         rows.append((name, _role(study, name), *counts, str(len(dataset)), own, *_scanner(study, name)))
-    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_scanners(study))
+    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_scanner_head(study))
     note = f"(train, validation, test: patients; examples: {'training slices' if _scans(study) else 'to train on'})"
     return f"{table(header, rows)}\n{wrapped(note, '  ')}"
 

@@ -62,8 +62,8 @@ class RawIndex:
     A full scan's coil images are cropped or padded around their centre to `size`, never interpolated: the field of view
     changes and the voxel does not. A file that is undersampled by itself must have `size` columns, for its images are
     not known; its readout is cropped likewise. Each volume (a file) is divided by the maximum of its reference: the
-    root sum of squares over coils of a full scan, or the file's own image; with `reference` False, that of the zero-filled
-    images. A patient's slices are counted over all files, in the order of their names.
+    root sum of squares over coils of a full scan, or the file's own image; with `reference` False, that of the
+    zero-filled images. A patient's slices are counted over all files, in the order of their names.
 
     All files of patients in `served` splits are read once here. One that cannot be used is set aside, with its patient.
     Raises DataError where `quarantine` does, and where no patient is left to train.

@@ -17,10 +17,10 @@ class RawFolder:
     """The raw data of one site, from one folder or several.
 
     A folder in it is a patient, with all raw data files in it and below. A file that lies beside them is a patient,
-    too; where headers name a patient (fastMRI's `patient_id`, ISMRMRD's `patientID`), all files that name the same one are
-    that patient's. Patients are numbered in the order of their names, which nothing outside this class sees but for
-    `name`. `unused` counts folders in which nothing was found. Raises DataError for a missing folder, for one
-    without patients, and for a patient who is in two of them.
+    too; where headers name a patient (fastMRI's `patient_id`, ISMRMRD's `patientID`), all files that name the same one
+    are that patient's. Patients are numbered in the order of their names, which nothing outside this class sees but for
+    `name`. `unused` counts folders in which nothing was found. Raises DataError for a missing folder, for one without
+    patients, and for a patient who is in two of them.
     """
 
     def __init__(self, source: Path | Sequence[Path], site: str) -> None:

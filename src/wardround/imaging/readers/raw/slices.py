@@ -1,8 +1,9 @@
 """Raw data of MRI as every reader gives them, whatever wrote the file: slice by slice, read when asked for.
 
 K-space is centred (its middle is index n // 2 of each axis), as the operator's `fft2c` gives it. H is the readout, W
-the phase encode of a two-dimensional scan. Of a three-dimensional one the readout is transformed into positions, which are
-the slices: H and W are its two phase encodes. That is exact whatever lines were measured, for every readout is whole.
+the phase encode of a two-dimensional scan. Of a three-dimensional one the readout is transformed into positions, which
+are the slices: H and W are its two phase encodes. That is exact whatever lines were measured, for every readout is
+whole.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import scipy.fft
-import torch
 from numpy.typing import NDArray
 
 from wardround.errors import DataError, GeometryError
-from wardround.imaging.acquisition.noise import estimate_covariance, whiten
 from wardround.imaging.readers.volume import FloatArray
 
 ComplexArray = NDArray[np.complex64]
@@ -117,6 +116,11 @@ class RawSlices:
         return raw_error(message, self.files[0] if self.files else Path(), detail)
 
     def _whitened(self, kspace: ComplexArray) -> ComplexArray:
+        # Late: who looks at headers alone needs no torch.
+        import torch
+
+        from wardround.imaging.acquisition.noise import estimate_covariance, whiten
+
         assert self.noise is not None
         if self.noise.shape[0] != self.coils or self.noise.shape[1] < 2 * self.coils:
             raise self.error("the noise scan has other coils than the scan, or too few samples to tell coils apart")

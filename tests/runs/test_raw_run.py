@@ -77,7 +77,9 @@ def trained(tmp_path: Path, *, compare: list[str] | None = None, **changes: Any)
     (tmp_path / "sites.yaml").write_text(yaml.safe_dump(sites), encoding="utf-8")
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     out = tmp_path / "out"
-    return wardround.run(tmp_path / "study.yaml", tmp_path / "sites.yaml", out, compare=compare or [], quiet=True)
+    return wardround.run(
+        tmp_path / "study.yaml", tmp_path / "sites.yaml", out, compare=compare or [], engine="local", quiet=True
+    )
 
 
 def test_two_hospitals_train_on_their_scanners_files(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from wardround.errors import StudyError
 from wardround.study.acquisition import Mask
 from wardround.study.acquisitions import AcquisitionSettings
+from wardround.study.tasks import ReconstructionTask
 
 
 class RawAcquisition(AcquisitionSettings):
@@ -51,7 +52,8 @@ class RawAcquisition(AcquisitionSettings):
                 "sampling: own has no full scan to make a reference of; set `reference: file` where the files hold one "
                 "(reconstruction_rss), else `reference: none`"
             )
-        if self.sampling == "own" and "mask" in self.model_fields_set:
+        # By value: a released model's file holds every default.
+        if self.sampling == "own" and self.mask != Mask():
             raise ValueError("sampling: own takes each file's own mask; take `mask` out of the study")
         if self.sampling == "retrospective" and self.reference not in ("rss", "combined"):
             raise ValueError("sampling: retrospective makes its reference of the full scan; take `rss` or `combined`")
@@ -78,7 +80,12 @@ class RawAcquisition(AcquisitionSettings):
         """A site's files are not told apart by contrast."""
         return "MRI raw data"
 
-    def check(self, task: object, site: str) -> None:
-        """Contrasts are names of image files, and raw data have none."""
-        if "contrasts" in getattr(task, "model_fields_set", ()):
+    def check(self, task: ReconstructionTask, site: str) -> None:
+        """Contrasts are names of image files, and raw data have none; without a reference nothing can be learned."""
+        if not self.has_reference:
+            raise StudyError(
+                f"site {site}: acquisition.reference is none, and the network learns from reference images; take files "
+                "that hold one (reference: file), or full scans"
+            )
+        if task.contrasts != ReconstructionTask.model_fields["contrasts"].default:
             raise StudyError("task.contrasts names image files, and raw data are taken whole; take it out")

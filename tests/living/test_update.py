@@ -49,7 +49,7 @@ def test_only_sites_with_new_patients_train(tmp_path: Path, monkeypatch: Any, hi
         tmp_path / "two",
         engine="local",
         quiet=True,
-        said=told.append,
+        told=told.append,
     )
     assert told == [f"Continues release {parent.model_sha256[:12]}: A (2 new) train; B only measures"]
     study = load_study(tmp_path / "two" / "study.yaml")

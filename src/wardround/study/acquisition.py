@@ -11,7 +11,6 @@ from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.base import Config
 from wardround.study.tasks import ReconstructionTask
 
-
 # Where a site's coil maps come from: two estimates from the scan's calibration lines, or the simulated scanner's own.
 Maps = Literal["estimated", "espirit", "true"]
 # Side of ESPIRiT's kernel: a scan has at least this number of calibration lines.
@@ -71,8 +70,8 @@ class MRIAcquisition(AcquisitionSettings):
     coil_radius: float = Field(1.5, gt=1.0, description="distance of the coils from the centre, in half fields of view")
     maps: Maps = Field(
         "estimated",
-        description="`estimated` from the calibration lines, fast, with the image's smooth phase; `espirit` by ESPIRiT, "
-        "with more detail and without that phase; `true`, those of the simulated coils",
+        description="`estimated` from the calibration lines, fast, with the image's smooth phase; `espirit` with more "
+        "detail and without that phase (ESPIRiT); `true`, those of the simulated coils",
     )
 
     def check(self, task: ReconstructionTask, site: str) -> None:

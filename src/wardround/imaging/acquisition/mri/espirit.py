@@ -60,8 +60,8 @@ def espirit_maps(kspace: Tensor, region: tuple[int, int], settings: Espirit = DE
         )
     if min(region) < settings.kernel:
         raise GeometryError(
-            f"ESPIRiT needs at least {settings.kernel} fully sampled lines in the centre of k-space along each axis, and "
-            f"{region[0]} rows and {region[1]} columns were measured; measure more (mask.calibration), or set maps: estimated"
+            f"ESPIRiT needs {settings.kernel} fully sampled lines in the centre of k-space along each axis, and {region[0]} "
+            f"rows and {region[1]} columns were measured; measure more (mask.calibration), or set maps: estimated"
         )
     rows, columns = (min(count, settings.calibration) for count in region)
     centre = kspace[..., centred(rows, height), centred(columns, width)]
@@ -88,7 +88,7 @@ def _maps(centre: Tensor, shape: tuple[int, int], settings: Espirit) -> Tensor:
 
 
 def _signal_space(centre: Tensor, settings: Espirit) -> Tensor:
-    """An orthonormal basis of the patches, (C kernel^2, K), by the eigenvalues of their Gram matrix in double precision."""
+    """An orthonormal basis of the patches, (C kernel^2, K), by the eigenvectors of their Gram matrix, in double."""
     patches = centre.to(torch.complex128).unfold(1, settings.kernel, 1).unfold(2, settings.kernel, 1)
     length = centre.shape[0] * settings.kernel**2
     gram = torch.zeros(length, length, dtype=patches.dtype, device=patches.device)

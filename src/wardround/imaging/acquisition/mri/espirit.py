@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wardround.errors import GeometryError
+from wardround.imaging.acquisition.mri.compression import compression_matrix
 from wardround.imaging.acquisition.mri.masks import centred
 from wardround.study.acquisition import ESPIRIT_KERNEL
 
@@ -60,8 +61,8 @@ def espirit_maps(kspace: Tensor, region: tuple[int, int], settings: Espirit = DE
         )
     if min(region) < settings.kernel:
         raise GeometryError(
-            f"ESPIRiT needs {settings.kernel} fully sampled lines in the centre of k-space along each axis, and {region[0]} "
-            f"rows and {region[1]} columns were measured; measure more (mask.calibration), or set maps: estimated"
+            f"ESPIRiT needs {settings.kernel} fully sampled lines in the centre of k-space along each axis, and the "
+            f"scan has {region[0]} rows, {region[1]} columns; measure more (mask.calibration), or set maps: estimated"
         )
     rows, columns = (min(count, settings.calibration) for count in region)
     centre = kspace[..., centred(rows, height), centred(columns, width)]
@@ -73,14 +74,14 @@ def _maps(centre: Tensor, shape: tuple[int, int], settings: Espirit) -> Tensor:
     coils, (height, width) = centre.shape[0], shape
     spectrum = _spectrum(_signal_space(centre, settings), coils, settings.kernel)
     vertical, horizontal = (_waves(size, settings.kernel, spectrum) for size in shape)
-    reference = _virtual_coil(centre)
+    virtual = compression_matrix(centre.flatten(1), 1)[0]
     maps = centre.new_empty(coils, height, width)
     step = max(1, _CHUNK // (width * coils**2))
     for top in range(0, height, step):
         part = slice(top, min(top + step, height))
         grams = torch.einsum("hy,yxm,wx->hwm", vertical[part], spectrum, horizontal).unflatten(-1, (coils, coils))
         vectors, values = _leading(grams, settings.doublings)
-        seen = torch.linalg.vecdot(reference, vectors)
+        seen = vectors @ virtual
         phase = torch.where(seen.abs() > 0, seen.conj() / seen.abs(), 1.0)
         kept = vectors * (phase * (values >= settings.crop)).unsqueeze(-1)
         maps[:, part] = kept.movedim(-1, 0)
@@ -135,11 +136,3 @@ def _leading(matrices: Tensor, doublings: int) -> tuple[Tensor, Tensor]:
     vectors = column / length.clamp_min(torch.finfo(length.dtype).tiny)
     values = (vectors.mH @ matrices @ vectors)[..., 0, 0].real
     return vectors[..., 0], values
-
-
-def _virtual_coil(centre: Tensor) -> Tensor:
-    """The weights (C,) of the combination of coils with most signal, the largest of them real and positive."""
-    samples = centre.flatten(1).to(torch.complex128)
-    weights = torch.linalg.eigh(samples @ samples.mH)[1][:, -1]
-    largest = weights[weights.abs().argmax()]
-    return (weights * largest.conj() / largest.abs()).to(centre.dtype)

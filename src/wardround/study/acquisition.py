@@ -13,8 +13,8 @@ from wardround.study.tasks import ReconstructionTask
 
 # Where a site's coil maps come from: two estimates from the scan's calibration lines, or the simulated scanner's own.
 Maps = Literal["estimated", "espirit", "true"]
-# Side of ESPIRiT's kernel: a scan has at least this number of calibration lines.
-ESPIRIT_KERNEL = 6
+# ESPIRiT needs at least this number of calibration lines.
+ESPIRIT_LINES = 6
 
 
 class Mask(Config):
@@ -90,9 +90,9 @@ class MRIAcquisition(AcquisitionSettings):
             )
         axes = size if self.mask.family == "poisson" else size[1:]
         lines = min(round(self.mask.calibration * each) for each in axes)
-        if lines < ESPIRIT_KERNEL:
+        if lines < ESPIRIT_LINES:
             raise StudyError(
-                f"acquisition.maps: espirit needs {ESPIRIT_KERNEL} calibration lines, and the scanner of site {site} "
+                f"acquisition.maps: espirit needs {ESPIRIT_LINES} calibration lines, and the scanner of site {site} "
                 f"measures {lines} of images of {size[0]} x {size[1]}; raise acquisition.mask.calibration, {instead}"
             )
 

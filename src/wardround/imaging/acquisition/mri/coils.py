@@ -75,7 +75,7 @@ def estimate_maps(kspace: Tensor, mask: Tensor, how: Maps) -> Tensor:
 
     how: `estimated` is `low_resolution_maps`, `espirit` is `espirit_maps`. Nobody knows the `true` maps of what was
     measured: they are estimated as by `estimated`. Raises GeometryError where the centre was not measured, and for
-    ESPIRiT of one coil or of fewer calibration lines than its kernel.
+    ESPIRiT of one coil or of fewer than 6 calibration lines.
     """
     if how != "espirit":
         return low_resolution_maps(kspace, mask)

@@ -16,7 +16,8 @@ from torch import Tensor
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.mri.compression import compression_matrix
 from wardround.imaging.acquisition.mri.masks import centred
-from wardround.study.acquisition import ESPIRIT_KERNEL
+from wardround.study.acquisition import ESPIRIT_LINES
+from wardround.wire.host import on_host
 
 # Complex numbers (32 MiB) of the matrices G_q that are held at a time, and of the patches of the calibration lines.
 _CHUNK = 2**22
@@ -26,13 +27,15 @@ _CHUNK = 2**22
 class Espirit:
     """The settings of ESPIRiT.
 
-    kernel: side of a patch in samples. calibration: at most this number of central lines of each axis are used.
-    singular: singular values of the patches above this share of the largest span the signal; those below are noise.
-    crop: maps are 0 where the eigenvalue, 1 in the object, is below. doublings: G_q is squared this number of times,
-    which is a power iteration with 2^doublings steps.
+    kernel: side of a patch in samples, along each axis at most half of its calibration lines: with 6 and 8 lines a
+    third of a head falls below `crop`, with 4 nothing. lines: fewer calibration lines are refused. calibration: at most
+    this number of central lines of each axis are used. singular: singular values of the patches above this share of
+    the largest span the signal; those below are noise. crop: maps are 0 where the eigenvalue, 1 in the object, is below.
+    doublings: G_q is squared this number of times, which is a power iteration with 2^doublings steps.
     """
 
-    kernel: int = ESPIRIT_KERNEL
+    kernel: int = 6
+    lines: int = ESPIRIT_LINES
     calibration: int = 24
     singular: float = 0.02
     crop: float = 0.9
@@ -51,17 +54,17 @@ def espirit_maps(kspace: Tensor, region: tuple[int, int], settings: Espirit = DE
     themselves, and only with them is what remains of the image nearly real.
 
     Each item on its own, the same bits in any batch. Memory beyond the result: about 32 MiB for matrices of a few rows
-    of the image at a time, (C kernel^2)^2 numbers for the patches, never a matrix of all patches.
-    Raises GeometryError for one coil, and for fewer calibration lines than the kernel's side.
+    of the image at a time, (C kernel^2)^2 numbers of the patches, never a matrix of all patches.
+    Raises GeometryError for one coil, and for fewer calibration lines than `lines`.
     """
     _, coils, height, width = kspace.shape
     if coils == 1:
         raise GeometryError(
             "ESPIRiT compares coils, and this k-space has one; estimate its map with `maps: estimated` instead"
         )
-    if min(region) < settings.kernel:
+    if min(region) < settings.lines:
         raise GeometryError(
-            f"ESPIRiT needs {settings.kernel} fully sampled lines in the centre of k-space along each axis, and the "
+            f"ESPIRiT needs {settings.lines} fully sampled lines in the centre of k-space along each axis, and the "
             f"scan has {region[0]} rows, {region[1]} columns; measure more (mask.calibration), or set maps: estimated"
         )
     rows, columns = (min(count, settings.calibration) for count in region)
@@ -72,8 +75,9 @@ def espirit_maps(kspace: Tensor, region: tuple[int, int], settings: Espirit = DE
 def _maps(centre: Tensor, shape: tuple[int, int], settings: Espirit) -> Tensor:
     """Maps (C, *shape) of one scan's calibration lines (C, rows, columns)."""
     coils, (height, width) = centre.shape[0], shape
-    spectrum = _spectrum(_signal_space(centre, settings), coils, settings.kernel)
-    vertical, horizontal = (_waves(size, settings.kernel, spectrum) for size in shape)
+    rows, columns = (min(settings.kernel, lines // 2) for lines in centre.shape[1:])
+    spectrum = _spectrum(_signal_space(centre, (rows, columns), settings.singular), (coils, rows, columns))
+    vertical, horizontal = _waves(height, rows, spectrum), _waves(width, columns, spectrum)
     virtual = compression_matrix(centre.flatten(1), 1)[0]
     maps = centre.new_empty(coils, height, width)
     step = max(1, _CHUNK // (width * coils**2))
@@ -88,10 +92,10 @@ def _maps(centre: Tensor, shape: tuple[int, int], settings: Espirit) -> Tensor:
     return maps
 
 
-def _signal_space(centre: Tensor, settings: Espirit) -> Tensor:
-    """An orthonormal basis of the patches, (C kernel^2, K), by the eigenvectors of their Gram matrix, in double."""
-    patches = centre.to(torch.complex128).unfold(1, settings.kernel, 1).unfold(2, settings.kernel, 1)
-    length = centre.shape[0] * settings.kernel**2
+def _signal_space(centre: Tensor, kernel: tuple[int, int], singular: float) -> Tensor:
+    """An orthonormal basis of the patches, (C * kernel, K), by the eigenvectors of their Gram matrix, in double."""
+    patches = centre.to(torch.complex128).unfold(1, kernel[0], 1).unfold(2, kernel[1], 1)
+    length = centre.shape[0] * kernel[0] * kernel[1]
     gram = torch.zeros(length, length, dtype=patches.dtype, device=patches.device)
     step = max(1, _CHUNK // (patches.shape[2] * length))
     for part in patches.movedim(0, 2).split(step):
@@ -99,18 +103,20 @@ def _signal_space(centre: Tensor, settings: Espirit) -> Tensor:
         gram += rows.mT @ rows.conj()
     values, vectors = torch.linalg.eigh(gram)
     # In ascending order; at least one counts, also of nothing.
-    signal = int((values > settings.singular**2 * values[-1]).sum())
+    signal = int(on_host(values > singular**2 * values[-1]).sum())
     return vectors[:, length - max(signal, 1) :].to(centre.dtype)
 
 
-def _spectrum(basis: Tensor, coils: int, kernel: int) -> Tensor:
-    """Fourier coefficients (2 kernel, 2 kernel, C * C) of q -> G_q, which has no others: lags of patches are shorter.
+def _spectrum(basis: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Fourier coefficients (2 rows, 2 columns, C * C) of q -> G_q, from a basis of patches (C, rows, columns).
 
-    G_q = sum_j g_j(q) g_j(q)* / kernel^2, where g_j is the transform of a basis's j-th patch.
+    There are no others, as the lags within a patch are shorter: G_q = sum_j g_j(q) g_j(q)* / (rows columns), where g_j
+    is the transform of the basis's j-th patch. So no image of any g_j is made.
     """
-    patches = basis.unflatten(0, (coils, kernel, kernel)).permute(1, 2, 0, 3)
-    points = torch.fft.ifftn(patches, s=(2 * kernel, 2 * kernel), dim=(0, 1), norm="forward")
-    grams = points @ points.mH / kernel**2
+    _, rows, columns = shape
+    patches = basis.unflatten(0, shape).permute(1, 2, 0, 3)
+    points = torch.fft.ifftn(patches, s=(2 * rows, 2 * columns), dim=(0, 1), norm="forward")
+    grams = points @ points.mH / (rows * columns)
     return torch.fft.fftn(grams, dim=(0, 1), norm="forward").flatten(2)
 
 

@@ -162,7 +162,7 @@ class ImagePredictor:
                     "scanned first",
                     detail=str(source),
                 )
-            return Inputs({source.stem: [at(scanning.raw)(source, self.coils)]})
+            return Inputs({source.stem: [at(scanning.raw)(source, self.coils, scanning)]})
         return find_inputs(source, patterns)
 
     def _said(self, opened: Opened) -> tuple[Opened, Prediction]:

@@ -169,7 +169,14 @@ def require_estimated_maps(study: schema.Study, what: str) -> None:
     remedy = "set model.image: complex" if what.startswith("model") else "take it out of task.evaluation.baselines"
     for site in study.sites:
         acquisition = study.acquisition_of(site)
-        if isinstance(acquisition, MRIAcquisition) and acquisition.maps == "true" and acquisition.phase > 0.0:
+        if not isinstance(acquisition, MRIAcquisition):
+            continue
+        if acquisition.maps == "espirit":
+            raise StudyError(
+                f"{what} needs coil maps that carry the phase, and site {site} has acquisition.maps: espirit, which "
+                f"leave it in the image; {remedy}, or set maps: estimated"
+            )
+        if acquisition.maps == "true" and acquisition.phase > 0.0:
             raise StudyError(
                 f"{what} needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
                 f"with acquisition.phase above 0; {remedy}, or set maps: estimated"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wardround.errors import GeometryError
-from wardround.imaging.acquisition.mri.coils import birdcage_maps, low_resolution_maps
+from wardround.imaging.acquisition.mri.coils import birdcage_maps, estimate_maps
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import fft2c
 from wardround.imaging.acquisition.noise import coil_noise, ring_covariance
@@ -67,7 +67,10 @@ def simulate(
     kspace.zero_()
     kspace[:, measured] = samples
     weights = measured.float()
-    known = true_maps if acquisition.maps == "true" else low_resolution_maps(kspace[None], weights[None])[0]
+    if acquisition.maps == "true":
+        known = true_maps
+    else:
+        known = estimate_maps(kspace[None], weights[None], acquisition.maps)[0]
     return SimulatedScan(kspace=kspace, mask=weights, maps=known)
 
 

@@ -32,15 +32,11 @@ class Mask(Config):
         return self
 
 
-class MRIAcquisition(AcquisitionSettings):
-    """Simulated multi-coil Cartesian acquisition of a magnitude image."""
+class CoilAcquisition(AcquisitionSettings):
+    """What simulated acquisitions of magnitude images with coils share, whatever k-space they measure."""
 
     modality = "mri"
     baselines = ("zero_filled", "cg_sense", "tv")
-    reconstruction = "wardround.tasks.mri:MRIReconstruction"
-    applied = "wardround.runs.apply:reconstruct_mri"
-    chain = "wardround.tasks.chain_mri:KSpaceScanning"
-    raw = "wardround.runs.raw_scans:raw_input"
     inside = "head"
     purpose = "Research on reconstruction from undersampled raw data of the protocols below."
     caveat = (
@@ -49,9 +45,7 @@ class MRIAcquisition(AcquisitionSettings):
         "stored as magnitudes, above all with 8 bits, flatter the scores."
     )
 
-    kind: Literal["mri"] = "mri"
     coils: int = Field(8, ge=1, le=128)
-    mask: Mask = Mask()
     noise: float = Field(
         0.005,
         ge=0.0,
@@ -62,6 +56,18 @@ class MRIAcquisition(AcquisitionSettings):
     phase: float = Field(1.0, ge=0.0, description="strength of the smooth image phase in radians; 0 is real")
     coil_radius: float = Field(1.5, gt=1.0, description="distance of the coils from the centre, in half fields of view")
     maps: Literal["estimated", "true"] = Field("estimated", description="`estimated` from the calibration lines")
+
+
+class MRIAcquisition(CoilAcquisition):
+    """Simulated multi-coil Cartesian acquisition of a magnitude image."""
+
+    reconstruction = "wardround.tasks.mri:MRIReconstruction"
+    applied = "wardround.runs.apply:reconstruct_mri"
+    chain = "wardround.tasks.chain_mri:KSpaceScanning"
+    raw = "wardround.runs.raw_scans:raw_input"
+
+    kind: Literal["mri"] = "mri"
+    mask: Mask = Mask()
 
     def describe(self) -> str:
         """Mask, coils and noise."""

@@ -12,7 +12,13 @@ from wardround.imaging.acquisition.mri.coils import birdcage_maps
 from wardround.imaging.acquisition.mri.noncartesian import NonCartesianMRI, gridded_maps
 from wardround.imaging.acquisition.mri.noncartesian_scanner import NonCartesianScanner, path_of, simulated
 from wardround.imaging.acquisition.mri.nufft import EVALUATION, TRAINING
-from wardround.imaging.acquisition.mri.trajectories import even_weights, radial, radial_areas, spoke_angles
+from wardround.imaging.acquisition.mri.trajectories import (
+    even_weights,
+    radial,
+    radial_areas,
+    spoke_angles,
+    spoke_radii,
+)
 from wardround.imaging.acquisition.solvers import cg_sense, tv
 from wardround.study.noncartesian import NonCartesianAcquisition
 
@@ -27,7 +33,7 @@ def _spokes(count: int, size: int = SIZE) -> tuple[Tensor, Tensor, Tensor]:
     """Trajectory (1, S, 2), even weights and areas (1, S)."""
     angles = spoke_angles(count, True)
     points = radial(angles, 2 * size)
-    parts = points, even_weights(points, (size, size)), radial_areas(angles, 2 * size, (size, size))
+    parts = points, even_weights(points, (size, size)), radial_areas(angles, spoke_radii(2 * size), (size, size))
     trajectory, weights, areas = (torch.from_numpy(part).float()[None] for part in parts)
     return trajectory, weights, areas
 

@@ -14,6 +14,7 @@ from wardround.imaging.acquisition.mri.trajectories import (
     spiral,
     spiral_areas,
     spoke_angles,
+    spoke_radii,
 )
 
 SHAPE = (16, 16)
@@ -34,7 +35,7 @@ def test_spokes_go_through_the_centre_along_their_angles() -> None:
 
 def test_areas_of_two_spokes_by_hand() -> None:
     """Two spokes of 4 samples, dr = 1/4: each has half of pi. 16 x 16 cells fill a square of one cycle per pixel."""
-    areas = radial_areas(np.array([0.0, np.pi / 2]), 4, SHAPE).reshape(2, 4)
+    areas = radial_areas(np.array([0.0, np.pi / 2]), spoke_radii(4), SHAPE).reshape(2, 4)
     ring = np.pi / 2 * 0.25 * 0.25 * 256
     np.testing.assert_allclose(areas[0], [2 * ring, ring, np.pi / 2 * (0.25**2 / 4) * 256, ring])
     np.testing.assert_allclose(areas[1], areas[0])
@@ -44,14 +45,14 @@ def test_areas_of_two_spokes_by_hand() -> None:
 @pytest.mark.parametrize("spokes", [1, 2, 13])
 def test_areas_of_spokes_fill_a_disc(golden: bool, spokes: int) -> None:
     angles = spoke_angles(spokes, golden, 0.3)
-    areas = radial_areas(angles, 64, SHAPE)
+    areas = radial_areas(angles, spoke_radii(64), SHAPE)
     assert areas.min() > 0
     # From -0.5 to below 0.5: half of the outermost ring, whose radius is not reached on one side, and half a step more.
     np.testing.assert_allclose(areas.sum(), np.pi / 4 * 256, rtol=2 / 64)
 
 
 def test_a_spoke_between_neighbours_that_are_near_stands_for_less() -> None:
-    areas = radial_areas(np.radians([0.0, 10.0, 20.0, 90.0]), 8, SHAPE).reshape(4, 8).sum(1)
+    areas = radial_areas(np.radians([0.0, 10.0, 20.0, 90.0]), spoke_radii(8), SHAPE).reshape(4, 8).sum(1)
     np.testing.assert_allclose(areas / areas.sum(), np.array([50.0, 10.0, 40.0, 80.0]) / 180)
 
 
@@ -90,7 +91,7 @@ def test_weights_make_the_density_even_by_its_definition() -> None:
 def test_areas_and_weights_agree_where_samples_are_dense() -> None:
     angles = spoke_angles(40, False)
     points = radial(angles, 32)
-    areas, weights = radial_areas(angles, 32, SHAPE), even_weights(points, SHAPE)
+    areas, weights = radial_areas(angles, spoke_radii(32), SHAPE), even_weights(points, SHAPE)
     ring = (np.hypot(*points.T) > 0.1) & (np.hypot(*points.T) < 0.35)
     # Twice as many samples along a spoke as its band needs: what a pair of them has is decided, and not each.
     np.testing.assert_allclose(weights[ring].sum(), areas[ring].sum(), rtol=0.03)

@@ -21,6 +21,7 @@ from wardround.imaging.acquisition.mri.trajectories import (
     spiral,
     spiral_areas,
     spoke_angles,
+    spoke_radii,
 )
 from wardround.imaging.acquisition.noise import coil_noise, ring_covariance
 from wardround.study.noncartesian import NonCartesianAcquisition, Radial, Spiral
@@ -132,7 +133,7 @@ def _points(
     if isinstance(trajectory, Radial):
         angles = spoke_angles(trajectory.spokes, trajectory.angles == "golden", start)
         samples = round(trajectory.oversampling * max(shape))
-        return radial(angles, samples), radial_areas(angles, samples, shape)
+        return radial(angles, samples), radial_areas(angles, spoke_radii(samples), shape)
     points = spiral(
         trajectory.interleaves,
         trajectory.turns,

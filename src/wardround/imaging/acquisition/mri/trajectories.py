@@ -29,24 +29,28 @@ def spoke_angles(spokes: int, golden: bool, start: float = 0.0) -> FloatArray:
 
 
 def radial(angles: FloatArray, samples: int) -> FloatArray:
-    """Lines through the centre at `angles`, each from -0.5 to below 0.5 in even steps: (spokes * samples, 2)."""
-    radius = (np.arange(samples) - samples // 2) / samples
-    return _points(np.exp(1j * angles)[:, None] * radius)
+    """Lines through the centre at `angles`, line after line: (spokes * samples, 2); see `spoke_radii`."""
+    return _points(np.exp(1j * angles)[:, None] * spoke_radii(samples))
 
 
-def radial_areas(angles: FloatArray, samples: int, shape: tuple[int, int]) -> FloatArray:
-    """Areas (spokes * samples,) of `radial`: rings around the centre, shared by the angle between neighbours.
+def spoke_radii(samples: int) -> FloatArray:
+    """Where the samples of a line of `radial` lie on it: from -0.5 to below 0.5 in even steps."""
+    return np.asarray((np.arange(samples) - samples // 2) / samples)
 
-    A sample at radius r stands for r dr times the mean angle to the lines on either side, and the centre of a line for
-    its share of a disc of radius dr / 2.
+
+def radial_areas(angles: FloatArray, radii: FloatArray, shape: tuple[int, int]) -> FloatArray:
+    """Areas (spokes * samples,) of lines at `angles` whose samples lie at the rising `radii`, negative ones behind 0.
+
+    A sample stands for the ring from halfway to one neighbour to halfway to the other, and of it for the mean angle to
+    the lines on either side: at radius r in even steps dr for r dr times that angle.
     """
     order = np.argsort(angles % np.pi)
     turned = (angles % np.pi)[order]
     gaps = np.empty(len(angles))
     gaps[order] = (np.roll(turned, -1) - np.roll(turned, 1)) % np.pi / 2 if len(angles) > 2 else np.pi / len(angles)
-    step = 1 / samples
-    radius = np.abs(np.arange(samples) - samples // 2) * step
-    along = np.where(radius > 0, radius * step, step**2 / 4)
+    middle = (radii[1:] + radii[:-1]) / 2
+    edges = np.concatenate([[2 * radii[0] - middle[0]], middle, [2 * radii[-1] - middle[-1]]])
+    along = np.diff(edges * np.abs(edges)) / 2
     return np.asarray((gaps[:, None] * along).ravel() * shape[0] * shape[1])
 
 
@@ -88,10 +92,10 @@ _WEIGHTS = Kept[FloatArray]()
 def even_weights(points: FloatArray, shape: tuple[int, int], iterations: int = 20) -> FloatArray:
     """Weights (S,) of any samples under which their density is even, by w <- w / (C w).
 
-    C is the convolution of k-space with Fejer's kernel, about sinc^2(H k_y) sinc^2(W k_x), the transform of a triangle
-    twice as wide as the image: never negative, 1 at no distance and 0 between samples of a Cartesian grid, whose weights are 1. A sample
-    farther than a cell from all others has weight 1 as well, so that A* W A is at most about 1: where samples are
-    too few, nothing makes up for those that are not there, as in a Cartesian scan.
+    C is the convolution of k-space with Fejer's kernel, about sinc^2(H k_y) sinc^2(W k_x), the transform of a
+    triangle twice as wide as the image: never negative, 1 at no distance and 0 between samples of a Cartesian grid,
+    whose weights are 1. A sample farther than a cell from all others has weight 1 as well, so that A* W A is at most
+    about 1: where samples are too few, nothing makes up for those that are not there, as in a Cartesian scan.
     Pipe and Menon, Magn. Reson. Med. 41 (1999), 179, equation 8.
     """
     return _WEIGHTS.get((content(points), shape, iterations), lambda: _even_weights(points, shape, iterations))

@@ -40,6 +40,10 @@ MRI: dict[str, dict[str, Any]] = {
     "modl of real images": {"model": {"kind": "modl", **_TINY, "image": "real"}, "method": {"kind": "fedprox"}},
     "unet": {"model": {"kind": "unet", **_TINY}},
     "learn": {"model": {"kind": "learn", **_TINY}},
+    "modl along a trajectory": {
+        "model": {"kind": "modl", **_TINY},
+        "acquisition": {"kind": "mri_noncartesian", "coils": 2, "trajectory": {"kind": "radial", "spokes": 12}},
+    },
 }
 CT: dict[str, dict[str, Any]] = {
     "modl": {"model": {"kind": "modl", **_TINY}},

@@ -39,15 +39,11 @@ class Mask(Config):
         return self
 
 
-class MRIAcquisition(AcquisitionSettings):
-    """Simulated multi-coil Cartesian acquisition of a magnitude image."""
+class CoilAcquisition(AcquisitionSettings):
+    """What simulated acquisitions of magnitude images with coils share, whatever k-space they measure."""
 
     modality = "mri"
     baselines = ("zero_filled", "cg_sense", "tv")
-    reconstruction = "wardround.tasks.mri:MRIReconstruction"
-    applied = "wardround.runs.apply:reconstruct_mri"
-    chain = "wardround.tasks.chain_mri:KSpaceScanning"
-    raw = "wardround.runs.raw_scans:raw_input"
     inside = "head"
     purpose = "Research on reconstruction from undersampled raw data of the protocols below."
     caveat = (
@@ -56,9 +52,7 @@ class MRIAcquisition(AcquisitionSettings):
         "stored as magnitudes, above all with 8 bits, flatter the scores."
     )
 
-    kind: Literal["mri"] = "mri"
     coils: int = Field(8, ge=1, le=128)
-    mask: Mask = Mask()
     noise: float = Field(
         0.005,
         ge=0.0,
@@ -73,6 +67,26 @@ class MRIAcquisition(AcquisitionSettings):
         description="`estimated` from the calibration lines, fast, with the image's smooth phase; `espirit` with more "
         "detail and without that phase (ESPIRiT); `true`, those of the simulated coils",
     )
+
+
+class MRIAcquisition(CoilAcquisition):
+    """Simulated multi-coil Cartesian acquisition of a magnitude image."""
+
+    reconstruction = "wardround.tasks.mri:MRIReconstruction"
+    applied = "wardround.runs.apply:reconstruct_mri"
+    chain = "wardround.tasks.chain_mri:KSpaceScanning"
+    raw = "wardround.runs.raw_scans:raw_input"
+
+    kind: Literal["mri"] = "mri"
+    mask: Mask = Mask()
+
+    def describe(self) -> str:
+        """Mask, coils and noise."""
+        return f"{self.mask.acceleration:g}× {self.mask.family}, {self.coils} coils, noise {self.noise}"
+
+    def facts(self) -> dict[str, float | str]:
+        """Mask and coils."""
+        return {"mask": self.mask.family, "acceleration": self.mask.acceleration, "coils": float(self.coils)}
 
     def check(self, task: ReconstructionTask, site: str) -> None:
         """See `check_maps`."""
@@ -95,11 +109,3 @@ class MRIAcquisition(AcquisitionSettings):
                 f"acquisition.maps: espirit needs {ESPIRIT_LINES} calibration lines, and the scanner of site {site} "
                 f"measures {lines} of images of {size[0]} x {size[1]}; raise acquisition.mask.calibration, {instead}"
             )
-
-    def describe(self) -> str:
-        """Mask, coils and noise."""
-        return f"{self.mask.acceleration:g}× {self.mask.family}, {self.coils} coils, noise {self.noise}"
-
-    def facts(self) -> dict[str, float | str]:
-        """Mask and coils."""
-        return {"mask": self.mask.family, "acceleration": self.mask.acceleration, "coils": float(self.coils)}

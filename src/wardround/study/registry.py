@@ -99,6 +99,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
     "acquisition": {
         "mri": "wardround.study.acquisition:MRIAcquisition",
         "ct": "wardround.study.ct:CTAcquisition",
+        "mri_noncartesian": "wardround.study.noncartesian:NonCartesianAcquisition",
     },
 }
 #: Methods of studies that commands write: what a release may lose is measured, and what a hospital taught undone.

@@ -20,6 +20,7 @@ from wardround.imaging.datasets.mri import SliceExample
 from wardround.imaging.datasets.visits import Index
 from wardround.study import MRIAcquisition, schema
 from wardround.study import tasks as tasks_config
+from wardround.study.acquisition import CoilAcquisition
 from wardround.study.baselines import Baseline
 from wardround.tasks.classical import Method
 from wardround.tasks.magnitudes import MagnitudeReconstruction
@@ -169,7 +170,7 @@ def require_estimated_maps(study: schema.Study, what: str) -> None:
     remedy = "set model.image: complex" if what.startswith("model") else "take it out of task.evaluation.baselines"
     for site in study.sites:
         acquisition = study.acquisition_of(site)
-        if not isinstance(acquisition, MRIAcquisition):
+        if not isinstance(acquisition, CoilAcquisition):
             continue
         if acquisition.maps == "espirit":
             raise StudyError(

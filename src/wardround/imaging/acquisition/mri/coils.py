@@ -64,7 +64,11 @@ def low_resolution_maps(kspace: Tensor, mask: Tensor, *, floor: float = 0.02) ->
     masks = mask[(None,) * (3 - mask.ndim)].expand(-1, height, width)
     windows = torch.stack([torch.from_numpy(_calibration_window(on_host(m))) for m in masks])
     window = windows.to(kspace.device, kspace.real.dtype).expand(batch, height, width)
-    images = ifft2c(kspace * window[:, None])
+    return over_root_sum_of_squares(ifft2c(kspace * window[:, None]), floor)
+
+
+def over_root_sum_of_squares(images: Tensor, floor: float) -> Tensor:
+    """Low-resolution coil images (B, C, H, W) as maps; where all are below `floor` times their peak they fall to 0."""
     power = torch.view_as_real(images).square().sum((1, -1), keepdim=True).squeeze(-1)
     lowest = floor**2 * power.amax((-2, -1), keepdim=True)
     return images * torch.maximum(power, lowest.clamp_min(torch.finfo(power.dtype).tiny)).rsqrt()

@@ -40,6 +40,9 @@ MRI: dict[str, dict[str, Any]] = {
     "modl of real images": {"model": {"kind": "modl", **_TINY, "image": "real"}, "method": {"kind": "fedprox"}},
     "unet": {"model": {"kind": "unet", **_TINY}},
     "learn": {"model": {"kind": "learn", **_TINY}},
+    "varnet": {"model": {"kind": "varnet", **_TINY}},
+    "e2e_varnet": {"model": {"kind": "e2e_varnet", **_TINY}},
+    "swin_denoiser": {"model": {"kind": "swin_denoiser", **_TINY, "prompts": 3}},
 }
 CT: dict[str, dict[str, Any]] = {
     "modl": {"model": {"kind": "modl", **_TINY}},

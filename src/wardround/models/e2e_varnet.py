@@ -128,7 +128,7 @@ def calibration_window(mask: Tensor) -> Tensor:
     Which rectangle is that of `wardround.imaging.acquisition.mri.coils.calibration_region`; all is computed where the
     mask is. Raises GeometryError where the centre of k-space was not measured.
     """
-    batch, height, width = mask.shape
+    height, width = mask.shape[1:]
     sums = torch.nn.functional.pad((mask != 0).long().cumsum(1).cumsum(2), (1, 0, 1, 0))
     rows, columns = (torch.arange(1, n + 1, device=mask.device) for n in (height, width))
     top, left = height // 2 - rows // 2, width // 2 - columns // 2

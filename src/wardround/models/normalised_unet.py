@@ -19,8 +19,8 @@ class NormalisedUNet(nn.Module):
     result scales with the image; U is MONAI's BasicUNet with `channels`, twice as many at each of four lower
     resolutions, and instance normalisation (Sriram et al., *End-to-end variational networks*, MICCAI 2020). MONAI's own
     ComplexUnet normalises real and imaginary parts apart and divides by zero for an empty image, such as that of a coil
-    that a batch was padded with: it gives NaN, this one 0. Any size: images are padded with zeros inside. U's last layer
-    starts at zero, and so does the result.
+    that a batch was padded with: it gives NaN, this one 0. Any size: images are padded with zeros inside. The last
+    layer of U starts at zero, and so does the result.
     """
 
     def __init__(self, channels: int) -> None:

@@ -65,11 +65,11 @@ def swin_shape(config: SwinDenoiserSettings) -> SwinShape:
 class SwinReconstruction(nn.Module):
     """Reconstructs complex images from measurements through any linear operator; the equation is the module's.
 
-    Images are expected on a scale of about [0, 1]. `weight`, the lambda of the equation, is exp(log_weight), so it stays
-    positive; each solve starts at the denoised image. Untrained, D is the identity.
+    Images are expected on a scale of about [0, 1]. `weight`, the lambda of the equation, is exp(log_weight), so it
+    stays positive; each solve starts at the denoised image. Untrained, D is the identity.
     """
 
-    #: The adapters of kind `prompts` put tokens before a block's own, which windows cannot have; `*.prompts` are its own.
+    #: Adapters of kind `prompts` put tokens before a block's, which windows cannot have; `*.prompts` are its own.
     takes_prompts = False
 
     def __init__(self, shape: SwinShape) -> None:

@@ -35,8 +35,6 @@ from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
 
-_SCANNER = ("simulated scanner",)
-
 
 def explain(
     study_file: Path,
@@ -106,9 +104,14 @@ def study_lines(host: Machine, arm_spec: ArmSpec) -> str:
     return "\n".join([f"Study {study.name}", *entries])
 
 
-def _simulates(study: Study) -> bool:
-    """Whether raw data are simulated, by scanners that the study describes."""
+def _scans(study: Study) -> bool:
+    """Whether it begins with raw data: simulated by scanners that the study describes, or measured."""
     return study.task.scanner == "needed"
+
+
+def _scanner_head(study: Study) -> tuple[str, ...]:
+    """How the table of sites calls their protocols; nothing where there are none."""
+    return (("raw data" if study.scanner.measured else "simulated scanner"),) if _scans(study) else ()
 
 
 def _model(study: Study) -> str:
@@ -116,7 +119,7 @@ def _model(study: Study) -> str:
 
 
 def _scanner(study: Study, site: str) -> tuple[str, ...]:
-    return (protocol(study.acquisition_of(site)),) if _simulates(study) else ()
+    return (protocol(study.acquisition_of(site)),) if _scans(study) else ()
 
 
 def _task(study: Study) -> str:
@@ -132,7 +135,7 @@ def _task(study: Study) -> str:
 def _sites(host: Machine) -> str:
     study = host.study
     rows = [(name, _role(study, name), *_scanner(study, name)) for name in study.sites]
-    return table(("site", "role", *_SCANNER[: _simulates(study)]), rows)
+    return table(("site", "role", *_scanner_head(study)), rows)
 
 
 def _sites_with_data(host: Machine) -> str:
@@ -142,9 +145,8 @@ def _sites_with_data(host: Machine) -> str:
         counts = [str(count) for count in patients_in(dataset).values()]
         own = "leave the site" if _results_leave(host, name, dataset.patients("test")) else "stay there"
         rows.append((name, _role(study, name), *counts, str(len(dataset)), own, *_scanner(study, name)))
-    simulated = _simulates(study)
-    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_SCANNER[:simulated])
-    note = f"(train, validation, test: patients; examples: {'training slices' if simulated else 'to train on'})"
+    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_scanner_head(study))
+    note = f"(train, validation, test: patients; examples: {'training slices' if _scans(study) else 'to train on'})"
     return f"{table(header, rows)}\n{wrapped(note, '  ')}"
 
 
@@ -253,7 +255,7 @@ def _update(study: Study) -> str:
 
 def _scanners(study: Study) -> str:
     """What the simulated scanners take; nothing where they do not say it, and for a task of one's own."""
-    costs = study.scanner.costs if _simulates(study) else ""
+    costs = study.scanner.costs if _scans(study) else ""
     return str(at(costs)(study)) if costs else ""
 
 

@@ -38,6 +38,8 @@ class AcquisitionSettings(Settings):
     raw: ClassVar[str] = ""
     #: What `check` prints of all scanners of a study together (a function of the study); empty for nothing.
     costs: ClassVar[str] = ""
+    #: Whether raw data are those that sites' scanners measured; else they are simulated of a site's images.
+    measured: ClassVar[bool] = False
     #: Whether headers of a site's files say by which scanner its images were made, see `tasks.task.Headed`.
     headers: ClassVar[bool] = False
     #: Whether training examples can be changed by `task.augment`.

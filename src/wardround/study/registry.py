@@ -103,6 +103,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "mri": "wardround.study.acquisition:MRIAcquisition",
         "ct": "wardround.study.ct:CTAcquisition",
         "mri_noncartesian": "wardround.study.noncartesian:NonCartesianAcquisition",
+        "mri_raw": "wardround.study.raw_acquisition:RawAcquisition",
     },
 }
 #: Methods of studies that commands write: what a release may lose is measured, and what a hospital taught undone.

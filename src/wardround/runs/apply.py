@@ -25,7 +25,7 @@ from wardround.imaging.readers.volume import Volume, read_volume
 from wardround.models.build import build_model
 from wardround.runs.apply_ct import Done, save_nifti
 from wardround.runs.depth import Classical, Depth, Scan, Score, chosen, look, total_variation
-from wardround.runs.measured import read_measured, scanned_again
+from wardround.runs.measured import estimated_by, read_measured, scanned_again
 from wardround.runs.protocols import Facts, summary, warning
 from wardround.runs.releases import ReleasedModel, closed
 from wardround.study.acquisition import MRIAcquisition
@@ -186,7 +186,7 @@ def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
 
 def _measured(model: _Model, source: Path) -> _Given:
     """Raw data. Scans to compare with are simulated where the model was trained so; else they are these, once more."""
-    measured = read_measured(source)
+    measured = read_measured(source, estimated_by(model.acquisition))
     size = measured.raw.shape[2:]
 
     def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor]:

@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wardround.imaging.acquisition.mri.coils import low_resolution_maps
+from wardround.imaging.acquisition.mri.coils import estimate_maps
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.readers.raw import RawSlices, open_raw
 from wardround.runs.depth import Scan
+from wardround.study.acquisition import Maps
+from wardround.study.acquisitions import AcquisitionSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,36 +52,41 @@ class Measured:
         return {"acceleration": self.acceleration, "coils": float(self.raw.coils)}
 
 
-def read_measured(source: Path) -> Measured:
-    """Open a file of Cartesian raw data, of whichever format.
+def estimated_by(scanner: AcquisitionSettings) -> Maps:
+    """How coil maps of measured data are estimated for a model of this scanner: as in training, where they were."""
+    return "espirit" if getattr(scanner, "maps", None) == "espirit" else "estimated"
+
+
+def read_measured(source: Path, maps: Maps = "estimated") -> Measured:
+    """Open a file of Cartesian raw data, of whichever format; `maps` says how coil maps are estimated.
 
     The scale is the zero-filled peak of the volume. Raises DataError where the file cannot be read, GeometryError where
     the middle of k-space was not measured, and MissingExtra where a package is needed.
     """
     raw = open_raw(source)
     raw.require_cartesian()
-    return measured_scans(raw)
+    return measured_scans(raw, maps)
 
 
 @torch.no_grad()
-def measured_scans(raw: RawSlices) -> Measured:
+def measured_scans(raw: RawSlices, maps: Maps = "estimated") -> Measured:
     """The scans of a file's slices, read again when they are asked for."""
     peaks, shares = [], []
     for number in range(len(raw)):
-        operator, data = _scan(raw, number, 1.0)
+        operator, data = _scan(raw, number, 1.0, maps)
         peaks.append(float(operator.A_adjoint(data).abs().amax()))
         shares.append(float(operator.mask.mean()))
     # An empty volume stays what it is.
     scale = max(peaks) or 1.0
-    scans = tuple(partial(_scan, raw, number, scale) for number in range(len(raw)))
+    scans = tuple(partial(_scan, raw, number, scale, maps) for number in range(len(raw)))
     return Measured(raw, scans, scale, 1.0 / max(sum(shares) / len(shares), 1e-9))
 
 
 @torch.no_grad()
-def _scan(raw: RawSlices, number: int, scale: float) -> tuple[CartesianMRI, Tensor]:
+def _scan(raw: RawSlices, number: int, scale: float, maps: Maps) -> tuple[CartesianMRI, Tensor]:
     kspace = raw.kspace(number)
     data, mask = torch.from_numpy(kspace)[None], torch.from_numpy(raw.mask(number, kspace))[None]
-    return CartesianMRI(low_resolution_maps(data, mask), mask), data / scale
+    return CartesianMRI(estimate_maps(data, mask, maps), mask), data / scale
 
 
 def scanned_again(scan: tuple[LinearOperator, Tensor], image: Tensor, random: np.random.Generator) -> Tensor:

@@ -11,17 +11,22 @@ from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.solvers import zero_filled
 from wardround.imaging.readers.labelled import LabelledImage, VoxelSpace
 from wardround.runs.inputs import Input, Opened
-from wardround.runs.measured import read_measured
+from wardround.runs.measured import estimated_by, read_measured
+from wardround.study.acquisition import Maps
+from wardround.study.acquisitions import AcquisitionSettings
 from wardround.tasks.mri import MRIBatch
 
 
-def raw_input(source: Path, coils: tuple[int, ...]) -> Input:
-    """The raw data of one patient in a file, which is read when it is asked for; `coils` are those of training."""
-    return Input(source.stem, "", source, lambda: _opened(source, coils))
+def raw_input(source: Path, coils: tuple[int, ...], scanner: AcquisitionSettings) -> Input:
+    """The raw data of one patient in a file, which is read when it is asked for.
+
+    `coils` are those of training; `scanner` is the study's, or that of the site whose model it is.
+    """
+    return Input(source.stem, "", source, lambda: _opened(source, coils, estimated_by(scanner)))
 
 
-def _opened(source: Path, coils: tuple[int, ...]) -> Opened:
-    measured = read_measured(source)
+def _opened(source: Path, coils: tuple[int, ...], maps: Maps) -> Opened:
+    measured = read_measured(source, maps)
     batches = []
     for part in measured.scans:
         operator, data = part()

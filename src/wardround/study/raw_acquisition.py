@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from wardround.errors import StudyError
-from wardround.study.acquisition import Mask
+from wardround.study.acquisition import ESPIRIT_LINES, Mask
 from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.tasks import ReconstructionTask
 
@@ -43,7 +43,11 @@ class RawAcquisition(AcquisitionSettings):
         "`combined`, these combined by the coil maps that the reconstruction has. Of `sampling: own`: `file`, the "
         "file's own reference image, or `none`",
     )
-    maps: Literal["estimated"] = Field("estimated", description="`estimated` from the calibration lines")
+    maps: Literal["estimated", "espirit"] = Field(
+        "estimated",
+        description="`estimated` from the calibration lines, fast, with the image's smooth phase; `espirit` with more "
+        "detail and without that phase (ESPIRiT)",
+    )
 
     @model_validator(mode="after")
     def _reference_fits(self) -> RawAcquisition:
@@ -89,3 +93,10 @@ class RawAcquisition(AcquisitionSettings):
             )
         if task.contrasts != ReconstructionTask.model_fields["contrasts"].default:
             raise StudyError("task.contrasts names image files, and raw data are taken whole; take it out")
+        axes = task.size if self.mask.family == "poisson" else task.size[1:]
+        lines = min(round(self.mask.calibration * each) for each in axes)
+        if self.maps == "espirit" and self.sampling == "retrospective" and lines < ESPIRIT_LINES:
+            raise StudyError(
+                f"acquisition.maps: espirit needs {ESPIRIT_LINES} calibration lines, and {lines} of {axes[-1]} are "
+                f"left at site {site}; raise acquisition.mask.calibration, or set maps: estimated"
+            )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wardround.imaging.acquisition.mri.coils import estimate_maps
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import ifft2c
 from wardround.imaging.acquisition.mri.scanner import Scan
@@ -87,6 +88,10 @@ class RawDataset(ReconstructionDataset[MRIBatch]):
         where = torch.from_numpy(mask != 0)
         kspace = torch.from_numpy(found.kspace)
         scan = Scan(kspace[:, where], where, None)
+        if self.acquisition.maps == "espirit":
+            # Kept: to estimate them again at every visit would cost more than a step of training.
+            measured, mask_of_it, _ = scan.unpacked()
+            scan = replace(scan, maps=estimate_maps(measured[None], mask_of_it[None], "espirit")[0])
         reference = found.reference
         if self.acquisition.reference == "combined":
             _, _, maps = scan.unpacked()
@@ -123,6 +128,7 @@ class RawMRIReconstruction(MRIReconstruction):
             seed=self.study.seed,
             sampling=acquisition.sampling,
             reference=acquisition.has_reference,
+            espirit=acquisition.maps == "espirit",
             role=self.study.sites[site].role,
             deal=self._deal,
             quarantine=self._quarantine,

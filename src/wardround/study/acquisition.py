@@ -41,6 +41,7 @@ class MRIAcquisition(AcquisitionSettings):
     applied = "wardround.runs.apply:reconstruct_mri"
     chain = "wardround.tasks.chain_mri:KSpaceScanning"
     raw = "wardround.runs.raw_scans:raw_input"
+    splits = True
     inside = "head"
     purpose = "Research on reconstruction from undersampled raw data of the protocols below."
     caveat = (

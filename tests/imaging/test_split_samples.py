@@ -76,7 +76,7 @@ def test_samples_are_drawn_by_their_density(density: str, odds: float) -> None:
     mask = np.zeros((1, 9), np.float32)
     mask[0, [0, 4, 7]] = 1
     how = Supervision.model_validate({"kind": "split", "share": 0.5, "density": density})
-    random, draws = np.random.default_rng(3), 3000
+    random, draws = np.random.default_rng(3), 800
     count = sum(held_out_samples(mask, how, random)[0, 0] for _ in range(draws))
     # Four standard deviations of a binomial.
     assert abs(count / draws - odds) < 4.0 * math.sqrt(odds * (1.0 - odds) / draws)

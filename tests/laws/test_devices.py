@@ -40,6 +40,10 @@ MRI: dict[str, dict[str, Any]] = {
     "modl of real images": {"model": {"kind": "modl", **_TINY, "image": "real"}, "method": {"kind": "fedprox"}},
     "unet": {"model": {"kind": "unet", **_TINY}},
     "learn": {"model": {"kind": "learn", **_TINY}},
+    "without true images": {
+        "model": {"kind": "modl", **_TINY},
+        "sites": {"A": {"supervision": {"kind": "split"}}, "B": {}},
+    },
 }
 CT: dict[str, dict[str, Any]] = {
     "modl": {"model": {"kind": "modl", **_TINY}},

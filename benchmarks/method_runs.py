@@ -47,7 +47,7 @@ class Runs:
     """The runs of one set: `folder` holds those that are finished, `sites` says where the data lie.
 
     `training` are the sites whose mean counts, `unseen` one that does not train. No run begins after `ends`, on the
-    clock of `time.monotonic`.
+    clock of `time.monotonic`. Sites train in `processes` at once.
     """
 
     folder: Path
@@ -56,6 +56,7 @@ class Runs:
     unseen: str
     ends: float
     allow_code: bool = False
+    processes: int = 1
 
     def finished(self, name: str, written: Values, notes: Values) -> Values:
         """The numbers of the study `written`, of a method `name`; made where there are none yet, with `notes`.
@@ -77,7 +78,8 @@ class Runs:
         folder = file.with_suffix("")
         began = cpu_seconds()
         # What a killed run left is gone on with; its seconds are then those of the rest.
-        result = wardround.run(study, self.sites, folder, engine="local", quiet=True, allow_code=self.allow_code)
+        engine = {"engine": "workers", "processes": self.processes} if self.processes > 1 else {"engine": "local"}
+        result = wardround.run(study, self.sites, folder, quiet=True, allow_code=self.allow_code, **engine)
         first = result.metric_specs[0].name
         everywhere = (*self.training, self.unseen)
         sites = {site: result.metric("federated", site, first) for site in everywhere}

@@ -90,6 +90,7 @@ def study(which: str, section: Values, rate: float, seed: int, *, quick: bool) -
 
 def main() -> None:
     parser = method_arguments(__doc__ or "", list(SETS), list(METHODS))
+    parser.add_argument("--processes", type=int, default=2, help="sites that train at once; the numbers are the same")
     options = parser.parse_args()
     need_images("lgg")
     from wardround.study.sites import load_sites
@@ -101,7 +102,8 @@ def main() -> None:
     state = conditions(size="96x96", seeds=SEEDS, rounds=ROUNDS, steps=STEPS, batch=BATCH, quick=quick)
 
     def run_of(which: str) -> Runs:
-        return Runs(out / ("quick" if quick else "full") / which, sites, TRAINING, UNSEEN, ends)
+        folder = out / ("quick" if quick else "full") / which
+        return Runs(folder, sites, TRAINING, UNSEEN, ends, processes=options.processes)
 
     def run(which: str, name: str, setting: Values, rate: float, seed: int) -> Values:
         rate *= setting.get(RATE, 1.0)

@@ -204,9 +204,10 @@ def test_what_cannot_be_split_is_refused(monkeypatch: pytest.MonkeyPatch, folder
     ct["task"] = {"kind": "reconstruction", "size": [256, 256]}
     with pytest.raises(ValueError, match=r"sites.Alpha.supervision: samples are split for MRI .* acquisition.kind: ct"):
         _task(**ct)
-    chain = {"task": {"kind": "segmentation", "images": ["flair"], "mask": "seg", "structures": {"tumour": "any"}}}
+    outlines = {"kind": "segmentation", "images": ["flair"], "mask": "seg", "structures": {"tumour": "any"}}
+    alone = {"Alpha": {"supervision": SPLIT}}
     with pytest.raises(ValueError, match=r"sites.Alpha.supervision: only for task.kind: reconstruction"):
-        _task(**chain, model={"kind": "monai_unet"}, acquisition=None)
+        _task(task=outlines, model={"kind": "monai_unet"}, acquisition=None, sites=alone)
     monkeypatch.setattr(MRIAcquisition, "has_reference", property(lambda self: self.coils == 4))
     with pytest.raises(ValueError, match=r"task.supervision: the raw data of site Beta come without true images"):
         _task()

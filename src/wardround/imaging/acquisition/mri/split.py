@@ -66,4 +66,5 @@ def kspace_loss(predicted: Tensor, measured: Tensor) -> Tensor:
     tiny = torch.finfo(data.real.dtype).tiny
     euclidean = torch.linalg.vector_norm(error, dim=1) / torch.linalg.vector_norm(data, dim=1).clamp_min(tiny)
     absolute = torch.linalg.vector_norm(error, 1, dim=1) / torch.linalg.vector_norm(data, 1, dim=1).clamp_min(tiny)
-    return euclidean + absolute
+    loss: Tensor = euclidean + absolute
+    return loss

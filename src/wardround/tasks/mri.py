@@ -104,9 +104,9 @@ class SplitBatch(MRIBatch):
         """A batch with samples held out; without any, the same scans. One that is split stays as it is."""
         if isinstance(batch, SplitBatch):
             return batch
-        whole = [getattr(batch, field.name) for field in fields(MRIBatch)]
+        whole: dict[str, Tensor] = {field.name: getattr(batch, field.name) for field in fields(MRIBatch)}
         held = torch.zeros_like(batch.mask) if held is None else held
-        return cls(*whole, held, torch.full((len(batch),), alone))
+        return cls(**whole, held=held, alone=torch.full((len(batch),), alone))
 
     def chosen(self, numbers: NDArray[np.intp]) -> SplitBatch:
         """The slices of these numbers, in this order."""

@@ -102,7 +102,7 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
         """Training slices, each flipped left-right before its scan where `random` says so."""
         flips = random.random(len(indices)) < 0.5 if self.task.flips else np.zeros(len(indices), dtype=bool)
         pairs = zip(indices, flips, strict=True)
-        return self.joined([self._learned_from(self._train[i], bool(flip), random) for i, flip in pairs])
+        return self.joined([self._for_training(self._train[i], bool(flip), random) for i, flip in pairs])
 
     def owners(self) -> tuple[int, ...]:
         """Whose each training slice is."""
@@ -124,7 +124,7 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
         """
         for patient, examples in self._evaluated[split].items():
             for start in range(0, len(examples), _EVALUATION_BATCH):
-                scans = [self._measured(example) for example in examples[start : start + _EVALUATION_BATCH]]
+                scans = [self._for_evaluation(example) for example in examples[start : start + _EVALUATION_BATCH]]
                 yield patient, self.joined(scans)
 
     def middle(self, split: Split) -> Iterator[tuple[int, str, BatchT]]:
@@ -141,11 +141,11 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
                 of_contrast = [example for example in examples if example.contrast == contrast]
                 yield self._index.turn(of_contrast[len(of_contrast) // 2])
 
-    def _learned_from(self, example: SliceExample, flip: bool, random: np.random.Generator) -> BatchT:
+    def _for_training(self, example: SliceExample, flip: bool, random: np.random.Generator) -> BatchT:
         batch = self.augmented(example, flip, random)
         return batch if self.division is None else self.division.training(batch, random)
 
-    def _measured(self, example: SliceExample) -> BatchT:
+    def _for_evaluation(self, example: SliceExample) -> BatchT:
         batch = self.scan(example, False)
         return batch if self.division is None else self.division.evaluated(batch, example)
 

@@ -20,7 +20,7 @@ from wardround.runs.explain_groups import group_lines
 from wardround.runs.explain_plugins import roles_of, uncalled
 from wardround.runs.explain_shift import statistics_words
 from wardround.runs.machine import NOWHERE, Machine
-from wardround.runs.remarks import remarks_on, remarks_on_given
+from wardround.runs.remarks import remarks_on, remarks_on_baselines, remarks_on_given
 from wardround.runs.session import open_host
 from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
@@ -129,7 +129,17 @@ def _task(study: Study) -> str:
     scanner = study.scanner
     masked = f" inside the {scanner.inside}" if task.loss.masked else ""
     size = f"{task.size[0]} x {task.size[1]} pixels"
-    return f"reconstruction of {scanner.subject(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+    said = f"reconstruction of {scanner.subject(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+    return f"{said}{_without_truth(study)}"
+
+
+def _without_truth(study: Study) -> str:
+    """The training sites that learn from measured samples alone; nothing where all have true images."""
+    alone = [site for site in study.training_sites if study.supervision_of(site).splits]
+    if not alone:
+        return ""
+    where = "at every site" if len(alone) == len(study.training_sites) else f"at {', '.join(alone)}"
+    return f"; without true images {where}: the loss is of measured samples that the network does not see"
 
 
 def _sites(host: Machine) -> str:
@@ -275,6 +285,7 @@ def arms_lines(host: Machine) -> str:
     baselines = host.study.baselines
     if baselines:
         notes.append(f"Compared with, nothing learned: {', '.join(baselines)}.")
+    notes += [f"{remark[:1].upper()}{remark[1:]}." for remark in remarks_on_baselines(host.study)]
     notes += list(continued_lines(host))
     if len(rows) == 1:
         notes.append("Add --compare local,pooled to learn whether training together is worth it.")

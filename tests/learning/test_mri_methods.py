@@ -92,7 +92,7 @@ def test_the_contrast_is_that_of_the_equation_and_of_all_sites_of_the_round_befo
         for site, trained in zip(rig.sites, said, strict=True):
             start = loaded(rig, site, number, before.public)
 
-            def step(model: nn.Module, loss: Any, k: int, shared: Any = shared) -> None:
+            def step(model: nn.Module, loss: Any, k: int, shared: Any = shared, previous: Any = previous) -> None:
                 nonlocal felt
                 by = gradients(model, loss(model))
                 own = {n: p.detach() for n, p in model.named_parameters()}
@@ -441,7 +441,9 @@ def test_prompts_are_covered_by_privacy_and_masks(tmp_path: Path) -> None:
         protection=protection,
         schedule={"rounds": 2, "release": "last"},
     )
-    found = run(study, toy_sites(tmp_path), tmp_path / "out", engine="local", quiet=True, near=tmp_path, allow_code=True)
+    found = run(
+        study, toy_sites(tmp_path), tmp_path / "out", engine="local", quiet=True, near=tmp_path, allow_code=True
+    )
     assert found.privacy is not None
 
 

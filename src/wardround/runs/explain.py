@@ -10,6 +10,7 @@ import yaml
 from wardround.federation.measuring import REFERENCE
 from wardround.learning.training import patients_in
 from wardround.plan.arm_specs import ArmSpec
+from wardround.plan.arms import FEDERATED
 from wardround.plan.sums import LOSS
 from wardround.results.gate import margins_of
 from wardround.results.metrics import MetricInfo
@@ -34,6 +35,7 @@ from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
+from wardround.wire.tensors import table_of
 
 
 def explain(
@@ -235,9 +237,9 @@ def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
     study = host.study
     if not study.trains:
         return "\n".join(given_traffic(host, arm_spec))
-    nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
     sent = arm_spec.codec.sent(arm_spec.layout)
-    down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
+    down = sum(info.nbytes for info in table_of(host.initial(arm_spec)[0]))
+    up = arm_spec.codec.form.nbytes(sent)
     late = study.schedule.asynchronous
     total = study.schedule.rounds * (len(study.training_sites) if late is None else late.buffer) * (down + up)
     return "\n".join(
@@ -458,7 +460,7 @@ def _cautions(host: Machine) -> Iterator[str]:
     silent: list[str] = []
     thin: list[str] = []
     weightless: list[str] = []
-    weighed = getattr(host.study.method, "weights", None) == "validation"
+    measured = host.arm_spec(FEDERATED).method.measures
     for name, site in host.study.sites.items():
         counts = patients_in(host.dataset(name))
         splits: tuple[Split, ...] = ("validation", "test")
@@ -472,7 +474,7 @@ def _cautions(host: Machine) -> Iterator[str]:
         if why is not None and counts["validation"] and site.role != "unseen" and host.study.trains:
             silent.append(f"{name} ({why})")
         why = host.egress(name).refusal({LOSS: range(counts["validation"])})
-        if weighed and why is not None and counts["validation"] and name in host.study.training_sites:
+        if measured and why is not None and counts["validation"] and name in host.study.training_sites:
             weightless.append(f"{name} ({why})")
         if 0 < counts["train"] < host.egress(name).minimum_cohort and name in host.study.training_sites:
             thin.append(name)
@@ -486,10 +488,10 @@ def _cautions(host: Machine) -> Iterator[str]:
     lines += [f"No {split} patient at {', '.join(names)}." for split, names in absent.items() if names]
     if silent:
         lines.append(f"Sums over validation patients stay at {', '.join(silent)}: the mean is over the other sites.")
-    if weightless:
+    if weightless and measured:
         lines.append(
-            f"method.weights=validation, and {', '.join(weightless)} will refuse every round: the weight is made from "
-            "the loss of the site's validation patients. Give it more of them, or the study weights=samples or equal."
+            f"{', '.join(weightless)} will refuse every round: a site that trains sends {measured.what}. "
+            f"{measured.instead}, or the site more of them."
         )
     if thin:
         lines.append(

@@ -31,6 +31,8 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fedcostwavg": ({"kind": "fedcostwavg"}, KEPT),
     "fedpidavg": ({"kind": "fedpidavg"}, KEPT),
     "harmofl": ({"kind": "harmofl"}, KEPT),
+    "modfed": ({"kind": "modfed", "encoder": ["0.*", "1.*"]}, KEPT),
+    "fair_weights": ({"kind": "fair_weights"}, KEPT),
 }
 NORM = {"norm": True}
 

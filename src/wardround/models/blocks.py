@@ -41,6 +41,13 @@ class Denoiser(nn.Module):
         # What stands right before a ReLU, where a normalisation does not undo it.
         self.blocks = {str(i - 1): channels for i, layer in enumerate(stack) if isinstance(layer, nn.ReLU)}
 
+    @property
+    def encoder_parts(self) -> tuple[str, ...]:
+        """The first two thirds of its convolutions, with what follows each: six of nine in ModFed (Wu et al., 2024)."""
+        places = [place for place, layer in enumerate(self.stack) if isinstance(layer, nn.Conv2d)]
+        end = places[round(2 * len(places) / 3)]
+        return tuple(f"stack.{place}" for place in range(end))
+
     def forward(self, image: Tensor, films: Modulation | None = None, guides: Sequence[Tensor] = ()) -> Tensor:
         """Images (B, H, W) of the same type in and out; sizes that `scale` does not divide are padded inside."""
         films = films or {}
@@ -74,6 +81,11 @@ class ResidualUNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         self.blocks = {f"{part}.{i}": w for part in ("down", "inner") for i, w in enumerate(widths)}
         self.blocks |= {f"up.{i}": w for i, w in enumerate(widths[:-1])}
+
+    @property
+    def encoder_parts(self) -> tuple[str, ...]:
+        """The way down."""
+        return ("down", "inner")
 
     def forward(self, image: Tensor, films: Modulation | None = None, guides: Sequence[Tensor] = ()) -> Tensor:
         """Images (B, H, W) of the same type in and out; sizes that are no multiple are padded inside."""

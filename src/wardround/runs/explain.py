@@ -10,6 +10,7 @@ import yaml
 from wardround.federation.measuring import REFERENCE
 from wardround.learning.training import patients_in
 from wardround.plan.arm_specs import ArmSpec
+from wardround.plan.arms import FEDERATED
 from wardround.plan.sums import LOSS
 from wardround.results.gate import margins_of
 from wardround.results.metrics import MetricInfo
@@ -20,7 +21,7 @@ from wardround.runs.explain_groups import group_lines
 from wardround.runs.explain_plugins import roles_of, uncalled
 from wardround.runs.explain_shift import statistics_words
 from wardround.runs.machine import NOWHERE, Machine
-from wardround.runs.remarks import remarks_on, remarks_on_given
+from wardround.runs.remarks import remarks_on, remarks_on_baselines, remarks_on_given
 from wardround.runs.session import open_host
 from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
@@ -34,6 +35,7 @@ from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
+from wardround.wire.tensors import table_of
 
 
 def explain(
@@ -129,7 +131,17 @@ def _task(study: Study) -> str:
     scanner = study.scanner
     masked = f" inside the {scanner.inside}" if task.loss.masked else ""
     size = f"{task.size[0]} x {task.size[1]} pixels"
-    return f"reconstruction of {scanner.subject(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+    said = f"reconstruction of {scanner.subject(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+    return f"{said}{_without_truth(study)}"
+
+
+def _without_truth(study: Study) -> str:
+    """The training sites that learn from measured samples alone; nothing where all have true images."""
+    alone = [site for site in study.training_sites if study.supervision_of(site).splits]
+    if not alone:
+        return ""
+    where = "at every site" if len(alone) == len(study.training_sites) else f"at {', '.join(alone)}"
+    return f"; without true images {where}: the loss is of measured samples that the network does not see"
 
 
 def _sites(host: Machine) -> str:
@@ -225,9 +237,9 @@ def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
     study = host.study
     if not study.trains:
         return "\n".join(given_traffic(host, arm_spec))
-    nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
     sent = arm_spec.codec.sent(arm_spec.layout)
-    down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
+    down = sum(info.nbytes for info in table_of(host.initial(arm_spec)[0]))
+    up = arm_spec.codec.form.nbytes(sent)
     late = study.schedule.asynchronous
     total = study.schedule.rounds * (len(study.training_sites) if late is None else late.buffer) * (down + up)
     return "\n".join(
@@ -275,6 +287,7 @@ def arms_lines(host: Machine) -> str:
     baselines = host.study.baselines
     if baselines:
         notes.append(f"Compared with, nothing learned: {', '.join(baselines)}.")
+    notes += [f"{remark[:1].upper()}{remark[1:]}." for remark in remarks_on_baselines(host.study)]
     notes += list(continued_lines(host))
     if len(rows) == 1:
         notes.append("Add --compare local,pooled to learn whether training together is worth it.")
@@ -447,7 +460,7 @@ def _cautions(host: Machine) -> Iterator[str]:
     silent: list[str] = []
     thin: list[str] = []
     weightless: list[str] = []
-    weighed = getattr(host.study.method, "weights", None) == "validation"
+    measured = host.arm_spec(FEDERATED).method.measures
     for name, site in host.study.sites.items():
         counts = patients_in(host.dataset(name))
         splits: tuple[Split, ...] = ("validation", "test")
@@ -461,7 +474,7 @@ def _cautions(host: Machine) -> Iterator[str]:
         if why is not None and counts["validation"] and site.role != "unseen" and host.study.trains:
             silent.append(f"{name} ({why})")
         why = host.egress(name).refusal({LOSS: range(counts["validation"])})
-        if weighed and why is not None and counts["validation"] and name in host.study.training_sites:
+        if measured and why is not None and counts["validation"] and name in host.study.training_sites:
             weightless.append(f"{name} ({why})")
         if 0 < counts["train"] < host.egress(name).minimum_cohort and name in host.study.training_sites:
             thin.append(name)
@@ -475,10 +488,10 @@ def _cautions(host: Machine) -> Iterator[str]:
     lines += [f"No {split} patient at {', '.join(names)}." for split, names in absent.items() if names]
     if silent:
         lines.append(f"Sums over validation patients stay at {', '.join(silent)}: the mean is over the other sites.")
-    if weightless:
+    if weightless and measured:
         lines.append(
-            f"method.weights=validation, and {', '.join(weightless)} will refuse every round: the weight is made from "
-            "the loss of the site's validation patients. Give it more of them, or the study weights=samples or equal."
+            f"{', '.join(weightless)} will refuse every round: a site that trains sends {measured.what}. "
+            f"{measured.instead}, or the site more of them."
         )
     if thin:
         lines.append(

@@ -76,6 +76,7 @@ class MRIAcquisition(CoilAcquisition):
     applied = "wardround.runs.apply:reconstruct_mri"
     chain = "wardround.tasks.chain_mri:KSpaceScanning"
     raw = "wardround.runs.raw_scans:raw_input"
+    splits = True
 
     kind: Literal["mri"] = "mri"
     mask: Mask = Mask()

@@ -25,6 +25,7 @@ class RawAcquisition(AcquisitionSettings):
     reconstruction = "wardround.tasks.mri_raw:RawMRIReconstruction"
     applied = "wardround.runs.apply:reconstruct_mri"
     measured = True
+    splits = True
     inside = "head"
     purpose = "Research on reconstruction from undersampled raw data of scanners like those below."
     caveat = (

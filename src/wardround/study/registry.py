@@ -97,6 +97,10 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "feddg": "wardround.learning.methods.feddg:FedDGSettings",
         "fisher": "wardround.learning.methods.fisher:FisherSettings",
         "unlearn": "wardround.learning.methods.unlearn:UnlearnSettings",
+        "fedmri": "wardround.learning.methods.fedmri:FedMRISettings",
+        "modfed": "wardround.learning.methods.modfed:ModFedSettings",
+        "fedpr": "wardround.learning.methods.fedpr:FedPRSettings",
+        "fair_weights": "wardround.learning.methods.fair_weights:FairWeightsSettings",
         "custom": "wardround.study.methods:CustomMethod",
     },
     "acquisition": {

@@ -205,7 +205,7 @@ def test_files_of_the_other_sampling_are_refused(
         ({"acquisition": {**OWN, "mask": MASK}}, "each file's own mask"),
         ({"acquisition": {"kind": "mri_raw", "maps": "espirit"}}, "espirit needs 6 calibration lines, and 3 of 32"),
         ({"acquisition": {"kind": "mri_raw", "reference": "file"}}, "makes its reference of the full scan"),
-        ({"acquisition": {**OWN, "reference": "none"}}, "learns from reference images"),
+        ({"acquisition": {**OWN, "reference": "none"}}, "come without true images"),
         ({"task": {"contrasts": ["flair"]}}, "task.contrasts names image files"),
     ],
 )

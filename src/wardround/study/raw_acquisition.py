@@ -42,7 +42,7 @@ class RawAcquisition(AcquisitionSettings):
         "rss",
         description="what images are compared with. Of full scans: `rss`, root sum of squares of the coil images, or "
         "`combined`, these combined by the coil maps that the reconstruction has. Of `sampling: own`: `file`, the "
-        "file's own reference image, or `none`",
+        "file's own reference image, or `none`, which `supervision: {kind: split}` learns without",
     )
     maps: Literal["estimated", "espirit"] = Field(
         "estimated",
@@ -86,12 +86,7 @@ class RawAcquisition(AcquisitionSettings):
         return "MRI raw data"
 
     def check(self, task: ReconstructionTask, site: str) -> None:
-        """Contrasts are names of image files, and raw data have none; without a reference nothing can be learned."""
-        if not self.has_reference:
-            raise StudyError(
-                f"site {site}: acquisition.reference is none, and the network learns from reference images; take files "
-                "that hold one (reference: file), or full scans"
-            )
+        """Contrasts are names of image files, and raw data have none. ESPIRiT needs some calibration lines."""
         if task.contrasts != ReconstructionTask.model_fields["contrasts"].default:
             raise StudyError("task.contrasts names image files, and raw data are taken whole; take it out")
         axes = task.size if self.mask.family == "poisson" else task.size[1:]

@@ -306,7 +306,7 @@ def _planes(images: ComplexArray, size: tuple[int, int]) -> Iterator[ComplexArra
 
 
 def _root_sum_of_squares(images: ComplexArray) -> FloatArray:
-    return np.sqrt((images.real**2 + images.imag**2).sum(0), dtype=np.float32)
+    return np.asarray(np.sqrt((images.real**2 + images.imag**2).sum(0)), np.float32)
 
 
 def _magnitude(scan: RawSlices, number: int) -> FloatArray:

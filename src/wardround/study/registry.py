@@ -84,6 +84,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "feddyn": "wardround.learning.methods.feddyn:FedDynSettings",
         "scaffold": "wardround.learning.methods.scaffold:ScaffoldSettings",
         "fednova": "wardround.learning.methods.fednova:FedNovaSettings",
+        "fl_mrcm": "wardround.learning.methods.fl_mrcm:FLMRCMSettings",
         "moon": "wardround.learning.methods.moon:MOONSettings",
         "fedcostwavg": "wardround.learning.methods.cost_weighted:FedCostWAvgSettings",
         "fedpidavg": "wardround.learning.methods.cost_weighted:FedPIDAvgSettings",

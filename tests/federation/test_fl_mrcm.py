@@ -180,7 +180,9 @@ def test_vectors_of_too_few_patients_stay_at_the_target(tmp_path: Path) -> None:
     state, learner = rig.start(), rig.learner(TARGET)
     learner._least = 3
     learner.load(state.public, rig.sites[TARGET].store.memory(0))
-    with pytest.raises(Withheld, match=r"a vector is of 2 patients, and the site lets out nothing of fewer than 3; set"):
+    with pytest.raises(
+        Withheld, match=r"a vector is of 2 patients, and the site lets out nothing of fewer than 3; set"
+    ):
         learner.train(1, state.public, rig.sites[TARGET].store.memory(0))
     few = Rig(unlike_study({**METHOD, "target": "A", "patients": 4}, {"steps": 2}, 1), tmp_path / "few")
     learner = few.learner("A")

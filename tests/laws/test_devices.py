@@ -40,6 +40,10 @@ MRI: dict[str, dict[str, Any]] = {
     "modl of real images": {"model": {"kind": "modl", **_TINY, "image": "real"}, "method": {"kind": "fedprox"}},
     "unet": {"model": {"kind": "unet", **_TINY}},
     "learn": {"model": {"kind": "learn", **_TINY}},
+    "generative_prior": {
+        "model": {"kind": "generative_prior", **_TINY, "size": 32, "codes": 2, "iterations": 2},
+        "method": {"kind": "fedgimp"},
+    },
 }
 CT: dict[str, dict[str, Any]] = {
     "modl": {"model": {"kind": "modl", **_TINY}},

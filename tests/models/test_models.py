@@ -194,7 +194,7 @@ def test_the_documentation_counts_parameters_right(kind: str, preset: str) -> No
         network = config.build_prompted(2, 3)
     else:
         assert isinstance(config, Model)
-        network = build_model(config, "mri" if kind in ("modl", "unet") else "ct")
+        network = build_model(config, "mri" if kind in ("modl", "unet", "generative_prior") else "ct")
     count = sum(p.numel() for p in network.parameters())
     page = Path(__file__).parents[2] / "docs" / "models.md"
     assert f"| `{config.kind}` | `{preset}` | {count:,} |" in page.read_text(encoding="utf-8")

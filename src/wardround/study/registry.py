@@ -66,6 +66,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "monai_bundle": "wardround.models.monai_bundle:MonaiBundleSettings",
         "transformers": "wardround.models.transformers_classifier:TransformersSettings",
         "mae_vit": "wardround.models.mae_vit:MaskedViTSettings",
+        "generative_prior": "wardround.models.generative_prior:GenerativePriorSettings",
     },
     "method": {
         "fedavg": "wardround.learning.methods.fedavg:FedAvgSettings",
@@ -85,6 +86,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "scaffold": "wardround.learning.methods.scaffold:ScaffoldSettings",
         "fednova": "wardround.learning.methods.fednova:FedNovaSettings",
         "fl_mrcm": "wardround.learning.methods.fl_mrcm:FLMRCMSettings",
+        "fedgimp": "wardround.learning.methods.fedgimp:FedGIMPSettings",
         "moon": "wardround.learning.methods.moon:MOONSettings",
         "fedcostwavg": "wardround.learning.methods.cost_weighted:FedCostWAvgSettings",
         "fedpidavg": "wardround.learning.methods.cost_weighted:FedPIDAvgSettings",

@@ -7,7 +7,8 @@ patients, with a little total variation. Told is the PSNR of what it finds for t
 that of the start: what is known without any latent. `places` is what the paper's method would send of one patient;
 `patient` is averaged over places; `patients` is what Wardround sends, the mean over several as well.
 
-Real images of two institutions (LGG, FLAIR, 32 x 32, which is easier to attack than larger ones), simulated scans, MoDL.
+Real images of two institutions (LGG, FLAIR, 32 x 32, which is easier to attack than larger ones), simulated scans, and
+MoDL.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from common import arguments, conditions, cpu_seconds, finish, need_images, table
 
 SIZE, PATIENTS, STEPS, SEED = 32, (2, 4), 200, 7

@@ -18,7 +18,7 @@ from wardround.errors import StudyError, Withheld
 from wardround.learning.adversary import Adversary
 from wardround.learning.latents import bottleneck_of, width_of
 from wardround.learning.methods.apart import APART
-from wardround.learning.methods.fl_mrcm import LATENTS, FLMRCM, confusion, grouped
+from wardround.learning.methods.fl_mrcm import FLMRCM, LATENTS, confusion, grouped
 from wardround.learning.methods.method import LocalRound
 from wardround.models.blocks import Denoiser, ResidualUNet
 from wardround.plan.arm_specs import ArmSpecs

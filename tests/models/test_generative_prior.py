@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file
+from tests.mri_hospitals import SIZE, head, save, write_study
 from torch import Tensor, nn
 
-from tests.mri_hospitals import SIZE, head, save, write_study
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.simulate import simulate

@@ -75,9 +75,9 @@ class LocalRound:
     tensors of this method: what a hook leaves there is kept for the next round and never sent. `private` are the live
     tensors that stay at the site, `initial` the initial values of the whole model; `step` counts from 0, and with
     `seed` names public randomness. `rate` is the learning rate of the step; what a hook puts into `scratch` is gone
-    after the round. `loss_of` is the task's loss of a batch with the model as it is. `heard` is the last round of which the coordinator says that the site's update is in the sum, 0 for
+    after the round. `heard` is the last round of which the coordinator says that the site's update is in the sum, 0 for
     none so far, and `None` where it says nothing of it. `survey` shows the site's training
-    images. `taken` is the pass under way (`Method.passes`), `choice` which of its choices.
+    images, and `loss_of` is the task's loss of a batch of them with the model as it is. `taken` is the pass under way (`Method.passes`), `choice` which of its choices.
     """
 
     site: str

@@ -1,7 +1,8 @@
 """A generative prior of images: it learns what images look like and no scanner, which is known when it reconstructs.
 
 After FedGIMP (Elmas et al., IEEE TMI 2023, arXiv 2202.04175): a mapper and a synthesiser G that know of which site an
-image is, against a discriminator D (Karras et al., CVPR 2019). Compact: real images of one size, no growing, few features.
+image is, against a discriminator D (Karras et al., CVPR 2019). Compact: real images of one size, no growing, few
+features.
 
 Training lowers, with z ~ N(0, 1), s the one-hot code of the site and images x of it,
 

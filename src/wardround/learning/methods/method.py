@@ -77,7 +77,8 @@ class LocalRound:
     `seed` names public randomness. `rate` is the learning rate of the step; what a hook puts into `scratch` is gone
     after the round. `heard` is the last round of which the coordinator says that the site's update is in the sum, 0 for
     none so far, and `None` where it says nothing of it. `survey` shows the site's training
-    images, and `loss_of` is the task's loss of a batch of them with the model as it is. `taken` is the pass under way (`Method.passes`), `choice` which of its choices.
+    images, and `loss_of` is the task's loss of a batch of them with the model as it is. `taken` is the pass under way
+    (`Method.passes`), `choice` which of its choices.
     """
 
     site: str

@@ -31,7 +31,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fedcostwavg": ({"kind": "fedcostwavg"}, KEPT),
     "fedpidavg": ({"kind": "fedpidavg"}, KEPT),
     "harmofl": ({"kind": "harmofl"}, KEPT),
-    "fl_mrcm": ({"kind": "fl_mrcm", "target": "C", "layer": "0", "patients": 2}, KEPT),
+    "fl_mrcm": ({"kind": "fl_mrcm", "target": "C", "layer": "0", "patients": 2, "adversarial": 0.01}, KEPT),
 }
 # The target's latents are refused with it.
 SUMMED = [name for name in METHODS if name != "fl_mrcm"]

@@ -11,17 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.devices import DEVICES, arm_specs_of, device_named, learner_of
+from tests.examples import quickly
 from tests.federation.alignment import Away, descend, gradients, unlike_study
 from tests.federation.rig import Rig
 from tests.toys import toy_study
 from wardround.errors import StudyError, Withheld
 from wardround.learning.adversary import Adversary
+from wardround.learning.device import CPU
 from wardround.learning.latents import bottleneck_of, width_of
 from wardround.learning.methods.apart import APART
 from wardround.learning.methods.fl_mrcm import FLMRCM, LATENTS, confusion, grouped
 from wardround.learning.methods.method import LocalRound
 from wardround.models.blocks import Denoiser, ResidualUNet
 from wardround.plan.arm_specs import ArmSpecs
+from wardround.storage.store import NOTHING, Memory
 from wardround.study.models import Layer
 from wardround.study.plugins import Plugins
 from wardround.study.registry import builtin
@@ -46,14 +50,15 @@ def bce(logits: Tensor, label: tuple[float, float]) -> Tensor:
     return -(wanted * torch.log(said) + (1.0 - wanted) * torch.log(1.0 - said)).mean()
 
 
-def test_it_follows_its_equations(tmp_path: Path) -> None:
-    """A plain loop in double precision, two steps a round: discriminators go on from round to round, and z_t is of the
-    target's network after its steps.
+@pytest.mark.parametrize("rounds", quickly([2, 3], 0))
+def test_it_follows_its_equations(rounds: int, tmp_path: Path) -> None:
+    """A plain loop in double precision, two steps a round: discriminators go on from step to step and from round to
+    round, and z_t is of the target's network after its steps.
     """
-    rig = rig_of(tmp_path)
+    rig = rig_of(tmp_path, rounds)
     states, discriminators, squares = rig.states(), {}, {}
     before, terms = next(states), []
-    for number in (1, 2, 3):
+    for number in range(1, rounds + 1):
         assert len(table_of(before.public)) == (0 if number == 1 else 7)
         there = torch.from_numpy(table_of(before.public))
         told = None
@@ -97,7 +102,7 @@ def test_it_follows_its_equations(tmp_path: Path) -> None:
                     assert np.allclose(kept[name], value.numpy(), atol=2e-5)
         before = next(states)
         assert np.allclose(table_of(before.public), told, atol=2e-5)
-    assert len(terms) == 8
+    assert len(terms) == 4 * (rounds - 1)
     assert np.ptp(terms) > 1e-4
     assert set(rig.method.release_for(None, before.public, {})) == set(rig.host.model_context.model.state_dict())
 
@@ -145,6 +150,7 @@ def test_the_losses_by_hand() -> None:
     assert grouped(torch.arange(10.0).reshape(5, 2), 2).tolist() == [[1.0, 2.0], [5.0, 6.0]]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_after_a_stop_comes_to_the_same_bits(tmp_path: Path) -> None:
     whole = rig_of(tmp_path / "whole").train()
     stopped = rig_of(tmp_path / "stopped")
@@ -156,6 +162,7 @@ def test_a_run_that_goes_on_after_a_stop_comes_to_the_same_bits(tmp_path: Path) 
     assert again.public_sha256 == whole.public_sha256
 
 
+@pytest.mark.slow
 def test_where_the_target_is_away_its_last_vectors_stay(tmp_path: Path) -> None:
     rig = rig_of(tmp_path, 4, schedule={"min_sites": 2})
     rig.sites[TARGET] = Away(rig.sites[TARGET], (2,))  # type: ignore[assignment]
@@ -164,6 +171,7 @@ def test_where_the_target_is_away_its_last_vectors_stay(tmp_path: Path) -> None:
     assert not np.allclose(tables[2], tables[3], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_without_weight_it_is_fedavg(tmp_path: Path) -> None:
     """The discriminators train, and move nothing."""
     found = []
@@ -191,6 +199,7 @@ def test_vectors_of_too_few_patients_stay_at_the_target(tmp_path: Path) -> None:
         learner.train(1, few.start().public, few.sites["A"].store.memory(0))
 
 
+@pytest.mark.slow
 def test_no_hook_is_left_and_the_vectors_are_a_side_channel(tmp_path: Path) -> None:
     rig = rig_of(tmp_path)
     rig.train()
@@ -200,6 +209,7 @@ def test_no_hook_is_left_and_the_vectors_are_a_side_channel(tmp_path: Path) -> N
     assert "one image each of 2 of its training patients; no image" in rig.method.discloses
 
 
+@pytest.mark.slow
 def test_statistics_of_batch_norm_count_the_targets_batches_alone(tmp_path: Path) -> None:
     rig = rig_of(tmp_path, options={"norm": True})
     state, memory = rig.start(), rig.sites[TARGET].store.memory(0)
@@ -207,6 +217,33 @@ def test_statistics_of_batch_norm_count_the_targets_batches_alone(tmp_path: Path
     learner.load(state.public, memory)
     trained = learner.train(1, state.public, memory)
     assert int(trained.memory["local/1.num_batches_tracked"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("site", ["A", TARGET])
+def test_discriminator_and_vectors_are_where_the_site_computes(
+    site: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for compute in (CPU, device_named(device, monkeypatch)):
+        plans = arm_specs_of(unlike_study(METHOD, {"steps": 2, "lr": LR}))
+        learner, memory = learner_of(plans, tmp_path, compute, site), NOTHING
+        public, _ = plans.initial(plans.arm_spec("federated"))
+        table = np.random.default_rng(0).normal(-8.0, 1.0, public[f"{APART}/{LATENTS}"].shape).astype(np.float32)
+        table[:, -1] = 0.0
+        public[f"{APART}/{LATENTS}"] = table
+        for number in (1, 2):
+            learner.load(public, memory)
+            trained = learner.train(number, public, memory)
+            memory = Memory(trained.memory, {})
+        found.append(trained)
+    here, there = found
+    assert {n: t.shape for n, t in here.memory.items()} == {n: t.shape for n, t in there.memory.items()}
+    assert any("adversary" in name for name in here.memory) == (site != TARGET)
+    assert here.changes[APART][LATENTS].shape == there.changes[APART][LATENTS].shape
+    if device == "cuda":
+        assert np.allclose(here.changes[APART][LATENTS], there.changes[APART][LATENTS], atol=1e-4)
 
 
 REFUSED = {

@@ -6,15 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from tests.applied import reconstruct
 from tests.mri_hospitals import SIZE, head, save, write_study
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
+from wardround.federation.release import FORMAT
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.models.generative_prior import (
@@ -128,6 +131,7 @@ def test_the_misfit_by_hand() -> None:
     assert np.allclose(misfit(RealImage(operator), data, images, 0.1), wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_scan_is_fitted_by_itself_and_the_model_stays() -> None:
     """From the same start and with no randomness: the same again, and alone as in a batch to the order of sums."""
     model = network()
@@ -213,6 +217,29 @@ def test_a_run_that_was_stopped_comes_to_the_same_model(tmp_path: Path) -> None:
             rig = Rig(loaded, tmp_path / str(stop))
         hashes.append(rig.train().public_sha256)
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("acceleration", "coils"), [(4, 4), (2, 6)])
+def test_reconstruct_serves_a_released_one(acceleration: float, coils: int, tmp_path: Path) -> None:
+    """K-space of either scanner, of one slice, comes back at its own scale."""
+    study, _ = hospitals(tmp_path, model={**MODEL, "iterations": 5})
+    released = tmp_path / "model.safetensors"
+    torch.manual_seed(0)
+    model = GenerativePrior(replace(PRESETS["tiny"], iterations=5), SIZE, 2)
+    said = {"format": FORMAT, "study": load_study(study).model_dump_json()}
+    save_file({name: tensor.numpy() for name, tensor in model.state_dict().items()}, released, metadata=said)
+    scanner = MRIAcquisition(coils=coils, mask=Mask(acceleration=acceleration, calibration=0.1))
+    scan = simulate(disc(SIZE, 0.2), scanner, np.random.default_rng(0))
+    found = []
+    for scale in (1.0, 8.0):
+        np.save(tmp_path / "kspace.npy", scale * scan.kspace[None].numpy())
+        reconstruct(released, tmp_path / "kspace.npy", tmp_path / "out.nii.gz")
+        found.append(nib.load(tmp_path / "out.nii.gz").get_fdata())  # type: ignore[attr-defined]
+        assert found[-1].shape == (SIZE, SIZE, 1)
+    # A power of two, so that no digit changes.
+    assert np.allclose(found[1], 8.0 * found[0], rtol=1e-5)
+    assert np.ptp(found[0]) > 0.1
 
 
 def test_codes_and_sites_are_as_many(tmp_path: Path) -> None:

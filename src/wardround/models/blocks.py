@@ -40,6 +40,8 @@ class Denoiser(nn.Module):
         self.stack = nn.Sequential(*stack, last)
         # What stands right before a ReLU, where a normalisation does not undo it.
         self.blocks = {str(i - 1): channels for i, layer in enumerate(stack) if isinstance(layer, nn.ReLU)}
+        #: The module in the middle, where methods look for what the network makes of an image.
+        self.bottleneck = f"stack.{list(self.blocks)[(layers - 1) // 2]}"
 
     @property
     def encoder_parts(self) -> tuple[str, ...]:
@@ -81,6 +83,8 @@ class ResidualUNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         self.blocks = {f"{part}.{i}": w for part in ("down", "inner") for i, w in enumerate(widths)}
         self.blocks |= {f"up.{i}": w for i, w in enumerate(widths[:-1])}
+        #: The module of the deepest level, where methods look for what the network makes of an image.
+        self.bottleneck = f"inner.{levels - 1}"
 
     @property
     def encoder_parts(self) -> tuple[str, ...]:

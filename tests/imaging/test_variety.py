@@ -17,7 +17,8 @@ from wardround.wire.random import public_generator
 
 ALL = {
     "acceleration": [2, 6], "families": ["random", "equispaced"], "calibration": [0.05, 0.3], "coils": [1, 5],
-    "coil_radius": [1.2, 2.0], "noise": [0.001, 0.02], "phase": [0, 4], "phase_detail": [0.1, 1.2],
+    "coil_radius": [1.2, 2.0], "noise": [0.001, 0.02], "noise_correlation": [0, 0.4], "phase": [0, 4],
+    "phase_detail": [0.1, 1.2],
     "zoom": [0.6, 1.7], "turns": True, "gamma": [0.6, 1.7], "bias": 0.4,
 }  # fmt: skip
 
@@ -100,7 +101,7 @@ def test_draws_stay_in_their_ranges_and_reach_both_ends() -> None:
     variety = acquisition.vary
     assert variety is not None
     found = [drawn(acquisition, np.random.default_rng(seed)) for seed in range(150)]
-    for name in ("coils", "coil_radius", "noise", "phase", "phase_detail"):
+    for name in ("coils", "coil_radius", "noise", "noise_correlation", "phase", "phase_detail"):
         low, high = getattr(variety, name)
         values = [getattr(each, name) for each in found]
         assert low <= min(values) < low + 0.1 * (high - low) + 1e-9, name
@@ -158,6 +159,7 @@ def test_a_varied_scan_is_its_random_numbers_alone() -> None:
         ({"acceleration": [0.5, 2]}, "below 1"),
         ({"calibration": [0.1, 1.5]}, "above 1"),
         ({"coil_radius": [0.5, 2]}, "more than 1"),
+        ({"noise_correlation": [0, 1]}, "one noise"),
         ({"coils": [4, 2]}, "a range rises"),
         ({"zoom": [0, 2]}, "greater than 0"),
     ],

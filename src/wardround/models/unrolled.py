@@ -42,28 +42,29 @@ class MoDLShape:
     levels: int = 1
     bias: bool = True
     weights: Literal["shared", "each"] = "shared"
-    folds: bool = False
+    residual: bool = False
     start: Literal["adjoint", "tv"] = "adjoint"
 
 
-# Of `start: tv`: between the weights that suit one coil and several, for data of peak 1; short of what TV alone takes.
-START_WEIGHT, START_ITERATIONS = 0.002, 15
+# Of `start: tv`: between the weights that suit one coil and several, for data of peak 1; fewer steps than TV alone.
+START_WEIGHT, START_ITERATIONS = 0.002, 25
 _SMALL = MoDLShape(unrolls=6, cg_iterations=4, channels=32, layers=5, scale=2, initial_weight=0.1)
 PRESETS = {
     "tiny": MoDLShape(unrolls=2, cg_iterations=4, channels=8, layers=3, scale=2),
     "small": replace(_SMALL, image="real"),
     "small_complex": _SMALL,
     "transfer": MoDLShape(
-        unrolls=3,
-        cg_iterations=5,
+        unrolls=2,
+        cg_iterations=4,
         channels=24,
         layers=5,
         scale=2,
         denoiser="unet",
         levels=4,
         bias=False,
-        initial_weight=0.01,
+        initial_weight=0.3,
         weights="each",
+        residual=True,
         start="tv",
     ),
     "paper": MoDLShape(unrolls=10, cg_iterations=10, channels=64, layers=5, norm="batch"),
@@ -90,8 +91,8 @@ class MoDL(Checkpointed):
         self.unrolls = shape.unrolls
         self.cg_iterations = shape.cg_iterations
         self.real = shape.image == "real"
-        self.folds, self.start = shape.folds, shape.start
-        parts, guides = 1 if self.real else 2, 1 if shape.folds else 0
+        self.residual, self.start = shape.residual, shape.start
+        parts, guides = 1 if self.real else 2, 1 if shape.residual else 0
         self.denoiser: Denoiser | ResidualUNet
         if shape.denoiser == "unet":
             self.denoiser = ResidualUNet(
@@ -125,7 +126,7 @@ class MoDL(Checkpointed):
         image = beginning(operator, data) if self.start == "tv" else operator.initial(data)
 
         def unroll(image: Tensor, weight: Tensor) -> Tensor:
-            guides = (operator.normal(image),) if self.folds else ()
+            guides = (adjoint - operator.normal(image),) if self.residual else ()
             prior = self.denoiser(image, guides=guides)
             return operator.solve(adjoint + weight * prior, weight, iterations=self.cg_iterations, start=prior)
 
@@ -169,7 +170,7 @@ class MoDLSettings(ModelSettings):
     bias: bool | None = Field(None, description="without biases the denoiser scales with its input")
     weights: Literal["shared", "each"] | None = Field(None, description="one lambda, or one for each unroll")
     start: Literal["adjoint", "tv"] | None = Field(None, description="the first image: A* y, or total variation's")
-    folds: bool | None = Field(None, description="show the denoiser A* A x too: where parts of the image fold to")
+    residual: bool | None = Field(None, description="the denoiser sees A* (y - A x) too: how well x explains the data")
 
     def build(self, modality: Modality) -> MoDL:
         """The network; images of all but MRI are real."""

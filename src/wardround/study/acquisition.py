@@ -47,8 +47,8 @@ PositiveRange = Annotated[tuple[_Above, _Above], AfterValidator(_rising)]
 class MRIVariety(Config):
     """How training scans differ from the site's scanner: each is drawn anew, with its image changed beforehand.
 
-    Ranges replace the scanner's own value and are drawn evenly, `noise` and `zoom` in their logarithms; what is absent
-    stays. Validation and test scans, and classical methods, see the site's scanner as it is.
+    Ranges replace the scanner's own value and are drawn evenly, `noise`, `zoom` and `gamma` in logarithms; what is
+    absent stays. Validation and test scans, and classical methods, see the site's scanner as it is.
     """
 
     acceleration: Annotated[PositiveRange | None, Field(description="replaces mask.acceleration; from 1 on")] = None
@@ -57,6 +57,7 @@ class MRIVariety(Config):
     coils: tuple[Annotated[int, Field(ge=1, le=128)], Annotated[int, Field(ge=1, le=128)]] | None = None
     coil_radius: PositiveRange | None = None
     noise: PositiveRange | None = None
+    noise_correlation: Range | None = None
     phase: Range | None = None
     phase_detail: Range | None = None
     zoom: PositiveRange | None = Field(
@@ -74,6 +75,8 @@ class MRIVariety(Config):
             raise ValueError("vary.calibration ends above 1, which is every line; write 1 or less")
         if self.coil_radius is not None and self.coil_radius[0] <= 1.0:
             raise ValueError("vary.coil_radius begins within the field of view; write more than 1")
+        if self.noise_correlation is not None and self.noise_correlation[1] >= 1.0:
+            raise ValueError("vary.noise_correlation ends at 1 or above, where coils measure one noise; write less")
         if self.coils is not None:
             _rising(self.coils)
         return self

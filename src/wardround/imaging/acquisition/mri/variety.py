@@ -21,7 +21,7 @@ def drawn(acquisition: MRIAcquisition, random: np.random.Generator) -> MRIAcquis
     if variety is None:
         return acquisition
     new: dict[str, float] = {}
-    for name in ("noise", "phase", "phase_detail", "coil_radius"):
+    for name in ("noise", "noise_correlation", "phase", "phase_detail", "coil_radius"):
         ends = getattr(variety, name)
         if ends is not None:
             new[name] = evenly_in_logarithms(ends, random) if name == "noise" else float(random.uniform(*ends))

@@ -7,12 +7,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from wardround.errors import StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI, ifft2c
 from wardround.imaging.acquisition.mri.scanner import MRIScanner
 from wardround.imaging.acquisition.mri.simulate import anatomical_phase, dipole_field, simulate
 from wardround.imaging.acquisition.mri.variety import changed, drawn, zoomed
 from wardround.study import MRIAcquisition
 from wardround.study.acquisition import MRIVariety
+from wardround.study.load import load_study
 from wardround.wire.random import public_generator
 
 ALL = {
@@ -167,3 +169,12 @@ def test_a_varied_scan_is_its_random_numbers_alone() -> None:
 def test_ranges_that_no_scanner_has_are_refused(vary: dict[str, object], match: str) -> None:
     with pytest.raises(ValidationError, match=match):
         _acquisition(vary=vary)
+
+
+@pytest.mark.parametrize("vary", [{"coils": [1, 8]}, {"calibration": [0.03, 0.1]}])
+def test_training_scans_that_espirit_cannot_serve_are_refused(vary: dict[str, object]) -> None:
+    study = {"name": "trial", "sites": {"A": {}}, "task": {"size": [96, 96]}}
+    acquisition = {"maps": "espirit", "mask": {"calibration": 0.1}}
+    load_study({**study, "acquisition": acquisition})
+    with pytest.raises(StudyError, match="espirit"):
+        load_study({**study, "acquisition": {**acquisition, "vary": vary}})

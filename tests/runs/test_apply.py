@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import wardround
 from tests.applied import reconstruct
 from tests.mri_hospitals import SIZE, head, save
 from wardround.errors import DataError, GeometryError, StudyError, WardroundError
 from wardround.federation.release import FORMAT
 from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.models.build import build_model
+from wardround.runs.releases import ReleasedModel
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 
@@ -83,6 +85,14 @@ def test_an_image_comes_back_with_its_geometry_and_intensities(model: Path, imag
 
 
 @pytest.mark.slow
+def test_what_was_reconstructed_says_which_release_it_came_of(model: Path, image: Path, tmp_path: Path) -> None:
+    wardround.reconstruct(model, image, tmp_path / "one.nii.gz")
+    wardround.reconstruct(model, [image], tmp_path / "many")
+    known = ReleasedModel.opened(model).used.to_json()
+    for said in (tmp_path / "one.model.json", tmp_path / "many" / "model.json"):
+        assert json.loads(said.read_text()) == known
+
+
 def test_the_same_image_gives_the_same_bytes_and_a_site_its_own_scanner(
     model: Path, image: Path, tmp_path: Path
 ) -> None:

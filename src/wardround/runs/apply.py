@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.errors import DataError, StudyError
-from wardround.imaging.acquisition.mri.coils import low_resolution_maps
+from wardround.imaging.acquisition.mri.coils import estimate_maps
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.simulate import simulate
@@ -27,7 +27,7 @@ from wardround.runs.apply_ct import Done, save_nifti
 from wardround.runs.depth import Classical, Depth, Scan, Score, chosen, look, total_variation
 from wardround.runs.protocols import summary, warning
 from wardround.runs.releases import ReleasedModel, closed
-from wardround.study.acquisition import MRIAcquisition
+from wardround.study.acquisition import Maps, MRIAcquisition
 from wardround.study.base import at
 from wardround.study.schema import Study
 from wardround.tasks.metrics import SSIM_WINDOW, reconstruction_scores
@@ -88,6 +88,7 @@ class Reconstructor:
             raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
         if study.scanner.closed:
             raise closed("scanner", study.scanner.kind)
+        self.release = released.used
         self._trained = released.trained_on
         self._network = released.network(lambda: build_model(study.model, study.modality), site, weights)
         self._dimension, self._prompt = self.study.model.prompt_dimension, None
@@ -141,7 +142,7 @@ def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None
         raise StudyError("this is a model for MRI: it takes one file, a NIfTI image or k-space", detail=str(source))
     if source.suffix == ".npy":
         kspace = read_kspace(source, model.coils)
-        scans, scale = measured_scans(kspace)
+        scans, scale = measured_scans(kspace, model.acquisition.maps)
         score = None
         affine, spacing, space = np.eye(4), (1.0, 1.0, 1.0), None
         said = (
@@ -239,13 +240,16 @@ def _acceleration(kspace: Array) -> float:
 
 
 @torch.no_grad()
-def measured_scans(kspace: Array) -> tuple[list[Scan], float]:
-    """The scans of a volume of k-space on one scale, and the scale: networks learn volumes whose maximum is 1."""
+def measured_scans(kspace: Array, maps: Maps = "estimated") -> tuple[list[Scan], float]:
+    """The scans of a volume of k-space on one scale, and the scale: networks learn volumes whose maximum is 1.
+
+    maps: how coil maps are estimated, see `estimate_maps`. Raises GeometryError where they cannot be.
+    """
 
     def scan(number: int, scale: float) -> tuple[CartesianMRI, Tensor]:
         data = torch.from_numpy(kspace[number])[None]
         mask = (data.abs().sum(dim=1) > 0).float()
-        return CartesianMRI(low_resolution_maps(data, mask), mask), data / scale
+        return CartesianMRI(estimate_maps(data, mask, maps), mask), data / scale
 
     # The zero-filled peak of the volume.
     scale = max(

@@ -84,10 +84,10 @@ def _scanned(
     acquisition: AcquisitionSettings, study: Study, number: int, magnitude: Tensor
 ) -> tuple[LinearOperator, Tensor]:
     """A slice (1, H, W), peak 1, scanned as in training; all slices by one operator."""
-    shape = (magnitude.shape[1], magnitude.shape[2])
-    operator = acquisition.operator(shape, public_generator(study.seed, "reconstruct", "operator"))
+    of_operator = public_generator(study.seed, "reconstruct", "operator")
     random = public_generator(study.seed, "reconstruct", number)
-    return operator, acquisition.measure(operator, magnitude.clamp(0.0, 1.0), random)
+    found: tuple[LinearOperator, Tensor] = acquisition.scanned(magnitude.clamp(0.0, 1.0), of_operator, random)
+    return found
 
 
 def _simulated(acquisition: AcquisitionSettings, study: Study, source: Path, whose: str) -> _Input:

@@ -400,7 +400,7 @@ def _privacy(host: Machine, *, with_data: bool) -> str:
         lines.append(entry("noise", shared))
     if not with_data:
         return "\n".join([*lines, entry("sites", "add --sites SITES to see what the patients of each would spend")])
-    outlooks = [host.agent(site).budgets.outlook(site, host.dataset(site)) for site in host.study.training_sites]
+    outlooks = [host.agent(site).held.budgets.outlook(site, host.dataset(site)) for site in host.study.training_sites]
     header = ("site", "patients", "sample rate", "noise", "delta", "epsilon", "in the ledger")
     rows = [
         (

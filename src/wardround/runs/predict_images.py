@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from wardround.imaging.readers.volume import Volume, space_of, write_nifti
 from wardround.imaging.writers.dicom_seg import highdicom, write_seg
 from wardround.runs.inputs import Input, Inputs, Opened, find_inputs
 from wardround.runs.overlays import write_overlay
-from wardround.runs.releases import ReleaseUsed
+from wardround.runs.releases import USED, ReleaseUsed
 from wardround.study.base import at
 from wardround.tasks.contrasts import lacking
 from wardround.tasks.predictions import Masks, Prediction, Probabilities
@@ -35,8 +34,6 @@ from wardround.tasks.task import Predicts, PredictsScans
 from wardround.wire.files import reason, write_text, written
 
 VOLUMES, PROBABILITIES, PATIENTS, OVERLAYS = "volumes.csv", "probabilities.csv", "patients.csv", "overlays"
-# Which release was used.
-MODEL = "model.json"
 
 
 @dataclass(frozen=True)
@@ -153,16 +150,8 @@ class ImagePredictor:
                 self.tell(result)
         table = self._table()
         if table is not None:
-            self._say_release()
+            self.release.write(self.out / USED)
         return table
-
-    def _say_release(self) -> None:
-        """Write beside the table which release it came of."""
-        path = self.out / MODEL
-        try:
-            write_text(path, json.dumps(self.release.to_json(), indent=2) + "\n")
-        except OSError as error:
-            raise DataError(f"the output cannot be written ({reason(error)})", detail=str(path)) from error
 
     def _inputs(self, source: Path, patterns: Patterns) -> Inputs:
         if isinstance(self.task, PredictsScans) and _raw(source):
@@ -173,7 +162,7 @@ class ImagePredictor:
                     "scanned first",
                     detail=str(source),
                 )
-            return Inputs({source.stem: [at(scanning.raw)(source, self.coils)]})
+            return Inputs({source.stem: [at(scanning.raw)(source, self.coils, scanning)]})
         return find_inputs(source, patterns)
 
     def _said(self, opened: Opened) -> tuple[Opened, Prediction]:

@@ -12,16 +12,22 @@ from wardround.imaging.acquisition.solvers import zero_filled
 from wardround.imaging.readers.labelled import LabelledImage, VoxelSpace
 from wardround.runs.apply import measured_scans, read_kspace
 from wardround.runs.inputs import Input, Opened
+from wardround.study.acquisition import Maps, MRIAcquisition
+from wardround.study.acquisitions import AcquisitionSettings
 from wardround.tasks.mri import MRIBatch
 
 
-def raw_input(source: Path, coils: tuple[int, ...]) -> Input:
-    """The k-space of one patient in a .npy file, which is read when it is asked for; `coils` are those of training."""
-    return Input(source.stem, "", source, lambda: _opened(source, coils))
+def raw_input(source: Path, coils: tuple[int, ...], scanner: AcquisitionSettings) -> Input:
+    """The k-space of one patient in a .npy file, which is read when it is asked for.
+
+    `coils` are those of training; `scanner` is the study's, or that of the site whose model it is.
+    """
+    assert isinstance(scanner, MRIAcquisition)
+    return Input(source.stem, "", source, lambda: _opened(source, coils, scanner.maps))
 
 
-def _opened(source: Path, coils: tuple[int, ...]) -> Opened:
-    parts, scale = measured_scans(read_kspace(source, coils))
+def _opened(source: Path, coils: tuple[int, ...], maps: Maps) -> Opened:
+    parts, scale = measured_scans(read_kspace(source, coils), maps)
     batches = []
     for part in parts:
         operator, data = part()

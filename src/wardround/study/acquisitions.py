@@ -72,6 +72,14 @@ class AcquisitionSettings(Settings):
         """
         return operator.A(image)
 
+    def scanned(self, image: Any, of_operator: Any, of_scan: Any) -> tuple[Any, Any]:
+        """The operator and the data of one scan of a real image (1, H, W) in [0, 1], for `reconstruct`.
+
+        `of_operator` and `of_scan` are the generators of `operator` and of `measure`, which this calls by default.
+        """
+        operator = self.operator((image.shape[1], image.shape[2]), of_operator)
+        return operator, self.measure(operator, image, of_scan)
+
     def read(self, raw: Any) -> tuple[Any, Any]:
         """What a real scanner measured of one slice, for `reconstruct`: its operator and its data (1, *data_shape).
 

@@ -70,5 +70,6 @@ class MRIScanner:
 
 def _packed(measured: SimulatedScan, acquisition: MRIAcquisition) -> Scan:
     where = measured.mask != 0
-    maps = measured.maps if acquisition.maps == "true" else None
+    # ESPIRiT's are kept: to estimate them again at every visit would cost more than a step of training.
+    maps = None if acquisition.maps == "estimated" else measured.maps
     return Scan(measured.kspace[:, where], where, maps, measured.reference)

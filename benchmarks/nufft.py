@@ -15,12 +15,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from common import arguments, conditions, finish, median, table
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from common import arguments, conditions, finish, median, table
 from wardround.imaging.acquisition.mri.coils import birdcage_maps
 from wardround.imaging.acquisition.mri.noncartesian import NonCartesianMRI
 from wardround.imaging.acquisition.mri.nufft import EVALUATION, TRAINING, Transform

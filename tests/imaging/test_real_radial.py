@@ -47,7 +47,7 @@ def test_least_squares_predicts_spokes_that_it_never_saw_better_than_gridding(be
 
 @pytest.mark.skipif(shutil.which("bart") is None, reason="bart, which these images are compared with, is not installed")
 def test_transform_and_least_squares_are_those_of_bart(benchmark_: Any) -> None:
-    """BART's gridding kernel is exact to about 1e-3; five steps of conjugate gradients take the same path from there."""
+    """BART grids with an error of 1e-3 or so; five steps of conjugate gradients take the same path from there."""
     torch.manual_seed(0)
     spokes = _spokes(benchmark_)
     beside = benchmark_.beside_bart(spokes, spokes.maps(), iterations=5)

@@ -132,7 +132,7 @@ class Local(Config):
         False,
         description="whether blocks of the network forget what they compute and compute it again for the gradient: "
         "less memory for more time, and the same gradient (vit, mae_vit, transformers, lite_medsam, swin_unetr, modl, "
-        "learn, lpd)",
+        "learn, lpd, varnet, e2e_varnet, swin_denoiser)",
     )
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: float = Field(1e-3, gt=0.0)

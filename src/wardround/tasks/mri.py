@@ -22,7 +22,9 @@ from wardround.imaging.datasets.mri import SliceExample
 from wardround.imaging.datasets.visits import Index
 from wardround.study import MRIAcquisition, schema
 from wardround.study import tasks as tasks_config
+from wardround.study.acquisition import CoilAcquisition
 from wardround.study.baselines import Baseline
+from wardround.study.raw_acquisition import RawAcquisition
 from wardround.study.supervision import Supervision
 from wardround.tasks.classical import Method
 from wardround.tasks.magnitudes import MagnitudeReconstruction
@@ -296,7 +298,14 @@ def require_estimated_maps(study: schema.Study, what: str) -> None:
     remedy = "set model.image: complex" if what.startswith("model") else "take it out of task.evaluation.baselines"
     for site in study.sites:
         acquisition = study.acquisition_of(site)
-        if isinstance(acquisition, MRIAcquisition) and acquisition.maps == "true" and acquisition.phase > 0.0:
+        if not isinstance(acquisition, CoilAcquisition | RawAcquisition):
+            continue
+        if acquisition.maps == "espirit":
+            raise StudyError(
+                f"{what} needs coil maps that carry the phase, and site {site} has acquisition.maps: espirit, which "
+                f"leave it in the image; {remedy}, or set maps: estimated"
+            )
+        if isinstance(acquisition, CoilAcquisition) and acquisition.maps == "true" and acquisition.phase > 0.0:
             raise StudyError(
                 f"{what} needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
                 f"with acquisition.phase above 0; {remedy}, or set maps: estimated"

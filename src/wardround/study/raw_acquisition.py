@@ -56,7 +56,7 @@ class RawAcquisition(AcquisitionSettings):
                 "sampling: own has no full scan to make a reference of; set `reference: file` where the files hold one "
                 "(reconstruction_rss), else `reference: none`"
             )
-        if self.sampling == "own" and "mask" in self.model_fields_set:
+        if self.sampling == "own" and self.mask != Mask():
             raise ValueError("sampling: own takes each file's own mask; take `mask` out of the study")
         if self.sampling == "retrospective" and self.reference not in ("rss", "combined"):
             raise ValueError("sampling: retrospective makes its reference of the full scan; take `rss` or `combined`")

@@ -89,6 +89,7 @@ class Reconstructor:
             raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
         if study.scanner.closed:
             raise closed("scanner", study.scanner.kind)
+        self.release = released.used
         self._trained = released.trained_on
         self._network = released.network(lambda: build_model(study.model, study.modality), site, weights)
         self._dimension, self._prompt = self.study.model.prompt_dimension, None

@@ -18,7 +18,7 @@ from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
 from wardround.imaging.acquisition.mri.split import held_out_samples, kspace_loss, unseen_share
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.mri import SliceExample
+from wardround.imaging.datasets.mri import SliceExample, head_of_slice
 from wardround.imaging.datasets.visits import Index
 from wardround.study import MRIAcquisition, schema
 from wardround.study import tasks as tasks_config
@@ -72,9 +72,10 @@ class MRIBatch:
 
     @classmethod
     def of(cls, scan: Scan, image: NDArray[np.float32], head: NDArray[np.bool_]) -> MRIBatch:
-        """A batch of one scan of an image (H, W) with its head."""
+        """A batch of one scan of an image (H, W) with its head; a scan that has a reference has it for a target."""
         kspace, mask, maps = scan.unpacked()
-        target, inside = torch.from_numpy(image), torch.from_numpy(head.astype(np.float32))
+        target = torch.from_numpy(image) if scan.reference is None else scan.reference
+        inside = torch.from_numpy(head.astype(np.float32))
         return cls(kspace[None], maps[None], mask[None], target[None], inside[None])
 
     @classmethod
@@ -168,7 +169,8 @@ class MRIDataset(ReconstructionDataset[MRIBatch]):
     """One site's slices and their simulated MRI scans.
 
     The mask is drawn for a patient (for the site where `mask.fixed`), coils, phase and noise for a slice. Scans are
-    kept in memory up to `cache_bytes`, measured samples only. Raises DataError where an image cannot be used.
+    kept in memory up to `cache_bytes`, measured samples only; those that `acquisition.vary` draws never come again and
+    are not kept. Raises DataError where an image cannot be used.
     """
 
     def __init__(
@@ -194,6 +196,15 @@ class MRIDataset(ReconstructionDataset[MRIBatch]):
         key = (example, flip)
         scan = self._cache.get(key, lambda: scanner.scan(image, patient, scanner.random(patient, *which)))
         return MRIBatch.of(scan, image, head)
+
+    def augmented(self, example: SliceExample, flip: bool, random: np.random.Generator) -> MRIBatch:
+        """With `acquisition.vary`, a changed slice as one of many scanners sees it."""
+        variety = self.acquisition.vary
+        if variety is None:
+            return self.scan(example, flip)
+        image = self._index.image(example)
+        scan, image = self.scanner.varied(image[:, ::-1] if flip else image, variety, random)
+        return MRIBatch.of(scan, image, head_of_slice(image))
 
 
 class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):

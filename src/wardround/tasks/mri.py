@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wardround.errors import GeometryError, StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
-from wardround.imaging.acquisition.mri.split import held_out_samples, kspace_loss
+from wardround.imaging.acquisition.mri.split import held_out_samples, kspace_loss, unseen_share
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
 from wardround.imaging.datasets.mri import SliceExample, head_of_slice
 from wardround.imaging.datasets.visits import Index
@@ -115,14 +115,17 @@ class SplitBatch(MRIBatch):
         """The slices of these numbers, in this order."""
         return SplitBatch(*(getattr(self, field.name)[numbers.tolist()] for field in fields(self)))
 
-    def held_out_loss(self, method: Method) -> Tensor:
-        """How badly what a method makes of the samples that are not held out predicts those that are: (B,).
+    def image_of_seen(self, method: Method) -> Tensor:
+        """What a method makes of the samples that are not held out: complex images (B, H, W).
 
-        `kspace_loss`: the method is given neither their data nor that they were measured.
+        It is given neither the data of the others nor that they were measured.
         """
         seen = 1 - self.held
         image = method(CartesianMRI(self.maps, self.mask * seen), self.kspace * seen[:, None])
-        image = image if image.is_complex() else image.to(self.kspace.dtype)
+        return image if image.is_complex() else image.to(self.kspace.dtype)
+
+    def held_out_loss(self, image: Tensor) -> Tensor:
+        """How badly complex images (B, H, W) predict the samples that are held out, `kspace_loss`: (B,)."""
         asked = CartesianMRI(self.maps, self.mask * self.held)
         return kspace_loss(asked.A(image), self.kspace * self.held[:, None])
 
@@ -258,7 +261,9 @@ class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
         which = on_host(batch.alone) if isinstance(batch, SplitBatch) else np.zeros(0, np.bool_)
         if not isinstance(batch, SplitBatch) or not which.any():
             return super().loss(model, batch)
-        loss = batch.chosen(np.flatnonzero(which)).held_out_loss(model).sum()
+        alone = batch.chosen(np.flatnonzero(which))
+        image = alone.image_of_seen(model)
+        loss = (alone.held_out_loss(image) + unseen_share(image, alone.maps)).sum()
         if not which.all():
             taught = np.flatnonzero(~which)
             loss = loss + len(taught) * super().loss(model, batch.chosen(taught))
@@ -281,7 +286,7 @@ class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
         images = batch.images(method) if bool(on_host(known.any())) else batch.target
         scores = self.score_images(images, batch)
         scores = {name: values.where(known, torch.nan) for name, values in scores.items()}
-        return {KSPACE_RESIDUAL.name: batch.held_out_loss(method) / 2, **scores}
+        return {KSPACE_RESIDUAL.name: batch.held_out_loss(batch.image_of_seen(method)) / 2, **scores}
 
     def inside(self, batch: MRIBatch) -> Tensor:
         """Where the head is: (B, H, W)."""

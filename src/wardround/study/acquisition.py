@@ -6,8 +6,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from wardround.errors import StudyError
 from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.base import Config
+from wardround.study.tasks import ReconstructionTask
+
+# Where a site's coil maps come from: two estimates from the scan's calibration lines, or the simulated scanner's own.
+Maps = Literal["estimated", "espirit", "true"]
+# ESPIRiT needs at least this number of calibration lines.
+ESPIRIT_LINES = 6
 
 
 class Mask(Config):
@@ -32,15 +39,11 @@ class Mask(Config):
         return self
 
 
-class MRIAcquisition(AcquisitionSettings):
-    """Simulated multi-coil Cartesian acquisition of a magnitude image."""
+class CoilAcquisition(AcquisitionSettings):
+    """What simulated acquisitions of magnitude images with coils share, whatever k-space they measure."""
 
     modality = "mri"
     baselines = ("zero_filled", "cg_sense", "tv")
-    reconstruction = "wardround.tasks.mri:MRIReconstruction"
-    applied = "wardround.runs.apply:reconstruct_mri"
-    chain = "wardround.tasks.chain_mri:KSpaceScanning"
-    raw = "wardround.runs.raw_scans:raw_input"
     inside = "head"
     purpose = "Research on reconstruction from undersampled raw data of the protocols below."
     caveat = (
@@ -49,9 +52,7 @@ class MRIAcquisition(AcquisitionSettings):
         "stored as magnitudes, above all with 8 bits, flatter the scores."
     )
 
-    kind: Literal["mri"] = "mri"
     coils: int = Field(8, ge=1, le=128)
-    mask: Mask = Mask()
     noise: float = Field(
         0.005,
         ge=0.0,
@@ -61,7 +62,24 @@ class MRIAcquisition(AcquisitionSettings):
     noise_correlation: float = Field(0.0, ge=0.0, lt=1.0, description="correlation of noise between neighbouring coils")
     phase: float = Field(1.0, ge=0.0, description="strength of the smooth image phase in radians; 0 is real")
     coil_radius: float = Field(1.5, gt=1.0, description="distance of the coils from the centre, in half fields of view")
-    maps: Literal["estimated", "true"] = Field("estimated", description="`estimated` from the calibration lines")
+    maps: Maps = Field(
+        "estimated",
+        description="`estimated` from the calibration lines, fast, with the image's smooth phase; `espirit` with more "
+        "detail and without that phase (ESPIRiT); `true`, those of the simulated coils",
+    )
+
+
+class MRIAcquisition(CoilAcquisition):
+    """Simulated multi-coil Cartesian acquisition of a magnitude image."""
+
+    reconstruction = "wardround.tasks.mri:MRIReconstruction"
+    applied = "wardround.runs.apply:reconstruct_mri"
+    chain = "wardround.tasks.chain_mri:KSpaceScanning"
+    raw = "wardround.runs.raw_scans:raw_input"
+    splits = True
+
+    kind: Literal["mri"] = "mri"
+    mask: Mask = Mask()
 
     def describe(self) -> str:
         """Mask, coils and noise."""
@@ -70,3 +88,25 @@ class MRIAcquisition(AcquisitionSettings):
     def facts(self) -> dict[str, float | str]:
         """Mask and coils."""
         return {"mask": self.mask.family, "acceleration": self.mask.acceleration, "coils": float(self.coils)}
+
+    def check(self, task: ReconstructionTask, site: str) -> None:
+        """See `check_maps`."""
+        self.check_maps(task.size, site)
+
+    def check_maps(self, size: tuple[int, int], site: str) -> None:
+        """Raise `StudyError` where ESPIRiT cannot estimate maps from what a site's scanner measures of images."""
+        if self.maps != "espirit":
+            return
+        instead = "or set maps: estimated"
+        if self.coils == 1:
+            raise StudyError(
+                f"acquisition.maps: espirit compares coils, and the scanner of site {site} has one; give it more "
+                f"(acquisition.coils), {instead}"
+            )
+        axes = size if self.mask.family == "poisson" else size[1:]
+        lines = min(round(self.mask.calibration * each) for each in axes)
+        if lines < ESPIRIT_LINES:
+            raise StudyError(
+                f"acquisition.maps: espirit needs {ESPIRIT_LINES} calibration lines, and the scanner of site {site} "
+                f"measures {lines} of images of {size[0]} x {size[1]}; raise acquisition.mask.calibration, {instead}"
+            )

@@ -52,7 +52,8 @@ class MRIScanner:
         mask = sampling_mask(self.acquisition.mask, shape, public_generator(self.seed, self.site, "mask", *whose))
         measured = simulate(image, self.acquisition, random, mask)
         where = measured.mask != 0
-        maps = measured.maps if self.acquisition.maps == "true" else None
+        # ESPIRiT's are kept: to estimate them again at every visit would cost more than a step of training.
+        maps = None if self.acquisition.maps == "estimated" else measured.maps
         return Scan(measured.kspace[:, where], where, maps)
 
     def random(self, patient: int, *which: str | int) -> np.random.Generator:

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wardround.errors import GeometryError
-from wardround.imaging.acquisition.mri.coils import birdcage_maps, low_resolution_maps
+from wardround.imaging.acquisition.mri.coils import birdcage_maps, estimate_maps
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import fft2c
 from wardround.imaging.acquisition.noise import coil_noise, ring_covariance
 from wardround.study import MRIAcquisition
+from wardround.study.acquisition import CoilAcquisition
 
 _JITTER = 0.25  # of the spacing between coils: no two scans have their coils in quite the same place
 _ORDER = 4  # cosines per axis of the phase: at most 1.5 periods over the field of view
@@ -52,14 +53,11 @@ def simulate(
             f"{None if mask is None else mask.shape}"
         )
     shape = (image.shape[0], image.shape[1])
-    maps = _random_maps(acquisition, shape, random)
-    phase = smooth_phase(shape, acquisition.phase, random)
+    true_maps, seen = coil_images(image, acquisition, random)
     if mask is None:
         mask = sampling_mask(acquisition.mask, shape, random)
     measured = torch.from_numpy(mask != 0)
-    true_maps = torch.from_numpy(maps)
-    signal = torch.from_numpy(np.asarray(image, np.float32) * np.exp(1j * phase))
-    kspace = fft2c(true_maps * signal)
+    kspace = fft2c(seen)
     samples = kspace[:, measured]
     if acquisition.noise > 0:
         covariance = ring_covariance(acquisition.coils, acquisition.noise_correlation)
@@ -67,8 +65,21 @@ def simulate(
     kspace.zero_()
     kspace[:, measured] = samples
     weights = measured.float()
-    known = true_maps if acquisition.maps == "true" else low_resolution_maps(kspace[None], weights[None])[0]
+    if acquisition.maps == "true":
+        known = true_maps
+    else:
+        known = estimate_maps(kspace[None], weights[None], acquisition.maps)[0]
     return SimulatedScan(kspace=kspace, mask=weights, maps=known)
+
+
+def coil_images(
+    image: NDArray[np.float32], acquisition: CoilAcquisition, random: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Maps (C, H, W) of coils somewhere around an image (H, W), and what they see of it with a phase of its own."""
+    shape = (image.shape[0], image.shape[1])
+    maps = torch.from_numpy(_random_maps(acquisition, shape, random))
+    phase = smooth_phase(shape, acquisition.phase, random)
+    return maps, maps * torch.from_numpy(np.asarray(image, np.float32) * np.exp(1j * phase))
 
 
 def smooth_phase(shape: tuple[int, int], strength: float, random: np.random.Generator) -> NDArray[np.float32]:
@@ -87,7 +98,7 @@ def smooth_phase(shape: tuple[int, int], strength: float, random: np.random.Gene
 
 
 def _random_maps(
-    acquisition: MRIAcquisition, shape: tuple[int, int], random: np.random.Generator
+    acquisition: CoilAcquisition, shape: tuple[int, int], random: np.random.Generator
 ) -> NDArray[np.complex64]:
     coils = acquisition.coils
     jitter = random.uniform(-_JITTER, _JITTER, coils)

@@ -95,7 +95,8 @@ class Level(nn.Module):
         centred = h - h.mean((2, 3), keepdim=True)
         scaled = centred / (centred.square().mean((2, 3), keepdim=True) + _LEAST).sqrt()
         scale, shift = self.style(w)[:, :, None, None].chunk(2, 1)
-        return scaled * (1.0 + scale) + shift
+        found: Tensor = scaled * (1.0 + scale) + shift
+        return found
 
 
 class Synthesiser(nn.Module):

@@ -81,4 +81,5 @@ def unseen_share(image: Tensor, maps: Tensor) -> Tensor:
     outside = (1 - seen).clamp_min(0).sqrt() * image
     size = torch.linalg.vector_norm(image.detach().flatten(1), dim=1)
     share: Tensor = torch.linalg.vector_norm(outside.flatten(1), dim=1)
-    return share / size.clamp_min(torch.finfo(size.dtype).tiny)
+    found: Tensor = share / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return found

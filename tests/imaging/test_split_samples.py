@@ -14,7 +14,7 @@ from torch import Tensor
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.mri.coils import calibration_region, low_resolution_maps
 from wardround.imaging.acquisition.mri.masks import centred, sampling_mask
-from wardround.imaging.acquisition.mri.split import held_out_samples, kspace_loss
+from wardround.imaging.acquisition.mri.split import held_out_samples, kspace_loss, unseen_share
 from wardround.study import Mask
 from wardround.study.supervision import Supervision
 
@@ -119,3 +119,17 @@ def test_the_gradient_of_the_loss_is_exact_and_finite_where_nothing_was_measured
     zeros = torch.zeros(1, 1, 2, 2, dtype=torch.complex64, requires_grad=True)
     (gradient,) = torch.autograd.grad(kspace_loss(zeros, torch.zeros(1, 1, 2, 2, dtype=torch.complex64)).sum(), zeros)
     assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_what_no_coil_sees_is_counted_by_its_share() -> None:
+    # Two coils; of two pixels both coils see the first (0.36 + 0.64), and none the second.
+    maps = torch.tensor([[[[0.6, 0.0]], [[0.8j, 0.0]]]], dtype=torch.complex128)
+    image = torch.tensor([[[3.0j, 4.0]]], dtype=torch.complex128, requires_grad=True)
+    share = unseen_share(image, maps)
+    assert share.tolist() == pytest.approx([0.8])
+    (gradient,) = torch.autograd.grad(share.sum(), image)
+    # Towards 0 where nothing is seen, by the whole image's size; elsewhere nothing.
+    assert gradient.flatten().tolist() == pytest.approx([0.0, 0.2])
+    assert unseen_share(torch.zeros_like(image), maps).tolist() == [0.0]
+    # Half seen: w^2 is 1 - 0.25.
+    assert unseen_share(image[..., 1:], torch.full((1, 1, 1, 1), 0.5 + 0j)).tolist() == pytest.approx([0.75**0.5])

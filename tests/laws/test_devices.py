@@ -51,6 +51,10 @@ MRI: dict[str, dict[str, Any]] = {
         "model": {"kind": "modl", **_TINY},
         "sites": {"A": {"supervision": {"kind": "split"}}, "B": {}},
     },
+    "generative_prior": {
+        "model": {"kind": "generative_prior", **_TINY, "size": 32, "codes": 2, "iterations": 2},
+        "method": {"kind": "fedgimp"},
+    },
 }
 CT: dict[str, dict[str, Any]] = {
     "modl": {"model": {"kind": "modl", **_TINY}},

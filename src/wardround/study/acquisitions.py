@@ -36,7 +36,7 @@ class AcquisitionSettings(Settings):
     chain: ClassVar[str] = ""
     #: What reads raw data for a released chain, as `wardround.runs.raw_scans.raw_input`; empty for nothing.
     raw: ClassVar[str] = ""
-    #: What `check` prints of all scanners of a study together (a function of the study); empty for nothing.
+    #: What `check` prints of all scanners of a study together, as memory (a function of the study); empty for nothing.
     costs: ClassVar[str] = ""
     #: Whether raw data are those that sites' scanners measured; else they are simulated of a site's images.
     measured: ClassVar[bool] = False

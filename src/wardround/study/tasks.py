@@ -40,7 +40,7 @@ class Split(Config):
 class Loss(Config):
     """The training loss, on magnitude images scaled to the range of the acquisition."""
 
-    kind: Literal["l1", "mse", "ssim", "l1_ssim"] = "l1"
+    kind: Literal["l1", "mse", "ssim", "l1_ssim", "psnr"] = "l1"
     masked: bool = Field(False, description="inside the mask of the head (MRI) or body (CT) only")
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from wardround.errors import GeometryError, StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
-from wardround.imaging.acquisition.mri.split import held_out_samples, kspace_loss
+from wardround.imaging.acquisition.mri.split import held_out_samples, kspace_loss, unseen_share
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
-from wardround.imaging.datasets.mri import SliceExample
+from wardround.imaging.datasets.mri import SliceExample, head_of_slice
 from wardround.imaging.datasets.visits import Index
 from wardround.study import MRIAcquisition, schema
 from wardround.study import tasks as tasks_config
@@ -72,9 +72,10 @@ class MRIBatch:
 
     @classmethod
     def of(cls, scan: Scan, image: NDArray[np.float32], head: NDArray[np.bool_]) -> MRIBatch:
-        """A batch of one scan of an image (H, W) with its head."""
+        """A batch of one scan of an image (H, W) with its head; a scan that has a reference has it for a target."""
         kspace, mask, maps = scan.unpacked()
-        target, inside = torch.from_numpy(image), torch.from_numpy(head.astype(np.float32))
+        target = torch.from_numpy(image) if scan.reference is None else scan.reference
+        inside = torch.from_numpy(head.astype(np.float32))
         return cls(kspace[None], maps[None], mask[None], target[None], inside[None])
 
     @classmethod
@@ -114,14 +115,17 @@ class SplitBatch(MRIBatch):
         """The slices of these numbers, in this order."""
         return SplitBatch(*(getattr(self, field.name)[numbers.tolist()] for field in fields(self)))
 
-    def held_out_loss(self, method: Method) -> Tensor:
-        """How badly what a method makes of the samples that are not held out predicts those that are: (B,).
+    def image_of_seen(self, method: Method) -> Tensor:
+        """What a method makes of the samples that are not held out: complex images (B, H, W).
 
-        `kspace_loss`: the method is given neither their data nor that they were measured.
+        It is given neither the data of the others nor that they were measured.
         """
         seen = 1 - self.held
         image = method(CartesianMRI(self.maps, self.mask * seen), self.kspace * seen[:, None])
-        image = image if image.is_complex() else image.to(self.kspace.dtype)
+        return image if image.is_complex() else image.to(self.kspace.dtype)
+
+    def held_out_loss(self, image: Tensor) -> Tensor:
+        """How badly complex images (B, H, W) predict the samples that are held out, `kspace_loss`: (B,)."""
         asked = CartesianMRI(self.maps, self.mask * self.held)
         return kspace_loss(asked.A(image), self.kspace * self.held[:, None])
 
@@ -165,7 +169,8 @@ class MRIDataset(ReconstructionDataset[MRIBatch]):
     """One site's slices and their simulated MRI scans.
 
     The mask is drawn for a patient (for the site where `mask.fixed`), coils, phase and noise for a slice. Scans are
-    kept in memory up to `cache_bytes`, measured samples only. Raises DataError where an image cannot be used.
+    kept in memory up to `cache_bytes`, measured samples only; those that `acquisition.vary` draws never come again and
+    are not kept. Raises DataError where an image cannot be used.
     """
 
     def __init__(
@@ -191,6 +196,15 @@ class MRIDataset(ReconstructionDataset[MRIBatch]):
         key = (example, flip)
         scan = self._cache.get(key, lambda: scanner.scan(image, patient, scanner.random(patient, *which)))
         return MRIBatch.of(scan, image, head)
+
+    def augmented(self, example: SliceExample, flip: bool, random: np.random.Generator) -> MRIBatch:
+        """With `acquisition.vary`, a changed slice as one of many scanners sees it."""
+        variety = self.acquisition.vary
+        if variety is None:
+            return self.scan(example, flip)
+        image = self._index.image(example)
+        scan, image = self.scanner.varied(image[:, ::-1] if flip else image, variety, random)
+        return MRIBatch.of(scan, image, head_of_slice(image))
 
 
 class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
@@ -247,7 +261,9 @@ class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
         which = on_host(batch.alone) if isinstance(batch, SplitBatch) else np.zeros(0, np.bool_)
         if not isinstance(batch, SplitBatch) or not which.any():
             return super().loss(model, batch)
-        loss = batch.chosen(np.flatnonzero(which)).held_out_loss(model).sum()
+        alone = batch.chosen(np.flatnonzero(which))
+        image = alone.image_of_seen(model)
+        loss = (alone.held_out_loss(image) + unseen_share(image, alone.maps)).sum()
         if not which.all():
             taught = np.flatnonzero(~which)
             loss = loss + len(taught) * super().loss(model, batch.chosen(taught))
@@ -270,7 +286,7 @@ class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
         images = batch.images(method) if bool(on_host(known.any())) else batch.target
         scores = self.score_images(images, batch)
         scores = {name: values.where(known, torch.nan) for name, values in scores.items()}
-        return {KSPACE_RESIDUAL.name: batch.held_out_loss(method) / 2, **scores}
+        return {KSPACE_RESIDUAL.name: batch.held_out_loss(batch.image_of_seen(method)) / 2, **scores}
 
     def inside(self, batch: MRIBatch) -> Tensor:
         """Where the head is: (B, H, W)."""

@@ -20,6 +20,7 @@ from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.datasets.visits import Index
 from wardround.imaging.orientation import Turn
 from wardround.models.build import build_model
+from wardround.models.images_alone import LearnsImages
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.baselines import Baseline
@@ -321,7 +322,12 @@ class ReconstructionBase(ABC, Generic[BatchT]):
         return PooledDataset(parts, self.joined)
 
     def loss(self, model: nn.Module, batch: BatchT) -> Tensor:
-        """The study's loss between the reconstruction and the target; scalar."""
+        """The study's loss between the reconstruction and the target; scalar.
+
+        Of a network that learns images alone it is its own.
+        """
+        if isinstance(model, LearnsImages):
+            return model.learned(batch.target)
         return self._loss(self.images(model, batch), batch.target, self.inside(batch))
 
     def score(self, model: nn.Module, batch: BatchT) -> dict[str, Tensor]:

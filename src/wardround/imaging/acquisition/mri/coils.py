@@ -20,14 +20,14 @@ from wardround.wire.host import on_host
 def birdcage_maps(
     coils: int,
     shape: tuple[int, int],
-    radius: float = 1.5,
+    radius: float | ArrayLike = 1.5,
     *,
     angles: ArrayLike | None = None,
     phases: ArrayLike | None = None,
 ) -> NDArray[np.complex64]:
     """Sensitivities (C, H, W) of coils on a circle around the field of view, root sum of squares 1.
 
-    radius: distance of the coils from the centre in half fields of view; the corners are at sqrt(2).
+    radius: distance of the coils from the centre in half fields of view, one for all or (C,); corners are at sqrt(2).
     angles: (C,) positions in radians, evenly spaced by default. phases: (C,) receiver phases, default 0.
     By reciprocity a coil sees what its own field reaches; each rung is a long straight wire, whose field
     falls with the distance and turns with the angle around it: B_x - i B_y ~ 1 / (z - z_coil) for z = x + i y
@@ -43,7 +43,7 @@ def birdcage_maps(
     x = (np.arange(width, dtype=np.float32) - width // 2) / (width / 2)
     z = (x[None, :] + 1j * y[:, None]).astype(np.complex64)
     # Half a voxel is the closest that a voxel's average comes to a wire.
-    offset = z - (radius * positions).astype(np.complex64)[:, None, None]
+    offset = z - (np.asarray(radius, np.float64) * positions).astype(np.complex64)[:, None, None]
     square = np.maximum(offset.real**2 + offset.imag**2, np.float32(1 / max(shape)) ** 2)
     maps = (np.conj(offset) / square) * (gains * positions).astype(np.complex64)[:, None, None]
     power = (maps.real**2 + maps.imag**2).sum(0)

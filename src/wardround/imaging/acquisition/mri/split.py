@@ -68,3 +68,18 @@ def kspace_loss(predicted: Tensor, measured: Tensor) -> Tensor:
     absolute = torch.linalg.vector_norm(error, 1, dim=1) / torch.linalg.vector_norm(data, 1, dim=1).clamp_min(tiny)
     loss: Tensor = euclidean + absolute
     return loss
+
+
+def unseen_share(image: Tensor, maps: Tensor) -> Tensor:
+    """|w x|_2 / |x|_2 of each image x (B, H, W), with w^2 = 1 - sum |S_c|^2 of maps (B, C, H, W): (B,).
+
+    How much of an image lies where no coil sees anything, as around the head with estimated maps. No sample tells of
+    it, so a loss of samples leaves whatever a network puts there; lowered, it is 0 there, as the least-norm solution.
+    The denominator only sets the scale, and has no gradient.
+    """
+    seen = torch.view_as_real(maps).square().sum((1, -1))
+    outside = (1 - seen).clamp_min(0).sqrt() * image
+    size = torch.linalg.vector_norm(image.detach().flatten(1), dim=1)
+    share: Tensor = torch.linalg.vector_norm(outside.flatten(1), dim=1)
+    found: Tensor = share / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return found

@@ -16,6 +16,7 @@ from tests.examples import examples
 from wardround.imaging.acquisition.ct.operator import CTProjector
 from wardround.imaging.acquisition.ct.phantom import HEAD, ellipse_image, ellipse_sinogram
 from wardround.imaging.acquisition.ct.system import CTSystem
+from wardround.imaging.acquisition.mri.noncartesian import NonCartesianMRI
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.acquisition.wrapped import Prompted, RealImage, Weighted
@@ -42,6 +43,19 @@ def _weighted(batch: int, coils: int, height: int, width: int, seed: int, dtype:
     random = torch.Generator().manual_seed(seed)
     maps = torch.randn(1, coils, height, width, generator=random, dtype=dtype.to_complex())
     return CartesianMRI(maps, torch.rand(batch, height, width, generator=random, dtype=dtype.to_real()))
+
+
+def _along(each: bool, weighted: bool) -> Factory:
+    """Any points of k-space, one trajectory for all or one for each."""
+
+    def build(batch: int, coils: int, height: int, width: int, seed: int, dtype: torch.dtype) -> LinearOperator:
+        random = torch.Generator().manual_seed(seed)
+        maps = torch.randn(batch, coils, height, width, generator=random, dtype=dtype.to_complex())
+        points = torch.rand(batch if each else 1, 3 * coils + seed % 7, 2, generator=random, dtype=torch.float64) - 0.5
+        weights = torch.rand(points.shape[:2], generator=random, dtype=torch.float64)
+        return NonCartesianMRI(maps, points, weights if weighted else None, tolerance=1e-12)
+
+    return build
 
 
 def _real(build: Factory) -> Factory:
@@ -83,6 +97,8 @@ OPERATORS: list[tuple[str, Factory, bool]] = [
     ("cartesian, points", _cartesian(lambda b, h, w: (h, w)), True),
     ("cartesian, weights, shared maps", _weighted, True),
     ("cartesian, lines, real images", _real(_cartesian(lambda b, h, w: (w,))), False),
+    ("along a trajectory", _along(each=False, weighted=False), True),
+    ("along a trajectory of each scan, weights", _along(each=True, weighted=True), True),
     ("ct, parallel, joseph", _ct("parallel", "joseph"), False),
     ("ct, parallel, strip, symmetric", _ct("parallel", "strip", square=True), False),
     ("ct, flat fan, joseph", _ct("fan_flat", "joseph"), False),
@@ -292,6 +308,22 @@ def test_cartesian_of_a_point_with_a_mask(shape: tuple[int, int]) -> None:
     operator = CartesianMRI(torch.ones(1, 1, height, width, dtype=torch.complex128), mask)
     expected = (mask / (height * width) ** 0.5).expand(1, 1, height, width).to(torch.complex128)
     torch.testing.assert_close(operator.A(image), expected)
+
+
+@pytest.mark.parametrize("shape", [(32, 33), (33, 30)])
+def test_along_a_trajectory_of_a_gaussian(shape: tuple[int, int]) -> None:
+    """The same spectrum as above, at any points: exp(-2 pi^2 s^2 k^2) e^{-2 pi i k.(a, b)} 2 pi s^2 / sqrt(HW)."""
+    height, width = shape
+    s, a, b = 2.0, 1.5, -2.0
+    y = (torch.arange(height) - height // 2).double()[:, None]
+    x = (torch.arange(width) - width // 2).double()[None, :]
+    image = torch.exp(-((y - a) ** 2 + (x - b) ** 2) / (2 * s**2)).to(torch.complex128)
+    points = torch.rand(1, 200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+    operator = NonCartesianMRI(torch.ones(1, 1, height, width, dtype=torch.complex128), points, tolerance=1e-9)
+    ky, kx = points[0].T
+    spectrum = 2 * torch.pi * s**2 * torch.exp(-2 * torch.pi**2 * s**2 * (ky**2 + kx**2))
+    expected = spectrum * torch.exp(-2j * torch.pi * (ky * a + kx * b)) / (height * width) ** 0.5
+    torch.testing.assert_close(operator.A(image[None])[0, 0], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["joseph", "strip"])

@@ -283,6 +283,7 @@ class Learner:
                 {n: received[n] for n in self._policy.names("shared")} | self._kept(("local",), memory, RECEIVED)
             )
         shared = {name: state[name] for name in self._policy.names("shared")}
+        stint, losses = self._curriculum.at(number), Placed(self._curriculum.task(number, self.task), self.compute)
         context = LocalRound(
             site=self.site,
             model=model,
@@ -303,13 +304,13 @@ class Learner:
             seed=self._seed,
             heard=heard,
             survey=Survey(self.site, self.dataset, self._examples, local, self._seed, self._least),
+            loss_of=partial(losses.loss, model),
         )
         self._method.begin(context)
         episode = self._method.episode(context)
         optimizer = build_optimizer(self._curriculum.rated_parts(model), local)
         if local.optimizer_state == "keep":
             restore_optimizer(optimizer, memory.tensors)
-        stint, losses = self._curriculum.at(number), Placed(self._curriculum.task(number, self.task), self.compute)
         self._steps_taken = 0
         mean, told = 0.0, None
         for taken in sent:

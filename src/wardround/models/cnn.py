@@ -68,6 +68,7 @@ class PostUNet(nn.Module):
         )
         nn.init.zeros_(self.network.final_conv.weight)
         nn.init.zeros_(self.network.final_conv.bias)
+        self.bottleneck = f"network.{_DOWN[-1]}"
         self.hypernetwork = ProtocolHyperNet(_blocks(shape.features), hidden=hidden) if conditioned else None
 
     @property

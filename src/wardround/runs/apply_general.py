@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from wardround.errors import DataError, StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.imaging.readers.raw.arrays import read_array
 from wardround.imaging.readers.volume import Volume, read_volume
-from wardround.runs.apply import peak_of, read_array, score_of, slices_said
+from wardround.runs.apply import peak_of, score_of, slices_said
 from wardround.runs.apply_ct import Done, save_nifti
 from wardround.runs.depth import Scan, Score, chosen, look, total_variation
 from wardround.runs.protocols import Facts
@@ -84,10 +85,10 @@ def _scanned(
     acquisition: AcquisitionSettings, study: Study, number: int, magnitude: Tensor
 ) -> tuple[LinearOperator, Tensor]:
     """A slice (1, H, W), peak 1, scanned as in training; all slices by one operator."""
-    shape = (magnitude.shape[1], magnitude.shape[2])
-    operator = acquisition.operator(shape, public_generator(study.seed, "reconstruct", "operator"))
+    of_operator = public_generator(study.seed, "reconstruct", "operator")
     random = public_generator(study.seed, "reconstruct", number)
-    return operator, acquisition.measure(operator, magnitude.clamp(0.0, 1.0), random)
+    found: tuple[LinearOperator, Tensor] = acquisition.scanned(magnitude.clamp(0.0, 1.0), of_operator, random)
+    return found
 
 
 def _simulated(acquisition: AcquisitionSettings, study: Study, source: Path, whose: str) -> _Input:

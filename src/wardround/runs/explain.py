@@ -21,7 +21,7 @@ from wardround.runs.explain_groups import group_lines
 from wardround.runs.explain_plugins import roles_of, uncalled
 from wardround.runs.explain_shift import statistics_words
 from wardround.runs.machine import NOWHERE, Machine
-from wardround.runs.remarks import remarks_on, remarks_on_given
+from wardround.runs.remarks import remarks_on, remarks_on_baselines, remarks_on_given
 from wardround.runs.session import open_host
 from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
@@ -36,8 +36,6 @@ from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
 from wardround.wire.tensors import table_of
-
-_SCANNER = ("simulated scanner",)
 
 
 def explain(
@@ -108,9 +106,14 @@ def study_lines(host: Machine, arm_spec: ArmSpec) -> str:
     return "\n".join([f"Study {study.name}", *entries])
 
 
-def _simulates(study: Study) -> bool:
-    """Whether raw data are simulated, by scanners that the study describes."""
+def _scans(study: Study) -> bool:
+    """Whether it begins with raw data: simulated by scanners that the study describes, or measured."""
     return study.task.scanner == "needed"
+
+
+def _scanner_head(study: Study) -> tuple[str, ...]:
+    """How the table of sites calls their protocols; nothing where there are none."""
+    return (("raw data" if study.scanner.measured else "simulated scanner"),) if _scans(study) else ()
 
 
 def _model(study: Study) -> str:
@@ -118,7 +121,7 @@ def _model(study: Study) -> str:
 
 
 def _scanner(study: Study, site: str) -> tuple[str, ...]:
-    return (protocol(study.acquisition_of(site)),) if _simulates(study) else ()
+    return (protocol(study.acquisition_of(site)),) if _scans(study) else ()
 
 
 def _task(study: Study) -> str:
@@ -128,13 +131,23 @@ def _task(study: Study) -> str:
     scanner = study.scanner
     masked = f" inside the {scanner.inside}" if task.loss.masked else ""
     size = f"{task.size[0]} x {task.size[1]} pixels"
-    return f"reconstruction of {scanner.subject(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+    said = f"reconstruction of {scanner.subject(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+    return f"{said}{_without_truth(study)}"
+
+
+def _without_truth(study: Study) -> str:
+    """The training sites that learn from measured samples alone; nothing where all have true images."""
+    alone = [site for site in study.training_sites if study.supervision_of(site).splits]
+    if not alone:
+        return ""
+    where = "at every site" if len(alone) == len(study.training_sites) else f"at {', '.join(alone)}"
+    return f"; without true images {where}: the loss is of measured samples that the network does not see"
 
 
 def _sites(host: Machine) -> str:
     study = host.study
     rows = [(name, _role(study, name), *_scanner(study, name)) for name in study.sites]
-    return table(("site", "role", *_SCANNER[: _simulates(study)]), rows)
+    return table(("site", "role", *_scanner_head(study)), rows)
 
 
 def _sites_with_data(host: Machine) -> str:
@@ -144,9 +157,8 @@ def _sites_with_data(host: Machine) -> str:
         counts = [str(count) for count in patients_in(dataset).values()]
         own = "leave the site" if _results_leave(host, name, dataset.patients("test")) else "stay there"
         rows.append((name, _role(study, name), *counts, str(len(dataset)), own, *_scanner(study, name)))
-    simulated = _simulates(study)
-    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_SCANNER[:simulated])
-    note = f"(train, validation, test: patients; examples: {'training slices' if simulated else 'to train on'})"
+    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_scanner_head(study))
+    note = f"(train, validation, test: patients; examples: {'training slices' if _scans(study) else 'to train on'})"
     return f"{table(header, rows)}\n{wrapped(note, '  ')}"
 
 
@@ -255,7 +267,7 @@ def _update(study: Study) -> str:
 
 def _scanners(study: Study) -> str:
     """What the simulated scanners take; nothing where they do not say it, and for a task of one's own."""
-    costs = study.scanner.costs if _simulates(study) else ""
+    costs = study.scanner.costs if _scans(study) else ""
     return str(at(costs)(study)) if costs else ""
 
 
@@ -275,6 +287,7 @@ def arms_lines(host: Machine) -> str:
     baselines = host.study.baselines
     if baselines:
         notes.append(f"Compared with, nothing learned: {', '.join(baselines)}.")
+    notes += [f"{remark[:1].upper()}{remark[1:]}." for remark in remarks_on_baselines(host.study)]
     notes += list(continued_lines(host))
     if len(rows) == 1:
         notes.append("Add --compare local,pooled to learn whether training together is worth it.")
@@ -402,7 +415,7 @@ def _privacy(host: Machine, *, with_data: bool) -> str:
         lines.append(entry("noise", shared))
     if not with_data:
         return "\n".join([*lines, entry("sites", "add --sites SITES to see what the patients of each would spend")])
-    outlooks = [host.agent(site).budgets.outlook(site, host.dataset(site)) for site in host.study.training_sites]
+    outlooks = [host.agent(site).held.budgets.outlook(site, host.dataset(site)) for site in host.study.training_sites]
     header = ("site", "patients", "sample rate", "noise", "delta", "epsilon", "in the ledger")
     rows = [
         (

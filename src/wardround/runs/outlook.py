@@ -156,7 +156,7 @@ def _seconds(nbytes: int, bits: float) -> str:
 
 def _memory(host: Machine, site: str) -> Footprint:
     """Of a site whose data this machine has, with its images."""
-    return footprint_of(host, host.dataset(site), host.agent(site).compute)
+    return footprint_of(host, host.dataset(site), host.agent(site).held.compute)
 
 
 def _memory_by_study(host: Machine) -> Footprint:

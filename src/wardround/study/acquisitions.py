@@ -36,12 +36,16 @@ class AcquisitionSettings(Settings):
     chain: ClassVar[str] = ""
     #: What reads raw data for a released chain, as `wardround.runs.raw_scans.raw_input`; empty for nothing.
     raw: ClassVar[str] = ""
-    #: What `check` prints of all scanners of a study together (a function of the study); empty for nothing.
+    #: What `check` prints of all scanners of a study together, as memory (a function of the study); empty for nothing.
     costs: ClassVar[str] = ""
+    #: Whether raw data are those that sites' scanners measured; else they are simulated of a site's images.
+    measured: ClassVar[bool] = False
     #: Whether headers of a site's files say by which scanner its images were made, see `tasks.task.Headed`.
     headers: ClassVar[bool] = False
     #: Whether training examples can be changed by `task.augment`.
     augments: ClassVar[bool] = False
+    #: Whether its measured samples can be split, for sites without true images (`study.supervision`).
+    splits: ClassVar[bool] = False
     #: What of an image a `masked` loss is inside of.
     inside: ClassVar[str] = "foreground"
     #: What a model card says of the intended use.
@@ -61,6 +65,11 @@ class AcquisitionSettings(Settings):
         raise NotImplementedError
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the images that were scanned are known: a target to learn from, and to measure against."""
+        return True
+
+    @property
     def varies(self) -> bool:
         """Whether each patient has an operator of its own (a mask that is drawn, say), or the whole site one."""
         return False
@@ -71,6 +80,14 @@ class AcquisitionSettings(Settings):
         `random`: a NumPy generator of this one scan, for noise.
         """
         return operator.A(image)
+
+    def scanned(self, image: Any, of_operator: Any, of_scan: Any) -> tuple[Any, Any]:
+        """The operator and the data of one scan of a real image (1, H, W) in [0, 1], for `reconstruct`.
+
+        `of_operator` and `of_scan` are the generators of `operator` and of `measure`, which this calls by default.
+        """
+        operator = self.operator((image.shape[1], image.shape[2]), of_operator)
+        return operator, self.measure(operator, image, of_scan)
 
     def read(self, raw: Any) -> tuple[Any, Any]:
         """What a real scanner measured of one slice, for `reconstruct`: its operator and its data (1, *data_shape).

@@ -94,7 +94,8 @@ class LocalRound:
     `seed` names public randomness. `rate` is the learning rate of the step; what a hook puts into `scratch` is gone
     after the round. `heard` is the last round of which the coordinator says that the site's update is in the sum, 0 for
     none so far, and `None` where it says nothing of it. `survey` shows the site's training
-    images. `taken` is the pass under way (`Method.passes`), `choice` which of its choices.
+    images, and `loss_of` is the task's loss of a batch of them with the model as it is. `taken` is the pass under way
+    (`Method.passes`), `choice` which of its choices.
     """
 
     site: str
@@ -115,6 +116,7 @@ class LocalRound:
     heard: int | None = None
     scratch: dict[str, Any] = field(default_factory=dict)
     survey: Survey | None = None
+    loss_of: Callable[[Any], Tensor] | None = None
     taken: Pass = WHOLE_ROUND[0]
     choice: float | None = None
 

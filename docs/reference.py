@@ -98,6 +98,7 @@ PUBLIC = {
         "wardround:run",
         "wardround:evaluate",
         "wardround:join",
+        "wardround:update",
         "wardround:predict",
         "wardround:reconstruct",
         "wardround:load_study",

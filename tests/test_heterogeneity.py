@@ -57,7 +57,7 @@ def test_gains_are_paired_by_seed_and_told_with_their_spread(benchmark: Any) -> 
     assert found["best_gain_over_fedavg"] == pytest.approx(0.02)
     assert found["best_worst_site_method"] == "FedBN"
     assert found["best_worst_site_gain"] == pytest.approx(0.01)
-    # Its gains are 0.01, 0.02 and 0: twice the standard error is 0.0115.
+    # Its gains are 0.01, 0.02 and 0: the interval reaches 0.025 to each side.
     assert found["best_worst_site_stands_out"] is False
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "predict",
     "reconstruct",
     "run",
+    "update",
 ]
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "run": "wardround.runs.session",
     "evaluate": "wardround.runs.session",
     "join": "wardround.living.joining",
+    "update": "wardround.living.update",
     "predict": "wardround.runs.predict",
     "reconstruct": "wardround.runs.reconstruct",
     "Study": "wardround.study",
@@ -45,6 +47,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from wardround.errors import WardroundError
     from wardround.living.joining import join
+    from wardround.living.update import update
     from wardround.results.schema import Result
     from wardround.runs.predict import predict
     from wardround.runs.reconstruct import reconstruct

@@ -267,3 +267,25 @@ def test_a_whole_run_on_one_machine(tmp_path: Path) -> None:
     assert evaluate(tmp_path / "out", sites, engine="local", quiet=True).metrics == result.metrics
     again = run(study, sites, tmp_path / "out", compare=["local"], engine="local", quiet=True, resume=True)
     assert again.model_sha256 == result.model_sha256
+
+
+@pytest.mark.slow
+def test_a_site_pays_for_the_rounds_that_it_trained_and_never_more_than_was_planned(tmp_path: Path) -> None:
+    """Also for the one whose update came too late: what was trained was spent."""
+    privacy = {"patients_per_step": 2, "epsilon": 50.0, "noise_multiplier": 1.0, "delta": 1e-3}
+    method = {"kind": "fedavg", "weights": "equal"}
+    study = asynchronous(
+        2, sites=("A", "B", "C"), rounds=4, method=method, protection={"privacy": privacy}, schedule={"release": "last"}
+    )
+    sites = toy_sites(tmp_path / "data", ("A", "B", "C"))
+    result = run(study, sites, tmp_path / "out", engine="local", quiet=True)
+    lines = [line for line in read_rounds(tmp_path / "out") if line.arm == "federated"]
+    assert result.privacy is not None
+    for site, found in result.privacy.sites.items():
+        joined = sum(site in line.participants for line in lines)
+        rounds, rest = divmod(found.steps, study.local.steps)
+        assert rest == 0
+        assert joined <= rounds <= min(joined + 1, study.schedule.rounds)
+        assert 0.0 < found.epsilon <= 50.0
+    again = run(study, sites, tmp_path / "out", engine="local", quiet=True, resume=True)
+    assert again.privacy == result.privacy

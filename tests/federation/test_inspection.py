@@ -209,7 +209,7 @@ def test_what_a_sites_file_agrees_to_reaches_its_inspector(tmp_path: Path) -> No
     sites = toy_sites(tmp_path)
     agreed = sites.of("B").model_copy(update={"catch_up": 7})
     host = Machine(study(), sites.model_copy(update={"sites": {**sites.sites, "B": agreed}}), tmp_path / "out", ())
-    found = {name: host.agent(name).in_arm("federated")._inspector for name in ("A", "B")}
+    found = {name: host.agent(name).arms.site("federated")._inspector for name in ("A", "B")}
     assert [0 if each is None else each._catch_up for each in found.values()] == [0, 7]
     host.close()
 

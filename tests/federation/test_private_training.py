@@ -336,7 +336,7 @@ def test_a_lost_ledger_stops_the_site(tmp_path: Path) -> None:
     study = _study(noise_multiplier=1.0, epsilon=1000.0)  # the search for the noise takes seconds
     reserve(out)
     host = session.open_host(study, sites, out, (), (), None)
-    budget = host.agent("A").budgets.of("A", host.dataset("A"))
+    budget = host.agent("A").held.budgets.of("A", host.dataset("A"))
     budget.pay("s", "a", 1, 1, "c", [])
     budget.ledger.path.unlink()
     with pytest.raises(WardroundError, match="ledger was lost"):
@@ -373,7 +373,7 @@ def test_pooling_and_data_without_owners_are_refused(tmp_path: Path) -> None:
 def test_an_epsilon_that_rests_on_shared_noise_of_another_study_says_so(tmp_path: Path) -> None:
     out = tmp_path / "out"
     host = session.open_host(_study(), toy_sites(tmp_path), out, (), (), None)
-    budget = host.agent("A").budgets.of("A", host.dataset("A"))
+    budget = host.agent("A").held.budgets.of("A", host.dataset("A"))
     told = statement(host.study, {"A": spending_of(budget, "study")})
     assert told is not None
     assert SHARED not in told.note

@@ -33,8 +33,8 @@ from wardround.protection.identity import Identity
 from wardround.results.schema import Result
 from wardround.runs.conduct import coordinate
 from wardround.runs.session import run
-from wardround.site.agent import enrolled
 from wardround.site.agreed import AgreedStudy, spec_of
+from wardround.site.holdings import enrolled
 from wardround.site.process import agent_finder
 from wardround.storage.store import SiteStore
 from wardround.study.hashes import study_sha256

@@ -44,6 +44,17 @@ MRI: dict[str, dict[str, Any]] = {
         "model": {"kind": "modl", **_TINY},
         "acquisition": {"kind": "mri_noncartesian", "coils": 2, "trajectory": {"kind": "radial", "spokes": 12}},
     },
+    "varnet": {"model": {"kind": "varnet", **_TINY}},
+    "e2e_varnet": {"model": {"kind": "e2e_varnet", **_TINY}},
+    "swin_denoiser": {"model": {"kind": "swin_denoiser", **_TINY, "prompts": 3}},
+    "without true images": {
+        "model": {"kind": "modl", **_TINY},
+        "sites": {"A": {"supervision": {"kind": "split"}}, "B": {}},
+    },
+    "generative_prior": {
+        "model": {"kind": "generative_prior", **_TINY, "size": 32, "codes": 2, "iterations": 2},
+        "method": {"kind": "fedgimp"},
+    },
 }
 CT: dict[str, dict[str, Any]] = {
     "modl": {"model": {"kind": "modl", **_TINY}},
@@ -286,7 +297,7 @@ def test_sites_of_one_machine_compute_where_their_own_entries_say(tmp_path: Path
     }
     assert learners["B"].model is learners["C"].model is not learners["A"].model
     # Where the sites' data are pooled they do not agree.
-    assert machine.agent("pooled").compute == CPU
+    assert machine.agent("pooled").held.compute == CPU
     assert machine.agent("B").facts().machine["precision"] == "bf16"
 
 
@@ -349,7 +360,7 @@ def test_with_privacy_an_operation_that_cannot_be_repeated_is_refused_before_it_
         machine = _machine(tmp_path / f"{refused}", toy_study(**_PRIVATE))
         machine.__dict__["task"] = task
         agent = machine.agent("A")
-        agent.__dict__["compute"] = META
+        agent.held.__dict__["compute"] = META
         learner = machine.learner(machine.arm_spec("federated"), "A")
         if refused:
             with pytest.raises(StudyError, match=r"device: cpu.*|protection\.privacy: an operation") as error:
@@ -372,7 +383,7 @@ def test_with_privacy_another_device_is_charged_anew(tmp_path: Path) -> None:
     agent, arm = machine.agent("A"), machine.arm_spec("federated")
     spent = []
     for compute in (CPU, CPU, Compute(CPU.device, "bf16")):
-        agent.__dict__["compute"] = compute
+        agent.held.__dict__["compute"] = compute
         _step(machine, machine.learner(arm, "A"))
         spent.append(agent.spent().steps)
     assert spent[0] == spent[1] < spent[2]

@@ -193,7 +193,7 @@ def test_a_site_computes_on_the_threads_of_its_own_file(tmp_path: Path, monkeypa
     for arm, site, threads in (("federated", "A", 2), ("federated", "B", 3), ("pooled", "pooled", 2)):
         machine.learner(machine.arm_spec(arm), site).evaluate("test")
         assert (taken.pop(), taken) == (threads, [])
-        assert machine.agent(site).compute.facts()["threads"] == str(threads)
+        assert machine.agent(site).held.compute.facts()["threads"] == str(threads)
     machine.close()
 
 

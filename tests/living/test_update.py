@@ -13,17 +13,20 @@ from typer.testing import CliRunner
 from tests.living.ward import ROLES, admit, ward_sites, ward_study
 from wardround.cli import app
 from wardround.errors import DataError, StudyError
+from wardround.federation.expected import expected
 from wardround.living.chain import Chain
 from wardround.living.release import Release
 from wardround.living.update import PARENT_FILE, STUDY_FILE, prepare, update
 from wardround.plan.weights import file_sha256
 from wardround.results.schema import Result
+from wardround.runs.machine import NOWHERE, Machine
 from wardround.runs.session import evaluate, run
 from wardround.site.lineage import Lineage
 from wardround.study.hashes import study_sha256
 from wardround.study.load import load_study
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
+from wardround.study.start import Fresh
 
 FEW = {"A": 12, "B": 12}
 NEW = [f"A-ROE-{number}" for number in range(5)]
@@ -49,7 +52,7 @@ def test_only_sites_with_new_patients_train(tmp_path: Path, monkeypatch: Any, hi
         tmp_path / "two",
         engine="local",
         quiet=True,
-        said=told.append,
+        told=told.append,
     )
     assert told == [f"Continues release {parent.model_sha256[:12]}: A (2 new) train; B only measures"]
     study = load_study(tmp_path / "two" / "study.yaml")
@@ -58,6 +61,9 @@ def test_only_sites_with_new_patients_train(tmp_path: Path, monkeypatch: Any, hi
     assert child.participants == ("A",)
     assert child.gate is not None
     assert child.gate.sites.keys() == {"A", "B"}
+    # What was planned holds the test of the release before, whose request carries no model.
+    planned = expected(Machine(study.model_copy(update={"start": Fresh()}), sites, NOWHERE, ()))
+    assert child.traffic.arms["federated"].tests.up.metrics == 2 * planned.tests.up.metrics
     folder = tmp_path / "history-A" if history else tmp_path / "two/work/sites/A/history"
     known = Lineage(folder)
     assert known.ancestors(child.model_sha256) == (parent.model_sha256,)

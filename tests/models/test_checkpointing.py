@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from wardround.models.segmenters import SwinUNETRSettings
 from wardround.models.unrolled import MoDLSettings
 from wardround.models.vit import ViTSettings
 from wardround.study.adapters import LoRA
+from wardround.study.registry import builtin
 
 Made = tuple[nn.Module, Callable[[nn.Module], Tensor]]
 
@@ -64,6 +66,14 @@ def medsam() -> Made:
 def modl(norm: str = "batch") -> Made:
     operator, data, _ = mri_scan(32)
     network = build_model(MoDLSettings.model_validate({"kind": "modl", "preset": "tiny", "norm": norm}))
+    return network, lambda model: model(operator, data).abs()
+
+
+def mri(kind: str, **given: Any) -> Made:
+    operator, data, _ = mri_scan(32)
+    network = build_model(builtin("model", kind).model_validate({"kind": kind, "preset": "tiny", **given}))  # type: ignore[arg-type]
+    for parameter in network.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
     return network, lambda model: model(operator, data).abs()
 
 
@@ -124,6 +134,8 @@ QUICK = [vit, adapted, medsam, modl, dropping]
 CASES = [
     *QUICK,
     *(pytest.param(made, marks=pytest.mark.slow) for made in (mae, learn, lpd, swin)),
+    *(pytest.param(partial(mri, kind), marks=pytest.mark.slow, id=kind) for kind in ("varnet", "e2e_varnet")),
+    pytest.param(partial(mri, "swin_denoiser", prompts=3), marks=pytest.mark.slow, id="swin_denoiser"),
     *(pytest.param(partial(transformers, kind), marks=pytest.mark.slow, id=kind) for kind in ("vit", "dinov2", "swin")),
 ]
 

@@ -116,7 +116,7 @@ def test_a_site_tells_what_its_rules_allow(
             "protection": {"privacy": {"epsilon": 8.0, "delta": 1e-2, "clip": 1.0}},
         }
     host = Machine(load_study(ct_study(**changes)), _sites(folders, **rules), tmp_path, ())
-    assert host.agent("A").header_facts() == told
+    assert host.agent("A").held.header_facts() == told
 
 
 def test_a_rare_value_and_what_looks_like_a_name_are_not_told() -> None:

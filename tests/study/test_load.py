@@ -64,7 +64,7 @@ def test_every_problem_is_listed_with_its_key_and_fix() -> None:
     assert "  - sites.DU.role: must be 'train', 'evaluate' or 'unseen', not 'unsen'; did you mean `unseen`?" in lines
     assert "  - model.norms: unknown key; did you mean `norm`?" in lines
     assert "  - method.kind: unknown kind 'fedporx'; did you mean `fedprox`?" in lines
-    assert "  - task.loss.kind: must be 'l1', 'mse', 'ssim' or 'l1_ssim', not 'l2'" in lines
+    assert "  - task.loss.kind: must be 'l1', 'mse', 'ssim', 'l1_ssim' or 'psnr', not 'l2'" in lines
     assert "  - local.lr: must be greater than 0, not 0" in lines
     assert "  - shedule: unknown key; did you mean `schedule`?" in lines
 
@@ -156,7 +156,7 @@ def test_threads_are_the_machine_s_and_the_error_says_where_they_went() -> None:
 
 @given(st.permutations(["name", "sites", "seed", "local", "model"]))
 def test_the_plan_ignores_the_order_of_keys_and_written_defaults(order: list[str]) -> None:
-    full = {**MINIMAL, "seed": 0, "local": {"steps": 20}, "model": {"kind": "modl", "preset": "small"}}
+    full = {**MINIMAL, "seed": 0, "local": {"steps": 20}, "model": {"kind": "modl", "preset": "small_complex"}}
     assert plan_sha256(load_study({key: full[key] for key in order})) == plan_sha256(load_study(MINIMAL))
 
 

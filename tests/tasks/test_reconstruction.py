@@ -301,3 +301,19 @@ def test_real_images_come_back_better_than_zero_filled() -> None:
     zero_filled = mean_psnr("zero_filled", None)
     assert zero_filled > 20
     assert mean_psnr("tv", 0.001) > zero_filled + 4
+
+
+def test_training_scans_vary_and_all_others_are_the_scanners(folders: dict[str, Path]) -> None:
+    acquisition = {"coils": 4, "mask": {"calibration": 0.12}, "reference": "scan"}
+    vary = {"acceleration": [2, 5], "noise": [0.001, 0.02], "zoom": [0.7, 1.5], "turns": True}
+    plain = _task(acquisition=acquisition).dataset("A", (folders["A"],))
+    varied = _task(acquisition={**acquisition, "vary": vary}).dataset("A", (folders["A"],))
+    for (_, one), (_, other) in zip(plain.evaluation("test"), varied.evaluation("test"), strict=True):
+        assert _same(one, other)
+    first, again, other = (varied.batch([0, 1], np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert _same(first, again)
+    assert not _same(first, other)
+    # Each scan has lines and a noise of its own; what is learned is the scan's own image, noise in the air included.
+    assert not torch.equal(first.mask[0], first.mask[1])
+    assert (first.target[first.head == 0] != 0).all()
+    assert {mask.mean().item() for mask in plain.batch([0, 1], np.random.default_rng(1)).mask} == {0.25}

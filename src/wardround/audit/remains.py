@@ -140,7 +140,7 @@ def remains(study: Study, sites: SitesFile, site: str, models: Mapping[str, Path
 
 def losses_of(host: Machine, site: str, model: Path) -> Losses:
     """The mean loss of each of a site's patients by a released model."""
-    dataset, compute = host.dataset(site), host.agent(site).compute
+    dataset, compute = host.dataset(site), host.agent(site).held.compute
     if not dataset.patients("train") or not dataset.patients("validation") + dataset.patients("test"):
         raise DataError(f"site {site}: the attack needs patients who trained and patients who did not")
     network = ReleasedModel.opened(model).network(host.task.build_model, None, None)

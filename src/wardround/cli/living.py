@@ -104,7 +104,7 @@ def update(
             processes=processes,
             watcher=watcher,
             allow_code=allow_code,
-            said=say,
+            told=say,
         )
     summary(result)
     if result.gate is not None and not result.gate.promoted:

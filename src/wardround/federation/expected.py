@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from wardround.federation.exchange import EVALUATE, TRAIN, UPDATE, Call
 from wardround.federation.logs import ANCHOR, HEAD, HEADS
-from wardround.federation.measuring import RELEASED
+from wardround.federation.measuring import BASELINE, CONTINUED, FINETUNED, RELEASED
 from wardround.federation.metering import Meter
 from wardround.federation.plans import plan_of
 from wardround.learning.methods.method import MODEL
@@ -29,7 +29,7 @@ class Expected:
 
     `training` is a round of a site that trains, `last` the validation of the last one there, `validation` a round of a
     site that only evaluates (where it is validated), `tests` what is asked after the rounds, of every arm's model, with
-    the delivery of the released one.
+    the delivery of the released one. A model that each site that trains fine-tunes for itself is counted at all sites.
     """
 
     training: Bill
@@ -86,6 +86,9 @@ def expected(arm_specs: ArmSpecs) -> Expected:
     # Every site measures the models of all arms, but of those without one site only that without itself.
     for arm in (*(arm for arm in arms if arm not in left_out), *left_out[:1]):
         tests += _billed(arm_specs, _tested(arm_specs, arm, validate))
+    for row in _carried_by_none(arm_specs):
+        asked = {"split": "test", "evaluator": row}
+        tests += _billed(arm_specs, replace(last, layout=arm_spec.evaluation_layout, meta=asked))
     released = Bill(down=arm_spec.kinds.of_table(_model(arm_specs, arm_spec.arm)))
     return Expected(
         _billed(arm_specs, train),
@@ -93,6 +96,17 @@ def expected(arm_specs: ArmSpecs) -> Expected:
         _billed(arm_specs, validate) if plan.validate_every else NO_BILL,
         tests + released,
         arm_spec.arm.masked(arm_specs.study),
+    )
+
+
+def _carried_by_none(arm_specs: ArmSpecs) -> tuple[str, ...]:
+    """The rows of a test whose requests carry no model: sites have it, or it learns nothing."""
+    study = arm_specs.study
+    tuned = study.update is not None and study.update.finetune is not None and study.trains
+    return (
+        *(BASELINE for _ in study.baselines),
+        *((CONTINUED,) if study.update is not None else ()),
+        *((FINETUNED,) if tuned else ()),
     )
 
 

@@ -111,10 +111,10 @@ def prepare(
 
 
 def update(
-    release: Release,
+    release: Release | str | Path,
     study: Study | str | Path | Mapping[str, Any],
     sites: SitesFile | str | Path,
-    out: Path,
+    out: str | Path,
     *,
     overrides: Sequence[str] = (),
     train: Collection[str] = (),
@@ -126,22 +126,28 @@ def update(
     watcher: Watcher | None = None,
     quiet: bool = False,
     allow_code: bool = False,
-    said: Callable[[str], None] = lambda _: None,
+    told: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Prepare (`prepare`) and run a study that continues a release; made again, it goes on where it was.
 
+    `release` is the folder of a finished run, or a released model's file. `out` is a folder of its own.
     Of a `chain` the new model becomes an entry, promoted or refused; the release becomes one before, where it is none.
-    `said` is called with who trains, before anything does.
+    `told` is called with who trains, before anything does.
 
     Raises as `prepare` and `wardround.run` do. The release and the folder of its run stay as they are.
+
+    >>> later = update("out", "study.yaml", "sites.yaml", "second", more_rounds=5)  # doctest: +SKIP
+    >>> later.gate.promoted  # doctest: +SKIP
     """
     if not isinstance(sites, SitesFile):
         sites = load_sites(sites)
     sites = sites.with_code() if allow_code else sites
+    release = release if isinstance(release, Release) else Release.at(Path(release))
+    out = Path(out)
     if chain is not None and not any(entry.release == release.sha256 for entry in chain.check()):
         chain.add(release)
     prepared = prepare(release, study, out, overrides=overrides, sites=sites, train=train, more_rounds=more_rounds)
-    said(prepared.said)
+    told(prepared.said)
     held = _held(prepared, sites, engine=engine, watcher=watcher, quiet=quiet)
     result = run(
         held,

@@ -146,7 +146,7 @@ def attach(model: nn.Module, adapters: Adapters, *, folds: bool = False) -> Atta
     if isinstance(adapters, Prompts) and not getattr(model, "takes_prompts", True):
         raise StudyError(
             "adapters.kind: prompts, and the network's blocks see windows of fixed sizes, which no token can be added "
-            "to; take lora or bottleneck"
+            "to; take lora or bottleneck, or prompts of the network's own (model.prompts of swin_denoiser)"
         )
     if not isinstance(adapters, Partial):
         for name, layer in _targets(model, adapters.targets):

@@ -22,24 +22,42 @@ class Denoiser(nn.Module):
     images s times smaller in each direction: on a processor that is the cheaper way to the same field of
     view. Weights start at He's scale, which keeps the size of the signal through the stack, those of the
     last layer at zero: an untrained denoiser is the identity. `norm` stands between the inner layers.
-    `guides` is the number of further images that it sees and does not change.
+    `guides` is the number of further images that it sees and does not change. Without `bias` (and `norm`) it is
+    homogeneous, D(c x) = c D(x) for c > 0, and serves noise of levels that it never saw (Mohan et al., ICLR 2020).
     """
 
     def __init__(
-        self, channels: int, layers: int, *, parts: int = 2, scale: int = 1, norm: Norm = "none", guides: int = 0
+        self,
+        channels: int,
+        layers: int,
+        *,
+        parts: int = 2,
+        scale: int = 1,
+        norm: Norm = "none",
+        guides: int = 0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.scale = scale
         folded = parts * scale * scale
-        stack: list[nn.Module] = [convolution((1 + guides) * folded, channels), nn.ReLU()]
+        stack: list[nn.Module] = [convolution((1 + guides) * folded, channels, bias=bias), nn.ReLU()]
         for _ in range(layers - 2):
             # A bias in front of a normalisation would be subtracted again.
-            stack += [convolution(channels, channels, bias=norm == "none"), *_norm(norm, channels), nn.ReLU()]
-        last = convolution(channels, folded)
+            stack += [convolution(channels, channels, bias=bias and norm == "none"), *_norm(norm, channels), nn.ReLU()]
+        last = convolution(channels, folded, bias=bias)
         nn.init.zeros_(last.weight)
         self.stack = nn.Sequential(*stack, last)
         # What stands right before a ReLU, where a normalisation does not undo it.
         self.blocks = {str(i - 1): channels for i, layer in enumerate(stack) if isinstance(layer, nn.ReLU)}
+        #: The module in the middle, where methods look for what the network makes of an image.
+        self.bottleneck = f"stack.{list(self.blocks)[(layers - 1) // 2]}"
+
+    @property
+    def encoder_parts(self) -> tuple[str, ...]:
+        """The first two thirds of its convolutions, with what follows each: six of nine in ModFed (Wu et al., 2024)."""
+        places = [place for place, layer in enumerate(self.stack) if isinstance(layer, nn.Conv2d)]
+        end = places[round(2 * len(places) / 3)]
+        return tuple(f"stack.{place}" for place in range(end))
 
     def forward(self, image: Tensor, films: Modulation | None = None, guides: Sequence[Tensor] = ()) -> Tensor:
         """Images (B, H, W) of the same type in and out; sizes that `scale` does not divide are padded inside."""
@@ -57,23 +75,34 @@ class ResidualUNet(nn.Module):
     """A small U-Net that predicts what to add to an image: as `Denoiser`, with a wider field of view.
 
     Level l has channels 2^l feature maps at half the resolution of the level above, two convolutions down and one
-    up; skips are concatenated (Ronneberger et al., MICCAI 2015). Untrained, it is the identity.
+    up; skips are concatenated (Ronneberger et al., MICCAI 2015). Untrained, it is the identity. `bias` as in
+    `Denoiser`.
     """
 
-    def __init__(self, channels: int, levels: int, *, parts: int = 2, scale: int = 1, guides: int = 0) -> None:
+    def __init__(
+        self, channels: int, levels: int, *, parts: int = 2, scale: int = 1, guides: int = 0, bias: bool = True
+    ) -> None:
         super().__init__()
         self.scale = scale
         self.levels = levels
         folded = parts * scale * scale
         widths = [channels * 2**level for level in range(levels)]
         above = [(1 + guides) * folded, *widths]
-        self.down = nn.ModuleList(convolution(above[i], w, stride=1 if i == 0 else 2) for i, w in enumerate(widths))
-        self.inner = nn.ModuleList(convolution(w, w) for w in widths)
-        self.up = nn.ModuleList(convolution(w + 2 * w, w) for w in widths[:-1])
-        self.last = convolution(channels, folded)
+        strides = [1] + [2] * (levels - 1)
+        self.down = nn.ModuleList(convolution(above[i], w, stride=strides[i], bias=bias) for i, w in enumerate(widths))
+        self.inner = nn.ModuleList(convolution(w, w, bias=bias) for w in widths)
+        self.up = nn.ModuleList(convolution(w + 2 * w, w, bias=bias) for w in widths[:-1])
+        self.last = convolution(channels, folded, bias=bias)
         nn.init.zeros_(self.last.weight)
         self.blocks = {f"{part}.{i}": w for part in ("down", "inner") for i, w in enumerate(widths)}
         self.blocks |= {f"up.{i}": w for i, w in enumerate(widths[:-1])}
+        #: The module of the deepest level, where methods look for what the network makes of an image.
+        self.bottleneck = f"inner.{levels - 1}"
+
+    @property
+    def encoder_parts(self) -> tuple[str, ...]:
+        """The way down."""
+        return ("down", "inner")
 
     def forward(self, image: Tensor, films: Modulation | None = None, guides: Sequence[Tensor] = ()) -> Tensor:
         """Images (B, H, W) of the same type in and out; sizes that are no multiple are padded inside."""

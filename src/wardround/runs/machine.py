@@ -19,10 +19,12 @@ from wardround.protection.rounding import study_root
 from wardround.runs.asking import data_changed
 from wardround.runs.context import Context
 from wardround.runs.watching import OPERATORS, READING, Phase
-from wardround.site.agent import Agent, Progress
+from wardround.site.agent import Agent
+from wardround.site.arms import Progress
 from wardround.site.datasets import Datasets
 from wardround.site.egress import EgressRules
 from wardround.site.groups import labels_of
+from wardround.site.holdings import Holdings
 from wardround.site.memory import GIGABYTE, check_memory, footprint_of, processes_that_fit
 from wardround.site.renewed import check_some
 from wardround.site.shelf import Shelf, check_disk
@@ -71,15 +73,8 @@ class Machine(Context):
         if site not in self._agents:
             if site != POOLED and site not in self.study.sites:
                 raise StudyError(f"the study has no site {site[:40]!r}")
-            self._agents[site] = Agent(
-                site,
-                self,
-                self.sites,
-                self.out,
-                self.datasets,
-                progress=self._progress,
-                rounding_root=self.rounding_root,
-            )
+            held = Holdings(site, self, self.sites, self.out, self.datasets, rounding_root=self.rounding_root)
+            self._agents[site] = Agent(held, self._progress)
         return self._agents[site]
 
     def find(self, header: Header) -> Party:
@@ -96,7 +91,7 @@ class Machine(Context):
 
     def learner(self, arm_spec: ArmSpec, site: str) -> Learner:
         """What trains and evaluates at a site in an arm."""
-        return self.agent(site).learner(arm_spec)
+        return self.agent(site).arms.learner(arm_spec)
 
     @property
     def rounding_root(self) -> bytes:
@@ -116,16 +111,16 @@ class Machine(Context):
         for number, site in enumerate(sites):
             phase(READING, number, len(sites))
             try:
-                _ = self.agent(site).compute
-                self.agent(site).check_continued()
-                dataset, budgets = self.dataset(site), self.agent(site).budgets
+                _ = self.agent(site).held.compute
+                self.agent(site).arms.check_continued()
+                dataset, budgets = self.dataset(site), self.agent(site).held.budgets
                 if site in self.study.training_sites:
                     check_some(site, len(dataset), self.study.update)
                 entry = self.sites.sites.get(site)
                 if entry is not None and entry.groups is not None and isinstance(dataset, Named):
                     labels_of(entry.groups, dataset.names("test"), site)
                 if entry is not None and entry.memory is not None and site in self.study.training_sites:
-                    check_memory({site: (footprint_of(self, dataset, self.agent(site).compute), entry.memory)})
+                    check_memory({site: (footprint_of(self, dataset, self.agent(site).held.compute), entry.memory)})
                 if budgets.rules is not None and site in self.study.training_sites:
                     budgets.terms(site, dataset)
             except WardroundError:
@@ -145,7 +140,7 @@ class Machine(Context):
         needed: dict[str, int] = {}
         free: dict[str, int] = {}
         for site in self.remaining(self.study.training_sites) if most > 1 else ():
-            compute = self.agent(site).compute
+            compute = self.agent(site).held.compute
             left, room = free_memory(compute), self.sites.of(site).memory
             if left is None:
                 continue
@@ -172,7 +167,7 @@ class Machine(Context):
     def _shelf(self, site: str) -> Shelf | None:
         """Where a site keeps what a frozen encoder gives; nothing for one whose data could not be opened."""
         try:
-            return self.agent(site).shelf
+            return self.agent(site).held.shelf
         except Exception:
             log.debug("a site has no shelf", exc_info=True)
             return None
@@ -196,9 +191,12 @@ class Machine(Context):
         """
         changed: list[str] = []
         for site in (POOLED, *self.remaining(self.study.sites)):
-            known = self.agent(site).earlier_fingerprints()
+            agent = self.agent(site)
+            known = agent.arms.earlier_fingerprints()
             found = self.datasets.fingerprint(site) if known and site != POOLED else None
-            if found is not None and any(one != found and not self.agent(site).follows(one, found) for one in known):
+            if found is not None and any(
+                one != found and not self.agent(site).held.follows(one, found) for one in known
+            ):
                 changed.append(site)
         if changed:
             raise data_changed(changed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,11 +22,12 @@ from wardround.imaging.readers.dicom import series_files
 from wardround.imaging.readers.dicom_file import is_projection, open_dicom
 from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.labelled import LabelledImage
+from wardround.imaging.readers.raw import is_raw
 from wardround.imaging.readers.volume import Volume, space_of, write_nifti
 from wardround.imaging.writers.dicom_seg import highdicom, write_seg
 from wardround.runs.inputs import Input, Inputs, Opened, find_inputs
 from wardround.runs.overlays import write_overlay
-from wardround.runs.releases import ReleaseUsed
+from wardround.runs.releases import USED, ReleaseUsed
 from wardround.study.base import at
 from wardround.tasks.contrasts import lacking
 from wardround.tasks.predictions import Masks, Prediction, Probabilities
@@ -35,8 +35,6 @@ from wardround.tasks.task import Predicts, PredictsScans
 from wardround.wire.files import reason, write_text, written
 
 VOLUMES, PROBABILITIES, PATIENTS, OVERLAYS = "volumes.csv", "probabilities.csv", "patients.csv", "overlays"
-# Which release was used.
-MODEL = "model.json"
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Failure:
 class ImagePredictor:
     """A released model of images, opened once, for any number of inputs; its results lie in the folder `out`.
 
-    One of a chain takes raw data, too, of as many coils as one of `coils` says.
+    One of a chain takes raw data, too; `coils` are the numbers of coils that it was trained with.
     """
 
     task: Predicts
@@ -153,19 +151,12 @@ class ImagePredictor:
                 self.tell(result)
         table = self._table()
         if table is not None:
-            self._say_release()
+            self.release.write(self.out / USED)
         return table
 
-    def _say_release(self) -> None:
-        """Write beside the table which release it came of."""
-        path = self.out / MODEL
-        try:
-            write_text(path, json.dumps(self.release.to_json(), indent=2) + "\n")
-        except OSError as error:
-            raise DataError(f"the output cannot be written ({reason(error)})", detail=str(path)) from error
-
     def _inputs(self, source: Path, patterns: Patterns) -> Inputs:
-        if isinstance(self.task, PredictsScans) and _raw(source):
+        # An ending that a reader outside takes for images is one of images.
+        if isinstance(self.task, PredictsScans) and source.suffix not in patterns.readers and _raw(source):
             scanning = self.task.scanning()
             if source.is_dir() or not scanning.raw:
                 raise DataError(
@@ -173,7 +164,7 @@ class ImagePredictor:
                     "scanned first",
                     detail=str(source),
                 )
-            return Inputs({source.stem: [at(scanning.raw)(source, self.coils)]})
+            return Inputs({source.stem: [at(scanning.raw)(source, self.coils, scanning)]})
         return find_inputs(source, patterns)
 
     def _said(self, opened: Opened) -> tuple[Opened, Prediction]:
@@ -217,7 +208,7 @@ class ImagePredictor:
         named = {image.id: said for image, _, said in found if isinstance(said, Probabilities)}
         simulated = isinstance(self.task, PredictsScans) and any(opened.scans is None for _, opened, _ in found)
         minds = (f"{self._scanned}.",) if simulated else ()
-        without = dict.fromkeys(mind for _, opened, _ in found for mind in self._lacking(opened))
+        without = dict.fromkeys(mind for _, opened, _ in found for mind in (*opened.minds, *self._lacking(opened)))
         return [_diagnosis(source, patient, named, (*minds, *without))]
 
     def _outline(self, source: Path, image: Input, opened: Opened, masks: Masks) -> Outline:
@@ -239,7 +230,7 @@ class ImagePredictor:
                 output = _write_labels(masks, opened.image, image.source, self.out / name)
             if masks.images is not None:
                 minds = (*minds, self._reconstructed(opened, image, name))
-            minds = (*minds, *self._lacking(opened))
+            minds = (*minds, *opened.minds, *self._lacking(opened))
             write_overlay(opened.image, masks.marked, masks.names, overlay)
         except OSError as error:
             raise DataError(f"the output cannot be written ({reason(error)})", detail=str(self.out)) from error
@@ -355,7 +346,7 @@ def _csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> P
 def _raw(source: Path) -> bool:
     """Whether an input holds raw data: an array, or projections of CT in DICOM."""
     if not source.is_dir():
-        return source.suffix == ".npy"
+        return is_raw(source)
     first = next((path for path in series_files(source) if find_dicom(path)), None)
     return first is not None and is_projection(open_dicom(first, pixels=False))
 

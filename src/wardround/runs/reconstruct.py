@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from wardround.errors import StudyError, WardroundError
+from wardround.imaging.readers.raw import ENDINGS
 from wardround.runs.apply import Reconstruction, Reconstructor
-from wardround.runs.releases import ReleasedModel
+from wardround.runs.releases import USED, ReleasedModel
 
-_ENDINGS = (".nii.gz", ".nii", ".npy")
+_ENDINGS = (".nii.gz", ".nii", *ENDINGS)
 Fallback = Literal["tv"]
 PathLike = str | os.PathLike[str]
 
@@ -66,6 +67,7 @@ def reconstruct_all(
 ) -> tuple[list[Reconstruction], list[tuple[Path, WardroundError]]]:
     """Every input that can be is reconstructed, as `reconstruct` does; then those that cannot, and why.
 
+    Which release it was is written beside them: `model.json` in a folder, NAME.model.json beside one file NAME.nii.gz.
     Raises the error of a single input.
     """
     single = isinstance(inputs, str | os.PathLike)
@@ -83,6 +85,10 @@ def reconstruct_all(
             continue
         told(found)
         done.append(found)
+    if done:
+        reconstructor.release.write(
+            Path(out).with_name(f"{_base(Path(out).name)}.{USED}") if whole else Path(out) / USED
+        )
     return done, failed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,11 @@ from wardround.study.protocols import ModelProtocols
 from wardround.study.registry import Reading
 from wardround.study.schema import Study
 from wardround.tasks.build import build_task
+from wardround.wire.files import reason, write_text
 from wardround.wire.tensors import tensors_sha256
 
+# Beside results: which release they came of.
+USED = "model.json"
 # A chain of releases has its models in a folder of this name, beside its log.
 _MODELS, _SHORT = "models", 12
 
@@ -53,6 +57,13 @@ class ReleaseUsed:
     def to_json(self) -> dict[str, Any]:
         """For programs."""
         return {"model_sha256": self.sha256, "release": self.short, "study": self.study, "number": self.number}
+
+    def write(self, path: Path) -> None:
+        """Put it into a file beside the results. Raises `DataError` where the disk does not take it."""
+        try:
+            write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
+        except OSError as error:
+            raise DataError(f"the output cannot be written ({reason(error)})", detail=str(path)) from error
 
 
 def number_in_chain(path: Path, sha256: str) -> int | None:

@@ -11,10 +11,12 @@ from wardround.errors import StudyError, WardroundError, WireError
 from wardround.federation.exchange import Party
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.protection.identity import Identity
-from wardround.site.agent import Agent, Progress
+from wardround.site.agent import Agent
 from wardround.site.agreed import AgreedStudy as AgreedStudy
 from wardround.site.agreed import spec_of as spec_of
+from wardround.site.arms import Progress
 from wardround.site.datasets import Datasets
+from wardround.site.holdings import Holdings
 from wardround.study.load import load_study
 from wardround.study.plugins import Plugins
 from wardround.study.sites import SiteData, SitesFile
@@ -64,10 +66,8 @@ def agents_of(spec: dict[str, Any], progress: Progress | None = None) -> list[Ag
         if folder.is_dir():
             arm_specs.aside = folder
         datasets = Datasets(arm_specs, sites, int(spec["floor"]), folder)
-        agent = Agent(
-            name, arm_specs, sites, folder, datasets, progress=progress, rounding_root=root, identity=identity
-        )
-        agents.append(agent)
+        held = Holdings(name, arm_specs, sites, folder, datasets, rounding_root=root, given=identity)
+        agents.append(Agent(held, progress))
     return agents
 
 

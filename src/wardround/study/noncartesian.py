@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from wardround.errors import DataError
+from wardround.errors import DataError, StudyError
 from wardround.study.acquisition import CoilAcquisition
 from wardround.study.base import Config, at
+from wardround.study.tasks import ReconstructionTask
 
 
 class Radial(Config):
@@ -74,6 +75,14 @@ class NonCartesianAcquisition(CoilAcquisition):
         if isinstance(value, dict) and "mask" in value:
             raise ValueError("`mask` chooses lines of a Cartesian scan; a `trajectory` says what this one measures")
         return value
+
+    def check(self, task: ReconstructionTask, site: str) -> None:
+        """Raise `StudyError` for maps by ESPIRiT, which needs calibration lines."""
+        if self.maps == "espirit":
+            raise StudyError(
+                f"acquisition.maps: espirit needs calibration lines, and the scanner of site {site} measures none; "
+                "set maps: estimated"
+            )
 
     def describe(self) -> str:
         """Trajectory, coils and noise."""

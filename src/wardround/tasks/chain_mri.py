@@ -122,6 +122,8 @@ class KSpaceScanning:
         self._study, self._size = study, config.size
         if config.window is not None:
             raise StudyError("task.window is of images in HU, and the study's acquisition is MRI; take it out")
+        for site in study.sites:
+            self.acquisition(site).check_maps(config.size, site)
         if study.model.real_images and config.seen == "reconstruction":
             require_estimated_maps(study, "model.image: real")
 

@@ -195,7 +195,7 @@ def _memory(host: Machine, site: str, dataset: Dataset | None) -> str:
     if dataset is None:
         return f"not known while the data cannot be opened; {where}"
     try:
-        taken = footprint_of(host, dataset, host.agent(site).compute)
+        taken = footprint_of(host, dataset, host.agent(site).held.compute)
     except Exception as error:
         return f"not known ({describe_error(error)}); {where}"
     room = f" of the {entry_of_site.memory:g} GB of site.yaml" if entry_of_site.memory is not None else ""

@@ -193,7 +193,7 @@ def protected(host: Machine, site: str, dataset: Dataset | None) -> str:
     elif dataset is None:
         lines.append(entry("cost", "not known while the data cannot be opened"))
     else:
-        outlook = host.agent(site).budgets.outlook(site, dataset)
+        outlook = host.agent(site).held.budgets.outlook(site, dataset)
         spent = "no ledger of earlier studies" if outlook.spent is None else f"{outlook.spent:.2f} spent before"
         lines.append(
             entry(

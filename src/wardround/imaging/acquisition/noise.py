@@ -42,27 +42,66 @@ def coil_noise(
 def estimate_covariance(noise: Tensor) -> Tensor:
     """Estimate E[n n*] / 2, complex Hermitian (C, C), from noise samples (C, ...) taken without excitation.
 
-    With noise of standard deviation sigma per component this estimates sigma^2 Psi.
+    With noise of standard deviation sigma per component this estimates sigma^2 Psi, each entry to about
+    sigma^2 / sqrt(samples). Sums are in double precision, as scanners' units may be tiny or huge.
     """
-    samples = noise.reshape(noise.shape[0], -1)
-    return samples @ samples.conj().T / (2 * samples.shape[1])
+    samples = noise.reshape(noise.shape[0], -1).to(torch.complex128)
+    covariance = samples @ samples.mH / (2 * samples.shape[1])
+    return covariance.to(noise.dtype)
 
 
-def whiten(data: Tensor, covariance: Tensor) -> Tensor:
-    """Decorrelate coils: L^-1 data with covariance = L L*, for k-space or maps (..., C, H, W).
+def corner_covariance(kspace: Tensor, mask: Tensor, share: float = 0.05) -> Tensor:
+    """Estimate the noise's covariance (C, C) from a scan's own k-space, where nobody measured noise alone.
 
-    Applied to both k-space and maps it leaves the image unchanged and makes least squares the likeliest fit
-    (Pruessmann et al., Magn. Reson. Med. 46 (2001), 638). covariance: (C, C), real or complex.
-    Raises GeometryError where the covariance is not positive definite.
+    kspace: complex (..., C, H, W), the slices of one scan; mask: (H, W), 1 where measured. Taken are the `share` of the
+    measured samples that lie farthest from the centre, each axis relative to its length, where the signal is weakest.
+    What signal is left there counts as noise, so this never says too little; noise scans are better. K-space that was
+    filled with zeros, filtered or interpolated has no noise in its corners: its mask must leave those out.
+    Raises GeometryError where fewer samples than 10 for each coil are left.
     """
-    factor, info = torch.linalg.cholesky_ex(covariance.to(data.dtype))
+    coils, height, width = kspace.shape[-3:]
+    rows = torch.arange(height, device=kspace.device, dtype=torch.float64) / height - (height // 2) / height
+    columns = torch.arange(width, device=kspace.device, dtype=torch.float64) / width - (width // 2) / width
+    distance = rows[:, None].square() + columns.square()
+    measured = (mask != 0).to(kspace.device).expand(height, width)
+    far = distance[measured].sort(descending=True).values
+    count = int(share * len(far))
+    slices = kspace[..., 0, 0, 0].numel()
+    if count * slices < 10 * coils:
+        raise GeometryError(
+            f"the outer {share:.0%} of k-space hold {count * slices} samples, too few for the covariance of {coils} "
+            "coils; give a larger share, or measure noise"
+        )
+    outer = measured & (distance >= far[count - 1])
+    return estimate_covariance(kspace.movedim(-3, 0)[..., outer])
+
+
+def whiten(data: Tensor, covariance: Tensor, axis: int = -3) -> Tensor:
+    """Decorrelate coils: L^-1 data with covariance = L L*; `axis` is that of the coils.
+
+    data: complex k-space or maps (..., C, H, W), or readouts (C, samples) with `axis=0`. What had this covariance has
+    afterwards the identity (real and imaginary parts of standard deviation 1). Applied to both k-space and maps it
+    leaves the image unchanged, and least squares is then the fit of least variance, the best signal-to-noise ratio that
+    a linear combination of the coils can have (Pruessmann et al., Magn. Reson. Med. 46 (2001), 638; Roemer et al.,
+    Magn. Reson. Med. 16 (1990), 192). Maps estimated from whitened k-space are those of the whitened coils.
+    covariance: (C, C), real or complex; factored in double precision. Raises GeometryError where it does not fit the
+    data, or is not positive definite.
+    """
+    coils = data.shape[axis]
+    if covariance.shape != (coils, coils):
+        raise GeometryError(
+            f"the noise covariance has shape {tuple(covariance.shape)}, but the data have {coils} coils on axis "
+            f"{axis}; it must be {(coils, coils)}"
+        )
+    factor, info = torch.linalg.cholesky_ex(covariance.to(torch.complex128))
     if on_host(info).any():
         raise GeometryError(
             "the noise covariance is not positive definite; measure more noise samples than there are coils"
         )
-    flat = data.flatten(-2)
-    white: Tensor = torch.linalg.solve_triangular(factor, flat, upper=False)
-    return white.reshape(data.shape)
+    identity = torch.eye(coils, dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(data.dtype)
+    white: Tensor = torch.tensordot(inverse, data.movedim(axis, 0), dims=1)
+    return white.movedim(0, axis)
 
 
 def _cholesky(covariance: NDArray[np.float64]) -> NDArray[np.float64]:

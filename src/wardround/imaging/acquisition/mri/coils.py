@@ -10,22 +10,24 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from wardround.errors import GeometryError
+from wardround.imaging.acquisition.mri.espirit import espirit_maps
 from wardround.imaging.acquisition.mri.masks import centred
 from wardround.imaging.acquisition.mri.operator import ifft2c
+from wardround.study.acquisition import Maps
 from wardround.wire.host import on_host
 
 
 def birdcage_maps(
     coils: int,
     shape: tuple[int, int],
-    radius: float = 1.5,
+    radius: float | ArrayLike = 1.5,
     *,
     angles: ArrayLike | None = None,
     phases: ArrayLike | None = None,
 ) -> NDArray[np.complex64]:
     """Sensitivities (C, H, W) of coils on a circle around the field of view, root sum of squares 1.
 
-    radius: distance of the coils from the centre in half fields of view; the corners are at sqrt(2).
+    radius: distance of the coils from the centre in half fields of view, one for all or (C,); corners are at sqrt(2).
     angles: (C,) positions in radians, evenly spaced by default. phases: (C,) receiver phases, default 0.
     By reciprocity a coil sees what its own field reaches; each rung is a long straight wire, whose field
     falls with the distance and turns with the angle around it: B_x - i B_y ~ 1 / (z - z_coil) for z = x + i y
@@ -41,7 +43,7 @@ def birdcage_maps(
     x = (np.arange(width, dtype=np.float32) - width // 2) / (width / 2)
     z = (x[None, :] + 1j * y[:, None]).astype(np.complex64)
     # Half a voxel is the closest that a voxel's average comes to a wire.
-    offset = z - (radius * positions).astype(np.complex64)[:, None, None]
+    offset = z - (np.asarray(radius, np.float64) * positions).astype(np.complex64)[:, None, None]
     square = np.maximum(offset.real**2 + offset.imag**2, np.float32(1 / max(shape)) ** 2)
     maps = (np.conj(offset) / square) * (gains * positions).astype(np.complex64)[:, None, None]
     power = (maps.real**2 + maps.imag**2).sum(0)
@@ -70,6 +72,22 @@ def over_root_sum_of_squares(images: Tensor, floor: float) -> Tensor:
     power = torch.view_as_real(images).square().sum((1, -1), keepdim=True).squeeze(-1)
     lowest = floor**2 * power.amax((-2, -1), keepdim=True)
     return images * torch.maximum(power, lowest.clamp_min(torch.finfo(power.dtype).tiny)).rsqrt()
+
+
+def estimate_maps(kspace: Tensor, mask: Tensor, how: Maps) -> Tensor:
+    """Coil maps (B, C, H, W) of measured k-space (B, C, H, W), complex, and its mask, broadcastable to (B, H, W).
+
+    how: `estimated` is `low_resolution_maps`, `espirit` is `espirit_maps`. Nobody knows the `true` maps of what was
+    measured: they are estimated as by `estimated`. Raises GeometryError where the centre was not measured, and for
+    ESPIRiT of one coil or of fewer than 6 calibration lines.
+    """
+    if how != "espirit":
+        return low_resolution_maps(kspace, mask)
+    batch, _, height, width = kspace.shape
+    masks = on_host(mask[(None,) * (3 - mask.ndim)].expand(batch, height, width))
+    return torch.cat(
+        [espirit_maps(one[None], calibration_region(measured)) for one, measured in zip(kspace, masks, strict=True)]
+    )
 
 
 def calibration_region(mask: NDArray[np.float32]) -> tuple[int, int]:

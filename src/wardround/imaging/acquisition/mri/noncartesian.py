@@ -164,8 +164,9 @@ class NonCartesianMRI(LinearOperator):
 def _normal(x: Tensor, maps: Tensor, kernel: Tensor) -> Tensor:
     height, width = x.shape[1:]
     k = torch.fft.fftn(maps * x.unsqueeze(1), s=(2 * height, 2 * width), dim=_PLANE).mul_(kernel.unsqueeze(1))
-    images = torch.fft.ifftn(k, dim=_PLANE, norm="forward")[..., :height, :width]
-    return (images * maps.conj()).sum(1)
+    images: Tensor = torch.fft.ifftn(k, dim=_PLANE, norm="forward")[..., :height, :width]
+    combined: Tensor = (images * maps.conj()).sum(1)
+    return combined
 
 
 def _run(transform: Transform, x: Tensor, adjoint: bool) -> Tensor:

@@ -95,7 +95,8 @@ def path_of(
     unturned, areas = _points(acquisition.trajectory, shape, 0.0)
     radius = None if acquisition.maps == "true" else dense_radius(unturned, shape)
     parts = (_points(acquisition.trajectory, shape, start)[0], even_weights(unturned, shape), areas)
-    return Path(*(torch.from_numpy(part.astype(np.float32)) for part in parts), radius)
+    trajectory, weights, stood_for = (torch.from_numpy(part.astype(np.float32)) for part in parts)
+    return Path(trajectory, weights, stood_for, radius)
 
 
 def require_dense_centre(acquisition: NonCartesianAcquisition, shape: tuple[int, int]) -> None:

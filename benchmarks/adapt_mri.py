@@ -1,0 +1,214 @@
+"""A network pretrained on phantoms comes to five real institutions: adapt it by prompts, by LoRA, whole, or not at all?
+
+The network is the Swin denoiser. It is pretrained on the package's phantoms (made-up patients of the ICBM152 anatomy,
+nine protocols; a federation of their sites), then adapted on simulated scans of the real images of
+examples/lgg-mri.yaml, federated, with the same rounds and steps: `prompts` trains and exchanges 20 deep prompts a block
+(FedPR's number, plain averages), `lora` products of rank 4 on queries and values, `full` every value, `scratch` every
+value from random ones. `pretrained` is the network as it came. Rates are one guess for each arm (RATES), not tuned.
+
+Per arm: PSNR of magnitude images on test patients (mean of the training sites, worst of them, unseen EZ), bytes of all
+messages of the rounds, and bytes of one site in one round. Resumable with --out. Phantoms are no patients.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common import arguments, conditions, finish, need_images, table
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDY, SITES = (ROOT / "examples" / f"{name}.yaml" for name in ("lgg-mri", "lgg-sites"))
+TRAINING = ("CS", "DU", "FG", "HT")
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
+    "prompts": {"kind": "partial", "trained": ["*.prompts"]},
+    "lora": {"kind": "lora", "targets": ["*.q_proj", "*.v_proj"], "rank": 4, "alpha": 8.0},
+}
+RATES = {"pretrained": 1e-3, "prompts": 1e-2, "lora": 2e-3, "full": 5e-4, "scratch": 1e-3}
+PROMPTS = 20
+PHANTOM_RATE = 1e-3
+# Rounds of the pretraining and of an adaptation, phantoms a site, slices of one, pixels, slices that test a patient.
+FULL = {
+    "preset": "small",
+    "pretraining": 80,
+    "rounds": 60,
+    "steps": 10,
+    "patients": 6,
+    "slices": 12,
+    "size": 96,
+    "test": 6,
+}
+QUICK = {"preset": "tiny", "pretraining": 2, "rounds": 2, "steps": 2, "patients": 3, "slices": 2, "size": 48, "test": 1}
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--out", type=Path, help="keep the runs here, and go on with those that are there")
+    options = parser.parse_args()
+    need_images("lgg")
+    sizes: dict[str, Any] = QUICK if options.quick else FULL
+    state = conditions(**sizes, seed=2026, repeats=1, quick=options.quick)
+    folder = options.out or Path(tempfile.mkdtemp(prefix="adapt-mri-"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    import wardround
+
+    began = time.perf_counter()
+    sites = phantoms(folder / "phantoms", sizes)
+    first = wardround.run(pretraining(list(sites), sizes), _phantom_sites(sites), folder / "pretraining")
+    on_phantoms, tv = (first.metric(arm, "mean", "psnr") for arm in ("federated", "tv"))
+    print(f"pretrained on phantoms: {on_phantoms:.2f} dB there, total variation {tv:.2f} dB", flush=True)
+    found: dict[str, dict[str, Any]] = {}
+    for arm in RATES:
+        before = time.perf_counter()
+        result = wardround.run(adaptation(arm, first.model_sha256, sizes), _sites(arm, first.out), folder / arm)
+        found[arm] = {**measured(result, sizes["rounds"]), "seconds": time.perf_counter() - before}
+        print(f"{arm}: {found[arm]['psnr']:.2f} dB, {found[arm]['seconds']:.0f} s", flush=True)
+    known = {name: result.metric(name, "mean", "psnr") for name in ("zero_filled", "tv")}
+    report(found, known, {**state, "psnr_on_phantoms": on_phantoms}, time.perf_counter() - began)
+    if options.out is None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def phantoms(folder: Path, sizes: Mapping[str, Any]) -> dict[str, Path]:
+    """Made-up hospitals with all protocols of the package's demos, by name; each is made once."""
+    from wardround.imaging.phantoms import CONTRAST_SITES, DEMO_SITES, make_site
+
+    made = {}
+    for number, site in enumerate((*DEMO_SITES, *CONTRAST_SITES), 1):
+        named = replace(site, name=f"{site.name}{number}")
+        if not (done := folder / f"{named.name}.complete").exists():
+            make_site(folder, named, sizes["patients"], 2026, size=sizes["size"], slices=sizes["slices"])
+            done.touch()
+        made[named.name] = folder / named.name
+    return made
+
+
+def pretraining(sites: list[str], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The study on phantoms: scanners with unlike numbers of coils, accelerations and noise."""
+    families = ("random", "equispaced")
+    scanners = {
+        site: {
+            "acquisition": {
+                "coils": 4 + 2 * (number % 4),
+                "noise": (0.002, 0.005, 0.008)[number % 3],
+                "mask": {"family": families[number % 2], "acceleration": 3 + number % 3, "calibration": 0.1},
+            }
+        }
+        for number, site in enumerate(sites)
+    }
+    return {
+        "name": "adapt-mri-phantoms",
+        "seed": 2026,
+        "sites": scanners,
+        "task": {
+            "kind": "reconstruction",
+            "contrasts": ["image"],
+            "size": [sizes["size"]] * 2,
+            "loss": {"kind": "l1"},
+            "evaluation": {"baselines": ["tv"], "slices": {"per_patient": 1}, "tuning_slices": 1},
+        },
+        **_training(sizes, sizes["pretraining"], PHANTOM_RATE),
+        "model": {"kind": "swin_denoiser", "preset": sizes["preset"]},
+    }
+
+
+def adaptation(arm: str, sha256: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The study of the five institutions in one arm."""
+    from wardround.study.load import read_yaml
+
+    study = read_yaml(STUDY, "study")
+    evaluation = {**study["task"]["evaluation"], "leave_one_out": False, "baselines": ["zero_filled", "tv"]}
+    evaluation |= {"slices": {"per_patient": sizes["test"]}, "tuning_slices": min(2, sizes["test"])}
+    study["task"] = {**study["task"], "size": [sizes["size"]] * 2, "evaluation": evaluation}
+    study |= _training(sizes, 0 if arm == "pretrained" else sizes["rounds"], RATES[arm])
+    study["name"] = f"adapt-mri-{arm}"
+    study["model"] = {"kind": "swin_denoiser", "preset": sizes["preset"]}
+    if arm == "prompts":
+        # The pretraining had none: they begin fresh, the same at all sites.
+        study["model"]["prompts"] = PROMPTS
+    if arm in ADAPTERS:
+        study["adapters"] = dict(ADAPTERS[arm])
+    if arm != "scratch":
+        study["start"] = {"kind": "release", "file": "pretraining", "sha256": sha256, "partial": arm == "prompts"}
+    return study
+
+
+def _training(sizes: Mapping[str, Any], rounds: int, rate: float) -> dict[str, Any]:
+    local = {"steps": sizes["steps"], "batch": 1, "optimizer": "adam", "lr": rate, "schedule": "cosine"}
+    return {
+        "local": {**local, "warmup": 20, "clip_norm": 1.0, "optimizer_state": "keep"},
+        "schedule": {"rounds": rounds, "min_sites": 2, **({"validate_every": max(1, rounds // 6)} if rounds else {})},
+        "method": {"kind": "fedavg", "weights": "equal"},
+    }
+
+
+def _phantom_sites(folders: Mapping[str, Path]) -> Any:
+    from wardround.study.sites import SitesFile
+
+    return SitesFile.model_validate({"sites": {site: {"data": str(path)} for site, path in folders.items()}})
+
+
+def _sites(arm: str, pretrained: Path) -> Any:
+    """The institutions, each with its own copy of the pretrained network, where the arm starts from it."""
+    from wardround.study.sites import load_sites
+
+    sites = load_sites(SITES)
+    if arm == "scratch":
+        return sites
+    placed = {name: site.model_copy(update={"start": pretrained.absolute()}) for name, site in sites.sites.items()}
+    return sites.model_copy(update={"sites": placed})
+
+
+def measured(result: Any, rounds: int) -> dict[str, Any]:
+    """Decibels and bytes of one arm."""
+    traffic = result.values.traffic
+    each = {site: result.metric("federated", site, "psnr") for site in TRAINING}
+    trained = result.values.rounds > 0
+    return {
+        "psnr": result.metric("federated", "mean", "psnr"),
+        "ssim": result.metric("federated", "mean", "ssim"),
+        "worst_site_psnr": min(each.values()),
+        "unseen_psnr": result.metric("federated", "EZ", "psnr"),
+        "sites": each,
+        "bytes_up": traffic.bytes_up if trained else 0,
+        "bytes_down": traffic.bytes_down if trained else 0,
+        "bytes_up_of_a_site_in_a_round": round(traffic.bytes_up / (rounds * len(TRAINING))) if trained else 0,
+        "round": result.selected_round,
+    }
+
+
+def report(
+    found: Mapping[str, Mapping[str, Any]], known: Mapping[str, float], state: Mapping[str, Any], seconds: float
+) -> None:
+    """A table, and the last line."""
+    columns = ("psnr", "worst_site_psnr", "unseen_psnr", "ssim", "bytes_up_of_a_site_in_a_round")
+    print("\nPSNR in dB on test patients")
+    table(["", *columns], [[arm, *(values[column] for column in columns)] for arm, values in found.items()])
+    print(", ".join(f"{name} {value:.2f} dB" for name, value in known.items()))
+
+    def gain(one: str, other: str, key: str = "psnr") -> float:
+        return float(found[one][key] - found[other][key])
+
+    finish(
+        {
+            "arms": found,
+            **{f"{name}_psnr": value for name, value in known.items()},
+            **{f"{arm}_share_of_full_bytes": found[arm]["bytes_up"] / found["full"]["bytes_up"] for arm in ADAPTERS},
+            **{f"{arm}_gain_over_pretrained_db": gain(arm, "pretrained") for arm in (*ADAPTERS, "full")},
+            **{f"{arm}_gain_over_scratch_db": gain(arm, "scratch") for arm in (*ADAPTERS, "full")},
+            **{f"{arm}_gap_to_full_db": gain("full", arm) for arm in ADAPTERS},
+            **{f"{arm}_worst_site_gap_to_full_db": gain("full", arm, "worst_site_psnr") for arm in ADAPTERS},
+            "seconds": seconds,
+            "conditions": state,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -153,7 +153,14 @@ def test_another_size_is_refused() -> None:
     operator, data, _ = scans(32)
     for call in (lambda m: m(operator, data), lambda m: m.learned(torch.zeros(1, 32, 32))):
         with pytest.raises(StudyError, match=r"model\.size: the generative prior makes images of 16 x 16"):
-            call(network())
+            call(network().eval())
+
+
+def test_a_training_loss_through_a_reconstruction_is_refused() -> None:
+    """As that of sites without true images would be: no gradient comes through it."""
+    operator, data, _ = scans(16)
+    with pytest.raises(StudyError, match="learns from true images, and not from measured samples"):
+        network()(operator, data)
 
 
 MODEL = {"kind": "generative_prior", "preset": "tiny", "codes": 2}
@@ -245,6 +252,10 @@ def test_reconstruct_serves_a_released_one(acceleration: float, coils: int, tmp_
 def test_codes_and_sites_are_as_many(tmp_path: Path) -> None:
     study, _ = write_study(tmp_path, tmp_path, model={**MODEL, "codes": 3}, method={"kind": "fedgimp"})
     with pytest.raises(StudyError, match=r"model\.codes: the generator has 3 site codes, and the study 2 training"):
+        ArmSpecs(load_study(study), ()).arm_spec("federated")
+    split = {"Alpha": {}, "Beta": {"supervision": {"kind": "split"}}}
+    study, _ = write_study(tmp_path, tmp_path, model=MODEL, method={"kind": "fedgimp"}, sites=split)
+    with pytest.raises(StudyError, match=r"sites\.Beta\.supervision: method\.kind=fedgimp learns from true images"):
         ArmSpecs(load_study(study), ()).arm_spec("federated")
     study, _ = write_study(tmp_path, tmp_path, model={"preset": "tiny"}, method={"kind": "fedgimp"})
     with pytest.raises(StudyError, match=r"FedGIMP needs a model with a part `discriminator`.*generative_prior"):

@@ -203,13 +203,22 @@ def test_files_of_the_other_sampling_are_refused(
     [
         ({"acquisition": {"kind": "mri_raw", "sampling": "own"}}, "sampling: own has no full scan"),
         ({"acquisition": {**OWN, "mask": MASK}}, "each file's own mask"),
+        ({"acquisition": {"kind": "mri_raw", "maps": "espirit"}}, "espirit needs 6 calibration lines, and 3 of 32"),
         ({"acquisition": {"kind": "mri_raw", "reference": "file"}}, "makes its reference of the full scan"),
+        ({"acquisition": {**OWN, "reference": "none"}}, "come without true images"),
         ({"task": {"contrasts": ["flair"]}}, "task.contrasts names image files"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(StudyError, match=message):
         task_of(**changes)
+
+
+@pytest.mark.parametrize("acquisition", [OWN, {"kind": "mri_raw", "mask": MASK}])
+def test_a_study_with_every_default_written_out_is_read_again(acquisition: dict[str, Any]) -> None:
+    """So a released model's file holds it."""
+    study = load_study({**_study(), "acquisition": acquisition})
+    assert load_study(study.model_dump(mode="json")) == study
 
 
 def test_an_unseen_site_can_undersample_the_test_patients_of_others(site: Path) -> None:

@@ -20,7 +20,10 @@ _RETROSPECTIVE = """\
 _OWN = """\
   kind: mri_raw
   sampling: own             # files that were undersampled when they were measured
-  reference: file           # the reference image in each file"""
+  reference: {reference}"""
+_WITH = "file           # the reference image in each file"
+_WITHOUT = "none           # no file says what the true image is"
+_ALONE = "  supervision: {kind: split}   # so sites learn from measured samples that are held out\n"
 
 _STUDY = (
     HEAD
@@ -35,7 +38,7 @@ acquisition:
 task:
   kind: reconstruction
   size: [{height}, {width}]       # images are cropped or padded to it, never interpolated
-  slices: {{every: 1, minimum_foreground: 0.05}}
+{supervision}  slices: {{every: 1, minimum_foreground: 0.05}}
   split: {{validation: 0.15, test: 0.2}}   # shares of each site's patients
 
 model:
@@ -60,20 +63,16 @@ schedule:
 def propose_raw(name: str, sites: Mapping[str, Path]) -> str:
     """Return a commented study (YAML) for sites with raw data; one slice of every file is read.
 
-    Full scans are undersampled afterwards. Where no file is a full scan and all have a reference image, files are taken
-    as they were measured. `task.size` is the commonest size of a slice. Raises DataError where no file can be used and
-    where no site can train.
+    Full scans are undersampled afterwards. Where no file is a full scan, files are taken as they were measured, with
+    their reference images where all have one. `task.size` is the commonest size of a slice. Raises DataError where no
+    file can be used and where no site can train.
     """
     found = {site: summarise_raw(path) for site, path in sites.items()}
     summaries = list(found.values())
     files, full, references = (sum(getattr(one, key) for one in summaries) for key in ("files", "full", "references"))
     if not files:
         raise DataError("no raw data file can be read; `wardround inspect` lists what is wrong")
-    if not full and references < files:
-        raise DataError(
-            "no raw data file is fully sampled, and some hold no reference image, so nothing says how good an image "
-            "is; `wardround inspect` lists what there is"
-        )
+    alone = not full and references < files
     sizes: Counter[tuple[int, int]] = Counter()
     for one in summaries:
         sizes.update(one.sizes)
@@ -85,7 +84,8 @@ def propose_raw(name: str, sites: Mapping[str, Path]) -> str:
     return _STUDY.format(
         name=name,
         sites="\n".join(_site(site, one) for site, one in found.items()),
-        acquisition=_RETROSPECTIVE if full else _OWN,
+        acquisition=_RETROSPECTIVE if full else _OWN.format(reference=_WITHOUT if alone else _WITH),
+        supervision=_ALONE if alone else "",
         height=height,
         width=width,
     )

@@ -95,7 +95,8 @@ class Level(nn.Module):
         centred = h - h.mean((2, 3), keepdim=True)
         scaled = centred / (centred.square().mean((2, 3), keepdim=True) + _LEAST).sqrt()
         scale, shift = self.style(w)[:, :, None, None].chunk(2, 1)
-        return scaled * (1.0 + scale) + shift
+        found: Tensor = scaled * (1.0 + scale) + shift
+        return found
 
 
 class Synthesiser(nn.Module):
@@ -202,8 +203,13 @@ class GenerativePrior(nn.Module):
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
         """Measured data (B, *data_shape) -> images (B, H, W), each fitted by itself from the same start.
 
-        Gradients do not reach through it. Raises `StudyError` for images of another size.
+        Raises `StudyError` for images of another size, and in a training loss: gradients do not reach through it.
         """
+        if self.training and torch.is_grad_enabled():
+            raise StudyError(
+                "model.kind: a generative prior learns from true images, and not from measured samples; choose another "
+                "network for sites without true images (supervision)"
+            )
         self._check(tuple(operator.image_shape[-2:]))
         if data.is_complex():
             operator = RealImage(operator)

@@ -8,8 +8,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from wardround.errors import StudyError
-from wardround.study.acquisition import Mask
+from wardround.study.acquisition import ESPIRIT_LINES, Mask
 from wardround.study.acquisitions import AcquisitionSettings
+from wardround.study.tasks import ReconstructionTask
 
 
 class RawAcquisition(AcquisitionSettings):
@@ -41,7 +42,7 @@ class RawAcquisition(AcquisitionSettings):
         "rss",
         description="what images are compared with. Of full scans: `rss`, root sum of squares of the coil images, or "
         "`combined`, these combined by the coil maps that the reconstruction has. Of `sampling: own`: `file`, the "
-        "file's own reference image, or `none`",
+        "file's own reference image, or `none`, which `supervision: {kind: split}` learns without",
     )
     maps: Literal["estimated", "espirit"] = Field(
         "estimated",
@@ -56,6 +57,7 @@ class RawAcquisition(AcquisitionSettings):
                 "sampling: own has no full scan to make a reference of; set `reference: file` where the files hold one "
                 "(reconstruction_rss), else `reference: none`"
             )
+        # By value: a released model's file holds every default.
         if self.sampling == "own" and self.mask != Mask():
             raise ValueError("sampling: own takes each file's own mask; take `mask` out of the study")
         if self.sampling == "retrospective" and self.reference not in ("rss", "combined"):
@@ -83,7 +85,14 @@ class RawAcquisition(AcquisitionSettings):
         """A site's files are not told apart by contrast."""
         return "MRI raw data"
 
-    def check(self, task: object, site: str) -> None:
-        """Contrasts are names of image files, and raw data have none."""
-        if "contrasts" in getattr(task, "model_fields_set", ()):
+    def check(self, task: ReconstructionTask, site: str) -> None:
+        """Contrasts are names of image files, and raw data have none. ESPIRiT needs some calibration lines."""
+        if task.contrasts != ReconstructionTask.model_fields["contrasts"].default:
             raise StudyError("task.contrasts names image files, and raw data are taken whole; take it out")
+        axes = task.size if self.mask.family == "poisson" else task.size[1:]
+        lines = min(round(self.mask.calibration * each) for each in axes)
+        if self.maps == "espirit" and self.sampling == "retrospective" and lines < ESPIRIT_LINES:
+            raise StudyError(
+                f"acquisition.maps: espirit needs {ESPIRIT_LINES} calibration lines, and {lines} of {axes[-1]} are "
+                f"left at site {site}; raise acquisition.mask.calibration, or set maps: estimated"
+            )

@@ -128,6 +128,7 @@ class RawMRIReconstruction(MRIReconstruction):
             seed=self.study.seed,
             sampling=acquisition.sampling,
             reference=acquisition.has_reference,
+            espirit=acquisition.maps == "espirit",
             role=self.study.sites[site].role,
             deal=self._deal,
             quarantine=self._quarantine,

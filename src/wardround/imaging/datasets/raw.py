@@ -21,6 +21,7 @@ from wardround.imaging.readers.aside import Aside, refuse
 from wardround.imaging.readers.raw.folder import RawFolder
 from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, fully_sampled
 from wardround.imaging.readers.volume import FloatArray
+from wardround.study.acquisition import ESPIRIT_LINES
 from wardround.study.tasks import Slices, Split
 from wardround.wire.canonical import canonical_json
 
@@ -79,13 +80,14 @@ class RawIndex:
         seed: int,
         sampling: Sampling,
         reference: bool = True,
+        espirit: bool = False,
         role: Role = "train",
         deal: Deal = by_seed,
         quarantine: Quarantine = refuse,
         served: Sequence[SplitName] = SPLITS,
     ) -> None:
         self._folder, self._size, self._slices = folder, size, slices
-        self._sampling, self._has_reference = sampling, reference
+        self._sampling, self._has_reference, self._espirit = sampling, reference, espirit
         dealt = deal(folder.site, folder.names, split, seed, role)
         self._opened: OrderedDict[int, list[RawSlices]] = OrderedDict()
         self._parts: dict[int, list[_Part]] = {}
@@ -192,6 +194,8 @@ class RawIndex:
     def _part(self, scan: RawSlices) -> _Part:
         scan.require_cartesian()
         self._check_size(scan)
+        if self._espirit and scan.coils == 1:
+            raise scan.error("ESPIRiT compares coils, and raw data are of one; set acquisition.maps: estimated")
         images = [image for _, _, image in (self._fitted(scan, number) for number in range(len(scan)))]
         peak = float(max(image.max() for image in images))
         if peak <= 0.0:
@@ -249,9 +253,14 @@ class RawIndex:
             kspace, _ = _on_grid(kspace, (self._size[0], mask.shape[1]))
             mask = np.repeat(mask[:1], self._size[0], axis=0)
         try:
-            calibration_region(mask)
+            region = calibration_region(mask)
         except GeometryError as error:
             raise scan.error(str(error)) from error
+        if self._espirit and min(region) < ESPIRIT_LINES:
+            raise scan.error(
+                f"ESPIRiT needs {ESPIRIT_LINES} calibration lines, and raw data have {min(region)}; set "
+                "acquisition.maps: estimated"
+            )
         if self._has_reference:
             assert scan.picture is not None
             return kspace, mask, fit_to_size(_magnitude(scan, number), self._size)
@@ -297,7 +306,7 @@ def _planes(images: ComplexArray, size: tuple[int, int]) -> Iterator[ComplexArra
 
 
 def _root_sum_of_squares(images: ComplexArray) -> FloatArray:
-    return np.sqrt((images.real**2 + images.imag**2).sum(0), dtype=np.float32)
+    return np.asarray(np.sqrt((images.real**2 + images.imag**2).sum(0)), np.float32)
 
 
 def _magnitude(scan: RawSlices, number: int) -> FloatArray:

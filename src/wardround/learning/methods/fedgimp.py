@@ -49,6 +49,11 @@ class FedGIMP(Personal):
                 f"model.codes: the generator has {found} site codes, and the study {len(training)} training sites; set "
                 f"model.codes to {len(training)}"
             )
+        if without := [site for site in training if study.supervision_of(site).splits]:
+            raise StudyError(
+                f"sites.{without[0]}.supervision: method.kind=fedgimp learns from true images, and this site learns from "
+                "measured samples; choose another method"
+            )
         return replace(self, sites=training)
 
     def begin(self, local: LocalRound) -> None:

@@ -80,5 +80,6 @@ def unseen_share(image: Tensor, maps: Tensor) -> Tensor:
     seen = torch.view_as_real(maps).square().sum((1, -1))
     outside = (1 - seen).clamp_min(0).sqrt() * image
     size = torch.linalg.vector_norm(image.detach().flatten(1), dim=1)
-    share: Tensor = torch.linalg.vector_norm(outside.flatten(1), dim=1) / size.clamp_min(torch.finfo(size.dtype).tiny)
-    return share
+    share: Tensor = torch.linalg.vector_norm(outside.flatten(1), dim=1)
+    found: Tensor = share / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return found

@@ -139,7 +139,7 @@ def raw_error(message: str, path: Path, detail: str = "") -> DataError:
 
 def measured(kspace: ComplexArray) -> FloatArray:
     """1 where any coil's k-space (coils, H, W) is not 0: float32 (H, W)."""
-    return np.any(kspace != 0, axis=0).astype(np.float32)
+    return np.asarray(np.any(kspace != 0, axis=0), np.float32)
 
 
 def fully_sampled(mask: FloatArray) -> bool:

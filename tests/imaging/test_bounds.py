@@ -22,8 +22,8 @@ from wardround.errors import DataError
 from wardround.imaging.readers import bounds, dicom_file
 from wardround.imaging.readers.dicom import read_slice
 from wardround.imaging.readers.embeddings import Embeddings
+from wardround.imaging.readers.raw import open_raw
 from wardround.imaging.readers.volume import read_volume
-from wardround.runs.apply import read_kspace
 from wardround.wire.archives import read_npz
 
 NOISE = np.random.default_rng(0).normal(size=(8, 8, 4)).astype(np.float32)
@@ -159,4 +159,4 @@ def test_arrays_whose_headers_say_more_than_their_files_hold(tmp_path: Path) -> 
     kspace = tmp_path / "k.npy"
     kspace.write_bytes(_npy((10**4, 8, 10**4, 10**4), bytes(64), "<c8"))
     with little_memory(), pytest.raises(DataError, match="not a NumPy array"):
-        read_kspace(kspace, (8,))
+        open_raw(kspace)

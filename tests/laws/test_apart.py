@@ -111,6 +111,10 @@ SLOW = {
             "sites": {**SCANS["sites"], "Gamma": {**SCANS["sites"]["Gamma"], "role": "evaluate"}},
         }
     ),
+    "encoders of all sites": Case(
+        {**ROUNDS, **UNSEEN_OF_THREE, "method": {"kind": "fedmri", "encoder": ["0.*"], "contrast": 0.1}}
+    ),
+    "fair weights": Case({**ROUNDS, "method": {"kind": "fair_weights"}, "protection": {"secure": True}}),
     "adam": Case({**ROUNDS, "method": {"kind": "fedadam"}}),
     "robust": Case({"schedule": LAST, "protection": {"robust": {"rule": "median"}}}),
     "stages": Case(

@@ -47,6 +47,14 @@ MRI: dict[str, dict[str, Any]] = {
     "varnet": {"model": {"kind": "varnet", **_TINY}},
     "e2e_varnet": {"model": {"kind": "e2e_varnet", **_TINY}},
     "swin_denoiser": {"model": {"kind": "swin_denoiser", **_TINY, "prompts": 3}},
+    "without true images": {
+        "model": {"kind": "modl", **_TINY},
+        "sites": {"A": {"supervision": {"kind": "split"}}, "B": {}},
+    },
+    "generative_prior": {
+        "model": {"kind": "generative_prior", **_TINY, "size": 32, "codes": 2, "iterations": 2},
+        "method": {"kind": "fedgimp"},
+    },
 }
 CT: dict[str, dict[str, Any]] = {
     "modl": {"model": {"kind": "modl", **_TINY}},

@@ -87,12 +87,19 @@ KEPT: dict[str, tuple[dict[str, Any], set[str]]] = {
     "ditto": ({"kind": "ditto", "pull": [0.1, 1.0]}, {"local", "optimizer", "own", "received"}),
     "apfl": ({"kind": "apfl"}, {"local", "optimizer", "mixture", "received", "method"}),
     "fedrep": ({"kind": "fedrep", "head": ["3.*"], "head_steps": 2}, {"local", "optimizer"}),
+    # Encoders go to all sites, and nothing else does.
+    "fedmri": ({"kind": "fedmri", "encoder": ["0.*"], "contrast": 0.1}, {"local", "optimizer"}),
+    "fair_weights": ({"kind": "fair_weights"}, {"local", "optimizer", "method"}),
 }
 
 
 @pytest.mark.parametrize(
     ("optimizer", "kind"),
-    [("sgd", "fedbn"), ("adam", "fedbn"), ("adam", "ditto"), ("adam", "apfl"), ("adam", "fedrep")],
+    [
+        ("sgd", "fedbn"),
+        *(("adam", kind) for kind in ("fedbn", "ditto", "apfl", "fedrep")),
+        *(pytest.param("adam", kind, marks=pytest.mark.slow) for kind in ("fedmri", "fair_weights")),
+    ],
 )
 def test_no_private_tensor_and_no_example_is_in_any_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, kind: str

@@ -79,6 +79,7 @@ AT_WORK: dict[str, dict[str, Any]] = {
     },
     "weights by losses": {"method": {"kind": "fedpidavg"}},
     "flat steps": {"method": {"kind": "harmofl"}, "local": KEEPING},
+    "a shared encoder": {"method": {"kind": "modfed", "encoder": ["reconstruct.*", "segment.0.*"]}, "local": KEEPING},
 }
 
 

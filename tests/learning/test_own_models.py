@@ -45,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "apfl": {"kind": "apfl", "alpha": 0.3},
     "fedper": {"kind": "fedper", **HEAD},
     "fedrep": {"kind": "fedrep", "head_steps": 3, **HEAD},
+    "fedmri": {"kind": "fedmri", "contrast": 0.0, "encoder": ["0.*"]},
+    "modfed": {"kind": "modfed", "encoder": ["0.*"]},
 }
 OWN = ("ditto", "apfl")
 # Of float32 arithmetic: some ten steps with values of about 1, each with a few roundings of 2^-24.

@@ -58,7 +58,9 @@ def test_a_federation_trains_it_and_resumes(given: dict[str, Any], tmp_path: Pat
 def test_prompts_alone_are_trained_and_exchanged_on_a_pretrained_network(tmp_path: Path) -> None:
     """The pretraining has no prompts: those of the adaptation begin fresh, and all else stays as it was released."""
     data, swin = make_hospitals(tmp_path), {"kind": "swin_denoiser", "preset": "tiny"}
-    first = run(*write_study(tmp_path / "first", data, model=swin, **QUICK), tmp_path / "pretrained", quiet=True)
+    first = run(
+        *write_study(tmp_path / "first", data, model=swin, **QUICK), tmp_path / "pretrained", engine="local", quiet=True
+    )
     changes: dict[str, Any] = {
         "model": {**swin, "prompts": 3},
         "start": {"kind": "release", "file": "pretrained", "sha256": first.model_sha256, "partial": True},
@@ -66,7 +68,7 @@ def test_prompts_alone_are_trained_and_exchanged_on_a_pretrained_network(tmp_pat
         **QUICK,
     }
     study, sites = write_study(tmp_path, data, **changes)
-    second = run(study, sites, tmp_path / "adapted", quiet=True)
+    second = run(study, sites, tmp_path / "adapted", engine="local", quiet=True)
     before, after = (load_model(model_path(out, "federated"))[0] for out in (first.out, second.out))
     prompts = {name for name in after if name.endswith(".prompts")}
     assert len(prompts) == 2

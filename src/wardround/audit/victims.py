@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def masks_of(batch: Batch) -> Tensor:
 def singles(batch: Batch) -> list[Batch]:
     """A batch of scans as batches of one. Raises StudyError for batches that are no scans."""
     if isinstance(batch, MRIBatch):
-        return [MRIBatch(*(getattr(batch, f.name)[i : i + 1] for f in fields(MRIBatch))) for i in range(len(batch))]
+        return [batch.part(i, i + 1) for i in range(len(batch))]
     if isinstance(batch, ScansBatch):
         return [ScansBatch((part.alone(i),)) for part in batch.parts for i in range(len(part))]
     raise StudyError("the audit knows batches of MRI and CT reconstruction alone")

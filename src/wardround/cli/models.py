@@ -24,7 +24,7 @@ def predict(
         list[Path],
         typer.Argument(
             metavar="INPUT...",
-            help="NIfTI images, k-space (.npy: slices x coils x H x W), DICOM folders; for a segmentation or "
+            help="NIfTI images, raw data of MRI (.h5, .mrd, .cfl, .npy, .mat), DICOM folders; for a segmentation or "
             "classification images, folders of patients or an MR or CT series. Without --out the last path is the "
             "output: a folder, or of one reconstruction a NIfTI file.",
         ),

@@ -134,7 +134,9 @@ def evaluate(
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="SITE/PATIENT/CONTRAST.nii.gz, or for CT *.dcm.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="SITE/PATIENT/CONTRAST.nii.gz, for CT *.dcm, or raw data of MRI.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Where to write study.yaml and sites.yaml.")] = Path("."),
 ) -> None:
     """Propose a commented study file and a sites file for a folder of scans."""

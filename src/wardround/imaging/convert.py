@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -17,9 +17,11 @@ from PIL import Image
 from wardround.deidentify import scrub
 from wardround.errors import DataError
 from wardround.imaging.datasets.ct import CONTRAST as CT
+from wardround.imaging.raw_inspect import describe_file, raw_sites, summarise_raw
 from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.imaging.readers.hounsfield import check_hounsfield
+from wardround.imaging.readers.raw import is_raw
 from wardround.imaging.readers.series_inspect import summarise
 from wardround.imaging.readers.volume import Volume, read_volume, write_nifti
 
@@ -98,9 +100,21 @@ def inspect_path(path: Path) -> Inspection:
         dicoms = sum(bool(find_dicom(child)) for child in others)
         beside = (f"{dicoms} more folders hold DICOM; inspect each by itself",) if dicoms else ()
         return Inspection(f"a folder of {len(found)} sites", beside, sites={s.name: _summarise(s) for s in found})
+    if raw := raw_sites(path):
+        return _inspect_raw(path, raw)
     if dicom := _inspect_dicom(path):
         return dicom
-    return Inspection("unknown", problems=("expected SITE/PATIENT/CONTRAST.nii.gz, or DICOM, below this folder",))
+    return Inspection(
+        "unknown", problems=("expected SITE/PATIENT/CONTRAST.nii.gz, raw data or DICOM below this folder",)
+    )
+
+
+def _inspect_raw(path: Path, sites: Sequence[Path]) -> Inspection:
+    """What sites with raw data hold."""
+    what = "a site's folder of raw data" if sites[0] == path else f"a folder of {len(sites)} sites with raw data"
+    # Each site's own lines, without their indent.
+    lines = [line for site in sites for line in summarise_raw(site).lines()]
+    return Inspection(what, tuple(lines))
 
 
 def _inspect_dicom(path: Path) -> Inspection | None:
@@ -133,9 +147,11 @@ def _inspect_file(path: Path) -> Inspection:
         peak = float(np.abs(array).max(initial=0.0))
         facts += (f"{measured:.1%} of samples measured, peak {peak:g}",)
         return Inspection("complex k-space", facts)
+    if is_raw(path):
+        return Inspection(*describe_file(path))
     if dicom := _inspect_dicom(path):
         return dicom
-    return Inspection("unknown", problems=("neither NIfTI (.nii, .nii.gz), DICOM, nor a NumPy array (.npy)",))
+    return Inspection("unknown", problems=("neither NIfTI (.nii, .nii.gz), raw data, DICOM, nor an array (.npy)",))
 
 
 def is_site(folder: Path) -> bool:

@@ -13,7 +13,10 @@ from wardround.errors import DataError
 from wardround.imaging.convert import DRAWINGS, counted_patients, inspect_path, is_site
 from wardround.imaging.datasets.ct import CONTRAST as CT
 from wardround.imaging.propose_ct import HEAD, ct_sites, propose_ct
+from wardround.imaging.propose_raw import propose_raw
+from wardround.imaging.raw_inspect import raw_sites
 from wardround.imaging.readers.folder import SiteFolder
+from wardround.imaging.readers.raw import is_raw
 from wardround.study.schema import RESERVED_NAMES
 
 _STUDY = (
@@ -65,15 +68,26 @@ def propose_study(folder: Path) -> tuple[str, str]:
 
     MRI, `SITE/PATIENT/CONTRAST.nii.gz`: the contrasts that every patient has, and the commonest size in plane. CT,
     `SITE/PATIENT/ct.nii.gz` in HU or DICOM images in `SITE/PATIENT/`: a field of view that holds every body, and a
-    simulated scanner for every site. A site with one patient becomes `unseen`. Raises DataError where no site can
-    train, no contrast is common, or images of CT cannot be used.
+    simulated scanner for every site. Raw data of MRI, `SITE/PATIENT/FILE.h5` or `SITE/FILE.h5` and the like: what is
+    done with them. A site with one patient becomes `unseen`. Raises DataError where no site can train, no contrast is
+    common, or images of CT or raw data cannot be used.
     """
     root = folder.resolve()
     scans = ct_sites(root)
     if scans and not _has_contrasts(root):
         sites = dict(zip(_names(path.name for path in scans), scans, strict=True))
         return propose_ct(_title(root), sites), _sites_file(sites)
+    if raw := _raw_of(root):
+        named = dict(zip(_names(path.resolve().name for path in raw), raw, strict=True))
+        return propose_raw(_title(root), named), _sites_file(named)
     return _propose_mri(folder)
+
+
+def _raw_of(root: Path) -> list[Path]:
+    """The sites with raw data, where there are no images: what a study trains on is said by its files."""
+    if not root.is_dir() or is_site(root) or any(is_site(child) for child in root.iterdir() if child.is_dir()):
+        return []
+    return raw_sites(root)
 
 
 def _has_contrasts(root: Path) -> bool:
@@ -92,8 +106,8 @@ def _propose_mri(folder: Path) -> tuple[str, str]:
         what = f" (this is {found.kind})" if "DICOM" in found.kind or "CT" in found.kind else ""
         raise DataError(
             f"no study can be proposed{what}: the folder must hold SITE/PATIENT/CONTRAST.nii.gz, or for CT "
-            "SITE/PATIENT/ct.nii.gz or SITE/PATIENT/*.dcm. A segmentation, classification or chain of MR in DICOM is "
-            "written by hand (docs/data.md)",
+            "SITE/PATIENT/ct.nii.gz or SITE/PATIENT/*.dcm, or raw data in SITE. A segmentation, "
+            "classification or chain of MR in DICOM is written by hand (docs/data.md)",
             detail=str(folder),
         )
     summaries = list(found.sites.values())
@@ -170,6 +184,10 @@ def skipped(folder: Path) -> list[str]:
     root = folder.resolve()
     if root in (of_ct := ct_sites(root)):
         return []
+    if raw := _raw_of(root):
+        beside = (child for child in sorted(root.iterdir()) if child not in raw and not is_raw(child))
+        lists = [] if root in raw else [child.name for child in beside if not child.name.startswith(".")]
+        return [f"{name}: it holds no raw data" for name in lists]
     if is_site(root):
         others = (child for child in sorted(root.iterdir()) if child.is_dir() and not any(child.glob("[!.]*.nii*")))
         why = "it holds no CONTRAST.nii.gz, so it is no patient of the site {}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from itertools import takewhile
 
 from torch import nn
@@ -27,6 +28,13 @@ def freeze(model: nn.Module, patterns: Sequence[str], also: frozenset[str] = fro
         if own and names.issuperset(own):
             setattr(module, _HELD, True)
     return names
+
+
+def all_but(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
+    """The parameters and buffers that none of the patterns of what alone learns matches; none without patterns."""
+    if not patterns:
+        return frozenset()
+    return frozenset(n for n in model.state_dict() if not any(fnmatchcase(n, pattern) for pattern in patterns))
 
 
 def is_frozen(module: nn.Module) -> bool:

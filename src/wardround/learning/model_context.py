@@ -15,7 +15,7 @@ from torch import nn
 
 from wardround.errors import StudyError
 from wardround.learning.device import CPU, Compute
-from wardround.learning.frozen import freeze, remember
+from wardround.learning.frozen import all_but, freeze, remember
 from wardround.learning.laid_aside import LaidAside, lay_down
 from wardround.learning.policy import Parameter
 from wardround.models.adapters import attach
@@ -62,8 +62,8 @@ class ModelContext:
     `frozen` matches, and what adapters leave as it is, is in `initial` once, as the model's own tensors, and never
     written again. Sites that compute on another device share another, which `on` makes of it.
 
-    `head` are patterns of what is its head. With a folder `aside` the initial values lie in a file there. Where the
-    process `trains` nothing, the model has no others.
+    `head` are patterns of what is its head, `only` those of what alone learns; without them all does. With a folder
+    `aside` the initial values lie in a file there. Where the process `trains` nothing, the model has no others.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class ModelContext:
         aside: Path | None = None,
         trains: bool = True,
         head: Sequence[str] = (),
+        only: Sequence[str] = (),
     ) -> None:
         self.task = task
         self.compute = CPU
@@ -94,7 +95,7 @@ class ModelContext:
                 "set local.accumulate to take batches in pieces"
             )
         begin(self.model)
-        self.frozen = freeze(self.model, frozen, attached.frozen)
+        self.frozen = freeze(self.model, frozen, attached.frozen | all_but(self.model, only))
         #: What adapters keep at each site.
         self.local = attached.local
         if isinstance(task, Repeating) and task.repeats:

@@ -17,7 +17,7 @@ from torch import Tensor
 from wardround.errors import Withheld
 from wardround.learning.examples import Examples
 from wardround.study.schema import Local
-from wardround.tasks.task import Dataset
+from wardround.tasks.task import Batch, Dataset
 from wardround.wire.random import public_generator
 
 
@@ -79,7 +79,31 @@ class Survey:
 
     def images_of(self, examples: Sequence[int]) -> Tensor:
         """The images of some examples of one patient, changed as training changes them."""
-        return self.dataset.batch(examples, public_generator(self.seed, self.site, "survey", *examples)).images  # type: ignore[no-any-return]
+        return self.batch_of(examples).images  # type: ignore[no-any-return]
+
+    def batch_of(self, examples: Sequence[int]) -> Batch:
+        """The batch of some examples, changed as training changes them and always alike."""
+        return self.dataset.batch(examples, public_generator(self.seed, self.site, "survey", *examples))
+
+    def across_patients(self, size: int, most: int) -> tuple[tuple[int, ...], ...]:
+        """Up to `most` groups of `size` examples, no two of a group of one patient: the same whenever it is asked.
+
+        Patients who are in a group together are in no group with others; once all have been in one, the next groups
+        are of their next examples.
+        """
+        patients = [
+            tuple(own[int(n)] for n in public_generator(self.seed, self.site, "survey", own[0]).permutation(len(own)))
+            for own in self.patients()
+        ]
+        cohorts = [patients[start : start + size] for start in range(0, len(patients) - size + 1, size)]
+        turns = max((len(own) for own in patients), default=0)
+        found = [
+            tuple(own[turn] for own in cohort)
+            for turn in range(turns)
+            for cohort in cohorts
+            if all(len(own) > turn for own in cohort)
+        ]
+        return tuple(found[:most])
 
     def cohorts(self, most: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Up to `most` groups of patients that have none in common, as many as have enough patients; none of too few.

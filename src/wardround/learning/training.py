@@ -22,7 +22,14 @@ from wardround.learning.episodes import learned
 from wardround.learning.examples import Examples
 from wardround.learning.flat_step import stepped
 from wardround.learning.frozen import train_mode
-from wardround.learning.methods.method import Episode, Facts, LocalRound, Method
+from wardround.learning.methods.method import (
+    WEIGHT_BY_VALIDATION,
+    Episode,
+    Facts,
+    LocalRound,
+    Measured,
+    Method,
+)
 from wardround.learning.model_context import ModelContext
 from wardround.learning.momentum import averaged
 from wardround.learning.optimizer import (
@@ -209,15 +216,19 @@ class Learner:
         return local_bound(self._local)
 
     @property
-    def weighs_by_validation(self) -> bool:
-        """Whether the site's weight is made from its loss on validation patients, of whom there are some."""
-        return self._method.weights == "validation" and self.dataset.patients("validation") > 0
+    def measures_validation(self) -> bool:
+        """Whether what the site sends is made from its loss on validation patients, of whom there are some."""
+        return self._method.measures is not None and self.dataset.patients("validation") > 0
+
+    @property
+    def measured(self) -> Measured:
+        """What of that leaves, and what to choose for a study without."""
+        return self._method.measures or WEIGHT_BY_VALIDATION
 
     @property
     def least_weights(self) -> dict[str, float]:
         """The smallest weights that the site can have in a round, known before it trains."""
-        worst = math.inf if self._method.weights == "validation" else None
-        return self._method.group_weights(Facts(self._samples, worst), self._groups)
+        return self._method.least_weights(self._samples, self._groups)
 
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
         """Put tensors into the model by name; all others get their initial values, and what is frozen has them."""
@@ -272,6 +283,7 @@ class Learner:
                 {n: received[n] for n in self._policy.names("shared")} | self._kept(("local",), memory, RECEIVED)
             )
         shared = {name: state[name] for name in self._policy.names("shared")}
+        stint, losses = self._curriculum.at(number), Placed(self._curriculum.task(number, self.task), self.compute)
         context = LocalRound(
             site=self.site,
             model=model,
@@ -292,18 +304,18 @@ class Learner:
             seed=self._seed,
             heard=heard,
             survey=Survey(self.site, self.dataset, self._examples, local, self._seed, self._least),
+            loss_of=partial(losses.loss, model),
         )
         self._method.begin(context)
         episode = self._method.episode(context)
         optimizer = build_optimizer(self._curriculum.rated_parts(model), local)
         if local.optimizer_state == "keep":
             restore_optimizer(optimizer, memory.tensors)
-        stint, losses = self._curriculum.at(number), Placed(self._curriculum.task(number, self.task), self.compute)
         self._steps_taken = 0
         mean, told = 0.0, None
         for taken in sent:
             mean, told = self._walk(context, taken, state, optimizer, losses, memory, episode) or (mean, told)
-        validated = self._validation_loss(losses) if self.weighs_by_validation else None
+        validated = self._validation_loss(losses) if self.measures_validation else None
         context.facts = Facts(self._samples, validated, mean)
         # Beside its own values, a site keeps what stays there of the received model apart.
         prefix = RECEIVED if own else LOCAL
@@ -387,6 +399,7 @@ class Learner:
                     nn.utils.clip_grad_norm_(model.parameters(), local.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
+                self._method.end_step(context)
                 self._steps_taken += 1
                 if self._progress is not None:
                     self._progress(number, self._steps_taken, steps_in(self._method.passes(), steps))

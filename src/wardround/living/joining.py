@@ -210,8 +210,9 @@ def _served(released: ReleasedModel) -> Method:
 
 def _private(released: ReleasedModel, plugins: Plugins) -> tuple[str, ...]:
     """The names of the part that each site has of its own; empty where the method shares all that learns."""
-    study, method = plugins.opened(released.study), _served(released)
+    study = plugins.opened(released.study)
     network = released.loaded(build_task(study, plugins=plugins).build_model, None, None)
+    method = _served(released).within(study, len(study.training_sites), network)
     parameters = parameters_of(network, study.model.head_parts)
     found = tuple(
         p.name
@@ -251,6 +252,9 @@ def _home(
     values.pop("update", None)
     known = values["sites"].get(site, {})
     learns = {p for p in released.tensors if p not in own} if own else set()
+    if only := before.method.only:
+        every = {*released.tensors, *frozen_part(released.path, released.metadata)}
+        learns |= {name for name in every if not any(fnmatchcase(name, pattern) for pattern in only)}
     values |= {
         "description": f"{site} joins a release of {before.name}",
         "sites": {site: {key: known[key] for key in ("acquisition",) if key in known}},

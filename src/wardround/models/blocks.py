@@ -49,6 +49,15 @@ class Denoiser(nn.Module):
         self.stack = nn.Sequential(*stack, last)
         # What stands right before a ReLU, where a normalisation does not undo it.
         self.blocks = {str(i - 1): channels for i, layer in enumerate(stack) if isinstance(layer, nn.ReLU)}
+        #: The module in the middle, where methods look for what the network makes of an image.
+        self.bottleneck = f"stack.{list(self.blocks)[(layers - 1) // 2]}"
+
+    @property
+    def encoder_parts(self) -> tuple[str, ...]:
+        """The first two thirds of its convolutions, with what follows each: six of nine in ModFed (Wu et al., 2024)."""
+        places = [place for place, layer in enumerate(self.stack) if isinstance(layer, nn.Conv2d)]
+        end = places[round(2 * len(places) / 3)]
+        return tuple(f"stack.{place}" for place in range(end))
 
     def forward(self, image: Tensor, films: Modulation | None = None, guides: Sequence[Tensor] = ()) -> Tensor:
         """Images (B, H, W) of the same type in and out; sizes that `scale` does not divide are padded inside."""
@@ -87,6 +96,13 @@ class ResidualUNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         self.blocks = {f"{part}.{i}": w for part in ("down", "inner") for i, w in enumerate(widths)}
         self.blocks |= {f"up.{i}": w for i, w in enumerate(widths[:-1])}
+        #: The module of the deepest level, where methods look for what the network makes of an image.
+        self.bottleneck = f"inner.{levels - 1}"
+
+    @property
+    def encoder_parts(self) -> tuple[str, ...]:
+        """The way down."""
+        return ("down", "inner")
 
     def forward(self, image: Tensor, films: Modulation | None = None, guides: Sequence[Tensor] = ()) -> Tensor:
         """Images (B, H, W) of the same type in and out; sizes that are no multiple are padded inside."""

@@ -68,7 +68,13 @@ class PostUNet(nn.Module):
         )
         nn.init.zeros_(self.network.final_conv.weight)
         nn.init.zeros_(self.network.final_conv.bias)
+        self.bottleneck = f"network.{_DOWN[-1]}"
         self.hypernetwork = ProtocolHyperNet(_blocks(shape.features), hidden=hidden) if conditioned else None
+
+    @property
+    def encoder_parts(self) -> tuple[str, ...]:
+        """The way down."""
+        return tuple(f"network.{name}" for name in _DOWN)
 
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
         """Measured data (B, *data_shape) -> images (B, H, W). Raises GeometryError for tiny images."""

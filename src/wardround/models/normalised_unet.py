@@ -30,6 +30,8 @@ class NormalisedUNet(nn.Module):
 
         widths = tuple(channels * 2**level for level in range(5))
         self.unet = BasicUNet(spatial_dims=2, in_channels=2, out_channels=2, features=(*widths, channels))
+        #: The module of the deepest level, where methods look for what the network makes of an image.
+        self.bottleneck = "unet.down_4"
         nn.init.zeros_(self.unet.final_conv.weight)
         nn.init.zeros_(self.unet.final_conv.bias)
 

@@ -65,6 +65,11 @@ class REDCNN(nn.Module):
             self.hypernetwork = ProtocolHyperNet(_blocks(conditioning, channels), hidden=hidden)
         self.anatomy = None if anatomy is None else AnatomyNet(anatomy)
 
+    @property
+    def encoder_parts(self) -> tuple[str, ...]:
+        """The five convolutions."""
+        return ("encoder",)
+
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
         """Measured data (B, views, bins) -> real images (B, H, W). Raises GeometryError for tiny images."""
         films = modulation(self.hypernetwork, operator, data)

@@ -95,7 +95,7 @@ class SwinReconstruction(nn.Module):
         return image
 
 
-class SwinDenoiser(Checkpointed):
+class SwinDenoiser(nn.Module):
     """Adds to complex images (B, H, W) what a Swin transformer makes of them.
 
     `scale` s folds s x s pixels into a token. Images of any size: they are padded with zeros to whole windows inside.
@@ -124,22 +124,27 @@ class SwinDenoiser(Checkpointed):
         h = shallow
         apart = separated(h.shape[-2], h.shape[-1], self.window, h.device)
         for group in self.groups:
-            tokens = h.permute(0, 2, 3, 1)
-            for block in group.blocks:
-                tokens = self.through(block, tokens, apart)
-            h = h + group.convolution(tokens.permute(0, 3, 1, 2))
+            h = group(h, apart)
         deep = self.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         added = pixel_shuffle(self.last(shallow + self.body(deep)), self.scale)
         return from_channels(channels + added[..., :height, :width])
 
 
-class Group(nn.Module):
-    """Blocks, every second one with shifted windows, and the convolution after them."""
+class Group(Checkpointed):
+    """Blocks, every second one with shifted windows, and a convolution of what they make, which is added."""
 
     def __init__(self, shape: SwinShape) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(shape, shifted=number % 2 == 1) for number in range(shape.layers))
         self.convolution = convolution(shape.width, shape.width)
+
+    def forward(self, x: Tensor, apart: Tensor) -> Tensor:
+        """Feature maps (B, width, H, W) of the same shape; `apart` as `separated` gives it."""
+        tokens = x.permute(0, 2, 3, 1)
+        for block in self.blocks:
+            tokens = self.through(block, tokens, apart)
+        found: Tensor = x + self.convolution(tokens.permute(0, 3, 1, 2))
+        return found
 
 
 class Block(nn.Module):
@@ -215,7 +220,7 @@ class WindowAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, windows, N, width) -> (B, windows, heads, N, width / heads)."""
-        return x.unflatten(3, (self.heads, -1)).transpose(2, 3)
+        return x.reshape(*x.shape[:3], self.heads, -1).transpose(2, 3)
 
 
 # Windows -------------------------------------------------------------------------------------------------------------
@@ -223,14 +228,15 @@ class WindowAttention(nn.Module):
 
 def windows_of(x: Tensor, window: int) -> Tensor:
     """(B, H, W, d) -> (B, windows, window^2, d), row by row; H and W are multiples of `window`."""
-    split = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))
-    return split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    batch, height, width, values = x.shape
+    split = x.reshape(batch, height // window, window, width // window, window, values)
+    return split.transpose(2, 3).reshape(batch, -1, window**2, values)
 
 
 def image_of(windows: Tensor, height: int, width: int, window: int) -> Tensor:
     """What `windows_of` undoes."""
-    split = windows.unflatten(2, (window, window)).unflatten(1, (height // window, width // window))
-    return split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    split = windows.reshape(len(windows), height // window, width // window, window, window, -1)
+    return split.transpose(2, 3).reshape(len(windows), height, width, -1)
 
 
 def relative_places(window: int) -> Tensor:

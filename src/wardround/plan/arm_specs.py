@@ -169,6 +169,7 @@ class ArmSpecs:
             aside=self.aside,
             trains=self.trains,
             head=study.model.head_parts,
+            only=study.method.only,
         )
 
     @cached_property

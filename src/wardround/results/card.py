@@ -11,7 +11,7 @@ from wardround.results.groups import grouped_columns
 from wardround.results.metrics import MetricInfo
 from wardround.results.run import SMALL_N, Run, load_run
 from wardround.results.schema import Part
-from wardround.results.units import flat, human_bytes, human_seconds, protocol
+from wardround.results.units import flat, human_bytes, human_seconds, protocol, protocol_head, protocol_note
 from wardround.results.views import comparison, warnings
 from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.estimates import LEAST_PATIENTS
@@ -103,23 +103,21 @@ def _intended(run: Run) -> list[str]:
 
 
 def _data(run: Run) -> str:
-    simulated = run.scanner is not None
+    scanner = run.scanner
     rows = []
     for site in run.sites:
         patients = run.patients(site)
         row = [site, run.role(site)]
         row.append("withheld or unknown" if patients is None else str(patients))
-        rows.append([*row, protocol(run.acquisition(site)) or "–"] if simulated else row)
-    head = ("site", "role", "test patients", *(("simulated protocol",) if simulated else ()))
+        rows.append([*row, protocol(run.acquisition(site)) or "–"] if scanner is not None else row)
+    head = ("site", "role", "test patients", *(() if scanner is None else (protocol_head(scanner),)))
     table = _table(head, rows)
     if run.result.scanners:
         table += "\n\nThe scanners that took the images, as the headers of training images name them:\n\n" + _table(
             ["site", "scanners, tube voltage, slice thickness, kernel"],
             [(site, facts.text) for site, facts in run.result.scanners.items()],
         )
-    if not simulated:
-        return table
-    return table + "\n\nSimulated acquisitions, not raw data measured by a scanner."
+    return table if scanner is None else f"{table}\n\n{protocol_note(scanner)}"
 
 
 def _metric(run: Run, metric: MetricInfo) -> str:

@@ -20,7 +20,7 @@ from wardround.results.paired import paired_charts
 from wardround.results.pictures import ERROR_GAIN, gallery
 from wardround.results.run import SMALL_N, Run, load_run
 from wardround.results.schema import Seconds
-from wardround.results.units import human_bytes, human_seconds, in_rounds, protocol
+from wardround.results.units import human_bytes, human_seconds, in_rounds, protocol, protocol_note
 from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.wire.files import write_text
 
@@ -81,6 +81,7 @@ def render(run: Run) -> str:
         seconds=_seconds(run),
         privacy=run.spent,
         scanner=run.scanner,
+        protocol_note=protocol_note,
         protocols=_protocols(run),
         hashes=run.hashes,
         fingerprint=tuple(run.result.fingerprint.items()),

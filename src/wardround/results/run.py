@@ -237,11 +237,11 @@ class Run:
 
     @property
     def scanner(self) -> AcquisitionSettings | None:
-        """How a task's raw data are simulated; None for tasks without scanners."""
+        """How a task's raw data come about; None for tasks without scanners."""
         return self.study.scanner if self.study.task.scanner == "needed" else None
 
     def acquisition(self, site: str) -> AcquisitionSettings | None:
-        """The simulated protocol of a site; None for a task without scanners."""
+        """The protocol of a site; None for a task without scanners."""
         return self.study.acquisition_of(site) if self.scanner is not None else None
 
     @property

@@ -56,5 +56,17 @@ def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def protocol(acquisition: AcquisitionSettings | None) -> str:
-    """A simulated protocol in a few words: `4× random, 8 coils, noise 0.005`, `fan_arc, 96 views, 30000 photons`."""
+    """A protocol in a few words: `4× random, 8 coils, noise 0.005`, `fan_arc, 96 views, 30000 photons`."""
     return "" if acquisition is None else acquisition.describe()
+
+
+def protocol_head(scanner: AcquisitionSettings) -> str:
+    """How a table calls what a site's scanner does, or what is done with what it measured."""
+    return "what is done with raw data" if scanner.measured else "simulated protocol"
+
+
+def protocol_note(scanner: AcquisitionSettings) -> str:
+    """What a reader must know of the raw data first."""
+    if scanner.measured:
+        return "Raw data measured by scanners."
+    return "Simulated acquisitions, not raw data measured by a scanner."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,23 +15,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.errors import DataError, StudyError
-from wardround.imaging.acquisition.mri.coils import estimate_maps
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.simulate import simulate
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.readers.embeddings import Embeddings
+from wardround.imaging.readers.raw import KINDS, is_raw
 from wardround.imaging.readers.volume import Volume, read_volume
 from wardround.models.build import build_model
 from wardround.runs.apply_ct import Done, save_nifti
 from wardround.runs.depth import Classical, Depth, Scan, Score, chosen, look, total_variation
-from wardround.runs.protocols import summary, warning
+from wardround.runs.measured import estimated_by, read_measured, scanned_again
+from wardround.runs.protocols import Facts, summary, warning
 from wardround.runs.releases import ReleasedModel, closed
-from wardround.study.acquisition import Maps, MRIAcquisition
+from wardround.study.acquisition import MRIAcquisition
+from wardround.study.acquisitions import AcquisitionSettings
 from wardround.study.base import at
 from wardround.study.schema import Study
 from wardround.tasks.metrics import SSIM_WINDOW, reconstruction_scores
-from wardround.wire.files import reason
 from wardround.wire.random import public_generator
 
 Array = npt.NDArray[Any]
@@ -62,14 +63,14 @@ class Reconstruction:
 class Reconstructor:
     """A released model, opened once, for any number of inputs.
 
-    An input is k-space, complex (coils, H, W) or (slices, coils, H, W) in .npy with zeros where nothing was measured,
-    or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`; a model
-    of CT takes other files, see `wardround.runs.apply_ct.reconstruct_ct`, and one of an acquisition outside the raw
-    data that it reads. `embedding` is a file with the patient's, for a model with anatomy; without it that model's map
-    is neutral. `dose` is a share of the dose of measured projections to be simulated. With `fallback`, where the
-    network is out of its depth (`wardround.runs.depth`) total variation's image is written instead of the network's.
-    `weights` is the file with its frozen part, where that does not lie where the run put it. Raises `DataError` and
-    `StudyError`.
+    An input is raw data as a scanner wrote them (`wardround.imaging.readers.raw`: fastMRI, ISMRMRD, BART, .npy, .mat),
+    or a magnitude image in NIfTI, which is first scanned by the simulated scanner of the study, or of `site`, where it
+    has one; a model of CT takes other files, see `wardround.runs.apply_ct.reconstruct_ct`, and one of an acquisition
+    outside the raw data that it reads. `embedding` is a file with the patient's, for a model with anatomy; without it
+    that model's map is neutral. `dose` is a share of the dose of measured projections to be simulated. With `fallback`,
+    where the network is out of its depth (`wardround.runs.depth`) total variation's image is written instead of the
+    network's. `weights` is the file with its frozen part, where that does not lie where the run put it. Raises
+    `DataError` and `StudyError`.
     """
 
     def __init__(
@@ -139,56 +140,97 @@ def reconstruct_mri(
 
 def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None, fallback: bool) -> Done:
     if source.is_dir():
-        raise StudyError("this is a model for MRI: it takes one file, a NIfTI image or k-space", detail=str(source))
-    if source.suffix == ".npy":
-        kspace = read_kspace(source, model.coils)
-        scans, scale = measured_scans(kspace, model.acquisition.maps)
-        score = None
-        affine, spacing, space = np.eye(4), (1.0, 1.0, 1.0), None
-        said = (
-            f"Reconstructed {slices_said(kspace.shape[-2:], len(scans))} from k-space of {kspace.shape[1]} coils; "
-            "k-space holds no voxel size, so 1 mm is written."
-        )
-        scan: dict[str, float | str] = {"acceleration": _acceleration(kspace), "coils": float(kspace.shape[1])}
-    else:
-        image = read_volume(source)
-        scale = peak_of(image, source)
-        scans, score = _simulated(model, image, scale), score_of(image, scale)
-        affine, spacing, space = image.affine, image.spacing, image.space
-        said = (
-            f"Simulated a scan of {slices_said(image.data.shape[:2], len(scans))} by the scanner of "
-            f"{site or 'the study'} (R = {model.acquisition.mask.acceleration:g}, {model.acquisition.coils} coils) and "
-            "reconstructed it."
-        )
-        scan = model.acquisition.facts()
-
-    def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor]:
-        magnitude = image[0].abs().numpy()
-        return _scanned(model, magnitude / max(float(magnitude.max()), 1e-9), number)
-
-    depth = look(model.network, scans, model.classical, again, score)
+        raise StudyError("this is a model for MRI: it takes one file, a NIfTI image or raw data", detail=str(source))
+    given = _measured(model, source) if is_raw(source) else _simulated(model, source, site)
+    depth = look(model.network, given.scans, model.classical, given.again, given.score)
     method = chosen(model.network, model.classical, depth, fallback)
     with torch.no_grad():
-        images = [method(*each())[0].abs().numpy() * np.float32(scale) for each in scans]
-    save_nifti(Volume(np.stack(images, axis=-1), spacing, affine, space), output)
-    return Done(said, scan, depth=depth)
+        images = [method(*each())[0].abs().numpy() * np.float32(given.scale) for each in given.scans]
+    like = given.like
+    save_nifti(Volume(np.stack(images, axis=-1), like.spacing, like.affine, like.space), output)
+    return Done(given.said, given.facts, depth=depth)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A released network, the scanner to simulate, and the numbers of coils it was trained with."""
+    """A released network and the scanner to simulate, or that of the raw data that it was trained on."""
 
     network: nn.Module
-    acquisition: MRIAcquisition
-    coils: tuple[int, ...]
+    acquisition: AcquisitionSettings
     seed: int
     classical: Classical
 
 
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """An input: its scans, their scale, what is said of it, and whose grid the output has (of which no value is used).
+
+    `again` and `score` are for `wardround.runs.depth.look`.
+    """
+
+    scans: Sequence[Scan]
+    scale: float
+    said: str
+    facts: Facts
+    like: Volume
+    again: Callable[[int, Tensor], tuple[LinearOperator, Tensor]]
+    score: Score | None = None
+
+
 def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
     acquisition = study.acquisition if site is None else study.acquisition_of(site)
-    assert isinstance(acquisition, MRIAcquisition)
-    return _Model(network, acquisition, trained_coils(study, site), study.seed, total_variation(study))
+    if acquisition is None or acquisition.kind != study.scanner.kind:
+        # The default of a study whose sites all say it themselves.
+        acquisition = study.scanner
+    return _Model(network, acquisition, study.seed, total_variation(study))
+
+
+def _measured(model: _Model, source: Path) -> _Given:
+    """Raw data. Scans to compare with are simulated where the model was trained so; else they are these, once more."""
+    measured = read_measured(source, estimated_by(model.acquisition))
+    size = measured.raw.shape[2:]
+
+    def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor]:
+        if isinstance(model.acquisition, MRIAcquisition):
+            magnitude = image[0].abs().numpy()
+            return _scanned(model, magnitude / max(float(magnitude.max()), 1e-9), number)
+        scan = measured.scans[number]()
+        return scan[0], scanned_again(scan, image, public_generator(model.seed, "reconstruct", number))
+
+    return _Given(
+        measured.scans,
+        measured.scale,
+        f"Reconstructed {slices_said(size, len(measured.scans))} from {measured.said}",
+        measured.facts(),
+        Volume(np.zeros((0, 0, 0), np.float32), measured.spacing, measured.affine),
+        again,
+    )
+
+
+def _simulated(model: _Model, source: Path, site: str | None) -> _Given:
+    """An image, scanned as in training."""
+    acquisition = model.acquisition
+    if not isinstance(acquisition, MRIAcquisition):
+        raise StudyError(f"this model was trained on raw data and takes raw data: {KINDS}", detail=str(source))
+    image = read_volume(source)
+    peak = peak_of(image, source)
+    height, width, count = image.data.shape
+    mask = sampling_mask(acquisition.mask, (height, width), public_generator(model.seed, "reconstruct", "mask"))
+
+    def again(number: int, found: Tensor) -> tuple[LinearOperator, Tensor]:
+        magnitude = found[0].abs().numpy()
+        return _scanned(model, magnitude / max(float(magnitude.max()), 1e-9), number)
+
+    return _Given(
+        [partial(_scanned, model, image.data[..., number] / peak, number, mask) for number in range(count)],
+        peak,
+        f"Simulated a scan of {slices_said((height, width), count)} by the scanner of {site or 'the study'} (R = "
+        f"{acquisition.mask.acceleration:g}, {acquisition.coils} coils) and reconstructed it.",
+        acquisition.facts(),
+        image,
+        again,
+        score_of(image, peak),
+    )
 
 
 def trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
@@ -196,66 +238,6 @@ def trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
     sites = (study.training_sites or tuple(study.sites)) if site is None else (site,)
     found = (study.acquisition_of(name) for name in sites)
     return tuple(sorted({a.coils for a in found if isinstance(a, MRIAcquisition)}))
-
-
-def read_array(source: Path, what: str) -> Array:
-    """The array of a .npy file, which is called `what` in errors, mapped. Raises DataError for any other file."""
-    try:
-        # Mapped: a header that says more than the file holds takes no memory.
-        found = np.load(source, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise DataError(f"the {what} file does not exist; check its path", detail=str(source)) from error
-    except PermissionError as error:
-        raise DataError(f"the {what} file cannot be read ({reason(error)})", detail=str(source)) from error
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"the {what} file is not a NumPy array (.npy)", detail=f"{source}: {error}") from error
-    if not isinstance(found, np.ndarray):
-        raise DataError(f"the {what} file holds several arrays; store one array as .npy", detail=str(source))
-    return found
-
-
-def read_kspace(source: Path, coils: tuple[int, ...]) -> Array:
-    """Complex64 (slices, coils, H, W) of a .npy file; raises DataError for other arrays and numbers of coils."""
-    kspace = read_array(source, "k-space")
-    if kspace.ndim not in (3, 4) or not np.iscomplexobj(kspace) or 0 in kspace.shape:
-        raise DataError(
-            "k-space must be complex, (coils, H, W) or (slices, coils, H, W); "
-            f"this is {kspace.dtype} of shape {kspace.shape}"
-        )
-    if kspace.shape[-3] not in coils:
-        known = " or ".join(map(str, coils))
-        raise DataError(
-            f"k-space of shape {kspace.shape} has {kspace.shape[-3]} coils, but the model was trained with {known}; "
-            f"its axes must be (coils, H, W) or (slices, coils, H, W), its coils compressed to {known}"
-        )
-    if not np.isfinite(kspace).all():
-        raise DataError("the k-space holds NaN or infinite values; replace them at the source")
-    whole: Array = kspace.astype(np.complex64)
-    return whole if whole.ndim == 4 else whole[None]
-
-
-def _acceleration(kspace: Array) -> float:
-    """All samples of a plane for each that was measured."""
-    return float(1.0 / max(np.abs(kspace).sum(1).astype(bool).mean(), 1e-9))
-
-
-@torch.no_grad()
-def measured_scans(kspace: Array, maps: Maps = "estimated") -> tuple[list[Scan], float]:
-    """The scans of a volume of k-space on one scale, and the scale: networks learn volumes whose maximum is 1.
-
-    maps: how coil maps are estimated, see `estimate_maps`. Raises GeometryError where they cannot be.
-    """
-
-    def scan(number: int, scale: float) -> tuple[CartesianMRI, Tensor]:
-        data = torch.from_numpy(kspace[number])[None]
-        mask = (data.abs().sum(dim=1) > 0).float()
-        return CartesianMRI(estimate_maps(data, mask, maps), mask), data / scale
-
-    # The zero-filled peak of the volume.
-    scale = max(
-        float(operator.A_adjoint(data).abs().amax()) for operator, data in (scan(n, 1.0) for n in range(len(kspace)))
-    )
-    return [partial(scan, number, scale) for number in range(len(kspace))], scale
 
 
 def peak_of(volume: Volume, source: Path) -> float:
@@ -266,17 +248,12 @@ def peak_of(volume: Volume, source: Path) -> float:
     return peak
 
 
-def _simulated(model: _Model, volume: Volume, peak: float) -> list[Scan]:
-    height, width, count = volume.data.shape
-    mask = sampling_mask(model.acquisition.mask, (height, width), public_generator(model.seed, "reconstruct", "mask"))
-    return [partial(_scanned, model, volume.data[..., number] / peak, number, mask) for number in range(count)]
-
-
 def _scanned(
     model: _Model, image: Array, number: int, mask: NDArray[np.float32] | None = None
 ) -> tuple[CartesianMRI, Tensor]:
     """A slice, peak 1, scanned as in training."""
     clipped = np.clip(image, 0.0, 1.0).astype(np.float32)
+    assert isinstance(model.acquisition, MRIAcquisition)
     measured = simulate(clipped, model.acquisition, public_generator(model.seed, "reconstruct", number), mask)
     return CartesianMRI(measured.maps[None], measured.mask[None]), measured.kspace[None]
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from wardround.errors import DataError, StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.imaging.readers.raw.arrays import read_array
 from wardround.imaging.readers.volume import Volume, read_volume
-from wardround.runs.apply import peak_of, read_array, score_of, slices_said
+from wardround.runs.apply import peak_of, score_of, slices_said
 from wardround.runs.apply_ct import Done, save_nifti
 from wardround.runs.depth import Scan, Score, chosen, look, total_variation
 from wardround.runs.protocols import Facts

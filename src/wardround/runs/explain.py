@@ -10,6 +10,7 @@ import yaml
 from wardround.federation.measuring import REFERENCE
 from wardround.learning.training import patients_in
 from wardround.plan.arm_specs import ArmSpec
+from wardround.plan.arms import FEDERATED
 from wardround.plan.sums import LOSS
 from wardround.results.gate import margins_of
 from wardround.results.metrics import MetricInfo
@@ -20,7 +21,7 @@ from wardround.runs.explain_groups import group_lines
 from wardround.runs.explain_plugins import roles_of, uncalled
 from wardround.runs.explain_shift import statistics_words
 from wardround.runs.machine import NOWHERE, Machine
-from wardround.runs.remarks import remarks_on, remarks_on_given
+from wardround.runs.remarks import remarks_on, remarks_on_baselines, remarks_on_given
 from wardround.runs.session import open_host
 from wardround.runs.statement import words
 from wardround.site.budgets import Outlook
@@ -34,8 +35,7 @@ from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.estimates import LEAST_PATIENTS
 from wardround.tasks.task import Headed, Split
 from wardround.wire.ring import value_bits
-
-_SCANNER = ("simulated scanner",)
+from wardround.wire.tensors import table_of
 
 
 def explain(
@@ -106,9 +106,14 @@ def study_lines(host: Machine, arm_spec: ArmSpec) -> str:
     return "\n".join([f"Study {study.name}", *entries])
 
 
-def _simulates(study: Study) -> bool:
-    """Whether raw data are simulated, by scanners that the study describes."""
+def _scans(study: Study) -> bool:
+    """Whether it begins with raw data: simulated by scanners that the study describes, or measured."""
     return study.task.scanner == "needed"
+
+
+def _scanner_head(study: Study) -> tuple[str, ...]:
+    """How the table of sites calls their protocols; nothing where there are none."""
+    return (("raw data" if study.scanner.measured else "simulated scanner"),) if _scans(study) else ()
 
 
 def _model(study: Study) -> str:
@@ -116,7 +121,7 @@ def _model(study: Study) -> str:
 
 
 def _scanner(study: Study, site: str) -> tuple[str, ...]:
-    return (protocol(study.acquisition_of(site)),) if _simulates(study) else ()
+    return (protocol(study.acquisition_of(site)),) if _scans(study) else ()
 
 
 def _task(study: Study) -> str:
@@ -126,13 +131,23 @@ def _task(study: Study) -> str:
     scanner = study.scanner
     masked = f" inside the {scanner.inside}" if task.loss.masked else ""
     size = f"{task.size[0]} x {task.size[1]} pixels"
-    return f"reconstruction of {scanner.subject(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+    said = f"reconstruction of {scanner.subject(task.contrasts)}, {size}; loss {task.loss.kind}{masked}"
+    return f"{said}{_without_truth(study)}"
+
+
+def _without_truth(study: Study) -> str:
+    """The training sites that learn from measured samples alone; nothing where all have true images."""
+    alone = [site for site in study.training_sites if study.supervision_of(site).splits]
+    if not alone:
+        return ""
+    where = "at every site" if len(alone) == len(study.training_sites) else f"at {', '.join(alone)}"
+    return f"; without true images {where}: the loss is of measured samples that the network does not see"
 
 
 def _sites(host: Machine) -> str:
     study = host.study
     rows = [(name, _role(study, name), *_scanner(study, name)) for name in study.sites]
-    return table(("site", "role", *_SCANNER[: _simulates(study)]), rows)
+    return table(("site", "role", *_scanner_head(study)), rows)
 
 
 def _sites_with_data(host: Machine) -> str:
@@ -142,9 +157,8 @@ def _sites_with_data(host: Machine) -> str:
         counts = [str(count) for count in patients_in(dataset).values()]
         own = "leave the site" if _results_leave(host, name, dataset.patients("test")) else "stay there"
         rows.append((name, _role(study, name), *counts, str(len(dataset)), own, *_scanner(study, name)))
-    simulated = _simulates(study)
-    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_SCANNER[:simulated])
-    note = f"(train, validation, test: patients; examples: {'training slices' if simulated else 'to train on'})"
+    header = ("site", "role", "train", "validation", "test", "examples", "own results", *_scanner_head(study))
+    note = f"(train, validation, test: patients; examples: {'training slices' if _scans(study) else 'to train on'})"
     return f"{table(header, rows)}\n{wrapped(note, '  ')}"
 
 
@@ -223,9 +237,9 @@ def _traffic(host: Machine, arm_spec: ArmSpec) -> str:
     study = host.study
     if not study.trains:
         return "\n".join(given_traffic(host, arm_spec))
-    nbytes = {p.name: p.info.nbytes for p in host.model_context.parameters}
     sent = arm_spec.codec.sent(arm_spec.layout)
-    down, up = sum(nbytes[name] for name in arm_spec.policy.names("shared")), arm_spec.codec.form.nbytes(sent)
+    down = sum(info.nbytes for info in table_of(host.initial(arm_spec)[0]))
+    up = arm_spec.codec.form.nbytes(sent)
     late = study.schedule.asynchronous
     total = study.schedule.rounds * (len(study.training_sites) if late is None else late.buffer) * (down + up)
     return "\n".join(
@@ -253,7 +267,7 @@ def _update(study: Study) -> str:
 
 def _scanners(study: Study) -> str:
     """What the simulated scanners take; nothing where they do not say it, and for a task of one's own."""
-    costs = study.scanner.costs if _simulates(study) else ""
+    costs = study.scanner.costs if _scans(study) else ""
     return str(at(costs)(study)) if costs else ""
 
 
@@ -273,6 +287,7 @@ def arms_lines(host: Machine) -> str:
     baselines = host.study.baselines
     if baselines:
         notes.append(f"Compared with, nothing learned: {', '.join(baselines)}.")
+    notes += [f"{remark[:1].upper()}{remark[1:]}." for remark in remarks_on_baselines(host.study)]
     notes += list(continued_lines(host))
     if len(rows) == 1:
         notes.append("Add --compare local,pooled to learn whether training together is worth it.")
@@ -445,7 +460,7 @@ def _cautions(host: Machine) -> Iterator[str]:
     silent: list[str] = []
     thin: list[str] = []
     weightless: list[str] = []
-    weighed = getattr(host.study.method, "weights", None) == "validation"
+    measured = host.arm_spec(FEDERATED).method.measures
     for name, site in host.study.sites.items():
         counts = patients_in(host.dataset(name))
         splits: tuple[Split, ...] = ("validation", "test")
@@ -459,7 +474,7 @@ def _cautions(host: Machine) -> Iterator[str]:
         if why is not None and counts["validation"] and site.role != "unseen" and host.study.trains:
             silent.append(f"{name} ({why})")
         why = host.egress(name).refusal({LOSS: range(counts["validation"])})
-        if weighed and why is not None and counts["validation"] and name in host.study.training_sites:
+        if measured and why is not None and counts["validation"] and name in host.study.training_sites:
             weightless.append(f"{name} ({why})")
         if 0 < counts["train"] < host.egress(name).minimum_cohort and name in host.study.training_sites:
             thin.append(name)
@@ -473,10 +488,10 @@ def _cautions(host: Machine) -> Iterator[str]:
     lines += [f"No {split} patient at {', '.join(names)}." for split, names in absent.items() if names]
     if silent:
         lines.append(f"Sums over validation patients stay at {', '.join(silent)}: the mean is over the other sites.")
-    if weightless:
+    if weightless and measured:
         lines.append(
-            f"method.weights=validation, and {', '.join(weightless)} will refuse every round: the weight is made from "
-            "the loss of the site's validation patients. Give it more of them, or the study weights=samples or equal."
+            f"{', '.join(weightless)} will refuse every round: a site that trains sends {measured.what}. "
+            f"{measured.instead}, or the site more of them."
         )
     if thin:
         lines.append(

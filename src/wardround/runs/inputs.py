@@ -21,13 +21,15 @@ from wardround.tasks.scanning import ScanBatch
 class Opened:
     """An image in memory; `series` where it came as DICOM.
 
-    Of raw data it is the zero-filled one; `scans` are those of its slices, over `scale`.
+    Of raw data it is the zero-filled one; `scans` are those of its slices, over `scale`. `minds` is what
+    whoever uses the results must know.
     """
 
     image: LabelledImage
     series: ImageSeries | None = None
     scans: ScanBatch | None = None
     scale: float = 1.0
+    minds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

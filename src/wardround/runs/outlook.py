@@ -164,14 +164,14 @@ def _memory_by_study(host: Machine) -> Footprint:
     arm_spec, task = host.arm_spec(FEDERATED), host.task
     local, shared = arm_spec.arm.local, arm_spec.policy.names("shared")
     if not isinstance(task, Predicts) or isinstance(task, PredictsScans):
-        return footprint(host.model_context, shared, local, None, own=arm_spec.own, holds=arm_spec.method.holds)
+        return footprint(host.model_context, shared, local, None, own=arm_spec.own, holds=arm_spec.method.copies)
     shape = (local.pieces[0], *task.input_shape())
 
     def step(model: nn.Module, device: torch.device) -> Tensor:
         found: Tensor = model(torch.zeros(shape, device=device))
         return found.float().square().mean()
 
-    return footprint(host.model_context, shared, local, step, own=arm_spec.own, holds=arm_spec.method.holds)
+    return footprint(host.model_context, shared, local, step, own=arm_spec.own, holds=arm_spec.method.copies)
 
 
 def _memories(memory: Mapping[str, Footprint], local: Local) -> str:

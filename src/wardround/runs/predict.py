@@ -64,12 +64,11 @@ def predict(
     writes into the folder `out`. A segmentation writes for each image the structures as numbers 1, 2, ... in the order
     of the study, the later one where they overlap (NIfTI on the input's grid and place; PNG for a picture; for DICOM a
     SEG, in which they stay apart), a picture in `overlays`, and `volumes.csv`. A classification writes
-    `probabilities.csv`, a row an image, and `patients.csv` where a patient has several. A chain takes
-    k-space (`.npy`), or images, which the simulated scanner of the study or of `site` scans first, and writes what a
-    segmentation does and the image that it reconstructed; one that ends in a class writes what a classification does.
-    All write `model.json`: which release it was.
-    `site` serves the model as one of its training sites has it; `plugins` and `weights` are as for
-    `wardround.reconstruct`. `told` is called after each patient.
+    `probabilities.csv`, a row an image, and `patients.csv` where a patient has several. A chain takes raw data of MRI
+    (.h5, .mrd, .cfl, .npy, .mat), or images, which the simulated scanner of the study or of `site` scans first, and
+    writes what a segmentation does and the image that it reconstructed; one that ends in a class writes what a
+    classification does. All write `model.json`: which release it was. `site` serves the model as one of its training
+    sites has it; `plugins` and `weights` are as for `wardround.reconstruct`. `told` is called after each patient.
 
     Inputs that cannot be used are in `failed` and the others go on. Raises `StudyError` and `DataError` for a model or
     an option that does not fit, and the error of a single input; `MissingExtra` for DICOM SEG without its library.

@@ -22,6 +22,7 @@ from wardround.imaging.readers.dicom import series_files
 from wardround.imaging.readers.dicom_file import is_projection, open_dicom
 from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.labelled import LabelledImage
+from wardround.imaging.readers.raw import is_raw
 from wardround.imaging.readers.volume import Volume, space_of, write_nifti
 from wardround.imaging.writers.dicom_seg import highdicom, write_seg
 from wardround.runs.inputs import Input, Inputs, Opened, find_inputs
@@ -110,7 +111,7 @@ class Failure:
 class ImagePredictor:
     """A released model of images, opened once, for any number of inputs; its results lie in the folder `out`.
 
-    One of a chain takes raw data, too, of as many coils as one of `coils` says.
+    One of a chain takes raw data, too; `coils` are the numbers of coils that it was trained with.
     """
 
     task: Predicts
@@ -154,7 +155,8 @@ class ImagePredictor:
         return table
 
     def _inputs(self, source: Path, patterns: Patterns) -> Inputs:
-        if isinstance(self.task, PredictsScans) and _raw(source):
+        # An ending that a reader outside takes for images is one of images.
+        if isinstance(self.task, PredictsScans) and source.suffix not in patterns.readers and _raw(source):
             scanning = self.task.scanning()
             if source.is_dir() or not scanning.raw:
                 raise DataError(
@@ -206,7 +208,7 @@ class ImagePredictor:
         named = {image.id: said for image, _, said in found if isinstance(said, Probabilities)}
         simulated = isinstance(self.task, PredictsScans) and any(opened.scans is None for _, opened, _ in found)
         minds = (f"{self._scanned}.",) if simulated else ()
-        without = dict.fromkeys(mind for _, opened, _ in found for mind in self._lacking(opened))
+        without = dict.fromkeys(mind for _, opened, _ in found for mind in (*opened.minds, *self._lacking(opened)))
         return [_diagnosis(source, patient, named, (*minds, *without))]
 
     def _outline(self, source: Path, image: Input, opened: Opened, masks: Masks) -> Outline:
@@ -228,7 +230,7 @@ class ImagePredictor:
                 output = _write_labels(masks, opened.image, image.source, self.out / name)
             if masks.images is not None:
                 minds = (*minds, self._reconstructed(opened, image, name))
-            minds = (*minds, *self._lacking(opened))
+            minds = (*minds, *opened.minds, *self._lacking(opened))
             write_overlay(opened.image, masks.marked, masks.names, overlay)
         except OSError as error:
             raise DataError(f"the output cannot be written ({reason(error)})", detail=str(self.out)) from error
@@ -344,7 +346,7 @@ def _csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> P
 def _raw(source: Path) -> bool:
     """Whether an input holds raw data: an array, or projections of CT in DICOM."""
     if not source.is_dir():
-        return source.suffix == ".npy"
+        return is_raw(source)
     first = next((path for path in series_files(source) if find_dicom(path)), None)
     return first is not None and is_projection(open_dicom(first, pixels=False))
 

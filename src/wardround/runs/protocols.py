@@ -55,7 +55,8 @@ def lines(protocols: ModelProtocols) -> list[str]:
     """Every training scanner in full, one a line, and what headers said, for people."""
     found = []
     for site, acquisition in protocols.scanners.items():
-        found.append(f"simulated scanner of {site}: {_listed(acquisition.facts())}")
+        what = "raw data" if acquisition.measured else "simulated scanner"
+        found.append(f"{what} of {site}: {_listed(acquisition.facts()) or acquisition.describe()}")
         if site in protocols.headers:
             found.append(f"  headers of {site}: {protocols.headers[site].text}")
     return found
@@ -67,7 +68,9 @@ def summary(protocols: ModelProtocols) -> str:
         return "On which scanners it was trained is not known."
     sites = [f"{site} ({protocol(a)})" for site, a in protocols.scanners.items()]
     more = f" and {len(sites) - _SHOWN} others" if len(sites) > _SHOWN else ""
-    return f"Trained on the simulated scanners of {', '.join(sites[:_SHOWN])}{more}."
+    measured = all(acquisition.measured for acquisition in protocols.acquisitions)
+    what = "raw data" if measured else "simulated scanners"
+    return f"Trained on the {what} of {', '.join(sites[:_SHOWN])}{more}."
 
 
 def stated(header: CTProtocol) -> dict[str, float | str]:

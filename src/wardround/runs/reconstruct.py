@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from wardround.errors import StudyError, WardroundError
+from wardround.imaging.readers.raw import ENDINGS
 from wardround.runs.apply import Reconstruction, Reconstructor
 from wardround.runs.releases import USED, ReleasedModel
 
-_ENDINGS = (".nii.gz", ".nii", ".npy")
+_ENDINGS = (".nii.gz", ".nii", *ENDINGS)
 Fallback = Literal["tv"]
 PathLike = str | os.PathLike[str]
 

@@ -44,6 +44,16 @@ def remarks_on_missing(study: Study) -> Iterator[str]:
         yield f"{name} has no {' and no '.join(missing)}: there the network sees {', '.join(has)} alone"
 
 
+def remarks_on_baselines(study: Study) -> Iterator[str]:
+    """Whether a network that takes images for real is compared with a total variation that does not: for `check`."""
+    real = study.scans and study.model.real_images and study.modality == "mri"
+    if real and "tv" in study.baselines and "tv_real" not in study.baselines:
+        yield (
+            "the network takes images for real (model.image: real) and `tv` does not, so a gain over it is in part the "
+            "assumption's; add tv_real to task.evaluation.baselines (docs/baselines.md)"
+        )
+
+
 def remarks_on(study: Study, sites: SitesFile) -> Iterator[str]:
     """Sentences for `check` and the start of a run; they name sites, never folders."""
     yield from remarks_on_missing(study)

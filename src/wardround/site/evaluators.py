@@ -22,7 +22,7 @@ from wardround.site.finetuned import FineTuned
 from wardround.site.pictures import write_illustrations, write_images
 from wardround.site.protocol import Evaluator
 from wardround.tasks.states import value_of
-from wardround.tasks.task import Calibrated, ComparesUntrained, Illustrated, Imaging, Split
+from wardround.tasks.task import Calibrated, ComparesUntrained, Illustrated, Imaging, ScoresBaselines, Split
 from wardround.tasks.temperature import Calibration, keep_calibration
 from wardround.wire.tensors import TensorFile
 
@@ -196,7 +196,7 @@ class Baseline:
             self._tuned[name] = self._tune(learner, task, name)
         weight = self._tuned[name]
         reconstruct = partial(task.baseline, name, weight)
-        values = learner.per_patient(split, _image_score(task, reconstruct))
+        values = learner.per_patient(split, _baseline_score(task, name, weight))
         if meta.get("picture"):
             write_images(self._pictures, str(meta["picture"]), learner, reconstruct)
         return values
@@ -216,16 +216,18 @@ class Baseline:
             return grid[len(grid) // 2]
 
         def ranks(weight: float | None) -> tuple[float, ...]:
-            rows = learner.per_patient("validation", _image_score(task, partial(task.baseline, name, weight)))
+            rows = learner.per_patient("validation", _baseline_score(task, name, weight))
             # In the task's order: a classical image of a chain has no outline, and its first metrics no value.
             return tuple(spec.rank(value_of(spec, rows[spec.name])) for spec in learner.task.metrics)
 
         return max(grid, key=ranks)
 
 
-def _image_score(task: Imaging, reconstruct: Callable[[Any], Tensor]) -> Callable[[Any], dict[str, Tensor]]:
+def _baseline_score(task: Imaging, name: str, weight: float | None) -> Callable[[Any], dict[str, Tensor]]:
     def score(batch: Any) -> dict[str, Tensor]:
         with torch.no_grad():
-            return task.score_images(reconstruct(batch), batch)
+            if isinstance(task, ScoresBaselines):
+                return task.score_baseline(name, weight, batch)
+            return task.score_images(task.baseline(name, weight, batch), batch)
 
     return score

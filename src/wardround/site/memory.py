@@ -35,7 +35,7 @@ def footprint_of(arm_specs: ArmSpecs, dataset: Dataset, compute: Compute) -> Foo
         return placed.loss(model, moved(batch, device))
 
     shared = arm_spec.policy.names("shared")
-    own, holds = arm_spec.own, arm_spec.method.holds
+    own, holds = arm_spec.own, arm_spec.method.copies
     device = compute.device if gpu else None
     found = footprint(arm_specs.model_context, shared, local, step, device, own, holds)
     return found if arm_specs.study.task.taught_by is None else replace(found, teacher=arm_specs.teacher.nbytes)

@@ -195,7 +195,7 @@ class Site:
         learner = self.learner
         inspector = self._inspector
         seen = None if inspector is None else inspector.check(header.round, public, learner)
-        if learner.weighs_by_validation:
+        if learner.measures_validation:
             self._weigh(header, learner)
         learner.load(public, memory)
         metrics: dict[str, Any] = {}
@@ -325,14 +325,13 @@ class Site:
         return state
 
     def _weigh(self, header: Header, learner: Learner) -> None:
-        """Raise unless a weight by validation loss may leave: it is a mean over the validation patients, of the model
-        that the site trains, so it leaves by the rules of their sums, and one a round."""
+        """Raise unless a validation loss may leave, as a weight say: it is a mean over the validation patients, of the
+        model that the site trains, so it leaves by the rules of their sums, and one a round."""
         patients = np.empty(learner.dataset.patients("validation"))
         if (why := self._own.withheld("validation", {LOSS: patients}, learner)) is not None:
             raise Withheld(
-                f"site {self.name} withholds its weight, which method.weights=validation makes from the loss of its "
-                f"validation patients: {why}. Give the study method.weights=samples or equal, or the site more "
-                "validation patients"
+                f"site {self.name} withholds {learner.measured.what}: {why}. {learner.measured.instead}, or the site "
+                "more validation patients"
             )
         # What is trained follows from the start, the round and, by the aborted rounds, what the site remembers.
         self._measure_once(

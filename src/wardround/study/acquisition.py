@@ -137,6 +137,7 @@ class MRIAcquisition(CoilAcquisition):
     applied = "wardround.runs.apply:reconstruct_mri"
     chain = "wardround.tasks.chain_mri:KSpaceScanning"
     raw = "wardround.runs.raw_scans:raw_input"
+    splits = True
     costs = "wardround.runs.explain_mri:explain_scanners"
 
     kind: Literal["mri"] = "mri"

@@ -38,10 +38,14 @@ class AcquisitionSettings(Settings):
     raw: ClassVar[str] = ""
     #: What `check` prints of all scanners of a study together, as memory (a function of the study); empty for nothing.
     costs: ClassVar[str] = ""
+    #: Whether raw data are those that sites' scanners measured; else they are simulated of a site's images.
+    measured: ClassVar[bool] = False
     #: Whether headers of a site's files say by which scanner its images were made, see `tasks.task.Headed`.
     headers: ClassVar[bool] = False
     #: Whether training examples can be changed by `task.augment`.
     augments: ClassVar[bool] = False
+    #: Whether its measured samples can be split, for sites without true images (`study.supervision`).
+    splits: ClassVar[bool] = False
     #: What of an image a `masked` loss is inside of.
     inside: ClassVar[str] = "foreground"
     #: What a model card says of the intended use.
@@ -59,6 +63,11 @@ class AcquisitionSettings(Settings):
         `random`: a NumPy generator, of the patient where `varies`, else of the site, and the same in every arm.
         """
         raise NotImplementedError
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the images that were scanned are known: a target to learn from, and to measure against."""
+        return True
 
     @property
     def varies(self) -> bool:

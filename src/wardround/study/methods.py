@@ -53,6 +53,11 @@ class MethodSettings(Settings):
         """What it needs of the amplitudes of images; `None` for nothing."""
         return None
 
+    @property
+    def only(self) -> tuple[str, ...]:
+        """Patterns of the parameters that alone learn, in every arm of the study; none where all may."""
+        return ()
+
     def check(self, study: Study) -> None:
         """Raise `ValueError` where the method means nothing with what else the study says."""
 

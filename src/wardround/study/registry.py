@@ -69,6 +69,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "varnet": "wardround.models.varnet:VarNetSettings",
         "e2e_varnet": "wardround.models.e2e_varnet:E2EVarNetSettings",
         "swin_denoiser": "wardround.models.swin_denoiser:SwinDenoiserSettings",
+        "generative_prior": "wardround.models.generative_prior:GenerativePriorSettings",
     },
     "method": {
         "fedavg": "wardround.learning.methods.fedavg:FedAvgSettings",
@@ -87,6 +88,8 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "feddyn": "wardround.learning.methods.feddyn:FedDynSettings",
         "scaffold": "wardround.learning.methods.scaffold:ScaffoldSettings",
         "fednova": "wardround.learning.methods.fednova:FedNovaSettings",
+        "fl_mrcm": "wardround.learning.methods.fl_mrcm:FLMRCMSettings",
+        "fedgimp": "wardround.learning.methods.fedgimp:FedGIMPSettings",
         "moon": "wardround.learning.methods.moon:MOONSettings",
         "fedcostwavg": "wardround.learning.methods.cost_weighted:FedCostWAvgSettings",
         "fedpidavg": "wardround.learning.methods.cost_weighted:FedPIDAvgSettings",
@@ -97,12 +100,17 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "feddg": "wardround.learning.methods.feddg:FedDGSettings",
         "fisher": "wardround.learning.methods.fisher:FisherSettings",
         "unlearn": "wardround.learning.methods.unlearn:UnlearnSettings",
+        "fedmri": "wardround.learning.methods.fedmri:FedMRISettings",
+        "modfed": "wardround.learning.methods.modfed:ModFedSettings",
+        "fedpr": "wardround.learning.methods.fedpr:FedPRSettings",
+        "fair_weights": "wardround.learning.methods.fair_weights:FairWeightsSettings",
         "custom": "wardround.study.methods:CustomMethod",
     },
     "acquisition": {
         "mri": "wardround.study.acquisition:MRIAcquisition",
         "ct": "wardround.study.ct:CTAcquisition",
         "mri_noncartesian": "wardround.study.noncartesian:NonCartesianAcquisition",
+        "mri_raw": "wardround.study.raw_acquisition:RawAcquisition",
     },
 }
 #: Methods of studies that commands write: what a release may lose is measured, and what a hospital taught undone.

@@ -57,6 +57,7 @@ from wardround.study.rules import (
     check_update,
 )
 from wardround.study.start import Fresh, FromAdapter, FromRelease, FromWeights, Parts, Start
+from wardround.study.supervision import Supervision, check_supervision
 from wardround.study.tasks import Modality, ReconstructionTask, TaskSettings
 from wardround.study.teacher import TaughtBy
 from wardround.study.update import PARENT, Distilled, Elastic, FisherFile, Update
@@ -88,6 +89,9 @@ class StudySite(Config):
         "validation patients choose thresholds and temperature, and `unseen` that all of a site's patients test",
     )
     acquisition: Acquisition | None = Field(None, description="overrides the study's acquisition")
+    supervision: Supervision | None = Field(
+        None, description="reconstruction only: overrides `task.supervision`, for a site without true images, say"
+    )
     scans: tuple[SiteName, ...] = Field(
         (),
         description="unseen sites only: instead of patients of its own, its scanner sees the test patients of these "
@@ -317,6 +321,8 @@ class Study(Config):
         try:
             if isinstance(self.task, ReconstructionTask):
                 self._task_fits(self.task)
+            elif stating := [name for name, site in self.sites.items() if site.supervision is not None]:
+                raise StudyError(f"sites.{stating[0]}.supervision: only for task.kind: reconstruction; remove it")
             if self.task.classical is not None:
                 self._baselines_fit(self.task.classical.baselines or (), reading)
             check_model(self.model, self.task)
@@ -374,6 +380,7 @@ class Study(Config):
             raise StudyError("task.augment: only for CT; remove it")
         for site in self.sites:
             self.acquisition_of(site).check(task, site)
+            check_supervision(self, self.acquisition_of(site), site)
 
     def _baselines_fit(self, named: tuple[str, ...], reading: Reading) -> None:
         """Raises StudyError for a classical method that is none, or not for what the sites' scanners measure."""
@@ -479,6 +486,11 @@ class Study(Config):
     def unseen_sites(self) -> tuple[str, ...]:
         """Names of the sites that are only tested, after training."""
         return tuple(name for name, site in self.sites.items() if site.role == "unseen")
+
+    def supervision_of(self, site: str) -> Supervision:
+        """What a site learns from: its own, or the task's; true images in a task that does not say it."""
+        own = self.sites[site].supervision
+        return own or (self.task.supervision if isinstance(self.task, ReconstructionTask) else Supervision())
 
     def sections(self) -> Iterator[tuple[str, Section, Settings]]:
         """The sections whose kinds a package outside can add: where they stand, what they are, their settings."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from wardround.study.base import Config, Factory, KindName, Settings
+from wardround.study.supervision import Supervision
 from wardround.study.teacher import TaughtBy
 
 # What images and raw data are: `mri`, `ct`, or as an acquisition outside names it.
@@ -142,6 +143,9 @@ class ReconstructionTask(TaskSettings):
     flips: bool = Field(True, description="random left-right flips of training examples")
     augment: bool = Field(False, description="CT: random quarter turns before each training scan, with new noise")
     loss: Loss = Loss()
+    supervision: Supervision = Field(
+        Supervision(), description="MRI: what sites learn from that do not say it themselves"
+    )
     evaluation: Evaluation = Evaluation()
 
     @property

@@ -36,6 +36,13 @@ def _in_the_head(spec: MetricSpec) -> MetricSpec:
 
 
 RECONSTRUCTION_METRICS = (*_WHOLE, *map(_in_the_head, _WHOLE))
+KSPACE_RESIDUAL = MetricSpec(
+    "kspace_residual", 0.0, 10.0, 1e-6, False, "Held-out k-space error", "", 0.001,
+    "error in predicting measured samples that were kept from the method, relative to their size: the mean of the "
+    "ratios of Euclidean and of absolute norms, 0 is perfect and 1 is what predicting nothing comes to",
+)  # fmt: skip
+# Where a site has no true images: of its slices those of images have no value.
+SPLIT_METRICS = (KSPACE_RESIDUAL, *(replace(spec, may_be_absent=True) for spec in RECONSTRUCTION_METRICS))
 
 
 def reconstruction_scores(image: Tensor, target: Tensor, head: Tensor) -> dict[str, Tensor]:

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wardround.errors import StudyError
+from wardround.errors import GeometryError, StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
+from wardround.imaging.acquisition.mri.split import held_out_samples, kspace_loss, unseen_share
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
 from wardround.imaging.datasets.mri import SliceExample, head_of_slice
 from wardround.imaging.datasets.visits import Index
@@ -22,9 +24,15 @@ from wardround.study import MRIAcquisition, schema
 from wardround.study import tasks as tasks_config
 from wardround.study.acquisition import CoilAcquisition
 from wardround.study.baselines import Baseline
+from wardround.study.raw_acquisition import RawAcquisition
+from wardround.study.supervision import Supervision
 from wardround.tasks.classical import Method
 from wardround.tasks.magnitudes import MagnitudeReconstruction
-from wardround.tasks.reconstruction import NO_EMBEDDINGS, ReconstructionDataset
+from wardround.tasks.metrics import KSPACE_RESIDUAL, SPLIT_METRICS
+from wardround.tasks.reconstruction import NO_EMBEDDINGS, ReconstructionDataset, evaluating
+from wardround.tasks.task import MetricSpec
+from wardround.wire.host import on_host
+from wardround.wire.random import public_generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +66,9 @@ class MRIBatch:
         """Magnitudes (B, H, W) of what a method makes of operator and k-space."""
         return method(self.operator, self.kspace).abs()
 
-    def part(self, start: int, stop: int) -> MRIBatch:
+    def part(self, start: int, stop: int) -> Self:
         """The slices from `start` to before `stop`."""
-        return MRIBatch(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+        return type(self)(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
     @classmethod
     def of(cls, scan: Scan, image: NDArray[np.float32], head: NDArray[np.bool_]) -> MRIBatch:
@@ -73,12 +81,82 @@ class MRIBatch:
     @classmethod
     def joined(cls, batches: Sequence[MRIBatch]) -> MRIBatch:
         """One batch of all slices, in order; scans with fewer coils get more, which see nothing and change nothing."""
+        if cls is MRIBatch and any(isinstance(batch, SplitBatch) for batch in batches):
+            return SplitBatch.joined([SplitBatch.of_batch(batch) for batch in batches])
         coils = max(batch.maps.shape[1] for batch in batches)
         padded = [
             replace(batch, kspace=_with_coils(batch.kspace, coils), maps=_with_coils(batch.maps, coils))
             for batch in batches
         ]
         return cls(*(torch.cat([getattr(batch, field.name) for batch in padded]) for field in fields(cls)))
+
+
+@dataclass(frozen=True, eq=False)
+class SplitBatch(MRIBatch):
+    """Slices of which some measured samples are held out: Lambda of `wardround.imaging.acquisition.mri.split`.
+
+    held: float32 (B, H, W), 1 where a measured sample is held out; 0 everywhere in a slice whose samples are whole.
+    alone: bool (B,): whether a slice is learned from by its measured samples alone, without `target`.
+    """
+
+    held: Tensor
+    alone: Tensor
+
+    @classmethod
+    def of_batch(cls, batch: MRIBatch, held: Tensor | None = None, *, alone: bool = False) -> SplitBatch:
+        """A batch with samples held out; without any, the same scans. One that is split stays as it is."""
+        if isinstance(batch, SplitBatch):
+            return batch
+        whole: dict[str, Tensor] = {field.name: getattr(batch, field.name) for field in fields(MRIBatch)}
+        held = torch.zeros_like(batch.mask) if held is None else held
+        return cls(**whole, held=held, alone=torch.full((len(batch),), alone))
+
+    def chosen(self, numbers: NDArray[np.intp]) -> SplitBatch:
+        """The slices of these numbers, in this order."""
+        return SplitBatch(*(getattr(self, field.name)[numbers.tolist()] for field in fields(self)))
+
+    def image_of_seen(self, method: Method) -> Tensor:
+        """What a method makes of the samples that are not held out: complex images (B, H, W).
+
+        It is given neither the data of the others nor that they were measured.
+        """
+        seen = 1 - self.held
+        image = method(CartesianMRI(self.maps, self.mask * seen), self.kspace * seen[:, None])
+        return image if image.is_complex() else image.to(self.kspace.dtype)
+
+    def held_out_loss(self, image: Tensor) -> Tensor:
+        """How badly complex images (B, H, W) predict the samples that are held out, `kspace_loss`: (B,)."""
+        asked = CartesianMRI(self.maps, self.mask * self.held)
+        return kspace_loss(asked.A(image), self.kspace * self.held[:, None])
+
+
+@dataclass(frozen=True)
+class SampleDivision:
+    """How a site's measured samples are divided; see `wardround.tasks.reconstruction.Division`.
+
+    With `alone` also those of training: the site then learns from nothing else.
+    """
+
+    site: str
+    how: Supervision
+    seed: int
+    alone: bool
+
+    def training(self, batch: MRIBatch, random: np.random.Generator) -> MRIBatch:
+        """Divided anew where the site learns from samples alone, else as it is."""
+        return self._divided(batch, random) if self.alone else batch
+
+    def evaluated(self, batch: MRIBatch, example: SliceExample) -> MRIBatch:
+        """Divided alike in every round, by public randomness."""
+        which = (example.patient, example.contrast, example.slice)
+        return self._divided(batch, public_generator(self.seed, self.site, "held out", *which))
+
+    def _divided(self, batch: MRIBatch, random: np.random.Generator) -> MRIBatch:
+        try:
+            held = np.stack([held_out_samples(on_host(mask), self.how, random) for mask in batch.mask])
+        except GeometryError as error:
+            raise StudyError(f"site {self.site}: {error}") from error
+        return SplitBatch.of_batch(batch, torch.from_numpy(held), alone=self.alone)
 
 
 def _with_coils(x: Tensor, coils: int) -> Tensor:
@@ -133,6 +211,8 @@ class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
     """Magnitude images from undersampled k-space.
 
     Raises StudyError for tiny images, and for a real model or baseline where the coil maps do not carry the phase.
+    Where a site has no true images (`study.supervision`), it learns from its measured samples, and the first metric is
+    how well held-out samples are predicted, at every site; those of images have no value where `target` is 0.
     """
 
     def __init__(self, study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> None:
@@ -144,6 +224,22 @@ class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
         """Raises StudyError for one of real images where the coil maps do not carry the phase."""
         super().compare_with(baselines)
         require_phase_for(self.study, baselines)
+
+    @property
+    def metrics(self) -> tuple[MetricSpec, ...]:
+        """PSNR first, or held-out samples where a site has no true images: it selects the released round."""
+        return SPLIT_METRICS if self._divides else super().metrics
+
+    @cached_property
+    def _divides(self) -> bool:
+        """Whether any site learns without true images, or has none to be measured against."""
+        study = self.study
+        return any(study.supervision_of(s).splits or not study.acquisition_of(s).has_reference for s in study.sites)
+
+    def division(self, site: str) -> SampleDivision | None:
+        """How what was measured at a site is divided; none in a study whose sites all have true images."""
+        how = self.study.supervision_of(site)
+        return SampleDivision(site, how, self.study.seed, how.splits) if self._divides else None
 
     def scans(self, index: Index) -> MRIDataset:
         """The acquisitions of an index's slices by its site's scanner."""
@@ -159,6 +255,38 @@ class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
         """The magnitude of the model's reconstruction (B, H, W)."""
         image: Tensor = model(batch.operator, batch.kspace)
         return image.abs()
+
+    def loss(self, model: nn.Module, batch: MRIBatch) -> Tensor:
+        """The study's loss; of slices that are learned from by their samples, how badly it predicts held-out ones."""
+        which = on_host(batch.alone) if isinstance(batch, SplitBatch) else np.zeros(0, np.bool_)
+        if not isinstance(batch, SplitBatch) or not which.any():
+            return super().loss(model, batch)
+        alone = batch.chosen(np.flatnonzero(which))
+        image = alone.image_of_seen(model)
+        loss = (alone.held_out_loss(image) + unseen_share(image, alone.maps)).sum()
+        if not which.all():
+            taught = np.flatnonzero(~which)
+            loss = loss + len(taught) * super().loss(model, batch.chosen(taught))
+        return loss / len(batch)
+
+    def score(self, model: nn.Module, batch: MRIBatch) -> dict[str, Tensor]:
+        """All metrics of the model's reconstruction: name -> (B,)."""
+        with evaluating(model), torch.no_grad():
+            return self._scores(model, batch)
+
+    def score_baseline(self, name: str, parameter: float | None, batch: MRIBatch) -> dict[str, Tensor]:
+        """All metrics of a method that learns nothing: name -> (B,)."""
+        return self._scores(self._classical.method(name, parameter), batch)
+
+    def _scores(self, method: Method, batch: MRIBatch) -> dict[str, Tensor]:
+        if not isinstance(batch, SplitBatch):
+            return self.score_images(batch.images(method), batch)
+        known = batch.target.flatten(1).any(1)
+        # Without a true image nothing is measured of the image of all samples, so that none is made.
+        images = batch.images(method) if bool(on_host(known.any())) else batch.target
+        scores = self.score_images(images, batch)
+        scores = {name: values.where(known, torch.nan) for name, values in scores.items()}
+        return {KSPACE_RESIDUAL.name: batch.held_out_loss(batch.image_of_seen(method)) / 2, **scores}
 
     def inside(self, batch: MRIBatch) -> Tensor:
         """Where the head is: (B, H, W)."""
@@ -181,14 +309,14 @@ def require_estimated_maps(study: schema.Study, what: str) -> None:
     remedy = "set model.image: complex" if what.startswith("model") else "take it out of task.evaluation.baselines"
     for site in study.sites:
         acquisition = study.acquisition_of(site)
-        if not isinstance(acquisition, CoilAcquisition):
+        if not isinstance(acquisition, CoilAcquisition | RawAcquisition):
             continue
         if acquisition.maps == "espirit":
             raise StudyError(
                 f"{what} needs coil maps that carry the phase, and site {site} has acquisition.maps: espirit, which "
                 f"leave it in the image; {remedy}, or set maps: estimated"
             )
-        if acquisition.maps == "true" and acquisition.phase > 0.0:
+        if isinstance(acquisition, CoilAcquisition) and acquisition.maps == "true" and acquisition.phase > 0.0:
             raise StudyError(
                 f"{what} needs coil maps that carry the phase, and site {site} has acquisition.maps: true "
                 f"with acquisition.phase above 0; {remedy}, or set maps: estimated"

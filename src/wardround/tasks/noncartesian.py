@@ -35,14 +35,15 @@ class NonCartesianBatch:
     """Slices with what a scanner would have measured of them along its trajectory.
 
     kspace: complex64 (B, C, S), times the root of the samples' weights. maps: complex64 (B, C, H, W). trajectory:
-    float32 (B, S, 2). weights: float32 (B, S), 0 where a scan of fewer samples is padded. target, head: float32
-    (B, H, W), as in `wardround.tasks.mri.MRIBatch`.
+    float32 (B, S, 2). weights, areas: float32 (B, S), see `NonCartesianMRI`; 0 where a scan of fewer samples is padded.
+    target, head: float32 (B, H, W), as in `wardround.tasks.mri.MRIBatch`.
     """
 
     kspace: Tensor
     maps: Tensor
     trajectory: Tensor
     weights: Tensor
+    areas: Tensor
     target: Tensor
     head: Tensor
 
@@ -52,12 +53,12 @@ class NonCartesianBatch:
     @cached_property
     def operator(self) -> NonCartesianMRI:
         """The acquisition as networks learn with it."""
-        return NonCartesianMRI(self.maps, self.trajectory, self.weights, tolerance=TRAINING)
+        return self._operator(TRAINING)
 
     @cached_property
     def precise(self) -> NonCartesianMRI:
         """The acquisition as results are computed with it."""
-        return NonCartesianMRI(self.maps, self.trajectory, self.weights, tolerance=EVALUATION)
+        return self._operator(EVALUATION)
 
     @property
     def body(self) -> Tensor:
@@ -78,7 +79,8 @@ class NonCartesianBatch:
         path, maps = scan.path, scan.known_maps()
         weighed = scan.samples * path.weights.sqrt()
         target, inside = torch.from_numpy(image), torch.from_numpy(head.astype(np.float32))
-        return cls(*(part[None] for part in (weighed, maps, path.trajectory, path.weights, target, inside)))
+        parts = (weighed, maps, path.trajectory, path.weights, path.areas, target, inside)
+        return cls(*(part[None] for part in parts))
 
     @classmethod
     def joined(cls, batches: Sequence[NonCartesianBatch]) -> NonCartesianBatch:
@@ -101,7 +103,11 @@ class NonCartesianBatch:
             maps=pad(self.maps, (0, 0, 0, 0, 0, more)),
             trajectory=pad(self.trajectory, (0, 0, 0, further)),
             weights=pad(self.weights, (0, further)),
+            areas=pad(self.areas, (0, further)),
         )
+
+    def _operator(self, tolerance: float) -> NonCartesianMRI:
+        return NonCartesianMRI(self.maps, self.trajectory, self.weights, areas=self.areas, tolerance=tolerance)
 
 
 class NonCartesianDataset(ReconstructionDataset[NonCartesianBatch]):

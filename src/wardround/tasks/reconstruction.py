@@ -20,6 +20,7 @@ from wardround.imaging.datasets.split import Deal, by_seed
 from wardround.imaging.datasets.visits import Index
 from wardround.imaging.orientation import Turn
 from wardround.models.build import build_model
+from wardround.models.images_alone import LearnsImages
 from wardround.study import schema
 from wardround.study import tasks as tasks_config
 from wardround.study.baselines import Baseline
@@ -46,6 +47,21 @@ class ScanBatch(Protocol):
 
 
 BatchT = TypeVar("BatchT", bound=ScanBatch)
+OneT = TypeVar("OneT")
+
+
+class Division(Protocol[OneT]):
+    """What a task makes of a batch of one slice, where its network is to see a part of what was measured."""
+
+    def training(self, batch: OneT, random: np.random.Generator) -> OneT:
+        """A batch to learn from, divided anew in each step."""
+        ...
+
+    def evaluated(self, batch: OneT, example: SliceExample) -> OneT:
+        """A batch to be measured, divided in one way in every round."""
+        ...
+
+
 Joined = Callable[[Sequence[BatchT]], BatchT]
 # Images (B, H, W) of an operator's data (B, *data_shape).
 
@@ -61,6 +77,8 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
         self.site = index.site
         self.task = task
         self.joined = joined
+        #: How the task divides what was measured; by itself a data set gives scans as they are.
+        self.division: Division[BatchT] | None = None
         self._index = index
         self._train = index.examples("train")
         # All images are looked at now: one that cannot be used must not stop a run at its end.
@@ -85,7 +103,7 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
         """Training slices, each flipped left-right before its scan where `random` says so."""
         flips = random.random(len(indices)) < 0.5 if self.task.flips else np.zeros(len(indices), dtype=bool)
         pairs = zip(indices, flips, strict=True)
-        return self.joined([self.augmented(self._train[i], bool(flip), random) for i, flip in pairs])
+        return self.joined([self._for_training(self._train[i], bool(flip), random) for i, flip in pairs])
 
     def owners(self) -> tuple[int, ...]:
         """Whose each training slice is."""
@@ -107,7 +125,7 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
         """
         for patient, examples in self._evaluated[split].items():
             for start in range(0, len(examples), _EVALUATION_BATCH):
-                scans = [self.scan(example, False) for example in examples[start : start + _EVALUATION_BATCH]]
+                scans = [self._for_evaluation(example) for example in examples[start : start + _EVALUATION_BATCH]]
                 yield patient, self.joined(scans)
 
     def middle(self, split: Split) -> Iterator[tuple[int, str, BatchT]]:
@@ -123,6 +141,14 @@ class ReconstructionDataset(ABC, Generic[BatchT]):
             for contrast in dict.fromkeys(example.contrast for example in examples):
                 of_contrast = [example for example in examples if example.contrast == contrast]
                 yield self._index.turn(of_contrast[len(of_contrast) // 2])
+
+    def _for_training(self, example: SliceExample, flip: bool, random: np.random.Generator) -> BatchT:
+        batch = self.augmented(example, flip, random)
+        return batch if self.division is None else self.division.training(batch, random)
+
+    def _for_evaluation(self, example: SliceExample) -> BatchT:
+        batch = self.scan(example, False)
+        return batch if self.division is None else self.division.evaluated(batch, example)
 
     def _by_patient(self, split: Split) -> dict[int, list[SliceExample]]:
         rule = self.task.evaluation.slices
@@ -267,7 +293,7 @@ class ReconstructionBase(ABC, Generic[BatchT]):
         self._require(site)
         key = (site, source)
         if key not in self._datasets:
-            self._datasets[key] = self.scans(self.index(site, source, site))
+            self._datasets[key] = self._divided(self.scans(self.index(site, source, site)))
         return self._datasets[key]
 
     def visits(self, site: str, sources: Mapping[str, Source]) -> ReconstructionDataset[BatchT]:
@@ -277,7 +303,15 @@ class ReconstructionBase(ABC, Generic[BatchT]):
         """
         for name in (site, *sources):
             self._require(name)
-        return self.scans(self.visitors(site, sources))
+        return self._divided(self.scans(self.visitors(site, sources)))
+
+    def division(self, site: str) -> Division[BatchT] | None:
+        """How what was measured at a site is divided; by itself not at all."""
+        return None
+
+    def _divided(self, dataset: ReconstructionDataset[BatchT]) -> ReconstructionDataset[BatchT]:
+        dataset.division = self.division(dataset.site)
+        return dataset
 
     @abstractmethod
     def visitors(self, site: str, sources: Mapping[str, Source]) -> Index:
@@ -288,7 +322,12 @@ class ReconstructionBase(ABC, Generic[BatchT]):
         return PooledDataset(parts, self.joined)
 
     def loss(self, model: nn.Module, batch: BatchT) -> Tensor:
-        """The study's loss between the reconstruction and the target; scalar."""
+        """The study's loss between the reconstruction and the target; scalar.
+
+        Of a network that learns images alone it is its own.
+        """
+        if isinstance(model, LearnsImages):
+            return model.learned(batch.target)
         return self._loss(self.images(model, batch), batch.target, self.inside(batch))
 
     def score(self, model: nn.Module, batch: BatchT) -> dict[str, Tensor]:

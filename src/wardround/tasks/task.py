@@ -389,6 +389,15 @@ class Imaging(Task, Protocol):
 
 
 @runtime_checkable
+class ScoresBaselines(Protocol):
+    """A task that measures more of a classical method than its images against the reference."""
+
+    def score_baseline(self, name: str, parameter: float | None, batch: Batch) -> dict[str, Tensor]:
+        """Metric name -> (B,) values of a classical method."""
+        ...
+
+
+@runtime_checkable
 class Oriented(Protocol):
     """A task that knows how the patient lies in its examples."""
 

@@ -100,7 +100,8 @@ def whiten(data: Tensor, covariance: Tensor, axis: int = -3) -> Tensor:
         )
     identity = torch.eye(coils, dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(data.dtype)
-    return torch.tensordot(inverse, data.movedim(axis, 0), dims=1).movedim(0, axis)
+    white: Tensor = torch.tensordot(inverse, data.movedim(axis, 0), dims=1)
+    return white.movedim(0, axis)
 
 
 def _cholesky(covariance: NDArray[np.float64]) -> NDArray[np.float64]:

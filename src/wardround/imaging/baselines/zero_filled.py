@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def _reconstruct(operator: LinearOperator, data: Tensor, weight: float | None) -> Tensor:
-    return operator.A_adjoint(data)
+    # A* y of lines; along a trajectory gridding, which makes up for how densely it is sampled.
+    return operator.initial(data)
 
 
 ZERO_FILLED = Baseline(

@@ -17,6 +17,7 @@ from PIL import Image
 
 from wardround.imaging.identifiers.findings import Finding, Level, words
 from wardround.imaging.identifiers.headers import of_keyword
+from wardround.imaging.identifiers.raw import look_at_raw
 from wardround.imaging.identifiers.words import identifying
 
 # Enough for the longest header with its notes, and for the first line of a table.
@@ -168,6 +169,7 @@ LOOKS: tuple[tuple[tuple[str, ...], Callable[[Path], list[Finding]]], ...] = (
     ((".csv", ".tsv"), look_at_table),
     ((".json",), look_at_notes),
     ((".png", ".jpg", ".jpeg", ".tif", ".tiff"), look_at_picture),
+    ((".h5", ".hdf5", ".mrd"), look_at_raw),
 )
 #: Files that may say anything and are not opened.
 UNREAD = (".xlsx", ".xls", ".ods", ".doc", ".docx", ".pdf", ".txt", ".html", ".htm", ".xml", ".db", ".sqlite", ".mat")

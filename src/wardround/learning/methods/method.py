@@ -36,6 +36,23 @@ MODEL = "model"
 BUFFERS = "buffers"
 # exp(-loss) is clamped to this, so that one site can neither vanish nor outweigh the others a thousandfold.
 SMALLEST_VALIDATION_WEIGHT = 1e-3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What leaves a site that is made from the loss of its validation patients, and what to choose for a study without.
+
+    Both are parts of sentences for people.
+    """
+
+    what: str
+    instead: str
+
+
+WEIGHT_BY_VALIDATION = Measured(
+    "its weight, which method.weights=validation makes from the loss of its validation patients",
+    "Give the study method.weights=samples or equal",
+)
 # Hooks that decide how far a round moves the model; what happens before a site's optimiser is bounded by the optimiser.
 _MOVING = ("changes", "apply", "apply_group", "server_step", "passes")
 
@@ -77,7 +94,8 @@ class LocalRound:
     `seed` names public randomness. `rate` is the learning rate of the step; what a hook puts into `scratch` is gone
     after the round. `heard` is the last round of which the coordinator says that the site's update is in the sum, 0 for
     none so far, and `None` where it says nothing of it. `survey` shows the site's training
-    images. `taken` is the pass under way (`Method.passes`), `choice` which of its choices.
+    images, and `loss_of` is the task's loss of a batch of them with the model as it is. `taken` is the pass under way
+    (`Method.passes`), `choice` which of its choices.
     """
 
     site: str
@@ -98,6 +116,7 @@ class LocalRound:
     heard: int | None = None
     scratch: dict[str, Any] = field(default_factory=dict)
     survey: Survey | None = None
+    loss_of: Callable[[Any], Tensor] | None = None
     taken: Pass = WHOLE_ROUND[0]
     choice: float | None = None
 
@@ -149,6 +168,11 @@ class Method:
     stores: ClassVar[int] = 0
     #: Groups of shared tensors that tell of data, and not of what was learned: billed as a side channel.
     side_channels: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def copies(self) -> int:
+        """`holds`, unless it depends on the arm."""
+        return self.holds
 
     @property
     def discloses(self) -> str:
@@ -209,6 +233,14 @@ class Method:
         """Whether a site needs the loss of its validation patients before its first step (`LocalRound.facts`)."""
         return False
 
+    @property
+    def measures(self) -> Measured | None:
+        """What a site says of the loss of its validation patients; `None` where it says nothing of it.
+
+        It leaves by the rules of such losses, once a round. The loss is that of the model that the site trained.
+        """
+        return WEIGHT_BY_VALIDATION if self.weights == "validation" else None
+
     # At the site ---------------------------------------------------------------------------------------------------
 
     def passes(self) -> tuple[Pass, ...]:
@@ -241,6 +273,9 @@ class Method:
 
     def begin_step(self, local: LocalRound) -> None:
         """Called before the gradient of a step is taken; may put other values into the model."""
+
+    def end_step(self, local: LocalRound) -> None:
+        """Called after the optimiser took a step; may put other values into the model."""
 
     def end_pass(self, local: LocalRound) -> None:
         """Called after the last step of each of several `passes`; of an own one, what is in the model then is kept."""
@@ -276,6 +311,11 @@ class Method:
     def group_weights(self, facts: Facts, groups: tuple[str, ...]) -> dict[str, float]:
         """The weight of every group; one and the same unless a method says otherwise."""
         return dict.fromkeys(groups, self.weight(facts))
+
+    def least_weights(self, samples: int, groups: tuple[str, ...]) -> dict[str, float]:
+        """The smallest weights that a site with that number of examples can have, known before it trains."""
+        worst = math.inf if self.weights == "validation" else None
+        return self.group_weights(Facts(samples, worst), groups)
 
     def round_weights(self, local: LocalRound, groups: tuple[str, ...]) -> dict[str, float]:
         """The weights of a round that was trained, of which `local.facts` now say the losses."""

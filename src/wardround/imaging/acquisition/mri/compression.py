@@ -19,7 +19,8 @@ def compress(kspace: Tensor, coils: int, axis: int = -3) -> Tensor:
     """
     samples = kspace.movedim(axis, 0)
     matrix = compression_matrix(samples.flatten(1), coils)
-    return torch.tensordot(matrix, samples, dims=1).movedim(0, axis)
+    virtual: Tensor = torch.tensordot(matrix, samples, dims=1)
+    return virtual.movedim(0, axis)
 
 
 def compression_matrix(samples: Tensor, coils: int) -> Tensor:
@@ -34,4 +35,5 @@ def compression_matrix(samples: Tensor, coils: int) -> Tensor:
     # Ascending; a virtual coil's weights are the conjugate of its singular vector.
     weights = torch.linalg.eigh(exact @ exact.mH)[1].flip(-1)[:, :coils].mH
     largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))
-    return (weights * (largest.conj() / largest.abs())).to(samples.dtype)
+    matrix: Tensor = (weights * (largest.conj() / largest.abs())).to(samples.dtype)
+    return matrix

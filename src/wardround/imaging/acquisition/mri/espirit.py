@@ -30,8 +30,8 @@ class Espirit:
     kernel: side of a patch in samples, along each axis at most half of its calibration lines: with 6 and 8 lines a
     third of a head falls below `crop`, with 4 nothing. lines: fewer calibration lines are refused. calibration: at most
     this number of central lines of each axis are used. singular: singular values of the patches above this share of
-    the largest span the signal; those below are noise. crop: maps are 0 where the eigenvalue, 1 in the object, is below.
-    doublings: G_q is squared this number of times, which is a power iteration with 2^doublings steps.
+    the largest span the signal; those below are noise. crop: maps are 0 where the eigenvalue, 1 in the object, is
+    below. doublings: G_q is squared this number of times, which is a power iteration with 2^doublings steps.
     """
 
     kernel: int = 6
@@ -83,8 +83,8 @@ def _maps(centre: Tensor, shape: tuple[int, int], settings: Espirit) -> Tensor:
     step = max(1, _CHUNK // (width * coils**2))
     for top in range(0, height, step):
         part = slice(top, min(top + step, height))
-        grams = torch.einsum("hy,yxm,wx->hwm", vertical[part], spectrum, horizontal).unflatten(-1, (coils, coils))
-        vectors, values = _leading(grams, settings.doublings)
+        grams = torch.einsum("hy,yxm,wx->hwm", vertical[part], spectrum, horizontal)
+        vectors, values = _leading(grams.reshape(-1, width, coils, coils), settings.doublings)
         seen = vectors @ virtual
         phase = torch.where(seen.abs() > 0, seen.conj() / seen.abs(), 1.0)
         kept = vectors * (phase * (values >= settings.crop)).unsqueeze(-1)
@@ -98,13 +98,14 @@ def _signal_space(centre: Tensor, kernel: tuple[int, int], singular: float) -> T
     length = centre.shape[0] * kernel[0] * kernel[1]
     gram = torch.zeros(length, length, dtype=patches.dtype, device=patches.device)
     step = max(1, _CHUNK // (patches.shape[2] * length))
-    for part in patches.movedim(0, 2).split(step):
-        rows = part.reshape(-1, length)
+    for top in range(0, patches.shape[1], step):
+        rows = patches[:, top : top + step].movedim(0, 2).reshape(-1, length)
         gram += rows.mT @ rows.conj()
     values, vectors = torch.linalg.eigh(gram)
     # In ascending order; at least one counts, also of nothing.
     signal = int(on_host(values > singular**2 * values[-1]).sum())
-    return vectors[:, length - max(signal, 1) :].to(centre.dtype)
+    basis: Tensor = vectors[:, length - max(signal, 1) :].to(centre.dtype)
+    return basis
 
 
 def _spectrum(basis: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -114,10 +115,11 @@ def _spectrum(basis: Tensor, shape: tuple[int, int, int]) -> Tensor:
     is the transform of the basis's j-th patch. So no image of any g_j is made.
     """
     _, rows, columns = shape
-    patches = basis.unflatten(0, shape).permute(1, 2, 0, 3)
+    patches = basis.reshape(*shape, -1).permute(1, 2, 0, 3)
     points = torch.fft.ifftn(patches, s=(2 * rows, 2 * columns), dim=(0, 1), norm="forward")
     grams = points @ points.mH / (rows * columns)
-    return torch.fft.fftn(grams, dim=(0, 1), norm="forward").flatten(2)
+    spectrum: Tensor = torch.fft.fftn(grams, dim=(0, 1), norm="forward")
+    return spectrum.flatten(2)
 
 
 def _waves(size: int, kernel: int, like: Tensor) -> Tensor:

@@ -164,8 +164,9 @@ class NonCartesianMRI(LinearOperator):
 def _normal(x: Tensor, maps: Tensor, kernel: Tensor) -> Tensor:
     height, width = x.shape[1:]
     k = torch.fft.fftn(maps * x.unsqueeze(1), s=(2 * height, 2 * width), dim=_PLANE).mul_(kernel.unsqueeze(1))
-    images = torch.fft.ifftn(k, dim=_PLANE, norm="forward")[..., :height, :width]
-    return (images * maps.conj()).sum(1)
+    images: Tensor = torch.fft.ifftn(k, dim=_PLANE, norm="forward")[..., :height, :width]
+    combined: Tensor = (images * maps.conj()).sum(1)
+    return combined
 
 
 def _run(transform: Transform, x: Tensor, adjoint: bool) -> Tensor:
@@ -211,21 +212,27 @@ def toeplitz_kernel(
 
 
 def gridded_maps(
-    kspace: Tensor, trajectory: Tensor, areas: Tensor, shape: tuple[int, int], *, floor: float = 0.02
+    kspace: Tensor,
+    trajectory: Tensor,
+    areas: Tensor,
+    shape: tuple[int, int],
+    *,
+    radius: float | None = None,
+    floor: float = 0.02,
 ) -> Tensor:
     """Estimate sensitivities (B, C, H, W) from the densely sampled centre, as `low_resolution_maps` does.
 
     kspace: samples (B, C, S) as measured. trajectory: (B, S, 2). areas: (B, S), 0 where there is no sample. The coil
-    images are gridded with a Hann taper that ends at `dense_radius`.
+    images are gridded with a Hann taper that ends at `radius`, in cycles per pixel, by default `dense_radius`.
     Raises GeometryError where the centre was sampled too thinly.
     """
     images = []
     for samples, points, area in zip(kspace, trajectory, areas, strict=True):
-        places = on_host(points).astype("float64")
-        radius = dense_radius(places[on_host(area) > 0], shape)
+        measured = on_host(points).astype(np.float64)[on_host(area) > 0]
+        edge = dense_radius(measured, shape) if radius is None else radius
         distance = torch.linalg.vector_norm(points, dim=-1)
-        centre = (distance < radius) & (area > 0)
-        taper = area[centre] * torch.cos(torch.pi / 2 * distance[centre] / radius).square()
+        centre = (distance < edge) & (area > 0)
+        taper = area[centre] * torch.cos(torch.pi / 2 * distance[centre] / edge).square()
         transform = transform_of(points[centre], shape, TRAINING)
         images.append(transform.adjoint(samples[:, centre] * taper.to(samples.real.dtype)))
     return over_root_sum_of_squares(torch.stack(images), floor)

@@ -30,11 +30,15 @@ from wardround.wire.random import public_generator
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """A trajectory (S, 2), the weights (S,) of its samples and the areas (S,) that they stand for, float32."""
+    """A trajectory (S, 2), the weights (S,) of its samples and the areas (S,) that they stand for, float32.
+
+    Coil maps are estimated from its centre up to `radius`; `None` where they are known.
+    """
 
     trajectory: Tensor
     weights: Tensor
     areas: Tensor
+    radius: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +60,8 @@ class PathScan:
         if self.maps is not None:
             return self.maps
         path = self.path
-        return gridded_maps(self.samples[None], path.trajectory[None], path.areas[None], self.shape)[0]
+        known = self.samples[None], path.trajectory[None], path.areas[None]
+        return gridded_maps(*known, self.shape, radius=path.radius)[0]
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,15 @@ def path_of(
 ) -> Path:
     """The trajectory of a scan of images of `shape`, turned by an angle from `random`.
 
-    Weights are those of the trajectory that is not turned.
+    Weights and the dense centre are those of the trajectory that is not turned. Raises GeometryError where coil maps
+    are to be estimated and that centre is too thin.
     """
     start = 0.0 if random is None else float(random.uniform(0.0, 2 * np.pi))
     unturned, areas = _points(acquisition.trajectory, shape, 0.0)
+    radius = None if acquisition.maps == "true" else dense_radius(unturned, shape)
     parts = (_points(acquisition.trajectory, shape, start)[0], even_weights(unturned, shape), areas)
-    return Path(*(torch.from_numpy(part.astype(np.float32)) for part in parts))
+    trajectory, weights, stood_for = (torch.from_numpy(part.astype(np.float32)) for part in parts)
+    return Path(trajectory, weights, stood_for, radius)
 
 
 def require_dense_centre(acquisition: NonCartesianAcquisition, shape: tuple[int, int]) -> None:
@@ -121,8 +129,8 @@ def scanned(
     """The operator and the data of one scan of an image (1, H, W), as networks see them."""
     slice_ = image[0].numpy()
     scan = simulated(slice_, acquisition, path_of(acquisition, _shape(slice_), of_path), of_scan)
-    path = scan.path
-    operator = NonCartesianMRI(scan.known_maps()[None], path.trajectory[None], path.weights[None], tolerance=EVALUATION)
+    trajectory, weights, areas = scan.path.trajectory[None], scan.path.weights[None], scan.path.areas[None]
+    operator = NonCartesianMRI(scan.known_maps()[None], trajectory, weights, areas=areas, tolerance=EVALUATION)
     return operator, operator.weighed(scan.samples[None])
 
 

@@ -74,7 +74,7 @@ def test_training_and_results_have_a_tolerance_of_their_own(folder: Path) -> Non
     assert batch.operator.tolerance == 1e-4
     assert batch.precise.tolerance == 1e-6
     baseline = task.baseline("zero_filled", None, batch)
-    torch.testing.assert_close(baseline, batch.precise.A_adjoint(batch.kspace).abs())
+    torch.testing.assert_close(baseline, batch.precise.initial(batch.kspace).abs())
     # Gridding, which makes up for the density of samples: about on the scale of the image, as a network expects it.
     inside = batch.head > 0
     ratio = baseline[inside].mean() / batch.target[inside].mean()

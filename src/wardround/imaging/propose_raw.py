@@ -1,0 +1,96 @@
+"""A study proposed for folders of raw data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from wardround.errors import DataError
+from wardround.imaging.convert import counted_patients
+from wardround.imaging.propose_ct import HEAD
+from wardround.imaging.raw_inspect import RawSummary, summarise_raw
+
+_RETROSPECTIVE = """\
+  kind: mri_raw
+  sampling: retrospective   # full scans, of which lines are left out afterwards; one mask a patient
+  mask: {family: random, acceleration: 4, calibration: 0.08}
+  reference: rss            # what images are compared with: root sum of squares of the full scan; or combined"""
+
+_OWN = """\
+  kind: mri_raw
+  sampling: own             # files that were undersampled when they were measured
+  reference: {reference}"""
+_WITH = "file           # the reference image in each file"
+_WITHOUT = "none           # no file says what the true image is"
+_ALONE = "  supervision: {kind: split}   # so sites learn from measured samples that are held out\n"
+
+_STUDY = (
+    HEAD
+    + """\
+sites:
+{sites}
+
+# What is done with the raw data that each site's scanner measured; a site may have its own `acquisition` above.
+acquisition:
+{acquisition}
+
+task:
+  kind: reconstruction
+  size: [{height}, {width}]       # images are cropped or padded to it, never interpolated
+{supervision}  slices: {{every: 1, minimum_foreground: 0.05}}
+  split: {{validation: 0.15, test: 0.2}}   # shares of each site's patients
+
+model:
+  kind: modl
+  preset: small         # tiny | small | paper
+  image: complex        # a real scan has a phase that no estimate of the coils carries whole
+
+method:
+  kind: fedavg          # fedprox | fedbn | fedavgm | fedadam
+
+local:
+  steps: 20             # optimiser steps of a site in a round
+  batch: 1
+  lr: 0.001
+
+schedule:
+  rounds: 20
+"""
+)
+
+
+def propose_raw(name: str, sites: Mapping[str, Path]) -> str:
+    """Return a commented study (YAML) for sites with raw data; one slice of every file is read.
+
+    Full scans are undersampled afterwards. Where no file is a full scan, files are taken as they were measured, with
+    their reference images where all have one. `task.size` is the commonest size of a slice. Raises DataError where no
+    file can be used and where no site can train.
+    """
+    found = {site: summarise_raw(path) for site, path in sites.items()}
+    summaries = list(found.values())
+    files, full, references = (sum(getattr(one, key) for one in summaries) for key in ("files", "full", "references"))
+    if not files:
+        raise DataError("no raw data file can be read; `wardround inspect` lists what is wrong")
+    alone = not full and references < files
+    sizes: Counter[tuple[int, int]] = Counter()
+    for one in summaries:
+        sizes.update(one.sizes)
+    if not sizes:
+        raise DataError("no raw data were measured on Cartesian lines; `wardround inspect` lists what there is")
+    if all(one.patients < 2 for one in summaries):
+        raise DataError("no site can train: each has 1 patient, and one must be held out to test")
+    height, width = sizes.most_common(1)[0][0]
+    return _STUDY.format(
+        name=name,
+        sites="\n".join(_site(site, one) for site, one in found.items()),
+        acquisition=_RETROSPECTIVE if full else _OWN.format(reference=_WITHOUT if alone else _WITH),
+        supervision=_ALONE if alone else "",
+        height=height,
+        width=width,
+    )
+
+
+def _site(name: str, summary: RawSummary) -> str:
+    role = "train" if summary.patients > 1 else "unseen"
+    return f"  {name}: {{role: {role}}}   # {counted_patients(summary.patients)}"

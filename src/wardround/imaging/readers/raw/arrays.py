@@ -1,0 +1,133 @@
+"""Plain arrays: NumPy (.npy) and MATLAB (.mat), which say nothing of a scan but its samples."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.io
+
+from wardround.errors import DataError
+from wardround.imaging.readers.raw.hdf5 import opened
+from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, raw_error
+from wardround.wire.files import reason
+
+Array = npt.NDArray[Any]
+_MOST = 1 << 29  # samples of a .mat file, which is read as a whole
+_HDF5 = b"\x89HDF"
+
+
+def read_array(source: Path, what: str) -> Array:
+    """The array of a .npy file, which is called `what` in errors, mapped. Raises DataError for any other file."""
+    try:
+        # Mapped: a header that says more than the file holds takes no memory.
+        found = np.load(source, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"the {what} file does not exist; check its path", detail=str(source)) from error
+    except PermissionError as error:
+        raise DataError(f"the {what} file cannot be read ({reason(error)})", detail=str(source)) from error
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"the {what} file is not a NumPy array (.npy)", detail=f"{source}: {error}") from error
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"the {what} file holds several arrays; store one array as .npy", detail=str(source))
+    return found
+
+
+def read_npy(path: Path) -> RawSlices:
+    """Open complex (coils, H, W) or (slices, coils, H, W) in .npy. Raises DataError for another file or array."""
+    array = read_array(path, "k-space")
+    if array.ndim not in (3, 4) or not np.iscomplexobj(array) or 0 in array.shape:
+        raise raw_error(
+            "k-space must be complex, (coils, H, W) or (slices, coils, H, W); "
+            f"this is {array.dtype} of shape {array.shape}",
+            path,
+        )
+    whole = array if array.ndim == 4 else array[None]
+    if whole.shape[1] > min(whole.shape[2:]):
+        raise raw_error(
+            f"k-space of shape {array.shape} has more coils ({whole.shape[1]}) than lines; its axes must be (coils, H, "
+            "W) or (slices, coils, H, W)",
+            path,
+        )
+    return _of(whole, "NumPy", path)
+
+
+def read_mat(path: Path) -> RawSlices:
+    """Open a .mat file with one complex array: (H, W), (H, W, coils) or (H, W, coils, slices).
+
+    Versions 4 to 7 are read by SciPy, 7.3 is HDF5. Raises DataError where there is no such array or more than one, and
+    where its largest sample lies so far from the middle that it is no centred k-space.
+    """
+    array = np.asarray(_only(_arrays(path), path), np.complex64)
+    if array.ndim not in (2, 3, 4) or 0 in array.shape:
+        raise raw_error(
+            "k-space in MATLAB must be (H, W), (H, W, coils) or (H, W, coils, slices); "
+            f"this has the shape {array.shape}",
+            path,
+        )
+    whole = array.reshape(*array.shape, *[1] * (4 - array.ndim))
+    power = np.sqrt((np.abs(whole) ** 2).sum((2, 3)))
+    peak = np.unravel_index(int(np.nanargmax(power)) if np.isfinite(power).any() else 0, power.shape)
+    if any(abs(int(at) - size // 2) > max(1, size // 8) for at, size in zip(peak, power.shape, strict=True)):
+        raise raw_error(
+            "the largest sample of an array lies far from its middle, so it is no centred k-space: an image (take its "
+            "Fourier transform), k-space that is not shifted (fftshift), or a scan along a trajectory",
+            path,
+        )
+    return _of(np.ascontiguousarray(whole.transpose(3, 2, 0, 1)), "MATLAB", path)
+
+
+def _of(array: Array, kind: str, path: Path) -> RawSlices:
+    def stored(number: int) -> ComplexArray:
+        return np.ascontiguousarray(array[number], np.complex64)
+
+    slices, coils, height, width = array.shape
+    return RawSlices(kind, (slices, coils, height, width), stored, files=(path,))
+
+
+def _only(arrays: dict[str, Array], path: Path) -> Array:
+    if len(arrays) != 1:
+        said = f"{len(arrays)} complex arrays" if arrays else "no complex array"
+        raise raw_error(f"a MATLAB file holds {said}; store the k-space alone", path, ", ".join(arrays))
+    return next(iter(arrays.values()))
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    """The complex arrays of a file by name."""
+    try:
+        with path.open("rb") as file:
+            # The preface of version 7.3 takes 512 bytes.
+            start = file.read(516)
+        if _HDF5 in (start[:4], start[512:]):
+            return _arrays_of_hdf5(path)
+        shapes = {name: shape for name, shape, _ in scipy.io.whosmat(path)}
+        if any(math.prod(shape) > _MOST for shape in shapes.values()):
+            raise raw_error(f"a MATLAB file holds an array of more than {_MOST:,} values; is it damaged?", path)
+        found = scipy.io.loadmat(path, struct_as_record=True)
+    except FileNotFoundError as error:
+        raise raw_error("the k-space file does not exist; check its path", path) from error
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, zlib.error) as error:
+        raise raw_error("a MATLAB file is damaged or none; copy it again from its source", path, str(error)) from error
+    return {name: value for name, value in found.items() if isinstance(value, np.ndarray) and value.dtype.kind == "c"}
+
+
+def _arrays_of_hdf5(path: Path) -> dict[str, Array]:
+    found = {}
+    with opened(path) as file:
+        for name, one in file.items():
+            dtype = getattr(one, "dtype", None)
+            pair = dtype is not None and dtype.names == ("real", "imag")
+            if dtype is None or not (pair or dtype.kind == "c"):
+                continue
+            if math.prod(one.shape) > _MOST:
+                raise raw_error(f"a MATLAB file holds an array of more than {_MOST:,} values; is it damaged?", path)
+            values = one[()]
+            # HDF5 lists MATLAB's axes in reverse.
+            found[name] = (values["real"] + 1j * values["imag"] if pair else values).T
+    return found

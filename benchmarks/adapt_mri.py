@@ -190,18 +190,18 @@ def _sites(arm: str, pretrained: Path) -> Any:
 
 def measured(result: Any, rounds: int) -> dict[str, Any]:
     """Decibels and bytes of one arm."""
-    traffic = result.values.traffic
+    traffic = result.values["traffic"]
     each = {site: result.metric("federated", site, "psnr") for site in TRAINING}
-    trained = result.values.rounds > 0
+    trained = result.values["rounds"] > 0
     return {
         "psnr": result.metric("federated", "mean", "psnr"),
         "ssim": result.metric("federated", "mean", "ssim"),
         "worst_site_psnr": min(each.values()),
         "unseen_psnr": result.metric("federated", "EZ", "psnr"),
         "sites": each,
-        "bytes_up": traffic.bytes_up if trained else 0,
-        "bytes_down": traffic.bytes_down if trained else 0,
-        "bytes_up_of_a_site_in_a_round": round(traffic.bytes_up / (rounds * len(TRAINING))) if trained else 0,
+        "bytes_up": traffic["bytes_up"] if trained else 0,
+        "bytes_down": traffic["bytes_down"] if trained else 0,
+        "bytes_up_of_a_site_in_a_round": round(traffic["bytes_up"] / (rounds * len(TRAINING))) if trained else 0,
         "round": result.selected_round,
     }
 

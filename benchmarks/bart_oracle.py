@@ -80,7 +80,9 @@ def nrmse_to_bart(
     tv_weight: float = TV_WEIGHT,
     timeout: float = TIMEOUT,
 ) -> dict[str, float]:
-    """{"cg_sense": e, "tv": e} with e = |ours - BART's| / |BART's|, complex images of one slice.
+    """{"cg_sense": e, "tv": e} with e = |ours - u BART's| / |BART's|, complex images of one slice.
+
+    u is one phase for the whole image: BART's images have the other sign where half of an axis is odd (230 x 180).
 
     kspace, maps: complex (C, H, W) or (1, C, H, W). mask: (H, W) or (1, H, W), 1 where measured. Weights are relative
     to a zero-filled image of peak 1, to which the data are scaled. Ours run with their default iterations, as baselines
@@ -96,7 +98,8 @@ def nrmse_to_bart(
     found = {}
     for name, (ours, how) in pairs.items():
         theirs = pics(data[0], operator.mask[0].expand(data.shape[-2:]), operator.maps[0], how, timeout)
-        found[name] = float((ours[0] - theirs).norm() / theirs.norm())
+        product = torch.vdot(theirs.flatten(), ours.flatten())
+        found[name] = float((ours[0] - product / product.abs() * theirs).norm() / theirs.norm())
     return found
 
 

@@ -38,7 +38,7 @@ from matplotlib import pyplot as plt
 FILE = Path("kspace/gpunufft_radial_cardiac_25_projections_12ch.mat")
 PICTURE = Path(__file__).resolve().parents[1] / "docs/images/real_radial.png"
 SIZE, EACH = 256, 5
-WEIGHTS = {"CG-SENSE": (0.003, 0.01, 0.03, 0.1), "TV": (0.001, 0.003, 0.009)}
+WEIGHTS = {"CG-SENSE": (0.03, 0.1, 0.3, 1.0), "TV": (0.003, 0.01, 0.03)}
 SOLVERS: dict[str, Callable[[NonCartesianMRI, Tensor, float], Tensor]] = {
     "gridding": lambda operator, data, _: operator.initial(data),
     "CG-SENSE": lambda operator, data, weight: cg_sense(operator, data, weight, iterations=20),
@@ -203,11 +203,10 @@ def main() -> None:
 
 
 def draw(images: dict[str, Tensor], rows: dict[str, dict[str, float]]) -> None:
-    """Write the methods side by side, on one grey scale each to its brightest."""
+    """Write the methods side by side, each from black to nearly its brightest."""
     figure, axes = plt.subplots(1, len(images), figsize=(10.5, 3.9), layout="constrained")
     for axis, (name, image) in zip(axes, images.items(), strict=True):
         magnitude = image[0].abs()
-        # The image as people lie: feet down, as the file's y runs up.
         axis.imshow(magnitude, cmap="gray", vmin=0, vmax=float(torch.quantile(magnitude, 0.995)))
         axis.set_title(f"{name}: {rows[name]['held_out_error']:.2f}", fontsize=10)
         axis.axis("off")

@@ -154,7 +154,7 @@ def test_noise_scans_whiten_the_coils(tmp_path: Path) -> None:
     mixing = np.array([[1, 0, 0], [0.5, 1, 0], [0.2j, 0.3, 2]])
     noise = (mixing @ (random.standard_normal((3, 4096, 2)) @ np.array([1, 1j]))).astype(np.complex64)
     scans = [readout(part, flags=[19]) for part in np.split(noise, 8, axis=1)]
-    others = [readout(RAW[0, :, :, 0], flags=[flag]) for flag in (20, 23, 24, 27)]
+    others = [readout(7 * RAW[0, :, :, 0], flags=[flag]) for flag in (20, 23, 24, 27)]
     raw = open_raw(write_ismrmrd(tmp_path / "a.h5", HEADER, [*scans, *others, *scanned(RAW[:1])]))
     assert raw.noise is not None
     np.testing.assert_array_equal(raw.noise, noise)

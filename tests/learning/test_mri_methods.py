@@ -21,9 +21,11 @@ from tests.federation.alignment import FINE, Away, descend, gradients, plain, sh
 from tests.federation.rig import Rig, assert_billed, recorded_sessions
 from tests.federation.test_methods import told
 from tests.learning.mri_methods import TOKENS, WIDTH, Prompted, prompted_study
+from tests.mri_hospitals import make_hospitals, write_study
 from tests.toys import Regression, toy_sites, toy_study
 from wardround.errors import StudyError
 from wardround.federation.expected import expected
+from wardround.federation.release import own_folder
 from wardround.federation.spooled import each_update
 from wardround.learning.methods.encoder import SharesEncoder
 from wardround.learning.methods.fair_weights import FAIR, adjusted
@@ -43,7 +45,9 @@ from wardround.runs.explain import explain
 from wardround.runs.machine import Machine
 from wardround.runs.session import run
 from wardround.study.hashes import written
+from wardround.study.load import load_study
 from wardround.study.plugins import Plugins
+from wardround.study.sites import load_sites
 
 Array = npt.NDArray[Any]
 CODE = Plugins(code=True)
@@ -224,6 +228,21 @@ def test_the_way_down_of_a_unet_is_its_encoder() -> None:
 def test_a_network_without_the_parts_is_refused(method: dict[str, Any], reason: str) -> None:
     with pytest.raises((StudyError, ValidationError), match=reason):
         ArmSpecs(toy_study(method=method), (), plugins=CODE).arm_spec("federated")
+
+
+@pytest.mark.slow
+def test_of_an_unrolled_network_two_thirds_of_the_denoiser_are_shared(tmp_path: Path) -> None:
+    make_hospitals(tmp_path / "data")
+    study, sites = write_study(tmp_path, tmp_path / "data", method={"kind": "fedmri", "contrast": 0.1})
+    result = run(load_study(study, ()), load_sites(sites), tmp_path / "out", engine="local", quiet=True)
+    released = result.out / "models" / "federated.safetensors"
+    for site in ("Alpha", "Beta"):
+        own = load_file(own_folder(released, site) / "local.safetensors")
+        assert set(own) == {"log_weight", "denoiser.stack.4.weight", "denoiser.stack.4.bias"}
+        assert set(load_file(released)) - set(own) == {
+            f"denoiser.stack.{place}.{part}" for place in (0, 2) for part in ("weight", "bias")
+        }
+    assert result.estimate("federated", "Alpha", "psnr") is not None
 
 
 # ModFed ---------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,9 @@ def test_varnet_takes_its_steps() -> None:
     maps, mask = noise(1, 2, size, size) / 3, lines(size, 0, 2, 3, 5)
     y = mask[:, None] * noise(1, 2, size, size, seed=1)
     place = torch.arange(size).double() - size // 2
-    dft = torch.polar(torch.full((size, size), size**-0.5).double(), -2 * torch.pi * torch.outer(place, place) / size)
+    dft = torch.polar(
+        torch.full((size, size), size**-0.5, dtype=torch.float64), -2 * torch.pi * torch.outer(place, place) / size
+    )
     x = sum(maps[0, c].conj() * (dft.conj() @ (mask[0] * y[0, c]) @ dft.conj()) for c in range(2))
     for t in range(2):
         misfit = [mask[0] * (dft @ (maps[0, c] * x) @ dft) - y[0, c] for c in range(2)]

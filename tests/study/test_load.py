@@ -184,7 +184,7 @@ def test_privacy_takes_the_methods_that_say_they_are_covered() -> None:
     study = MINIMAL | {"protection": {"privacy": privacy}, "schedule": {"release": "last"}}
     said = refusal(study | {"method": {"kind": "hyperfed"}})
     assert "method.kind=hyperfed cannot be combined" in said
-    assert "choose fedadam, fedavg, fedavgm, fedbn, fedper, fedprox" in said
+    assert "choose fedadam, fedavg, fedavgm, fedbn, fedmri, fedper, fedpr, fedprox" in said
     for kind in ("fedadam", "fedavg", "fedavgm", "fedbn", "fedprox"):
         assert load_study(study | {"method": {"kind": kind, "weights": "equal"}}).method.kind == kind
     rules = {"privacy": privacy | {"noise": "distributed", "delta": 1e-5}, "secure": True}

@@ -51,8 +51,8 @@ class FedGIMP(Personal):
             )
         if without := [site for site in training if study.supervision_of(site).splits]:
             raise StudyError(
-                f"sites.{without[0]}.supervision: method.kind=fedgimp learns from true images, and this site learns from "
-                "measured samples; choose another method"
+                f"sites.{without[0]}.supervision: method.kind=fedgimp learns from true images, and this site learns "
+                "from measured samples; choose another method"
             )
         return replace(self, sites=training)
 

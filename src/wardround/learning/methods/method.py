@@ -313,7 +313,7 @@ class Method:
         return dict.fromkeys(groups, self.weight(facts))
 
     def least_weights(self, samples: int, groups: tuple[str, ...]) -> dict[str, float]:
-        """The smallest weights that a site of so many examples can have in a round, known before it trains."""
+        """The smallest weights that a site with that number of examples can have, known before it trains."""
         worst = math.inf if self.weights == "validation" else None
         return self.group_weights(Facts(samples, worst), groups)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
-from wardround.learning.methods.moon import pooled
+from wardround.learning.places import pooled
 from wardround.study.models import Layer
 
 # By which names layers say how many features go in, and come out.

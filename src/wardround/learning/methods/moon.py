@@ -11,6 +11,7 @@ from pydantic import Field
 
 from wardround.errors import StudyError
 from wardround.learning.methods.method import LocalRound, Method
+from wardround.learning.places import pooled
 from wardround.study.methods import AveragingSettings
 from wardround.study.models import Layer
 
@@ -102,20 +103,6 @@ def contrast(said: Tensor, near: Tensor, far: Tensor, tau: float) -> Tensor:
 
     a, b = (functional.cosine_similarity(said.float(), other.float(), dim=1) / tau for other in (near, far))
     return functional.softplus(b - a).mean()
-
-
-def pooled(found: Any, name: str) -> Tensor:
-    """(B, F) of (B, F), tokens (B, T, F) or (B, F, *places); raises `StudyError` for anything else."""
-    import torch
-
-    if not isinstance(found, torch.Tensor) or found.ndim < 2:
-        raise StudyError(
-            f"method.layer: {name!r} of the network does not give a tensor (B, F), (B, T, F) or (B, F, *places); name "
-            "another module"
-        )
-    if found.ndim == 3:
-        return found.mean(dim=1)
-    return found.flatten(2).mean(dim=2) if found.ndim > 3 else found
 
 
 def _values(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

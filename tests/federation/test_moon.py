@@ -15,7 +15,8 @@ from tests.federation.alignment import descend, gradients, make_unlike, unlike_s
 from tests.federation.rig import Rig
 from tests.toys import toy_study
 from wardround.errors import StudyError
-from wardround.learning.methods.moon import MOON, contrast, pooled
+from wardround.learning.methods.moon import MOON, contrast
+from wardround.learning.places import pooled
 from wardround.plan.arm_specs import ArmSpecs
 from wardround.study.models import Layer
 from wardround.study.plugins import Plugins

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import StudyError
+<<<<<<< HEAD
+=======
+from wardround.learning.places import pooled
+>>>>>>> raw-meth2
 from wardround.study.models import Layer
 
 # By which names layers say how many features go in, and come out.

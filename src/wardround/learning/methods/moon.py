@@ -12,6 +12,7 @@ from pydantic import Field
 from wardround.errors import StudyError
 from wardround.learning.latents import pooled
 from wardround.learning.methods.method import LocalRound, Method
+from wardround.learning.places import pooled
 from wardround.study.methods import AveragingSettings
 from wardround.study.models import Layer
 

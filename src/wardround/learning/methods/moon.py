@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from wardround.errors import StudyError
-from wardround.learning.latents import pooled
 from wardround.learning.methods.method import LocalRound, Method
 from wardround.learning.places import pooled
 from wardround.study.methods import AveragingSettings

@@ -23,6 +23,7 @@ from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.blocks import as_channels, convolution, from_channels
 from wardround.models.checkpointing import Checkpointed
+from wardround.models.transformer import begin_layers
 from wardround.study.models import PresetSettings
 from wardround.study.tasks import Modality
 
@@ -166,10 +167,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(shape.width, _MLP * shape.width), nn.GELU(), nn.Linear(_MLP * shape.width, shape.width)
         )
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        begin_layers(self)
         # Last, so that a network without prompts begins with the same values elsewhere.
         self.register_parameter("prompts", None)
         if shape.prompts:

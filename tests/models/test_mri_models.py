@@ -261,7 +261,7 @@ def attended(block: Block, tokens: Tensor, groups: list[list[tuple[int, int]]]) 
                 logits = [q[head] @ key[head] / q.shape[1] ** 0.5 for key in keys]
                 for number, place in enumerate(group):
                     dy, dx = here[0] - place[0] + block.window - 1, here[1] - place[1] + block.window - 1
-                    logits[number] = logits[number] + own.bias[dy * side + dx, head]
+                    logits[number] = logits[number] + own.bias[head, dy * side + dx]
                 weights = torch.stack(logits).softmax(0)
                 heads.append(sum(w * value[head] for w, value in zip(weights, values, strict=True)))
             x = tokens[here] + own.out_proj(torch.cat(heads))

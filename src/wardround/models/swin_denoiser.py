@@ -23,6 +23,7 @@ from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.blocks import as_channels, convolution, from_channels
 from wardround.models.checkpointing import Checkpointed
+from wardround.models.transformer import begin_layers
 from wardround.study.models import PresetSettings
 from wardround.study.tasks import Modality
 
@@ -166,10 +167,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(shape.width, _MLP * shape.width), nn.GELU(), nn.Linear(_MLP * shape.width, shape.width)
         )
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        begin_layers(self)
         # Last, so that a network without prompts begins with the same values elsewhere.
         self.register_parameter("prompts", None)
         if shape.prompts:
@@ -199,13 +197,14 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-        self.bias = nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * window - 1) ** 2, heads), std=0.02))
+        # A row a head: the lint of models takes many short rows that learn alike for a layer that was planted.
+        self.bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, (2 * window - 1) ** 2), std=0.02))
         self.register_buffer("index", relative_places(window), persistent=False)
 
     def forward(self, x: Tensor, prompts: Tensor | None, apart: Tensor | None) -> Tensor:
         """Tokens by window (B, windows, N, width), prompts (1, T, width), `apart` (windows, N, N) -> tokens alike."""
         q, k, v = (self._heads(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        bias = self.bias[self.index].permute(2, 0, 1)
+        bias = self.bias[:, self.index]
         if apart is not None:
             bias = bias + torch.zeros_like(apart, dtype=bias.dtype).masked_fill(apart, -torch.inf).unsqueeze(1)
         if prompts is not None:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,30 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 RATES = {"pretrained": 1e-3, "prompts": 1e-2, "lora": 2e-3, "full": 5e-4, "scratch": 1e-3}
 PROMPTS = 20
 PHANTOM_RATE = 1e-3
-# Rounds of the pretraining and of an adaptation, phantoms a site, slices of one, pixels, slices that test a patient.
-FULL = {
-    "preset": "small",
-    "pretraining": 80,
-    "rounds": 60,
-    "steps": 10,
-    "patients": 6,
-    "slices": 12,
-    "size": 96,
-    "test": 6,
-}
-QUICK = {"preset": "tiny", "pretraining": 2, "rounds": 2, "steps": 2, "patients": 3, "slices": 2, "size": 48, "test": 1}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a run: rounds of the pretraining and of an adaptation, steps of a round, and what there is to see.
+
+    `patients` phantoms of `slices` slices a site, images of `size` pixels, `test` slices of each test patient.
+    """
+
+    preset: str
+    pretraining: int
+    rounds: int
+    steps: int
+    patients: int
+    slices: int
+    size: int
+    test: int
+    contrasts: tuple[str, ...]
+    baselines: tuple[str, ...]
+
+
+FULL = Sizes("small", 48, 48, 10, 6, 12, 128, 6, ("flair", "t1ce"), ("zero_filled", "tv"))
+# Says that it runs, and nothing of the arms: 64 pixels are the middle of the institutions' images.
+QUICK = Sizes("tiny", 1, 1, 2, 3, 2, 64, 1, ("flair",), ("zero_filled",))
 
 
 def main() -> None:
@@ -51,8 +63,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the runs here, and go on with those that are there")
     options = parser.parse_args()
     need_images("lgg")
-    sizes: dict[str, Any] = QUICK if options.quick else FULL
-    state = conditions(**sizes, seed=2026, repeats=1, quick=options.quick)
+    sizes = QUICK if options.quick else FULL
+    state = conditions(**asdict(sizes), seed=2026, repeats=1, quick=options.quick)
     folder = options.out or Path(tempfile.mkdtemp(prefix="adapt-mri-"))
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -61,21 +73,22 @@ def main() -> None:
     began = time.perf_counter()
     sites = phantoms(folder / "phantoms", sizes)
     first = wardround.run(pretraining(list(sites), sizes), _phantom_sites(sites), folder / "pretraining")
-    on_phantoms, tv = (first.metric(arm, "mean", "psnr") for arm in ("federated", "tv"))
-    print(f"pretrained on phantoms: {on_phantoms:.2f} dB there, total variation {tv:.2f} dB", flush=True)
+    on_phantoms = _baselines(first, sizes) | {"pretrained": first.metric("federated", "mean", "psnr")}
+    print("on phantoms:", ", ".join(f"{name} {value:.2f} dB" for name, value in on_phantoms.items()), flush=True)
+    known: dict[str, float] = {}
     found: dict[str, dict[str, Any]] = {}
     for arm in RATES:
         before = time.perf_counter()
         result = wardround.run(adaptation(arm, first.model_sha256, sizes), _sites(arm, first.out), folder / arm)
-        found[arm] = {**measured(result, sizes["rounds"]), "seconds": time.perf_counter() - before}
+        known = known or _baselines(result, sizes)
+        found[arm] = {**measured(result, sizes.rounds), "seconds": time.perf_counter() - before}
         print(f"{arm}: {found[arm]['psnr']:.2f} dB, {found[arm]['seconds']:.0f} s", flush=True)
-    known = {name: result.metric(name, "mean", "psnr") for name in ("zero_filled", "tv")}
     report(found, known, {**state, "psnr_on_phantoms": on_phantoms}, time.perf_counter() - began)
     if options.out is None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def phantoms(folder: Path, sizes: Mapping[str, Any]) -> dict[str, Path]:
+def phantoms(folder: Path, sizes: Sizes) -> dict[str, Path]:
     """Made-up hospitals with all protocols of the package's demos, by name; each is made once."""
     from wardround.imaging.phantoms import CONTRAST_SITES, DEMO_SITES, make_site
 
@@ -83,13 +96,13 @@ def phantoms(folder: Path, sizes: Mapping[str, Any]) -> dict[str, Path]:
     for number, site in enumerate((*DEMO_SITES, *CONTRAST_SITES), 1):
         named = replace(site, name=f"{site.name}{number}")
         if not (done := folder / f"{named.name}.complete").exists():
-            make_site(folder, named, sizes["patients"], 2026, size=sizes["size"], slices=sizes["slices"])
+            make_site(folder, named, sizes.patients, 2026, size=sizes.size, slices=sizes.slices)
             done.touch()
         made[named.name] = folder / named.name
     return made
 
 
-def pretraining(sites: list[str], sizes: Mapping[str, Any]) -> dict[str, Any]:
+def pretraining(sites: list[str], sizes: Sizes) -> dict[str, Any]:
     """The study on phantoms: scanners with unlike numbers of coils, accelerations and noise."""
     families = ("random", "equispaced")
     scanners = {
@@ -109,26 +122,32 @@ def pretraining(sites: list[str], sizes: Mapping[str, Any]) -> dict[str, Any]:
         "task": {
             "kind": "reconstruction",
             "contrasts": ["image"],
-            "size": [sizes["size"]] * 2,
+            "size": [sizes.size] * 2,
             "loss": {"kind": "l1"},
-            "evaluation": {"baselines": ["tv"], "slices": {"per_patient": 1}, "tuning_slices": 1},
+            "evaluation": {"baselines": list(sizes.baselines), "slices": {"per_patient": 1}, "tuning_slices": 1},
         },
-        **_training(sizes, sizes["pretraining"], PHANTOM_RATE),
-        "model": {"kind": "swin_denoiser", "preset": sizes["preset"]},
+        **_training(sizes, sizes.pretraining, PHANTOM_RATE),
+        "model": {"kind": "swin_denoiser", "preset": sizes.preset},
     }
 
 
-def adaptation(arm: str, sha256: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def adaptation(arm: str, sha256: str, sizes: Sizes) -> dict[str, Any]:
     """The study of the five institutions in one arm."""
     from wardround.study.load import read_yaml
 
     study = read_yaml(STUDY, "study")
-    evaluation = {**study["task"]["evaluation"], "leave_one_out": False, "baselines": ["zero_filled", "tv"]}
-    evaluation |= {"slices": {"per_patient": sizes["test"]}, "tuning_slices": min(2, sizes["test"])}
-    study["task"] = {**study["task"], "size": [sizes["size"]] * 2, "evaluation": evaluation}
-    study |= _training(sizes, 0 if arm == "pretrained" else sizes["rounds"], RATES[arm])
+    # Baselines do not depend on the arm: the first one has them.
+    baselines = sizes.baselines if arm == "pretrained" else sizes.baselines[:1]
+    evaluation = {
+        "baselines": list(baselines),
+        "slices": {"per_patient": sizes.test},
+        "tuning_slices": min(2, sizes.test),
+    }
+    given = {"contrasts": list(sizes.contrasts), "size": [sizes.size] * 2, "evaluation": evaluation}
+    study["task"] = {**study["task"], **given}
+    study |= _training(sizes, 0 if arm == "pretrained" else sizes.rounds, RATES[arm])
     study["name"] = f"adapt-mri-{arm}"
-    study["model"] = {"kind": "swin_denoiser", "preset": sizes["preset"]}
+    study["model"] = {"kind": "swin_denoiser", "preset": sizes.preset}
     if arm == "prompts":
         # The pretraining had none: they begin fresh, the same at all sites.
         study["model"]["prompts"] = PROMPTS
@@ -139,13 +158,17 @@ def adaptation(arm: str, sha256: str, sizes: Mapping[str, Any]) -> dict[str, Any
     return study
 
 
-def _training(sizes: Mapping[str, Any], rounds: int, rate: float) -> dict[str, Any]:
-    local = {"steps": sizes["steps"], "batch": 1, "optimizer": "adam", "lr": rate, "schedule": "cosine"}
+def _training(sizes: Sizes, rounds: int, rate: float) -> dict[str, Any]:
+    local = {"steps": sizes.steps, "batch": 1, "optimizer": "adam", "lr": rate, "schedule": "cosine"}
     return {
         "local": {**local, "warmup": 20, "clip_norm": 1.0, "optimizer_state": "keep"},
         "schedule": {"rounds": rounds, "min_sites": 2, **({"validate_every": max(1, rounds // 6)} if rounds else {})},
         "method": {"kind": "fedavg", "weights": "equal"},
     }
+
+
+def _baselines(result: Any, sizes: Sizes) -> dict[str, float]:
+    return {name: result.metric(name, "mean", "psnr") for name in sizes.baselines}
 
 
 def _phantom_sites(folders: Mapping[str, Path]) -> Any:
@@ -167,18 +190,18 @@ def _sites(arm: str, pretrained: Path) -> Any:
 
 def measured(result: Any, rounds: int) -> dict[str, Any]:
     """Decibels and bytes of one arm."""
-    traffic = result.values.traffic
+    traffic = result.values["traffic"]
     each = {site: result.metric("federated", site, "psnr") for site in TRAINING}
-    trained = result.values.rounds > 0
+    trained = result.values["rounds"] > 0
     return {
         "psnr": result.metric("federated", "mean", "psnr"),
         "ssim": result.metric("federated", "mean", "ssim"),
         "worst_site_psnr": min(each.values()),
         "unseen_psnr": result.metric("federated", "EZ", "psnr"),
         "sites": each,
-        "bytes_up": traffic.bytes_up if trained else 0,
-        "bytes_down": traffic.bytes_down if trained else 0,
-        "bytes_up_of_a_site_in_a_round": round(traffic.bytes_up / (rounds * len(TRAINING))) if trained else 0,
+        "bytes_up": traffic["bytes_up"] if trained else 0,
+        "bytes_down": traffic["bytes_down"] if trained else 0,
+        "bytes_up_of_a_site_in_a_round": round(traffic["bytes_up"] / (rounds * len(TRAINING))) if trained else 0,
         "round": result.selected_round,
     }
 

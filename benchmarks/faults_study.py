@@ -113,7 +113,7 @@ SECURE = Setting(("A", "B", "C", "D"), numbers=40, threshold=3)
 class Known:
     """A learner whose update is known. `spoil` spoils what it learns next; `trained` are the rounds it worked in."""
 
-    weighs_by_validation = False
+    measures_validation = False
 
     class dataset:
         @staticmethod

@@ -38,7 +38,8 @@ from matplotlib import pyplot as plt
 FILE = Path("kspace/gpunufft_radial_cardiac_25_projections_12ch.mat")
 PICTURE = Path(__file__).resolve().parents[1] / "docs/images/real_radial.png"
 SIZE, EACH = 256, 5
-WEIGHTS = {"CG-SENSE": (0.03, 0.1, 0.3, 1.0), "TV": (0.003, 0.01, 0.03)}
+# Three times the most of TV predicts held-out samples, mostly noise, a little better, and wipes small vessels out.
+WEIGHTS = {"CG-SENSE": (0.03, 0.1, 0.3), "TV": (0.001, 0.003, 0.009)}
 SOLVERS: dict[str, Callable[[NonCartesianMRI, Tensor, float], Tensor]] = {
     "gridding": lambda operator, data, _: operator.initial(data),
     "CG-SENSE": lambda operator, data, weight: cg_sense(operator, data, weight, iterations=20),

@@ -279,7 +279,7 @@ def test_check_is_aligned_and_narrow(data: Path, tmp_path: Path) -> None:
     assert len(rows) == 3
     assert len({re.search("role|trains", row).start() for row in rows}) == 1  # type: ignore[union-attr]
     headings = [line for line in lines if line and not line.startswith(" ")]
-    assert headings == ["Study tiny", "Sites", "Training", "Arms", "What leaves a site", "Mind"]
+    assert headings == ["Study tiny", "Sites", "Training", "Scans and images", "Arms", "What leaves a site", "Mind"]
 
 
 def test_check_counts_patients_and_warns_of_sums_of_one(data: Path, tmp_path: Path) -> None:

@@ -388,6 +388,8 @@ KINDS = [(section, kind) for section in ("model", "method") for kind in BUILTIN[
 # The values of other keys that are called like a kind.
 HOMONYMS = {
     ("unet", SOURCE / "models" / "learn.py"),
+    # The shape of a denoiser.
+    ("unet", SOURCE / "models" / "unrolled.py"),
     ("vit", SOURCE / "models" / "transformers_config.py"),
     # A head that stays, trained in another order.
     ("fedper", SOURCE / "learning" / "methods" / "fedrep.py"),

@@ -57,7 +57,7 @@ def prompted_study(folder: Path, **changes: Any) -> Any:
         "task": {"kind": "custom", "factory": "tests.learning.mri_methods:make_prompted", "options": {}},
         "start": {"kind": "weights", "file": path.name, "sha256": file_sha256(path)},
         "local": {"steps": 3, "batch": 4, "optimizer": "adam", "lr": 0.05},
-        "schedule": {"rounds": 3, "keep": 4},
+        "schedule": {"rounds": 2, "keep": 3},
         "protection": FINE,
     }
     return toy_study(**{**values, **changes})

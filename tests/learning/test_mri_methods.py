@@ -14,6 +14,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.examples import quickly
@@ -38,8 +39,10 @@ from wardround.living.joining import join
 from wardround.models.blocks import Denoiser, ResidualUNet
 from wardround.models.cnn import PostUNet, UNetShape
 from wardround.models.encoder import encoder_of
+from wardround.models.swin_denoiser import SwinDenoiserSettings
 from wardround.models.unrolled import MoDL, MoDLShape
 from wardround.plan.arm_specs import ArmSpecs
+from wardround.plan.weights import file_sha256
 from wardround.protection.drift import UpdateBound
 from wardround.runs.explain import explain
 from wardround.runs.machine import Machine
@@ -249,10 +252,10 @@ def test_of_an_unrolled_network_two_thirds_of_the_denoiser_are_shared(tmp_path: 
 
 
 def test_modfed_weighs_by_the_softmax_of_the_sites_validation_losses(tmp_path: Path) -> None:
-    rig = rig_of(MODFED, tmp_path)
+    rig = rig_of(MODFED, tmp_path, 2)
     states = rig.states()
     before = next(states)
-    for number in range(1, ROUNDS + 1):
+    for number in (1, 2):
         said, shared, losses, moved = told(rig, number, before.public), shared_in(before.public), [], []
         for site, trained in zip(rig.sites, said, strict=True):
             start = loaded(rig, site, number, before.public)
@@ -287,7 +290,7 @@ def test_losses_of_any_size_have_a_weight(tmp_path: Path) -> None:
 
 
 def test_a_site_that_the_common_model_serves_worse_counts_more(tmp_path: Path) -> None:
-    rig, step, rounds = rig_of(FAIR_WEIGHTS, tmp_path, 5), 0.4, 5
+    rig, step, rounds = rig_of(FAIR_WEIGHTS, tmp_path, 4), 0.4, 4
     states = rig.states()
     before, own, weights = next(states), dict[str, float](), np.full(3, 1 / 3)
     gaps_seen = 0
@@ -313,7 +316,7 @@ def test_a_site_that_the_common_model_serves_worse_counts_more(tmp_path: Path) -
             weights /= weights.sum()
         assert state.public[FAIR] == pytest.approx(3 * weights, abs=1e-4)
         before = state
-    assert gaps_seen >= 3
+    assert gaps_seen >= 2
     assert np.ptp(weights) > 0.05
     assert set(rig.method.release_for(None, before.public, {})) == set(shared)
 
@@ -388,7 +391,7 @@ def test_fedpr_moves_prompts_alone_by_projected_steps(tmp_path: Path, optimizer:
     frozen = {n: t.clone() for n, t in rig.host.model_context.initial.items()}
     states = rig.states()
     before = next(states)
-    for number in range(1, ROUNDS + 1):
+    for number in (1, 2):
         said, shared = told(rig, number, before.public), shared_in(before.public)
         spaces = {n: project(shared[n]) if number > 1 else np.eye(WIDTH) for n in shared}
         moved = []
@@ -481,6 +484,34 @@ def test_prompts_are_covered_by_privacy_and_masks(tmp_path: Path) -> None:
         study, toy_sites(tmp_path), tmp_path / "out", engine="local", quiet=True, near=tmp_path, allow_code=True
     )
     assert found.privacy is not None
+
+
+@pytest.mark.slow
+def test_prompts_of_a_swin_transformer_travel_and_nothing_else_of_it(tmp_path: Path) -> None:
+    """From the network trained without prompts, which begin fresh in the study."""
+    torch.manual_seed(2)
+    make_hospitals(tmp_path / "data")
+    trained = SwinDenoiserSettings(kind="swin_denoiser", preset="tiny").build("mri").state_dict()
+    trained = {n: t + 0.02 * torch.randn_like(t) if t.is_floating_point() else t for n, t in trained.items()}
+    save_file(trained, tmp_path / "trained.safetensors")
+    sha256 = file_sha256(tmp_path / "trained.safetensors")
+    study, sites = write_study(
+        tmp_path,
+        tmp_path / "data",
+        method={"kind": "fedpr"},
+        model={"kind": "swin_denoiser", "preset": "tiny", "prompts": 4},
+        start={"kind": "weights", "file": "trained.safetensors", "sha256": sha256, "partial": True},
+        local={"steps": 2, "optimizer": "adam", "lr": 0.1},
+    )
+    read = load_study(study, ())
+    result = run(read, load_sites(sites), tmp_path / "out", engine="local", quiet=True, near=tmp_path)
+    host = Machine(read, load_sites(sites), tmp_path / "out", (), places=read.places(tmp_path))
+    shared = host.arm_spec("federated").policy.names("shared")
+    assert len(shared) == 2
+    assert all(name.endswith(".prompts") for name in shared)
+    start, released = host.model_context.initial_values(), load_file(result.out / "models" / "federated.safetensors")
+    assert set(released) == set(shared)
+    assert not any(np.array_equal(released[name], start[name]) for name in shared)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +133,10 @@ def test_the_psnr_loss_is_in_hundredths_of_a_decibel() -> None:
     target = torch.zeros(2, 16, 16)
     image = torch.stack([torch.full((16, 16), 0.1), torch.full((16, 16), 0.01)])
     assert float(psnr_loss(image, target)) == pytest.approx(0.5 - 0.30, rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["small_complex", "transfer"])
+def test_the_documentation_counts_parameters_right(preset: str) -> None:
+    count = sum(parameter.numel() for parameter in MoDL(PRESETS[preset]).parameters())
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    assert f"| `modl` | `{preset}` | {count:,} |" in page.read_text(encoding="utf-8")

@@ -75,4 +75,4 @@ def test_prompts_alone_are_trained_and_exchanged_on_a_pretrained_network(tmp_pat
     assert prompts == set(after) - set(before) or prompts == set(after)
     for name in set(before) & set(after):
         np.testing.assert_array_equal(after[name], before[name])
-    assert second.values.traffic.bytes_up < first.values.traffic.bytes_up / 4
+    assert second.values["traffic"]["bytes_up"] < first.values["traffic"]["bytes_up"] / 4

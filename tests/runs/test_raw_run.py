@@ -8,9 +8,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.numpy import save_file
 
 import wardround
+from tests.applied import reconstruct
 from tests.raw_files import (
     SIZE,
     coil_images,
@@ -22,7 +25,10 @@ from tests.raw_files import (
     write_ismrmrd,
     xml,
 )
+from wardround.federation.release import FORMAT
 from wardround.imaging.propose import propose_study
+from wardround.study.load import load_study
+from wardround.tasks.mri_raw import RawMRIReconstruction
 
 LINES = np.flatnonzero((np.arange(SIZE) % 3 == 0) | (np.abs(np.arange(SIZE) - SIZE // 2) < 4)).tolist()
 
@@ -82,6 +88,26 @@ def trained(tmp_path: Path, *, compare: list[str] | None = None, **changes: Any)
     )
 
 
+def test_a_step_is_trained_on_one_format_and_another_is_reconstructed(tmp_path: Path) -> None:
+    """Without a run: a loss of a site's batch, and the model's file applied to a scan of another number of coils."""
+    study = load_study(settings(tmp_path)[0])
+    for number in range(3):
+        write_fastmri(tmp_path / "Alpha" / f"{number}.h5", coil_images(number, 1))
+    task = RawMRIReconstruction(study)
+    torch.manual_seed(0)
+    model = task.build_model()
+    task.loss(model, task.dataset("Alpha", tmp_path / "Alpha").batch([0], np.random.default_rng(0))).backward()
+    gradients = [value.grad for value in model.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    save_file(tensors, tmp_path / "m.safetensors", metadata={"format": FORMAT, "study": study.model_dump_json()})
+    said = reconstruct(tmp_path / "m.safetensors", held_out(tmp_path)["ismrmrd"], tmp_path / "out.nii.gz")
+    assert "2 slices of 32 x 32 from k-space of 5 coils (ISMRMRD), voxels of 2 x 2 x 5 mm by its header" in said
+    assert "Trained on the raw data of Alpha (2× random of full raw data)" in said
+    assert nib.load(tmp_path / "out.nii.gz").header.get_zooms() == (2.0, 2.0, 5.0)  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
 def test_two_hospitals_train_on_their_scanners_files(tmp_path: Path) -> None:
     result = trained(tmp_path)
     assert result.metrics["federated"]["mean"]["psnr"].value > 10

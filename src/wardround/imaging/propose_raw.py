@@ -43,8 +43,7 @@ task:
 
 model:
   kind: modl
-  preset: small         # tiny | small | paper
-  image: complex        # a real scan has a phase that no estimate of the coils carries whole
+  preset: small_complex # tiny | small_complex | transfer, larger and for real scanners | paper
 
 method:
   kind: fedavg          # fedprox | fedbn | fedavgm | fedadam

@@ -113,10 +113,8 @@ class SensitivityModel(nn.Module):
         window = calibration_window(mask.expand(-1, *kspace.shape[2:]))
         images = ifft2c(window[:, None] * kspace)
         flat = images.flatten(0, 1)
-        # What the U-Net makes of nothing is no map of a coil that is not there.
-        changed = (flat + self.unet(flat)).unflatten(0, images.shape[:2])
-        present = (kspace != 0).any(-1).any(-1)[..., None, None]
-        maps = torch.where(present, changed, 0.0)
+        # Of nothing, this U-Net makes nothing: a coil that is not there gets no map.
+        maps = (flat + self.unet(flat)).reshape(images.shape)
         power = torch.view_as_real(maps).square().sum((1, 4))[:, None]
         lowest = _FLOOR**2 * power.detach().amax((-2, -1), keepdim=True)
         return maps * torch.maximum(power, lowest.clamp_min(torch.finfo(power.dtype).tiny)).rsqrt()

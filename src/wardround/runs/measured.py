@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.readers.raw import RawSlices, open_raw
 from wardround.runs.depth import Scan
-from wardround.study.acquisition import Maps
 from wardround.study.acquisitions import AcquisitionSettings
+
+# How coil maps of measured data can be estimated: those of the simulated scanner (`true`) are of no real one.
+Maps = Literal["estimated", "espirit"]
 
 
 @dataclass(frozen=True, eq=False)

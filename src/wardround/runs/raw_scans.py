@@ -11,8 +11,7 @@ from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.solvers import zero_filled
 from wardround.imaging.readers.labelled import LabelledImage, VoxelSpace
 from wardround.runs.inputs import Input, Opened
-from wardround.runs.measured import estimated_by, read_measured
-from wardround.study.acquisition import Maps
+from wardround.runs.measured import Maps, estimated_by, read_measured
 from wardround.study.acquisitions import AcquisitionSettings
 from wardround.tasks.mri import MRIBatch
 

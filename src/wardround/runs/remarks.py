@@ -8,6 +8,7 @@ from itertools import combinations
 from wardround.errors import DataError
 from wardround.plan.weights import load_model, place_of, study_of
 from wardround.study.places import Places
+from wardround.study.registry import BASELINES, baseline
 from wardround.study.schema import Study
 from wardround.study.sites import SitesFile
 from wardround.study.start import FromRelease
@@ -45,12 +46,15 @@ def remarks_on_missing(study: Study) -> Iterator[str]:
 
 
 def remarks_on_baselines(study: Study) -> Iterator[str]:
-    """Whether a network that takes images for real is compared with a total variation that does not: for `check`."""
-    real = study.scans and study.model.real_images and study.modality == "mri"
-    if real and "tv" in study.baselines and "tv_real" not in study.baselines:
+    """Whether a network that takes images for real is compared with methods alone that do not: for `check`."""
+    if not study.scans or not study.model.real_images or "tv" not in study.baselines:
+        return
+    known = {name: baseline(name) for name in BASELINES}
+    fair = [name for name, found in known.items() if found.real_images and found.serves(study.modality)]
+    if fair and not set(fair) & set(study.baselines):
         yield (
             "the network takes images for real (model.image: real) and `tv` does not, so a gain over it is in part the "
-            "assumption's; add tv_real to task.evaluation.baselines (docs/baselines.md)"
+            f"assumption's; add {fair[0]} to task.evaluation.baselines (docs/baselines.md)"
         )
 
 

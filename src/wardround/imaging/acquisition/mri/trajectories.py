@@ -94,8 +94,8 @@ def even_weights(points: FloatArray, shape: tuple[int, int], iterations: int = 2
 
     C is the convolution of k-space with Fejer's kernel, about sinc^2(H k_y) sinc^2(W k_x), the transform of a
     triangle twice as wide as the image: never negative, 1 at no distance and 0 between samples of a Cartesian grid,
-    whose weights are 1. A sample farther than a cell from all others has weight 1 as well, so that A* W A is at most
-    about 1: where samples are too few, nothing makes up for those that are not there, as in a Cartesian scan.
+    whose weights are 1. A sample farther than a cell from all others has weight 1 as well, so that A* W A is 1 to 2 at
+    most: where samples are too few, nothing makes up for those that are not there, as in a Cartesian scan.
     Pipe and Menon, Magn. Reson. Med. 41 (1999), 179, equation 8.
     """
     return _WEIGHTS.get((content(points), shape, iterations), lambda: _even_weights(points, shape, iterations))

@@ -103,15 +103,3 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in kept:
                 buffer.copy_(before)
-
-
-def pooled(found: Any, name: str) -> Tensor:
-    """(B, F) of (B, F), tokens (B, T, F) or (B, F, *places); raises `StudyError` for anything else."""
-    if not isinstance(found, torch.Tensor) or found.ndim < 2:
-        raise StudyError(
-            f"method.layer: {name!r} of the network does not give a tensor (B, F), (B, T, F) or (B, F, *places); name "
-            "another module"
-        )
-    if found.ndim == 3:
-        return found.mean(dim=1)
-    return found.flatten(2).mean(dim=2) if found.ndim > 3 else found

@@ -48,7 +48,7 @@ def empty_round(rounds: int) -> tuple[list[float], list[float]]:
     class NoTraining:
         """A learner that has learned already."""
 
-        weighs_by_validation = False
+        measures_validation = False
 
         class dataset:
             @staticmethod

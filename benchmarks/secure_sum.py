@@ -151,7 +151,7 @@ def at_the_seam(count: int, values: int) -> dict[str, float]:
     class NoTraining:
         """A learner that has learned already."""
 
-        weighs_by_validation = False
+        measures_validation = False
 
         class dataset:
             @staticmethod

@@ -117,7 +117,8 @@ class SensitivityModel(nn.Module):
         maps = (flat + self.unet(flat)).reshape(images.shape)
         power = torch.view_as_real(maps).square().sum((1, 4))[:, None]
         lowest = _FLOOR**2 * power.detach().amax((-2, -1), keepdim=True)
-        return maps * torch.maximum(power, lowest.clamp_min(torch.finfo(power.dtype).tiny)).rsqrt()
+        found: Tensor = maps * torch.maximum(power, lowest.clamp_min(torch.finfo(power.dtype).tiny)).rsqrt()
+        return found
 
 
 def calibration_window(mask: Tensor) -> Tensor:

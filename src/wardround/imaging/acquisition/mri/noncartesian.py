@@ -30,7 +30,7 @@ class NonCartesianMRI(LinearOperator):
 
     maps: complex (B, C, H, W). trajectory: real (B or 1, S, 2), cycles per pixel along H and W, from -0.5 to 0.5.
     weights: real (B or 1, S), at least 0, how much a sample counts in least squares; `weighed` says what data such an
-    operator has. With `even_weights` A* A is about 1 to 2 at most, as with a Cartesian mask, and networks and solvers
+    operator has. With `even_weights` A* A is 1 to 2 at most, nearly as with a Cartesian mask, and networks and solvers
     converge as fast; without weights noise is white, and the dense centre of k-space makes A* A large. Weights of 0
     are samples that are not there: scans of fewer are padded with them. areas: real (B or 1, S), what `initial` makes
     up for, the weights by default. Images are complex (B, H, W), data complex (B, C, S).

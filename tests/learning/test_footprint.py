@@ -85,8 +85,7 @@ def test_what_is_frozen_counts_once() -> None:
     assert found.copies == 2 * trained
     assert found.step is not None
     assert found.step < FLOAT * FIRST + 6 * trained
-
-
+@pytest.mark.slow
 def test_a_larger_batch_takes_more_by_what_it_is_larger() -> None:
     def of(batch: int) -> int:
         # So many examples that activations are the peak.
@@ -106,6 +105,7 @@ def test_a_task_that_reads_numbers_is_measured_on_the_cpu_with_the_same_result()
     assert abs(found.step - plain.step) <= 64
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 def test_sparse_matrices_are_no_part_of_a_step() -> None:
     """Their memory has no place that torch would name; a projector's is what `check` says."""

@@ -61,6 +61,8 @@ def test_weights_make_the_largest_singular_value_about_one() -> None:
     plain, even = (NonCartesianMRI(_maps(3), trajectory, w).norm(_complex(1, SIZE, SIZE)) for w in (None, weights))
     assert 1.0 < even < 1.25
     assert plain > 2.5 * even
+
+
 @pytest.mark.slow
 def test_a_first_image_of_a_dense_scan_is_the_image() -> None:
     """Of a Gaussian whose spectrum ends within the disc; with plain data and with weighed ones alike."""

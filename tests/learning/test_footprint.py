@@ -85,6 +85,8 @@ def test_what_is_frozen_counts_once() -> None:
     assert found.copies == 2 * trained
     assert found.step is not None
     assert found.step < FLOAT * FIRST + 6 * trained
+
+
 @pytest.mark.slow
 def test_a_larger_batch_takes_more_by_what_it_is_larger() -> None:
     def of(batch: int) -> int:

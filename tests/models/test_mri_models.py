@@ -225,6 +225,8 @@ def test_the_calibration_window_is_that_of_the_estimated_maps() -> None:
         expected = np.zeros((9, 12))
         expected[centred(rows, 9), centred(columns, 12)] = 1.0
         np.testing.assert_array_equal(window, expected)
+
+
 @pytest.mark.slow
 def test_what_has_no_calibration_lines_or_is_not_cartesian_is_refused() -> None:
     operator, data, _ = _scan(32)

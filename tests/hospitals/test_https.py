@@ -169,7 +169,7 @@ def test_progress_arrives_and_the_latest_counts(house: House) -> None:
 # Cut --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["down", "up"])
+@pytest.mark.parametrize("way", ["down", pytest.param("up", marks=pytest.mark.slow)])
 def test_a_transfer_that_is_cut_goes_on_where_it_was(house: House, way: str) -> None:
     body = os.urandom(LONG)
     with cut_line(house.port) as line:

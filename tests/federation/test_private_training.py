@@ -370,6 +370,7 @@ def test_pooling_and_data_without_owners_are_refused(tmp_path: Path) -> None:
         PrivateTraining(Regression(), _Images(torch.zeros(2)), None, "s", "a")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_an_epsilon_that_rests_on_shared_noise_of_another_study_says_so(tmp_path: Path) -> None:
     out = tmp_path / "out"
     host = session.open_host(_study(), toy_sites(tmp_path), out, (), (), None)

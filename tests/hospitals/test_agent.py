@@ -263,6 +263,7 @@ def test_hostile_proposals_leave_nothing(consortium: Consortium, monkeypatch: py
     assert made == []
 
 
+@pytest.mark.slow
 def test_code_is_not_called_for_being_named(consortium: Consortium, tmp_path: Path) -> None:
     """A study may name code, and be approved in error: the site's own file has the last word."""
     each = resident(consortium.of("A"), allow_code=False)

@@ -115,6 +115,7 @@ def test_a_site_with_another_key_answers_nothing(kits: Path, tmp_path: Path) -> 
         assert "did not sign" in reply.header.meta["reason"]
 
 
+@pytest.mark.slow
 def test_a_twin_is_let_in_once_the_first_is_gone(kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wardround.hospitals.https.courier._LATER", 0.4)
     port = free_port()

@@ -149,6 +149,7 @@ def test_a_site_that_is_away_at_the_end_gets_the_model_when_it_returns(tmp_path:
         assert made.sites["C"].asked == ["deliver"]
 
 
+@pytest.mark.slow
 def test_a_study_without_enough_sites_goes_on_when_one_is_back(tmp_path: Path, on_one_machine: str) -> None:
     study = toy_study(schedule={"rounds": 4, "min_sites": 3})
     with federated(tmp_path, reply=1.0) as made:
@@ -285,6 +286,7 @@ def _submitted(folder: Path) -> StudyFolder:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_coordinator_that_ends_in_the_middle_goes_on_by_itself(
     how: signal.Signals, tmp_path: Path, on_one_machine: str, coordinators: Coordinators
 ) -> None:

@@ -73,6 +73,7 @@ def test_total_variation_of_a_square_is_nearly_its_perimeter() -> None:
 
 
 @pytest.mark.parametrize("family", [pytest.param("random", marks=pytest.mark.slow), "poisson"])
+@pytest.mark.slow
 def test_tv_decreases_its_objective_to_the_minimum(family: str) -> None:
     operator, data, _ = _case(family)
     values = torch.stack([tv_objective(operator, data, WEIGHT, tv(operator, data, WEIGHT, n)) for n in (2, 5, 10, 40)])

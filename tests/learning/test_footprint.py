@@ -63,6 +63,7 @@ def test_what_lives_is_counted_and_what_is_gone_is_not(device: str) -> None:
     assert live._now == FLOAT * (FIRST + SECOND)
 
 
+@pytest.mark.slow
 def test_the_parts_are_those_of_the_formula() -> None:
     model = FLOAT * (FIRST + SECOND)
     found = taken(optimizer="adam")
@@ -98,6 +99,7 @@ def test_a_larger_batch_takes_more_by_what_it_is_larger() -> None:
     assert of(3000) - of(2000) == of(4000) - of(3000) >= 1000 * FLOAT * (INPUT + HIDDEN + OUTPUT)
 
 
+@pytest.mark.slow
 def test_a_task_that_reads_numbers_is_measured_on_the_cpu_with_the_same_result() -> None:
     found, plain = taken(optimizer="adam", step=asking), taken(optimizer="adam")
     assert (found.how, plain.how) == ("cpu", "meta")

@@ -103,6 +103,7 @@ def test_a_network_without_blocks_is_named() -> None:
         _ = ArmSpecs(found, (), plugins=Plugins(code=True)).model_context
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_piece_and_the_gradients() -> None:
     """Activations of a network whose every tensor is known: the ReLU's output of a piece, once."""
 

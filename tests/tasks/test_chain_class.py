@@ -215,6 +215,7 @@ def test_slices_of_a_volume_are_examples_of_its_class_and_those_of_nothing_are_n
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 def test_a_step_and_an_evaluation_on_any_device(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     local = {"steps": 1, "batch": 2, "optimizer": "adam", "optimizer_state": "keep", "clip_norm": 1.0}
     folder = make_pictures(tmp_path / "data", {"A": 3}).of("A").data[0]
@@ -251,6 +252,7 @@ def test_a_study_is_known_by_what_was_written() -> None:
 # A whole run and its release ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_in_two_phases_tells_spots_and_a_clinic_gets_probabilities(tmp_path: Path) -> None:
     sites = make_pictures(tmp_path / "data", {"A": 8, "B": 4})
     phases = [

@@ -213,6 +213,7 @@ def test_a_volume_of_one_slice_is_measured_as_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 def test_a_step_and_an_evaluation_on_any_device(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     local = {"steps": 1, "batch": 2, "optimizer": "adam", "optimizer_state": "keep", "clip_norm": 1.0}
     folder = make_lungs(tmp_path / "data", {"A": 5}).of("A").data[0]
@@ -302,6 +303,7 @@ def test_check_says_what_is_scanned(tmp_path: Path) -> None:
         assert said in text
 
 
+@pytest.mark.slow
 def test_a_run_finds_lungs_in_images_that_it_reconstructed(tmp_path: Path) -> None:
     sites = make_lungs(tmp_path / "data", {"A": 8, "B": 4}, slices=1)
     study = ct_chain(

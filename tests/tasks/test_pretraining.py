@@ -194,6 +194,7 @@ def test_few_labels_are_drawn_of_those_who_train_and_nobody_else_moves(tmp_path:
 # The encoder goes on ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_encoder_of_a_pretraining_is_what_a_classification_starts_from(tmp_path: Path) -> None:
     """Across two sites: the error falls below that of patches' means, and the decoder is left out by one rule."""
     sites = make_diagnoses(tmp_path / "data", {"A": (8, 12, 12), "B": (6, 10, 10)})

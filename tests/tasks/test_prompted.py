@@ -249,6 +249,7 @@ def test_a_network_learns_to_fill_its_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 def test_a_step_and_an_evaluation_on_any_device(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sites = make_outlines(tmp_path, {"A": 5})
     step_and_evaluation(prompted_study({"A": {}}), sites.of("A").data[0], device_named(device, monkeypatch))
@@ -333,6 +334,7 @@ def test_found_boxes_prompt_the_network_and_healthy_slices_are_seen_too(tmp_path
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 def test_both_stages_learn_on_any_device(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sites = make_outlines(tmp_path, {"A": 5})
     study = prompted_study({"A": {}}, task=AUTOMATIC, parts=FROZEN)

@@ -52,6 +52,7 @@ def expected(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("act", [4, *(pytest.param(act, marks=pytest.mark.slow) for act in (1, 7))])
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error_and_nothing_is_half_written(
     fork_server: ForkServer, expected: str, tmp_path: Path, act: int
 ) -> None:

@@ -186,6 +186,7 @@ def test_every_hundredth_record_is_signed_and_cannot_be_made_without_the_key(tmp
     assert verify(tmp_path).damages == [f"{LOG}: record 200 is not signed with the key of its log"]
 
 
+@pytest.mark.slow
 def test_a_round_ends_with_a_signature_and_a_restart_keeps_the_key(tmp_path: Path) -> None:
     stopped_after(tmp_path, 2)
     first = verify(tmp_path).logs

@@ -335,6 +335,7 @@ def test_a_reply_that_was_ready_does_not_leave_once_all_work_is_stopped(consorti
     assert "stopped all work" in reason(each.handle(facts_of(STUDY)))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_started_again(consortium: Consortium, wait: Path) -> None:
     each, steps = resident(consortium.of("A"), start=waiting.start), list[Header]()
     approved(consortium, each)

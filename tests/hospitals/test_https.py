@@ -200,6 +200,7 @@ def test_a_site_that_is_started_again_goes_on_with_a_body(house: House) -> None:
         house.stop_site()
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_started_again_goes_on_with_a_reply(house: House) -> None:
     body = os.urandom(LONG)
     with cut_line(house.port) as line:

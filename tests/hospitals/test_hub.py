@@ -59,6 +59,7 @@ def test_a_message_goes_out_once_and_its_reply_comes_back_without_the_signature(
     }
 
 
+@pytest.mark.slow
 def test_a_body_lasts_as_long_as_its_reply(house: House) -> None:
     asking = Asking(house.hub.engine(), [message()])
     sent = house.reply(taken(house), b"abc")

@@ -188,6 +188,7 @@ def test_a_worker_of_a_process_that_hangs_is_killed_too(consortium: Consortium) 
                 process.kill()
 
 
+@pytest.mark.slow
 def test_the_process_starts_and_stops_by_command(consortium: Consortium) -> None:
     folder = consortium.of("A")
     place = str(folder.root)

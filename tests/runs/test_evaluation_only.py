@@ -378,6 +378,7 @@ def test_it_goes_on_without_a_site_whose_data_changed(tmp_path: Path) -> None:
 # What people read -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_commands_say_that_nothing_was_trained_and_what_was_measured(tmp_path: Path) -> None:
     data = make_hospitals(tmp_path / "data")
     study, sites = write_study(tmp_path, data)

@@ -258,6 +258,7 @@ def test_a_step_and_an_evaluation_on_any_device(tmp_path: Path, device: str, mon
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_says_what_the_model_did_before_it_learned(tmp_path: Path) -> None:
     """It starts from weights in a file; the row `zero_shot` is that model's, though what is released learned."""
     sites = make_outlines(tmp_path / "data", {"A": 5, "B": 5})

@@ -73,7 +73,8 @@ def test_every_model_turns_data_into_complex_images(config: Model) -> None:
 def test_every_model_learns_within_sixty_steps(config: Model) -> None:
     operator, data, target = _scan()
     model = _build(config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    # A transformer takes smaller steps.
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4 if config.kind == "swin_denoiser" else 3e-3)
 
     def step() -> float:
         optimizer.zero_grad()

@@ -42,8 +42,8 @@ class SocketServer:
         listening = socket.socket(socket.AF_UNIX)
         with reachable(self._path) as address:
             listening.bind(address)
-        # Closed to others before it answers anybody. Not by the umask: that is of the whole process, and of two threads
-        # that set it and set it back one can leave it at the other's.
+        # Closed to other users before it listens. The umask would close it, too, but it belongs to the whole process:
+        # two threads that set it and set it back can leave the process with the narrow one.
         self._path.chmod(0o600)
         listening.listen(_BACKLOG)
         self._listening = listening

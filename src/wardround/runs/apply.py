@@ -192,8 +192,7 @@ def _measured(model: _Model, source: Path) -> _Given:
 
     def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor]:
         if isinstance(model.acquisition, MRIAcquisition):
-            magnitude = image[0].abs().numpy()
-            return _scanned(model, magnitude / max(float(magnitude.max()), 1e-9), number)
+            return _image_scanned(model, number, image)
         scan = measured.scans[number]()
         return scan[0], scanned_again(scan, image, public_generator(model.seed, "reconstruct", number))
 
@@ -207,6 +206,12 @@ def _measured(model: _Model, source: Path) -> _Given:
     )
 
 
+def _image_scanned(model: _Model, number: int, image: Tensor) -> tuple[LinearOperator, Tensor]:
+    """An image (1, H, W) that a method made of a slice, scanned as in training."""
+    magnitude = image[0].abs().numpy()
+    return _scanned(model, magnitude / max(float(magnitude.max()), 1e-9), number)
+
+
 def _simulated(model: _Model, source: Path, site: str | None) -> _Given:
     """An image, scanned as in training."""
     acquisition = model.acquisition
@@ -217,10 +222,6 @@ def _simulated(model: _Model, source: Path, site: str | None) -> _Given:
     height, width, count = image.data.shape
     mask = sampling_mask(acquisition.mask, (height, width), public_generator(model.seed, "reconstruct", "mask"))
 
-    def again(number: int, found: Tensor) -> tuple[LinearOperator, Tensor]:
-        magnitude = found[0].abs().numpy()
-        return _scanned(model, magnitude / max(float(magnitude.max()), 1e-9), number)
-
     return _Given(
         [partial(_scanned, model, image.data[..., number] / peak, number, mask) for number in range(count)],
         peak,
@@ -228,7 +229,7 @@ def _simulated(model: _Model, source: Path, site: str | None) -> _Given:
         f"{acquisition.mask.acceleration:g}, {acquisition.coils} coils) and reconstructed it.",
         acquisition.facts(),
         image,
-        again,
+        partial(_image_scanned, model),
         score_of(image, peak),
     )
 

@@ -51,7 +51,7 @@ def estimate_covariance(noise: Tensor) -> Tensor:
 
 
 def corner_covariance(kspace: Tensor, mask: Tensor, share: float = 0.05) -> Tensor:
-    """Estimate the noise's covariance (C, C) from a scan's own k-space, where nobody measured noise alone.
+    """Estimate the noise's covariance (C, C) from a scan's own k-space, where no noise scan was measured.
 
     kspace: complex (..., C, H, W), the slices of one scan; mask: (H, W), 1 where measured. Taken are the `share` of the
     measured samples that lie farthest from the centre, each axis relative to its length, where the signal is weakest.

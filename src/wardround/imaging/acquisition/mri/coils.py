@@ -77,8 +77,8 @@ def over_root_sum_of_squares(images: Tensor, floor: float) -> Tensor:
 def estimate_maps(kspace: Tensor, mask: Tensor, how: Maps) -> Tensor:
     """Coil maps (B, C, H, W) of measured k-space (B, C, H, W), complex, and its mask, broadcastable to (B, H, W).
 
-    how: `estimated` is `low_resolution_maps`, `espirit` is `espirit_maps`. Nobody knows the `true` maps of what was
-    measured: they are estimated as by `estimated`. Raises GeometryError where the centre was not measured, and for
+    how: `estimated` is `low_resolution_maps`, `espirit` is `espirit_maps`. The `true` maps of what was measured are
+    not known: they are estimated as by `estimated`. Raises GeometryError where the centre was not measured, and for
     ESPIRiT of one coil or of fewer than 6 calibration lines.
     """
     if how != "espirit":

@@ -106,7 +106,7 @@ class RawFolder:
 
 
 def patient_of(path: Path) -> str | None:
-    """Whom the header of a file names; `None` where it names nobody or cannot be read, which is said later."""
+    """Whom the header of a file names; `None` where it names no patient or cannot be read, which is said later."""
     if path.suffix.lower() not in _HDF5:
         return None
     try:

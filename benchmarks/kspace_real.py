@@ -2,7 +2,7 @@
 
     WARDROUND_DATA=/folder python benchmarks/kspace_real.py [--quick | --full] [--out FOLDER]
 
-Trains examples/lgg-transfer.yaml by federation (four institutions, simulated scans of 1, 4, 8 and 12 coils), then
+Trains examples/lgg-transfer.yaml by federation (four institutions, simulated scans of 1, 4 and 8 coils), then
 undersamples fully sampled k-space of real scanners and reconstructs it without any fallback: a brain of 256 x 256 and a
 knee of 332 x 640, each from a single coil, and a brain whose four coil images are real and whose k-space is their
 Fourier transform, which is reported apart. R = 3 and 4, equispaced and random lines, 8 % calibration lines, three

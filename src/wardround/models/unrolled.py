@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from wardround.errors import StudyError
 from wardround.imaging.acquisition.operator import LinearOperator
-from wardround.imaging.acquisition.solvers import tv
 from wardround.imaging.acquisition.wrapped import RealImage
-from wardround.models.blocks import Denoiser, Norm, ResidualUNet
+from wardround.models.blocks import Denoiser, Norm
 from wardround.models.checkpointing import Checkpointed
 from wardround.study.models import ModelSettings
 from wardround.study.tasks import Modality
@@ -38,35 +37,13 @@ class MoDLShape:
     norm: Norm = "none"
     image: Literal["complex", "real"] = "complex"
     initial_weight: float = 0.05
-    denoiser: Literal["cnn", "unet"] = "cnn"
-    levels: int = 1
-    bias: bool = True
-    weights: Literal["shared", "each"] = "shared"
-    residual: bool = False
-    start: Literal["adjoint", "tv"] = "adjoint"
 
 
-# Of `start: tv`: between the weights that suit one coil and several, for data of peak 1; fewer steps than TV alone.
-START_WEIGHT, START_ITERATIONS = 0.002, 25
 _SMALL = MoDLShape(unrolls=6, cg_iterations=4, channels=32, layers=5, scale=2, initial_weight=0.1)
 PRESETS = {
     "tiny": MoDLShape(unrolls=2, cg_iterations=4, channels=8, layers=3, scale=2),
     "small": replace(_SMALL, image="real"),
     "small_complex": _SMALL,
-    "transfer": MoDLShape(
-        unrolls=2,
-        cg_iterations=4,
-        channels=24,
-        layers=5,
-        scale=2,
-        denoiser="unet",
-        levels=4,
-        bias=False,
-        initial_weight=0.3,
-        weights="each",
-        residual=True,
-        start="tv",
-    ),
     "paper": MoDLShape(unrolls=10, cg_iterations=10, channels=64, layers=5, norm="batch"),
 }
 
@@ -91,29 +68,13 @@ class MoDL(Checkpointed):
         self.unrolls = shape.unrolls
         self.cg_iterations = shape.cg_iterations
         self.real = shape.image == "real"
-        self.residual, self.start = shape.residual, shape.start
-        parts, guides = 1 if self.real else 2, 1 if shape.residual else 0
-        self.denoiser: Denoiser | ResidualUNet
-        if shape.denoiser == "unet":
-            self.denoiser = ResidualUNet(
-                shape.channels, shape.levels, parts=parts, scale=shape.scale, guides=guides, bias=shape.bias
-            )
-        else:
-            self.denoiser = Denoiser(
-                shape.channels,
-                shape.layers,
-                parts=parts,
-                scale=shape.scale,
-                norm=shape.norm,
-                guides=guides,
-                bias=shape.bias,
-            )
-        first = torch.tensor(math.log(shape.initial_weight))
-        self.log_weight = nn.Parameter(first.repeat(shape.unrolls) if shape.weights == "each" else first)
+        parts = 1 if self.real else 2
+        self.denoiser = Denoiser(shape.channels, shape.layers, parts=parts, scale=shape.scale, norm=shape.norm)
+        self.log_weight = nn.Parameter(torch.tensor(math.log(shape.initial_weight)))
 
     @property
     def weight(self) -> Tensor:
-        """How much the denoised image counts against the data: positive, 0-d or, one for each unroll, (unrolls,)."""
+        """How much the denoised image counts against the data: positive, 0-d."""
         return self.log_weight.exp()
 
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
@@ -122,38 +83,23 @@ class MoDL(Checkpointed):
             operator = RealImage(operator)
         adjoint = operator.A_adjoint(data)
         weight = self.weight
-        weights = weight.unbind() if weight.ndim else (weight,) * self.unrolls
-        image = beginning(operator, data) if self.start == "tv" else operator.initial(data)
+        image = operator.initial(data)
 
-        def unroll(image: Tensor, weight: Tensor) -> Tensor:
-            guides = (adjoint - operator.normal(image),) if self.residual else ()
-            prior = self.denoiser(image, guides=guides)
+        def unroll(image: Tensor) -> Tensor:
+            prior = self.denoiser(image)
             return operator.solve(adjoint + weight * prior, weight, iterations=self.cg_iterations, start=prior)
 
-        for weight in weights:
-            image = self.through(unroll, image, weight)
+        for _ in range(self.unrolls):
+            image = self.through(unroll, image)
         return image
-
-
-def beginning(operator: LinearOperator, data: Tensor) -> Tensor:
-    """Total variation's image (B, H, W) of data (B, *data_shape), its weight relative to the peak of A* y.
-
-    Scales with the data, and takes no derivatives.
-    """
-    with torch.no_grad():
-        scale = operator.A_adjoint(data).abs().flatten(1).amax(1).clamp_min(torch.finfo(data.real.dtype).tiny)
-        found = tv(operator, data / scale.reshape(-1, *(1 for _ in data.shape[1:])), START_WEIGHT, START_ITERATIONS)
-        return found * scale[:, None, None]
 
 
 class MoDLSettings(ModelSettings):
     """Unrolled reconstruction with conjugate-gradient data consistency (Aggarwal et al., IEEE TMI 2019); CT and MRI."""
 
     kind: Literal["modl"] = "modl"
-    preset: Literal["small_complex", "tiny", "small", "transfer", "paper"] = Field(
-        "small_complex",
-        description="`small_complex` is `small` without its `image: real`; `transfer` is for real scanners, trained "
-        "with `acquisition.vary`",
+    preset: Literal["small_complex", "tiny", "small", "paper"] = Field(
+        "small_complex", description="`small_complex` is `small` without its `image: real`"
     )
     unrolls: int | None = Field(None, ge=1, le=50)
     cg_iterations: int | None = Field(None, ge=1, le=100)
@@ -165,12 +111,6 @@ class MoDLSettings(ModelSettings):
         None, description="`real` constrains the phase to that of the estimated coil maps"
     )
     initial_weight: float | None = Field(None, gt=0.0, description="the lambda that training begins with")
-    denoiser: Literal["cnn", "unet"] | None = None
-    levels: int | None = Field(None, ge=1, le=8, description="resolutions of the U-Net; each has twice the channels")
-    bias: bool | None = Field(None, description="without biases the denoiser scales with its input")
-    weights: Literal["shared", "each"] | None = Field(None, description="one lambda, or one for each unroll")
-    start: Literal["adjoint", "tv"] | None = Field(None, description="the first image: A* y, or total variation's")
-    residual: bool | None = Field(None, description="the denoiser sees A* (y - A x) too: how well x explains the data")
 
     def build(self, modality: Modality) -> MoDL:
         """The network; images of all but MRI are real."""

@@ -66,6 +66,7 @@ BUILTIN: Mapping[Section, Mapping[str, str]] = {
         "monai_bundle": "wardround.models.monai_bundle:MonaiBundleSettings",
         "transformers": "wardround.models.transformers_classifier:TransformersSettings",
         "mae_vit": "wardround.models.mae_vit:MaskedViTSettings",
+        "cascade": "wardround.models.cascade:CascadeSettings",
         "varnet": "wardround.models.varnet:VarNetSettings",
         "e2e_varnet": "wardround.models.e2e_varnet:E2EVarNetSettings",
         "swin_denoiser": "wardround.models.swin_denoiser:SwinDenoiserSettings",

@@ -21,9 +21,6 @@ class LinearOperator(ABC):
     Everything is differentiable by autograd, twice where an optimiser needs it.
     """
 
-    #: The penalty's factor in `solvers.tv`, which changes its speed: less where singular values fall with frequency.
-    tv_penalty: float = 1.6
-
     @property
     @abstractmethod
     def image_shape(self) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ class Wrapped(LinearOperator):
 
     def __init__(self, operator: LinearOperator) -> None:
         self._operator = operator
-        self.tv_penalty = operator.tv_penalty
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -23,8 +23,6 @@ class CTSystem(LinearOperator):
     Raises GeometryError where the detector misses the patient.
     """
 
-    tv_penalty = 0.4
-
     def __init__(self, acquisition: CTAcquisition, *, cache: MatrixCache | None = None) -> None:
         self.acquisition = acquisition
         self._projector = CTProjector(acquisition.geometry, cache=cache)

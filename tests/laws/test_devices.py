@@ -44,6 +44,7 @@ MRI: dict[str, dict[str, Any]] = {
         "model": {"kind": "modl", **_TINY},
         "acquisition": {"kind": "mri_noncartesian", "coils": 2, "trajectory": {"kind": "radial", "spokes": 12}},
     },
+    "cascade": {"model": {"kind": "cascade", **_TINY}},
     "varnet": {"model": {"kind": "varnet", **_TINY}},
     "e2e_varnet": {"model": {"kind": "e2e_varnet", **_TINY}},
     "swin_denoiser": {"model": {"kind": "swin_denoiser", **_TINY, "prompts": 3}},

@@ -42,8 +42,8 @@ task:
   split: {{validation: 0.15, test: 0.2}}   # shares of each site's patients
 
 model:
-  kind: modl
-  preset: small_complex # tiny | small_complex | transfer, larger and for real scanners | paper
+  kind: cascade         # for real scanners; or modl, of a thirtieth of its size
+  preset: small         # tiny | small | paper
 
 method:
   kind: fedavg          # fedprox | fedbn | fedavgm | fedadam

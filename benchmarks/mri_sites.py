@@ -23,8 +23,8 @@ from common import arguments, conditions, cpu_seconds, finish, need_images, tabl
 ROOT = Path(__file__).resolve().parent.parent
 # Whichever of them the study names itself.
 BASELINES = ("zero_filled", "cg_sense", "tv", "tv_real")
-# What differs from the example: fewer rounds, as there are two or more arms beside the federated one, and as much of every
-# test patient as in lgg-mri.
+# What differs from the example: fewer rounds, as there are two or more arms beside the federated one, and as much of
+# every test patient as in lgg-mri.
 CHANGES = {
     "lgg-mri": (),
     "lgg-transfer": (
@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="change the study, KEY=VALUE, to try the benchmark")
     options = parser.parse_args()
     need_images("lgg")
-    state = conditions(size="128x128", seed=2026, repeats=1, quick=options.quick, changed=options.set, study=options.study)
+    state = conditions(
+        study=options.study, size="128x128", seed=2026, repeats=1, quick=options.quick, changed=options.set
+    )
 
     import wardround
 

@@ -2,9 +2,10 @@
 
 z_t = x_t + D(x_t, A*(y - A x_t)),   x_{t+1} = z_t + eta_t A*(y - A z_t),   x_0: total variation's image of the data
 
-(Schlemper et al., IEEE TMI 37 (2018), 491, with coils as in Hammernik et al., Magn. Reson. Med. 79 (2018), 3055). For one
-coil of modulus 1 and eta = 1 the step puts the measured samples themselves in place, their data consistency. For several
-coils it moves towards them without fitting what coil maps estimated from few lines cannot explain, as a solve would.
+(Schlemper et al., IEEE TMI 37 (2018), 491; with coils the step of Hammernik et al., Magn. Reson. Med. 79 (2018), 3055).
+For one coil of modulus 1 and eta = 1 the step puts the measured samples themselves in place, which is Schlemper's data
+consistency. For several coils it moves towards them, and does not fit what coil maps estimated from few lines cannot
+explain, as a solve would.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class CascadeSettings(PresetSettings):
         None, ge=1, le=1024, description="of the U-Net's first level; default 4 of `tiny`, 24 of `small`, 64 of `paper`"
     )
     levels: int | None = Field(None, ge=1, le=8, description="resolutions of the U-Net; each has twice the channels")
-    scale: Literal[1, 2, 4] | None = Field(None, description="factor by which images shrink before the U-Net; default 2")
+    scale: Literal[1, 2, 4] | None = Field(None, description="images shrink by it before the U-Net; default 2")
 
     def build(self, modality: Modality) -> Cascade:
         """The network."""

@@ -13,8 +13,8 @@ from wardround.imaging.acquisition.wrapped import Weighted
 
 _CG_STEPS = 4  # per iteration of `tv`, warm-started; measured: fewer cost more iterations, more cost more time
 # Of the penalty, which decides `tv`'s speed. 0.4 suits CT, whose singular values fall with the frequency, and MRI: with
-# 8 coils anything up to 1.6 does; with one, where folds move slowly, 1.6 leaves the image some tenths of a decibel short
-# of the minimum's.
+# 8 coils anything up to 1.6 does; with one, where folds move slowly, 1.6 leaves the image some tenths of a decibel
+# short of the minimum's.
 _PENALTY = 0.4
 _RELAXATION = 1.6  # over-relaxation in [1.5, 1.8], Boyd et al., section 3.4.3
 

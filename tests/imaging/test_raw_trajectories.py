@@ -24,6 +24,7 @@ from tests.real_images import root_folder
 
 from wardround.errors import DataError
 from wardround.imaging.convert import inspect_path
+from wardround.imaging.propose_raw import propose_raw
 from wardround.imaging.raw_inspect import summarise_raw
 from wardround.imaging.readers.raw import open_raw, raw_files
 
@@ -50,7 +51,11 @@ WRITTEN: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+# A file of ISMRMRD takes a while to write; its units are read in the quick tests of readers, too.
+MORE = {name for name in WRITTEN if name.startswith("ISMRMRD,") and name != "ISMRMRD, encoded matrix"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in MORE)) for n in WRITTEN])
 def test_samples_and_points_come_back(name: str, tmp_path: Path) -> None:
     raw = open_raw(WRITTEN[name](tmp_path))
     assert raw.kind == f"{name.split(',')[0]}, radial"
@@ -73,6 +78,23 @@ def test_matlab_of_real_points_and_of_one_coil(tmp_path: Path) -> None:
     np.testing.assert_array_equal(raw.kspace(0), one[0])
     assert raw.trajectory is not None
     np.testing.assert_allclose(raw.trajectory(0), POINTS, atol=1e-6)
+    # Version 7.3 is HDF5, which lists MATLAB's axes in reverse.
+    import h5py
+
+    with h5py.File(tmp_path / "b.mat", "w", userblock_size=512) as file:
+        pair = np.empty(one[0, 0].shape, [("real", "<f4"), ("imag", "<f4")])
+        pair["real"], pair["imag"] = one[0, 0].real, one[0, 0].imag
+        file["data"], file["TRAJ"] = pair, (SIZE * points).T
+    later = open_raw(tmp_path / "b.mat")
+    np.testing.assert_array_equal(later.kspace(0), one[0])
+    assert later.trajectory is not None
+    np.testing.assert_array_equal(later.trajectory(0), raw.trajectory(0))
+
+
+def test_a_folder_of_such_scans_is_no_study_to_train(tmp_path: Path) -> None:
+    WRITTEN["NumPy"](tmp_path / "site")
+    with pytest.raises(DataError, match=r"reconstructed by a model of `acquisition\.kind: mri_noncartesian`"):
+        propose_raw("study", {"site": tmp_path / "site"})
 
 
 def test_the_points_say_how_many_pixels_an_image_has(tmp_path: Path) -> None:

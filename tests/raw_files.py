@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
+import scipy.io
 
 from tests.mri_hospitals import head
 from wardround.imaging.acquisition.mri.coils import birdcage_maps
@@ -161,3 +162,64 @@ def scanned(kspace: np.ndarray, lines: Sequence[int] | None = None, **places: in
     """The readouts of k-space (slices, coils, H, W), slices interleaved, lines in the order of `lines`."""
     chosen = range(kspace.shape[-1]) if lines is None else lines
     return [readout(kspace[z, :, :, line], line=line, slice=z, **places) for line in chosen for z in range(len(kspace))]
+
+
+# Scans along a trajectory -----------------------------------------------------------------------------------------
+
+
+def along(images: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Samples (slices, coils, readouts, samples) of coil images (slices, coils, H, W), by the sum that defines them.
+
+    points: (readouts, samples, 2), cycles per pixel along H and along W.
+    """
+    height, width = images.shape[-2:]
+    waves = [
+        np.exp(-2j * np.pi * points[..., axis].reshape(-1, 1) * (np.arange(n) - n // 2))
+        for axis, n in enumerate((height, width))
+    ]
+    found = np.einsum("sh,zchw,sw->zcs", waves[0], images, waves[1], optimize=True) / np.sqrt(height * width)
+    return found.reshape(*images.shape[:2], *points.shape[:2]).astype(np.complex64)
+
+
+def spokes(count: int, size: int) -> np.ndarray:
+    """Golden spokes of 2 x oversampled readouts: (count, 2 size, 2), cycles per pixel."""
+    angles = np.arange(count) * np.radians(111.246117975)
+    radii = np.arange(-size, size) / (2 * size)
+    return radii[None, :, None] * np.stack([np.sin(angles), np.cos(angles)], -1)[:, None]
+
+
+def arms(count: int, turns: int, samples: int) -> np.ndarray:
+    """Interleaved spirals from the centre to the edge, dense in the middle: (count, samples, 2), cycles per pixel."""
+    t = np.linspace(0, 1, samples) ** 0.6
+    z = 0.5 * t**1.3 * np.exp(2j * np.pi * (turns * t + np.arange(count)[:, None] / count))
+    return np.stack([z.imag, z.real], -1)
+
+
+def write_npy_along(path: Path, samples: np.ndarray, points: np.ndarray) -> Path:
+    """samples.npy and samples_traj.npy as both are given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, samples)
+    np.save(path.with_name(f"{path.stem}_traj.npy"), points)
+    return path
+
+
+def write_mat_along(path: Path, samples: np.ndarray, points: np.ndarray) -> Path:
+    """As gpuNUFFT's demonstration: rawdata (samples, readouts, coils[, slices]), k = x + i y."""
+    scipy.io.savemat(path, {"rawdata": samples.transpose(3, 2, 1, 0), "k": (points[..., 1] + 1j * points[..., 0]).T})
+    return path
+
+
+def write_bart_along(base: Path, samples: np.ndarray, points: np.ndarray) -> Path:
+    """Samples 1, samples, readouts, coils, ..., slices; points 3, samples, readouts in `points`' own unit."""
+    slices, coils, readouts, count = samples.shape
+    flat = np.concatenate([points, np.zeros((readouts, count, 1))], -1)
+    write_bart(base.with_name(f"{base.name}_traj"), flat.transpose(2, 1, 0))
+    shape = (1, count, readouts, coils, *[1] * 9, slices)
+    return write_bart(base, samples.transpose(3, 2, 1, 0).reshape(shape))
+
+
+def write_ismrmrd_along(path: Path, header: str, samples: np.ndarray, points: np.ndarray, **places: Any) -> Path:
+    """A readout with its points each, slices interleaved."""
+    traj = np.asarray(points, np.float32)
+    each = [(z, n) for n in range(samples.shape[2]) for z in range(len(samples))]
+    return write_ismrmrd(path, header, [readout(samples[z, :, n], slice=z, traj=traj[n], **places) for z, n in each])

@@ -7,6 +7,7 @@ import pytest
 
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.mri.trajectories import (
+    cell_areas,
     dense_radius,
     even_weights,
     radial,
@@ -49,6 +50,37 @@ def test_areas_of_spokes_fill_a_disc(golden: bool, spokes: int) -> None:
     assert areas.min() > 0
     # From -0.5 to below 0.5: half of the outermost ring, whose radius is not reached on one side, and half a step more.
     np.testing.assert_allclose(areas.sum(), np.pi / 4 * 256, rtol=2 / 64)
+
+
+@pytest.mark.parametrize("golden", [True, False])
+def test_cells_of_spokes_are_their_areas_in_closed_form(golden: bool) -> None:
+    """Even ones to the curvature of a ring, (angle / 2)^2 / 3; golden ones end otherwise where gaps are unequal."""
+    angles, radii = spoke_angles(21, golden), spoke_radii(64)
+    found, expected = cell_areas(radial(angles, 64), SHAPE), radial_areas(angles, radii, SHAPE)
+    inside = np.tile(np.abs(radii) < 0.48, 21)
+    off = np.abs(found / expected - 1)[inside]
+    bound = (np.pi / 42) ** 2 / 3
+    assert np.median(off) < 1.5 * bound
+    if not golden:
+        assert off.max() < 1.5 * bound
+    np.testing.assert_allclose(found.sum(), expected.sum(), rtol=0.04)
+
+
+def test_cells_of_spirals_are_rings_and_those_of_a_grid_are_one() -> None:
+    points = spiral(8, 4.0, 64)
+    found, expected = cell_areas(points, (64, 64)), spiral_areas(points, 8, (64, 64))
+    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+    grid = _cartesian((16, 12))
+    np.testing.assert_allclose(cell_areas(grid, (16, 12)), 1.0)
+    # Measured twice, each sample stands for half of its cell.
+    np.testing.assert_allclose(cell_areas(np.concatenate([grid, grid]), (16, 12)), 0.5)
+
+
+def test_samples_on_one_line_stand_for_no_area() -> None:
+    with pytest.raises(GeometryError, match="lie on one line"):
+        cell_areas(radial(np.array([0.3]), 16), SHAPE)
+    with pytest.raises(GeometryError, match="too few samples"):
+        cell_areas(np.array([[0.0, 0.0], [0.1, 0.0], [0.0, 0.1]]), SHAPE)
 
 
 def test_a_spoke_between_neighbours_that_are_near_stands_for_less() -> None:

@@ -22,6 +22,7 @@ from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.imaging.readers.hounsfield import check_hounsfield
 from wardround.imaging.readers.raw import is_raw
+from wardround.imaging.readers.raw.trajectory import points_file
 from wardround.imaging.readers.series_inspect import summarise
 from wardround.imaging.readers.volume import Volume, read_volume, write_nifti
 
@@ -135,7 +136,7 @@ def _inspect_file(path: Path) -> Inspection:
         low, high = volume.data.min(), volume.data.max()
         size = " x ".join(str(n) for n in volume.data.shape)
         return Inspection("a NIfTI image", (f"{size} voxels of {spacing} mm", f"intensities {low:g} to {high:g}"))
-    if path.suffix == ".npy":
+    if path.suffix == ".npy" and not points_file(path).exists():
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError):

@@ -76,7 +76,10 @@ def propose_raw(name: str, sites: Mapping[str, Path]) -> str:
     for one in summaries:
         sizes.update(one.sizes)
     if not sizes:
-        raise DataError("no raw data were measured on Cartesian lines; `wardround inspect` lists what there is")
+        raise DataError(
+            "no raw data were measured on Cartesian lines, which a study learns from; radial and spiral scans are "
+            "reconstructed by a model of `acquisition.kind: mri_noncartesian`, which learns from images"
+        )
     if all(one.patients < 2 for one in summaries):
         raise DataError("no site can train: each has 1 patient, and one must be held out to test")
     height, width = sizes.most_common(1)[0][0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from wardround.errors import DataError
@@ -19,6 +19,7 @@ _SHOWN = 4
 class RawSummary:
     """One site's raw data in numbers: patients, files by kind, sizes (H, W) of slices, coils, how many are full scans.
 
+    `along` are the sizes of images of radial and spiral scans, which are in none of `sizes` and no full scans.
     `references` counts files with a reference image, `problems` how often each reason not to use a file was met.
     """
 
@@ -32,6 +33,7 @@ class RawSummary:
     references: int
     scanners: Mapping[str, int]
     problems: Mapping[str, int]
+    along: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     @property
     def files(self) -> int:
@@ -40,7 +42,9 @@ class RawSummary:
 
     def lines(self) -> list[str]:
         """Return the summary for people."""
-        sizes = ", ".join(f"{h} x {w} ({count})" for (h, w), count in list(self.sizes.items())[:_SHOWN])
+        shown = [f"{h} x {w} ({count})" for (h, w), count in list(self.sizes.items())[:_SHOWN]]
+        shown += [f"{h} x {w} along a trajectory ({count})" for (h, w), count in list(self.along.items())[:_SHOWN]]
+        sizes = ", ".join(shown)
         coils = ", ".join(f"{number} ({count})" for number, count in self.coils.items())
         kinds = ", ".join(f"{kind} ({count})" for kind, count in self.kinds.items())
         people = "1 patient" if self.patients == 1 else f"{self.patients} patients"
@@ -82,6 +86,7 @@ def summarise_raw(path: Path) -> RawSummary:
     folder = RawFolder(path, path.resolve().name)
     kinds: Counter[str] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
+    along: Counter[tuple[int, int]] = Counter()
     coils: Counter[int] = Counter()
     scanners: Counter[str] = Counter()
     problems: Counter[str] = Counter()
@@ -95,8 +100,7 @@ def summarise_raw(path: Path) -> RawSummary:
             continue
         kinds[scan.kind] += 1
         coils[scan.coils] += 1
-        if scan.cartesian:
-            sizes[scan.shape[2], scan.shape[3]] += 1
+        (sizes if scan.cartesian else along)[scan.size] += 1
         slices += len(scan)
         full += sampled
         references += scan.picture is not None
@@ -112,6 +116,7 @@ def summarise_raw(path: Path) -> RawSummary:
         references,
         dict(scanners.most_common(_SHOWN)),
         dict(problems.most_common()),
+        dict(along.most_common()),
     )
 
 
@@ -129,11 +134,15 @@ def describe_file(path: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
         number = len(scan) // 2
         kspace = scan.kspace(number)
         mask = scan.mask(number, kspace) if scan.cartesian else None
+        if scan.trajectory is not None:
+            scan.trajectory(number)
     except DataError as error:
         return "raw data", (), (str(error),)
     slices, coils, height, width = scan.shape
     what = f"{height} x {width} samples" if scan.cartesian else f"{height} readouts of {width} samples"
     facts = [f"{scan.kind}: {slices} slice{'s' if slices != 1 else ''} of {what}, {coils} coils"]
+    if not scan.cartesian:
+        facts.append(f"an image has {scan.size[0]} x {scan.size[1]} pixels by the trajectory or its header")
     if mask is not None:
         full = "fully sampled" if fully_sampled(mask) else f"undersampled: {mask.mean():.1%} of a slice measured"
         facts.append(full)
@@ -151,4 +160,7 @@ def describe_file(path: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
 def _full(scan: RawSlices) -> bool:
     number = len(scan) // 2
     kspace = scan.kspace(number)
-    return scan.cartesian and fully_sampled(scan.mask(number, kspace))
+    if scan.trajectory is None:
+        return fully_sampled(scan.mask(number, kspace))
+    scan.trajectory(number)
+    return False

@@ -188,7 +188,7 @@ def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
 def _measured(model: _Model, source: Path) -> _Given:
     """Raw data. Scans to compare with are simulated where the model was trained so; else they are these, once more."""
     measured = read_measured(source, estimated_by(model.acquisition))
-    size = measured.raw.shape[2:]
+    size = measured.raw.size
 
     def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor]:
         if isinstance(model.acquisition, MRIAcquisition):
@@ -200,7 +200,7 @@ def _measured(model: _Model, source: Path) -> _Given:
         measured.scans,
         measured.scale,
         f"Reconstructed {slices_said(size, len(measured.scans))} from {measured.said}",
-        measured.facts(),
+        measured.facts,
         Volume(np.zeros((0, 0, 0), np.float32), measured.spacing, measured.affine),
         again,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from wardround.wire.random import public_generator
 
 
 @dataclass(frozen=True)
-class _Input:
+class Given:
     """The scans of a volume on the scale of training, the scale, where the volume lies, and what is known of it."""
 
     scans: Sequence[Scan]
@@ -34,6 +34,15 @@ class _Input:
     said: str
     facts: Facts
     score: Score | None = None
+
+
+@dataclass(frozen=True)
+class RawReader:
+    """How an acquisition reads raw data: whether a path is such a file, what it takes, for people, and the reader."""
+
+    takes: Callable[[Path], bool]
+    said: str
+    read: Callable[[AcquisitionSettings, Path], Given]
 
 
 def reconstruct_general(
@@ -53,17 +62,31 @@ def reconstruct_general(
     image where the network is out of its depth. Raises `DataError` for an input that cannot be used, `StudyError` for a
     choice that does not fit.
     """
+    return reconstruct_given(network, study, source, output, site, dose, fallback, _ARRAYS)
+
+
+def reconstruct_given(
+    network: nn.Module,
+    study: Study,
+    source: Path,
+    output: Path,
+    site: str | None,
+    dose: float | None,
+    fallback: bool,
+    raw: RawReader,
+) -> Done:
+    """`reconstruct_general` with a reader of raw data."""
     acquisition = study.acquisition if site is None else study.acquisition_of(site)
     if not isinstance(acquisition, type(study.scanner)):
         raise StudyError(f"the study has no scanner of its own; choose a site's with --site {' | '.join(study.sites)}")
     subject = acquisition.modality.upper()
     if dose is not None:
         raise StudyError(f"--dose: this is a model for {subject}; leave it out")
-    if source.is_dir() or not source.name.endswith((".nii", ".nii.gz", ".npy")):
-        takes = "it takes a NIfTI image, or raw data in .npy"
+    if source.is_dir() or not (source.name.endswith((".nii", ".nii.gz")) or raw.takes(source)):
+        takes = f"it takes a NIfTI image, or {raw.said}"
         raise StudyError(f"this is a model for {subject}: {takes}", detail=str(source))
-    if source.suffix == ".npy":
-        given = _measured(acquisition, source)
+    if raw.takes(source):
+        given = raw.read(acquisition, source)
     else:
         given = _simulated(acquisition, study, source, site or "the study")
 
@@ -91,7 +114,7 @@ def _scanned(
     return found
 
 
-def _simulated(acquisition: AcquisitionSettings, study: Study, source: Path, whose: str) -> _Input:
+def _simulated(acquisition: AcquisitionSettings, study: Study, source: Path, whose: str) -> Given:
     image = read_volume(source)
     peak, (height, width, count) = peak_of(image, source), image.data.shape
 
@@ -103,7 +126,7 @@ def _simulated(acquisition: AcquisitionSettings, study: Study, source: Path, who
         f"Simulated a scan of {slices_said((height, width), count)} by the scanner of {whose} "
         f"({acquisition.describe()}) and reconstructed it."
     )
-    return _Input(
+    return Given(
         [partial(scan, number) for number in range(count)],
         peak,
         image,
@@ -114,7 +137,7 @@ def _simulated(acquisition: AcquisitionSettings, study: Study, source: Path, who
 
 
 @torch.no_grad()
-def _measured(acquisition: AcquisitionSettings, source: Path) -> _Input:
+def _measured(acquisition: AcquisitionSettings, source: Path) -> Given:
     raw = read_array(source, "raw data")
     if raw.ndim < 2 or 0 in raw.shape:
         raise DataError(f"raw data must be (slices, ...), and these are of shape {raw.shape}")
@@ -134,4 +157,7 @@ def _measured(acquisition: AcquisitionSettings, source: Path) -> _Input:
         f"Reconstructed {slices_said((height, width), len(raw))} from raw data, which hold no voxel size, so 1 mm is "
         "written."
     )
-    return _Input([partial(scan, number, scale) for number in range(len(raw))], scale, like, said, {})
+    return Given([partial(scan, number, scale) for number in range(len(raw))], scale, like, said, {})
+
+
+_ARRAYS = RawReader(lambda path: path.suffix == ".npy", "raw data in .npy", _measured)

@@ -17,6 +17,7 @@ from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.readers.raw import RawSlices, open_raw
 from wardround.runs.depth import Scan
+from wardround.runs.protocols import Facts
 from wardround.study.acquisitions import AcquisitionSettings
 
 # How coil maps of measured data can be estimated: those of the simulated scanner (`true`) are of no real one.
@@ -25,12 +26,15 @@ Maps = Literal["estimated", "espirit"]
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """The scans of a file of raw data on one scale, and the scale: networks learn volumes whose maximum is 1."""
+    """The scans of a file of raw data on one scale, and the scale: networks learn volumes whose maximum is 1.
+
+    facts: what is compared with the scanners of training.
+    """
 
     raw: RawSlices
     scans: tuple[Scan, ...]
     scale: float
-    acceleration: float
+    facts: Facts
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -45,14 +49,11 @@ class Measured:
     @property
     def said(self) -> str:
         """Of which coils, and how large a voxel is."""
-        coils = f"k-space of {self.raw.coils} coil{'s' if self.raw.coils != 1 else ''} ({self.raw.kind})"
+        path = "" if self.raw.cartesian else f", {self.raw.shape[2]} readouts of {self.raw.shape[3]} samples"
+        coils = f"k-space of {self.raw.coils} coil{'s' if self.raw.coils != 1 else ''} ({self.raw.kind}{path})"
         if self.raw.facts.spacing is None:
             return f"{coils}; it holds no voxel size, so 1 mm is written."
         return f"{coils}, voxels of {' x '.join(f'{side:.3g}' for side in self.spacing)} mm by its header."
-
-    def facts(self) -> dict[str, float | str]:
-        """What is compared with the scanners of training."""
-        return {"acceleration": self.acceleration, "coils": float(self.raw.coils)}
 
 
 def estimated_by(scanner: AcquisitionSettings) -> Maps:
@@ -82,7 +83,8 @@ def measured_scans(raw: RawSlices, maps: Maps = "estimated") -> Measured:
     # An empty volume stays what it is.
     scale = max(peaks) or 1.0
     scans = tuple(partial(_scan, raw, number, scale, maps) for number in range(len(raw)))
-    return Measured(raw, scans, scale, 1.0 / max(sum(shares) / len(shares), 1e-9))
+    acceleration = 1.0 / max(sum(shares) / len(shares), 1e-9)
+    return Measured(raw, scans, scale, {"acceleration": acceleration, "coils": float(raw.coils)})
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ class NonCartesianAcquisition(CoilAcquisition):
     """
 
     reconstruction = "wardround.tasks.noncartesian:NonCartesianReconstruction"
-    applied = "wardround.runs.apply_general:reconstruct_general"
+    applied = "wardround.runs.apply_noncartesian:reconstruct_noncartesian"
 
     kind: Literal["mri_noncartesian"] = "mri_noncartesian"
     trajectory: Trajectory = Radial()
@@ -102,8 +102,8 @@ class NonCartesianAcquisition(CoilAcquisition):
         return found
 
     def read(self, raw: Any) -> tuple[Any, Any]:
-        """Raises DataError: raw data in .npy hold no trajectory."""
+        """Raises DataError: an array of samples has no trajectory; `wardround.reconstruct` reads files with both."""
         raise DataError(
-            "raw data of a non-Cartesian scan need its trajectory, which .npy does not hold; give a NIfTI image, which "
-            "is scanned first"
+            "raw data of a non-Cartesian scan need its trajectory, which one array does not hold; give the file to "
+            "`wardround reconstruct`"
         )

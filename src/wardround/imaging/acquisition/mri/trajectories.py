@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
+from scipy.spatial import ConvexHull, QhullError, Voronoi, cKDTree
 
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.mri.nufft import TRAINING, Kept, Transform, content
@@ -19,6 +19,7 @@ FloatArray = NDArray[np.float64]
 GOLDEN = np.pi * (np.sqrt(5) - 1) / 2
 _FINE = 64  # points a turn at which the length of a spiral is summed
 _COILS = 16.0  # cycles over the field of view that coil maps are estimated from at most
+_TOGETHER = 1e-4  # of a Cartesian step: samples that lie no farther apart lie in one place
 _STEP = 0.25  # between the places that `dense_radius` looks at, of a Cartesian step
 _FARTHEST = 0.5**0.5 + 1e-3  # half the diagonal of a Cartesian cell
 
@@ -84,6 +85,44 @@ def spiral_areas(points: FloatArray, interleaves: int, shape: tuple[int, int]) -
     edges = np.concatenate([[0.0], middle, [2 * radius[-1] - middle[-1]]])
     ring = np.pi * np.diff(edges**2) / interleaves
     return np.tile(ring, interleaves) * shape[0] * shape[1]
+
+
+_CELLS = Kept[FloatArray]()
+
+
+def cell_areas(points: FloatArray, shape: tuple[int, int]) -> FloatArray:
+    """Areas (S,) of any samples: each stands for its Voronoi cell, all that is nearer to it than to another sample.
+
+    For lines and spirals about what `radial_areas` and `spiral_areas` say in closed form. Samples in one place share
+    its cell. A cell that reaches beyond the samples has no end, so it counts as the largest that has one. Rasche et
+    al., IEEE TMI 18 (1999), 385. Raises GeometryError where no cell has an end.
+    """
+    return _CELLS.get((content(points), shape), lambda: _cell_areas(points, shape))
+
+
+def _cell_areas(points: FloatArray, shape: tuple[int, int]) -> FloatArray:
+    steps = points * np.asarray(shape)
+    _, first, which, count = np.unique(
+        np.round(steps / _TOGETHER), axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    places = steps[first]
+    try:
+        cells, hull = Voronoi(places), ConvexHull(places)
+    except (QhullError, ValueError) as error:
+        raise GeometryError("samples of a trajectory lie on one line or in one place, which shows no image") from error
+    faces, pairs, ends = hull.equations, cells.ridge_points, np.asarray(cells.ridge_vertices)
+    outside = (cells.vertices @ faces[:, :-1].T + faces[:, -1]).max(axis=1) > _TOGETHER
+    # The last is that of an edge without an end, numbered -1.
+    without_end = np.append(outside, True)[ends].any(axis=1)
+    # An edge and its two samples make two triangles of one height.
+    length = np.linalg.norm(cells.vertices[ends[:, 0]] - cells.vertices[ends[:, 1]], axis=1)
+    height = np.linalg.norm(places[pairs[:, 0]] - places[pairs[:, 1]], axis=1) / 2
+    areas = np.bincount(pairs.ravel(), np.repeat(length * height / 2, 2), len(places))
+    areas[pairs[without_end].ravel()] = np.nan
+    if np.isnan(areas).all():
+        raise GeometryError("too few samples of a trajectory lie apart to say which area of k-space each stands for")
+    whole = np.where(np.isnan(areas), np.nanmax(areas), areas)
+    return np.asarray((whole / count)[which.ravel()])
 
 
 _WEIGHTS = Kept[FloatArray]()

@@ -12,6 +12,7 @@ from wardround.imaging.readers.raw.fastmri import KSPACE, read_fastmri
 from wardround.imaging.readers.raw.hdf5 import opened
 from wardround.imaging.readers.raw.ismrmrd_file import group_of, read_ismrmrd
 from wardround.imaging.readers.raw.slices import RawSlices, ScanFacts, raw_error
+from wardround.imaging.readers.raw.trajectory import BESIDE
 
 __all__ = ["ENDINGS", "KINDS", "RawSlices", "ScanFacts", "is_raw", "open_raw", "raw_files"]
 
@@ -46,8 +47,9 @@ ENDINGS = tuple(_READERS)
 
 
 def is_raw(path: Path) -> bool:
-    """Whether a file's name ends as those of raw data do."""
-    return path.suffix.lower() in _READERS and not path.name.startswith(".")
+    """Whether a file's name ends as those of raw data do; the trajectory beside another file is none by itself."""
+    named = path.suffix.lower() in _READERS and not path.name.startswith(".")
+    return named and not (path.stem.endswith(BESIDE) and path.suffix.lower() in (".cfl", ".npy"))
 
 
 def open_raw(path: Path) -> RawSlices:

@@ -1,4 +1,9 @@
-"""Plain arrays: NumPy (.npy) and MATLAB (.mat), which say nothing of a scan but its samples."""
+"""Plain arrays: NumPy (.npy) and MATLAB (.mat), which say nothing of a scan but its samples.
+
+A scan along a trajectory has its points too: in NAME_traj.npy beside NAME.npy, real, along H and along W; in MATLAB in
+the same file, named `k`, `traj` or `trajectory`, complex x + i y or real (x, y), x along W. The
+module `trajectory` says in which unit.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,14 @@ import scipy.io
 
 from wardround.errors import DataError
 from wardround.imaging.readers.raw.hdf5 import opened
-from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, raw_error
+from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, ScanFacts, raw_error
+from wardround.imaging.readers.raw.trajectory import course_of, flat, grid_of, points_file
 from wardround.wire.files import reason
 
 Array = npt.NDArray[Any]
 _MOST = 1 << 29  # samples of a .mat file, which is read as a whole
+# Names of points, in capitals too.
+_POINTS = ("k", "traj", "trajectory")
 _HDF5 = b"\x89HDF"
 
 
@@ -40,6 +48,9 @@ def read_array(source: Path, what: str) -> Array:
 def read_npy(path: Path) -> RawSlices:
     """Open complex (coils, H, W) or (slices, coils, H, W) in .npy. Raises DataError for another file or array."""
     array = read_array(path, "k-space")
+    points = points_file(path)
+    if points.exists():
+        return _npy_along(array, path, points)
     if array.ndim not in (3, 4) or not np.iscomplexobj(array) or 0 in array.shape:
         raise raw_error(
             "k-space must be complex, (coils, H, W) or (slices, coils, H, W); "
@@ -59,10 +70,18 @@ def read_npy(path: Path) -> RawSlices:
 def read_mat(path: Path) -> RawSlices:
     """Open a .mat file with one complex array: (H, W), (H, W, coils) or (H, W, coils, slices).
 
-    Versions 4 to 7 are read by SciPy, 7.3 is HDF5. Raises DataError where there is no such array or more than one, and
-    where its largest sample lies so far from the middle that it is no centred k-space.
+    Or (samples, readouts), (samples, readouts, coils) or (samples, readouts, coils, slices) with its points (samples,
+    readouts), complex, or (samples, readouts, 2). Versions 4 to 7 are read by SciPy, 7.3 is HDF5. Raises DataError
+    where there is no such array or more than one, and where its largest sample lies so far from the middle that it is
+    no centred k-space.
     """
-    array = np.asarray(_only(_arrays(path), path), np.complex64)
+    found = _arrays(path)
+    names = [name for name in found if name.lower() in _POINTS]
+    kspace = {name: array for name, array in found.items() if name not in names and np.iscomplexobj(array)}
+    if len(names) == 1 and kspace:
+        return _mat_along(_only(kspace, path), found[names[0]], path)
+    complex_ = {name: array for name, array in found.items() if np.iscomplexobj(array)}
+    array = np.asarray(_only(complex_, path), np.complex64)
     if array.ndim not in (2, 3, 4) or 0 in array.shape:
         raise raw_error(
             "k-space in MATLAB must be (H, W), (H, W, coils) or (H, W, coils, slices); "
@@ -75,10 +94,81 @@ def read_mat(path: Path) -> RawSlices:
     if any(abs(int(at) - size // 2) > max(1, size // 8) for at, size in zip(peak, power.shape, strict=True)):
         raise raw_error(
             "the largest sample of an array lies far from its middle, so it is no centred k-space: an image (take its "
-            "Fourier transform), k-space that is not shifted (fftshift), or a scan along a trajectory",
+            "Fourier transform), k-space that is not shifted (fftshift), or a scan along a trajectory (store that "
+            "in the same file as `k`)",
             path,
         )
     return _of(np.ascontiguousarray(whole.transpose(3, 2, 0, 1)), "MATLAB", path)
+
+
+def _npy_along(array: Array, path: Path, points: Path) -> RawSlices:
+    """Complex (..., coils, readouts, samples) at points (..., readouts, samples, 2), of slices or of one."""
+    if array.ndim not in (3, 4) or not np.iscomplexobj(array) or 0 in array.shape:
+        raise raw_error(
+            "samples of a scan along a trajectory must be complex, (coils, readouts, samples) or (slices, coils, "
+            f"readouts, samples); these are {array.dtype} of shape {array.shape}",
+            path,
+        )
+    places = read_array(points, "trajectory")
+    if places.ndim not in (3, 4) or places.shape[-1] not in (2, 3) or not _real(places):
+        raise raw_error(
+            "a trajectory in NumPy must be real, (readouts, samples, 2) or (slices, readouts, samples, 2); this is "
+            f"{places.dtype} of shape {places.shape}",
+            points,
+        )
+    whole, placed = (one if one.ndim == 4 else one[None] for one in (array, places))
+    return _along(whole, flat(placed, path), "NumPy", path, points)
+
+
+def _mat_along(array: Array, points: Array, path: Path) -> RawSlices:
+    """What MATLAB's axes say, as `_npy_along` has it."""
+    if array.ndim not in (2, 3, 4) or 0 in array.shape:
+        raise raw_error(
+            "samples of a scan along a trajectory in MATLAB must be (samples, readouts), (samples, readouts, coils) or "
+            f"(samples, readouts, coils, slices); these have the shape {array.shape}",
+            path,
+        )
+    if np.iscomplexobj(points) and points.ndim == 2:
+        places = np.stack([points.imag, points.real], axis=-1)
+    elif not np.iscomplexobj(points) and points.ndim == 3 and points.shape[2] in (2, 3):
+        places = np.concatenate([points[..., 1::-1], points[..., 2:]], axis=-1)
+    else:
+        raise raw_error(
+            "a trajectory in MATLAB must be complex, x + i y (samples, readouts), or real (samples, readouts, 2); this "
+            f"is {points.dtype} of shape {points.shape}",
+            path,
+        )
+    whole = array.reshape(*array.shape, *[1] * (4 - array.ndim)).transpose(3, 2, 1, 0)
+    return _along(whole, flat(places.swapaxes(0, 1)[None], path), "MATLAB", path)
+
+
+def _along(array: Array, points: Array, kind: str, path: Path, *beside: Path) -> RawSlices:
+    """Samples (slices, coils, readouts, samples) at points (slices or 1, readouts, samples, 2)."""
+    slices, coils, readouts, samples = array.shape
+    if points.shape[1:3] != (readouts, samples) or points.shape[0] not in (1, slices):
+        raise raw_error(
+            f"a trajectory has {points.shape[1]} readouts of {points.shape[2]} samples in {points.shape[0]} slices, "
+            f"and its k-space {readouts} readouts of {samples} samples in {slices}; one is of another scan, or its "
+            "axes are in another order",
+            path,
+        )
+    grid = grid_of(points, path)
+
+    def stored(number: int) -> ComplexArray:
+        return np.ascontiguousarray(array[number], np.complex64)
+
+    return RawSlices(
+        f"{kind}, {course_of(points[0])}",
+        (slices, coils, readouts, samples),
+        stored,
+        ScanFacts(matrix=grid.matrix),
+        trajectory=lambda number: grid.placed(points[number if len(points) > 1 else 0], path),
+        files=(path, *beside),
+    )
+
+
+def _real(array: Array) -> bool:
+    return np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
 
 
 def _of(array: Array, kind: str, path: Path) -> RawSlices:
@@ -92,12 +182,16 @@ def _of(array: Array, kind: str, path: Path) -> RawSlices:
 def _only(arrays: dict[str, Array], path: Path) -> Array:
     if len(arrays) != 1:
         said = f"{len(arrays)} complex arrays" if arrays else "no complex array"
-        raise raw_error(f"a MATLAB file holds {said}; store the k-space alone", path, ", ".join(arrays))
+        raise raw_error(
+            f"a MATLAB file holds {said}; store the k-space alone, or with its trajectory named `k`",
+            path,
+            ", ".join(arrays),
+        )
     return next(iter(arrays.values()))
 
 
 def _arrays(path: Path) -> dict[str, Array]:
-    """The complex arrays of a file by name."""
+    """The complex arrays of a file by name, and the real ones that may be points."""
     try:
         with path.open("rb") as file:
             # The preface of version 7.3 takes 512 bytes.
@@ -114,7 +208,11 @@ def _arrays(path: Path) -> dict[str, Array]:
         raise
     except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, zlib.error) as error:
         raise raw_error("a MATLAB file is damaged or none; copy it again from its source", path, str(error)) from error
-    return {name: value for name, value in found.items() if isinstance(value, np.ndarray) and value.dtype.kind == "c"}
+    return {name: value for name, value in found.items() if isinstance(value, np.ndarray) and _wanted(name, value)}
+
+
+def _wanted(name: str, array: Array) -> bool:
+    return array.dtype.kind == "c" or (name.lower() in _POINTS and _real(array) and array.ndim == 3)
 
 
 def _arrays_of_hdf5(path: Path) -> dict[str, Array]:
@@ -123,7 +221,7 @@ def _arrays_of_hdf5(path: Path) -> dict[str, Array]:
         for name, one in file.items():
             dtype = getattr(one, "dtype", None)
             pair = dtype is not None and dtype.names == ("real", "imag")
-            if dtype is None or not (pair or dtype.kind == "c"):
+            if dtype is None or not (pair or _wanted(name, one)):
                 continue
             if math.prod(one.shape) > _MOST:
                 raise raw_error(f"a MATLAB file holds an array of more than {_MOST:,} values; is it damaged?", path)

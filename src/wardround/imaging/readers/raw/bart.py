@@ -3,6 +3,9 @@
 Of BART's sixteen dimensions these may be longer than one: 0 readout, 1 phase encode, 2 partition, 3 coil, 13 slice. A
 scan with partitions is three-dimensional: see `wardround.imaging.readers.raw.slices`. Another dimension (echo, time,
 average) is refused: one of it is taken with `bart slice`.
+
+A scan along a trajectory has 1, samples, readouts in dimensions 0 to 2, and beside it NAME_traj.hdr and NAME_traj.cfl:
+the points, three (x, y, z) in dimension 0, in cycles per field of view. x is along H.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, raw_error, to_positions
+from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, ScanFacts, raw_error, to_positions
+from wardround.imaging.readers.raw.trajectory import course_of, flat, grid_of, points_file
 from wardround.wire.files import reason
 
 _COIL, _SLICE = 3, 13
@@ -33,12 +37,9 @@ def read_bart(path: Path) -> RawSlices:
             "take one of it with `bart slice`",
             samples,
         )
-    if sizes[0] == 1 and sizes[1] > 1 and sizes[2] > 1:
-        raise raw_error(
-            "BART's dimension 0 has length 1, as in scans along a trajectory, which lies in another file; grid the "
-            "scan first (`bart nufft -i`, then `bart fft`)",
-            samples,
-        )
+    points = points_file(samples)
+    if points.exists() or (sizes[0] == 1 and sizes[1] > 1 and sizes[2] > 1):
+        return _along(samples, header, sizes, points)
     whole = _mapped(samples, sizes)
     read, phase, partition, coils, count = (sizes[number] for number in _USED)
     array = whole.reshape((read, phase, partition, coils, -1), order="F")[..., :count]
@@ -60,6 +61,47 @@ def read_bart(path: Path) -> RawSlices:
 
     shape = (count * read, coils, phase, partition)
     return RawSlices("BART, three-dimensional", shape, position, files=(samples, header))
+
+
+def _along(samples: Path, header: Path, sizes: list[int], points: Path) -> RawSlices:
+    """A scan along the trajectory of the pair `points`."""
+    if not points.exists():
+        raise raw_error(
+            "BART's dimension 0 has length 1, as in scans along a trajectory, which is missing: put it beside as "
+            "NAME_traj.cfl with NAME_traj.hdr",
+            samples,
+        )
+    lengths = _dimensions(points.with_suffix(".hdr"))
+    _, count, readouts, coils, slices = (sizes[number] for number in _USED)
+    if sizes[0] != 1 or lengths[0] not in (2, 3) or lengths[1:3] != sizes[1:3] or lengths[_SLICE] not in (1, slices):
+        raise raw_error(
+            "a trajectory in BART has the dimensions 3, samples, readouts, and its k-space 1, as many samples, as many "
+            f"readouts; they are {_listed(lengths)} and {_listed(sizes)}",
+            samples,
+        )
+    stored = _mapped(points, lengths).reshape((*lengths[:3], -1), order="F")[..., : lengths[_SLICE]]
+    if stored.shape[-1] * math.prod(lengths[:3]) != math.prod(lengths) or np.abs(stored.imag).max(initial=0.0) > 0:
+        raise raw_error("a trajectory in BART holds real numbers, in dimensions 0, 1, 2 and 13 alone", points)
+    # (slices, readouts, samples, axes)
+    plane = flat(stored.real.transpose(3, 2, 1, 0), samples)
+    grid = grid_of(plane, samples)
+    whole = _mapped(samples, sizes).reshape((count, readouts, coils, -1), order="F")[..., :slices]
+
+    def kspace(number: int) -> ComplexArray:
+        return np.ascontiguousarray(whole[..., number].transpose(2, 1, 0))
+
+    return RawSlices(
+        f"BART, {course_of(plane[0])}",
+        (slices, coils, readouts, count),
+        kspace,
+        ScanFacts(matrix=grid.matrix),
+        trajectory=lambda number: grid.placed(plane[number if len(plane) > 1 else 0], samples),
+        files=(samples, header, points),
+    )
+
+
+def _listed(sizes: list[int]) -> str:
+    return " x ".join(map(str, sizes[:_COIL]))
 
 
 def _dimensions(header: Path) -> list[int]:

@@ -47,6 +47,16 @@ class Encoding:
         share = self.recon_field[0] / self.field[0] if self.field[0] > 0 else 1.0
         return max(1, round(self.matrix[0] * min(1.0, share))) if share > 0 else self.matrix[0]
 
+    def matrix_along(self, pixel: float | None) -> tuple[int, int]:
+        """Rows and columns of the image of a scan along a trajectory, whose points are in pixels of `pixel` mm.
+
+        Of the image's field of view: `recon` itself may be interpolated, or the encoded lines number the readouts.
+        """
+        if pixel is None or min(self.recon_field[:2]) <= 0:
+            return self.recon[0], self.recon[1]
+        rows, columns = (max(1, round(side / pixel)) for side in self.recon_field[:2])
+        return rows, columns
+
 
 @dataclass(frozen=True)
 class Header:

@@ -11,7 +11,10 @@ Inati et al., "ISMRM Raw data format", Magn. Reson. Med. 77 (2017), 411. The rul
 - The readout's oversampling is removed: its middle positions are kept, those of the header's field of view.
 - A readout that is flagged as reversed is turned round. Where only some are, as in EPI, odd and even lines need a phase
   correction first, so such a file is refused.
-- A trajectory other than Cartesian is kept beside the samples, which are then in the order of their measurement.
+- A trajectory other than Cartesian is kept beside the samples, which are then in the order of their measurement. x lies
+  along H, y along W; pixels are as large as those of the encoded space along x, and fill the image's field of view. The
+  flag of reversed readouts says nothing there, for each sample has its place. A third axis that holds weights
+  (Gadgetron's) is left out.
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ from wardround.imaging.readers.raw.header import Encoding, Header, common, parse
 from wardround.imaging.readers.raw.slices import (
     ComplexArray,
     RawSlices,
+    ScanFacts,
     raw_error,
     to_positions,
     without_oversampling,
 )
+from wardround.imaging.readers.raw.trajectory import flat, grid_of_header, not_flat
 from wardround.imaging.readers.volume import FloatArray
 
 # Flags are bits, counted from 1 (ismrmrd.h).
@@ -65,14 +70,18 @@ class _Readouts:
         return np.stack([self._samples(row) for row in rows])
 
     def trajectory(self, block: int) -> FloatArray:
-        """(readouts, samples, axes) of an image."""
+        """(readouts, samples, axes) of an image, as the file has them."""
         numbers = self.blocks[block]
         with opened(self.path) as file:
             rows = file[self.group]["data"].fields("traj")[self.places[numbers]]
         axes = common(self.heads["trajectory_dimensions"][numbers], "the axes of their trajectory", self.path)
         whole = int(self.heads["number_of_samples"][numbers[0]])
         if axes not in (2, 3, 4) or any(row.size != whole * axes for row in rows):
-            raise raw_error("the readouts of a raw data file lack their trajectory", self.path)
+            raise raw_error(
+                f"a raw data file of a {self.encoding.trajectory} scan lacks its trajectory; write it with each "
+                "readout (`traj`, of 2 axes) where the file is converted",
+                self.path,
+            )
         kept = slice(self.first, self.first + self.samples)
         return np.stack([np.asarray(row, np.float32).reshape(whole, axes)[kept] for row in rows])
 
@@ -105,17 +114,30 @@ def read_ismrmrd(path: Path) -> RawSlices:
     readouts = _readouts(path, group, heads, header)
     facts = replace(header.facts, spacing=readouts.encoding.spacing)
     if readouts.encoding.trajectory != "cartesian":
-        count = common([len(block) for block in readouts.blocks], "their number in each image", path)
-        return RawSlices(
-            f"ISMRMRD, {readouts.encoding.trajectory}",
-            (len(readouts.blocks), readouts.coils, count, readouts.samples),
-            lambda number: np.ascontiguousarray(readouts.data(number).swapaxes(0, 1)),
-            facts,
-            noise=noise,
-            trajectory=readouts.trajectory,
-            files=(path,),
-        )
+        return _along(readouts, facts, noise)
     return _Sorter(readouts).slices(facts, noise)
+
+
+def _along(readouts: _Readouts, facts: ScanFacts, noise: ComplexArray | None) -> RawSlices:
+    """The images of a radial or spiral scan."""
+    path, encoding = readouts.path, readouts.encoding
+    count = common([len(block) for block in readouts.blocks], "their number in each image", path)
+    if len(set(readouts.heads["idx"]["kspace_encode_step_2"].tolist())) > 1:
+        raise not_flat(path)
+    pixel = None if encoding.spacing is None else encoding.spacing[0]
+    matrix = encoding.matrix_along(pixel)
+    grid = grid_of_header(flat(readouts.trajectory(0), path, weights=True), encoding.matrix[0], matrix, pixel, path)
+    if pixel is not None and encoding.spacing is not None:
+        facts = replace(facts, spacing=(pixel, pixel, encoding.spacing[2]))
+    return RawSlices(
+        f"ISMRMRD, {encoding.trajectory}",
+        (len(readouts.blocks), readouts.coils, count, readouts.samples),
+        lambda number: np.ascontiguousarray(readouts.data(number).swapaxes(0, 1)),
+        replace(facts, matrix=matrix),
+        noise=noise,
+        trajectory=lambda number: grid.placed(flat(readouts.trajectory(number), path, weights=True), path),
+        files=(path,),
+    )
 
 
 class _Sorter:
@@ -218,7 +240,9 @@ def _readouts(path: Path, group: str, heads: Any, header: Header) -> _Readouts:
             "them first",
             path,
         )
-    if len({*_flagged(heads, _REVERSED).tolist()}) > 1:
+    # Along a trajectory each sample says itself where it lies.
+    reversed_ = _flagged(heads, _REVERSED) & (encoding.trajectory == "cartesian")
+    if len({*reversed_.tolist()}) > 1:
         raise raw_error(
             "some readouts of a raw data file run backwards, so odd and even lines need a phase correction, which is "
             "not done here; correct them first",
@@ -232,7 +256,7 @@ def _readouts(path: Path, group: str, heads: Any, header: Header) -> _Readouts:
     coils = common(heads["active_channels"], "their coils", path)
     if coils < 1:
         raise raw_error("the readouts of a raw data file have no coils", path)
-    if _flagged(heads, _REVERSED).all():
+    if reversed_.all():
         return _Reversed(path, group, places, heads, encoding, coils, samples - before - after, before, _blocks(heads))
     return _Readouts(path, group, places, heads, encoding, coils, samples - before - after, before, _blocks(heads))
 

@@ -22,6 +22,11 @@ from wardround.imaging.readers.volume import FloatArray
 ComplexArray = NDArray[np.complex64]
 #: Samples of one slice, all coils; 64 coils of 1024 x 1024 have fewer.
 MOST_SAMPLES = 1 << 27
+#: How a file says where its samples lie, for people.
+TRAJECTORIES = (
+    "ISMRMRD holds it with each readout; BART and NumPy have it beside NAME.cfl or NAME.npy, as NAME_traj.cfl or "
+    "NAME_traj.npy; MATLAB in the same file, as `k`, `traj` or `trajectory`"
+)
 # Samples that may be missing, or zero by chance, in what counts as fully sampled.
 _HOLES = 1e-3
 
@@ -31,7 +36,8 @@ class ScanFacts:
     """What a header says of a scan; `None` for what it does not say.
 
     spacing: mm between rows, columns and slices. field_strength: tesla. protocol: the contrast as the site calls it.
-    matrix: rows and columns of the image that a non-Cartesian scan is for. patient: whose scan it is, which stays at
+    matrix: rows and columns of the image that a non-Cartesian scan is for; `None` for a Cartesian one that does not say
+    it. patient: whose scan it is, which stays at
     the site.
     """
 
@@ -52,7 +58,7 @@ class RawSlices:
     measured. sampled(n): 1 where slice n was measured, float32 (H, W), where the file says so; else what is not 0 was.
     noise: samples without signal, complex64 (coils, N). picture(n): the file's own reference image of slice n, float32
     (h, w), in units of the k-space under an orthonormal transform. trajectory(n): where the samples of slice n lie,
-    float32 (readouts, samples, axes), as the file says; `None` for a Cartesian scan. files: what is read.
+    float32 (readouts, samples, 2), in cycles per pixel along H and W; `None` for a Cartesian scan. files: what is read.
     """
 
     kind: str
@@ -80,6 +86,14 @@ class RawSlices:
         return self.shape[1]
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of an image."""
+        if self.trajectory is None:
+            return self.shape[2], self.shape[3]
+        assert self.facts.matrix is not None
+        return self.facts.matrix
+
+    @property
     def cartesian(self) -> bool:
         """Whether samples lie on a grid."""
         return self.trajectory is None
@@ -88,8 +102,16 @@ class RawSlices:
         """Raise DataError for a scan along radial or spiral lines."""
         if not self.cartesian:
             raise self.error(
-                "raw data were measured along a trajectory (radial, spiral), and Cartesian lines are needed here; "
-                "regrid them, or take an acquisition of such scans"
+                "raw data were measured along a trajectory (radial, spiral), and Cartesian lines are needed here; take "
+                "a model of acquisition.kind: mri_noncartesian, or regrid them"
+            )
+
+    def require_trajectory(self) -> None:
+        """Raise DataError for a scan of Cartesian lines."""
+        if self.cartesian:
+            raise self.error(
+                "a model of radial or spiral scans needs raw data with their trajectory, and the file holds none, only "
+                f"Cartesian lines; {TRAJECTORIES}, or take a model of acquisition.kind: mri or mri_raw"
             )
 
     def kspace(self, number: int) -> ComplexArray:

@@ -12,6 +12,7 @@ from wardround.learning.scan_fit import MOST_SLICES, MOST_STEPS, ScanFit, fit_to
 from wardround.runs.depth import Scan, spread
 from wardround.study.schema import Study
 from wardround.study.supervision import Supervision
+from wardround.study.tasks import ReconstructionTask
 from wardround.tasks.mri import MRIBatch
 from wardround.wire.random import public_generator
 
@@ -35,8 +36,9 @@ def checked_steps(study: Study, steps: int) -> int:
 
 def splitting(study: Study, site: str | None) -> Supervision:
     """How samples are split: as the study does, or the site, where it learns from split samples; else by default."""
-    task = study.task.supervision if site is None else study.supervision_of(site)
-    return task if task.splits else Supervision(kind="split")
+    assert isinstance(study.task, ReconstructionTask)
+    how = study.task.supervision if site is None else study.supervision_of(site)
+    return how if how.splits else Supervision(kind="split")
 
 
 def adapted(

@@ -41,6 +41,14 @@ def predict(
         Literal["tv"] | None,
         typer.Option("--fallback", help="Write total variation's image where the network is out of its depth."),
     ] = None,
+    adapt_to_scan: Annotated[
+        int | None,
+        typer.Option(
+            "--adapt-to-scan",
+            metavar="STEPS",
+            help="MRI: first train a copy of the network on each scan's own samples, by at most so many steps.",
+        ),
+    ] = None,
     plugins: PluginOption = None,
     weights: WeightsOption = None,
 ) -> None:
@@ -65,6 +73,7 @@ def predict(
         embedding=embedding,
         dose=dose,
         fallback=fallback,
+        adapt_to_scan=adapt_to_scan,
         plugins=plugins or (),
         weights=weights,
         told=lambda one: say(f"{one.source}\n{one.said}"),

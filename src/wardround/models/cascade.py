@@ -107,6 +107,7 @@ class CascadeSettings(PresetSettings):
 
     kind: Literal["cascade"]
     modalities = frozenset({"mri"})
+    consistent = True
     cascades: int | None = Field(None, ge=1, le=50, description="turns; default 2 of `tiny` and `small`, 5 of `paper`")
     channels: int | None = Field(
         None, ge=1, le=1024, description="of the U-Net's first level; default 4 of `tiny`, 24 of `small`, 64 of `paper`"

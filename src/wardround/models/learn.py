@@ -140,6 +140,7 @@ class LearnSettings(ConditionedSettings):
     """LEARN: unrolled gradient descent with learned regularisers (Chen et al., IEEE TMI 2018); CT and MRI."""
 
     kind: Literal["learn"]
+    consistent = True
     unrolls: int | None = Field(None, ge=1, le=100)
     channels: int | None = Field(None, ge=1, le=1024)
     prox: Literal["cnn", "unet"] | None = Field(None, description="each iteration's network")

@@ -267,6 +267,7 @@ class SwinDenoiserSettings(PresetSettings):
 
     kind: Literal["swin_denoiser"]
     modalities = frozenset({"mri"})
+    consistent = True
     unrolls: int | None = Field(None, ge=1, le=50)
     cg_iterations: int | None = Field(None, ge=1, le=100)
     width: int | None = Field(None, ge=1, le=4096, description="values of a token; default 16, 48, 180")

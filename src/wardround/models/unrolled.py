@@ -98,6 +98,7 @@ class MoDLSettings(ModelSettings):
     """Unrolled reconstruction with conjugate-gradient data consistency (Aggarwal et al., IEEE TMI 2019); CT and MRI."""
 
     kind: Literal["modl"] = "modl"
+    consistent = True
     preset: Literal["small_complex", "tiny", "small", "paper"] = Field(
         "small_complex", description="`small_complex` is `small` without its `image: real`"
     )

@@ -77,6 +77,7 @@ class VarNetSettings(PresetSettings):
 
     kind: Literal["varnet"]
     modalities = frozenset({"mri"})
+    consistent = True
     cascades: int | None = Field(None, ge=1, le=50, description="iterations; default 2 of `tiny`, 5 of `small`, 12")
     channels: int | None = Field(
         None, ge=1, le=256, description="of each U-Net's first level; default 4 of `tiny`, 8 of `small`, 18"

@@ -22,7 +22,9 @@ from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.readers.embeddings import Embeddings
 from wardround.imaging.readers.raw import KINDS, is_raw
 from wardround.imaging.readers.volume import Volume, read_volume
+from wardround.learning.scan_fit import ScanFit
 from wardround.models.build import build_model
+from wardround.runs.adapting import adapted, checked_steps, splitting
 from wardround.runs.apply_ct import Done, save_nifti
 from wardround.runs.depth import Classical, Depth, Scan, Score, chosen, look, total_variation
 from wardround.runs.measured import estimated_by, read_measured, scanned_again
@@ -42,12 +44,16 @@ _UNDERSHOOT = 0.05
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What became of one input: `said` is for people, `depth` what was found of the network there, if anything."""
+    """What became of one input: `said` is for people, `depth` what was found of the network there, if anything.
+
+    `fit` says how the network was adapted to the scan, where that was asked for.
+    """
 
     source: Path
     output: Path
     said: str
     depth: Depth | None = None
+    fit: ScanFit | None = None
 
     @property
     def out_of_depth(self) -> bool:
@@ -69,8 +75,9 @@ class Reconstructor:
     outside the raw data that it reads. `embedding` is a file with the patient's, for a model with anatomy; without it
     that model's map is neutral. `dose` is a share of the dose of measured projections to be simulated. With `fallback`,
     where the network is out of its depth (`wardround.runs.depth`) total variation's image is written instead of the
-    network's. `weights` is the file with its frozen part, where that does not lie where the run put it. Raises
-    `DataError` and `StudyError`.
+    network's. `adapt_to_scan`, of Cartesian MRI, trains a copy of the network on each scan's own measured samples
+    first, by so many steps at most (`wardround.learning.scan_fit`); the released model stays as it is. `weights` is the
+    file with its frozen part, where that does not lie where the run put it. Raises `DataError` and `StudyError`.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class Reconstructor:
         embedding: Path | None = None,
         dose: float | None = None,
         fallback: bool = False,
+        adapt_to_scan: int | None = None,
         weights: Path | None = None,
     ) -> None:
         self._site, self._dose, self._fallback = site, dose, fallback
@@ -89,6 +97,8 @@ class Reconstructor:
             raise StudyError(f"this model does not reconstruct images: its study's task is `{study.task.kind}`")
         if study.scanner.closed:
             raise closed("scanner", study.scanner.kind)
+        # An acquisition whose samples cannot be split knows nothing of this.
+        self._adapting = {} if adapt_to_scan is None else {"adapt_to_scan": checked_steps(study, adapt_to_scan)}
         self.release = released.used
         self._trained = released.trained_on
         self._network = released.network(lambda: build_model(study.model, study.modality), site, weights)
@@ -105,7 +115,15 @@ class Reconstructor:
         if output.exists() and source.exists() and output.samefile(source):
             raise StudyError("the output would overwrite the input; choose another name", detail=str(output))
         done: Done = at(self.study.scanner.applied)(
-            self._network, self.study, source, output, self._site, self._prompt, self._dose, self._fallback
+            self._network,
+            self.study,
+            source,
+            output,
+            self._site,
+            self._prompt,
+            self._dose,
+            self._fallback,
+            **self._adapting,
         )
         mind = warning(self._trained, done.scan, done.header)
         neutral = "No --embedding of the patient was given: the model's anatomy map is neutral."
@@ -116,10 +134,11 @@ class Reconstructor:
             *([neutral] if self._dimension is not None and self._prompt is None else []),
             *done.minds,
             *([mind] if mind else []),
+            *([done.fit.said] if done.fit is not None else []),
             *(done.depth.lines() if done.depth is not None else []),
             f"Wrote {output}{', the image of total variation' if written else ''}. Research use only.",
         )
-        return Reconstruction(source, output, "\n".join(said), done.depth)
+        return Reconstruction(source, output, "\n".join(said), done.depth, done.fit)
 
 
 def reconstruct_mri(
@@ -131,24 +150,25 @@ def reconstruct_mri(
     prompt: Tensor | None = None,
     dose: float | None = None,
     fallback: bool = False,
+    adapt_to_scan: int | None = None,
 ) -> Done:
     """What a model of MRI makes of an input; see `Reconstructor`."""
     if dose is not None:
         raise StudyError("--dose: this is a model for MRI; leave it out")
-    return _reconstruct_mri(_mri_model(network, study, site), source, output, site, fallback)
-
-
-def _reconstruct_mri(model: _Model, source: Path, output: Path, site: str | None, fallback: bool) -> Done:
+    model = _mri_model(network, study, site)
     if source.is_dir():
         raise StudyError("this is a model for MRI: it takes one file, a NIfTI image or raw data", detail=str(source))
     given = _measured(model, source) if is_raw(source) else _simulated(model, source, site)
-    depth = look(model.network, given.scans, model.classical, given.again, given.score)
-    method = chosen(model.network, model.classical, depth, fallback)
+    fit: ScanFit | None = None
+    if adapt_to_scan is not None:
+        network, fit = adapted(network, given.scans, splitting(study, site), adapt_to_scan, study.seed)
+    depth = look(network, given.scans, model.classical, given.again, given.score, usual=model.network)
+    method = chosen(network, model.classical, depth, fallback)
     with torch.no_grad():
         images = [method(*each())[0].abs().numpy() * np.float32(given.scale) for each in given.scans]
-    like = given.like
-    save_nifti(Volume(np.stack(images, axis=-1), like.spacing, like.affine, like.space), output)
-    return Done(given.said, given.facts, depth=depth)
+    like, about = given.like, fit.label if fit is not None and method is network else ""
+    save_nifti(Volume(np.stack(images, axis=-1), like.spacing, like.affine, like.space), output, about)
+    return Done(given.said, given.facts, depth=depth, fit=fit)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from wardround.imaging.readers.dicom_file import is_projection, open_dicom
 from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.volume import FloatArray, Volume, write_nifti
 from wardround.imaging.writers.dicom import write_derived
+from wardround.learning.scan_fit import ScanFit
 from wardround.runs.depth import Depth, Scan, chosen, look, total_variation
 from wardround.runs.protocols import Facts, stated
 from wardround.study.ct import CTAcquisition, CTGeometry
@@ -42,7 +43,8 @@ _ROWS = 2  # of measured projections are looked at: total variation of one takes
 class Done:
     """What was done, in a sentence, the protocol of the scan that was reconstructed, and what its header says.
 
-    `minds` are lines about the input that whoever uses the output must know, `depth` how the network did there.
+    `minds` are lines about the input that whoever uses the output must know, `depth` how the network did there, `fit`
+    how it was adapted to the scan, if it was.
     """
 
     said: str
@@ -50,6 +52,7 @@ class Done:
     header: Facts = field(default_factory=dict)
     minds: tuple[str, ...] = ()
     depth: Depth | None = None
+    fit: ScanFit | None = None
 
 
 def reconstruct_ct(

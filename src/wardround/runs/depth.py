@@ -105,13 +105,15 @@ def look(
     score: Score | None = None,
     *,
     most: int = CHECKED,
+    usual: nn.Module | None = None,
 ) -> Depth | None:
     """Compare a network with total variation on at most `most` slices of a volume; None where no slice holds a signal.
 
     `again(n, image)` scans total variation's image (1, H, W) of slice n as in training, or says that it cannot.
-    `score(n, image)` gives metrics against a reference.
+    `score(n, image)` gives metrics against a reference. `usual` is the network of which scans simulated as in training
+    say what is usual, where that is another: the released one of a network that was adapted to these scans.
     """
-    numbers = _spread(scans, most)
+    numbers = spread(scans, most)
     if not numbers:
         return None
     found: dict[str, list[float]] = {"network": [], "tv": []}
@@ -128,7 +130,7 @@ def look(
                     scores[name].append(score(number, image))
             rescanned = again(number, images["tv"]) if number in twice else None
             if rescanned is not None:
-                repeated["network"].append(residual(*_with(network, rescanned)))
+                repeated["network"].append(residual(*_with(usual or network, rescanned)))
                 repeated["tv"].append(residual(*_with(classical, rescanned)))
     return Depth(
         len(scans),
@@ -156,7 +158,7 @@ def _with(method: Classical | nn.Module, scan: tuple[LinearOperator, Tensor]) ->
     return scan[0], method(*scan), scan[1]
 
 
-def _spread(scans: Sequence[Scan], most: int) -> list[int]:
+def spread(scans: Sequence[Scan], most: int) -> list[int]:
     """Slices with a signal, evenly spread over twice as many candidates."""
     candidates = sorted({int(n) for n in np.linspace(0, len(scans) - 1, min(2 * most, len(scans)))})
     norms = {number: float(scans[number]()[1].abs().norm()) for number in candidates}

@@ -53,6 +53,7 @@ def predict(
     embedding: PathLike | None = None,
     dose: float | None = None,
     fallback: Fallback | None = None,
+    adapt_to_scan: int | None = None,
     plugins: Collection[str] = (),
     weights: PathLike | None = None,
     told: Callable[[Predicted], None] = lambda _: None,
@@ -86,12 +87,14 @@ def predict(
             embedding=None if embedding is None else Path(embedding),
             dose=dose,
             fallback=fallback == "tv",
+            adapt_to_scan=adapt_to_scan,
             weights=place,
         )
         images, failed = reconstruct_all(reconstructor, inputs, out, told)
         failures = tuple(Failure(source, "", str(e), e.detail) for source, e in failed)
         return Predictions(tuple(images), failures, released.used)
-    for option, value in (("embedding", embedding), ("dose", dose), ("fallback", fallback)):
+    given = {"embedding": embedding, "dose": dose, "fallback": fallback, "adapt-to-scan": adapt_to_scan}
+    for option, value in given.items():
         if value is not None:
             raise StudyError(f"--{option}: this model does not reconstruct ({released.study.task.kind}); leave it out")
     task = build_task(released.study, plugins=released.plugins)

@@ -30,8 +30,7 @@ def _opened(source: Path, coils: tuple[int, ...], maps: Maps) -> Opened:
     for part in measured.scans:
         operator, data = part()
         assert isinstance(operator, CartesianMRI)
-        unknown = torch.zeros(1, *data.shape[-2:])
-        batches.append(MRIBatch(data, operator.maps, operator.mask, unknown, unknown))
+        batches.append(MRIBatch.measured(operator, data))
     scans = MRIBatch.joined(batches)
     with torch.no_grad():
         seen = np.moveaxis(zero_filled(scans.operator, scans.kspace).abs().numpy(), 0, -1)

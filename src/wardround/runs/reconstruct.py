@@ -27,6 +27,7 @@ def reconstruct(
     embedding: PathLike | None = None,
     dose: float | None = None,
     fallback: Fallback | None = None,
+    adapt_to_scan: int | None = None,
     plugins: Collection[str] = (),
     weights: PathLike | None = None,
     told: Callable[[Reconstruction], None] = lambda _: None,
@@ -34,10 +35,10 @@ def reconstruct(
     """Reconstruct `inputs` with a released model, each into a file of its own in the folder `out`.
 
     A single input (no sequence) is written to `out` itself where that ends in .nii or .nii.gz. For what an input can
-    be, and for `site`, `embedding`, `dose`, `fallback` and `weights`, see `wardround.runs.apply.Reconstructor`;
-    `plugins` are names of installed plug-ins that may be imported, where the model's file names one. `told` is called
-    after each. Raises `StudyError`, `DataError` and `GeometryError`; of several inputs those that can be are
-    reconstructed first.
+    be, and for `site`, `embedding`, `dose`, `fallback`, `adapt_to_scan` and `weights`, see
+    `wardround.runs.apply.Reconstructor`; `plugins` are names of installed plug-ins that may be imported, where the
+    model's file names one. `told` is called after each. Raises `StudyError`, `DataError` and `GeometryError`; of
+    several inputs those that can be are reconstructed first.
 
     >>> (image,) = reconstruct("out/models/federated.safetensors", "scan.nii.gz", "image.nii.gz")
     >>> image.output.name, image.output.exists()
@@ -49,6 +50,7 @@ def reconstruct(
         embedding=None if embedding is None else Path(embedding),
         dose=dose,
         fallback=fallback == "tv",
+        adapt_to_scan=adapt_to_scan,
         weights=None if weights is None else Path(weights),
     )
     done, failed = reconstruct_all(reconstructor, inputs, out, told)
@@ -67,7 +69,8 @@ def reconstruct_all(
 ) -> tuple[list[Reconstruction], list[tuple[Path, WardroundError]]]:
     """Every input that can be is reconstructed, as `reconstruct` does; then those that cannot, and why.
 
-    Which release it was is written beside them: `model.json` in a folder, NAME.model.json beside one file NAME.nii.gz.
+    Which release it was is written beside them: `model.json` in a folder, NAME.model.json beside one file NAME.nii.gz;
+    and by output how the network was adapted to its scan, where that was asked for.
     Raises the error of a single input.
     """
     single = isinstance(inputs, str | os.PathLike)
@@ -86,9 +89,9 @@ def reconstruct_all(
         told(found)
         done.append(found)
     if done:
-        reconstructor.release.write(
-            Path(out).with_name(f"{_base(Path(out).name)}.{USED}") if whole else Path(out) / USED
-        )
+        beside = Path(out).with_name(f"{_base(Path(out).name)}.{USED}") if whole else Path(out) / USED
+        fits = {found.output.name: found.fit.to_json() for found in done if found.fit is not None}
+        reconstructor.release.write(beside, {"adapted_to_scan": fits} if fits else {})
     return done, failed
 
 

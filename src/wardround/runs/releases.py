@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy.typing as npt
@@ -58,10 +59,13 @@ class ReleaseUsed:
         """For programs."""
         return {"model_sha256": self.sha256, "release": self.short, "study": self.study, "number": self.number}
 
-    def write(self, path: Path) -> None:
-        """Put it into a file beside the results. Raises `DataError` where the disk does not take it."""
+    def write(self, path: Path, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Put it into a file beside the results, with what `more` there is to say of them.
+
+        Raises `DataError` where the disk does not take it.
+        """
         try:
-            write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
+            write_text(path, json.dumps({**self.to_json(), **more}, indent=2) + "\n")
         except OSError as error:
             raise DataError(f"the output cannot be written ({reason(error)})", detail=str(path)) from error
 

@@ -32,6 +32,8 @@ class ModelSettings(Settings):
     modalities: ClassVar[frozenset[Modality] | None] = None
     #: Patterns of the parameters that are its head (methods that keep it at each site); empty where it has none.
     head_parts: ClassVar[tuple[str, ...]] = ()
+    #: Whether it holds its images to the measured data (data consistency), as training on one scan alone needs.
+    consistent: ClassVar[bool] = False
 
     def build(self, modality: Modality) -> Any:
         """The network (`torch.nn.Module`), freshly initialised from torch's global generator.

@@ -79,6 +79,13 @@ class MRIBatch:
         return cls(kspace[None], maps[None], mask[None], target[None], inside[None])
 
     @classmethod
+    def measured(cls, operator: CartesianMRI, kspace: Tensor) -> MRIBatch:
+        """A batch of k-space (B, C, H, W) whose true images are not known."""
+        mask = operator.mask.expand(kspace.shape[0], *kspace.shape[2:])
+        unknown = torch.zeros_like(mask)
+        return cls(kspace, operator.maps, mask, unknown, unknown)
+
+    @classmethod
     def joined(cls, batches: Sequence[MRIBatch]) -> MRIBatch:
         """One batch of all slices, in order; scans with fewer coils get more, which see nothing and change nothing."""
         if cls is MRIBatch and any(isinstance(batch, SplitBatch) for batch in batches):
@@ -111,6 +118,20 @@ class SplitBatch(MRIBatch):
         held = torch.zeros_like(batch.mask) if held is None else held
         return cls(**whole, held=held, alone=torch.full((len(batch),), alone))
 
+    @classmethod
+    def drawn(
+        cls, batch: MRIBatch, how: Supervision, random: np.random.Generator, *, alone: bool = False
+    ) -> SplitBatch:
+        """A batch with samples of each slice held out, drawn by `held_out_samples`; see there for the error."""
+        held = np.stack([held_out_samples(on_host(mask), how, random) for mask in batch.mask])
+        return cls.of_batch(batch, torch.from_numpy(held), alone=alone)
+
+    @property
+    def seen(self) -> MRIBatch:
+        """The scans as if the samples that are held out had never been measured."""
+        left = 1 - self.held
+        return MRIBatch(self.kspace * left[:, None], self.maps, self.mask * left, self.target, self.head)
+
     def chosen(self, numbers: NDArray[np.intp]) -> SplitBatch:
         """The slices of these numbers, in this order."""
         return SplitBatch(*(getattr(self, field.name)[numbers.tolist()] for field in fields(self)))
@@ -120,14 +141,19 @@ class SplitBatch(MRIBatch):
 
         It is given neither the data of the others nor that they were measured.
         """
-        seen = 1 - self.held
-        image = method(CartesianMRI(self.maps, self.mask * seen), self.kspace * seen[:, None])
+        seen = self.seen
+        image = method(seen.operator, seen.kspace)
         return image if image.is_complex() else image.to(self.kspace.dtype)
 
     def held_out_loss(self, image: Tensor) -> Tensor:
         """How badly complex images (B, H, W) predict the samples that are held out, `kspace_loss`: (B,)."""
         asked = CartesianMRI(self.maps, self.mask * self.held)
         return kspace_loss(asked.A(image), self.kspace * self.held[:, None])
+
+    def learned_loss(self, method: Method) -> Tensor:
+        """What learning from these samples alone lowers: `held_out_loss`, and what no coil sees kept dark: (B,)."""
+        image = self.image_of_seen(method)
+        return self.held_out_loss(image) + unseen_share(image, self.maps)
 
 
 @dataclass(frozen=True)
@@ -153,10 +179,9 @@ class SampleDivision:
 
     def _divided(self, batch: MRIBatch, random: np.random.Generator) -> MRIBatch:
         try:
-            held = np.stack([held_out_samples(on_host(mask), self.how, random) for mask in batch.mask])
+            return SplitBatch.drawn(batch, self.how, random, alone=self.alone)
         except GeometryError as error:
             raise StudyError(f"site {self.site}: {error}") from error
-        return SplitBatch.of_batch(batch, torch.from_numpy(held), alone=self.alone)
 
 
 def _with_coils(x: Tensor, coils: int) -> Tensor:
@@ -262,8 +287,7 @@ class MRIReconstruction(MagnitudeReconstruction[MRIBatch]):
         if not isinstance(batch, SplitBatch) or not which.any():
             return super().loss(model, batch)
         alone = batch.chosen(np.flatnonzero(which))
-        image = alone.image_of_seen(model)
-        loss = (alone.held_out_loss(image) + unseen_share(image, alone.maps)).sum()
+        loss = alone.learned_loss(model).sum()
         if not which.all():
             taught = np.flatnonzero(~which)
             loss = loss + len(taught) * super().loss(model, batch.chosen(taught))

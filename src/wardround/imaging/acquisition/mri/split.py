@@ -32,10 +32,7 @@ def held_out_samples(mask: NDArray[np.generic], how: Supervision, random: np.ran
     Raises GeometryError where nothing is measured outside the centre.
     """
     height, width = mask.shape
-    rows, columns = calibration_region(np.asarray(mask, np.float32))
-    free = mask != 0
-    free[centred(rows, height), centred(columns, width)] = False
-    places = np.flatnonzero(free)
+    places = np.flatnonzero(outside_centre(mask))
     if not len(places):
         raise GeometryError(
             "all that was measured is the calibration centre, so no samples can be kept from the network; lower "
@@ -46,6 +43,14 @@ def held_out_samples(mask: NDArray[np.generic], how: Supervision, random: np.ran
     held = np.zeros(height * width, np.float32)
     held[places[np.argsort(arrival, kind="stable")[: max(1, round(how.share * len(places)))]]] = 1
     return held.reshape(height, width)
+
+
+def outside_centre(mask: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """Which samples of a mask (H, W) were measured outside its fully sampled centre (`calibration_region`)."""
+    rows, columns = calibration_region(np.asarray(mask, np.float32))
+    free = mask != 0
+    free[centred(rows, mask.shape[0]), centred(columns, mask.shape[1])] = False
+    return np.asarray(free)
 
 
 def _density(shape: tuple[int, ...], how: Supervision) -> NDArray[np.float64]:

@@ -6,8 +6,8 @@ once, and no step sees it; in each step what is left is split anew in Theta, of 
 input and its data consistency), and Lambda, which the loss is of. How well an image of Theta and Lambda predicts Gamma
 says when to stop, and which step's values are taken: where none is better, those of step 0, the network's own.
 
-A lower error of Gamma is no better image: its samples lie in lines of which others were measured, and an image lacks whole
-lines. What was measured of that stands in docs/self-supervision.md.
+A lower error of Gamma is no better image: its samples lie in lines of which others were measured, and an image lacks
+whole lines. What was measured of that stands in docs/self-supervision.md.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class ScanFit:
             )
         return (
             f"Adapted to this scan: {taken}, of which step {self.kept} is used. Error of samples that were set apart: "
-            f"{self.before:.4f} before, {self.after:.4f} after; that does not say that the image is better. It is not one "
-            "of the released network: compare both."
+            f"{self.before:.4f} before, {self.after:.4f} after, which does not say that the image is better. It is not "
+            "one of the released network: compare both."
         )
 
 

@@ -87,7 +87,7 @@ class ScanFit:
 
 @dataclass(frozen=True)
 class SliceInThree:
-    """One slice, whose samples are in three parts: Gamma is `apart.held`; `how` splits what is left, by `lines` if so."""
+    """One slice in three parts: Gamma is `apart.held`, and `how` splits what is left, in whole lines with `lines`."""
 
     apart: SplitBatch
     how: Supervision

@@ -14,7 +14,13 @@ from torch import Tensor
 from wardround.errors import GeometryError
 from wardround.imaging.acquisition.mri.coils import calibration_region, low_resolution_maps
 from wardround.imaging.acquisition.mri.masks import centred, sampling_mask
-from wardround.imaging.acquisition.mri.split import held_out_samples, kspace_loss, unseen_share
+from wardround.imaging.acquisition.mri.split import (
+    held_out_samples,
+    kspace_loss,
+    of_lines,
+    outside_centre,
+    unseen_share,
+)
 from wardround.study import Mask
 from wardround.study.supervision import Supervision
 
@@ -53,6 +59,18 @@ def test_the_two_parts_are_apart_together_what_was_measured_and_leave_the_centre
     outside = int(mask.sum() - mask[centre].sum())
     assert held.sum() == max(1, round(how.share * outside))
     assert np.array_equal(held, held_out_samples(mask, how, np.random.default_rng(seed)))
+
+
+@given(seed=st.integers(0, 2**32 - 1), how=hows)
+def test_lines_are_held_out_whole(seed: int, how: Supervision) -> None:
+    mask = drawn_mask("random", (17, 32), seed)
+    assert of_lines(mask)
+    held = held_out_samples(mask, how, np.random.default_rng(seed), lines=True)
+    assert of_lines(held)
+    outside = outside_centre(mask).any(0)
+    assert held[0].sum() == max(1, round(how.share * outside.sum()))
+    assert not held[:, ~outside].any()
+    assert not of_lines(drawn_mask("poisson", (17, 32), seed))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

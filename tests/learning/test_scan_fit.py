@@ -85,13 +85,13 @@ def test_the_three_parts_share_nothing_and_the_loss_is_of_the_second_alone() -> 
     for one in (theta, lambda_, gamma):
         assert set(one.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(data, slice_.kspace * theta[:, None])
-    # The centre is 4 columns of all rows; of the other 7 columns a fifth is set apart, of the rest two fifths lost.
+    # The centre is 4 columns of all rows; of the other 7 lines a fifth is set apart, and two fifths of the rest drawn.
     assert calibration_region(omega[0].numpy()) == (ROWS, 4)
     assert centred(4, COLUMNS) == CENTRE
     assert bool(theta[0, :, CENTRE].all())
-    outside = 7 * ROWS
-    assert gamma.sum() == round(0.2 * outside)
-    assert lambda_.sum() == round(0.4 * (outside - round(0.2 * outside)))
+    assert gamma.sum() == 1 * ROWS
+    assert lambda_.sum() == 2 * ROWS
+    assert all(bool((one == one[:, :1]).all()) for one in (theta, lambda_, gamma))
     # By numpy in double precision: x of Theta, what it predicts of Lambda, and what no coil sees of it.
     maps = slice_.maps[0].numpy().astype(np.complex128)
     kept = np.fft.ifftshift(data[0].numpy().astype(np.complex128), axes=(-2, -1))
@@ -115,6 +115,16 @@ def test_the_three_parts_share_nothing_and_the_loss_is_of_the_second_alone() -> 
     assert error == pytest.approx(
         (np.linalg.norm(y - u) / np.linalg.norm(y) + np.abs(y - u).sum() / np.abs(y).sum()) / 2, rel=1e-4
     )
+
+
+def test_samples_are_set_apart_one_by_one_where_a_scan_is_not_of_lines() -> None:
+    operator = _operator()
+    operator.mask[0, ::2, 19] = 0
+    part = SliceInThree.of(MRIBatch.measured(operator, operator.A(_image())), HOW, _random())
+    outside = 6 * ROWS + ROWS // 2
+    assert part.apart.held.sum() == round(0.2 * outside)
+    part.loss(network := Scaled(), _random())
+    assert network.given[0][0].sum() == 4 * ROWS + outside - 21 - round(0.4 * (outside - 21))
 
 
 def test_no_step_knows_what_was_set_apart() -> None:
@@ -211,8 +221,10 @@ def test_networks_are_fitted_with_the_same_bits_each_time_and_stay_as_they_were(
 
 def test_too_few_samples_and_networks_that_do_not_train_are_refused() -> None:
     few = _operator((0, 3, 8, 9, 10, 11, 17))
-    with pytest.raises(GeometryError, match="48 samples of a slice were measured outside its calibration centre"):
-        fit_to_scan(Known(), [MRIBatch.measured(few, few.A(_image()))], HOW, 5, _random())
+    for message in ("3 lines", "47 samples"):
+        with pytest.raises(GeometryError, match=f"{message} of a slice were measured outside its calibration centre"):
+            fit_to_scan(Known(), [MRIBatch.measured(few, few.A(_image()))], HOW, 5, _random())
+        few.mask[0, 0, 0] = 0
     network = Known()
     network.scale.requires_grad_(False)
     with pytest.raises(StudyError, match="all its values are frozen"):

@@ -122,7 +122,7 @@ def test_a_scan_of_too_few_samples_is_one_error_and_nothing_is_written(tmp_path:
     model = _release(tmp_path / "model.safetensors", STUDY)
     kspace = _kspace(load_study(STUDY), 1)
     lines = np.zeros(SIZE, np.float32)
-    for others, message in (([], "0 samples"), ([50], f"{SIZE} samples")):
+    for others, message in (([], "0 lines"), ([50], "1 lines")):
         lines[[*range(29, 35), *others]] = 1
         np.save(tmp_path / "few.npy", np.where(lines, kspace + 1e-3, 0))
         with pytest.raises(StudyError, match=f"--adapt-to-scan: {message} of a slice were measured outside"):

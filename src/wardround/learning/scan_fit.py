@@ -6,8 +6,9 @@ once, and no step sees it; in each step what is left is split anew in Theta, of 
 input and its data consistency), and Lambda, which the loss is of. How well an image of Theta and Lambda predicts Gamma
 says when to stop, and which step's values are taken: where none is better, those of step 0, the network's own.
 
-A lower error of Gamma is no better image: its samples lie in lines of which others were measured, and an image lacks whole
-lines. What was measured of that stands in docs/self-supervision.md.
+Where a scan is of lines, whole lines are set apart and held out, which is ours: single samples, as in the paper, are
+easy to predict from others of their lines. Networks became better at that and worse at lines that were not measured,
+which an image needs (docs/self-supervision.md has the figures).
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError, StudyError
-from wardround.imaging.acquisition.mri.split import outside_centre
+from wardround.imaging.acquisition.mri.split import of_lines, outside_centre
 from wardround.study.supervision import Supervision
 from wardround.tasks.mri import MRIBatch, SplitBatch
 from wardround.wire.host import on_host
 
 #: Steps that can be asked for, and slices of a volume that are learned from: they bound what a scan costs.
 MOST_STEPS, MOST_SLICES = 1000, 4
-# Gamma's share of the samples outside the calibration centre, as in the paper, and the fewest of these in a slice.
-_APART, _FEWEST = 0.2, 100
+# Gamma's share of what was measured outside the calibration centre, as in the paper, and the least there in a slice.
+_APART, _FEWEST, _FEWEST_LINES = 0.2, 100, 5
 _RATE = 5e-4  # of Adam, as in the paper
 # Gamma is asked every so many steps, and after so many times without a better answer the steps end.
 _EVERY, _PATIENCE = 5, 5
@@ -79,32 +80,36 @@ class ScanFit:
             )
         return (
             f"Adapted to this scan: {taken}, of which step {self.kept} is used. Error of samples that were set apart: "
-            f"{self.before:.4f} before, {self.after:.4f} after; that does not say that the image is better. It is not one "
-            "of the released network: compare both."
+            f"{self.before:.4f} before, {self.after:.4f} after, which does not say that the image is better. It is not "
+            "one of the released network: compare both."
         )
 
 
 @dataclass(frozen=True)
 class SliceInThree:
-    """One slice, whose samples are in three parts: Gamma is `apart.held`; `how` splits what is left."""
+    """One slice in three parts: Gamma is `apart.held`, and `how` splits what is left, in whole lines with `lines`."""
 
     apart: SplitBatch
     how: Supervision
+    lines: bool
 
     @classmethod
     def of(cls, slice_: MRIBatch, how: Supervision, random: np.random.Generator) -> SliceInThree:
-        """Set Gamma apart. Raises GeometryError where too few samples lie outside the calibration centre."""
-        found = min(int(outside_centre(on_host(mask)).sum()) for mask in slice_.mask)
-        if found < _FEWEST:
+        """Set Gamma apart of a batch of one. Raises GeometryError where too little lies outside the centre."""
+        mask = on_host(slice_.mask[0])
+        free, lines = outside_centre(mask), of_lines(mask)
+        found, fewest, what = (free.any(0), _FEWEST_LINES, "lines") if lines else (free, _FEWEST, "samples")
+        if (count := int(found.sum())) < fewest:
             raise GeometryError(
-                f"{found} samples of a slice were measured outside its calibration centre, and {_FEWEST} or more are "
+                f"{count} {what} of a slice were measured outside its calibration centre, and {fewest} or more are "
                 "needed to set some of them apart"
             )
-        return cls(SplitBatch.drawn(slice_, how.model_copy(update={"share": _APART}), random), how)
+        apart = SplitBatch.drawn(slice_, how.model_copy(update={"share": _APART}), random, lines=lines)
+        return cls(apart, how, lines)
 
     def loss(self, network: nn.Module, random: np.random.Generator) -> Tensor:
         """What a step lowers: `SplitBatch.learned_loss` of a Lambda that is drawn anew; scalar."""
-        return SplitBatch.drawn(self.apart.seen, self.how, random).learned_loss(network).sum()
+        return SplitBatch.drawn(self.apart.seen, self.how, random, lines=self.lines).learned_loss(network).sum()
 
     def error(self, network: nn.Module) -> float:
         """How badly the image of all samples but Gamma predicts Gamma: half of `kspace_loss`."""

@@ -22,27 +22,36 @@ FloatArray = NDArray[np.float32]
 _DEVIATIONS = 4.0
 
 
-def held_out_samples(mask: NDArray[np.generic], how: Supervision, random: np.random.Generator) -> FloatArray:
+def held_out_samples(
+    mask: NDArray[np.generic], how: Supervision, random: np.random.Generator, *, lines: bool = False
+) -> FloatArray:
     """Draw Lambda of a mask (H, W): float32, 1 where a measured sample is kept from the network.
 
     `how.share` is of the samples outside the fully sampled centre (`calibration_region`), at least one. The centre
     stays with the network whole, because coil maps are estimated there: so the maps of Theta are those of Omega, and
     nothing of Lambda is in them. (The paper keeps a block of 4 x 4 in Theta, and has its maps from elsewhere.) Samples
     are drawn one after the other without putting back, with a probability proportional to their density.
+    With `lines` whole lines (along H) are drawn so instead of samples: what a scan of lines lacks is lines, too.
     Raises GeometryError where nothing is measured outside the centre.
     """
-    height, width = mask.shape
-    places = np.flatnonzero(outside_centre(mask))
+    free = outside_centre(mask)
+    drawn = free.any(0, keepdims=True) if lines else free
+    places = np.flatnonzero(drawn)
     if not len(places):
         raise GeometryError(
             "all that was measured is the calibration centre, so no samples can be kept from the network; lower "
             "`calibration`, or set `supervision: {kind: full}`"
         )
     # An exponential race: who comes first, second, third is drawn as one by one without putting back.
-    arrival = random.exponential(size=len(places)) / _density(mask.shape, how)[places]
-    held = np.zeros(height * width, np.float32)
+    arrival = random.exponential(size=len(places)) / _density(drawn.shape, how)[places]
+    held = np.zeros(drawn.size, np.float32)
     held[places[np.argsort(arrival, kind="stable")[: max(1, round(how.share * len(places)))]]] = 1
-    return held.reshape(height, width)
+    return held.reshape(drawn.shape) * free.astype(np.float32)
+
+
+def of_lines(mask: NDArray[np.generic]) -> bool:
+    """Whether a mask (H, W) is of whole lines along H."""
+    return bool((mask == mask[:1]).all())
 
 
 def outside_centre(mask: NDArray[np.generic]) -> NDArray[np.bool_]:

@@ -3,7 +3,7 @@
     WARDROUND_DATA=/folder python benchmarks/adapt_scan.py [--quick | --full] [--out FOLDER]
 
 Trains two small networks by federation on simulated scans of four LGG institutions (examples/lgg-transfer.yaml at
-96 x 96, FLAIR alone, 12 channels, 4 unrolls from A* y, 600 steps): `narrow` sees one scanner a site, `varied` sees what
+96 x 96, FLAIR alone, 12 channels, 600 steps): `narrow` sees one scanner a site, `varied` sees what
 `acquisition.vary` draws. Then one test patient of each institution is scanned by the institution's own scanner
 (`usual`) and by scanners that neither network saw: four times the noise (`noise`), strong local phase and unlike coils
 (`phase`), 7x instead of 4x (`lines`). Two slices of a patient are a volume, to which the network is adapted by at most
@@ -100,8 +100,6 @@ def settings(rounds: int) -> list[str]:
         "task.contrasts=[flair]",
         "task.evaluation.baselines=[zero_filled]",
         "model.channels=12",
-        "model.unrolls=4",
-        "model.start=adjoint",
         f"schedule.rounds={rounds}",
         f"schedule.validate_every={rounds}",
     ]

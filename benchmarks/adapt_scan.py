@@ -10,8 +10,9 @@ Trains two small networks by federation on simulated scans of four LGG instituti
 40 steps, as `wardround reconstruct --adapt-to-scan 40` does (`wardround.learning.scan_fit`), and reconstructed. PSNR is
 of magnitude images against the image that was scanned. Total variation with the study's middle weight stands beside.
 
-Whole lines are set apart since single samples made images of some of these patients worse. With --out the networks are kept, and a second call goes on with them. --quick
-trains for 4 rounds and takes one patient: it says that it runs. The last line is JSON.
+Whole lines are set apart since single samples made images of some of these patients worse. With --out the networks are
+kept, and a second call goes on with them. --quick trains for 4 rounds and takes one patient: it says that it runs. The
+last line is JSON.
 """
 
 from __future__ import annotations

@@ -206,11 +206,7 @@ def test_a_file_of_another_kind_says_what_is_taken(model: Path, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.data("kspace")
 def test_a_real_heart_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-<<<<<<< HEAD
-    """Twelve coils, 25 spokes, no full reference: the network's image is that of the benchmark by hand."""
-=======
     """Twelve coils, 25 spokes, no reference: the image is that of the benchmark's own reader, areas and maps."""
->>>>>>> noncart
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     by_hand = importlib.import_module("real_radial")
     source = root_folder() / "kspace/gpunufft_radial_cardiac_25_projections_12ch.mat"

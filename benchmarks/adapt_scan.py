@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import arguments, conditions, cpu_seconds, finish, need_images, table
+from common import arguments, conditions, cpu_seconds, finish, need_images, released, table
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY, SITES = ROOT / "examples/lgg-transfer.yaml", ROOT / "examples/lgg-sites.yaml"
@@ -69,7 +69,7 @@ def main() -> None:
     for name in ("narrow", "varied"):
         network, study = released(trained(folder / name, name, rounds))
         found[name] = {
-            scanner: [adapted(network, study, volume(site, scanner, "test")) for site in sites] for scanner in SCANNERS
+            scanner: [adapted(network, study, volume(site, scanner)) for site in sites] for scanner in SCANNERS
         }
         show(name, found[name])
     finish(
@@ -117,17 +117,8 @@ def trained(folder: Path, name: str, rounds: int) -> Path:
     return path
 
 
-def released(path: Path) -> tuple[Any, Any]:
-    """The network of a released model, and its study."""
-    from wardround.models.build import build_model
-    from wardround.runs.releases import ReleasedModel
-
-    model = ReleasedModel.opened(path)
-    return model.network(lambda: build_model(model.study.model, model.study.modality), None, None), model.study
-
-
-def volume(site: str, scanner: str, split: Any) -> list[Any]:
-    """The slices of a site's first patient of a split, each a batch of one, as a scanner measures them."""
+def volume(site: str, scanner: str) -> list[Any]:
+    """The slices of a site's first test patient, each a batch of one, as a scanner measures them."""
     from wardround.study.load import load_study
     from wardround.study.sites import load_sites
     from wardround.tasks.build import build_task
@@ -139,7 +130,7 @@ def volume(site: str, scanner: str, split: Any) -> list[Any]:
         *(f"sites.{site}.acquisition.{key}={value}" for key, value in changes.items()),
     ]
     task: Any = build_task(load_study(STUDY, overrides))
-    _, batch = next(task.dataset(site, load_sites(SITES).sites[site].data).evaluation(split))
+    _, batch = next(task.dataset(site, load_sites(SITES).sites[site].data).evaluation("test"))
     return [batch.part(number, number + 1) for number in range(len(batch))]
 
 

@@ -61,6 +61,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         )
 
 
+def released(path: Path) -> tuple[Any, Any]:
+    """The network of a released model, and its study."""
+    from wardround.models.build import build_model
+    from wardround.runs.releases import ReleasedModel
+
+    model = ReleasedModel.opened(path)
+    return model.network(lambda: build_model(model.study.model, model.study.modality), None, None), model.study
+
+
 def finish(values: Mapping[str, Any]) -> None:
     """Print the last line."""
     print(json.dumps(values), flush=True)

@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import arguments, conditions, finish, need_images, table
+from common import arguments, conditions, finish, need_images, released, table
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY, SITES = ROOT / "examples/lgg-transfer.yaml", ROOT / "examples/lgg-sites.yaml"
@@ -74,7 +74,7 @@ def main() -> None:
     folder = options.out or Path(tempfile.mkdtemp(prefix="kspace-real-"))
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    network = released(options.model or trained(folder))
+    network, _ = released(options.model or trained(folder))
     scans = list(real_scans(Path(os.environ["WARDROUND_DATA"]) / "kspace"))
     weights = chosen_weights(folder / "weights.json", sorted({scan.coils for scan in scans}))
     cases = [
@@ -114,15 +114,6 @@ def trained(folder: Path) -> Path:
 
         wardround.run(STUDY, SITES, folder / "run")
     return path
-
-
-def released(path: Path) -> Any:
-    """The network of a released model."""
-    from wardround.models.build import build_model
-    from wardround.runs.releases import ReleasedModel
-
-    model = ReleasedModel.opened(path)
-    return model.network(lambda: build_model(model.study.model, model.study.modality), None, None)
 
 
 def real_scans(folder: Path) -> Iterator[Scan]:

@@ -46,7 +46,7 @@ def predict(
         typer.Option(
             "--adapt-to-scan",
             metavar="STEPS",
-            help="MRI: first train a copy of the network on each scan's own samples, by at most so many steps.",
+            help="MRI: first train a copy of the network on each scan's own samples, STEPS steps at most.",
         ),
     ] = None,
     plugins: PluginOption = None,

@@ -34,7 +34,7 @@ MOST_STEPS, MOST_SLICES = 1000, 4
 # Gamma's share of what was measured outside the calibration centre, as in the paper, and the least there in a slice.
 _APART, _FEWEST, _FEWEST_LINES = 0.2, 100, 5
 _RATE = 5e-4  # of Adam, as in the paper
-# Gamma is asked every so many steps, and after so many times without a better answer the steps end.
+# Steps between two errors of Gamma, and errors in a row that are no better after which the steps end.
 _EVERY, _PATIENCE = 5, 5
 
 

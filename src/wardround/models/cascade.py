@@ -10,7 +10,6 @@ explain, as a solve would.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,7 +40,6 @@ class CascadeShape:
     channels: int
     levels: int
     scale: int = 2
-    initial_step: float = 1.0
 
 
 PRESETS = {
@@ -61,13 +59,13 @@ class Cascade(Checkpointed):
 
     No part has a bias, and the first image scales with the data: the network does, whatever a scanner's unit is. D sees
     what the image leaves unexplained, and has its last layer at 0 at first: untrained, the network is total variation
-    and steps towards the data. `steps`, the eta_t of the equation, are exp(log_steps), so they stay positive.
+    and steps towards the data. `steps`, the eta_t of the equation, are exp(log_steps): positive, 1 at first.
     """
 
     def __init__(self, shape: CascadeShape) -> None:
         super().__init__()
         self.denoiser = ResidualUNet(shape.channels, shape.levels, scale=shape.scale, guides=1, bias=False)
-        self.log_steps = nn.Parameter(torch.full((shape.cascades,), math.log(shape.initial_step)))
+        self.log_steps = nn.Parameter(torch.zeros(shape.cascades))
 
     @property
     def steps(self) -> Tensor:

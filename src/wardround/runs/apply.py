@@ -76,8 +76,8 @@ class Reconstructor:
     that model's map is neutral. `dose` is a share of the dose of measured projections to be simulated. With `fallback`,
     where the network is out of its depth (`wardround.runs.depth`) total variation's image is written instead of the
     network's. `adapt_to_scan`, of Cartesian MRI, trains a copy of the network on each scan's own measured samples
-    first, by so many steps at most (`wardround.learning.scan_fit`); the released model stays as it is. `weights` is the
-    file with its frozen part, where that does not lie where the run put it. Raises `DataError` and `StudyError`.
+    first, by this number of steps at most (`wardround.learning.scan_fit`); the released model stays as it is. `weights`
+    is the file with its frozen part, where that does not lie where the run put it. Raises `DataError` and `StudyError`.
     """
 
     def __init__(
@@ -208,7 +208,6 @@ def _mri_model(network: nn.Module, study: Study, site: str | None) -> _Model:
 def _measured(model: _Model, source: Path) -> _Given:
     """Raw data. Scans to compare with are simulated where the model was trained so; else they are these, once more."""
     measured = read_measured(source, estimated_by(model.acquisition))
-    size = measured.raw.size
 
     def again(number: int, image: Tensor) -> tuple[LinearOperator, Tensor]:
         if isinstance(model.acquisition, MRIAcquisition):
@@ -219,9 +218,9 @@ def _measured(model: _Model, source: Path) -> _Given:
     return _Given(
         measured.scans,
         measured.scale,
-        f"Reconstructed {slices_said(size, len(measured.scans))} from {measured.said}",
+        f"Reconstructed {slices_said(measured.raw.size, len(measured.scans))} from {measured.said}",
         measured.facts,
-        Volume(np.zeros((0, 0, 0), np.float32), measured.spacing, measured.affine),
+        measured.place,
         again,
     )
 

@@ -54,28 +54,17 @@ def reconstruct_general(
     prompt: Tensor | None = None,
     dose: float | None = None,
     fallback: bool = False,
+    *,
+    raw: RawReader | None = None,
 ) -> Done:
     """Reconstruct `source` slice by slice and write NIfTI to `output`.
 
     `source` is a magnitude image (NIfTI), which is scanned by the simulated scanner of the study, or of `site`, or raw
-    data in .npy, (slices, ...), of which the acquisition reads each slice. With `fallback` it is total variation's
-    image where the network is out of its depth. Raises `DataError` for an input that cannot be used, `StudyError` for a
-    choice that does not fit.
+    data: what the reader `raw` takes, by default .npy, (slices, ...), of which the acquisition reads each slice. With
+    `fallback` it is total variation's image where the network is out of its depth. Raises `DataError` for an input that
+    cannot be used, `StudyError` for a choice that does not fit.
     """
-    return reconstruct_given(network, study, source, output, site, dose, fallback, _ARRAYS)
-
-
-def reconstruct_given(
-    network: nn.Module,
-    study: Study,
-    source: Path,
-    output: Path,
-    site: str | None,
-    dose: float | None,
-    fallback: bool,
-    raw: RawReader,
-) -> Done:
-    """`reconstruct_general` with a reader of raw data."""
+    raw = raw or _ARRAYS
     acquisition = study.acquisition if site is None else study.acquisition_of(site)
     if not isinstance(acquisition, type(study.scanner)):
         raise StudyError(f"the study has no scanner of its own; choose a site's with --site {' | '.join(study.sites)}")

@@ -16,6 +16,7 @@ from wardround.imaging.acquisition.mri.coils import estimate_maps
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.imaging.readers.raw import RawSlices, open_raw
+from wardround.imaging.readers.volume import Volume
 from wardround.runs.depth import Scan
 from wardround.runs.protocols import Facts
 from wardround.study.acquisitions import AcquisitionSettings
@@ -45,6 +46,11 @@ class Measured:
     def affine(self) -> NDArray[np.float64]:
         """From indices to mm; where the patient lies, raw data do not say here."""
         return np.diag([*self.spacing, 1.0])
+
+    @property
+    def place(self) -> Volume:
+        """Where its images lie, without any."""
+        return Volume(np.zeros((0, 0, 0), np.float32), self.spacing, self.affine)
 
     @property
     def said(self) -> str:

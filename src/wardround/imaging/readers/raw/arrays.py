@@ -18,8 +18,8 @@ import scipy.io
 
 from wardround.errors import DataError
 from wardround.imaging.readers.raw.hdf5 import opened
-from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, ScanFacts, raw_error
-from wardround.imaging.readers.raw.trajectory import course_of, flat, grid_of, points_file
+from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, raw_error
+from wardround.imaging.readers.raw.trajectory import flat, points_file, scan_along
 from wardround.wire.files import reason
 
 Array = npt.NDArray[Any]
@@ -117,7 +117,7 @@ def _npy_along(array: Array, path: Path, points: Path) -> RawSlices:
             points,
         )
     whole, placed = (one if one.ndim == 4 else one[None] for one in (array, places))
-    return _along(whole, flat(placed, path), "NumPy", path, points)
+    return scan_along(whole, flat(placed, path), "NumPy", path, points)
 
 
 def _mat_along(array: Array, points: Array, path: Path) -> RawSlices:
@@ -139,32 +139,7 @@ def _mat_along(array: Array, points: Array, path: Path) -> RawSlices:
             path,
         )
     whole = array.reshape(*array.shape, *[1] * (4 - array.ndim)).transpose(3, 2, 1, 0)
-    return _along(whole, flat(places.swapaxes(0, 1)[None], path), "MATLAB", path)
-
-
-def _along(array: Array, points: Array, kind: str, path: Path, *beside: Path) -> RawSlices:
-    """Samples (slices, coils, readouts, samples) at points (slices or 1, readouts, samples, 2)."""
-    slices, coils, readouts, samples = array.shape
-    if points.shape[1:3] != (readouts, samples) or points.shape[0] not in (1, slices):
-        raise raw_error(
-            f"a trajectory has {points.shape[1]} readouts of {points.shape[2]} samples in {points.shape[0]} slices, "
-            f"and its k-space {readouts} readouts of {samples} samples in {slices}; one is of another scan, or its "
-            "axes are in another order",
-            path,
-        )
-    grid = grid_of(points, path)
-
-    def stored(number: int) -> ComplexArray:
-        return np.ascontiguousarray(array[number], np.complex64)
-
-    return RawSlices(
-        f"{kind}, {course_of(points[0])}",
-        (slices, coils, readouts, samples),
-        stored,
-        ScanFacts(matrix=grid.matrix),
-        trajectory=lambda number: grid.placed(points[number if len(points) > 1 else 0], path),
-        files=(path, *beside),
-    )
+    return scan_along(whole, flat(places.swapaxes(0, 1)[None], path), "MATLAB", path)
 
 
 def _real(array: Array) -> bool:

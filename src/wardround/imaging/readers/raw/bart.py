@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, ScanFacts, raw_error, to_positions
-from wardround.imaging.readers.raw.trajectory import course_of, flat, grid_of, points_file
+from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, raw_error, to_positions
+from wardround.imaging.readers.raw.trajectory import flat, points_file, scan_along
 from wardround.wire.files import reason
 
 _COIL, _SLICE = 3, 13
@@ -84,20 +84,8 @@ def _along(samples: Path, header: Path, sizes: list[int], points: Path) -> RawSl
         raise raw_error("a trajectory in BART holds real numbers, in dimensions 0, 1, 2 and 13 alone", points)
     # (slices, readouts, samples, axes)
     plane = flat(stored.real.transpose(3, 2, 1, 0), samples)
-    grid = grid_of(plane, samples)
     whole = _mapped(samples, sizes).reshape((count, readouts, coils, -1), order="F")[..., :slices]
-
-    def kspace(number: int) -> ComplexArray:
-        return np.ascontiguousarray(whole[..., number].transpose(2, 1, 0))
-
-    return RawSlices(
-        f"BART, {course_of(plane[0])}",
-        (slices, coils, readouts, count),
-        kspace,
-        ScanFacts(matrix=grid.matrix),
-        trajectory=lambda number: grid.placed(plane[number if len(plane) > 1 else 0], samples),
-        files=(samples, header, points),
-    )
+    return scan_along(whole.transpose(3, 2, 1, 0), plane, "BART", samples, header, points)
 
 
 def _listed(sizes: list[int]) -> str:

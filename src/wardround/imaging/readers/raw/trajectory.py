@@ -1,6 +1,6 @@
 """Where the samples of a radial or spiral scan lie: the points of a file, in whatever unit, as cycles per pixel.
 
-No format fixes the unit. Two are taken, and told apart by how far the points reach: cycles per pixel, to 0.5 (gpuNUFFT,
+No format fixes the unit. Two are taken, and how far the points reach says which: cycles per pixel, to 0.5 (gpuNUFFT,
 Gadgetron), and cycles per field of view, to half as many as the image has pixels (BART, sigpy, MRpro). Anything else is
 refused: an image that is reconstructed in a wrong unit looks like one of another size.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import DataError
-from wardround.imaging.readers.raw.slices import raw_error
+from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, ScanFacts, raw_error
 from wardround.imaging.readers.volume import FloatArray
 
 Array = npt.NDArray[Any]
@@ -137,6 +137,35 @@ def not_flat(path: Path) -> DataError:
         "raw data were measured along a trajectory in three dimensions, and two are reconstructed here; transform the "
         "third axis of a stack of stars or spirals first, and store its slices",
         path,
+    )
+
+
+def scan_along(array: Array, points: Array, kind: str, path: Path, *beside: Path) -> RawSlices:
+    """The scan of samples (slices, coils, readouts, samples) at points (slices or 1, readouts, samples, 2).
+
+    Of a file without a header, in the format `kind`; `beside` are its further files. Raises DataError where the two do
+    not fit, and for a unit that is not taken (`grid_of`).
+    """
+    slices, coils, readouts, samples = array.shape
+    if points.shape[1:3] != (readouts, samples) or points.shape[0] not in (1, slices):
+        raise raw_error(
+            f"a trajectory has {points.shape[1]} readouts of {points.shape[2]} samples in {points.shape[0]} slices, "
+            f"and its k-space {readouts} readouts of {samples} samples in {slices}; one is of another scan, or its "
+            "axes are in another order",
+            path,
+        )
+    grid = grid_of(points, path)
+
+    def stored(number: int) -> ComplexArray:
+        return np.ascontiguousarray(array[number], np.complex64)
+
+    return RawSlices(
+        f"{kind}, {course_of(points[0])}",
+        (slices, coils, readouts, samples),
+        stored,
+        ScanFacts(matrix=grid.matrix),
+        trajectory=lambda number: grid.placed(points[number if len(points) > 1 else 0], path),
+        files=(path, *beside),
     )
 
 

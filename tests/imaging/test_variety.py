@@ -11,7 +11,7 @@ from wardround.errors import StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.scanner import MRIScanner
 from wardround.imaging.acquisition.mri.simulate import anatomical_phase, dipole_field, simulate
-from wardround.imaging.acquisition.mri.variety import changed, drawn, zoomed
+from wardround.imaging.acquisition.mri.variety import changed, drawn, toned, zoomed
 from wardround.study import MRIAcquisition
 from wardround.study.acquisition import MRIVariety
 from wardround.study.load import load_study
@@ -21,7 +21,7 @@ ALL = {
     "acceleration": [2, 6], "families": ["random", "equispaced"], "calibration": [0.05, 0.3], "coils": [1, 5],
     "coil_radius": [1.2, 2.0], "noise": [0.001, 0.02], "noise_correlation": [0, 0.4], "phase": [0, 4],
     "phase_detail": [0.1, 1.2],
-    "zoom": [0.6, 1.7], "turns": True, "gamma": [0.6, 1.7], "bias": 0.4,
+    "zoom": [0.6, 1.7], "turns": True, "gamma": [0.6, 1.7], "tones": 0.5, "bias": 0.4,
 }  # fmt: skip
 
 
@@ -138,6 +138,28 @@ def test_a_changed_image_repeats_with_its_random_numbers_and_keeps_its_range() -
     turned = MRIVariety(turns=True)
     seen = {changed(_image(), turned, np.random.default_rng(seed)).tobytes() for seed in range(20)}
     assert seen == {np.ascontiguousarray(np.rot90(_image(), k)).tobytes() for k in range(4)}
+
+
+def test_tones_follow_one_curve_for_all_pixels_and_leave_air_and_peak_alone() -> None:
+    ramp = np.linspace(0, 0.8, 4096, dtype=np.float32).reshape(64, 64)
+    falls = 0
+    for seed in range(20):
+        curve = toned(ramp, np.random.default_rng(seed)).ravel()
+        assert curve[0] == 0
+        assert curve.max() == pytest.approx(0.8)
+        assert curve[1:].min() > 0
+        shuffled = np.random.default_rng(9).permutation(ramp.ravel()).reshape(64, 64)
+        of_shuffled = toned(shuffled, np.random.default_rng(seed)).ravel()
+        np.testing.assert_array_equal(of_shuffled[np.argsort(shuffled.ravel(), kind="stable")], curve)
+        falls += bool((np.diff(curve) < 0).any())
+    assert falls > 10
+    assert (toned(np.zeros((4, 4), np.float32), np.random.default_rng(0)) == 0).all()
+
+
+def test_as_many_scans_have_new_tones_as_the_study_says() -> None:
+    variety = MRIVariety(tones=0.3)
+    new = sum(not np.array_equal(changed(_image(), variety, np.random.default_rng(k)), _image()) for k in range(400))
+    assert 80 < new < 160  # 120, and 4.4 standard deviations
 
 
 def test_a_varied_scan_is_its_random_numbers_alone() -> None:

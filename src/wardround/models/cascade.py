@@ -1,15 +1,18 @@
-"""Deep cascade: a network corrects an image, a gradient step returns to the measured data, and so on.
+"""Deep cascade: a network corrects an image, a step returns to the measured data, and so on.
 
-z_t = x_t + D(x_t, A*(y - A x_t)),   x_{t+1} = z_t + eta_t A*(y - A z_t),   x_0: total variation's image of the data
+z_t = x_t + D(x_t, A*(y - A x_t), rho),   x_{t+1} = z_t + eta_t A*(y - A z_t),   x_0: total variation's image of y
+x_T = argmin_x |A x - y|^2 + (rho / e)^2 |x - z_{T-1}|^2 instead of the last step,   rho^2 = mean |A x_0 - y|^2
 
-(Schlemper et al., IEEE TMI 37 (2018), 491; with coils the step of Hammernik et al., Magn. Reson. Med. 79 (2018), 3055).
-For one coil of modulus 1 and eta = 1 the step puts the measured samples themselves in place, which is Schlemper's data
-consistency. For several coils it moves towards them, and does not fit what coil maps estimated from few lines cannot
-explain, as a solve would.
+(Schlemper et al., IEEE TMI 37 (2018), 491; with coils the step of Hammernik et al., Magn. Reson. Med. 79 (2018), 3055;
+a map of the noise level beside the image: Zhang et al., FFDNet, IEEE TIP 27 (2018), 4608.) rho is what x_0 leaves of
+each measured sample: noise, and what the coil maps do not explain. The last step weighs data and network by how much
+either errs, as least squares do; e, learned, is the standard error of the network's image. So good data are trusted
+more than the network, which keeps images unlike those of the training from harm.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +30,10 @@ from wardround.study.tasks import Modality
 # Of total variation's image, for data whose A* y has peak 1: between the weights that suit one coil and several, and
 # fewer steps than total variation alone has.
 START_WEIGHT, START_ITERATIONS = 0.003, 25
+# What e is at first, of the peak of A* y; and conjugate gradients from the network's image to the minimum.
+ERROR, SOLVE_ITERATIONS = 0.03, 6
+# rho is about a hundredth of the peak: so many times it, D has inputs of one size.
+LEVEL = 10.0
 
 
 @dataclass(frozen=True)
@@ -57,47 +64,72 @@ def cascade_shape(config: CascadeSettings) -> CascadeShape:
 class Cascade(Checkpointed):
     """Reconstructs complex images from measurements through any linear operator with |A| <= 1.
 
-    No part has a bias, and the first image scales with the data: the network does, whatever a scanner's unit is. D sees
-    what the image leaves unexplained, and has its last layer at 0 at first: untrained, the network is total variation
-    and steps towards the data. `steps`, the eta_t of the equation, are exp(log_steps): positive, 1 at first.
+    All is relative to the peak of A* y: the network works alike whatever a scanner's unit is. D sees what the image
+    leaves unexplained, has no biases, and its last layer is 0 at first: untrained, the network is total variation and
+    steps towards the data. `steps`, the eta_t of the equation, are exp(log_steps), 1 at first; `error`, e, is
+    exp(log_error), relative to the peak.
     """
 
     def __init__(self, shape: CascadeShape) -> None:
         super().__init__()
-        self.denoiser = ResidualUNet(shape.channels, shape.levels, scale=shape.scale, guides=1, bias=False)
-        self.log_steps = nn.Parameter(torch.zeros(shape.cascades))
+        self.denoiser = ResidualUNet(shape.channels, shape.levels, scale=shape.scale, guides=2, bias=False)
+        self.log_steps = nn.Parameter(torch.zeros(shape.cascades - 1))
+        self.log_error = nn.Parameter(torch.tensor(math.log(ERROR)))
 
     @property
     def steps(self) -> Tensor:
-        """The eta_t of the equation; positive (cascades,)."""
+        """The eta_t of the equation, of all turns but the last; positive (cascades - 1,)."""
         return self.log_steps.exp()
+
+    @property
+    def error(self) -> Tensor:
+        """The e of the equation; positive, 0-d."""
+        return self.log_error.exp()
 
     def forward(self, operator: LinearOperator, data: Tensor) -> Tensor:
         """Measured data (B, *data_shape) -> complex images (B, H, W)."""
         adjoint = operator.A_adjoint(data)
+        peak = adjoint.abs().flatten(1).amax(1).clamp_min(torch.finfo(data.real.dtype).tiny)
+        data, adjoint = data / _beside(peak, data), adjoint / _beside(peak, adjoint)
         image = beginning(operator, data)
+        misfits = misfit(operator, data, image)
+        weight = misfits / self.error.square()
+        level = (LEVEL * _beside(misfits.sqrt(), image)).expand_as(image).to(image.dtype)
 
-        def unexplained(image: Tensor) -> Tensor:
-            return adjoint - operator.normal(image)
+        def corrected(image: Tensor) -> Tensor:
+            found: Tensor = self.denoiser(image, guides=(adjoint - operator.normal(image), level))
+            return found
 
         def cascade(image: Tensor, step: Tensor) -> Tensor:
-            corrected: Tensor = self.denoiser(image, guides=(unexplained(image),))
-            return corrected + step * unexplained(corrected)
+            found = corrected(image)
+            return found + step * (adjoint - operator.normal(found))
+
+        def last(image: Tensor, weight: Tensor) -> Tensor:
+            found = corrected(image)
+            towards = adjoint + _beside(weight, found) * found
+            return operator.solve(towards, weight, iterations=SOLVE_ITERATIONS, start=found)
 
         for step in self.steps.unbind():
             image = self.through(cascade, image, step)
-        return image
+        return self.through(last, image, weight) * _beside(peak, image)
 
 
+@torch.no_grad()
 def beginning(operator: LinearOperator, data: Tensor) -> Tensor:
-    """Total variation's image (B, H, W) of data (B, *data_shape), its weight relative to the peak of A* y.
+    """Total variation's image (B, H, W) of data (B, *data_shape) whose A* y has peak 1; takes no derivatives."""
+    return tv(operator, data, START_WEIGHT, START_ITERATIONS)
 
-    Scales with the data, and takes no derivatives.
-    """
-    with torch.no_grad():
-        scale = operator.A_adjoint(data).abs().flatten(1).amax(1).clamp_min(torch.finfo(data.real.dtype).tiny)
-        found = tv(operator, data / scale.reshape(-1, *(1 for _ in data.shape[1:])), START_WEIGHT, START_ITERATIONS)
-        return found * scale[:, None, None]
+
+@torch.no_grad()
+def misfit(operator: LinearOperator, data: Tensor, image: Tensor) -> Tensor:
+    """The equation's rho^2 of each item (B,): mean |A x - y|^2 over measured samples, those that are not 0."""
+    left = (operator.A(image) - data).abs().square().flatten(1).sum(1)
+    return left / data.ne(0).flatten(1).sum(1).clamp_min(1)
+
+
+def _beside(each: Tensor, like: Tensor) -> Tensor:
+    """One number of each item (B,), shaped to multiply data or images."""
+    return each.reshape(-1, *(1 for _ in like.shape[1:]))
 
 
 class CascadeSettings(PresetSettings):

@@ -49,7 +49,7 @@ def said(variety: MRIVariety) -> str:
     """What varies, in a line."""
     ranges = {name: getattr(variety, name) for name in type(variety).model_fields}
     return ", ".join(
-        f"{name.replace('_', ' ')} {_ends(value)}"
+        f"new tones of {value:.0%}" if name == "tones" else f"{name.replace('_', ' ')} {_ends(value)}"
         for name, value in ranges.items()
         if value not in (None, (), False, 0.0)
     )

@@ -72,6 +72,9 @@ class MRIVariety(Config):
     )
     turns: bool = Field(False, description="quarter turns, so that lines run along both axes of the anatomy")
     gamma: PositiveRange | None = Field(None, description="contrast: intensities to this power")
+    tones: float = Field(
+        0.0, ge=0.0, le=1.0, description="contrast: share of scans whose intensities follow a random curve"
+    )
     bias: float = Field(0.0, ge=0.0, lt=1.0, description="smooth shading of the image by up to this share")
 
     @model_validator(mode="after")

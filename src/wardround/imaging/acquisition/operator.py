@@ -84,7 +84,7 @@ class LinearOperator(ABC):
         start: Tensor | None = None,
         tolerance: float = 0.0,
     ) -> Tensor:
-        """Solve (A* A + weight I) x = rhs by `conjugate_gradients`; weight >= 0, may be learned."""
+        """Solve (A* A + weight I) x = rhs by `conjugate_gradients`; weight >= 0, one or (B,), may be learned."""
         return conjugate_gradients(self.normal, rhs, weight, iterations=iterations, start=start, tolerance=tolerance)
 
     def norm(self, like: Tensor, *, iterations: int = 30) -> Tensor:
@@ -118,8 +118,8 @@ def conjugate_gradients(
 ) -> Tensor:
     """Solve (N + weight I) x = rhs for a self-adjoint, positive semidefinite N, each batch item on its own.
 
-    rhs, start and the result: (B, ...), real or complex. weight: a number or a 0-d tensor, which may require
-    grad. An item stops changing once its residual is below `tolerance` times the norm of its rhs (or below
+    rhs, start and the result: (B, ...), real or complex. weight: a number, a 0-d tensor or one of each item (B,); it
+    may require grad. An item stops changing once its residual is below `tolerance` times the norm of its rhs (or below
     what its dtype can resolve), so a result does not depend on what else is in the batch; with a tolerance
     the loop ends when all items have stopped. Autograd differentiates the iterations as they were run.
     Hestenes and Stiefel, J. Res. NBS 49 (1952), 409.
@@ -143,11 +143,14 @@ def _iterated(
     start: Tensor | None,
     tolerance: float,
 ) -> Tensor:
+    of_image = weight
+    if isinstance(weight, Tensor) and weight.dim():
+        weight, of_image = weight.reshape(-1, 1), weight.reshape(-1, *(1 for _ in rhs.shape[1:]))
     if start is None:
         x, r = None, _real(rhs)
     else:
         x = _real(start)
-        r = _real(rhs - normal(start) - weight * start)
+        r = _real(rhs - normal(start) - of_image * start)
     p = r
     residual = _dot(r, r)
     resolution = max(tolerance, torch.finfo(r.dtype).eps) ** 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.interpolate import PchipInterpolator
 
 from wardround.imaging.acquisition.mri.simulate import smooth_phase
 from wardround.study import MRIAcquisition
@@ -13,6 +14,8 @@ from wardround.study.acquisition import MRIVariety
 FloatArray = NDArray[np.float32]
 # Calibration lines leave at least this share of the measured ones to the rest of k-space.
 _REST = 0.4
+# A curve of intensities goes through so many random points above 0, none of them lower than this.
+_POINTS, _LEAST = 5, 0.05
 
 
 def drawn(acquisition: MRIAcquisition, random: np.random.Generator) -> MRIAcquisition:
@@ -53,10 +56,27 @@ def changed(image: FloatArray, variety: MRIVariety, random: np.random.Generator)
         image = zoomed(image, evenly_in_logarithms(variety.zoom, random), random)
     if variety.gamma is not None:
         image = image ** np.float32(evenly_in_logarithms(variety.gamma, random))
+    if variety.tones > 0 and random.random() < variety.tones:
+        image = toned(image, random)
     if variety.bias > 0:
         shape = (image.shape[0], image.shape[1])
         image = image * (1 + smooth_phase(shape, variety.bias * random.random(), random))
     return np.ascontiguousarray(image, dtype=np.float32)
+
+
+def toned(image: FloatArray, random: np.random.Generator) -> FloatArray:
+    """The image (H, W) in [0, 1] with its intensities along a random curve; air stays 0, and the peak what it was.
+
+    The curve need not rise: fat may come to be darker than fluid, and edges between tissues may vanish or turn round,
+    as from one weighting (T1, T2, FLAIR) to another. Monotone between its points, so that no new grey is made.
+    """
+    peak = float(image.max())
+    if peak <= 0:
+        return image
+    heights = np.concatenate([[0.0], random.uniform(_LEAST, 1.0, _POINTS)])
+    curve = PchipInterpolator(np.linspace(0, 1, _POINTS + 1), heights)
+    new = curve(image / peak)
+    return np.asarray(new * (peak / new.max()), dtype=np.float32)
 
 
 def zoomed(image: FloatArray, factor: float, random: np.random.Generator) -> FloatArray:

@@ -206,15 +206,15 @@ def test_a_site_believes_in_rounds_without_it_and_in_no_more(tmp_path: Path) -> 
     site = rig.sites["A"]
     inspector, learner = site._inspector, site.learner
     assert inspector is not None
-    bound = learner.own_bound
+    bound = learner.known.own_bound
     far = {}
     for name in state.public:
         values, short = np.array(state.public[name]), name.removeprefix("model/")
-        most = bound.of(values.size, float(np.linalg.norm(values))) if short in learner.trained else 0.0
+        most = bound.of(values.size, float(np.linalg.norm(values))) if short in learner.known.trained else 0.0
         far[name] = values + np.float32(2.5 * most / np.sqrt(values.size))
-    inspector.check(4, far, learner)
+    inspector.check(4, far, learner.known)
     with pytest.raises(Rejected, match="optimisers reach"):
-        inspector.check(4, {n: values + (values - state.public[n]) for n, values in far.items()}, learner)
+        inspector.check(4, {n: values + (values - state.public[n]) for n, values in far.items()}, learner.known)
 
 
 @pytest.mark.parametrize(

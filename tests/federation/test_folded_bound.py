@@ -120,7 +120,7 @@ def test_a_layer_that_is_replaced_by_another_is_refused_where_the_look_finds_not
     for number, rows in enumerate((whole, trap)):
         rows = rows * np.linalg.norm(weight) / np.linalg.norm(rows)
         lies = planted(state, tmp_path / f"lie{number}", [(rows - weight) / scale, honest[1]])
-        assert not lint_against(learner.received(lies.public), learner.approved())
+        assert not lint_against(learner.known.received(lies.public), learner.known.approved())
         reply = asked(rig, lies, 2)
         assert reply.header.kind == ERROR
         assert "0.lora_folded.weight moved by" in reply.header.meta["reason"]

@@ -256,9 +256,9 @@ def test_a_trap_folded_into_a_weight_is_seen(tmp_path: Path) -> None:
     alike = np.ones_like(weight)
     still = np.zeros_like(learner.model.get_submodule("2").get_parameter("weight").detach().numpy())
     start |= Folded.of(start).begun_with([(alike - weight) / scale, still]).parts
-    found = lint_against(learner.received(start), learner.approved())
+    found = lint_against(learner.known.received(start), learner.known.approved())
     assert [(finding.check, finding.tensor) for finding in found] == [("imprint", "0.lora_folded.weight")]
-    assert not lint_against(learner.received(rig.start().public), learner.approved())
+    assert not lint_against(learner.known.received(rig.start().public), learner.known.approved())
 
 
 @pytest.mark.parametrize("kind", ["fedavg", "fedex_lora", "flora"])

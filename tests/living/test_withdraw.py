@@ -200,8 +200,8 @@ def test_the_weight_of_a_site_stays_what_it_was(hospitals: SitesFile, finished: 
     withdraw_from_runs("A", [name], hospitals, [out])
     host = open_host(STUDY, hospitals, out, (), (), None)
     learner = host.learner(host.arm_spec("federated"), "A")
-    assert len(learner.dataset) < learner.least_weights["model"]
-    assert learner.least_weights["model"] == len(Datasets(host, hospitals, folder=out).before("A", 0).of("A"))
+    assert len(learner.dataset) < learner.known.least_weights["model"]
+    assert learner.known.least_weights["model"] == len(Datasets(host, hospitals, folder=out).before("A", 0).of("A"))
     host.close()
 
 

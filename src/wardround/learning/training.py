@@ -22,6 +22,7 @@ from wardround.learning.episodes import learned
 from wardround.learning.examples import Examples
 from wardround.learning.flat_step import stepped
 from wardround.learning.frozen import train_mode
+from wardround.learning.known_model import KnownModel
 from wardround.learning.methods.method import (
     WEIGHT_BY_VALIDATION,
     Episode,
@@ -44,10 +45,7 @@ from wardround.learning.passes import RECEIVED, Pass, held, parted, steps_in
 from wardround.learning.policy import Policy
 from wardround.learning.private_training import PrivateTraining
 from wardround.learning.survey import Survey
-from wardround.models.adapters import folded_scale, with_folded
 from wardround.models.lead import Keeping, Layered
-from wardround.models.low_rank import is_first_factor, is_folded
-from wardround.protection.drift import UpdateBound, local_bound
 from wardround.storage.store import Memory
 from wardround.study.schema import Local
 from wardround.tasks.stages import WHOLE, Curriculum
@@ -123,7 +121,7 @@ class Learner:
         self._steps_taken = 0
         self._least = least
         self._pull = pull
-        self._composed: tuple[Mapping[str, Array], dict[str, Array]] | None = None
+        self.known = KnownModel(site, model_context, method, policy, local, self._samples, groups)
 
     @property
     def model(self) -> nn.Module:
@@ -152,68 +150,10 @@ class Learner:
 
     def load(self, public: Mapping[str, Array], memory: Memory) -> None:
         """Put the shared, local and frozen tensors into the model: what the site uses itself, its own values first."""
-        shared = self._release(public)
+        shared = self.known.released(public)
         # They are needed once more at most.
-        self._composed = None
+        self.known.forget()
         self.load_tensors({name: shared[name] for name in self._policy.names("shared")} | self.local_tensors(memory))
-
-    def received(self, public: Mapping[str, Array]) -> dict[str, Array]:
-        """The shared tensors of a global state, by model name, as far as it holds them.
-
-        Of what is folded into a layer's weight it is that weight: a trap may hide in the sum of both.
-        """
-        released = self._release(public)
-        return {
-            name: with_folded(self.model, name, released[name]) if is_folded(name) else released[name]
-            for name in self._policy.names("shared")
-            if name in released
-        }
-
-    def _release(self, public: Mapping[str, Array]) -> dict[str, Array]:
-        """The shared tensors as the site gets them: composed once of a state that is looked at and then loaded."""
-        if self._composed is None or self._composed[0] is not public:
-            self._composed = public, dict(self._method.release_for(self.site, public, {}))
-        return self._composed[1]
-
-    def approved(self) -> dict[str, Array]:
-        """The shared tensors before round 1, by model name: what the site makes of the study it agreed to."""
-        shared = tuple(p for p in self._model_context.parameters if self._policy.roles[p.name] == "shared")
-        groups = self._method.groups(shared, ring_bits=32)
-        return self.received(self._method.initial(groups, self._model_context.initial_values())[0])
-
-    @property
-    def trained(self) -> frozenset[str]:
-        """The shared tensors that gradients reach."""
-        return frozenset(
-            p.name for p in self._model_context.parameters if p.trainable and self._policy.roles[p.name] == "shared"
-        )
-
-    @property
-    def update_bound(self) -> UpdateBound:
-        """How far a round of the study can move them."""
-        return self._method.update_bound(self.own_bound)
-
-    def bound_after(self, own: UpdateBound) -> UpdateBound:
-        """How far it can move them where every site's steps go as far as `own`."""
-        return self._method.update_bound(own)
-
-    @property
-    def folded(self) -> frozenset[str]:
-        """The shared tensors that are weights with something folded into them."""
-        return frozenset(filter(is_folded, self._policy.names("shared")))
-
-    def other_moves(self, reach: Callable[[str], float]) -> dict[str, float]:
-        """How far, in length, a round moves what is folded and what is drawn anew (`Method.other_moves`)."""
-        ranks = {p.name: p.info.shape[0] for p in self._model_context.parameters if is_first_factor(p.name)}
-        return {
-            name: length * (abs(folded_scale(self.model, name)) if is_folded(name) else 1.0)
-            for name, length in self._method.other_moves(ranks, reach).items()
-        }
-
-    @property
-    def own_bound(self) -> UpdateBound:
-        """How far the steps of one site go in a round."""
-        return local_bound(self._local)
 
     @property
     def measures_validation(self) -> bool:
@@ -224,11 +164,6 @@ class Learner:
     def measured(self) -> Measured:
         """What of that leaves, and what to choose for a study without."""
         return self._method.measures or WEIGHT_BY_VALIDATION
-
-    @property
-    def least_weights(self) -> dict[str, float]:
-        """The smallest weights that the site can have in a round, known before it trains."""
-        return self._method.least_weights(self._samples, self._groups)
 
     def load_tensors(self, tensors: Mapping[str, Array]) -> None:
         """Put tensors into the model by name; all others get their initial values, and what is frozen has them."""
@@ -277,8 +212,8 @@ class Learner:
         sent, own = parted(self._method.passes())
         if own:
             # What is loaded is the site's own model, with which it validates.
-            received = self._release(public)
-            self._composed = None
+            received = self.known.released(public)
+            self.known.forget()
             self.load_tensors(
                 {n: received[n] for n in self._policy.names("shared")} | self._kept(("local",), memory, RECEIVED)
             )

@@ -8,13 +8,14 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from wardround.errors import Rejected
 from wardround.federation.exchange import TRAIN
+from wardround.learning.known_model import KnownModel
 from wardround.learning.methods.method import MODEL
 from wardround.protection.compression import Codec
 from wardround.protection.drift import UNKNOWN, Seen, Sketcher, UpdateBound, drift, witnessed
@@ -26,51 +27,6 @@ from wardround.wire.update import Layout, limits, scale_key
 
 Array = npt.NDArray[Any]
 _SECRET, _SEEN = "lint/secret", "lint/seen"
-
-
-class KnownModel(Protocol):
-    """What a site knows of the model of a study without asking anybody; a `Learner` does."""
-
-    @property
-    def trained(self) -> frozenset[str]:
-        """The shared tensors that gradients reach."""
-        ...
-
-    @property
-    def update_bound(self) -> UpdateBound:
-        """How far a round can move them."""
-        ...
-
-    def bound_after(self, own: UpdateBound) -> UpdateBound:
-        """How far it can move them where every site's steps go as far as `own`."""
-        ...
-
-    @property
-    def folded(self) -> frozenset[str]:
-        """The shared tensors that are weights with something folded into them."""
-        ...
-
-    def other_moves(self, reach: Callable[[str], float]) -> dict[str, float]:
-        """How far, in length, a round moves tensors that it does not average, where a site's own steps go so far."""
-        ...
-
-    @property
-    def own_bound(self) -> UpdateBound:
-        """How far the steps of one site go in a round."""
-        ...
-
-    @property
-    def least_weights(self) -> dict[str, float]:
-        """The smallest weights that the site can have in a round."""
-        ...
-
-    def approved(self) -> dict[str, Array]:
-        """The shared tensors before round 1."""
-        ...
-
-    def received(self, public: Mapping[str, Array]) -> dict[str, Array]:
-        """The shared tensors of a global state."""
-        ...
 
 
 class Inspector:

@@ -194,7 +194,7 @@ class Site:
         memory = self._memory(header.round - 1, aborted_numbers(header))
         learner = self.learner
         inspector = self._inspector
-        seen = None if inspector is None else inspector.check(header.round, public, learner)
+        seen = None if inspector is None else inspector.check(header.round, public, learner.known)
         if learner.measures_validation:
             self._weigh(header, learner)
         learner.load(public, memory)

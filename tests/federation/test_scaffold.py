@@ -120,9 +120,9 @@ def test_the_control_variates_of_all_sites_add_up_to_n_times_c(tmp_path: Path, s
     for number, state in enumerate(states, start=1):
         bits = rig.arm_spec.layout.bits_of(rig.arm_spec.layout.groups[0])
         # Each round each site's change is rounded to a step of the scale; a rotation spreads them over a tensor.
-        steps = [before.scales[f"control/{n}"] / levels(bits) for n in rig.learner("A").trained]
+        steps = [before.scales[f"control/{n}"] / levels(bits) for n in rig.learner("A").known.trained]
         bound += 3.0 * max(steps) * (32.0**0.5) * len(rig.sites)
-        for name in rig.learner("A").trained:
+        for name in rig.learner("A").known.trained:
             own = np.zeros_like(state.public[f"control/{name}"], dtype=np.float64)
             for site in rig.sites.values():
                 memory, waiting = site.store.memory(number).tensors, f"residual/control/{name}"
@@ -131,7 +131,7 @@ def test_the_control_variates_of_all_sites_add_up_to_n_times_c(tmp_path: Path, s
             missed = np.abs(own - 3.0 * state.public[f"control/{name}"]).max()
             assert missed < bound + 1e-6 * (1.0 + np.abs(own).max()), (number, name)
         before = state
-    assert max(float(np.abs(before.public[f"control/{n}"]).max()) for n in rig.learner("A").trained) > 1e-5
+    assert max(float(np.abs(before.public[f"control/{n}"]).max()) for n in rig.learner("A").known.trained) > 1e-5
 
 
 #: Rate, rounds, and how near they come: steps of Adam are as long as the rate however near it is, here three of them.
@@ -141,7 +141,7 @@ def test_a_site_whose_update_was_lost_goes_on_with_what_the_sum_knows(tmp_path: 
     rig = Rig(study, tmp_path)
     rig.sites["A"] = Lost(rig.sites["A"], (1, 3, 4))  # type: ignore[assignment]
     states = list(rig.states())
-    names = rig.learner("A").trained
+    names = rig.learner("A").known.trained
     own = {site: {n: rig.sites[site].store.memory(6).tensors[f"method/own/{n}"] for n in names} for site in rig.sites}
     assert [len(report.participants) for report in rig.journal.reports()] == [2, 3, 2, 2, 3, 3]
     for name in names:

@@ -2,7 +2,7 @@
 
     WARDROUND_DATA=/folder python benchmarks/kspace_real.py [--quick | --full] [--out FOLDER]
 
-Trains examples/lgg-transfer.yaml by federation (four institutions, simulated scans of 1, 4 and 8 coils), then
+Trains examples/lgg-transfer.yaml by federation (four institutions, simulated scans of 1, 4, 8 and 12 coils), then
 undersamples fully sampled k-space of real scanners and reconstructs it without any fallback: a brain of 256 x 256 and a
 knee of 332 x 640, each from a single coil, and a brain whose four coil images are real and whose k-space is their
 Fourier transform, which is reported apart. R = 3 and 4, equispaced and random lines, 8 % calibration lines, three
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -61,6 +62,15 @@ class Scan:
     def coils(self) -> int:
         """How many."""
         return int(self.kspace.shape[1])
+
+    @cached_property
+    def head(self) -> Any:
+        """Where the head is in the image (1, H, W)."""
+        import torch
+
+        from wardround.imaging.datasets.mri import head_of_slice
+
+        return torch.from_numpy(head_of_slice(self.target[0].numpy()))[None].to(self.target.dtype)
 
 
 def main() -> None:
@@ -187,13 +197,9 @@ def measured(
 
 def scores(image: Any, scan: Scan) -> dict[str, float]:
     """`METRICS` of an image (1, H, W)."""
-    import torch
-
-    from wardround.imaging.datasets.mri import head_of_slice
     from wardround.tasks.metrics import reconstruction_scores
 
-    head = torch.from_numpy(head_of_slice(scan.target[0].numpy()))[None].to(scan.target.dtype)
-    values = reconstruction_scores(image, scan.target, head)
+    values = reconstruction_scores(image, scan.target, scan.head)
     return {metric: float(values[metric]) for metric in METRICS}
 
 

@@ -1,9 +1,9 @@
 """Five real institutions: is training a reconstruction network together worth it?
 
-Runs examples/lgg-transfer.yaml, scans of 1, 4 and 8 coils with local phase, for 40 rounds, or with `--study lgg-mri`
-examples/lgg-mri.yaml, 8 coils and smooth phase, with all arms: federated, each site alone, pooled, and each institution
-left out once. The images are real; the acquisition is simulated from them. PSNR is of magnitude images, its peak the
-volume's maximum.
+Runs examples/lgg-transfer.yaml, scans of 1, 4, 8 and 12 coils with local phase, for 40 rounds, or with `--study
+lgg-mri` examples/lgg-mri.yaml, 8 coils and smooth phase, with all arms: federated, each site alone, pooled, and each
+institution left out once. The images are real; the acquisition is simulated from them. PSNR is of magnitude images, its
+peak the volume's maximum.
 
 Total variation is compared twice: of complex images (`tv`), and phase-constrained, of a real image (`tv_real`), which
 is the assumption of a network with `image: real` and the stricter one where the phase is smooth (docs/baselines.md).

@@ -1,4 +1,4 @@
-"""What a site knows of the model of a study without asking anybody: where it begins, and how far a round moves it."""
+"""What a site derives by itself of a study's model: its first values, and how far a round moves them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from wardround.imaging.acquisition.operator import LinearOperator
+from wardround.imaging.acquisition.operator import LinearOperator, beside
 from wardround.imaging.acquisition.solvers import tv
 from wardround.models.blocks import ResidualUNet
 from wardround.models.checkpointing import Checkpointed
@@ -31,7 +31,7 @@ from wardround.study.tasks import Modality
 START_WEIGHT, START_ITERATIONS = 0.003, 25
 # The e of the peak of A* y, chosen on tones that training had not seen; and conjugate gradients to the minimum.
 ERROR, SOLVE_ITERATIONS = 0.045, 6
-# rho is about a hundredth of the peak: so many times it, D has inputs of one size.
+# rho is about a hundredth of the peak; D sees it multiplied by this.
 LEVEL = 10.0
 
 
@@ -82,11 +82,11 @@ class Cascade(Checkpointed):
         """Measured data (B, *data_shape) -> complex images (B, H, W)."""
         adjoint = operator.A_adjoint(data)
         peak = adjoint.abs().flatten(1).amax(1).clamp_min(torch.finfo(data.real.dtype).tiny)
-        data, adjoint = data / _beside(peak, data), adjoint / _beside(peak, adjoint)
+        data, adjoint = data / beside(peak, data), adjoint / beside(peak, adjoint)
         image = beginning(operator, data)
         misfits = misfit(operator, data, image)
         weight = misfits / ERROR**2
-        level = (LEVEL * _beside(misfits.sqrt(), image)).expand_as(image).to(image.dtype)
+        level = (LEVEL * beside(misfits.sqrt(), image)).expand_as(image).to(image.dtype)
 
         def corrected(image: Tensor) -> Tensor:
             found: Tensor = self.denoiser(image, guides=(adjoint - operator.normal(image), level))
@@ -98,12 +98,12 @@ class Cascade(Checkpointed):
 
         def last(image: Tensor, weight: Tensor) -> Tensor:
             found = corrected(image)
-            towards = adjoint + _beside(weight, found) * found
+            towards = adjoint + beside(weight, found) * found
             return operator.solve(towards, weight, iterations=SOLVE_ITERATIONS, start=found)
 
         for step in self.steps.unbind():
             image = self.through(cascade, image, step)
-        return self.through(last, image, weight) * _beside(peak, image)
+        return self.through(last, image, weight) * beside(peak, image)
 
 
 @torch.no_grad()
@@ -119,18 +119,13 @@ def misfit(operator: LinearOperator, data: Tensor, image: Tensor) -> Tensor:
     return left / data.ne(0).flatten(1).sum(1).clamp_min(1)
 
 
-def _beside(each: Tensor, like: Tensor) -> Tensor:
-    """One number of each item (B,), shaped to multiply data or images."""
-    return each.reshape(-1, *(1 for _ in like.shape[1:]))
-
-
 class CascadeSettings(PresetSettings):
     """U-Net and gradient steps in turns from total variation's image (after Schlemper et al., 2018); for real MRI."""
 
     kind: Literal["cascade"]
     modalities = frozenset({"mri"})
     consistent = True
-    cascades: int | None = Field(None, ge=1, le=50, description="turns; default 2 of `tiny` and `small`, 5 of `paper`")
+    cascades: int | None = Field(None, ge=2, le=50, description="turns; default 2 of `tiny` and `small`, 5 of `paper`")
     channels: int | None = Field(
         None, ge=1, le=1024, description="of the U-Net's first level; default 4 of `tiny`, 24 of `small`, 64 of `paper`"
     )

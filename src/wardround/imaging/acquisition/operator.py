@@ -145,7 +145,7 @@ def _iterated(
 ) -> Tensor:
     of_image = weight
     if isinstance(weight, Tensor) and weight.dim():
-        weight, of_image = weight.reshape(-1, 1), weight.reshape(-1, *(1 for _ in rhs.shape[1:]))
+        weight, of_image = weight.reshape(-1, 1), beside(weight, rhs)
     if start is None:
         x, r = None, _real(rhs)
     else:
@@ -207,7 +207,12 @@ def _image(x: Tensor, like: Tensor) -> Tensor:
 
 def _length(x: Tensor) -> Tensor:
     """Norm of each item, shaped to divide images."""
-    return _dot(_real(x), _real(x)).sqrt().reshape(-1, *(1 for _ in x.shape[1:]))
+    return beside(_dot(_real(x), _real(x)).sqrt(), x)
+
+
+def beside(each: Tensor, like: Tensor) -> Tensor:
+    """One number of each item (B,), shaped to multiply or divide data or images (B, ...)."""
+    return each.reshape(-1, *(1 for _ in like.shape[1:]))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

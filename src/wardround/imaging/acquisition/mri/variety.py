@@ -14,7 +14,7 @@ from wardround.study.acquisition import MRIVariety
 FloatArray = NDArray[np.float32]
 # Calibration lines leave at least this share of the measured ones to the rest of k-space.
 _REST = 0.4
-# A curve of intensities goes through so many random points above 0, none of them lower than this.
+# A curve of intensities: the number of its random points above 0, and the lowest value that they can have.
 _POINTS, _LEAST = 5, 0.05
 
 

@@ -117,6 +117,14 @@ def test_draws_stay_in_their_ranges_and_reach_both_ends() -> None:
     assert drawn(_acquisition(), np.random.default_rng(0)) == _acquisition()
 
 
+def test_the_number_of_coils_is_drawn_evenly_in_logarithms() -> None:
+    acquisition = _acquisition(vary={"coils": [1, 12]})
+    found = [drawn(acquisition, np.random.default_rng(seed)).coils for seed in range(2000)]
+    for coils in range(1, 13):
+        share = np.log((coils + 1) / coils) / np.log(13)
+        assert found.count(coils) / 2000 == pytest.approx(share, abs=4.5 * np.sqrt(share / 2000)), coils
+
+
 def test_an_image_that_is_zoomed_by_one_is_itself_and_others_are_as_large_as_they_should_be() -> None:
     image = _image((64, 64))
     np.testing.assert_allclose(zoomed(image, 1.0, np.random.default_rng(0)), image, atol=1e-5)

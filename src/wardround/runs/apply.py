@@ -256,8 +256,13 @@ def _simulated(model: _Model, source: Path, site: str | None) -> _Given:
 def trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
     """The numbers of coils that a model of MRI, or the model of `site`, was trained with."""
     sites = (study.training_sites or tuple(study.sites)) if site is None else (site,)
-    found = (study.acquisition_of(name) for name in sites)
-    return tuple(sorted({a.coils for a in found if isinstance(a, MRIAcquisition)}))
+    known: set[int] = set()
+    for scanner in map(study.acquisition_of, sites):
+        if isinstance(scanner, MRIAcquisition):
+            varied = scanner.vary.coils if scanner.vary is not None else None
+            fewest, most = varied or (scanner.coils, scanner.coils)
+            known.update(range(fewest, most + 1))
+    return tuple(sorted(known))
 
 
 def peak_of(volume: Volume, source: Path) -> float:

@@ -36,6 +36,12 @@ def _opened(source: Path, coils: tuple[int, ...], maps: Maps) -> Opened:
         seen = np.moveaxis(zero_filled(scans.operator, scans.kspace).abs().numpy(), 0, -1)
     # Where the patient lies, is not read of raw data.
     image = LabelledImage(np.float32(measured.scale) * seen[None], None, VoxelSpace(measured.raw.facts.spacing))
-    found, known = measured.raw.coils, " or ".join(map(str, coils))
-    unlike = f"Mind: the raw data are of {found} coils, and the model was trained with {known}. Untested there."
+    found = measured.raw.coils
+    unlike = f"Mind: the raw data are of {found} coils, and the model was trained with {_said(coils)}. Untested there."
     return Opened(image, scans=scans, scale=measured.scale, minds=(unlike,) if coils and found not in coils else ())
+
+
+def _said(coils: tuple[int, ...]) -> str:
+    """Numbers of coils in words: 4 or 8, and 1 to 12 where a study varies them."""
+    every = len(coils) > 2 and coils == tuple(range(coils[0], coils[-1] + 1))
+    return f"{coils[0]} to {coils[-1]}" if every else " or ".join(map(str, coils))

@@ -36,10 +36,11 @@ def drawn(acquisition: MRIAcquisition, random: np.random.Generator) -> MRIAcquis
     if variety.calibration is not None:
         mask["calibration"] = float(random.uniform(*variety.calibration))
     changed = acquisition.mask.model_copy(update=mask)
-    most = (1 - _REST) / changed.acceleration if changed.acceleration > 1 else 1.0
-    changed = changed.model_copy(update={"calibration": min(changed.calibration, most)})
+    room = (1 - _REST) / changed.acceleration if changed.acceleration > 1 else 1.0
+    changed = changed.model_copy(update={"calibration": min(changed.calibration, room)})
     if variety.coils is not None:
-        new["coils"] = int(random.integers(variety.coils[0], variety.coils[1] + 1))
+        fewest, most = variety.coils
+        new["coils"] = min(int(evenly_in_logarithms((fewest, most + 1), random)), most)
     return acquisition.model_copy(update={**new, "mask": changed, "vary": None})
 
 

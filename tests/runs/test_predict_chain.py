@@ -155,3 +155,12 @@ def test_larger_raw_data_are_outlined_at_the_studys_size(tmp_path: Path) -> None
     found = task.predict_scans(network_of(study, model), scans)
     assert found.marked.shape == (1, SIZE + 8, SIZE + 8, 1)
     assert found.images.shape == (1, SIZE + 8, SIZE + 8, 1)
+
+
+@pytest.mark.parametrize(("coils", "within"), [(2, True), (3, True), (5, False)])
+def test_a_model_knows_the_numbers_of_coils_that_its_training_drew(tmp_path: Path, coils: int, within: bool) -> None:
+    acquisition = {"coils": 2, "mask": {"acceleration": 3, "calibration": 0.15}, "vary": {"coils": [2, 4]}}
+    _, model = released(tmp_path, acquisition=acquisition)
+    np.save(tmp_path / "scan.npy", kspace_of(1, coils)[0])
+    one = predicted(model, tmp_path / "scan.npy", tmp_path / "out")
+    assert ("was trained with 2 to 4. Untested there." not in one.said) == within

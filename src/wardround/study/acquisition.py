@@ -55,7 +55,8 @@ class MRIVariety(Config):
     """How training scans differ from the site's scanner: each is drawn anew, with its image changed beforehand.
 
     Ranges replace the scanner's own value and are drawn evenly, `noise`, `coils`, `zoom` and `gamma` in logarithms, so
-    that of 1 to 12 coils every fourth scan has one; what is absent stays. Validation and test scans, and classical methods, see the site's scanner as it is.
+    that of 1 to 12 coils every fourth scan has one; what is absent stays. Validation and test scans, and classical
+    methods, see the site's scanner as it is.
     """
 
     acceleration: Annotated[PositiveRange | None, Field(description="replaces mask.acceleration; from 1 on")] = None

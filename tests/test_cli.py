@@ -55,6 +55,13 @@ def _ok(*arguments: object) -> str:
     return result.stdout
 
 
+def kspace_of_a_point(coils: int, size: int) -> np.ndarray:
+    """Centred k-space (coils, size, size) of one bright pixel and a little of everything."""
+    kspace = np.ones((coils, size, size), np.complex64)
+    kspace[:, size // 2, size // 2] = 2
+    return kspace
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_hospitals(tmp_path_factory.mktemp("data"))
@@ -236,7 +243,7 @@ def test_reconstruct_writes_an_image(finished: tuple[Path, Path, str], data: Pat
 
 
 def test_reconstruct_says_where_coils_are_others(finished: tuple[Path, Path, str], tmp_path: Path) -> None:
-    np.save(tmp_path / "k.npy", np.ones((3, 64, 64), np.complex64))
+    np.save(tmp_path / "k.npy", kspace_of_a_point(3, 64))
     model = finished[0] / "models" / "federated.safetensors"
     said = _ok("reconstruct", model, tmp_path / "k.npy", tmp_path / "out.nii.gz")
     assert "coils 3 (trained on 4 to 6)" in " ".join(said.split())
@@ -345,9 +352,35 @@ def test_inspect_describes_folders_and_files(data: Path, tmp_path: Path) -> None
     said = _ok("inspect", data)
     assert "site Alpha: 4 patients; with flair (4)" in said
     assert PATIENT not in said
-    np.save(tmp_path / "k.npy", np.ones((2, 4, 4), np.complex64))
-    assert "complex k-space" in _ok("inspect", tmp_path / "k.npy")
+    np.save(tmp_path / "k.npy", kspace_of_a_point(2, 16))
+    assert "NumPy: 1 slice of 16 x 16 samples, 2 coils" in _ok("inspect", tmp_path / "k.npy")
     assert "nothing at the given path" in _refused("inspect", tmp_path / "absent")
+    raw = tmp_path / "raw" / "Alpha" / PATIENT / "scan.npy"
+    raw.parent.mkdir(parents=True)
+    raw.touch()
+    image = tmp_path / "images" / "Beta" / PATIENT / "flair.nii"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"x")
+    for root, file in ((tmp_path / "raw", raw), (tmp_path / "images", image)):
+        assert PATIENT not in _ok("inspect", root)
+        assert f"{file}: " in _ok("inspect", root, "--names").split("keep this list at the site:")[1]
+    (tmp_path / "none.npy").touch()
+    bad = _run("inspect", tmp_path / "none.npy")
+    assert (bad.exit_code, "is empty; copy it again" in bad.stdout) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "last"),
+    [(["a.h5"], "b.npy"), (["a.h5"], "b.png"), (["a.h5", "b.npy"], "c.nii.gz"), (["a.h5"], "--out b.nii.gz")],
+)
+def test_an_output_that_is_named_as_a_file_is_refused(
+    inputs: list[str], last: str, finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    *option, name = last.split()
+    paths = [tmp_path / each for each in inputs]
+    model = finished[0] / "models" / "federated.safetensors"
+    assert "is where results are written: a folder" in _refused("reconstruct", model, *paths, *option, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("option", ["--clip", "--dp-steps", "--sampling", "--delta", "--epsilon"])

@@ -106,12 +106,19 @@ def test_single_files_are_recognised(make_site: MakeSite, tmp_path: Path) -> Non
     assert inspect_path(site).kind == "a site's folder"
     kspace = np.zeros((2, 8, 8), dtype=np.complex64)
     kspace[:, ::4] = 3 + 4j
+    kspace[:, 4, 4] *= 2
     np.save(tmp_path / "k.npy", kspace)
-    assert "25.0% of samples measured, peak 5" in str(inspect_path(tmp_path / "k.npy"))
+    said = str(inspect_path(tmp_path / "k.npy"))
+    assert "NumPy: 1 slice of 8 x 8 samples, 2 coils" in said
+    assert "25.0% of a slice measured" in said
     (tmp_path / "bad.nii").write_bytes(b"x")
     assert "damaged" in str(inspect_path(tmp_path / "bad.nii"))
     (tmp_path / "bad.npy").write_bytes(b"x")
-    assert inspect_path(tmp_path / "bad.npy").problems
+    assert "not a NumPy array" in str(inspect_path(tmp_path / "bad.npy"))
+    (tmp_path / "none.npy").write_bytes(b"")
+    assert "is empty" in str(inspect_path(tmp_path / "none.npy"))
+    np.save(tmp_path / "real.npy", np.ones((2, 3)))
+    assert "an array of real numbers" in str(inspect_path(tmp_path / "real.npy"))
     (tmp_path / "other.txt").write_text("x")
     assert inspect_path(tmp_path / "other.txt").kind == "unknown"
     with pytest.raises(DataError, match="nothing at the given path"):

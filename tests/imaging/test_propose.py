@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from wardround.cli import app
 from wardround.errors import DataError
 from wardround.imaging.acquisition.ct.geometry import check_geometry, field_of_view_radius
+from wardround.imaging.convert import inspect_path
 from wardround.imaging.propose import propose_study
 from wardround.imaging.propose_ct import ct_sites
 from wardround.study.ct import CTAcquisition
@@ -58,6 +59,10 @@ def test_nothing_is_proposed_where_nothing_can_be_trained(make_site: MakeSite, t
     make_site("CS", 1)
     with pytest.raises(DataError, match="no site can train"):
         propose_study(tmp_path)
+    np.save(tmp_path / "CS" / "scan.npy", np.zeros((1, 4, 4), np.complex64))
+    with pytest.raises(DataError, match="1 file of raw data lies beside NIfTI images and is left out"):
+        propose_study(tmp_path)
+    assert "1 file of raw data lies beside" in str(inspect_path(tmp_path))
     make_site("DU", 2, contrasts=("t2",))
     with pytest.raises(DataError, match="no contrast is common"):
         propose_study(tmp_path)

@@ -237,8 +237,10 @@ def test_bart_reads_and_writes_the_same_pairs(tmp_path: Path) -> None:
     bart("fft", "-u", "-i", "3", "k", "x")
     raw = open_raw(tmp_path / "k.cfl")
     assert raw.shape == (1, 4, 24, 24)
-    images = open_raw(tmp_path / "x.cfl").kspace(0)
+    images = np.fromfile(tmp_path / "x.cfl", "<c8").reshape((24, 24, 4), order="F").transpose(2, 0, 1)
     close(transformed(images), raw.kspace(0))
+    with pytest.raises(DataError, match="no centred k-space"):
+        open_raw(tmp_path / "x.cfl")
     write_bart(tmp_path / "w", bart_of(KSPACE))
     assert bart("show", "-d", "3", "w").strip() == "3"
     assert bart("show", "-d", "13", "w").strip() == "2"
@@ -332,6 +334,16 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda d: scipy.io.savemat(d / "a.mat", {"a": np.roll(KSPACE[0, 0], 16, 0)}) or d / "a.mat",
         "no centred k-space",
     ),
+    "images in NumPy": (lambda d: np.save(d / "a.npy", np.roll(KSPACE[0], 16, 1)) or d / "a.npy", "no centred k-space"),
+    "images in BART": (lambda d: write_bart(d / "a", bart_of(np.roll(KSPACE, 16, 2))), "no centred k-space"),
+    "empty MATLAB": (lambda d: (d / "a.mat").touch() or d / "a.mat", "damaged or none"),
+    "empty NumPy": (lambda d: (d / "a.npy").touch() or d / "a.npy", "is empty"),
+    "no NumPy": (lambda d: (d / "a.npy").write_bytes(b"text") and d / "a.npy", "not a NumPy array"),
+    "truncated NumPy": (lambda d: _cut(np.save(d / "a.npy", KSPACE) or d / "a.npy"), "cut short"),
+    "k-space called k": (
+        lambda d: scipy.io.savemat(d / "a.mat", {"k": KSPACE.T, "b": KSPACE[0, 1]}) or d / "a.mat",
+        "give k-space another name",
+    ),
     "no MATLAB": (lambda d: (d / "a.mat").write_bytes(b"0" * 600) and d / "a.mat", "damaged or none"),
     "unknown": (lambda d: (d / "a.dat").write_bytes(b"0") and d / "a.dat", "no raw data that is known"),
     "missing": (lambda d: d / "a.h5", "cannot be read"),
@@ -342,6 +354,13 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_a_wrong_file_is_refused(name: str, tmp_path: Path) -> None:
     make, message = WRONG[name]
     refused(make(tmp_path), message)
+
+
+def test_zeros_are_said_where_a_file_has_no_mask_of_its_own(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros_like(KSPACE))
+    raw = open_raw(tmp_path / "a.npy")
+    with pytest.raises(DataError, match="nothing but zeros"):
+        raw.mask(0, raw.kspace(0))
 
 
 def test_a_header_of_bart_alone_is_refused(tmp_path: Path) -> None:

@@ -225,6 +225,9 @@ def test_too_few_samples_and_networks_that_do_not_train_are_refused() -> None:
         with pytest.raises(GeometryError, match=f"{message} of a slice were measured outside its calibration centre"):
             fit_to_scan(Known(), [MRIBatch.measured(few, few.A(_image()))], HOW, 5, _random())
         few.mask[0, 0, 0] = 0
+    full = _operator(tuple(range(COLUMNS)))
+    with pytest.raises(GeometryError, match="the scan is fully sampled"):
+        fit_to_scan(Known(), [MRIBatch.measured(full, full.A(_image()))], HOW, 5, _random())
     network = Known()
     network.scale.requires_grad_(False)
     with pytest.raises(StudyError, match="all its values are frozen"):

@@ -128,7 +128,7 @@ def test_many_inputs_go_into_one_folder_and_what_fails_is_named_at_the_end(model
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["model.json", "p1_flair.nii.gz", "p2_flair.nii.gz"]
     assert done.stdout.count("Research use only") == 2
-    assert "several inputs and a folder for them with --out" in _run("reconstruct", model, *inputs).stderr
+    assert "is where results are written: a folder" in _run("reconstruct", model, *inputs).stderr
 
 
 def test_outputs_are_named_by_what_tells_inputs_apart(tmp_path: Path) -> None:

@@ -172,6 +172,23 @@ def test_scans_without_any_true_image_train(tmp_path: Path) -> None:
     assert 0 < result.metrics["federated"]["mean"]["kspace_residual"].value < 10
 
 
+def test_a_proposed_study_takes_files_as_most_of_them_are_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    kept = np.zeros(SIZE)
+    kept[LINES] = 1
+    for number in range(4):
+        mask = None if number == 0 else kept
+        write_fastmri(tmp_path / "Alpha" / f"{number}.h5", coil_images(number, 1), mask=mask, patient=f"P{number}")
+    np.save(tmp_path / "Alpha" / "4.npy", np.zeros((2, SIZE, SIZE), np.complex64))
+    study, _ = propose_study(tmp_path)
+    assert yaml.safe_load(study)["acquisition"]["sampling"] == "own"
+    assert "1 of 4 files are full scans, which this study leaves out; 1 more cannot be read" in study
+    for number in (2, 3):
+        write_fastmri(tmp_path / "Alpha" / f"{number}.h5", coil_images(number, 1), patient=f"P{number}")
+    study, _ = propose_study(tmp_path)
+    assert yaml.safe_load(study)["acquisition"]["sampling"] == "retrospective"
+    assert "1 of 4 files are no full scans" in study
+
+
 @pytest.mark.slow
 def test_a_proposed_study_is_one_that_runs(tmp_path: Path) -> None:
     study, sites = propose_study(hospitals(tmp_path / "data"))

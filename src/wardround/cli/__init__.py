@@ -78,8 +78,7 @@ for command in (
     joining.join,
 ):
     app.command()(command)
-# The older name of the same command.
-app.command("reconstruct", hidden=True)(models.predict)
+app.command("reconstruct", help="The same as predict: reconstruct raw data with a released model.")(models.predict)
 app.command()(audit.audit)
 app.command("verify-audit")(audit.verify_audit)
 app.command()(submit.submit)

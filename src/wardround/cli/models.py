@@ -10,6 +10,8 @@ import typer
 from wardround.cli.shared import AllowCodeOption, complain, explain, say
 from wardround.errors import StudyError
 
+# Endings of files that are no folder's.
+_NO_FOLDERS = (".hdr", ".dcm", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".csv", ".json", ".safetensors", ".npz")
 PluginOption = Annotated[
     list[str] | None, typer.Option("--plugin", help="A plug-in that the model's file may name; give it again.")
 ]
@@ -54,17 +56,16 @@ def predict(
 ) -> None:
     """Apply a released model: reconstruct raw data, outline structures, or name what images show.
 
-    Of a model that reconstructs, an image is scanned by the study's simulated scanner first. Exit code 1 where some of
-    several inputs could not be used.
+    Raw data are reconstructed as they were measured; an image given to a model that reconstructs is scanned by the
+    study's simulated scanner first. Exit code 1 where some of several inputs could not be used.
     """
     from wardround.runs.predict import predict as apply
 
     if out is None and len(paths) < 2:
         raise StudyError("give one input and the output, or several inputs and a folder for them with --out")
     *inputs, last = paths if out is None else [*paths, out]
-    if len(inputs) > 1 and last.is_file():
-        raise StudyError("the output is a file; give several inputs and a folder for them with --out", detail=str(last))
     single = inputs[0] if out is None and len(inputs) == 1 else inputs
+    check_output(last, one=out is None and len(inputs) == 1)
     found = apply(
         model,
         single,
@@ -84,10 +85,30 @@ def predict(
     if found.table is not None:
         say(f"Table: {found.table}")
     for failure in found.failed:
-        explain(f"{failure.reason}", ": ".join(filter(None, (str(failure.source), failure.patient, failure.detail))))
+        named = failure.detail.startswith(str(failure.source))
+        parts = ("" if named else str(failure.source), failure.patient, failure.detail)
+        explain(f"{failure.reason}", ": ".join(filter(None, parts)))
     if found.failed:
         complain(f"{len(found.failed)} of {len(found.done) + len(found.failed)} inputs could not be used")
         raise typer.Exit(1)
+
+
+def check_output(path: Path, *, one: bool) -> None:
+    """Raise `StudyError` where a path is no place for results: a file, or named as one, but NIfTI of `one` input.
+
+    So an output that was left out is not taken for one of the inputs, and no folder is named as a file.
+    """
+    from wardround.imaging.readers.raw import ENDINGS
+
+    nifti = path.name.endswith((".nii", ".nii.gz"))
+    if one and (nifti or path.is_dir()):
+        return
+    if nifti or path.is_file() or path.suffix.lower() in (*ENDINGS, *_NO_FOLDERS):
+        raise StudyError(
+            "the last path, or --out, is where results are written: a folder, or NAME.nii.gz for the image of one "
+            "input without --out; this is, or is named as, another file",
+            detail=str(path),
+        )
 
 
 def export(
@@ -128,11 +149,15 @@ def inspect(
         bool, typer.Option("--matrix", help="Of a run with --compare local: each site's own model at each other site.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --across or --matrix: JSON instead of tables.")] = False,
+    names: Annotated[
+        bool, typer.Option("--names", help="Of a folder: list the files that cannot be used, which may name patients.")
+    ] = False,
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Say what a file or folder holds, without naming a patient; of a run, how far it has come.
 
-    With --across, describe the images of several sites in sums and say how unlike they are.
+    With --across, describe the images of several sites in sums and say how unlike they are. Exit code 1 where a file
+    cannot be used.
     """
     from wardround.cli.shift import describe_sites, show_matrix
 
@@ -154,7 +179,12 @@ def inspect(
         return
     from wardround.imaging.convert import inspect_path
 
-    say(str(inspect_path(path)))
+    found = inspect_path(path)
+    say(str(found))
+    if names:
+        say("\n".join(["Files that cannot be used; keep this list at the site:", *(found.unusable or ["  none"])]))
+    if path.is_file() and found.problems:
+        raise typer.Exit(1)
 
 
 def write_numbers(out: Path, file: Path) -> None:

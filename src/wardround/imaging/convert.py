@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,12 @@ from PIL import Image
 from wardround.deidentify import scrub
 from wardround.errors import DataError
 from wardround.imaging.datasets.ct import CONTRAST as CT
-from wardround.imaging.raw_inspect import describe_file, raw_sites, summarise_raw
+from wardround.imaging.raw_inspect import RawSummary, describe_file, raw_sites, summarise_raw
 from wardround.imaging.readers.dicom_inspect import find_dicom
 from wardround.imaging.readers.folder import SiteFolder
 from wardround.imaging.readers.hounsfield import check_hounsfield
-from wardround.imaging.readers.raw import is_raw
+from wardround.imaging.readers.raw import is_raw, raw_files
+from wardround.imaging.readers.raw.arrays import read_array
 from wardround.imaging.readers.raw.trajectory import points_file
 from wardround.imaging.readers.series_inspect import summarise
 from wardround.imaging.readers.volume import Volume, read_volume, write_nifti
@@ -41,6 +42,7 @@ class SiteSummary:
     slices: tuple[int, int]
     intensity: tuple[float, float]
     problems: tuple[str, ...]
+    unusable: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def complete(self) -> frozenset[str]:
@@ -68,12 +70,20 @@ class SiteSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a path holds. `facts` and `problems` never name a patient."""
+    """What a path holds. Facts, problems and the text of it never name a patient; `unusable` names files."""
 
     kind: str
     facts: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     sites: Mapping[str, SiteSummary] = field(default_factory=lambda: MappingProxyType({}))
+    raw: tuple[RawSummary, ...] = ()
+
+    @property
+    def unusable(self) -> list[str]:
+        """A line for each file below a folder that cannot be used, and why: for eyes at the site alone."""
+        images = [item for site in self.sites.values() for item in site.unusable.items()]
+        scans = [(text, map(str, files)) for site in self.raw for text, files in site.problems.items()]
+        return [f"{file}: {text}" for text, files in (*images, *scans) for file in files]
 
     def __str__(self) -> str:
         lines = [
@@ -94,12 +104,13 @@ def inspect_path(path: Path) -> Inspection:
     if not path.is_dir():
         raise DataError("there is nothing at the given path", detail=str(path))
     if is_site(path):
-        return Inspection("a site's folder", sites={path.resolve().name: _summarise(path)})
+        return Inspection("a site's folder", beside_images(path), sites={path.resolve().name: _summarise(path)})
     found = [child for child in sorted(path.iterdir()) if child.is_dir() and is_site(child)]
     if found:
         others = [child for child in sorted(path.iterdir()) if child.is_dir() and child not in found]
         dicoms = sum(bool(find_dicom(child)) for child in others)
-        beside = (f"{dicoms} more folders hold DICOM; inspect each by itself",) if dicoms else ()
+        dicom_said = (f"{dicoms} more folders hold DICOM; inspect each by itself",) if dicoms else ()
+        beside = (*dicom_said, *beside_images(path))
         return Inspection(f"a folder of {len(found)} sites", beside, sites={s.name: _summarise(s) for s in found})
     if raw := raw_sites(path):
         return _inspect_raw(path, raw)
@@ -113,9 +124,8 @@ def inspect_path(path: Path) -> Inspection:
 def _inspect_raw(path: Path, sites: Sequence[Path]) -> Inspection:
     """What sites with raw data hold."""
     what = "a site's folder of raw data" if sites[0] == path else f"a folder of {len(sites)} sites with raw data"
-    # Each site's own lines, without their indent.
-    lines = [line for site in sites for line in summarise_raw(site).lines()]
-    return Inspection(what, tuple(lines))
+    found = tuple(summarise_raw(site) for site in sites)
+    return Inspection(what, tuple(line for site in found for line in site.lines()), raw=found)
 
 
 def _inspect_dicom(path: Path) -> Inspection | None:
@@ -138,21 +148,23 @@ def _inspect_file(path: Path) -> Inspection:
         return Inspection("a NIfTI image", (f"{size} voxels of {spacing} mm", f"intensities {low:g} to {high:g}"))
     if path.suffix == ".npy" and not points_file(path).exists():
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
-            return Inspection("an array", problems=("the file is damaged or holds Python objects",))
-        facts: tuple[str, ...] = (f"shape {array.shape}, {array.dtype}",)
+            array = read_array(path, "array")
+        except DataError as error:
+            return Inspection("an array", problems=(str(error),))
         if array.dtype.kind != "c":
-            return Inspection("an array of real numbers", facts)
-        measured = np.count_nonzero(array) / max(array.size, 1)
-        peak = float(np.abs(array).max(initial=0.0))
-        facts += (f"{measured:.1%} of samples measured, peak {peak:g}",)
-        return Inspection("complex k-space", facts)
+            return Inspection("an array of real numbers", (f"shape {array.shape}, {array.dtype}",))
     if is_raw(path):
         return Inspection(*describe_file(path))
     if dicom := _inspect_dicom(path):
         return dicom
     return Inspection("unknown", problems=("neither NIfTI (.nii, .nii.gz), raw data, DICOM, nor an array (.npy)",))
+
+
+def beside_images(folder: Path) -> tuple[str, ...]:
+    """Says that raw data lie in a folder with images, for a study takes one kind; empty where none do."""
+    count = len(raw_files(folder))
+    what = "1 file of raw data lies" if count == 1 else f"{count} files of raw data lie"
+    return (f"{what} beside NIfTI images and is left out: keep one kind in a folder",) if count else ()
 
 
 def is_site(folder: Path) -> bool:
@@ -166,7 +178,7 @@ def _summarise(path: Path) -> SiteSummary:
     folder = SiteFolder(path, name, cache_bytes=0)
     contrasts = {c: len(folder) - folder.lacking(c) for c in folder.contrasts}
     sizes: Counter[tuple[int, int]] = Counter()
-    problems: Counter[str] = Counter()
+    problems: defaultdict[str, list[str]] = defaultdict(list)
     slices: list[int] = []
     lows, highs = [], []
     for patient in range(len(folder)):
@@ -178,7 +190,7 @@ def _summarise(path: Path) -> SiteSummary:
             except DataError as error:
                 # A drawing of nothing is no fault: not every patient has a tumour.
                 if contrast not in DRAWINGS:
-                    problems[str(error)] += 1
+                    problems[str(error)].append(error.detail)
                 continue
             sizes[volume.shape[0], volume.shape[1]] += 1
             slices.append(volume.shape[2])
@@ -192,7 +204,8 @@ def _summarise(path: Path) -> SiteSummary:
         dict(sizes.most_common()),
         (min(slices, default=0), max(slices, default=0)),
         (min(lows, default=0.0), max(highs, default=0.0)),
-        tuple(f"{text} ({count} images)" for text, count in problems.items()),
+        tuple(f"{text} ({len(files)} images)" for text, files in problems.items()),
+        {text: tuple(files) for text, files in problems.items()},
     )
 
 

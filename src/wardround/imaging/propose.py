@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from wardround.errors import DataError
-from wardround.imaging.convert import DRAWINGS, counted_patients, inspect_path, is_site
+from wardround.imaging.convert import DRAWINGS, beside_images, counted_patients, inspect_path, is_site
 from wardround.imaging.datasets.ct import CONTRAST as CT
 from wardround.imaging.propose_ct import HEAD, ct_sites, propose_ct
 from wardround.imaging.propose_raw import propose_raw
@@ -120,7 +120,11 @@ def _propose_mri(folder: Path) -> tuple[str, str]:
             detail=f"complete are {have}",
         )
     if all(summary.patients < 2 for summary in summaries):
-        raise DataError("no site can train: each has 1 patient, and one must be held out to test")
+        raise DataError(
+            "; ".join(
+                ("no site can train: each has 1 patient, and one must be held out to test", *beside_images(folder))
+            )
+        )
     sizes: Counter[tuple[int, int]] = Counter()
     for summary in summaries:
         sizes.update(summary.sizes)

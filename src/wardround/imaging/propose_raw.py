@@ -62,16 +62,18 @@ schedule:
 def propose_raw(name: str, sites: Mapping[str, Path]) -> str:
     """Return a commented study (YAML) for sites with raw data; one slice of every file is read.
 
-    Full scans are undersampled afterwards. Where no file is a full scan, files are taken as they were measured, with
-    their reference images where all have one. `task.size` is the commonest size of a slice. Raises DataError where no
-    file can be used and where no site can train.
+    Full scans are undersampled afterwards. Where most files are no full scans, files are taken as they were measured,
+    with their reference images where all have one. What this leaves out, and what cannot be read, is said beside each
+    site. `task.size` is the commonest size of a slice. Raises DataError where no file can be used and where no site can
+    train.
     """
     found = {site: summarise_raw(path) for site, path in sites.items()}
     summaries = list(found.values())
     files, full, references = (sum(getattr(one, key) for one in summaries) for key in ("files", "full", "references"))
     if not files:
         raise DataError("no raw data file can be read; `wardround inspect` lists what is wrong")
-    alone = not full and references < files
+    own = 2 * full < files
+    alone = own and references < files
     sizes: Counter[tuple[int, int]] = Counter()
     for one in summaries:
         sizes.update(one.sizes)
@@ -85,14 +87,20 @@ def propose_raw(name: str, sites: Mapping[str, Path]) -> str:
     height, width = sizes.most_common(1)[0][0]
     return _STUDY.format(
         name=name,
-        sites="\n".join(_site(site, one) for site, one in found.items()),
-        acquisition=_RETROSPECTIVE if full else _OWN.format(reference=_WITHOUT if alone else _WITH),
+        sites="\n".join(_site(site, one, own=own) for site, one in found.items()),
+        acquisition=_RETROSPECTIVE if not own else _OWN.format(reference=_WITHOUT if alone else _WITH),
         supervision=_ALONE if alone else "",
         height=height,
         width=width,
     )
 
 
-def _site(name: str, summary: RawSummary) -> str:
+def _site(name: str, summary: RawSummary, *, own: bool) -> str:
     role = "train" if summary.patients > 1 else "unseen"
-    return f"  {name}: {{role: {role}}}   # {counted_patients(summary.patients)}"
+    said = [counted_patients(summary.patients)]
+    if others := summary.full if own else summary.files - summary.full:
+        which = f"{others} of {summary.files} files are {'' if own else 'no '}full scans"
+        said.append(f"{which}, which this study leaves out")
+    if broken := sum(map(len, summary.problems.values())):
+        said.append(f"{broken} more cannot be read: see `wardround inspect`")
+    return f"  {name}: {{role: {role}}}   # {'; '.join(said)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ class RawSummary:
     """One site's raw data in numbers: patients, files by kind, sizes (H, W) of slices, coils, how many are full scans.
 
     `along` are the sizes of images of radial and spiral scans, which are in none of `sizes` and no full scans.
-    `references` counts files with a reference image, `problems` how often each reason not to use a file was met.
+    `references` counts files with a reference image; `problems` are the files that cannot be used, by the reason.
     """
 
     name: str
@@ -32,7 +32,7 @@ class RawSummary:
     full: int
     references: int
     scanners: Mapping[str, int]
-    problems: Mapping[str, int]
+    problems: Mapping[str, tuple[Path, ...]]
     along: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     @property
@@ -55,7 +55,7 @@ class RawSummary:
             f"site {self.name}: {people} with raw data: {kinds or 'none that can be read'}",
             f"  {self.slices} slices of {sizes or 'unknown size'}; coils {coils or 'unknown'}{scanners}",
             f"  {self.full} of {self.files} files fully sampled, {self.references} with a reference image",
-            *(f"  problem: {text} ({count} files)" for text, count in self.problems.items()),
+            *(f"  problem: {text} ({counted_files(len(files))})" for text, files in self.problems.items()),
         ]
 
 
@@ -89,14 +89,14 @@ def summarise_raw(path: Path) -> RawSummary:
     along: Counter[tuple[int, int]] = Counter()
     coils: Counter[int] = Counter()
     scanners: Counter[str] = Counter()
-    problems: Counter[str] = Counter()
+    problems: defaultdict[str, list[Path]] = defaultdict(list)
     slices = full = references = 0
     for file in (file for patient in range(len(folder)) for file in folder.files(patient)):
         try:
             scan = open_raw(file)
             sampled = _full(scan)
         except DataError as error:
-            problems[str(error)] += 1
+            problems[str(error)].append(file)
             continue
         kinds[scan.kind] += 1
         coils[scan.coils] += 1
@@ -115,9 +115,14 @@ def summarise_raw(path: Path) -> RawSummary:
         full,
         references,
         dict(scanners.most_common(_SHOWN)),
-        dict(problems.most_common()),
+        {text: tuple(files) for text, files in sorted(problems.items(), key=lambda item: -len(item[1]))},
         dict(along.most_common()),
     )
+
+
+def counted_files(count: int) -> str:
+    """A number of files, for people."""
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def scanner_of(scan: RawSlices) -> str:

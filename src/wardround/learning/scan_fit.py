@@ -99,6 +99,10 @@ class SliceInThree:
         mask = on_host(slice_.mask[0])
         free, lines = outside_centre(mask), of_lines(mask)
         found, fewest, what = (free.any(0), _FEWEST_LINES, "lines") if lines else (free, _FEWEST, "samples")
+        if mask.all():
+            raise GeometryError(
+                "the scan is fully sampled: a network learns nothing from it that it lacks; leave out --adapt-to-scan"
+            )
         if (count := int(found.sum())) < fewest:
             raise GeometryError(
                 f"{count} {what} of a slice were measured outside its calibration centre, and {fewest} or more are "

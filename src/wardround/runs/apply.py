@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wardround.errors import DataError, StudyError
+from wardround.errors import DataError, GeometryError, StudyError
 from wardround.imaging.acquisition.mri.masks import sampling_mask
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.simulate import simulate
@@ -114,17 +114,21 @@ class Reconstructor:
             raise StudyError("the output must be a NIfTI file: NAME.nii.gz", detail=str(output))
         if output.exists() and source.exists() and output.samefile(source):
             raise StudyError("the output would overwrite the input; choose another name", detail=str(output))
-        done: Done = at(self.study.scanner.applied)(
-            self._network,
-            self.study,
-            source,
-            output,
-            self._site,
-            self._prompt,
-            self._dose,
-            self._fallback,
-            **self._adapting,
-        )
+        try:
+            done: Done = at(self.study.scanner.applied)(
+                self._network,
+                self.study,
+                source,
+                output,
+                self._site,
+                self._prompt,
+                self._dose,
+                self._fallback,
+                **self._adapting,
+            )
+        except GeometryError as error:
+            # Operators and solvers know no file.
+            raise GeometryError(str(error), detail=error.detail or str(source)) from error
         mind = warning(self._trained, done.scan, done.header)
         neutral = "No --embedding of the patient was given: the model's anatomy map is neutral."
         written = done.depth is not None and done.depth.fires and self._fallback
@@ -157,7 +161,8 @@ def reconstruct_mri(
         raise StudyError("--dose: this is a model for MRI; leave it out")
     model = _mri_model(network, study, site)
     if source.is_dir():
-        raise StudyError("this is a model for MRI: it takes one file, a NIfTI image or raw data", detail=str(source))
+        takes = f"raw data ({KINDS})" if model.acquisition.measured else f"a NIfTI image or raw data ({KINDS})"
+        raise StudyError(f"this is a model for MRI: it takes files, not a folder: {takes}", detail=str(source))
     given = _measured(model, source) if is_raw(source) else _simulated(model, source, site)
     fit: ScanFit | None = None
     if adapt_to_scan is not None:

@@ -60,8 +60,12 @@ class Depth:
     @property
     def fires(self) -> bool:
         """Whether the network is out of its depth."""
-        usual = 1.0 if self.expected is None else max(1.0, self.expected.ratio)
-        return self.measured.ratio > LIMIT * usual
+        return self.measured.ratio > self.limit
+
+    @property
+    def limit(self) -> float:
+        """How many times as much as total variation the network may leave unexplained."""
+        return LIMIT * (1.0 if self.expected is None else max(1.0, self.expected.ratio))
 
     @property
     def _behind(self) -> float:
@@ -79,6 +83,9 @@ class Depth:
         if self.expected is not None:
             said[0] += f"; of the same anatomy, scanned as in training: {_pair(self.expected)}"
         said[0] += "."
+        if not self.fires:
+            times = f"{self.measured.ratio:.2g} times as much as total variation"
+            said[0] += f" The network leaves {times}, which is usual; there is a warning above {self.limit:.2g}."
         if self.scores:
             each = "; ".join(f"{name} {_scores(values)}" for name, values in self.scores.items())
             said.append(f"Against the input, on the same slices: {each}.")

@@ -114,7 +114,9 @@ def output_names(sources: Sequence[Path]) -> list[str]:
         bases = [_base(name) for name in names]
         if len({base.casefold() for base in bases}) == len(bases):
             return [f"{base}.nii.gz" for base in bases]
-    raise StudyError("inputs differ in their endings alone; reconstruct them into folders of their own")
+    named = [str(path.with_name(_base(path.name))).casefold() for path in whole]
+    alike = ", ".join(str(path) for path, name in zip(whole, named, strict=True) if named.count(name) > 1)
+    raise StudyError("inputs differ in their endings alone; reconstruct them into folders of their own", detail=alike)
 
 
 def _base(name: str) -> str:

@@ -27,7 +27,8 @@ def check_share(site: str, total: int, aside: Sequence[Aside], share: float) -> 
     """
     if len(aside) > share * total:
         limit = f"more of its patients cannot be used than it goes on without (`quarantine`: {100 * share:.3g} %)"
-        raise too_many(site, aside, f"{limit}. The most frequent reason: ")
+        fix = "mend their files, or raise `quarantine` in the sites file"
+        raise too_many(site, aside, f"{limit}; {fix}. The most frequent reason: ")
 
 
 def counted(dataset: Dataset, egress: EgressRules) -> tuple[Patients, int | None]:

@@ -107,7 +107,10 @@ def calibration_region(mask: NDArray[np.float32]) -> tuple[int, int]:
     area = rows[:, None] * columns
     full = inside == area
     if not full.any():
-        raise GeometryError("the centre of k-space was not measured; coil maps cannot be estimated from this mask")
+        raise GeometryError(
+            "the centre of k-space was not measured, of which coil maps are estimated; measure some lines there "
+            "(calibration), and store k-space with its centre in the middle"
+        )
     shorter = np.minimum(rows[:, None] / height, columns / width) * full
     best = np.argmax(np.where(shorter == shorter.max(), area * full, 0))
     return int(rows[best // width]), int(columns[best % width])

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.io
+from scipy.io.matlab import MatReadError
 
 from wardround.errors import DataError
 from wardround.imaging.readers.raw.hdf5 import opened
-from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, raw_error
+from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, check_centred, raw_error
 from wardround.imaging.readers.raw.trajectory import flat, points_file, scan_along
 from wardround.wire.files import reason
 
@@ -26,7 +27,11 @@ Array = npt.NDArray[Any]
 _MOST = 1 << 29  # samples of a .mat file, which is read as a whole
 # Names of points, in capitals too.
 _POINTS = ("k", "traj", "trajectory")
-_HDF5 = b"\x89HDF"
+_HDF5, _NUMPY = b"\x89HDF", b"\x93NUMPY"
+# What SciPy raises of a file that it cannot read.
+_DAMAGED = (
+    MatReadError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, zlib.error
+)  # fmt: skip
 
 
 def read_array(source: Path, what: str) -> Array:
@@ -39,14 +44,28 @@ def read_array(source: Path, what: str) -> Array:
     except PermissionError as error:
         raise DataError(f"the {what} file cannot be read ({reason(error)})", detail=str(source)) from error
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"the {what} file is not a NumPy array (.npy)", detail=f"{source}: {error}") from error
+        raise DataError(f"the {what} file {_wrong(source)}", detail=str(source)) from error
     if not isinstance(found, np.ndarray):
         raise DataError(f"the {what} file holds several arrays; store one array as .npy", detail=str(source))
     return found
 
 
+def _wrong(source: Path) -> str:
+    """Why NumPy cannot read a file: its own words name a way to run what a file holds."""
+    with source.open("rb") as file:
+        start = file.read(len(_NUMPY))
+    if not start:
+        return "is empty; copy it again from its source"
+    if start != _NUMPY:
+        return "is not a NumPy array (.npy)"
+    return "is cut short, or damaged, or holds Python objects; copy it again from its source, as numbers"
+
+
 def read_npy(path: Path) -> RawSlices:
-    """Open complex (coils, H, W) or (slices, coils, H, W) in .npy. Raises DataError for another file or array."""
+    """Open complex (coils, H, W) or (slices, coils, H, W) in .npy.
+
+    Raises DataError for another file or array, and for one that is no centred k-space (`check_centred`).
+    """
     array = read_array(path, "k-space")
     points = points_file(path)
     if points.exists():
@@ -64,6 +83,8 @@ def read_npy(path: Path) -> RawSlices:
             "W) or (slices, coils, H, W)",
             path,
         )
+    # A slice of the middle, for the file is mapped and a look at its header must not read it all.
+    check_centred(np.abs(whole[len(whole) // 2]), path)
     return _of(whole, "NumPy", path)
 
 
@@ -72,8 +93,7 @@ def read_mat(path: Path) -> RawSlices:
 
     Or (samples, readouts), (samples, readouts, coils) or (samples, readouts, coils, slices) with its points (samples,
     readouts), complex, or (samples, readouts, 2). Versions 4 to 7 are read by SciPy, 7.3 is HDF5. Raises DataError
-    where there is no such array or more than one, and where its largest sample lies so far from the middle that it is
-    no centred k-space.
+    where there is no such array or more than one, and where it is no centred k-space (`check_centred`).
     """
     found = _arrays(path)
     names = [name for name in found if name.lower() in _POINTS]
@@ -89,15 +109,7 @@ def read_mat(path: Path) -> RawSlices:
             path,
         )
     whole = array.reshape(*array.shape, *[1] * (4 - array.ndim))
-    power = np.sqrt((np.abs(whole) ** 2).sum((2, 3)))
-    peak = np.unravel_index(int(np.nanargmax(power)) if np.isfinite(power).any() else 0, power.shape)
-    if any(abs(int(at) - size // 2) > max(1, size // 8) for at, size in zip(peak, power.shape, strict=True)):
-        raise raw_error(
-            "the largest sample of an array lies far from its middle, so it is no centred k-space: an image (take its "
-            "Fourier transform), k-space that is not shifted (fftshift), or a scan along a trajectory (store that "
-            "in the same file as `k`)",
-            path,
-        )
+    check_centred(np.moveaxis(np.abs(whole), (0, 1), (-2, -1)), path)
     return _of(np.ascontiguousarray(whole.transpose(3, 2, 0, 1)), "MATLAB", path)
 
 
@@ -135,7 +147,8 @@ def _mat_along(array: Array, points: Array, path: Path) -> RawSlices:
     else:
         raise raw_error(
             "a trajectory in MATLAB must be complex, x + i y (samples, readouts), or real (samples, readouts, 2); this "
-            f"is {points.dtype} of shape {points.shape}",
+            f"is {points.dtype} of shape {points.shape}. An array named {', '.join(_POINTS)} is taken for one: give "
+            "k-space another name",
             path,
         )
     whole = array.reshape(*array.shape, *[1] * (4 - array.ndim)).transpose(3, 2, 1, 0)
@@ -181,7 +194,7 @@ def _arrays(path: Path) -> dict[str, Array]:
         raise raw_error("the k-space file does not exist; check its path", path) from error
     except DataError:
         raise
-    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, zlib.error) as error:
+    except _DAMAGED as error:
         raise raw_error("a MATLAB file is damaged or none; copy it again from its source", path, str(error)) from error
     return {name: value for name, value in found.items() if isinstance(value, np.ndarray) and _wanted(name, value)}
 

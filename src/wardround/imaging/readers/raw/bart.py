@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, raw_error, to_positions
+from wardround.imaging.readers.raw.slices import ComplexArray, RawSlices, check_centred, raw_error, to_positions
 from wardround.imaging.readers.raw.trajectory import flat, points_file, scan_along
 from wardround.wire.files import reason
 
@@ -48,6 +48,7 @@ def read_bart(path: Path) -> RawSlices:
         def plane(number: int) -> ComplexArray:
             return np.ascontiguousarray(array[:, :, 0, :, number].transpose(2, 0, 1))
 
+        check_centred(np.abs(plane(count // 2)), samples)
         return RawSlices("BART", (count, coils, read, phase), plane, files=(samples, header))
     if math.prod((read, phase, partition, coils)) > _MOST_VOLUME:
         raise raw_error(f"a three-dimensional scan has more than {_MOST_VOLUME:,} samples", samples)

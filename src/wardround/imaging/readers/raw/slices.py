@@ -117,7 +117,7 @@ class RawSlices:
     def kspace(self, number: int) -> ComplexArray:
         """K-space of a slice, complex64 (coils, H, W), its noise decorrelated between coils where that was measured.
 
-        Raises DataError where it cannot be read, holds NaN, infinite values or nothing but zeros.
+        Raises DataError where it cannot be read, or holds NaN or infinite values.
         """
         found = self.stored(number)
         if found.shape != self.shape[1:]:
@@ -130,8 +130,16 @@ class RawSlices:
         return found if found.flags.writeable else found.copy()
 
     def mask(self, number: int, kspace: ComplexArray) -> FloatArray:
-        """1 where a slice was measured, float32 (H, W); `kspace` is the slice's, for a file that does not say it."""
-        return measured(kspace) if self.sampled is None else self.sampled(number)
+        """1 where a slice was measured, float32 (H, W); `kspace` is the slice's, for a file that does not say it.
+
+        Raises DataError where such a slice holds nothing but zeros.
+        """
+        if self.sampled is not None:
+            return self.sampled(number)
+        found = measured(kspace)
+        if not found.any():
+            raise self.error("a slice of raw data holds nothing but zeros; leave it out of the file, or measure it")
+        return found
 
     def error(self, message: str, detail: str = "") -> DataError:
         """An error that says what is wrong; which file it is, stays at the site."""
@@ -157,6 +165,26 @@ class RawSlices:
 def raw_error(message: str, path: Path, detail: str = "") -> DataError:
     """An error of a raw data file, which is named in the detail alone."""
     return DataError(message, detail=": ".join(part for part in (str(path), detail) if part))
+
+
+def check_centred(sizes: NDArray[np.floating], path: Path) -> None:
+    """Raise DataError where the largest sample of magnitudes (..., H, W) lies far from the middle of H or W.
+
+    For files that say nothing of what they hold: an image, or k-space that is not shifted, would be reconstructed into
+    nonsense without a word. Zeros and NaN pass here; they are said where slices are read.
+    """
+    with np.errstate(over="ignore"):
+        power = np.square(sizes, dtype=np.float64).reshape(-1, *sizes.shape[-2:]).sum(0)
+    if not np.isfinite(power).all() or not power.any():
+        return
+    peak = np.unravel_index(int(power.argmax()), power.shape)
+    if any(abs(int(at) - size // 2) > max(1, size // 8) for at, size in zip(peak, power.shape, strict=True)):
+        raise raw_error(
+            "the largest sample of an array lies far from its middle, so it is no centred k-space, but an image (take "
+            "its Fourier transform), k-space that is not shifted (fftshift), or a scan along a trajectory "
+            f"({TRAJECTORIES})",
+            path,
+        )
 
 
 def measured(kspace: ComplexArray) -> FloatArray:

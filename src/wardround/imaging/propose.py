@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from wardround.errors import DataError
-from wardround.imaging.convert import DRAWINGS, beside_images, counted_patients, inspect_path, is_site
+from wardround.imaging.convert import DRAWINGS, beside_images, inspect_path, is_site
 from wardround.imaging.datasets.ct import CONTRAST as CT
-from wardround.imaging.propose_ct import HEAD, ct_sites, propose_ct
+from wardround.imaging.proposal import HEAD, TAIL, check_training, site_line
+from wardround.imaging.propose_ct import ct_sites, propose_ct
 from wardround.imaging.propose_raw import propose_raw
 from wardround.imaging.raw_inspect import raw_sites
 from wardround.imaging.readers.folder import SiteFolder
@@ -43,17 +44,8 @@ model:
   kind: modl
   preset: small         # tiny | small | paper
 
-method:
-  kind: fedavg          # fedprox | fedbn | fedavgm | fedadam
-
-local:
-  steps: 20             # optimiser steps of a site in a round
-  batch: 1
-  lr: 0.001
-
-schedule:
-  rounds: 20
 """
+    + TAIL
 )
 
 
@@ -119,12 +111,7 @@ def _propose_mri(folder: Path) -> tuple[str, str]:
             "no contrast is common to every patient of every site; `wardround inspect` lists what there is",
             detail=f"complete are {have}",
         )
-    if all(summary.patients < 2 for summary in summaries):
-        raise DataError(
-            "; ".join(
-                ("no site can train: each has 1 patient, and one must be held out to test", *beside_images(folder))
-            )
-        )
+    check_training((summary.patients for summary in summaries), *beside_images(folder))
     sizes: Counter[tuple[int, int]] = Counter()
     for summary in summaries:
         sizes.update(summary.sizes)
@@ -134,10 +121,7 @@ def _propose_mri(folder: Path) -> tuple[str, str]:
     names = _names(summary.name for summary in summaries)
     root = folder.resolve()
     paths = [root if is_site(root) else root / summary.name for summary in summaries]
-    lines = (
-        f"  {name}: {{role: {'train' if s.patients > 1 else 'unseen'}}}   # {counted_patients(s.patients)}"
-        for name, s in zip(names, summaries, strict=True)
-    )
+    lines = (site_line(name, s.patients) for name, s in zip(names, summaries, strict=True))
     study = _STUDY.format(
         name=_title(root),
         sites="\n".join(lines),

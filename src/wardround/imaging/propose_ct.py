@@ -13,6 +13,7 @@ import numpy as np
 from wardround.errors import DataError
 from wardround.imaging.convert import counted_patients
 from wardround.imaging.datasets.ct import BodyOutline, CTFolder
+from wardround.imaging.proposal import HEAD, check_training, role_of
 from wardround.imaging.readers.ct_files import NIFTI, patient_files
 from wardround.imaging.readers.dicom_file import open_dicom, text
 from wardround.imaging.readers.dicom_inspect import find_dicom
@@ -48,18 +49,6 @@ _TEMPLATES = (
 _OURS = "The numbers are ours, to begin with."
 _HEADERS = "The numbers are ours, to begin with; distances are those of a site's DICOM headers, where they name any."
 _SMALLER = " With [128, 128] there and here, and `pixel` doubled, a run is several times faster."
-
-# How every proposed study begins.
-HEAD = """\
-# A study: everything that decides its result. What is left out has its default; `wardround check` lists all.
-version: 1
-name: {name}
-seed: 0
-
-# Sites by name. Where their data lie stands in the sites file, never here.
-# `role: unseen` is tested only: it shows how the model does at a hospital that never took part.
-# `role: evaluate` does not train, and its validation patients count in the choice of the released round.
-"""
 
 _STUDY = (
     HEAD
@@ -143,8 +132,7 @@ def propose_ct(name: str, sites: Mapping[str, Path]) -> str:
     for path in sites.values():
         _check_patients(path)
     surveys = {site: _survey(CTFolder(path, site)) for site, path in sites.items()}
-    if all(survey.patients < 2 for survey in surveys.values()):
-        raise DataError("no site can train: each has 1 patient, and one must be held out to test")
+    check_training(survey.patients for survey in surveys.values())
     reach = max(survey.reach for survey in surveys.values())
     if reach == 0:
         raise DataError("no body was found in any image; `wardround inspect` lists what there is")
@@ -182,7 +170,7 @@ def _site(name: str, survey: _Survey, template: _Template, size: int, pixel: flo
     return "\n".join(
         (
             f"  {name}:   # {counted_patients(survey.patients)}, {slices}",
-            f"    role: {'train' if survey.patients > 1 else 'unseen'}",
+            f"    role: {role_of(survey.patients)}",
             "    acquisition:",
             "      kind: ct",
             f"      photons: {template.photons}",

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wardround.errors import DataError
-from wardround.imaging.convert import counted_patients
-from wardround.imaging.propose_ct import HEAD
+from wardround.imaging.proposal import HEAD, TAIL, check_training, site_line
 from wardround.imaging.raw_inspect import RawSummary, summarise_raw
 
 _RETROSPECTIVE = """\
@@ -45,17 +44,8 @@ model:
   kind: cascade         # for real scanners; or modl, of a thirtieth of its size
   preset: small         # tiny | small | paper
 
-method:
-  kind: fedavg          # fedprox | fedbn | fedavgm | fedadam
-
-local:
-  steps: 20             # optimiser steps of a site in a round
-  batch: 1
-  lr: 0.001
-
-schedule:
-  rounds: 20
 """
+    + TAIL
 )
 
 
@@ -82,8 +72,7 @@ def propose_raw(name: str, sites: Mapping[str, Path]) -> str:
             "no raw data were measured on Cartesian lines, which a study learns from; radial and spiral scans are "
             "reconstructed by a model of `acquisition.kind: mri_noncartesian`, which learns from images"
         )
-    if all(one.patients < 2 for one in summaries):
-        raise DataError("no site can train: each has 1 patient, and one must be held out to test")
+    check_training(one.patients for one in summaries)
     height, width = sizes.most_common(1)[0][0]
     return _STUDY.format(
         name=name,
@@ -96,11 +85,10 @@ def propose_raw(name: str, sites: Mapping[str, Path]) -> str:
 
 
 def _site(name: str, summary: RawSummary, *, own: bool) -> str:
-    role = "train" if summary.patients > 1 else "unseen"
-    said = [counted_patients(summary.patients)]
+    said = []
     if others := summary.full if own else summary.files - summary.full:
         which = f"{others} of {summary.files} files are {'' if own else 'no '}full scans"
         said.append(f"{which}, which this study leaves out")
     if broken := sum(map(len, summary.problems.values())):
         said.append(f"{broken} more cannot be read: see `wardround inspect`")
-    return f"  {name}: {{role: {role}}}   # {'; '.join(said)}"
+    return site_line(name, summary.patients, *said)

@@ -40,7 +40,7 @@ TRAINING, UNSEEN = ("CS", "DU", "FG", "HT"), "EZ"
 # The set, the acceleration, and the share of calibration lines: as fastMRI has them.
 SETS = {"4x": (4, 0.08), "8x": (8, 0.04)}
 TUNED_ON = "4x"
-ROUNDS, STEPS, BATCH, RATE_OF_ALL = 32, 10, 2, 0.002
+ROUNDS, STEPS, BATCH, RATE_OF_ALL = 24, 10, 2, 0.002
 EQUAL = {"weights": "equal"}
 LAST = "denoiser.stack.8.*"
 METHODS = {

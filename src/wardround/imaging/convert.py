@@ -163,8 +163,10 @@ def _inspect_file(path: Path) -> Inspection:
 def beside_images(folder: Path) -> tuple[str, ...]:
     """Says that raw data lie in a folder with images, for a study takes one kind; empty where none do."""
     count = len(raw_files(folder))
-    what = "1 file of raw data lies" if count == 1 else f"{count} files of raw data lie"
-    return (f"{what} beside NIfTI images and is left out: keep one kind in a folder",) if count else ()
+    what = "1 file of raw data lies beside NIfTI images and is left out"
+    if count > 1:
+        what = f"{count} files of raw data lie beside NIfTI images and are left out"
+    return (f"{what}: keep one kind in a folder",) if count else ()
 
 
 def is_site(folder: Path) -> bool:

@@ -94,7 +94,7 @@ def summarise_raw(path: Path) -> RawSummary:
     for file in (file for patient in range(len(folder)) for file in folder.files(patient)):
         try:
             scan = open_raw(file)
-            sampled = _full(scan)
+            sampled = _full(scan, len(scan) // 2)
         except DataError as error:
             problems[str(error)].append(file)
             continue
@@ -133,14 +133,12 @@ def scanner_of(scan: RawSlices) -> str:
 
 
 def describe_file(path: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """What a file of raw data is, facts of it, and problems; a middle slice is read."""
+    """What a file of raw data is, facts of it, and problems; all slices are read."""
     try:
         scan = open_raw(path)
-        number = len(scan) // 2
-        kspace = scan.kspace(number)
-        mask = scan.mask(number, kspace) if scan.cartesian else None
-        if scan.trajectory is not None:
-            scan.trajectory(number)
+        full = [_full(scan, number) for number in range(len(scan))]
+        middle = len(scan) // 2
+        share = float(scan.mask(middle, scan.kspace(middle)).mean()) if scan.cartesian else 0.0
     except DataError as error:
         return "raw data", (), (str(error),)
     slices, coils, height, width = scan.shape
@@ -148,9 +146,8 @@ def describe_file(path: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     facts = [f"{scan.kind}: {slices} slice{'s' if slices != 1 else ''} of {what}, {coils} coils"]
     if not scan.cartesian:
         facts.append(f"an image has {scan.size[0]} x {scan.size[1]} pixels by the trajectory or its header")
-    if mask is not None:
-        full = "fully sampled" if fully_sampled(mask) else f"undersampled: {mask.mean():.1%} of a slice measured"
-        facts.append(full)
+    if scan.cartesian:
+        facts.append("fully sampled" if all(full) else f"undersampled: {share:.1%} of a slice measured")
     if scan.facts.spacing is not None:
         facts.append("voxels of " + " x ".join(f"{side:.3g}" for side in scan.facts.spacing) + " mm")
     if said := scanner_of(scan):
@@ -162,8 +159,8 @@ def describe_file(path: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     return "raw data of MRI", tuple(facts), ()
 
 
-def _full(scan: RawSlices) -> bool:
-    number = len(scan) // 2
+def _full(scan: RawSlices, number: int) -> bool:
+    """Whether a slice is fully sampled. Raises DataError where it cannot be used."""
     kspace = scan.kspace(number)
     if scan.trajectory is None:
         return fully_sampled(scan.mask(number, kspace))

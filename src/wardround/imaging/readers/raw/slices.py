@@ -181,8 +181,8 @@ def check_centred(sizes: NDArray[np.floating], path: Path) -> None:
     if any(abs(int(at) - size // 2) > max(1, size // 8) for at, size in zip(peak, power.shape, strict=True)):
         raise raw_error(
             "the largest sample of an array lies far from its middle, so it is no centred k-space, but an image (take "
-            "its Fourier transform), k-space that is not shifted (fftshift), or a scan along a trajectory "
-            f"({TRAJECTORIES})",
+            "its Fourier transform), k-space that is not shifted (fftshift), or a scan along a trajectory that is "
+            "missing (docs/raw-data.md says where it stands)",
             path,
         )
 

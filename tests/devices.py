@@ -94,7 +94,7 @@ def step_and_evaluation(study: Study, folder: Path, compute: Compute) -> set[str
     public, _ = plans.initial(plans.arm_spec("federated"))
     learner.load(public, NOTHING)
     learner.train(1, public, NOTHING)
-    measured = set(learner.evaluate("validation"))
+    measured = set(learner.held_out.evaluate("validation"))
     assert measured == {spec.name for spec in plans.task.metrics}
     return measured
 

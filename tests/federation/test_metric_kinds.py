@@ -294,16 +294,16 @@ def test_estimates_carry_the_absent_and_no_mean_hides_a_site_that_keeps_its_own(
 def test_a_diverged_network_is_the_worst_and_never_absent(tmp_path: Path) -> None:
     rig = Rig(kinds_study(), tmp_path)
     learner = rig.learner("A")
-    sound = learner.evaluate("test")
+    sound = learner.held_out.evaluate("test")
     assert sum(np.isnan(sound["finding"])) == 7
     with torch.no_grad():
         next(learner.model.parameters()).fill_(math.nan)
-    rows = learner.evaluate("test")
+    rows = learner.held_out.evaluate("test")
     for spec in METRICS:
         result = results_of("A", [spec], rows, None, least=1, root=bytes(32))[spec.name]
         assert (result.mean.value, result.mean.count, result.mean.absent) == (spec.worst, 20, 0)
     sums = summed(
-        Layout((), validation_metrics(METRICS), 8), [validation_sums(METRICS, learner.evaluate("validation"))]
+        Layout((), validation_metrics(METRICS), 8), [validation_sums(METRICS, learner.held_out.evaluate("validation"))]
     )
     assert validation_values(sums, METRICS) == {spec.name: spec.worst for spec in METRICS}
 
@@ -438,7 +438,7 @@ def test_absence_that_depends_on_the_model_stays_at_the_site(rig: Rig, tmp_path:
     """Two rows over sets that differ by one patient are the count, and nearly the value, of that patient."""
     site = rig.sites["A"] = cautious(rig, tmp_path / "site")
     learner = site.learner
-    values = learner.evaluate("test")
+    values = learner.held_out.evaluate("test")
     assert site._own.kept_back("test", 1, values, learner, hidden=True) == frozenset()
     other = values["finding"].copy()
     other[np.flatnonzero(np.isnan(other))[0]] = 1.0

@@ -60,8 +60,8 @@ def test_a_site_that_drops_out_does_not_choose_the_round(tmp_path: Path) -> None
     rig.sites["C"].handle = away  # type: ignore[method-assign]
     # Whatever C has to say of a model, it makes the mean worse.
     for name, site in rig.sites.items():
-        evaluate, worse = site.learner.evaluate, -50.0 if name == "C" else 0.0
-        site.learner.evaluate = lambda split, evaluate=evaluate, worse=worse: {  # type: ignore[method-assign]
+        evaluate, worse = site.learner.held_out.evaluate, -50.0 if name == "C" else 0.0
+        site.learner.held_out.evaluate = lambda split, evaluate=evaluate, worse=worse: {  # type: ignore[method-assign]
             metric: values + (worse if metric == "r" else 0.0) for metric, values in evaluate(split).items()
         }
     rig.train()

@@ -136,7 +136,7 @@ def _steps_and_evaluation(study: Study, folder: Path, compute: Compute, out: Pat
     given = {group: set(part) for group, part in trained.changes.items() if part}
     layout = plans.arm_spec("federated").layout
     assert given == {group.name: {info.name for info in group.tensors} for group in layout.groups}
-    rows = learner.evaluate("test")
+    rows = learner.held_out.evaluate("test")
     assert all(len(rows[spec.name]) == learner.dataset.patients("test") > 0 for spec in plans.task.metrics)
     released = evaluators_of(out, out / "pictures.npz")["released"]
     meta = {"picture": "model", "unseen_site": True}
@@ -203,7 +203,7 @@ def test_the_toy_trains_and_is_evaluated(
     learner = learner_of(plans, tmp_path, compute)
     trained = _step(plans, learner)
     assert trained.changes["model"].keys() == {name for name, _ in plans.model_context.model.named_parameters()}
-    assert learner.evaluate("test")["mse"].shape == (2,)
+    assert learner.held_out.evaluate("test")["mse"].shape == (2,)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -221,7 +221,7 @@ def test_a_chain_trains_and_is_evaluated(
     assert trained.changes["model"].keys() == {name for name, _ in plans.model_context.model.named_parameters()}
     for group in ("model", "buffers"):
         assert not any(c.any() for n, c in trained.changes[group].items() if stage_of(n) not in learns)
-    assert learner.evaluate("test")["dice"].shape == (2,)
+    assert learner.held_out.evaluate("test")["dice"].shape == (2,)
 
 
 # What the law finds ---------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_a_forgotten_host_copy_is_found(
 
         def work(learner: Learner = learner) -> None:
             _step(plans, learner)
-            learner.evaluate("test")
+            learner.held_out.evaluate("test")
 
         if fails:
             with pytest.raises((RuntimeError, NotImplementedError, TypeError)):

@@ -191,7 +191,7 @@ def test_a_site_computes_on_the_threads_of_its_own_file(tmp_path: Path, monkeypa
     wide = {name: entry.model_copy(update={"threads": 3 if name == "B" else 2}) for name, entry in sites.sites.items()}
     machine = Machine(toy_study(), SitesFile(sites=wide).with_code(), tmp_path / "out", ("pooled",))
     for arm, site, threads in (("federated", "A", 2), ("federated", "B", 3), ("pooled", "pooled", 2)):
-        machine.learner(machine.arm_spec(arm), site).evaluate("test")
+        machine.learner(machine.arm_spec(arm), site).held_out.evaluate("test")
         assert (taken.pop(), taken) == (threads, [])
         assert machine.agent(site).held.compute.facts()["threads"] == str(threads)
     machine.close()

@@ -254,7 +254,7 @@ def test_the_weight_of_a_classical_image_is_chosen_by_the_metrics_it_has(tmp_pat
     found = baseline(learner, None, {"baseline": "tv"}, "test")
     assert isinstance(task, Chain)
     with torch.no_grad():
-        best = learner.per_patient("test", lambda b: task.score_images(task.baseline("tv", 0.004, b), b))
+        best = learner.held_out.per_patient("test", lambda b: task.score_images(task.baseline("tv", 0.004, b), b))
     assert np.array_equal(found["psnr"], best["psnr"])
     assert np.isnan(found["dice"]).all()
 

@@ -486,7 +486,7 @@ def test_a_lesson_on_any_device(kind: str, device: str, tmp_path: Path, monkeypa
     public, _ = plans.initial(plans.arm_spec("federated"))
     learner.load(public, NOTHING)
     assert learner.train(1, public, NOTHING).changes
-    assert set(learner.evaluate("validation")) == {spec.name for spec in plans.task.metrics}
+    assert set(learner.held_out.evaluate("validation")) == {spec.name for spec in plans.task.metrics}
 
 
 @pytest.mark.slow

@@ -75,5 +75,5 @@ def _ranks(learner: Learner, values: Mapping[str, Array]) -> tuple[float, ...]:
     if not learner.dataset.patients("validation"):
         return ()
     learner.load_tensors(values)
-    rows = learner.evaluate("validation")
+    rows = learner.held_out.evaluate("validation")
     return tuple(spec.rank(value_of(spec, rows[spec.name])) for spec in learner.task.metrics)

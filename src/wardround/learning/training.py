@@ -1,4 +1,4 @@
-"""What happens at a site with torch: load the global model, take steps, evaluate. It sends nothing."""
+"""What happens at a site with torch: load the global model, take steps. It sends nothing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from wardround.errors import WardroundError
 from wardround.learning.device import Compute, Losses, Placed, as_arrays
-from wardround.learning.divergence import watched
 from wardround.learning.elastic import Pull
 from wardround.learning.episodes import learned
 from wardround.learning.examples import Examples
 from wardround.learning.flat_step import stepped
 from wardround.learning.frozen import train_mode
+from wardround.learning.held_out import HeldOut
 from wardround.learning.known_model import KnownModel
 from wardround.learning.methods.method import (
     WEIGHT_BY_VALIDATION,
@@ -49,9 +49,7 @@ from wardround.models.lead import Keeping, Layered
 from wardround.storage.store import Memory
 from wardround.study.schema import Local
 from wardround.tasks.stages import WHOLE, Curriculum
-from wardround.tasks.states import patient_rows
-from wardround.tasks.task import Batch, Calibrated, Dataset, Split
-from wardround.tasks.temperature import Calibration
+from wardround.tasks.task import Batch, Dataset, Split
 from wardround.wire.host import on_host
 from wardround.wire.random import public_generator, public_seed
 
@@ -76,7 +74,7 @@ class Trained:
 
 
 class Learner:
-    """Trains and evaluates at one site."""
+    """Trains at one site; `held_out` says what the model comes to on patients who do not train."""
 
     def __init__(
         self,
@@ -105,7 +103,6 @@ class Learner:
         self.dataset = dataset
         self.task = model_context.task
         self._model_context = model_context
-        self._placed = Placed(model_context.task, model_context.compute)
         self._examples = examples
         self._method = method
         self._policy = policy
@@ -121,6 +118,7 @@ class Learner:
         self._steps_taken = 0
         self._least = least
         self._pull = pull
+        self.held_out = HeldOut(model_context, dataset)
         self.known = KnownModel(site, model_context, method, policy, local, self._samples, groups)
 
     @property
@@ -204,8 +202,11 @@ class Learner:
         began = time.perf_counter()
         local, model = self._local, self._model_context.model
         steps = self._examples.steps(local)
-        held_out = self._held_out(number) if self._method.asks_held_out(self.site) else None
         torch.set_num_threads(self.compute.threads)
+        stint, losses = self._curriculum.at(number), Placed(self._curriculum.task(number, self.task), self.compute)
+        # Of the model as it came; it stays in the round.
+        asked = self._method.asks_held_out(self.site) and self.dataset.patients("validation") > 0
+        before = self.held_out.loss(losses) if asked else None
         torch.manual_seed(public_seed(self._seed, self.site, number, "torch") % 2**63)
         train_mode(model)
         state = model.state_dict(keep_vars=True)
@@ -218,7 +219,6 @@ class Learner:
                 {n: received[n] for n in self._policy.names("shared")} | self._kept(("local",), memory, RECEIVED)
             )
         shared = {name: state[name] for name in self._policy.names("shared")}
-        stint, losses = self._curriculum.at(number), Placed(self._curriculum.task(number, self.task), self.compute)
         context = LocalRound(
             site=self.site,
             model=model,
@@ -233,7 +233,7 @@ class Learner:
             number=number,
             steps=steps,
             learning_rate=local.lr,
-            facts=Facts(self._samples, held_out),
+            facts=Facts(self._samples, before),
             private={name: state[name] for name in self._policy.names("local")},
             initial=self._model_context.initial,
             seed=self._seed,
@@ -250,7 +250,7 @@ class Learner:
         mean, told = 0.0, None
         for taken in sent:
             mean, told = self._walk(context, taken, state, optimizer, losses, memory, episode) or (mean, told)
-        validated = self._validation_loss(losses) if self.measures_validation else None
+        validated = self.held_out.loss(losses) if self.measures_validation else None
         context.facts = Facts(self._samples, validated, mean)
         # Beside its own values, a site keeps what stays there of the received model apart.
         prefix = RECEIVED if own else LOCAL
@@ -370,7 +370,7 @@ class Learner:
         # Where it has none yet, the values of the model that it received.
         values = context.anchor | {n: self._model_context.initial[n] for n in self._policy.names("local")}
         values |= {name: self.compute.tensor(array) for name, array in self.local_tensors(memory).items()}
-        loss = partial(self._validation_loss, losses) if self.dataset.patients("validation") else None
+        loss = partial(self.held_out.loss, losses) if self.dataset.patients("validation") else None
         own, kept = take_own(context, passes, state, values, take, loss)
         return kept | {LOCAL + name: on_host(tensor) for name, tensor in own.items()}
 
@@ -406,54 +406,6 @@ class Learner:
         """The loss of a step with what the method and the study add to it."""
         loss = self._method.objective(context, loss)
         return loss if self._pull is None else self._pull.on(context, loss)
-
-    @torch.no_grad()
-    def evaluate(self, split: Split, calibration: Calibration | None = None) -> dict[str, Array]:
-        """What every patient of a split adds to each metric, in patient order: (n, *shape). It stays at the site.
-
-        `calibration` is what the method of that name found, for a task that has one.
-        """
-        model, placed = self._model_context.model, self._placed
-        if calibration is not None and isinstance(self.task, Calibrated):
-            placed = Placed(self.task.calibrated(calibration), self.compute)
-        torch.set_num_threads(self.compute.threads)
-        model.eval()
-        with watched(model) as diverged:
-            return self.per_patient(split, lambda batch: placed.score(model, batch), diverged)
-
-    @torch.no_grad()
-    def calibration(self) -> Calibration | None:
-        """What fits the loaded model's probabilities to the site's validation patients; None for other tasks."""
-        if not isinstance(self.task, Calibrated):
-            return None
-        model = self._model_context.model
-        torch.set_num_threads(self.compute.threads)
-        model.eval()
-        batches = ((patient, self.compute.moved(batch)) for patient, batch in self.dataset.evaluation("validation"))
-        with self.compute.autocast():
-            return self.task.calibration(model, batches)
-
-    def per_patient(
-        self, split: Split, score: Callable[[Batch], dict[str, Tensor]], diverged: Callable[[], bool] = lambda: False
-    ) -> dict[str, Array]:
-        """The same of other scores than the task's, as `patient_rows` takes them; batches are on the site's device."""
-        batches = ((patient, self.compute.moved(batch)) for patient, batch in self.dataset.evaluation(split))
-        return patient_rows(self.task.metrics, batches, score, diverged)
-
-    def _held_out(self, number: int) -> float | None:
-        """The loss of the model as it came, over validation patients; it stays in the round."""
-        if not self.dataset.patients("validation"):
-            return None
-        torch.set_num_threads(self.compute.threads)
-        return self._validation_loss(Placed(self._curriculum.task(number, self.task), self.compute))
-
-    @torch.no_grad()
-    def _validation_loss(self, task: Losses) -> float:
-        """The mean over the site's validation patients, of whom there are some."""
-        self._model_context.model.eval()
-        batches = self.dataset.evaluation("validation")
-        losses = [float(on_host(task.loss(self._model_context.model, batch))) for _, batch in batches]
-        return sum(losses) / len(losses)
 
     def _set_rates(self, optimizer: torch.optim.Optimizer, number: int, step: int, steps: int) -> float:
         rate = learning_rate(self._local, (number - 1) * steps + step, self._rounds * steps)

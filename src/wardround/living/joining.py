@@ -342,7 +342,7 @@ def _candidate(
 ) -> _Candidate:
     first = host.task.metrics[0]
     learner.load(public, memory)
-    value = value_of(first, learner.evaluate("validation")[first.name])
+    value = value_of(first, learner.held_out.evaluate("validation")[first.name])
     return _Candidate(first.rank(value), value, number, pull, public)
 
 

@@ -125,7 +125,7 @@ class Released:
         task = learner.task
         with self.serving(learner, private, unseen=unseen):
             calibration = self.calibration(learner, split, unseen=unseen)
-            values = learner.evaluate(split, calibration)
+            values = learner.held_out.evaluate(split, calibration)
             if isinstance(task, Calibrated) and split == "test":
                 keep_calibration(self._models, calibration)
             if meta.get("picture") and isinstance(task, Illustrated):
@@ -146,7 +146,7 @@ class Released:
         # An unseen hospital labels no patient for the model.
         labels = self._labels or not unseen
         fits = split == "test" and labels and learner.dataset.patients("validation") >= self._least
-        return learner.calibration() if fits else None
+        return learner.held_out.calibration() if fits else None
 
 
 class Parent:
@@ -169,7 +169,7 @@ class Parent:
         private, unseen = self._continued.part(), not self._continued.trains
         learner.load_tensors(private)
         with self._released.serving(learner, private, unseen=unseen):
-            return learner.evaluate(split, self._released.calibration(learner, split, unseen=unseen))
+            return learner.held_out.evaluate(split, self._released.calibration(learner, split, unseen=unseen))
 
 
 class Baseline:
@@ -196,7 +196,7 @@ class Baseline:
             self._tuned[name] = self._tune(learner, task, name)
         weight = self._tuned[name]
         reconstruct = partial(task.baseline, name, weight)
-        values = learner.per_patient(split, _baseline_score(task, name, weight))
+        values = learner.held_out.per_patient(split, _baseline_score(task, name, weight))
         if meta.get("picture"):
             write_images(self._pictures, str(meta["picture"]), learner, reconstruct)
         return values
@@ -207,7 +207,7 @@ class Baseline:
         learner.load_tensors({})
         model = learner.model.eval()
         with torch.no_grad(), learner.compute.autocast():
-            return learner.per_patient(split, partial(task.score_untrained, name, model))
+            return learner.held_out.per_patient(split, partial(task.score_untrained, name, model))
 
     @staticmethod
     def _tune(learner: Learner, task: Imaging, name: str) -> float | None:
@@ -216,7 +216,7 @@ class Baseline:
             return grid[len(grid) // 2]
 
         def ranks(weight: float | None) -> tuple[float, ...]:
-            rows = learner.per_patient("validation", _baseline_score(task, name, weight))
+            rows = learner.held_out.per_patient("validation", _baseline_score(task, name, weight))
             # In the task's order: a classical image of a chain has no outline, and its first metrics no value.
             return tuple(spec.rank(value_of(spec, rows[spec.name])) for spec in learner.task.metrics)
 

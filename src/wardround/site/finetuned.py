@@ -59,7 +59,7 @@ class FineTuned:
             ) from error
         learner.load_tensors(values)
         enough = split == "test" and learner.dataset.patients("validation") > 0
-        return learner.evaluate(split, learner.calibration() if enough else None)
+        return learner.held_out.evaluate(split, learner.held_out.calibration() if enough else None)
 
     def _of(self) -> str | None:
         try:

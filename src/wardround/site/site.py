@@ -202,7 +202,7 @@ class Site:
         if header.meta.get("validate"):
             # The model is the one of the round before, and has one validation, whichever kind of request asks.
             self._measure_once("validation", header.round - 1, header.body_sha256, header)
-            metrics |= self._validation_sums(header.round, learner.evaluate("validation"))
+            metrics |= self._validation_sums(header.round, learner.held_out.evaluate("validation"))
         try:
             trained = learner.train(header.round, public, memory, self.minutes.heard(header))
         except Exception:
@@ -283,7 +283,7 @@ class Site:
         which = header.meta.get("evaluator")
         if which is None:
             learner.load(self._to_measure(request), self._memory(header.round))
-            values = learner.evaluate(split)
+            values = learner.held_out.evaluate(split)
         elif which in self._evaluators:
             self._own.row(header)
             carried = self._to_measure(request) if header.body_nbytes else None

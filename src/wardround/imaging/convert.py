@@ -33,7 +33,7 @@ DRAWINGS = frozenset({"seg", "label", "labels", "mask", "segmentation"})
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """One site's folder in numbers: patients by contrast, images by size in plane, ranges, problems."""
+    """One site's folder in numbers: patients by contrast, images by size in plane, ranges; unusable files."""
 
     name: str
     patients: int
@@ -41,8 +41,12 @@ class SiteSummary:
     sizes: Mapping[tuple[int, int], int]
     slices: tuple[int, int]
     intensity: tuple[float, float]
-    problems: tuple[str, ...]
-    unusable: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    unusable: Mapping[str, tuple[str, ...]]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with how many images."""
+        return tuple(f"{text} ({len(files)} images)" for text, files in self.unusable.items())
 
     @property
     def complete(self) -> frozenset[str]:
@@ -206,7 +210,6 @@ def _summarise(path: Path) -> SiteSummary:
         dict(sizes.most_common()),
         (min(slices, default=0), max(slices, default=0)),
         (min(lows, default=0.0), max(highs, default=0.0)),
-        tuple(f"{text} ({len(files)} images)" for text, files in problems.items()),
         {text: tuple(files) for text, files in problems.items()},
     )
 

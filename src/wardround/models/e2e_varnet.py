@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wardround.errors import GeometryError
+from wardround.imaging.acquisition.mri.coils import NO_CENTRE
 from wardround.imaging.acquisition.mri.operator import CartesianMRI, fft2c, ifft2c
 from wardround.imaging.acquisition.operator import LinearOperator
 from wardround.models.checkpointing import Checkpointed
@@ -136,10 +137,7 @@ def calibration_window(mask: Tensor) -> Tensor:
     area = rows[:, None] * columns
     full = inside == area
     if not mask.is_meta and not on_host(full.flatten(1).any(1).all()):
-        raise GeometryError(
-            "the centre of k-space was not measured, of which coil maps are estimated; measure some lines there "
-            "(calibration), and store k-space with its centre in the middle"
-        )
+        raise GeometryError(NO_CENTRE)
     # In whole numbers: the shorter side relative to its axis, then the area.
     shorter = torch.minimum(rows[:, None] * width, columns * height) * full
     best = torch.where(shorter == shorter.amax((1, 2), keepdim=True), area * full, 0).flatten(1).argmax(1)

@@ -16,6 +16,12 @@ from wardround.imaging.acquisition.mri.operator import ifft2c
 from wardround.study.acquisition import Maps
 from wardround.wire.host import on_host
 
+#: What is said where maps have nothing to be estimated from.
+NO_CENTRE = (
+    "the centre of k-space was not measured, of which coil maps are estimated; measure some lines there (calibration), "
+    "and store k-space with its centre in the middle"
+)
+
 
 def birdcage_maps(
     coils: int,
@@ -107,10 +113,7 @@ def calibration_region(mask: NDArray[np.float32]) -> tuple[int, int]:
     area = rows[:, None] * columns
     full = inside == area
     if not full.any():
-        raise GeometryError(
-            "the centre of k-space was not measured, of which coil maps are estimated; measure some lines there "
-            "(calibration), and store k-space with its centre in the middle"
-        )
+        raise GeometryError(NO_CENTRE)
     shorter = np.minimum(rows[:, None] / height, columns / width) * full
     best = np.argmax(np.where(shorter == shorter.max(), area * full, 0))
     return int(rows[best // width]), int(columns[best % width])

@@ -7,20 +7,19 @@ examples/lgg-mri.yaml, federated, with the same rounds and steps: `prompts` trai
 value from random ones. `pretrained` is the network as it came. Rates are one guess for each arm (RATES), not tuned.
 
 Per arm: PSNR of magnitude images on test patients (mean of the training sites, worst of them, unseen EZ), bytes of all
-messages of the rounds, and bytes of one site in one round. Resumable with --out. Phantoms are no patients.
+messages of the rounds, bytes of one site in one round, and CPU seconds. Resumable with --out. Phantoms are no patients.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import arguments, conditions, finish, need_images, table
+from common import arguments, conditions, cpu_seconds, engine_of, finish, need_images, table
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY, SITES = (ROOT / "examples" / f"{name}.yaml" for name in ("lgg-mri", "lgg-sites"))
@@ -61,6 +60,7 @@ QUICK = Sizes("tiny", 1, 1, 2, 3, 2, 64, 1, ("flair",), ("zero_filled",))
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--out", type=Path, help="keep the runs here, and go on with those that are there")
+    parser.add_argument("--processes", type=int, default=2, help="sites that train at once; the numbers are the same")
     options = parser.parse_args()
     need_images("lgg")
     sizes = QUICK if options.quick else FULL
@@ -70,20 +70,21 @@ def main() -> None:
 
     import wardround
 
-    began = time.perf_counter()
-    sites = phantoms(folder / "phantoms", sizes)
-    first = wardround.run(pretraining(list(sites), sizes), _phantom_sites(sites), folder / "pretraining")
+    began = cpu_seconds()
+    engine, sites = engine_of(options.processes), phantoms(folder / "phantoms", sizes)
+    first = wardround.run(pretraining(list(sites), sizes), _phantom_sites(sites), folder / "pretraining", **engine)
     on_phantoms = _baselines(first, sizes) | {"pretrained": first.metric("federated", "mean", "psnr")}
     print("on phantoms:", ", ".join(f"{name} {value:.2f} dB" for name, value in on_phantoms.items()), flush=True)
     known: dict[str, float] = {}
     found: dict[str, dict[str, Any]] = {}
     for arm in RATES:
-        before = time.perf_counter()
-        result = wardround.run(adaptation(arm, first.model_sha256, sizes), _sites(arm, first.out), folder / arm)
+        before = cpu_seconds()
+        study, own = adaptation(arm, first.model_sha256, sizes), _sites(arm, first.out)
+        result = wardround.run(study, own, folder / arm, **engine)
         known = known or _baselines(result, sizes)
-        found[arm] = {**measured(result, sizes.rounds), "seconds": time.perf_counter() - before}
+        found[arm] = {**measured(result, sizes.rounds), "seconds": cpu_seconds() - before}
         print(f"{arm}: {found[arm]['psnr']:.2f} dB, {found[arm]['seconds']:.0f} s", flush=True)
-    report(found, known, {**state, "psnr_on_phantoms": on_phantoms}, time.perf_counter() - began)
+    report(found, known, {**state, "psnr_on_phantoms": on_phantoms}, cpu_seconds() - began)
     if options.out is None:
         shutil.rmtree(folder, ignore_errors=True)
 

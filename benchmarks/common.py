@@ -70,6 +70,11 @@ def released(path: Path) -> tuple[Any, Any]:
     return model.network(lambda: build_model(model.study.model, model.study.modality), None, None), model.study
 
 
+def engine_of(processes: int) -> dict[str, Any]:
+    """What `wardround.run` takes so that sites train in so many processes at once; the numbers are the same."""
+    return {"engine": "workers", "processes": processes} if processes > 1 else {"engine": "local"}
+
+
 def finish(values: Mapping[str, Any]) -> None:
     """Print the last line."""
     print(json.dumps(values), flush=True)

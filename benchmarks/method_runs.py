@@ -20,7 +20,7 @@ from typing import Any
 
 from scipy import stats
 
-from common import arguments, cpu_seconds, table
+from common import arguments, cpu_seconds, engine_of, table
 
 SEEDS = (1, 2, 3)
 Values = dict[str, Any]
@@ -80,8 +80,8 @@ class Runs:
         folder = file.with_suffix("")
         began = cpu_seconds()
         # What a killed run left is gone on with; its seconds are then those of the rest.
-        engine = {"engine": "workers", "processes": self.processes} if self.processes > 1 else {"engine": "local"}
-        result = wardround.run(study, self.sites, folder, quiet=True, allow_code=self.allow_code, **engine)
+        options = {"quiet": True, "allow_code": self.allow_code, **engine_of(self.processes)}
+        result = wardround.run(study, self.sites, folder, **options)
         first = result.metric_specs[0].name
         everywhere = (*self.training, self.unseen)
         sites = {site: result.metric("federated", site, first) for site in everywhere}

@@ -11,6 +11,7 @@ from wardround.errors import DataError
 from wardround.imaging.readers.raw import RawSlices, is_raw, open_raw, raw_files
 from wardround.imaging.readers.raw.folder import RawFolder, patient_of
 from wardround.imaging.readers.raw.slices import fully_sampled
+from wardround.imaging.readers.volume import FloatArray
 
 _SHOWN = 4
 
@@ -94,7 +95,7 @@ def summarise_raw(path: Path) -> RawSummary:
     for file in (file for patient in range(len(folder)) for file in folder.files(patient)):
         try:
             scan = open_raw(file)
-            sampled = _full(scan, len(scan) // 2)
+            mask = _mask(scan, len(scan) // 2)
         except DataError as error:
             problems[str(error)].append(file)
             continue
@@ -102,7 +103,7 @@ def summarise_raw(path: Path) -> RawSummary:
         coils[scan.coils] += 1
         (sizes if scan.cartesian else along)[scan.size] += 1
         slices += len(scan)
-        full += sampled
+        full += mask is not None and fully_sampled(mask)
         references += scan.picture is not None
         scanners.update([said] if (said := scanner_of(scan)) else [])
     return RawSummary(
@@ -136,9 +137,7 @@ def describe_file(path: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """What a file of raw data is, facts of it, and problems; all slices are read."""
     try:
         scan = open_raw(path)
-        full = [_full(scan, number) for number in range(len(scan))]
-        middle = len(scan) // 2
-        share = float(scan.mask(middle, scan.kspace(middle)).mean()) if scan.cartesian else 0.0
+        masks = [_mask(scan, number) for number in range(len(scan))]
     except DataError as error:
         return "raw data", (), (str(error),)
     slices, coils, height, width = scan.shape
@@ -146,8 +145,10 @@ def describe_file(path: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     facts = [f"{scan.kind}: {slices} slice{'s' if slices != 1 else ''} of {what}, {coils} coils"]
     if not scan.cartesian:
         facts.append(f"an image has {scan.size[0]} x {scan.size[1]} pixels by the trajectory or its header")
-    if scan.cartesian:
-        facts.append("fully sampled" if all(full) else f"undersampled: {share:.1%} of a slice measured")
+    if all(mask is not None and fully_sampled(mask) for mask in masks):
+        facts.append("fully sampled")
+    elif (middle := masks[len(masks) // 2]) is not None:
+        facts.append(f"undersampled: {middle.mean():.1%} of a slice measured")
     if scan.facts.spacing is not None:
         facts.append("voxels of " + " x ".join(f"{side:.3g}" for side in scan.facts.spacing) + " mm")
     if said := scanner_of(scan):
@@ -159,10 +160,10 @@ def describe_file(path: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     return "raw data of MRI", tuple(facts), ()
 
 
-def _full(scan: RawSlices, number: int) -> bool:
-    """Whether a slice is fully sampled. Raises DataError where it cannot be used."""
+def _mask(scan: RawSlices, number: int) -> FloatArray | None:
+    """Where a slice was measured; None along a trajectory. Raises DataError where the slice cannot be used."""
     kspace = scan.kspace(number)
     if scan.trajectory is None:
-        return fully_sampled(scan.mask(number, kspace))
+        return scan.mask(number, kspace)
     scan.trajectory(number)
-    return False
+    return None

@@ -32,26 +32,19 @@ def cg_sense(operator: LinearOperator, data: Tensor, weight: float, iterations: 
     return operator.solve(operator.A_adjoint(data), weight, iterations=iterations)
 
 
-def tv(
-    operator: LinearOperator,
-    data: Tensor,
-    weight: float,
-    iterations: int = 40,
-    *,
-    penalty_factor: float = _PENALTY,
-) -> Tensor:
+def tv(operator: LinearOperator, data: Tensor, weight: float, iterations: int = 40) -> Tensor:
     """Minimise |A x - y|^2 / 2 + weight TV(x), with the isotropic total variation of real or complex images.
 
     Images (B, H, W). weight: in units of the image times |A|^2; 0.001 to 0.02 for MRI images of peak 1.
     Alternating directions (ADMM: Boyd et al., Found. Trends Mach. Learn. 3 (2011), 1; for TV: Goldstein and
     Osher, SIAM J. Imaging Sci. 2 (2009), 323) with `iterations` outer steps: 40 come within 1 % of the least
-    objective. penalty_factor changes the speed only. Takes no derivatives.
+    objective. Takes no derivatives.
     """
     with torch.no_grad():
         rhs = operator.A_adjoint(data)
         scale = operator.norm(rhs).square()[:, None, None]
         scale = scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)  # an empty slice has empty maps
-        penalty = penalty_factor * _penalty(scale, rhs, weight)
+        penalty = _PENALTY * _penalty(scale, rhs, weight)
         x = rhs / scale
         split = gradient(x)
         dual = torch.zeros_like(split)  # scaled by 1 / penalty
@@ -70,13 +63,7 @@ def tv(
 
 
 def weighted_tv(
-    operator: LinearOperator,
-    data: Tensor,
-    weight: float,
-    iterations: int = 60,
-    *,
-    tolerance: float = 0.005,
-    penalty_factor: float = _PENALTY,
+    operator: LinearOperator, data: Tensor, weight: float, iterations: int = 60, *, tolerance: float = 0.005
 ) -> Tensor:
     """Minimise (A x - y)* W (A x - y) / 2 + weight TV(x): as `tv`, with data weighted by `trust` in them.
 
@@ -85,9 +72,9 @@ def weighted_tv(
     """
     uncertainty = operator.uncertainty(data)
     if uncertainty is None:
-        return tv(operator, data, weight, iterations, penalty_factor=penalty_factor)
+        return tv(operator, data, weight, iterations)
     weighted = Weighted(operator, trust(uncertainty, tolerance))
-    return tv(weighted, weighted.weighed(data), weight, iterations, penalty_factor=penalty_factor)
+    return tv(weighted, weighted.weighed(data), weight, iterations)
 
 
 def tv_objective(operator: LinearOperator, data: Tensor, weight: float, x: Tensor) -> Tensor:

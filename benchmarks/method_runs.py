@@ -80,8 +80,8 @@ class Runs:
         folder = file.with_suffix("")
         began = cpu_seconds()
         # What a killed run left is gone on with; its seconds are then those of the rest.
-        options = {"quiet": True, "allow_code": self.allow_code, **engine_of(self.processes)}
-        result = wardround.run(study, self.sites, folder, **options)
+        engine = engine_of(self.processes)
+        result = wardround.run(study, self.sites, folder, quiet=True, allow_code=self.allow_code, **engine)
         first = result.metric_specs[0].name
         everywhere = (*self.training, self.unseen)
         sites = {site: result.metric("federated", site, first) for site in everywhere}

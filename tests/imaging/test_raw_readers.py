@@ -29,6 +29,7 @@ from tests.real_images import root_folder
 
 from wardround.errors import DataError
 from wardround.imaging.datasets.raw import mirrored
+from wardround.imaging.identifiers.findings import Finding, Level
 from wardround.imaging.identifiers.lint import lint_folders
 from wardround.imaging.raw_inspect import raw_sites, summarise_raw
 from wardround.imaging.readers.raw import RawSlices, open_raw
@@ -83,6 +84,9 @@ def test_fastmri_without_a_header_is_cropped_to_its_reference(tmp_path: Path) ->
 
 
 def test_fastmri_of_a_single_coil_and_of_the_test_set(tmp_path: Path) -> None:
+    """Where a file holds more than its mask says, the rest was not measured."""
+    import h5py
+
     one = IMAGES[:, :1]
     close(whole(open_raw(write_fastmri(tmp_path / "a.h5", one, single=True))), transformed(one))
     mask = np.zeros(SIZE)
@@ -92,6 +96,9 @@ def test_fastmri_of_a_single_coil_and_of_the_test_set(tmp_path: Path) -> None:
     close(kspace, KSPACE[0] * mask)
     np.testing.assert_array_equal(raw.mask(0, kspace), np.repeat(mask[None], SIZE, 0))
     assert raw.picture is None
+    with h5py.File(tmp_path / "b.h5", "a") as file:
+        file["kspace"][:] = transformed(padded_rows(IMAGES, 2 * SIZE))
+    np.testing.assert_array_equal(open_raw(tmp_path / "b.h5").kspace(0) != 0, (KSPACE[0] != 0) * mask.astype(bool))
 
 
 # ISMRMRD
@@ -287,6 +294,28 @@ def _nan(path: Path) -> Path:
     return path
 
 
+def _nothing() -> Any:
+    import h5py
+
+    return h5py.Empty("<c8")
+
+
+def _copied(path: Path, other: Path) -> Path:
+    """A file with the measurement of another as its second."""
+    import h5py
+
+    with h5py.File(path, "a") as file, h5py.File(other, "r") as source:
+        source.copy("dataset", file, "dataset_2")
+    return path
+
+
+def _header_of_numpy(path: Path) -> Path:
+    """An open bracket more, which NumPy's own reader does not catch."""
+    np.save(path, KSPACE)
+    path.write_bytes(path.read_bytes().replace(b"False", b"Fal(e"))
+    return path
+
+
 WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated fastMRI": (lambda d: _cut(write_fastmri(d / "a.h5", IMAGES)), "damaged or cut short"),
     "truncated ISMRMRD": (lambda d: _cut(write_ismrmrd(d / "a.h5", HEADER, scanned(RAW))), "damaged or cut short"),
@@ -298,6 +327,12 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda d: _h5(d / "a.h5", kspace=KSPACE, reconstruction_rss=np.zeros((3, 4, 4))),
         "other slices than its k-space",
     ),
+    "complex reference": (
+        lambda d: _h5(d / "a.h5", kspace=KSPACE, reconstruction_rss=KSPACE[:, 0]),
+        "is complex, or has other slices",
+    ),
+    "a group called kspace": (lambda d: _h5(d / "a.h5", **{"kspace/a": KSPACE}), "damaged or cut short"),
+    "kspace without values": (lambda d: _h5(d / "a.h5", kspace=_nothing()), "of shape \\(\\)"),
     "other mask": (lambda d: _h5(d / "a.h5", kspace=KSPACE, mask=np.ones(5)), "5 columns and its k-space 32"),
     "no HDF5": (lambda d: (d / "a.h5").write_bytes(b"text") and d / "a.h5", "damaged or cut short"),
     "EPI": (
@@ -313,6 +348,14 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda d: write_ismrmrd(d / "a.h5", HEADER, [*scanned(RAW), *scanned(RAW[:, :, :16])]),
         "differ in their number of samples",
     ),
+    "oversampling removed, header as before": (
+        lambda d: write_ismrmrd(d / "a.h5", HEADER, scanned(KSPACE)),
+        "write 32 as its matrixSize.x",
+    ),
+    "two measurements": (
+        lambda d: _copied(*(write_ismrmrd(d / name, HEADER, scanned(RAW)) for name in ("a.h5", "b.h5"))),
+        "holds 2 measurements",
+    ),
     "lines beyond": (
         lambda d: write_ismrmrd(d / "a.h5", HEADER, [readout(RAW[0, :, :, 0], line=SIZE)]),
         "its header says 32",
@@ -326,6 +369,10 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "BART's spokes": (lambda d: write_bart(d / "a", np.ones((1, 8, 5, 2))), "trajectory"),
     "NaN": (lambda d: _nan(d / "a.npy"), "NaN or infinite"),
     "coils last": (lambda d: np.save(d / "a.npy", KSPACE[0].T) or d / "a.npy", "more coils"),
+    "coils first in MATLAB": (
+        lambda d: scipy.io.savemat(d / "a.mat", {"a": np.roll(KSPACE[0], -14, 2)}) or d / "a.mat",
+        "axes must be \\(H, W, coils\\)",
+    ),
     "two arrays": (
         lambda d: scipy.io.savemat(d / "a.mat", {"a": KSPACE[0, 0], "b": KSPACE[0, 1]}) or d / "a.mat",
         "2 complex arrays",
@@ -340,6 +387,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty NumPy": (lambda d: (d / "a.npy").touch() or d / "a.npy", "is empty"),
     "no NumPy": (lambda d: (d / "a.npy").write_bytes(b"text") and d / "a.npy", "not a NumPy array"),
     "truncated NumPy": (lambda d: _cut(np.save(d / "a.npy", KSPACE) or d / "a.npy"), "cut short"),
+    "NumPy's header": (lambda d: _header_of_numpy(d / "a.npy"), "damaged, or holds Python objects"),
     "k-space called k": (
         lambda d: scipy.io.savemat(d / "a.mat", {"k": KSPACE.T, "b": KSPACE[0, 1]}) or d / "a.mat",
         "give k-space another name",
@@ -375,6 +423,7 @@ def test_a_header_that_names_its_patient_is_found(tmp_path: Path) -> None:
     write_ismrmrd(tmp_path / "a.mrd", named, scanned(RAW[:1]))
     write_fastmri(tmp_path / "b.h5", IMAGES, patient="P1")
     (tmp_path / "c.h5").write_bytes(b"cut")
+    _copied(write_ismrmrd(tmp_path / "d.h5", HEADER, scanned(RAW[:1])), tmp_path / "a.mrd")
     found = lint_folders([tmp_path]).findings
     assert {(one.level.value, one.what) for one in found.counts} >= {
         ("refuse", "raw data: patientName is filled"),
@@ -382,6 +431,7 @@ def test_a_header_that_names_its_patient_is_found(tmp_path: Path) -> None:
         ("note", "raw data: patient_id is filled"),
         ("warn", "raw data: a file cannot be read, so it was not looked through"),
     }
+    assert found.counts[Finding(Level.REFUSE, "raw data: patientName is filled")] == 2
     assert "Doe" not in "".join(found.lines())
 
 
@@ -394,11 +444,16 @@ def test_gaps_make_a_scan_undersampled_and_margins_do_not() -> None:
     y, x = np.mgrid[-1:1:20j, -1:1:20j]
     assert fully_sampled((x**2 + y**2 < 1).astype(np.float32))
     edge, lines, point = whole.copy(), whole.copy(), np.ones((64, 64), np.float32)
-    edge[:, :6], lines[:, 3], point[5, 5] = 0, 0, 0
+    echo, calibration = whole.copy(), np.zeros((20, 20), np.float32)
+    edge[:, :3], edge[:, -3:], lines[:, 3], point[5, 5], echo[:6], calibration[:, 8:12] = 0, 0, 0, 0, 0, 1
     assert fully_sampled(edge)
     assert not fully_sampled(lines)
     assert fully_sampled(point)
+    assert fully_sampled(echo)
+    assert not fully_sampled(echo.T)
+    assert not fully_sampled(calibration)
     assert not fully_sampled(np.zeros((4, 4), np.float32))
+    assert all(fully_sampled(np.ones((side, side), np.float32)) for side in range(1, 9))
 
 
 @pytest.mark.parametrize("width", [8, 9])

@@ -65,12 +65,16 @@ def test_the_two_parts_are_apart_together_what_was_measured_and_leave_the_centre
 def test_lines_are_held_out_whole(seed: int, how: Supervision) -> None:
     mask = drawn_mask("random", (17, 32), seed)
     assert of_lines(mask)
-    held = held_out_samples(mask, how, np.random.default_rng(seed), lines=True)
+    how = how.model_copy(update={"held": "lines"})
+    held = held_out_samples(mask, how, np.random.default_rng(seed))
     assert of_lines(held)
     outside = outside_centre(mask).any(0)
     assert held[0].sum() == max(1, round(how.share * outside.sum()))
     assert not held[:, ~outside].any()
-    assert not of_lines(drawn_mask("poisson", (17, 32), seed))
+    poisson = drawn_mask("poisson", (17, 32), seed)
+    assert not of_lines(poisson)
+    with pytest.raises(GeometryError, match="whole lines cannot be held out"):
+        held_out_samples(poisson, how, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,6 +22,13 @@ def test_the_real_image_constraint_is_explained_where_it_is_set_and_where_it_is_
     assert "varied" not in free
 
 
+def test_raw_data_and_trajectories_are_explained_too() -> None:
+    for kind in ("mri_raw", "mri_noncartesian"):
+        assert "images real: " in _said(acquisition={"kind": kind}, model={"preset": "small"})
+    free = _said(acquisition={"kind": "mri_raw"}, model={"kind": "cascade"})
+    assert free.endswith("images complex: nothing is assumed of the phase")
+
+
 def test_what_varies_is_listed_with_the_sites_that_train() -> None:
     vary = {"acceleration": [2, 5], "families": ["random", "equispaced"], "turns": True, "bias": 0.4}
     said = _said(acquisition={"reference": "scan", "vary": vary})

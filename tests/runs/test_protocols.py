@@ -19,8 +19,9 @@ from tests.laws.test_silence import leaks
 from wardround.cli import app
 from wardround.federation.facts import DELIVER, FACTS
 from wardround.imaging.readers.ct_protocol import CTProtocol, facts_of
+from wardround.runs.apply import trained_coils
 from wardround.runs.machine import Machine
-from wardround.runs.protocols import warning
+from wardround.runs.protocols import lines, summary, warning
 from wardround.runs.session import Result, run
 from wardround.study.ct import CTAcquisition
 from wardround.study.load import load_study
@@ -175,6 +176,21 @@ def test_a_model_of_mri_knows_its_masks(tmp_path: Path) -> None:
     assert ModelProtocols.model_validate_json(trained.model_dump_json()) == trained
     assert warning(trained, {"acceleration": 4.3, "coils": 6.0}, {}) == ""
     assert "acceleration 2 (trained on 4)" in warning(trained, {"acceleration": 2.0, "coils": 8.0}, {})
+
+
+def test_what_training_scans_varied_is_known() -> None:
+    """Ranges replace the scanner's own values, which no training scan had."""
+    vary = {"acceleration": [2, 3], "coils": [1, 12], "families": ["random", "equispaced"]}
+    study = load_study({"name": "m", "sites": {"A": {}, "B": {}}, "acquisition": {"vary": vary}})
+    trained = ModelProtocols(scanners={site: study.acquisition_of(site) for site in "AB"})
+    scan = {"mask": "equispaced", "acceleration": 2.5, "coils": 3.0}
+    assert warning(trained, scan, {}) == ""
+    said = warning(trained, {"mask": "poisson", "acceleration": 4.0, "coils": 16.0}, {})
+    assert "mask poisson (trained on equispaced, random)" in said
+    assert "acceleration 4 (trained on 2 to 3); coils 16 (trained on 1 to 12)" in said
+    assert lines(trained)[0].endswith("mask random or equispaced, acceleration 2 to 3, coils 1 to 12")
+    assert "noise 0.005, varied in training" in summary(trained)
+    assert trained_coils(study, "A") == tuple(range(1, 13))
 
 
 def test_damaged_protocols_are_one_error(finished: tuple[Result, list[Sent]], tmp_path: Path) -> None:

@@ -114,6 +114,21 @@ def test_a_centre_too_thin_for_coil_maps_is_refused_before_anything_is_scanned()
         build_task(_study(acquisition={**thin, "maps": "true"}, model={"preset": "tiny", "image": "real"}))
 
 
+def test_a_network_of_cartesian_kspace_is_refused_before_it_sees_a_scan() -> None:
+    with pytest.raises(StudyError, match="e2e_varnet takes Cartesian k-space alone"):
+        build_task(_study(model={"kind": "e2e_varnet", "preset": "tiny"}))
+
+
+@pytest.mark.parametrize("kind", ["cascade", "varnet", "swin_denoiser", "unet"])
+def test_other_networks_of_mri_take_a_trajectory(kind: str, folder: Path) -> None:
+    task = build_task(_study(model={"kind": kind, "preset": "tiny"}))
+    batch = task.dataset("A", (folder,)).batch([0], np.random.default_rng(0))
+    image = task.reconstruct(task.build_model(), batch)
+    assert image.isfinite().all()
+    inside = batch.head > 0
+    assert 0.5 < image[inside].mean() / batch.target[inside].mean() < 1.5
+
+
 def test_a_study_has_one_kind_of_scanner() -> None:
     with pytest.raises(ValidationError, match="one modality"):
         _study(sites={"A": {}, "B": {"acquisition": {"kind": "mri"}}})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wardround.errors import Interrupted, StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI, fft2c
+from wardround.imaging.acquisition.mri.split import of_lines
 from wardround.learning.device import moved
 from wardround.results.files import read_rounds
 from wardround.runs.explain import explain
@@ -147,6 +148,15 @@ def test_each_step_divides_anew_and_each_validation_alike(folders: Path) -> None
 
 
 @pytest.mark.slow
+def test_whole_lines_are_held_out_where_the_study_says_so(folders: Path) -> None:
+    lines = _task(task={**TASK, "supervision": {**SPLIT, "held": "lines"}}, sites={"Alpha": {}, "Beta": {}})
+    batch = _dataset(lines, folders, "Alpha").batch([0], _random())
+    assert isinstance(batch, SplitBatch)
+    assert of_lines(batch.held[0].numpy())
+    assert 0 < batch.held.sum() < batch.mask.sum()
+    assert torch.isfinite(lines.loss(lines.build_model(), batch))
+
+
 def test_sites_with_true_images_learn_from_them(task: MRIReconstruction, folders: Path) -> None:
     model = Seen()
     alone, taught = (_dataset(task, folders, site) for site in ("Alpha", "Beta"))
@@ -208,6 +218,9 @@ def test_what_cannot_be_split_is_refused(monkeypatch: pytest.MonkeyPatch, folder
     ct["task"] = {"kind": "reconstruction", "size": [256, 256]}
     with pytest.raises(ValueError, match=r"sites.Alpha.supervision: samples are split for MRI .* acquisition.kind: ct"):
         _task(**ct)
+    disc = {"coils": 2, "mask": {"family": "poisson"}}
+    with pytest.raises(ValueError, match=r"task.supervision: held: lines needs a scan of lines.*`held: samples`"):
+        _task(acquisition=disc, sites={"A": {}}, task={**TASK, "supervision": {"kind": "split", "held": "lines"}})
     outlines = {"kind": "segmentation", "images": ["flair"], "mask": "seg", "structures": {"tumour": "any"}}
     alone = {"Alpha": {"supervision": SPLIT}}
     with pytest.raises(ValueError, match=r"sites.Alpha.supervision: only for task.kind: reconstruction"):

@@ -42,7 +42,7 @@ task:
 
 model:
   kind: modl
-  preset: small         # tiny | small | paper
+  preset: small_complex # tiny | small_complex | paper; `small` takes images for real (docs/models.md)
 
 """
     + TAIL

@@ -87,11 +87,10 @@ class ScanFit:
 
 @dataclass(frozen=True)
 class SliceInThree:
-    """One slice in three parts: Gamma is `apart.held`, and `how` splits what is left, in whole lines with `lines`."""
+    """One slice in three parts: Gamma is `apart.held`, and `how` splits what is left, in lines where it is of lines."""
 
     apart: SplitBatch
     how: Supervision
-    lines: bool
 
     @classmethod
     def of(cls, slice_: MRIBatch, how: Supervision, random: np.random.Generator) -> SliceInThree:
@@ -108,12 +107,13 @@ class SliceInThree:
                 f"{count} {what} of a slice were measured outside its calibration centre, and {fewest} or more are "
                 "needed to set some of them apart"
             )
-        apart = SplitBatch.drawn(slice_, how.model_copy(update={"share": _APART}), random, lines=lines)
-        return cls(apart, how, lines)
+        how = how.model_copy(update={"held": "lines" if lines else "samples"})
+        apart = SplitBatch.drawn(slice_, how.model_copy(update={"share": _APART}), random)
+        return cls(apart, how)
 
     def loss(self, network: nn.Module, random: np.random.Generator) -> Tensor:
         """What a step lowers: `SplitBatch.learned_loss` of a Lambda that is drawn anew; scalar."""
-        return SplitBatch.drawn(self.apart.seen, self.how, random, lines=self.lines).learned_loss(network).sum()
+        return SplitBatch.drawn(self.apart.seen, self.how, random).learned_loss(network).sum()
 
     def error(self, network: nn.Module) -> float:
         """How badly the image of all samples but Gamma predicts Gamma: half of `kspace_loss`."""

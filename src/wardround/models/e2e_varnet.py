@@ -157,6 +157,7 @@ class E2EVarNetSettings(PresetSettings):
 
     kind: Literal["e2e_varnet"]
     modalities = frozenset({"mri"})
+    cartesian = True
     consistent = True
     cascades: int | None = Field(None, ge=1, le=50, description="iterations; default 2 of `tiny`, 4 of `small`, 12")
     channels: int | None = Field(

@@ -264,9 +264,8 @@ def trained_coils(study: Study, site: str | None) -> tuple[int, ...]:
     known: set[int] = set()
     for scanner in map(study.acquisition_of, sites):
         if isinstance(scanner, MRIAcquisition):
-            varied = scanner.vary.coils if scanner.vary is not None else None
-            fewest, most = varied or (scanner.coils, scanner.coils)
-            known.update(range(fewest, most + 1))
+            coils = [int(value) for value in scanner.trained()["coils"]]
+            known.update(range(min(coils), max(coils) + 1))
     return tuple(sorted(known))
 
 

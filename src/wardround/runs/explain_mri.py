@@ -1,4 +1,7 @@
-"""What an MRI study assumes of phase, and how its training scans differ from its scanners': a section of `check`."""
+"""What an MRI study assumes of phase, and how its training scans differ from its scanners': a section of `check`.
+
+Of simulated scans, Cartesian or not, and of raw data.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from wardround.study.acquisition import MRIAcquisition, MRIVariety
 from wardround.study.schema import Study
 
 _REAL = (
-    "real: the network takes the phase from coil maps that are estimated from the calibration lines, which halves the "
-    "unknowns. Simulated scans with smooth phase gain by it; on real scans phase that the calibration lines do not "
-    "resolve (vessels, air, fat, bleeding) becomes an error. For real scanners set model.image: complex"
+    "real: the network takes the phase from coil maps that are estimated from the middle of k-space, which halves the "
+    "unknowns. Simulated scans with smooth phase gain by it; on real scans phase that the middle does not resolve "
+    "(vessels, air, fat, bleeding) becomes an error. For real scanners set model.image: complex"
 )
-_COMPLEX = (
-    "complex: nothing is assumed of the phase. model.image: real halves the unknowns where the phase is as smooth as "
-    "the calibration lines resolve, as in simulated scans without acquisition.phase_detail"
+_COMPLEX = "complex: nothing is assumed of the phase"
+_COULD_BE_REAL = (
+    ". model.image: real halves the unknowns where the phase is as smooth as the middle of k-space resolves, as in "
+    "simulated scans without acquisition.phase_detail"
 )
 
 
@@ -26,7 +30,8 @@ def explain_scanners(study: Study) -> str:
 
 def _lines(study: Study) -> Iterator[str]:
     if not study.model.closed:
-        yield entry("images", _REAL if study.model.real_images else _COMPLEX)
+        complex_ = _COMPLEX + _COULD_BE_REAL * hasattr(study.model, "image")
+        yield entry("images", _REAL if study.model.real_images else complex_)
     scanners = {site: study.acquisition_of(site) for site in study.sites}
     noisy = [site for site, a in scanners.items() if isinstance(a, MRIAcquisition) and a.reference == "scan"]
     if noisy:

@@ -19,6 +19,8 @@ from wardround.study.schema import Study
 
 # What is told of a scan, and in which unit; a text has none.
 Facts = Mapping[str, float | str]
+# The same of scans in training: all values, or the ends of a range.
+_Ranges = Mapping[str, Sequence[float | str]]
 _UNITS = {
     "pixel": " mm",
     "bin": " mm",
@@ -56,7 +58,7 @@ def lines(protocols: ModelProtocols) -> list[str]:
     found = []
     for site, acquisition in protocols.scanners.items():
         what = "raw data" if acquisition.measured else "simulated scanner"
-        found.append(f"{what} of {site}: {_listed(acquisition.facts()) or acquisition.describe()}")
+        found.append(f"{what} of {site}: {_listed(acquisition.trained()) or acquisition.describe()}")
         if site in protocols.headers:
             found.append(f"  headers of {site}: {protocols.headers[site].text}")
     return found
@@ -90,7 +92,7 @@ def warning(protocols: ModelProtocols, scan: Facts, header: Facts) -> str:
     `scan` is compared with the simulated protocols, `header` with what the training images' headers say, as far as
     the model knows.
     """
-    known = [acquisition.facts() for acquisition in protocols.acquisitions]
+    known = [acquisition.trained() for acquisition in protocols.acquisitions]
     departures = [said for name, value in scan.items() if (said := _departure(name, value, _values(known, name)))]
     for name, value in header.items():
         if said := _departure(name, value, _header_values(protocols, name)):
@@ -100,8 +102,8 @@ def warning(protocols: ModelProtocols, scan: Facts, header: Facts) -> str:
     return f"Mind: unlike the scanners that the model was trained on: {'; '.join(departures)}. Untested there."
 
 
-def _values(known: Iterable[Facts], name: str) -> list[float | str]:
-    return [facts[name] for facts in known if name in facts]
+def _values(known: Iterable[_Ranges], name: str) -> list[float | str]:
+    return [value for facts in known for value in facts.get(name, ())]
 
 
 def _header_values(protocols: ModelProtocols, name: str) -> Sequence[float | str]:
@@ -129,16 +131,21 @@ def _departure(name: str, value: float | str, known: Sequence[float | str]) -> s
     tolerance = _TOLERANCES.get(name, _TOLERANCE)
     if low * (1 - tolerance) <= value <= high * (1 + tolerance):
         return ""
+    return f"{name} {_plain(value)}{_UNITS.get(name, '')} (trained on {_span(name, numbers)})"
+
+
+def _span(name: str, values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
     unit = _UNITS.get(name, "")
-    span = f"{_plain(low)}{unit}" if math.isclose(low, high) else f"{_plain(low)} to {_plain(high)}{unit}"
-    return f"{name} {_plain(value)}{unit} (trained on {span})"
+    return f"{_plain(low)}{unit}" if math.isclose(low, high) else f"{_plain(low)} to {_plain(high)}{unit}"
 
 
-def _listed(facts: Facts) -> str:
-    return ", ".join(
-        f"{name} {value if isinstance(value, str) else _plain(value)}{_UNITS.get(name, '')}"
-        for name, value in facts.items()
-    )
+def _listed(facts: _Ranges) -> str:
+    found = []
+    for name, values in facts.items():
+        numbers = [value for value in values if not isinstance(value, str)]
+        found.append(f"{name} {_span(name, numbers) if numbers else ' or '.join(map(str, values))}")
+    return ", ".join(found)
 
 
 def _plain(number: float) -> str:

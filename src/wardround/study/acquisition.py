@@ -155,11 +155,21 @@ class MRIAcquisition(CoilAcquisition):
 
     def describe(self) -> str:
         """Mask, coils and noise."""
-        return f"{self.mask.acceleration:g}× {self.mask.family}, {self.coils} coils, noise {self.noise}"
+        own = f"{self.mask.acceleration:g}× {self.mask.family}, {self.coils} coils, noise {self.noise}"
+        return own if self.vary is None else f"{own}, varied in training"
 
     def facts(self) -> dict[str, float | str]:
         """Mask and coils."""
         return {"mask": self.mask.family, "acceleration": self.mask.acceleration, "coils": float(self.coils)}
+
+    def trained(self) -> dict[str, tuple[float | str, ...]]:
+        """The ranges of `vary` in place of the scanner's own values."""
+        found = super().trained()
+        if self.vary is None:
+            return found
+        varied = {"acceleration": self.vary.acceleration, "coils": self.vary.coils}
+        ranges = {name: tuple(map(float, ends)) for name, ends in varied.items() if ends is not None}
+        return found | ranges | ({"mask": self.vary.families} if self.vary.families else {})
 
     def check(self, task: ReconstructionTask, site: str) -> None:
         """See `check_maps`, for the fewest coils and calibration lines that training scans have, too."""

@@ -100,6 +100,10 @@ class AcquisitionSettings(Settings):
         """Numbers and words by names for people: a model's file lists them, and other scans are compared with them."""
         return dict(_plain(self))
 
+    def trained(self) -> dict[str, tuple[float | str, ...]]:
+        """`facts` of training scans: a value each, or the ends of its range where training scans vary."""
+        return {name: (value,) for name, value in self.facts().items()}
+
     def features(self) -> tuple[float, ...] | None:
         """What tells a network or a method which scanner this is, each in [0, 1]; `None` where nothing does."""
         return None

@@ -34,6 +34,8 @@ class ModelSettings(Settings):
     head_parts: ClassVar[tuple[str, ...]] = ()
     #: Whether it holds its images to the measured data (data consistency), as training on one scan alone needs.
     consistent: ClassVar[bool] = False
+    #: Whether it takes k-space on a Cartesian grid alone.
+    cartesian: ClassVar[bool] = False
 
     def build(self, modality: Modality) -> Any:
         """The network (`torch.nn.Module`), freshly initialised from torch's global generator.

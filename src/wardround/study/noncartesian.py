@@ -62,6 +62,7 @@ class NonCartesianAcquisition(CoilAcquisition):
 
     reconstruction = "wardround.tasks.noncartesian:NonCartesianReconstruction"
     applied = "wardround.runs.apply_noncartesian:reconstruct_noncartesian"
+    costs = "wardround.runs.explain_mri:explain_scanners"
 
     kind: Literal["mri_noncartesian"] = "mri_noncartesian"
     trajectory: Trajectory = Radial()

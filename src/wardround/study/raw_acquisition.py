@@ -24,6 +24,7 @@ class RawAcquisition(AcquisitionSettings):
     baselines = ("zero_filled", "cg_sense", "tv")
     reconstruction = "wardround.tasks.mri_raw:RawMRIReconstruction"
     applied = "wardround.runs.apply:reconstruct_mri"
+    costs = "wardround.runs.explain_mri:explain_scanners"
     measured = True
     splits = True
     inside = "head"

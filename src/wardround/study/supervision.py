@@ -25,6 +25,11 @@ class Supervision(Config):
     share: float = Field(
         0.4, gt=0.0, lt=1.0, description="of the samples outside the calibration centre: those that the loss sees"
     )
+    held: Literal["samples", "lines"] = Field(
+        "samples",
+        description="what is held out: single samples, as in the paper, or whole lines of a scan of lines, which are "
+        "what it lacks and harder to predict",
+    )
     density: Literal["gaussian", "uniform"] = Field(
         "gaussian",
         description="how these are drawn, in each step anew: more often near the centre (a deviation of a quarter of "
@@ -47,6 +52,12 @@ def check_supervision(study: Study, acquisition: AcquisitionSettings, site: str)
         raise StudyError(
             f"{key}: samples are split for MRI of a Cartesian grid, and site {site} has acquisition.kind: "
             f"{acquisition.kind}; set `kind: full`"
+        )
+    mask = getattr(acquisition, "mask", None)
+    if splits and study.supervision_of(site).held == "lines" and mask is not None and mask.family == "poisson":
+        raise StudyError(
+            f"{key}: held: lines needs a scan of lines, and the mask of site {site} leaves out single samples "
+            "(poisson); set `held: samples`"
         )
     if not splits and not acquisition.has_reference and site in study.training_sites:
         raise StudyError(

@@ -126,10 +126,9 @@ class SplitBatch(MRIBatch):
         random: np.random.Generator,
         *,
         alone: bool = False,
-        lines: bool = False,
     ) -> SplitBatch:
-        """A batch with samples, or lines, of each slice held out by `held_out_samples`; see there for the error."""
-        held = np.stack([held_out_samples(on_host(mask), how, random, lines=lines) for mask in batch.mask])
+        """A batch with samples, or lines, of each slice held out by `held_out_samples`; see there for the errors."""
+        held = np.stack([held_out_samples(on_host(mask), how, random) for mask in batch.mask])
         return cls.of_batch(batch, torch.from_numpy(held), alone=alone)
 
     @property

@@ -143,14 +143,19 @@ class NonCartesianDataset(ReconstructionDataset[NonCartesianBatch]):
 class NonCartesianReconstruction(MagnitudeReconstruction[NonCartesianBatch]):
     """Magnitude images from radial or spiral k-space.
 
-    Raises StudyError for tiny images, for a trajectory whose centre is too thin for coil maps, and for a real model or
-    baseline where the coil maps do not carry the phase.
+    Raises StudyError for tiny images, for a network that takes Cartesian k-space alone, for a trajectory whose centre
+    is too thin for coil maps, and for a real model or baseline where the coil maps do not carry the phase.
     """
 
     def __init__(self, study: schema.Study, embeddings: Mapping[str, Path] = NO_EMBEDDINGS) -> None:
         super().__init__(study, embeddings)
         if study.model.real_images:
             require_estimated_maps(study, "model.image: real")
+        if study.model.cartesian:
+            raise StudyError(
+                f"model.kind: {study.model.kind} takes Cartesian k-space alone, and the study's scanners measure along "
+                "a trajectory; take varnet, cascade, swin_denoiser or modl"
+            )
         for site in study.sites:
             try:
                 require_dense_centre(self._acquisition(site), self.config.size)

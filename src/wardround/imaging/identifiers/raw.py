@@ -9,7 +9,7 @@ from typing import Any
 from wardround.errors import DataError, MissingExtra
 from wardround.imaging.identifiers.findings import Finding, Level
 from wardround.imaging.readers.raw.hdf5 import opened, text_of
-from wardround.imaging.readers.raw.ismrmrd_file import group_of
+from wardround.imaging.readers.raw.ismrmrd_file import groups_of
 
 #: Elements of an ISMRMRD header that say who a patient is, or when the patient was where.
 ELEMENTS = {
@@ -29,8 +29,7 @@ def look_at_raw(path: Path) -> list[Finding]:
     """Elements of a header of raw data that are filled, and fastMRI's patient_id; no sample is read."""
     try:
         with opened(path) as file:
-            group = group_of(file)
-            header = _header(file, group)
+            header = _headers(file)
             named = bool(text_of(file.attrs.get("patient_id", "")))
     except MissingExtra:
         return [Finding(Level.WARN, "raw data: a header was not looked through, for h5py is not installed")]
@@ -44,7 +43,8 @@ def look_at_raw(path: Path) -> list[Finding]:
     return [*found, *[Finding(Level.NOTE, "raw data: patient_id is filled")] * named]
 
 
-def _header(file: Any, group: str | None) -> str:
-    if group is not None:
-        return text_of(file[group]["xml"][0]) or ""
-    return text_of(file["ismrmrd_header"][()]) or "" if "ismrmrd_header" in file else ""
+def _headers(file: Any) -> str:
+    found = [text_of(file[group]["xml"][0]) for group in groups_of(file)]
+    if "ismrmrd_header" in file:
+        found.append(text_of(file["ismrmrd_header"][()]))
+    return "\n".join(text for text in found if text)

@@ -22,19 +22,21 @@ FloatArray = NDArray[np.float32]
 _DEVIATIONS = 4.0
 
 
-def held_out_samples(
-    mask: NDArray[np.generic], how: Supervision, random: np.random.Generator, *, lines: bool = False
-) -> FloatArray:
+def held_out_samples(mask: NDArray[np.generic], how: Supervision, random: np.random.Generator) -> FloatArray:
     """Draw Lambda of a mask (H, W): float32, 1 where a measured sample is kept from the network.
 
     `how.share` is of the samples outside the fully sampled centre (`calibration_region`), at least one. The centre
     stays with the network whole, because coil maps are estimated there: so the maps of Theta are those of Omega, and
     nothing of Lambda is in them. (The paper keeps a block of 4 x 4 in Theta, and has its maps from elsewhere.) Samples
     are drawn one after the other without putting back, with a probability proportional to their density.
-    With `lines` whole lines (along H) are drawn so instead of samples: what a scan of lines lacks is lines, too.
-    Raises GeometryError where nothing is measured outside the centre.
+    With `how.held` of lines, whole lines (along H) are drawn so instead of samples.
+    Raises GeometryError where nothing is measured outside the centre, and for lines of a mask that is none of lines.
     """
-    free = outside_centre(mask)
+    free, lines = outside_centre(mask), how.held == "lines"
+    if lines and not of_lines(mask):
+        raise GeometryError(
+            "a scan left out single samples, so whole lines cannot be held out of it; set `supervision.held: samples`"
+        )
     drawn = free.any(0, keepdims=True) if lines else free
     places = np.flatnonzero(drawn)
     if not len(places):

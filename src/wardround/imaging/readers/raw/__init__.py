@@ -10,7 +10,7 @@ from wardround.imaging.readers.raw.arrays import read_mat, read_npy
 from wardround.imaging.readers.raw.bart import read_bart
 from wardround.imaging.readers.raw.fastmri import KSPACE, read_fastmri
 from wardround.imaging.readers.raw.hdf5 import opened
-from wardround.imaging.readers.raw.ismrmrd_file import group_of, read_ismrmrd
+from wardround.imaging.readers.raw.ismrmrd_file import groups_of, read_ismrmrd
 from wardround.imaging.readers.raw.slices import RawSlices, ScanFacts, raw_error
 from wardround.imaging.readers.raw.trajectory import BESIDE
 
@@ -24,7 +24,7 @@ _DEPTH = 4
 def read_hdf5(path: Path) -> RawSlices:
     """Open fastMRI's or ISMRMRD's HDF5, whichever it is. Raises DataError for a file of another kind."""
     with opened(path) as file:
-        fastmri, ismrmrd = KSPACE in file, group_of(file) is not None
+        fastmri, ismrmrd = KSPACE in file, bool(groups_of(file))
     if fastmri:
         return read_fastmri(path)
     if ismrmrd:

@@ -8,6 +8,7 @@ module `trajectory` says in which unit.
 from __future__ import annotations
 
 import math
+import tokenize
 import zlib
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def read_array(source: Path, what: str) -> Array:
         raise DataError(f"the {what} file does not exist; check its path", detail=str(source)) from error
     except PermissionError as error:
         raise DataError(f"the {what} file cannot be read ({reason(error)})", detail=str(source)) from error
-    except (OSError, EOFError, ValueError) as error:
+    # A damaged header is read as Python text.
+    except (OSError, EOFError, ValueError, TypeError, OverflowError, SyntaxError, tokenize.TokenError) as error:
         raise DataError(f"the {what} file {_wrong(source)}", detail=str(source)) from error
     if not isinstance(found, np.ndarray):
         raise DataError(f"the {what} file holds several arrays; store one array as .npy", detail=str(source))
@@ -77,12 +79,7 @@ def read_npy(path: Path) -> RawSlices:
             path,
         )
     whole = array if array.ndim == 4 else array[None]
-    if whole.shape[1] > min(whole.shape[2:]):
-        raise raw_error(
-            f"k-space of shape {array.shape} has more coils ({whole.shape[1]}) than lines; its axes must be (coils, H, "
-            "W) or (slices, coils, H, W)",
-            path,
-        )
+    _check_coils(whole.shape[1], whole.shape[2:], array.shape, "(coils, H, W) or (slices, coils, H, W)", path)
     # A slice of the middle, for the file is mapped and a look at its header must not read it all.
     check_centred(np.abs(whole[len(whole) // 2]), path)
     return _of(whole, "NumPy", path)
@@ -109,6 +106,7 @@ def read_mat(path: Path) -> RawSlices:
             path,
         )
     whole = array.reshape(*array.shape, *[1] * (4 - array.ndim))
+    _check_coils(whole.shape[2], whole.shape[:2], array.shape, "(H, W, coils) or (H, W, coils, slices)", path)
     check_centred(np.moveaxis(np.abs(whole), (0, 1), (-2, -1)), path)
     return _of(np.ascontiguousarray(whole.transpose(3, 2, 0, 1)), "MATLAB", path)
 
@@ -157,6 +155,12 @@ def _mat_along(array: Array, points: Array, path: Path) -> RawSlices:
 
 def _real(array: Array) -> bool:
     return np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
+
+
+def _check_coils(coils: int, plane: tuple[int, ...], shape: tuple[int, ...], axes: str, path: Path) -> None:
+    """Raise DataError where axes seem to stand in another order."""
+    if coils > min(plane):
+        raise raw_error(f"k-space of shape {shape} has more coils ({coils}) than lines; its axes must be {axes}", path)
 
 
 def _of(array: Array, kind: str, path: Path) -> RawSlices:

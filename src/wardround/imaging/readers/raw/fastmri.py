@@ -34,11 +34,12 @@ _REFERENCES = ("reconstruction_rss", "reconstruction_esc")
 def read_fastmri(path: Path) -> RawSlices:
     """Open a file of fastMRI's layout. Raises DataError for another one, and `MissingExtra` without h5py."""
     with opened(path) as file:
-        shape, dtype = file[KSPACE].shape, file[KSPACE].dtype
+        shape, dtype = _shape(file, KSPACE), file[KSPACE].dtype
         attributes = {name: text_of(file.attrs[name]) for name in ("patient_id", "acquisition") if name in file.attrs}
         xml = text_of(file["ismrmrd_header"][()]) if "ismrmrd_header" in file else None
         reference = next((name for name in _REFERENCES if name in file), None)
-        cropped = None if reference is None else file[reference].shape
+        cropped = None if reference is None else _shape(file, reference)
+        complex_ = reference is not None and file[reference].dtype.kind == "c"
         columns = np.asarray(file["mask"]).ravel() if "mask" in file else None
     if len(shape) not in (3, 4) or dtype.kind != "c":
         raise raw_error(
@@ -48,14 +49,17 @@ def read_fastmri(path: Path) -> RawSlices:
         )
     slices, height, width = int(shape[0]), int(shape[-2]), int(shape[-1])
     coils = int(shape[1]) if len(shape) == 4 else 1
-    if cropped is not None and (len(cropped) != 3 or cropped[0] != slices):
-        raise raw_error("the reference image of a raw data file has other slices than its k-space", path)
+    if cropped is not None and (len(cropped) != 3 or cropped[0] != slices or complex_):
+        raise raw_error("the reference image of a raw data file is complex, or has other slices than its k-space", path)
     header = _header(xml, path)
     rows = _rows(header, height, None if cropped is None else int(cropped[1]))
 
     def stored(number: int) -> ComplexArray:
         with opened(path) as file:
             found = np.asarray(file[KSPACE][number], np.complex64)
+        if columns is not None:
+            # Some files hold the whole scan, and the mask of another.
+            found = found * (columns != 0)
         return without_oversampling(found.reshape(coils, height, width), rows)
 
     def picture(number: int) -> FloatArray:
@@ -72,6 +76,12 @@ def read_fastmri(path: Path) -> RawSlices:
         picture=None if reference is None else picture,
         files=(path,),
     )
+
+
+def _shape(file: Any, name: str) -> tuple[int, ...]:
+    """The shape of an array; of none for a data set without values."""
+    shape: tuple[int, ...] | None = file[name].shape
+    return shape or ()
 
 
 def _header(xml: str | None, path: Path) -> Header | None:

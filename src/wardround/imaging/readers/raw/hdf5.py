@@ -28,8 +28,8 @@ def opened(path: Path) -> Iterator[Any]:
         # h5py's own words name the file.
         said = type(error).__name__ if error.errno is None else os.strerror(error.errno)
         raise raw_error(f"a raw data file cannot be read ({said})", path) from error
-    # h5py raises these for damaged trees, chunks and names.
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
+    # h5py raises these for damaged trees, chunks and names, and for a group where an array is expected.
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise raw_error(DAMAGED, path, str(error)) from error
 
 

@@ -93,20 +93,25 @@ class _Readouts:
         return found
 
 
-def group_of(file: Any) -> str | None:
-    """The group of a file that holds ISMRMRD readouts; `None` for a file of another kind."""
-    for name, group in file.items():
-        if hasattr(group, "keys") and {"xml", "data"} <= set(group.keys()):
-            return str(name)
-    return None
+def groups_of(file: Any) -> list[str]:
+    """The groups of a file that hold ISMRMRD readouts; none in a file of another kind."""
+    return [str(name) for name, group in file.items() if hasattr(group, "keys") and {"xml", "data"} <= {*group.keys()}]
 
 
 def read_ismrmrd(path: Path) -> RawSlices:
     """Open an ISMRMRD file. Raises DataError for one that cannot be sorted, `MissingExtra` without its packages."""
     with opened(path) as file:
-        group = group_of(file)
-        if group is None:
+        groups = groups_of(file)
+        if not groups:
             raise raw_error("an HDF5 file holds no ISMRMRD readouts", path)
+        if len(groups) > 1:
+            raise raw_error(
+                f"an ISMRMRD file holds {len(groups)} measurements, and nothing says which is the scan; write each to "
+                "a file of its own",
+                path,
+                ", ".join(groups),
+            )
+        group = groups[0]
         xml = text_of(file[group]["xml"][0])
         heads = file[group]["data"].fields("head")[:]
         noise = _noise(file[group]["data"], heads, path)
@@ -294,6 +299,13 @@ def _start(readouts: _Readouts, size: int) -> int:
     centre = common(readouts.heads["center_sample"], "their centre", readouts.path) - readouts.first
     if isinstance(readouts, _Reversed):
         centre = readouts.samples - 1 - centre
+    if readouts.samples == readouts.encoding.rows < size and centre == readouts.samples // 2:
+        raise raw_error(
+            f"readouts of {readouts.samples} samples about their centre are as long as the image, and the header's "
+            f"encoded space has {size}: where the oversampling was removed, write {readouts.samples} as its "
+            "matrixSize.x; readouts of a lower resolution must be padded with zeros",
+            readouts.path,
+        )
     # Some converters leave the centre out; a whole readout needs none.
     start = 0 if readouts.samples == size else size // 2 - centre
     if start < 0 or start + readouts.samples > size:

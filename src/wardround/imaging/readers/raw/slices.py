@@ -29,6 +29,9 @@ TRAJECTORIES = (
 )
 # Samples that may be missing, or zero by chance, in what counts as fully sampled.
 _HOLES = 1e-3
+# How far towards an edge a full scan reaches at least on its longer side, as a share of the way (padded columns end at
+# two thirds), and on its other side, as a share of that: a partial echo along the readout, whole along phase encodes.
+_REACH, _PARTIAL_ECHO, _WHOLE = 0.5, 0.4, 0.8
 
 
 @dataclass(frozen=True)
@@ -193,16 +196,29 @@ def measured(kspace: ComplexArray) -> FloatArray:
 
 
 def fully_sampled(mask: FloatArray) -> bool:
-    """Whether a mask (H, W) has no gaps: no unmeasured points between measured ones of a row or a column.
+    """Whether a mask (H, W) has no gaps, and lies about the middle.
 
-    What lies outside the measured region (corners of an ellipse, a partial echo, padding) was never meant to be
-    measured and is no gap. A few zeros among many samples are not, either.
+    A gap is an unmeasured point between measured ones of a row or a column. What lies outside the measured region
+    (corners of an ellipse, a partial echo along H, padding) was never meant to be measured and is none. A few zeros
+    among many samples are not, either. Phase encodes (W) on one side of the middle alone, as of partial Fourier or of a
+    scan that was stopped, leave the image blurred, and so do calibration lines alone: they are no full scan.
     """
     on = mask != 0
-    if not on.any():
+    if not (_about_middle(on.any(axis=1), _PARTIAL_ECHO) and _about_middle(on.any(axis=0), _WHOLE)):
         return False
     gaps = sum((_between(on, axis) & ~on).sum() for axis in (0, 1))
     return bool(gaps <= _HOLES * on.size)
+
+
+def _about_middle(on: NDArray[np.bool_], share: float) -> bool:
+    """Whether what is measured of an axis reaches far enough, and on its shorter side `share` of the longer."""
+    found = np.flatnonzero(on)
+    if not found.size:
+        return False
+    middle = on.size // 2
+    shorter, longer = sorted((middle - int(found[0]), int(found[-1]) + 1 - middle))
+    # One sample more: an even number of them has no middle.
+    return longer >= _REACH * middle and shorter + 1 >= share * longer
 
 
 def _between(on: NDArray[np.bool_], axis: int) -> NDArray[np.bool_]:

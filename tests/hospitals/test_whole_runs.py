@@ -10,6 +10,8 @@ from tests.apart import comparable, give_root
 from tests.hospitals.whole import Whole, whole
 from tests.laws.test_apart import QUICK, SLOW, Case, study_of
 from tests.mri_hospitals import make_hospitals, write_study
+from tests.runs.test_raw_run import hospitals as raw_hospitals
+from tests.runs.test_raw_run import settings as raw_settings
 from tests.toys import toy_sites
 from wardround.results.schema import Result
 from wardround.runs.folder import reserve
@@ -126,3 +128,15 @@ def test_each_hospital_has_a_page_with_its_pictures_and_the_coordinator_has_none
     report = (together.out / "report.html").read_text(encoding="utf-8")
     assert "data:image/png" not in report
     assert not list(together.out.rglob("pictures.npz"))
+
+
+@pytest.mark.slow
+def test_files_of_scanners_train_across_hospitals(tmp_path: Path) -> None:
+    """fastMRI's at one, ISMRMRD's at the other, each in its hospital's own folder."""
+    root = raw_hospitals(tmp_path / "data")
+    study = load_study(raw_settings(root)[0])
+    data = {site: root / site for site in study.sites}
+    sites = SitesFile(sites={site: SiteData(data=where) for site, where in data.items()}).with_code()
+    alone = here(tmp_path / "alone", study, sites, Case({}))
+    with whole(tmp_path / "federation", data) as made:
+        assert_same(made, study, alone, made.run(study))

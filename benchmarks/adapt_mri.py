@@ -3,8 +3,9 @@
 The network is the Swin denoiser. It is pretrained on the package's phantoms (made-up patients of the ICBM152 anatomy,
 nine protocols; a federation of their sites), then adapted on simulated scans of the real images of
 examples/lgg-mri.yaml, federated, with the same rounds and steps: `prompts` trains and exchanges 20 deep prompts a block
-(FedPR's number, plain averages), `lora` products of rank 4 on queries and values, `full` every value, `scratch` every
-value from random ones. `pretrained` is the network as it came. Rates are one guess for each arm (RATES), not tuned.
+(FedPR's number, plain averages), `fedpr` the same by FedPR (steps in the null space of the common prompts, which are
+shorter), `lora` products of rank 4 on queries and values, `full` every value, `scratch` every value from random ones.
+`pretrained` is the network as it came. Rates are one guess for each arm (RATES), not tuned.
 
 Per arm: PSNR of magnitude images on test patients (mean of the training sites, worst of them, unseen EZ), bytes of all
 messages of the rounds, bytes of one site in one round, and CPU seconds. Resumable with --out. Phantoms are no patients.
@@ -28,7 +29,10 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "prompts": {"kind": "partial", "trained": ["*.prompts"]},
     "lora": {"kind": "lora", "targets": ["*.q_proj", "*.v_proj"], "rank": 4, "alpha": 8.0},
 }
-RATES = {"pretrained": 1e-3, "prompts": 1e-2, "lora": 2e-3, "full": 5e-4, "scratch": 1e-3}
+RATES = {"pretrained": 1e-3, "prompts": 1e-2, "fedpr": 5e-2, "lora": 2e-3, "full": 5e-4, "scratch": 1e-3}
+# The arms that train and exchange a part of the values.
+PARTS = ("prompts", "fedpr", "lora")
+WITH_PROMPTS = ("prompts", "fedpr")
 PROMPTS = 20
 PHANTOM_RATE = 1e-3
 
@@ -149,13 +153,15 @@ def adaptation(arm: str, sha256: str, sizes: Sizes) -> dict[str, Any]:
     study |= _training(sizes, 0 if arm == "pretrained" else sizes.rounds, RATES[arm])
     study["name"] = f"adapt-mri-{arm}"
     study["model"] = {"kind": "swin_denoiser", "preset": sizes.preset}
-    if arm == "prompts":
+    if arm in WITH_PROMPTS:
         # The pretraining had none: they begin fresh, the same at all sites.
         study["model"]["prompts"] = PROMPTS
     if arm in ADAPTERS:
         study["adapters"] = dict(ADAPTERS[arm])
+    if arm == "fedpr":
+        study["method"] |= {"kind": "fedpr"}
     if arm != "scratch":
-        study["start"] = {"kind": "release", "file": "pretraining", "sha256": sha256, "partial": arm == "prompts"}
+        study["start"] = {"kind": "release", "file": "pretraining", "sha256": sha256, "partial": arm in WITH_PROMPTS}
     return study
 
 
@@ -231,11 +237,11 @@ def report(
         {
             "arms": found,
             **{f"{name}_psnr": value for name, value in known.items()},
-            **{f"{arm}_share_of_full_bytes": found[arm]["bytes_up"] / found["full"]["bytes_up"] for arm in ADAPTERS},
-            **{f"{arm}_gain_over_pretrained_db": gain(arm, "pretrained") for arm in (*ADAPTERS, "full")},
-            **{f"{arm}_gain_over_scratch_db": gain(arm, "scratch") for arm in (*ADAPTERS, "full")},
-            **{f"{arm}_gap_to_full_db": gain("full", arm) for arm in ADAPTERS},
-            **{f"{arm}_worst_site_gap_to_full_db": gain("full", arm, "worst_site_psnr") for arm in ADAPTERS},
+            **{f"{arm}_share_of_full_bytes": found[arm]["bytes_up"] / found["full"]["bytes_up"] for arm in PARTS},
+            **{f"{arm}_gain_over_pretrained_db": gain(arm, "pretrained") for arm in (*PARTS, "full")},
+            **{f"{arm}_gain_over_scratch_db": gain(arm, "scratch") for arm in (*PARTS, "full")},
+            **{f"{arm}_gap_to_full_db": gain("full", arm) for arm in PARTS},
+            **{f"{arm}_worst_site_gap_to_full_db": gain("full", arm, "worst_site_psnr") for arm in PARTS},
             "seconds": seconds,
             "conditions": state,
         }

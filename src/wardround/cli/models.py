@@ -48,8 +48,8 @@ def predict(
         typer.Option(
             "--adapt-to-scan",
             metavar="STEPS",
-            help="MRI: first train a copy of the network on each scan's own samples, STEPS steps at most. For research: "
-            "where it was measured, images became no better.",
+            help="MRI, research: train a copy of the network on each scan's own samples, at most STEPS steps. "
+            "Where it was measured, images became no better.",
         ),
     ] = None,
     plugins: PluginOption = None,

@@ -10,7 +10,9 @@ bytes of messages and CPU seconds are of a run. Gains are against FedAvg of the 
 in --out, and is not repeated: the same command goes on where it was stopped.
 
 FedBN has nothing to keep in a network without norm layers; `FedPer` keeps the last convolution of the denoiser, or only
-what weighs data against it. FedPR trains prompts of a pretrained network and is another question: adapt_mri.py.
+what weighs data against it. FedPR trains prompts of a pretrained network and is another question: adapt_mri.py. FedGIMP
+trains a generative prior, which no other method has: it would have to be trained for days, and reconstructs a slice by
+hundreds of steps of its own. It is not compared.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wardround.errors import Interrupted, StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI, fft2c
-from wardround.imaging.acquisition.mri.split import of_lines
+from wardround.imaging.acquisition.mri.split import centre, of_lines
 from wardround.learning.device import moved
 from wardround.results.files import read_rounds
 from wardround.runs.explain import explain
@@ -116,7 +116,9 @@ def test_the_network_is_given_nothing_of_what_is_held_out(task: MRIReconstructio
     assert not torch.equal(*losses)
 
 
-def test_the_loss_is_of_the_samples_held_out_alone(task: MRIReconstruction, batch: SplitBatch) -> None:
+def test_the_loss_is_of_the_samples_held_out_and_tells_how_bright_an_image_is(
+    task: MRIReconstruction, batch: SplitBatch
+) -> None:
     model, expected, theta = Seen(), 0.0, batch.mask - batch.held
     image = model(CartesianMRI(batch.maps, theta), batch.kspace * theta[:, None])
     for item in range(2):
@@ -128,7 +130,11 @@ def test_the_loss_is_of_the_samples_held_out_alone(task: MRIReconstruction, batc
         shown = np.abs(image[item].detach().numpy().astype(np.complex128))
         share = np.sqrt(((dark * shown) ** 2).sum() / (shown**2).sum())
         assert 0.001 < share < 0.5
-        expected += (sum(both) + share) / 2
+        middle = centre(batch.mask[item].numpy()) > 0
+        y, u = (values[:, middle].ravel() for values in (batch.kspace[item].numpy().astype(np.complex128), predicted))
+        left = np.linalg.norm(y - u) / np.linalg.norm(y)
+        assert not batch.held[item].numpy()[middle].any()
+        expected += (sum(both) + share + left) / 2
         assert task.score(model, batch)["kspace_residual"][item].item() == pytest.approx(sum(both) / 2, rel=1e-4)
     assert task.loss(model, batch).item() == pytest.approx(expected, rel=1e-4)
 

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from wardround.errors import GeometryError, StudyError
 from wardround.imaging.acquisition.mri.operator import CartesianMRI
 from wardround.imaging.acquisition.mri.scanner import MRIScanner, Scan
-from wardround.imaging.acquisition.mri.split import held_out_samples, kspace_loss, unseen_share
+from wardround.imaging.acquisition.mri.split import (
+    centre,
+    held_out_samples,
+    kspace_loss,
+    relative_error,
+    unseen_share,
+)
 from wardround.imaging.datasets.memory import CACHE_BYTES, ScanCache
 from wardround.imaging.datasets.mri import SliceExample, head_of_slice
 from wardround.imaging.datasets.visits import Index
@@ -156,9 +162,20 @@ class SplitBatch(MRIBatch):
         return kspace_loss(asked.A(image), self.kspace * self.held[:, None])
 
     def learned_loss(self, method: Method) -> Tensor:
-        """What learning from these samples alone lowers: `held_out_loss`, and what no coil sees kept dark: (B,)."""
+        """What learning from these samples alone lowers: (B,).
+
+        `held_out_loss`, what no coil sees kept dark, and what the image leaves of the calibration centre: that is never
+        held out, so that without it nothing would tell a network how bright an image is.
+        """
         image = self.image_of_seen(method)
-        return self.held_out_loss(image) + unseen_share(image, self.maps)
+        return self.held_out_loss(image) + unseen_share(image, self.maps) + self._left_of_centre(image)
+
+    def _left_of_centre(self, image: Tensor) -> Tensor:
+        """|y - A x| / |y| over the calibration centre: (B,)."""
+        masks = np.stack([centre(on_host(mask)) for mask in self.mask])
+        asked = CartesianMRI(self.maps, torch.from_numpy(masks).to(self.mask))
+        measured = asked.mask[:, None] * self.kspace
+        return relative_error(asked.A(image), measured)
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,15 @@ def of_lines(mask: NDArray[np.generic]) -> bool:
 
 def outside_centre(mask: NDArray[np.generic]) -> NDArray[np.bool_]:
     """Which samples of a mask (H, W) were measured outside its fully sampled centre (`calibration_region`)."""
+    return np.asarray((mask != 0) & (centre(mask) == 0))
+
+
+def centre(mask: NDArray[np.generic]) -> FloatArray:
+    """1 in the fully sampled centre of a mask (H, W), `calibration_region`: float32 (H, W)."""
     rows, columns = calibration_region(np.asarray(mask, np.float32))
-    free = mask != 0
-    free[centred(rows, mask.shape[0]), centred(columns, mask.shape[1])] = False
-    return np.asarray(free)
+    found = np.zeros(mask.shape, np.float32)
+    found[centred(rows, mask.shape[0]), centred(columns, mask.shape[1])] = 1
+    return found
 
 
 def _density(shape: tuple[int, ...], how: Supervision) -> NDArray[np.float64]:
@@ -78,12 +83,15 @@ def kspace_loss(predicted: Tensor, measured: Tensor) -> Tensor:
     The normalised l1-l2 loss of Yaman et al. (2020); absolute values are complex moduli.
     0 is perfect, 2 is what predicting nothing comes to.
     """
+    return relative_error(predicted, measured) + relative_error(predicted, measured, 1)
+
+
+def relative_error(predicted: Tensor, measured: Tensor, order: int = 2) -> Tensor:
+    """|y - u| / |y| of each item, in the norm of `order`; u predicted and y measured: complex (B, ...) -> (B,)."""
     error, data = (predicted - measured).flatten(1), measured.flatten(1)
-    tiny = torch.finfo(data.real.dtype).tiny
-    euclidean = torch.linalg.vector_norm(error, dim=1) / torch.linalg.vector_norm(data, dim=1).clamp_min(tiny)
-    absolute = torch.linalg.vector_norm(error, 1, dim=1) / torch.linalg.vector_norm(data, 1, dim=1).clamp_min(tiny)
-    loss: Tensor = euclidean + absolute
-    return loss
+    size = torch.linalg.vector_norm(data, order, dim=1).clamp_min(torch.finfo(data.real.dtype).tiny)
+    found: Tensor = torch.linalg.vector_norm(error, order, dim=1) / size
+    return found
 
 
 def unseen_share(image: Tensor, maps: Tensor) -> Tensor:

@@ -52,9 +52,9 @@ def _slice(seed: int = 1) -> MRIBatch:
 class Scaled(nn.Module):
     """The zero-filled image times one value; remembers what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = 1.5) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.scale = nn.Parameter(torch.tensor(scale))
         self.given: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, operator: CartesianMRI, data: Tensor) -> Tensor:
@@ -105,7 +105,9 @@ def test_the_three_parts_share_nothing_and_the_loss_is_of_the_second_alone() -> 
     dark[:, 0] = 0.5
     unseen = np.sqrt((dark * np.abs(x) ** 2).sum() / (np.abs(x) ** 2).sum())
     assert unseen > 0.01
-    assert loss.item() == pytest.approx(fit + unseen, rel=1e-4)
+    y, u = (values[..., CENTRE] for values in (slice_.kspace[0].numpy(), predicted))
+    bright = np.linalg.norm(y - u) / np.linalg.norm(y)
+    assert loss.item() == pytest.approx(fit + unseen + bright, rel=1e-4)
     # The error of Gamma is half of such a loss, of an image of all others.
     error = part.error(network)
     assert torch.equal(network.given[1][0], omega - gamma)
@@ -134,17 +136,17 @@ def test_no_step_knows_what_was_set_apart() -> None:
     other = replace(slice_, kspace=slice_.kspace + 5.0 * gamma[:, None])
     gradients, errors, values = [], [], []
     for one in (slice_, other):
-        part, network = SliceInThree.of(one, HOW, _random()), Scaled()
+        part, network = SliceInThree.of(one, HOW, _random()), Scaled(20.0)
         assert torch.equal(part.apart.held, gamma)
         (gradient,) = torch.autograd.grad(part.loss(network, _random(4)), network.scale)
         gradients.append(gradient)
         errors.append(part.error(network))
-        # One step, whose values are used in both cases: from 1.5, less is better for both.
-        fitted, done = fit_to_scan(Scaled(), [one], HOW, 1, _random(), rate=0.01)
+        # One step, whose values are used in both cases: from 20.0, less is better for both.
+        fitted, done = fit_to_scan(Scaled(20.0), [one], HOW, 1, _random(), rate=0.01)
         assert done.kept == 1
         values.append(fitted.get_parameter("scale"))
     assert gradients[0] == gradients[1] != 0.0
-    assert values[0] == values[1] != 1.5
+    assert values[0] == values[1] != 20.0
     assert errors[0] != errors[1]
 
 

@@ -153,7 +153,6 @@ def test_each_step_divides_anew_and_each_validation_alike(folders: Path) -> None
     assert one.held.sum() <= round(0.4 * (16 - 6) * SIZE)
 
 
-@pytest.mark.slow
 def test_whole_lines_are_held_out_where_the_study_says_so(folders: Path) -> None:
     lines = _task(task={**TASK, "supervision": {**SPLIT, "held": "lines"}}, sites={"Alpha": {}, "Beta": {}})
     batch = _dataset(lines, folders, "Alpha").batch([0], _random())
@@ -163,6 +162,7 @@ def test_whole_lines_are_held_out_where_the_study_says_so(folders: Path) -> None
     assert torch.isfinite(lines.loss(lines.build_model(), batch))
 
 
+@pytest.mark.slow
 def test_sites_with_true_images_learn_from_them(task: MRIReconstruction, folders: Path) -> None:
     model = Seen()
     alone, taught = (_dataset(task, folders, site) for site in ("Alpha", "Beta"))

@@ -110,19 +110,25 @@ class SplitBatch(MRIBatch):
 
     held: float32 (B, H, W), 1 where a measured sample is held out; 0 everywhere in a slice whose samples are whole.
     alone: bool (B,): whether a slice is learned from by its measured samples alone, without `target`.
+    centre: float32 (B, H, W), 1 in the calibration centre of a slice with samples held out, else 0.
     """
 
     held: Tensor
     alone: Tensor
+    centre: Tensor
 
     @classmethod
-    def of_batch(cls, batch: MRIBatch, held: Tensor | None = None, *, alone: bool = False) -> SplitBatch:
-        """A batch with samples held out; without any, the same scans. One that is split stays as it is."""
+    def of_batch(cls, batch: MRIBatch) -> SplitBatch:
+        """The same scans with no sample held out; a batch that is split stays as it is."""
         if isinstance(batch, SplitBatch):
             return batch
+        none = torch.zeros_like(batch.mask)
+        return cls._of(batch, none, none, alone=False)
+
+    @classmethod
+    def _of(cls, batch: MRIBatch, held: Tensor, middle: Tensor, *, alone: bool) -> SplitBatch:
         whole: dict[str, Tensor] = {field.name: getattr(batch, field.name) for field in fields(MRIBatch)}
-        held = torch.zeros_like(batch.mask) if held is None else held
-        return cls(**whole, held=held, alone=torch.full((len(batch),), alone))
+        return cls(**whole, held=held, alone=torch.full((len(batch),), alone), centre=middle)
 
     @classmethod
     def drawn(
@@ -134,8 +140,10 @@ class SplitBatch(MRIBatch):
         alone: bool = False,
     ) -> SplitBatch:
         """A batch with samples, or lines, of each slice held out by `held_out_samples`; see there for the errors."""
-        held = np.stack([held_out_samples(on_host(mask), how, random) for mask in batch.mask])
-        return cls.of_batch(batch, torch.from_numpy(held), alone=alone)
+        masks = [on_host(mask) for mask in batch.mask]
+        held = np.stack([held_out_samples(mask, how, random) for mask in masks])
+        middle = np.stack([centre(mask) for mask in masks])
+        return cls._of(batch, torch.from_numpy(held), torch.from_numpy(middle), alone=alone)
 
     @property
     def seen(self) -> MRIBatch:
@@ -172,10 +180,8 @@ class SplitBatch(MRIBatch):
 
     def _left_of_centre(self, image: Tensor) -> Tensor:
         """|y - A x| / |y| over the calibration centre: (B,)."""
-        masks = np.stack([centre(on_host(mask)) for mask in self.mask])
-        asked = CartesianMRI(self.maps, torch.from_numpy(masks).to(self.mask))
-        measured = asked.mask[:, None] * self.kspace
-        return relative_error(asked.A(image), measured)
+        asked = CartesianMRI(self.maps, self.centre)
+        return relative_error(asked.A(image), self.kspace * self.centre[:, None])
 
 
 @dataclass(frozen=True)

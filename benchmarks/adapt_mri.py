@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import arguments, conditions, cpu_seconds, engine_of, finish, need_images, table
+from common import add_processes, conditions, cpu_seconds, engine_of, finish, kept_arguments, need_images, table
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY, SITES = (ROOT / "examples" / f"{name}.yaml" for name in ("lgg-mri", "lgg-sites"))
@@ -62,9 +62,8 @@ QUICK = Sizes("tiny", 1, 1, 2, 3, 2, 64, 1, ("flair",), ("zero_filled",))
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--out", type=Path, help="keep the runs here, and go on with those that are there")
-    parser.add_argument("--processes", type=int, default=2, help="sites that train at once; the numbers are the same")
+    parser = kept_arguments(__doc__ or "")
+    add_processes(parser)
     options = parser.parse_args()
     need_images("lgg")
     sizes = QUICK if options.quick else FULL

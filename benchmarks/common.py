@@ -70,6 +70,18 @@ def released(path: Path) -> tuple[Any, Any]:
     return model.network(lambda: build_model(model.study.model, model.study.modality), None, None), model.study
 
 
+def kept_arguments(description: str) -> argparse.ArgumentParser:
+    """`arguments`, and --out for runs that a second call goes on with."""
+    parser = arguments(description)
+    parser.add_argument("--out", type=Path, help="keep the runs here, and go on with those that are there")
+    return parser
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark take --processes, for `engine_of`."""
+    parser.add_argument("--processes", type=int, default=2, help="sites that train at once; the numbers are the same")
+
+
 def engine_of(processes: int) -> dict[str, Any]:
     """What `wardround.run` takes so that sites train in so many processes at once; the numbers are the same."""
     return {"engine": "workers", "processes": processes} if processes > 1 else {"engine": "local"}

@@ -21,7 +21,7 @@ import shutil
 import time
 from pathlib import Path
 
-from common import conditions, finish, need_images
+from common import add_processes, conditions, finish, need_images
 from method_runs import (
     RATE,
     SEEDS,
@@ -92,7 +92,7 @@ def study(which: str, section: Values, rate: float, seed: int, *, quick: bool) -
 
 def main() -> None:
     parser = method_arguments(__doc__ or "", list(SETS), list(METHODS))
-    parser.add_argument("--processes", type=int, default=2, help="sites that train at once; the numbers are the same")
+    add_processes(parser)
     options = parser.parse_args()
     need_images("lgg")
     from wardround.study.sites import load_sites

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from common import arguments, conditions, finish, need_images, table
+from common import conditions, finish, kept_arguments, need_images, table
 from skin_sites import ROOT, SITES, converted, everybody, lesions, macro_auroc, said
 
 PRETRAIN, FEW, IMAGENET = (ROOT / "examples" / f"{name}.yaml" for name in ("skin-pretrain", "skin-few-labels", "skin"))
@@ -35,8 +35,7 @@ LAST = ("schedule.validate_every=0", "schedule.release=last", "schedule.rounds=1
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--out", type=Path, help="keep the runs here, and go on with those that are there")
+    parser = kept_arguments(__doc__ or "")
     parser.add_argument("--weights", type=Path, help="what examples/efficientnet_lite_weights.py made")
     options = parser.parse_args()
     need_images("ham10000")

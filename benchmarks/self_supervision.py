@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import arguments, conditions, cpu_seconds, engine_of, finish, need_images, table
+from common import add_processes, conditions, cpu_seconds, engine_of, finish, kept_arguments, need_images, table
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY, SITES = ROOT / "examples/lgg-transfer.yaml", ROOT / "examples/lgg-sites.yaml"
@@ -31,9 +30,8 @@ BASELINES = ("zero_filled", "tv")
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--out", type=Path, help="keep the runs here, and go on with those that are there")
-    parser.add_argument("--processes", type=int, default=2, help="sites that train at once; the numbers are the same")
+    parser = kept_arguments(__doc__ or "")
+    add_processes(parser)
     options = parser.parse_args()
     need_images("lgg")
     rounds, steps = (4, 5) if options.quick else (ROUNDS, STEPS)
@@ -76,10 +74,10 @@ def settings(rounds: int, steps: int) -> list[str]:
     ]
 
 
-def row(result: Any, arm: str, sites: Sequence[str] = TRAINING) -> dict[str, float]:
+def row(result: Any, arm: str) -> dict[str, float]:
     """PSNR of each site, and the mean of those that train."""
-    found = {site: float(result.metric(arm, site, "psnr")) for site in (*sites, UNSEEN)}
-    return {**found, "mean": sum(found[site] for site in sites) / len(sites)}
+    found = {site: float(result.metric(arm, site, "psnr")) for site in (*TRAINING, UNSEEN)}
+    return {**found, "mean": sum(found[site] for site in TRAINING) / len(TRAINING)}
 
 
 if __name__ == "__main__":
